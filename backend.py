@@ -1,0 +1,124 @@
+"""What this machine computes with: BLAS, device, dtype, memory. Import it before any `mlx` module.
+
+On Linux CPUs the mlx wheel carries a reference BLAS of a few GFLOP/s. Loading a real one with global symbols before
+`mlx.core` makes float32 matrix products about thirty times faster, so this module does that as it is imported. On
+macOS and CUDA there is nothing to load.
+
+    python -c "import backend; print(backend.describe())"
+"""
+
+import ctypes
+import ctypes.util
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend; commands print it as one line and exit with 2."""
+
+
+def find_blas() -> tuple[str, str] | None:
+    """(name, path) of a CBLAS for Linux CPUs: PyPI's `mkl` where it is installed, else the system's OpenBLAS."""
+    if path := _installed("mkl", "libmkl_rt.so"):
+        return "MKL", path
+    if name := ctypes.util.find_library("openblas"):
+        return "OpenBLAS", name
+    return None
+
+
+def _installed(package: str, file: str) -> str | None:
+    """Path of a shared library that a PyPI package brought, without importing anything."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((str(Path(f.locate()).resolve()) for f in files if f.name.startswith(file)), None)
+
+
+def _load_blas() -> str | None:
+    """Load the BLAS with global symbols, so that mlx's own calls resolve to it. Returns its name."""
+    if "mlx.core" in sys.modules:
+        warnings.warn("mlx was imported before backend: a fast BLAS can no longer be loaded", stacklevel=3)
+        return None
+    if (found := find_blas()) is None:
+        warnings.warn(
+            "no fast BLAS found: matrix products will be about 30 times slower than need be "
+            "(pip install mkl, or install the system's OpenBLAS)",
+            stacklevel=3,
+        )
+        return None
+    name, path = found
+    # MKL's default threads (OpenMP) spin while they wait and take the cores from everything else that runs: a step
+    # beside other work took up to ten times as long as with TBB, whose threads sleep.
+    if name == "MKL" and "MKL_THREADING_LAYER" not in os.environ and (tbb := _installed("tbb", "libtbb.so.12")):
+        ctypes.CDLL(tbb, mode=ctypes.RTLD_GLOBAL)
+        os.environ["MKL_THREADING_LAYER"] = "TBB"
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return name
+
+
+def _tune_malloc() -> None:
+    """Keep freed arrays in the process: returning them to the kernel costs page faults at every step (glibc only)."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # musl and other C libraries have no mallopt
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc.mallopt(m_mmap_threshold, 32 << 20)
+    libc.mallopt(m_trim_threshold, 1 << 30)
+
+
+def _has_cuda_wheel() -> bool:
+    names = (dist.name or "" for dist in importlib.metadata.distributions())
+    return any(name.startswith("mlx-cuda") for name in names)
+
+
+BLAS: str | None = None
+if platform.system() == "Linux" and not _has_cuda_wheel():
+    BLAS = _load_blas()
+    _tune_malloc()
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
+import mlx.nn as nn  # noqa: E402, F401  (other modules write `from backend import mx, nn`)
+
+IS_GPU = mx.default_device() == mx.Device(mx.gpu)
+if not IS_GPU and platform.system() == "Linux":
+    mx.set_cache_limit(4 << 30)
+
+# Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
+MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 4_096
+# Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, CPUs gain nothing by it.
+LENGTH_GRID = 16 if IS_GPU else 1
+
+
+def default_dtype(checkpoint: mx.Dtype) -> mx.Dtype:
+    """The dtype to compute in: the checkpoint's on a GPU, float32 on CPUs (bfloat16 is 40 times slower there)."""
+    return checkpoint if IS_GPU else mx.float32
+
+
+def device_name() -> str:
+    """For instance `Apple M3 Max GPU` or `Intel(R) Xeon(R) Processor CPU`."""
+    return f"{mx.device_info().get('device_name', 'unknown')} {'GPU' if IS_GPU else 'CPU'}"
+
+
+def describe() -> str:
+    """One line for the top of every run: device, BLAS, dtype advice, versions."""
+    parts = [f"mlx {importlib.metadata.version('mlx')}", device_name()]
+    if not IS_GPU and platform.system() == "Linux":
+        parts.append(f"BLAS {BLAS or 'reference (slow)'}")
+        parts.append(f"{os.cpu_count()} cores")
+        if shutil.which("g++") is None:  # mlx then runs what it would have fused one operation at a time
+            parts.append("no g++: kernels not fused")
+    return ", ".join(parts)
+
+
+def peak_memory() -> int:
+    """Most bytes that mlx arrays held since the start or the last `mx.reset_peak_memory()`."""
+    return mx.get_peak_memory()

@@ -1,0 +1,92 @@
+"""How texts of different lengths go through the backbone: sorted by length, cut under a token budget, padded.
+
+Training and `Model.encode` share it. It is only a matter of speed: no result depends on it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import backend
+from backend import mx
+
+import numpy as np
+
+from heads import MicroBatch
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of N texts, one after another, and which of their tokens pooling counts."""
+
+    ids: np.ndarray  # (sum of lengths,) int32
+    lengths: np.ndarray  # (N,) int32
+    start: np.ndarray  # (N,) int32, within the text
+    end: np.ndarray  # (N,) int32, within the text
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(N + 1,) int64: where each text begins in `ids`."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    @staticmethod
+    def join(parts: list["Texts"]) -> "Texts":
+        """The texts of all `parts`, in order."""
+        names = ("ids", "lengths", "start", "end")
+        return Texts(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+# What one more micro-batch costs, in tokens (MiniLM on a CPU: about 50): below this, less padding is not worth it.
+MICRO_BATCH_OVERHEAD = 64
+
+
+def padded(lengths: np.ndarray) -> np.ndarray:
+    """Lengths rounded up to the device's grid of shapes."""
+    return -(-lengths // backend.LENGTH_GRID) * backend.LENGTH_GRID
+
+
+def plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Cut texts into micro-batches of similar length, with the least padding.
+
+    Sorted by length, the cuts are those of least total cost (dynamic programming), where a micro-batch costs its
+    tokens, padding included, and a constant for being one more.
+
+    Args:
+        lengths: (N,) tokens of each text.
+        budget: most tokens, padding included, of one micro-batch; a longer text is a micro-batch by itself.
+
+    Returns index arrays that together hold 0..N-1 once, longest texts first (so that a lack of memory shows at once).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    widths = padded(lengths[order])
+    count, overhead = len(order), min(MICRO_BATCH_OVERHEAD, budget / 8)
+    cost, cut, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
+    for end in range(1, count + 1):
+        while first < end - 1 and (end - first) * widths[first] > budget:
+            first += 1
+        costs = cost[first:end] + (end - np.arange(first, end)) * widths[first:end] + overhead
+        best = int(costs.argmin())
+        cost[end], cut[end] = costs[best], first + best
+    parts, end = [], count
+    while end:
+        parts.append(order[cut[end] : end])
+        end = cut[end]
+    return parts[::-1]
+
+
+def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0) -> MicroBatch:
+    """The texts at `index` as right-padded rows for the backbone."""
+    lengths = texts.lengths[index]
+    ids = np.full((len(index), padded(lengths.max())), pad_id, dtype=np.int32)
+    offsets = texts.offsets
+    for row, i in enumerate(index):
+        ids[row, : texts.lengths[i]] = texts.ids[offsets[i] : offsets[i + 1]]
+    return MicroBatch(mx.array(ids), mx.array(lengths), mx.array(texts.start[index]), mx.array(texts.end[index]))
+
+
+def micro_batches(texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:
+    """Every micro-batch of `plan`, as (index, padded rows)."""
+    for index in plan(texts.lengths, budget):
+        yield index, pad_rows(texts, index, pad_id)

@@ -1,0 +1,236 @@
+"""Every setting of a run: one dataclass is the flags, the YAML file and what is saved beside the weights.
+
+A default stands here and nowhere else. A YAML file (`--config`) wins over defaults, flags win over the file.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backend import UserError
+
+# The names stand here as well as in loss.py and heads.py, so that `--help` needs not load mlx; a test compares them.
+LOSSES = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce")
+POOLING = ("mean", "cls", "last", "max")
+
+
+def option(group: str, default, help: str, **extra):
+    """A field with what argparse needs: its group, help and, where given, choices or metavar."""
+    metadata = {"group": group, "help": help, **extra}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Settings:
+    """The settings of one training run. `None` means: as the model itself says."""
+
+    model: str = option("model", "gemma-3-tiny-mlx", "local folder (MLX or Hugging Face safetensors) or hub name")
+    task: str = option("model", "embed", "what to train: embed = one vector a text", choices=("embed",))
+    pooling: str | None = option("model", None, "token states to vector", choices=POOLING)
+    query_prompt: str | None = option("model", None, "text before every query; special tokens are recognised")
+    document_prompt: str | None = option("model", None, "text before every document")
+    bidirectional: bool | None = option("model", None, "let a decoder's tokens see the whole text, not only the left")
+    max_length: int | None = option("model", None, "cut documents after this many tokens, special ones included")
+    query_max_length: int | None = option("model", None, "the same for queries; default: that of documents")
+
+    data: list[str] = option(
+        "data", ["train-data.jsonl"], "JSON-lines files (.gz too), or folders with train.jsonl and valid.jsonl"
+    )
+    batch_size: int = option("data", 64, "examples that one loss sees: 256 = 255 in-batch negatives for each query")
+    skip_bad_rows: bool = option("data", False, "leave out rows that cannot be used (counted, listed)")
+    seed: int = option("data", 0, "of the order of the data, dropout and fresh weights")
+
+    loss: str = option("objective", "info_nce", "name of the loss", choices=LOSSES)
+    temperature: float = option("objective", 0.05, "divides similarities; sentence-transformers' scale is its inverse")
+    beta: float = option("objective", 1.0, "hard_negative_info_nce: how much more close negatives weigh; 0 = not")
+    positive_aware: str = option(
+        "objective",
+        "off",
+        "drop negatives that score above margin x positive (perc) or above positive - margin (abs)",
+        choices=("off", "perc", "abs"),
+    )
+    positive_aware_margin: float = option("objective", 0.95, "margin of --positive-aware (0.95 suits perc, 0.05 abs)")
+    matryoshka_dims: list[int] = option("objective", [], "also train the first N dimensions, for each N given")
+
+    train_type: str = option("weights", "lora", "low-rank update, or all weights", choices=("lora", "dora", "full"))
+    lora_rank: int = option("weights", 16, "rank of the update")
+    lora_alpha: float = option("weights", 32.0, "the update is scaled by alpha / rank")
+    lora_dropout: float = option("weights", 0.0, "share of inputs to the update that are dropped, 0 to 1")
+    lora_keys: list[str] = option("weights", [], "linear layers to train, names or regular expressions; default: all")
+    num_layers: int = option("weights", -1, "train the last N blocks only; -1 = all")
+
+    steps: int = option("schedule", 200, "optimizer steps")
+    learning_rate: float = option("schedule", 1e-3, "peak learning rate of AdamW")
+    schedule: str = option("schedule", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
+    warmup: float = option("schedule", 0.1, "steps of linear warm-up; below 1: share of all steps")
+    weight_decay: float = option("schedule", 0.0, "AdamW's decoupled weight decay")
+    max_grad_norm: float = option("schedule", 1.0, "clip the gradient to this norm; 0 = do not clip")
+
+    gradient_accumulation_steps: int = option(
+        "memory", 0, "cut a batch into at least N micro-batches (loss unchanged); 0 = by --micro-batch-tokens"
+    )
+    micro_batch_tokens: int = option("memory", 0, "most tokens in the backbone at once; 0 = what suits the device")
+    grad_checkpoint: bool = option("memory", False, "recompute blocks in the backward pass: slower, less memory")
+
+    eval_tasks: list[str] = option(
+        "evaluation", ["eval-data"], "MTEB task names and folders in BEIR layout; no name = no evaluation"
+    )
+    eval_steps: int = option("evaluation", 100, "evaluate every N steps, and at the end; 0 = only before and after")
+    skip_eval_init: bool = option("evaluation", False, "no evaluation before training")
+    early_stopping: int = option("evaluation", 0, "stop after N evaluations without a better nDCG@10; 0 = never")
+
+    output: str = option("run", "adapters", "the run's folder")
+    save_steps: int = option("run", 100, "save every N steps; 0 = only at the end")
+    resume: bool = option("run", False, "continue the run in --output from its last saved step")
+    overwrite: bool = option("run", False, "remove the run that is in --output first")
+    stop_after: int = option("run", 0, "stop at this step, saved and resumable; 0 = run to the end")
+    dry_run: bool = option("run", False, "plan and measure one step; train and write nothing")
+    wandb: bool = option("run", False, "log to Weights & Biases (offline when not logged in)")
+    wandb_project: str = option("run", "mlx-retrieval", "its project there")
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "lora_rank", "steps")
+        counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after")
+        not_negative = (*counts, "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
+        checks = [
+            *((getattr(self, name) > 0, name, "must be above 0") for name in positive),
+            *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),
+            *((value is None or value > 0, name, "must be above 0") for name, value in self._lengths()),
+            (0 < self.temperature < float("inf"), "temperature", "must be above 0"),
+            (0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
+            (0 <= self.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
+            (self.warmup < 1 or self.warmup == int(self.warmup), "warmup", "must be a share below 1 or whole steps"),
+            (all(d > 0 for d in self.matryoshka_dims), "matryoshka_dims", "must be above 0"),
+            (bool(self.data), "data", "needs at least one file or folder"),
+            (not (self.resume and self.overwrite), "resume", "and --overwrite exclude each other"),
+            (
+                self.positive_aware == "off" or self.loss in ("info_nce", "hard_negative_info_nce"),
+                "positive_aware",
+                f"works with info_nce and hard_negative_info_nce, not with {self.loss}",
+            ),
+        ]
+        for good, name, message in checks:
+            if not good:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: {message}")
+
+    def _lengths(self) -> list[tuple[str, int | None]]:
+        return [("max_length", self.max_length), ("query_max_length", self.query_max_length)]
+
+    @property
+    def warmup_steps(self) -> int:
+        """Warm-up in steps."""
+        return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+
+    def to_dict(self) -> dict:
+        """Plain values, as YAML and JSON keep them."""
+        return dataclasses.asdict(self)
+
+    def write(self, path: Path) -> None:
+        """Write every setting as YAML; `--config` reads it back."""
+        import yaml
+
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def flag(name: str) -> str:
+    """`max_length` as the user types it: `--max-length`."""
+    return "--" + name.replace("_", "-")
+
+
+def _kind(f: dataclasses.Field) -> tuple[type, bool]:
+    """(type of a value, whether it is a list) of a field annotated `T`, `T | None` or `list[T]`."""
+    kind = f.type
+    if isinstance(kind, types.UnionType):
+        kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    if typing.get_origin(kind) is list:
+        return typing.get_args(kind)[0], True
+    return kind, False
+
+
+def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with one flag for every field; a flag that is not given leaves no trace, so that YAML can fill in."""
+    out = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    out.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in dataclasses.fields(Settings):
+        if (name := f.metadata["group"]) not in groups:
+            groups[name] = out.add_argument_group(name)
+        kind, many = _kind(f)
+        default = f.default_factory() if many else f.default
+        shown = " ".join(map(str, default)) if many else default
+        note = "" if shown in (None, "", False) else f" (default: {shown})"
+        arguments = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + note}
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction if default is None else "store_true"
+        else:
+            arguments |= {"type": kind, "choices": f.metadata.get("choices"), "nargs": "*" if many else None}
+            arguments["metavar"] = None if "choices" in f.metadata else {int: "N", float: "X", str: "TEXT"}[kind]
+        groups[name].add_argument(flag(f.name), **arguments)
+    return out
+
+
+def read_yaml(path: Path) -> dict:
+    """The settings in a YAML file; UserError for unknown keys (with the near ones) and values of a wrong type."""
+    import difflib
+
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: not a list of `key: value`")
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    clean = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise UserError(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        clean[name] = _checked(fields[name], value, f"--config {path}: {key}")
+    return clean
+
+
+def _checked(f: dataclasses.Field, value, where: str):
+    """A YAML value as the field's type."""
+    kind, many = _kind(f)
+    if many:
+        if not isinstance(value, list):
+            value = [value]
+        return [_scalar(kind, item, where) for item in value]
+    if value is None and f.default is None:
+        return None
+    value = _scalar(kind, value, where)
+    if "choices" in f.metadata and value not in f.metadata["choices"]:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(f.metadata['choices'])}")
+    return value
+
+
+def _scalar(kind: type, value, where: str):
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as a text
+            return float(value)
+        except ValueError as error:
+            raise UserError(f"{where}: {value!r} is not a number") from error
+    if type(value) is not kind:
+        raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
+    return value
+
+
+def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
+    """Settings from defaults, the YAML file and flags, and the ones that were given (file or flag) as a dict."""
+    flags = vars(parser(description, epilog).parse_args(argv))
+    path = flags.pop("config", None)
+    given = (read_yaml(Path(path)) if path else {}) | flags
+    return Settings(**given), given
