@@ -1,0 +1,209 @@
+"""Any decoder that mlx-lm loads, as a backbone: causal as trained, or bidirectional.
+
+Nothing of mlx-lm is patched. Its blocks take their attention masks from the cache they are given, so a bidirectional
+trunk gets caches that keep nothing and answer with a mask that knows windows and padding.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from backend import UserError, mx, nn
+
+from models.backbone import Backbone, real_tokens
+from models.source import tensor_table, weight_files
+
+
+class _Mask:
+    """Stands where mlx-lm expects a layer's cache; stores nothing, only builds the bidirectional mask."""
+
+    offset = 0
+
+    def __init__(self, real: mx.array):
+        self.real = real  # (R, L) bool
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None, **_) -> mx.array:
+        positions = mx.arange(length)
+        distance = mx.abs(positions[:, None] - positions[None, :])
+        seen = distance < window_size if window_size else mx.ones((length, length), dtype=mx.bool_)
+        # The diagonal keeps rows of padding from attending to nothing, which would be NaN.
+        return (seen[None, None] & self.real[:, None, None, :]) | (distance == 0)[None, None]
+
+
+class Decoder(Backbone):
+    """A language model's trunk: `hidden_states` are the final-normed states before the vocabulary."""
+
+    def __init__(self, language_model: nn.Module, config: dict, bidirectional: bool = False):
+        super().__init__()
+        self.lm = language_model
+        self.config = config
+        self.bidirectional = bidirectional
+        if bidirectional:
+            self._refuse_recurrent()
+
+    @property
+    def adapted(self) -> nn.Module:
+        return self.lm
+
+    @property
+    def trunk(self) -> nn.Module:
+        inner = self.lm.language_model if "language_model" in self.lm else self.lm
+        for name in ("model", "transformer", "backbone"):
+            if name in inner:
+                return inner[name]
+        raise UserError(f"{self.config.get('model_type')}: this architecture has no trunk that gives hidden states")
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.lm.layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get("hidden_size") or self.config["text_config"]["hidden_size"]
+
+    @property
+    def max_positions(self) -> int:
+        text = self.config.get("text_config", self.config)
+        return text.get("max_position_embeddings", 1 << 20)
+
+    def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
+        if not self.bidirectional:
+            return self.trunk(ids, cache=None)  # a causal model never looks right, where the padding is
+        return self.trunk(ids, cache=[_Mask(real_tokens(ids, lengths))] * len(self.layers))
+
+    def _refuse_recurrent(self) -> None:
+        """State-space and linear-attention layers have a direction that no mask can take away."""
+        if not hasattr(self.lm, "make_cache"):
+            return
+        kinds = {type(cache).__name__ for cache in self.lm.make_cache()}
+        if other := kinds - {"KVCache", "RotatingKVCache"}:
+            raise UserError(
+                f"--bidirectional needs attention in every layer; {self.config.get('model_type')} also has layers "
+                f"with {', '.join(sorted(other))}"
+            )
+
+
+def _classic_rope(config: dict) -> dict:
+    """The RoPE settings of a config written by transformers 5, under the names that mlx-lm reads.
+
+    transformers 5 nests them in `rope_parameters`; several mlx-lm models then silently take their default instead.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    if "full_attention" in rope:  # one set for each kind of layer, as Gemma 3 has
+        full, local = rope["full_attention"], rope.get("sliding_attention", {})
+        found = _classic_rope({"rope_parameters": full})
+        if "rope_theta" in local:
+            found["rope_local_base_freq"] = local["rope_theta"]
+        return found
+    found = {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return found
+
+
+# Architectures that mlx-lm builds from a period alone (every n-th layer sees everything), and its default for each.
+PERIODS = {"gemma3_text": 6, "cohere2": 4, "plamo3": 8}
+
+
+def _window_pattern(config: dict) -> dict:
+    """The period of the layers without a window, from the list of types that wins over it in transformers.
+
+    Raises UserError where mlx-lm could not build these layers: it would compute them wrong, or fail at the first text.
+    """
+    kind = config.get("model_type")
+    if kind not in PERIODS:
+        return {}
+    types = config.get("layer_types")
+    period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or PERIODS[kind]
+    if types:
+        period = types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
+        regular = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(types))]
+        if types != regular:
+            raise UserError(f"{kind}: mlx-lm cannot build these layer_types, which have no period: {', '.join(types)}")
+    if period > config.get("num_hidden_layers", period):
+        raise UserError(f"{kind}: mlx-lm cannot build it without a layer of full attention (every {period}. is one)")
+    return {"sliding_window_pattern": period}
+
+
+def _bidirectional_window(config: dict) -> dict:
+    """The window in mlx-lm's sense (distance < window) of a model that says itself that it is bidirectional."""
+    window = config.get("sliding_window")
+    if not window:
+        return {}
+    if config.get("use_bidirectional_attention") is True:
+        window = window // 2 + 1  # transformers halves it: the number counts both directions
+    if config.get("is_causal") is False:
+        window += 1  # transformers then takes distance <= window
+    return {"sliding_window": window}
+
+
+def naturally_bidirectional(config: dict) -> bool:
+    """Whether the config says that tokens see the whole text."""
+    text = config.get("text_config") or config
+    return text.get("is_causal") is False or text.get("use_bidirectional_attention") is True
+
+
+def normalised(config: dict, bidirectional: bool = False) -> dict:
+    """What to change in a checkpoint's config so that mlx-lm reads it as transformers does."""
+    changes = _classic_rope(config) | _window_pattern(config)
+    if bidirectional:
+        changes |= _bidirectional_window(config)
+    if isinstance(config.get("text_config"), dict) and (inner := normalised(config["text_config"], bidirectional)):
+        changes["text_config"] = config["text_config"] | inner
+    return changes
+
+
+def _is_bare(names: Iterable[str]) -> bool:
+    """Whether a trunk was saved by itself, as transformers' AutoModel and sentence-transformers do."""
+    return any(name.startswith("layers.") for name in names)
+
+
+def _classes(config: dict) -> tuple[type, type]:
+    """mlx-lm's classes for a config, the model's such that it also takes a trunk's weights without `model.` before."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments_class = _get_classes(config)
+
+    class Model(model_class):
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if _is_bare(weights):
+                weights = {name if name.startswith("lm_head.") else f"model.{name}": w for name, w in weights.items()}
+            return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+
+    return Model, arguments_class
+
+
+def load(folder: Path, config: dict, bidirectional: bool | None = None) -> Decoder:
+    """Load a decoder's safetensors, quantised or not, lazily: weights that are never used are never read.
+
+    Args:
+        bidirectional: None = as the config says, else causal.
+    """
+    from mlx_lm.utils import load_model
+
+    natural = naturally_bidirectional(config)
+    bidirectional = natural if bidirectional is None else bidirectional
+    changes = normalised(config, natural and bidirectional)
+    names = {name for file in weight_files(folder) for name in tensor_table(file)}
+    if _is_bare(names) and "lm_head.weight" not in names:
+        changes["tie_word_embeddings"] = True  # no head is there, and none is needed
+    try:
+        model, config = load_model(folder, lazy=True, model_config=changes, get_model_classes=_classes)
+    except ValueError as error:
+        if "not supported" in str(error):
+            raise UserError(
+                f"{folder}: model type {config.get('model_type')!r} is known neither here (bert, roberta, xlm-roberta) "
+                "nor to the installed mlx-lm"
+            ) from error
+        raise UserError(f"{folder}: {error}") from error
+    except (KeyError, TypeError, RuntimeError, FileNotFoundError) as error:  # settings, tensors, files that it expects
+        raise UserError(f"{folder}: mlx-lm cannot load it ({type(error).__name__}: {error})") from error
+    return Decoder(model, config, bidirectional)

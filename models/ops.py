@@ -1,0 +1,400 @@
+"""Activations, attention and layer norm that are quick on CPUs; on a GPU they are mlx's own.
+
+mlx's element-wise functions take one number at a time on Linux CPUs (8 to 40 ns for each exp, erf or softmax entry).
+The forms here are equal but built from what gcc vectorises: multiplications, additions, integer shifts and selections
+in `mx.compile`d kernels of at most eleven operations in a row (mlx cuts deeper ones), and matrix products instead of
+row sums. Gradients are written by hand. float32 only: other dtypes, and every call on a GPU, go to mlx itself. Without
+g++ nothing is fused: equal results, slower.
+
+Largest errors in units of 2^-23: gelu 3, its derivative 6; silu and gelu_tanh 4 of |x|; attention weights 4 of a row's
+largest weight. NaN and infinity in give NaN or infinity out.
+
+    python -m pytest tests/test_ops.py
+"""
+
+import functools
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import backend
+from backend import mx, nn
+
+# Most numbers of a temporary array: 4 MB stay in the caches, far below the 32 MB from which malloc maps fresh pages.
+CHUNK = 1 << 20
+LOG2_E = 1 / math.log(2)
+HIDDEN = -1e30  # added to the score of a key that must not be seen
+# Bounds are arrays: with literals, gcc turns a clamp into a branch and no longer vectorises the loop around it.
+_LOW, _HIGH, _END = mx.array(-64.0), mx.array(64.0), mx.array(16.0)
+_ZERO, _ONE, _MINUS_ONE = mx.array(0.0), mx.array(1.0), mx.array(-1.0)
+
+
+def _plain(x: mx.array) -> bool:
+    """Whether mlx's own function is the right one."""
+    return backend.IS_GPU or x.dtype != mx.float32
+
+
+# --- kernels that stay fused under mx.grad -----------------------------------------------------------------------
+
+_CAN_FUSE = not backend.IS_GPU and shutil.which("g++") is not None
+_helper = ThreadPoolExecutor(1, thread_name_prefix="ops")
+_probed: list[int] = []
+
+
+@mx.compile
+def _probe(x: mx.array) -> mx.array:
+    _probed.append(1)
+    return x + 1.0
+
+
+def _fusing() -> bool:
+    """Whether `mx.compile` compiles here and now: while a gradient is built, it only calls the function."""
+    _probed.clear()
+    _probe(_ZERO)
+    if _probed:  # either that, or the first call
+        _probed.clear()
+        _probe(_ZERO)
+    return not _probed
+
+
+def _fused(function: Callable) -> Callable:
+    """Let the compiled kernels that `function` calls be fused, whatever is being traced around it.
+
+    mlx does not fuse what depends on a traced array, nor anything in a thread that is going backwards. An alias out of
+    a finished transformation is not traced; and another thread is not going backwards.
+    """
+
+    @functools.wraps(function)
+    def call(*arrays: mx.array):
+        if not _CAN_FUSE:
+            return function(*arrays)
+        if _fusing():
+            return function(*mx.vjp(lambda *aliases: aliases, arrays, arrays)[0])
+        stream = mx.default_stream(mx.default_device())
+
+        def there():
+            with mx.stream(stream):
+                return function(*arrays)
+
+        return _helper.submit(there).result()
+
+    return call
+
+
+# --- powers of two -----------------------------------------------------------------------------------------------
+
+# 2^f on [-1/2, 1/2] with the least largest relative error, 8e-8.
+_P = (1.0000000716740238, 0.6931469670768491, 0.24022119726817173, 0.055507132868381555, 0.009675541248691782,
+      0.0013276464862106287)  # fmt: skip
+_ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
+
+
+@mx.compile
+def _split(x: mx.array, low: mx.array) -> tuple[mx.array, mx.array]:
+    """Two floats of which `_join` makes 2^x: 2^(x - k), and one with k = round(x) in its lowest bits."""
+    x = mx.where(x < low, low, x)
+    k = x + _ROUND
+    f = x - (k - _ROUND)
+    square = f * f
+    return (_P[0] + _P[1] * f) + square * ((_P[2] + _P[3] * f) + square * (_P[4] + _P[5] * f)), k
+
+
+@mx.compile
+def _join(mantissa: mx.array, k: mx.array) -> mx.array:
+    return mantissa + (k << 23)  # k goes into the exponent's bits
+
+
+def _exp2(x: mx.array) -> mx.array:
+    """2^x for x below 127; 2^-64 for all x below -64, so that products with it are no (slow) subnormal numbers.
+
+    What becomes of NaN is arbitrary: callers take care of it.
+    """
+    mantissa, k = _split(x, _LOW)
+    return mx.view(_join(mx.view(mantissa, mx.int32), mx.view(k, mx.int32)), mx.float32)
+
+
+# --- activations -------------------------------------------------------------------------------------------------
+
+# With a = |x|: gelu(x) = max(x, 0) - a T(a), where T(a) = 1 - Phi(a) is close to 1 / (2 p(a)^8), and gelu'(x) is D(a)
+# for x < 0, 1 - D(a) for x > 0, where D(a) = T(a) - a phi(a) is close to n(a) / p(a)^8. Both polynomials have the least
+# largest error on [0, 6.5], weighted with what they contribute to the result; behind it p^8 is above 1e10 and grows.
+_T = (1.0, 0.0997366535844831, 0.04475145890125316, 0.008716535557758635, 0.0007708431859023198,
+      0.0003092180401824085, -1.1385820061239801e-05, 1.7885435885121192e-05, -2.9295026920814224e-06,
+      4.0758664569227465e-07)  # fmt: skip
+_D = (0.5, -0.3989416064319422, -0.3182993426100129, -0.05460521798775247, 0.009863316523431542,
+      -0.00032112241137432964, -0.00033974793057083463, 8.273196660837909e-05, -6.542535111610398e-06)  # fmt: skip
+
+
+@mx.compile
+def _gelu_p(x: mx.array, end: mx.array) -> mx.array:
+    a = mx.abs(x)
+    a = mx.where(a > end, end, a)
+    z = a * a
+    high = (_T[4] + _T[5] * a) + z * ((_T[6] + _T[7] * a) + z * (_T[8] + _T[9] * a))
+    return ((_T[0] + _T[1] * a) + z * (_T[2] + _T[3] * a)) + (z * z) * high
+
+
+@mx.compile
+def _gelu_n(x: mx.array, end: mx.array) -> mx.array:
+    a = mx.abs(x)
+    a = mx.where(a > end, end, a)
+    z = a * a
+    high = (_D[4] + _D[5] * a) + z * ((_D[6] + _D[7] * a) + z * _D[8])
+    return ((_D[0] + _D[1] * a) + z * (_D[2] + _D[3] * a)) + (z * z) * high
+
+
+@mx.compile
+def _gelu_value(x: mx.array, p: mx.array) -> mx.array:
+    a = mx.abs(x)
+    p = p * p
+    p = p * p
+    return (0.5 * x + 0.5 * a) - (0.5 * a) / (p * p)
+
+
+@mx.compile
+def _gelu_slope(
+    x: mx.array, p: mx.array, n: mx.array, dy: mx.array, zero: mx.array, plus: mx.array, minus: mx.array
+) -> mx.array:
+    p = p * p
+    p = p * p
+    return dy * (0.5 + mx.where(x > zero, plus, minus) * (0.5 - n / (p * p)))
+
+
+@_fused
+def _gelu_forward(x: mx.array) -> mx.array:
+    return _gelu_value(x, _gelu_p(x, _END))
+
+
+@_fused
+def _gelu_backward(x: mx.array, dy: mx.array) -> mx.array:
+    return _gelu_slope(x, _gelu_p(x, _END), _gelu_n(x, _END), dy, _ZERO, _ONE, _MINUS_ONE)
+
+
+@mx.compile
+def _clamped(u: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    """-u / log(2), within [low, high]."""
+    u = u * -LOG2_E
+    u = mx.where(u < low, low, u)
+    return mx.where(u > high, high, u)
+
+
+@mx.compile
+def _gated(x: mx.array, power: mx.array) -> mx.array:
+    return x / (1.0 + power)
+
+
+@mx.compile
+def _silu_slope(x: mx.array, power: mx.array, dy: mx.array) -> mx.array:
+    gate = 1.0 / (1.0 + power)
+    return dy * (gate + (x * gate) * (power * gate))
+
+
+@_fused
+def _silu_forward(x: mx.array) -> mx.array:
+    return _gated(x, _exp2(_clamped(x, _LOW, _HIGH)))
+
+
+@_fused
+def _silu_backward(x: mx.array, dy: mx.array) -> mx.array:
+    return _silu_slope(x, _exp2(_clamped(x, _LOW, _HIGH)), dy)
+
+
+_U1, _U3 = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+
+
+@mx.compile
+def _cubic(x: mx.array) -> mx.array:
+    return x * (_U1 + _U3 * (x * x))
+
+
+@mx.compile
+def _gelu_tanh_slope(x: mx.array, power: mx.array, dy: mx.array) -> mx.array:
+    gate = 1.0 / (1.0 + power)
+    return dy * (gate + (x * (_U1 + (3 * _U3) * (x * x))) * ((power * gate) * gate))
+
+
+@_fused
+def _gelu_tanh_forward(x: mx.array) -> mx.array:
+    return _gated(x, _exp2(_clamped(_cubic(x), _LOW, _HIGH)))
+
+
+@_fused
+def _gelu_tanh_backward(x: mx.array, dy: mx.array) -> mx.array:
+    return _gelu_tanh_slope(x, _exp2(_clamped(_cubic(x), _LOW, _HIGH)), dy)
+
+
+def _activation(forward: Callable, backward: Callable) -> Callable:
+    function = mx.custom_function(forward)
+    function.vjp(lambda x, dy, _: backward(x, dy))
+    return function
+
+
+_gelu = _activation(_gelu_forward, _gelu_backward)
+_silu = _activation(_silu_forward, _silu_backward)
+_gelu_tanh = _activation(_gelu_tanh_forward, _gelu_tanh_backward)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """x Phi(x), the exact form: `gelu` in Hugging Face configs. Any shape."""
+    return nn.gelu(x) if _plain(x) else _gelu(x)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh form of gelu (`gelu_pytorch_tanh`, `gelu_new`), written x sigmoid(2u). Any shape."""
+    return nn.gelu_approx(x) if _plain(x) else _gelu_tanh(x)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x sigmoid(x). Any shape."""
+    return nn.silu(x) if _plain(x) else _silu(x)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def _cuts(rows: int, heads: int, queries: int, keys: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of rows, heads and queries, in order, whose score matrices hold at most CHUNK numbers."""
+    most = max(1, CHUNK // keys)  # queries at once
+    n = min(queries, most)
+    h = min(heads, most // queries) or 1
+    r = min(rows, most // (queries * heads)) or 1
+    for i in range(0, rows, r):
+        for j in range(0, heads, h):
+            for k in range(0, queries, n):
+                yield slice(i, i + r), slice(j, j + h), slice(k, k + n)
+
+
+@_fused
+def _weights(scores: mx.array) -> tuple[mx.array, mx.array]:
+    """Scores (.., keys, queries) in powers of two -> weights whose largest is 1, and their sums (.., queries, 1)."""
+    largest = scores.max(axis=-2, keepdims=True)
+    weights = _exp2(scores - largest)
+    # The added term is 0 where all is well, NaN where a score is NaN or infinite.
+    sums = weights.sum(axis=-2, keepdims=True) + (largest - largest)
+    return weights, mx.swapaxes(sums, -1, -2)
+
+
+def _joined(parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    return (flat[0] if len(flat) == 1 else mx.concatenate(flat)).reshape(shape)
+
+
+def _bias_of(mask: mx.array, groups: int) -> mx.array:
+    """0 or HIDDEN, (R or 1, kv heads or 1, L, groups * L or 1), from a mask that broadcasts to (R, heads, L, L)."""
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    bias = mx.where(mask, 0.0, HIDDEN)
+    r, h, queries, keys = bias.shape
+    if h > 1:
+        bias = bias.reshape(r, h // groups, groups * queries, keys)
+    elif queries > 1:
+        bias = mx.tile(bias, (1, 1, groups, 1))
+    return mx.swapaxes(bias, -1, -2)
+
+
+def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, bias: mx.array | None) -> mx.array:
+    """q (R, H, Q, d), k (R, H, K, d), v (R, H, K, e), bias (R or 1, H or 1, K, Q or 1) -> (R, H, Q, e).
+
+    Scores are held transposed, (K, Q): maxima over keys, and their subtraction, then run along contiguous queries.
+    """
+    rows, heads, queries, d = q.shape
+    cuts = list(_cuts(rows, heads, queries, k.shape[2]))
+    by_key = bias is not None and bias.shape[-1] == 1  # such a bias is one more column of the product
+    kept: list[tuple[mx.array, ...]] = []
+
+    def part(x: mx.array, i: slice, j: slice) -> mx.array:
+        return x[i if x.shape[0] > 1 else slice(None), j if x.shape[1] > 1 else slice(None)]
+
+    @mx.custom_function
+    def run(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        q = q * (scale * LOG2_E)
+        if by_key:
+            q = mx.concatenate([q, mx.ones((*q.shape[:3], 1))], axis=-1)
+            k = mx.concatenate([k, mx.broadcast_to(bias, (*k.shape[:3], 1))], axis=-1)
+        else:
+            q, k = mx.contiguous(q), mx.contiguous(k)
+        v = mx.contiguous(v)
+        kept.clear()
+        outs = []
+        for i, j, n in cuts:
+            scores = k[i, j] @ mx.swapaxes(q[i, j, n], -1, -2)
+            if bias is not None and not by_key:
+                scores = scores + part(bias, i, j)[..., n]
+            weights, sums = _weights(scores)
+            out = (mx.swapaxes(weights, -1, -2) @ v[i, j]) / sums
+            kept.append((weights, sums, out))
+            outs.append(out)
+        return _joined(outs, (rows, heads, queries, v.shape[-1]))
+
+    @run.vjp
+    def backward(primals, dy, _):
+        q, k, v = primals
+        q, k = mx.contiguous(q), mx.contiguous(k)
+        v = mx.concatenate([v, mx.ones((*v.shape[:3], 1))], axis=-1)
+        dy = mx.contiguous(dy)
+        dq, dk, dv = [], [], []
+        for (i, j, n), (weights, sums, out) in zip(cuts, kept, strict=True):
+            # With P the normalised weights: dS = P (dP - sum(P dP)) and sum(P dP) = sum(out dout), per query.
+            dout = dy[i, j, n] / sums
+            total = (dout * out) @ mx.ones((out.shape[-1], 1))
+            dscores = weights * (v[i, j] @ mx.swapaxes(mx.concatenate([dout, -total], axis=-1) * scale, -1, -2))
+            dq.append(mx.swapaxes(dscores, -1, -2) @ k[i, j])
+            more_k, more_v = dscores @ q[i, j, n], weights @ dout
+            if n.start:  # further queries of the same keys
+                dk[-1], dv[-1] = dk[-1] + more_k, dv[-1] + more_v
+            else:
+                dk.append(more_k)
+                dv.append(more_v)
+        return _joined(dq, q.shape), _joined(dk, k.shape), _joined(dv, (*v.shape[:3], v.shape[-1] - 1))
+
+    return run(q, k, v)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None) -> mx.array:
+    """softmax(scale q k^T) v, as `mx.fast.scaled_dot_product_attention`.
+
+    Args:
+        q: (R, heads, L, d). k, v: (R, kv heads, L, d); every kv head serves heads / kv heads query heads.
+        mask: bool, True = seen, broadcasts to (R, heads, L, L). A query that sees nothing gets an arbitrary state.
+
+    Returns (R, heads, L, d). No gradient flows to the mask.
+    """
+    if _plain(q) or q.dtype != k.dtype or q.dtype != v.dtype or (mask is not None and mask.dtype != mx.bool_):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    rows, heads, length, d = q.shape
+    groups = heads // k.shape[1]
+    bias = None if mask is None else _bias_of(mask, groups)
+    grouped = q.reshape(rows, heads // groups, groups * length, d)
+    return _attention(grouped, k, v, scale, bias).reshape(rows, heads, length, v.shape[-1])
+
+
+# --- layer norm --------------------------------------------------------------------------------------------------
+
+
+def _row_mean(x: mx.array) -> mx.array:
+    return x @ mx.full((x.shape[-1], 1), 1 / x.shape[-1])
+
+
+@mx.custom_function
+def _layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> mx.array:
+    centred = x - _row_mean(x)
+    return centred * mx.rsqrt(_row_mean(centred * centred) + eps) * weight + bias
+
+
+@_layer_norm.vjp
+def _layer_norm_vjp(primals, dy, _):
+    x, weight, bias, eps = primals
+    centred = x - _row_mean(x)
+    inverse = mx.rsqrt(_row_mean(centred * centred) + eps)
+    normed = centred * inverse
+    slope = dy * weight
+    dx = (slope - _row_mean(slope) - normed * _row_mean(slope * normed)) * inverse
+    lead = tuple(range(x.ndim - 1))
+    return dx, (dy * normed).sum(axis=lead), dy.sum(axis=lead), mx.zeros_like(eps)
+
+
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """Layer norm over the last axis: x (.., D), weight and bias (D,)."""
+    if _plain(x) or weight.dtype != x.dtype or bias.dtype != x.dtype:
+        return mx.fast.layer_norm(x, weight, bias, eps)
+    return _layer_norm(x, weight, bias, mx.array(eps))
