@@ -1,0 +1,335 @@
+"""From rows of text on disk to batches of token ids.
+
+Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl`:
+
+    {"query": ..., "document": ..., "rank": 1}            rank is optional: 1 = best, weight 1 / log2(1 + rank)
+    {"query": ..., "positive": ..., "negatives": [...]}   negatives are optional
+    {"anchor": ..., "positive": ..., "negative": ...}
+
+`negative` and `negatives`, a text or a list of texts, are understood in all of them.
+
+Every row is read and checked once before training; after that only its place in the file is kept in memory. The order
+is a seeded permutation, another one every epoch, and batch k is computed from k alone, so a run continues anywhere.
+"""
+
+import atexit
+import gzip
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from backend import UserError
+
+import numpy as np
+
+from batching import Texts
+from tokens import TextTokenizer
+
+MAX_ROW_BYTES = 500_000  # a longer line is a file that lacks its line breaks, not a training example
+FORMATS = {
+    "document": ("query", "document"),
+    "positive": ("query", "positive"),
+    "anchor": ("anchor", "positive"),
+}
+NEGATIVES = ("negatives", "negative")
+MAX_RANK = 2**31 - 1
+
+
+class Example(NamedTuple):
+    """One row: a query, its positive, its own hard negatives, and the rank of the positive (1 = best)."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+    rank: int
+
+
+class RowError(ValueError):
+    """Why one row cannot be used."""
+
+
+def row_format(row: dict) -> str:
+    """Which of the formats a row has, by its keys."""
+    if "anchor" in row:
+        return "anchor"
+    if "query" in row and "document" in row:
+        return "document"
+    if "query" in row and "positive" in row:
+        return "positive"
+    if "query" in row:
+        raise RowError("no positive: a row with a query needs a document or a positive")
+    raise RowError(
+        f"keys {', '.join(sorted(row)) or '(none)'} fit no format (query and document; query and positive; "
+        "anchor, positive and negative)"
+    )
+
+
+def _text(row: dict, key: str) -> str:
+    if key not in row:
+        raise RowError(f"no {key}")
+    if not isinstance(row[key], str):
+        raise RowError(f"{key} is not a text")
+    if not row[key].strip():
+        raise RowError(f"{key} is empty")
+    return row[key]
+
+
+def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
+    """One line's example and its format; RowError says what is wrong with it."""
+    if len(line) > MAX_ROW_BYTES:
+        raise RowError(f"the line has more than {MAX_ROW_BYTES:,} bytes; are line breaks missing?")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1})") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise RowError(f"broken JSON ({error})") from error
+    except RecursionError as error:
+        raise RowError("JSON nested too deeply") from error
+    if not isinstance(row, dict):
+        raise RowError("not a JSON object")
+    kind = row_format(row)
+    if expected is not None and kind != expected:
+        raise RowError(f"has the format {'/'.join(FORMATS[kind])}, but rows before have {'/'.join(FORMATS[expected])}")
+    query, positive = (_text(row, key) for key in FORMATS[kind])
+    negatives: list[str] = []
+    for key in NEGATIVES:
+        value = row.get(key, [])
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+            raise RowError(f"{key} must be a text or a list of texts, none of them empty")
+        negatives += value
+    if kind == "anchor" and not negatives:
+        raise RowError("no negative")
+    rank = row.get("rank", 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
+    return Example(query, positive, tuple(negatives), rank), kind
+
+
+def find_files(sources: Sequence[str], split: str = "train") -> list[Path]:
+    """The files that `--data` names: files themselves, or `train.jsonl[.gz]` of a folder."""
+    files = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            inside = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
+            if not (found := [file for file in inside if file.is_file()]):
+                raise UserError(f"--data {source}: the folder has no {split}.jsonl")
+            files.append(found[0])
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"--data {source}: no such file or folder")
+    return files
+
+
+def find_validation(sources: Sequence[str]) -> list[Path]:
+    """The `valid.jsonl[.gz]` of the folders that `--data` names; none is no mistake."""
+    folders = [Path(source).expanduser() for source in sources]
+    names = ("valid.jsonl", "valid.jsonl.gz")
+    return find_files([str(folder) for folder in folders if any((folder / name).is_file() for name in names)], "valid")
+
+
+class Rows:
+    """The checked rows of some files: `len(rows)`, `rows[i]`; texts stay on disk.
+
+    Args:
+        files: JSON lines, gzip-compressed where the name ends in `.gz` (unpacked once to a temporary file).
+        skip_bad: leave out rows that cannot be used; they are in `skipped`, as "file:line: reason".
+
+    Raises UserError with file, line and reason at the first bad row, or where no row is left.
+    """
+
+    def __init__(self, files: Sequence[Path], skip_bad: bool = False):
+        self.files = list(files)
+        self.skipped: list[str] = []
+        self.kind: str | None = None
+        self.has_negatives = False
+        self._handles = [self._open(file) for file in self.files]
+        starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
+        for file, handle in zip(self.files, self._handles, strict=True):
+            self._check(file, handle, skip_bad, starts, sizes, numbers)
+            counts.append(len(starts))
+        if not starts:
+            raise UserError(f"{', '.join(map(str, self.files))}: no usable row")
+        # Views on the arrays: five million rows take 80 MB, their texts nothing.
+        self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
+        self._counts = np.array(counts)
+
+    @staticmethod
+    def _open(file: Path):
+        try:
+            if file.suffix != ".gz":
+                return open(file, "rb")
+            unpacked = tempfile.TemporaryFile()
+            with gzip.open(file, "rb") as packed:
+                shutil.copyfileobj(packed, unpacked, 1 << 20)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{file}: not a whole gzip file ({error})") from error
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}") from error
+        unpacked.seek(0)
+        return unpacked
+
+    def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> None:
+        position = 0
+        for number, (line, size) in enumerate(_lines(handle), start=1):
+            if line.strip():
+                try:
+                    example, self.kind = parse(line, self.kind)
+                    self.has_negatives |= bool(example.negatives)
+                    starts.append(position)
+                    sizes.append(size)
+                    numbers.append(number)
+                except RowError as error:
+                    if not skip_bad:
+                        raise UserError(f"{file}:{number}: {error} (--skip-bad-rows leaves such rows out)") from error
+                    self.skipped.append(f"{file}:{number}: {error}")
+            position += size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> Example:
+        file = int(np.searchsorted(self._counts, i, side="right")) - 1
+        line = os.pread(self._handles[file].fileno(), int(self._sizes[i]), int(self._starts[i]))
+        try:
+            return parse(line, self.kind)[0]
+        except RowError as error:
+            raise UserError(f"{self.where(i)}: the file was changed during the run ({error})") from error
+
+    def where(self, i: int) -> str:
+        """The row's place as file:line."""
+        file = int(np.searchsorted(self._counts, i, side="right")) - 1
+        return f"{self.files[file]}:{int(self._numbers[i])}"
+
+
+def _lines(handle) -> Iterator[tuple[bytes, int]]:
+    """Each line with its size in bytes; of an over-long line only the beginning is kept in memory."""
+    while line := handle.readline(MAX_ROW_BYTES + 1):
+        size, end = len(line), line
+        while not end.endswith(b"\n") and (end := handle.readline(MAX_ROW_BYTES)):
+            size += len(end)
+        yield line, size
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples as token ids. A text that occurs more than once is there once.
+
+    `texts` holds Q distinct queries, then C distinct documents (positives and negatives).
+    """
+
+    texts: Texts
+    queries: int  # Q
+    query: np.ndarray  # (B,) int32: index of each example's query, 0..Q-1
+    document: np.ndarray  # (B,) int32: index of its positive, 0..C-1
+    rank: np.ndarray  # (B,) int32
+    rows: np.ndarray  # (B,) int64: where it came from, for messages
+
+    @property
+    def relevant(self) -> np.ndarray:
+        """(Q, C) bool: documents that some example of the batch gives as positive to a query."""
+        relation = np.zeros((self.queries, len(self.texts) - self.queries), dtype=bool)
+        relation[self.query, self.document] = True
+        return relation
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the batch, no padding."""
+        return int(self.texts.lengths.sum())
+
+    def rows_with(self, text: int) -> np.ndarray:
+        """The source rows in which the text of that index is the query or the positive; all rows for a negative."""
+        used = self.query == text if text < self.queries else self.document == text - self.queries
+        return self.rows[used] if used.any() else self.rows
+
+
+def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: TextTokenizer) -> Batch:
+    """Tokenise examples into a batch, every distinct text once."""
+    queries: dict[str, int] = {}
+    documents: dict[str, int] = {}
+    query = [queries.setdefault(e.query, len(queries)) for e in examples]
+    document = [documents.setdefault(e.positive, len(documents)) for e in examples]
+    for example in examples:
+        for negative in example.negatives:
+            documents.setdefault(negative, len(documents))
+    texts = Texts.join([tokenizer(list(queries), "query"), tokenizer(list(documents), "document")])
+    rank = np.array([e.rank for e in examples], np.int32)
+    return Batch(
+        texts, len(queries), np.array(query, np.int32), np.array(document, np.int32), rank, np.array(rows, np.int64)
+    )
+
+
+class Batches:
+    """An endless, seeded sequence of batches: batch k holds the k-th `size` rows of epoch after epoch.
+
+    A batch may cross from one epoch into the next, so no row is ever dropped. `order(epoch)` is a permutation that
+    depends on seed and epoch only.
+    """
+
+    def __init__(self, rows: Rows, tokenizer: TextTokenizer, size: int, seed: int = 0):
+        if size > len(rows):
+            raise UserError(f"--batch-size {size} is larger than the data: {len(rows)} rows")
+        if size == 1 and not rows.has_negatives:
+            raise UserError("--batch-size 1: rows without negatives leave each query one candidate; nothing to learn")
+        self.rows, self.tokenizer, self.size, self.seed = rows, tokenizer, size, seed
+        self._epoch, self._order = -1, np.empty(0, np.uint32)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(rows,) uint32: the epoch's permutation."""
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(np.arange(len(self.rows), dtype=np.uint32))
+        return self._order
+
+    def row_numbers(self, k: int) -> list[int]:
+        """The rows of batch k, counted from 0."""
+        positions = range(k * self.size, (k + 1) * self.size)
+        return [int(self.order(p // len(self.rows))[p % len(self.rows)]) for p in positions]
+
+    def batch(self, k: int) -> Batch:
+        """Batch k, counted from 0."""
+        numbers = self.row_numbers(k)
+        return make_batch([self.rows[i] for i in numbers], numbers, self.tokenizer)
+
+    def stream(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches `first` to `last` - 1, read and tokenised by mlx-data in the background, two ahead."""
+        import mlx.data as dx
+
+        def produce() -> Iterator[dict]:
+            return (_pack(self.batch(k)) for k in range(first, last))
+
+        stream = dx.stream_python_iterable(produce).prefetch(2, 1)
+        # The interpreter aborts or hangs at exit while a stream still prefetches, or after one met an error.
+        atexit.register(stream.reset)
+        try:
+            for sample in stream:
+                yield _unpack(sample)
+        finally:
+            atexit.unregister(stream.reset)
+            stream.reset()
+
+
+def _pack(batch: Batch) -> dict[str, np.ndarray]:
+    """A batch as the arrays that mlx-data carries."""
+    arrays = {name: getattr(batch.texts, name) for name in ("ids", "lengths", "start", "end")}
+    arrays |= {name: getattr(batch, name) for name in ("query", "document", "rank", "rows")}
+    return arrays | {"queries": np.int64(batch.queries)}
+
+
+def _unpack(sample: dict) -> Batch:
+    texts = Texts(*(np.array(sample[name]) for name in ("ids", "lengths", "start", "end")))
+    rest = (np.array(sample[name]) for name in ("query", "document", "rank", "rows"))
+    return Batch(texts, int(sample["queries"]), *rest)

@@ -1,0 +1,298 @@
+"""Evaluate a retrieval model: an adapter on its base, a base model, or an exported folder.
+
+python eval.py --model adapters/final                                        # on the folder eval-data/
+python eval.py --model MODEL --eval-tasks eval-data NanoMSMARCORetrieval --output results.json
+
+A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
+mteb searches exhaustively and computes the metrics; nothing it cached before is believed. Training calls `evaluate`
+every N steps with the model it trains and gets, to the last digit, what this command says about the saved model.
+"""
+
+import argparse
+import functools
+import json
+import logging
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import backend
+from backend import UserError
+
+import numpy as np
+
+import eval_tasks
+
+# mteb's names and the field's spelling, in the order of the tables; the first is what "best" means in training.
+METRICS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "Recall@100", "precision_at_1": "P@1"}
+Scores = dict[str, float]  # metric -> figure
+
+
+class Encoder(Protocol):
+    """All that evaluation needs of a model; `embed.Model` is one."""
+
+    name: str
+
+    def encode(self, texts: list[str], prompt: str | None, show_progress: bool) -> np.ndarray:
+        """Vectors (n, D), float32, in the texts' order; `prompt` is "query" or "document"."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model.
+
+    tasks: task -> metric -> mteb's figure, rounded as mteb does. A task of several subsets gives one entry each.
+    per_query: task -> metric -> query id -> that query's score; their mean is the task's figure before rounding.
+    unreachable: hub tasks that could not be loaded -> one line saying why and what to do.
+    """
+
+    model: str
+    tasks: dict[str, Scores]
+    per_query: dict[str, dict[str, Scores]]
+    unreachable: dict[str, str]
+
+    def average(self) -> Scores:
+        """Every metric's mean over the evaluated tasks; {} where there is none. See `unreachable` for the others."""
+        return {m: float(np.mean([s[m] for s in self.tasks.values()])) for m in METRICS} if self.tasks else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--output` writes; "unreachable" only where some task was."""
+        record: dict[str, Any] = {"model": self.model, "tasks": self.tasks}
+        return record | {"unreachable": self.unreachable} if self.unreachable else record
+
+
+class _Searcher:
+    """The model as mteb knows one: vectors from the model, exhaustive search from mteb, whose rankings are kept."""
+
+    def __init__(self, model: Encoder, task: str, revision: str, show_progress: bool):
+        from mteb.models import ModelMeta, SearchEncoderWrapper
+
+        name = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "model"
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": revision})
+        self.model, self.task, self.show_progress = model, task, show_progress
+        self.rankings: dict[tuple[str, str], dict[str, Scores]] = {}  # split, subset -> query -> document -> score
+        self.search_of_mteb = SearchEncoderWrapper(self)
+        self.index = self.search_of_mteb.index
+
+    def encode(self, inputs: Any, *, prompt_type: Any, **_: Any) -> np.ndarray:
+        texts = [text for batch in inputs for text in batch["text"]]  # a document's is its title and its text
+        vectors = self.model.encode(texts, prompt=prompt_type.value, show_progress=self.show_progress)
+        if not np.isfinite(vectors).all():  # mteb would rank them, and well
+            rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+            count = f"{len(rows)} of {len(texts)} {prompt_type.value} embeddings"
+            raise FloatingPointError(f"{self.task}: {count} are not finite")
+        return vectors
+
+    def similarity(self, queries: Any, documents: Any) -> np.ndarray:
+        return np.asarray(queries) @ np.asarray(documents).T
+
+    def search(self, queries: Any, **kwargs: Any) -> dict[str, Scores]:
+        rankings = self.search_of_mteb.search(queries, **kwargs)
+        self.rankings[kwargs["hf_split"], kwargs["hf_subset"]] = rankings
+        return rankings
+
+
+def _query_scores(qrels: dict[str, dict[str, int]], rankings: dict[str, Scores]) -> dict[str, Scores]:
+    """metric -> query id -> score, from the library that mteb takes."""
+    import pytrec_eval
+
+    names = dict(zip(METRICS, ("ndcg_cut_10", "recip_rank", "recall_100", "P_1"), strict=True))
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recip_rank", "recall.100", "P.1"})
+    found = evaluator.evaluate(rankings)
+    scores = {metric: {query: found[query][name] for query in found} for metric, name in names.items()}
+    scores["mrr_at_10"] = {query: rr if rr >= 1 / 10 else 0.0 for query, rr in scores["mrr_at_10"].items()}
+    return scores
+
+
+def _import_mteb() -> None:
+    with suppress(ImportError):  # `evaluate` meets it again, in the thread that can tell it
+        import mteb  # noqa: F401
+        import sentence_transformers  # noqa: F401  (mteb imports it, and torch, in its first evaluation)
+
+
+@functools.cache
+def preload() -> threading.Thread:
+    """Begin to import mteb, which takes seconds, in the background; `evaluate` waits for it. Returns at once."""
+    thread = threading.Thread(target=_import_mteb, name="import mteb", daemon=True)
+    thread.start()
+    return thread
+
+
+@contextmanager
+def _quiet(show_progress: bool) -> Iterator[None]:
+    """No log lines below errors and no progress bars from mteb and what it uses."""
+    import datasets
+
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("mteb", "datasets", "huggingface_hub"))}
+    bars = datasets.is_progress_bar_enabled()
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    if not show_progress:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show_progress: bool = False) -> Evaluation:
+    """Evaluate a model.
+
+    Args:
+        model: see `Encoder`. Scores are dot products of its vectors.
+        tasks: folders in BEIR layout and names of MTEB tasks of type Retrieval.
+        revision: what mteb is told about the state of the model, for instance "step 100"; scores do not depend on it.
+        show_progress: bars for downloads and embedding.
+
+    Raises UserError for a folder or a name that is wrong, before anything is embedded, and FloatingPointError for
+    vectors that are not finite. Hub tasks that can not be had are no error: see `Evaluation.unreachable`.
+    """
+    preload().join()
+    import mteb
+
+    figures: dict[str, Scores] = {}
+    per_query: dict[str, dict[str, Scores]] = {}
+    loaded, unreachable = {}, {}
+    with _quiet(show_progress):
+        for name in dict.fromkeys(tasks):
+            task, why_not = eval_tasks.load(name)
+            if task is None:
+                unreachable[name] = why_not
+                continue
+            label = Path(name).expanduser().resolve().name  # an MTEB task's is the task's name
+            loaded[name if label in loaded else label] = task
+        for name, task in loaded.items():
+            searcher = _Searcher(model, name, revision, show_progress)
+            options: dict[str, Any] = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+            options["encode_kwargs"] = {
+                "batch_size": 1024,
+                "show_progress_bar": False,
+            }  # the model cuts its own batches
+            scores = mteb.evaluate(searcher, task, **options).task_results[0].scores
+            for (split, subset), rankings in searcher.rankings.items():
+                label = name if len(searcher.rankings) == 1 else f"{name}/{split}/{subset}"
+                part = next(part for part in scores[split] if part["hf_subset"] == subset)
+                figures[label] = {metric: part[metric] for metric in METRICS}
+                per_query[label] = _query_scores(task.dataset[subset][split]["relevant_docs"], rankings)
+    return Evaluation(model.name, figures, per_query, unreachable)
+
+
+# --- comparison and tables ---
+
+
+def compare(
+    before: Evaluation, after: Evaluation, resamples: int = 10_000, seed: int = 0
+) -> list[tuple[str, float, float, float, float, float]]:
+    """(metric, before, after, difference, low, high) for every metric: the mean over the tasks that both hold.
+
+    low and high bound the difference's 95 % interval: the 2.5th and 97.5th percentile over `resamples` draws of as many
+    queries as there are, with replacement, the same ones for both models (paired bootstrap; Efron and Tibshirani 1993,
+    chapter 13). Several tasks: drawn within each task, then averaged.
+    Raises UserError where they have no task in common, or a task has other queries.
+    """
+    if not (names := [name for name in before.tasks if name in after.tasks]):
+        raise UserError("the two evaluations have no task in common")
+    rng = np.random.default_rng(seed)
+    draws = np.zeros((resamples, len(METRICS)))
+    for name in names:
+        old, new = before.per_query[name], after.per_query[name]
+        ids = sorted(old["ndcg_at_10"])
+        if ids != sorted(new["ndcg_at_10"]):
+            raise UserError(f"{name}: the two evaluations asked different queries")
+        differences = np.array([[new[metric][i] - old[metric][i] for metric in METRICS] for i in ids])  # (n, metrics)
+        count = len(ids)
+        chunk = max(1, 2_000_000 // count)  # resamples at once: some 65 MB
+        for first in range(0, resamples, chunk):
+            rows = min(chunk, resamples - first)
+            drawn = rng.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+            times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+            draws[first : first + rows] += times @ differences / (count * len(names))
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    rows = []
+    for column, metric in enumerate(METRICS):
+        old, new = (float(np.mean([e.tasks[name][metric] for name in names])) for e in (before, after))
+        rows.append((metric, old, new, new - old, float(low[column]), float(high[column])))
+    return rows
+
+
+def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout: the first column is text and may wrap, the others are figures."""
+    from rich import box
+    from rich.table import Table
+
+    from reporting import console
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(columns[0], overflow="fold")
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console().print(table, soft_wrap=False)
+
+
+def print_table(evaluation: Evaluation) -> None:
+    """Print the figures of every task, and their average where there are several."""
+    figures = list(evaluation.tasks.items())
+    if len(figures) > 1:
+        figures.append(("average", evaluation.average()))
+    rows = [(name, *(f"{scores[metric]:.4f}" for metric in METRICS)) for name, scores in figures]
+    rows += [(f"{name} (unreachable)", *"-" * len(METRICS)) for name in evaluation.unreachable]
+    _print(evaluation.model, ("task", *METRICS.values()), rows)
+
+
+def print_comparison(before: Evaluation, after: Evaluation) -> None:
+    """Print the figures of two evaluations, and how sure their difference is."""
+    common = [name for name in before.tasks if name in after.tasks]
+    queries = sum(len(before.per_query[name]["ndcg_at_10"]) for name in common)
+    rows = [
+        (METRICS[metric], f"{old:.4f}", f"{new:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]")
+        for metric, old, new, difference, low, high in compare(before, after)
+    ]
+    columns = ("metric", "before", "after", "difference", "95 % interval")
+    _print(f"{', '.join(common)}: {queries:,} queries", columns, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
+    parser.add_argument("--model", required=True, help="adapter folder, base model's folder, or hub name")
+    parser.add_argument("--adapter", help="adapter folder to put on the base model --model")
+    tasks = "folders in BEIR layout and names of MTEB tasks (default: eval-data)"
+    parser.add_argument("--eval-tasks", nargs="+", default=["eval-data"], metavar="TASK", help=tasks)
+    parser.add_argument("--output", metavar="FILE", help="write the figures to this file, as JSON")
+    parser.add_argument("--max-length", type=int, metavar="N", help="cut documents after N tokens")
+    parser.add_argument("--query-max-length", type=int, metavar="N", help="cut queries after N tokens")
+    args = parser.parse_args(argv)
+    try:
+        output = Path(args.output).expanduser() if args.output else None
+        if output and (output.is_dir() or not output.parent.is_dir()):
+            raise UserError(f"--output {output}: not a file in a folder that exists")
+        eval_tasks.check_folders(args.eval_tasks)
+        preload()
+        print(backend.describe(), file=sys.stderr)
+        from embed import load
+
+        model = load(args.model, args.adapter, max_length=args.max_length, query_max_length=args.query_max_length)
+        result = evaluate(model, args.eval_tasks, show_progress=sys.stderr.isatty())
+        for why_not in result.unreachable.values():
+            print(f"eval.py: {why_not}", file=sys.stderr)
+        if result.tasks:
+            print_table(result)
+        if output:
+            output.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    except (UserError, FloatingPointError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    return 2 if not result.tasks else 1 if result.unreachable else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

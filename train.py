@@ -1,0 +1,349 @@
+"""Train a retrieval model.
+
+python train.py                                         the model and data that come with the toolkit, a minute
+python train.py --model Qwen/Qwen3-Embedding-0.6B --data pairs.jsonl --batch-size 256 --steps 2000
+python train.py --config configs/default.yaml --steps 20     settings from a file, flags win
+python train.py --resume --output adapters              continue a run that was stopped
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import backend
+from backend import UserError
+
+import config
+
+DESCRIPTION = "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation through MTEB."
+EPILOG = "Exit codes: 0 done, 2 bad input (nothing is lost), 130 and 143 stopped by Ctrl-C or SIGTERM, saved."
+
+
+def embed_objective(settings: config.Settings) -> Callable:
+    """The `embed` task's objective: the named loss over a batch's vectors, over several dimensions if asked for."""
+    from functools import partial
+
+    from backend import mx
+
+    import loss
+
+    def objective(representations: mx.array, batch) -> mx.array:
+        queries, documents = representations[: batch.queries], representations[batch.queries :]
+        pairs = loss.Pairs(
+            query=mx.array(batch.query),
+            document=mx.array(batch.document),
+            weight=loss.rank_weights(mx.array(batch.rank)),
+            relevant=mx.array(batch.relevant),
+        )
+        compute = partial(
+            loss.contrastive,
+            pairs=pairs,
+            name=settings.loss,
+            temperature=settings.temperature,
+            beta=settings.beta,
+            filter_kind=settings.positive_aware,
+            filter_margin=settings.positive_aware_margin,
+        )
+        if not settings.matryoshka_dims:
+            return compute(queries, documents)
+        dims = sorted({*settings.matryoshka_dims, queries.shape[-1]})
+        return loss.matryoshka(compute, queries, documents, dims)
+
+    return objective
+
+
+OBJECTIVES = {"embed": embed_objective}
+
+
+class Evaluations:
+    """Evaluates the model as it stands, and keeps the first and the newest result for the final table."""
+
+    def __init__(self, model: "Model", tasks: list[str], folder: Path):  # noqa: F821
+        self.model, self.tasks, self.file = model, tasks, folder / "before.json"
+        self.before = self.after = None
+
+    def __call__(self, step: int) -> "Evaluation":  # noqa: F821
+        from eval import evaluate
+
+        result = evaluate(self.model, self.tasks)
+        if step == 0:
+            self.before = result
+            self.file.write_text(json.dumps(result.to_dict()), encoding="utf-8")
+        else:
+            self.after = result
+        return result
+
+    def recall_before(self) -> None:
+        """A resumed run's result from before training, as it was saved then."""
+        from eval import Evaluation
+
+        if self.file.is_file():
+            self.before = Evaluation.from_dict(json.loads(self.file.read_text(encoding="utf-8")))
+
+
+@dataclass
+class Run:
+    """A run that is wired and checked, but has not begun; nothing is written yet."""
+
+    settings: config.Settings
+    folder: Path
+    trainer: "Trainer"  # noqa: F821  (imported when a run is made, so that --help is quick)
+    evaluations: Evaluations | None
+    headline: list[tuple[str, str]]
+
+
+def prepare(settings: config.Settings) -> Run:
+    """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
+    import checkpoint
+    from data_loader import Batches, Rows, find_files, find_validation
+    from embed import Model
+    from models import count_parameters, lora
+    from models.remat import checkpoint_blocks, seed
+    from trainer import Trainer
+
+    folder = Path(settings.output).expanduser()
+    check_output(folder, settings)
+    if settings.eval_tasks:
+        import eval as evaluation
+
+        evaluation.preload()
+        evaluation.check(settings.eval_tasks)
+    rows = Rows(find_files(settings.data), settings.skip_bad_rows)
+    model, retrieval, base = checkpoint.build(
+        settings.model,
+        task=settings.task,
+        pooling=settings.pooling,
+        query_prompt=settings.query_prompt,
+        document_prompt=settings.document_prompt,
+        bidirectional=settings.bidirectional,
+        max_length=settings.max_length,
+        query_max_length=settings.query_max_length,
+        matryoshka_dims=settings.matryoshka_dims or None,
+    )
+    if too_long := [d for d in settings.matryoshka_dims if d > retrieval.dimensions]:
+        raise UserError(f"--matryoshka-dims {too_long[0]}: the model's vectors have {retrieval.dimensions} dimensions")
+    seed(settings.seed)  # fresh LoRA weights
+    adapter_config = lora.adapt(
+        model.backbone,
+        settings.train_type,
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        settings.lora_keys,
+        settings.num_layers,
+    )
+    if settings.grad_checkpoint:
+        checkpoint_blocks(model.backbone)
+    tokenizer = retrieval.tokenizer(base)
+    batches = Batches(rows, tokenizer, settings.batch_size, settings.seed)
+    validation = None
+    if held_out := find_validation(settings.data):
+        held_out_rows = Rows(held_out, settings.skip_bad_rows)
+        validation = Batches(held_out_rows, tokenizer, min(settings.batch_size, len(held_out_rows)), seed=0)
+
+    def save_model(target: Path) -> None:
+        checkpoint.save_model(target, model, adapter_config, retrieval)
+        settings.write(target / "config.yaml")
+
+    evaluations = None
+    if settings.eval_tasks:
+        evaluations = Evaluations(Model(model, retrieval, tokenizer, settings.model), settings.eval_tasks, folder)
+    objective = OBJECTIVES[settings.task](settings)
+    trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
+    everything, trainable = count_parameters(model.backbone)
+    trained = {"lora": f"LoRA r={settings.lora_rank}", "dora": f"DoRA r={settings.lora_rank}", "full": "all weights"}
+    skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
+    headline = [
+        ("device", backend.describe()),
+        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({trained[settings.train_type]})"),
+        ("text", f"{retrieval.pooling} pooling, {retrieval.query_max_length} tokens of a query, "
+                 f"{retrieval.max_length} of a document"),
+        ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "
+                 f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs"),
+    ]  # fmt: skip
+    headline += [("left out", line) for line in rows.skipped[:20]]
+    return Run(settings, folder, trainer, evaluations, headline)
+
+
+def check_output(folder: Path, settings: config.Settings) -> None:
+    """Refuse to mix two runs in one folder."""
+    import checkpoint
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: this is a file")
+    if settings.resume or settings.overwrite or settings.dry_run:
+        return
+    if checkpoint.holds_run(folder):
+        raise UserError(
+            f"--output {folder}: another run is in this folder. Continue it with --resume, remove it with --overwrite, "
+            "or name another folder"
+        )
+
+
+def resumed_settings(given: dict) -> config.Settings:
+    """The settings of the run in --output; what is given besides must agree, or only tell when to stop."""
+    folder = Path(given.get("output", config.Settings().output)).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--resume: no run in {folder}")
+    saved = config.Settings(**config.read_yaml(folder / "config.yaml"))
+    free = {"resume", "stop_after", "output", "wandb", "wandb_project"}
+    differing = [name for name, value in given.items() if name not in free and getattr(saved, name) != value]
+    if differing:
+        told = ", ".join(f"{config.flag(name)} was {getattr(saved, name)}" for name in differing)
+        raise UserError(f"--resume continues the run as it was begun, but {told}")
+    values = saved.to_dict() | {name: given[name] for name in free if name in given}
+    return config.Settings(**values | {"stop_after": given.get("stop_after", 0), "overwrite": False})
+
+
+def train(settings: config.Settings) -> dict:
+    """Train as the settings say; returns what `results.json` holds."""
+    import checkpoint
+    from reporting import Reporter, print_lines
+    from trainer import Stopped
+
+    run = prepare(settings)
+    print_lines(run.headline)
+    if settings.dry_run:
+        return dry_run(run)
+    begin(run)
+    trainer, evaluations = run.trainer, run.evaluations
+    with Reporter(
+        run.folder,
+        settings.steps,
+        first_step=trainer.state.step,
+        settings=settings.to_dict(),
+        wandb=settings.wandb,
+        wandb_project=settings.wandb_project,
+    ) as report:
+        if trainer.state.step == 0 and not settings.skip_eval_init:
+            trainer.measure(0, report)
+        try:
+            trainer.run(report)
+        except Stopped as stop:
+            report.message(f"{stop}; step {trainer.state.step} is saved. Continue: {continue_command(run.folder)}")
+            raise SystemExit(stop.code) from stop
+    results = {"before": None, "after": None}
+    if evaluations:
+        results = {
+            when: result.average() if result else None
+            for when, result in (("before", evaluations.before), ("after", evaluations.after))
+        }
+        if missing := (evaluations.after or evaluations.before).unreachable:
+            results["unreachable"] = missing  # the averages are without these tasks
+    checkpoint.write_file(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    conclude(run)
+    return results
+
+
+def begin(run: Run) -> None:
+    """Make the run's folder, or find the place in it to continue from."""
+    import checkpoint
+    from reporting import print_lines
+
+    if run.settings.overwrite:
+        checkpoint.remove_run(run.folder)
+    if run.settings.resume:
+        checkpoint.recover(run.folder)
+        if (run.folder / "final").is_dir():
+            raise UserError(f"--resume: the run in {run.folder} is finished")
+        if (last := checkpoint.last_step(run.folder)) is not None:
+            run.trainer.resume(last)
+            print_lines([("resumed", f"from {last}")])
+        if run.evaluations:
+            run.evaluations.recall_before()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.settings.write(run.folder / "config.yaml")
+
+
+def conclude(run: Run) -> None:
+    """Say what was gained, where everything is, and what to do next."""
+    from reporting import print_lines
+
+    state, folder = run.trainer.state, run.folder
+    if not (folder / "final").is_dir():
+        print_lines([("stopped", f"at step {state.step}, saved"), ("continue", continue_command(folder))])
+        return
+    if run.evaluations and run.evaluations.after:
+        from eval import print_comparison, print_table
+
+        if run.evaluations.before:
+            print_comparison(run.evaluations.before, run.evaluations.after)
+        else:
+            print_table(run.evaluations.after)
+    lines = [("adapter", f"{folder / 'final'}")]
+    if (folder / "best").is_dir():
+        lines.append(("best", f"{folder / 'best'} (step {state.best_step})"))
+    lines += [
+        ("curves", f"{folder / 'curves.png'}"),
+        ("metrics", f"{folder / 'metrics.jsonl'}"),
+        ("next", f"python embed.py --model {folder / 'final'} --input docs.jsonl --output vectors.npy"),
+    ]
+    print_lines(lines)
+
+
+def continue_command(folder: Path) -> str:
+    """What to type to continue a run."""
+    return f"python train.py --resume --output {folder}"
+
+
+def dry_run(run: Run) -> dict:
+    """Measure one step on the first batch, and say what the whole run would take; nothing is changed."""
+    import time
+
+    from backend import mx
+
+    from reporting import print_lines
+
+    trainer, settings = run.trainer, run.settings
+    batch = trainer.batches.batch(0)
+    trainer.gradient(batch, 1)  # the first call also compiles and allocates
+    mx.reset_peak_memory()
+    began = time.perf_counter()
+    result, _ = trainer.gradient(batch, 1)
+    seconds = time.perf_counter() - began
+    peak = backend.peak_memory()
+    texts, longest = len(batch.texts), int(batch.texts.lengths.max())
+    plan = {
+        "texts": texts,
+        "tokens": batch.tokens,
+        "padding": 1 - batch.tokens / result.padded_tokens,
+        "micro_batches": result.micro_batches,
+        "seconds_per_step": seconds,
+        "tokens_per_second": batch.tokens / seconds,
+        "seconds": seconds * settings.steps,
+        "peak_memory_bytes": peak,
+        "loss": result.loss.item(),
+    }
+    minutes, rest = divmod(round(plan["seconds"]), 60)
+    print_lines(
+        [
+            ("first batch", f"{texts} distinct texts, {batch.tokens:,} tokens, longest {longest}"),
+            ("plan", f"{result.micro_batches} micro-batches, {plan['padding']:.1%} padding"),
+            ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s, loss {plan['loss']:.4f}"),
+            ("memory", f"{peak / 1e9:.2f} GB at most"),
+            ("all steps", f"{minutes} min {rest} s for {settings.steps:,} steps, without evaluations"),
+            ("dry run", "nothing was trained or written"),
+        ]
+    )
+    return plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        settings, given = config.from_flags(DESCRIPTION, EPILOG, argv)
+        if settings.resume:
+            settings = resumed_settings(given)
+        train(settings)
+    except (UserError, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""The training loop: plan, step, schedule, evaluate, save, resume, stop. It knows neither pooling nor prompts.
+
+The loss always sees the whole batch. Rows go through the model in micro-batches; where there are several, the step is
+computed by gradient caching (Gao et al. 2021, arXiv 2101.06983) and gives what one big micro-batch would give.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import backend
+from backend import UserError, mx, nn
+
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+import checkpoint
+from batching import micro_batches, pad_rows
+from config import Settings
+from data_loader import Batch, Batches
+from heads import MicroBatch, RetrievalModel
+from models.remat import seed as seed_dropout
+from reporting import Reporter
+
+Objective = Callable[[mx.array, Batch], mx.array]  # representations (N, ...) of a batch's N texts -> scalar loss
+VALIDATION_BATCHES = 8
+
+
+class Stopped(Exception):  # noqa: N818  (no error)
+    """The run was stopped by a signal, after it was saved; `code` is the process's exit code."""
+
+    def __init__(self, code: int):
+        super().__init__(f"stopped by signal {code - 128}")
+        self.code = code
+
+
+class Gradient(NamedTuple):
+    """What one batch gives."""
+
+    loss: mx.array  # float32 scalar
+    gradient: dict  # of the trainable parameters
+    representations: mx.array  # (N, ...) float32
+    padded_tokens: int  # tokens that went through the backbone once, padding included
+    micro_batches: int
+
+
+def join(parts: Sequence[mx.array], order: np.ndarray) -> mx.array:
+    """Representations of micro-batches, (R_i, ...) each, as one array in the batch's order.
+
+    Token representations (R_i, L_i, d) are padded with zeros to the longest.
+    """
+    if parts[0].ndim == 3:
+        longest = max(part.shape[1] for part in parts)
+        parts = [mx.pad(part, [(0, 0), (0, longest - part.shape[1]), (0, 0)]) for part in parts]
+    return mx.concatenate(parts)[mx.array(np.argsort(order))]
+
+
+class Differentiator:
+    """Loss and gradient of whole batches, exact whatever the micro-batches.
+
+    Args:
+        model: maps a MicroBatch to representations, one a row.
+        objective: the loss of a batch's representations.
+        accumulation: cut a batch into at least so many micro-batches; 0 = as many as `budget` asks for.
+        budget: most tokens of a micro-batch; 0 = what suits the device. With both, the smaller one counts.
+    """
+
+    def __init__(
+        self, model: RetrievalModel, objective: Objective, accumulation: int = 0, budget: int = 0, pad_id: int = 0
+    ):
+        self.model, self.objective = model, objective
+        self.accumulation, self.budget, self.pad_id = accumulation, budget, pad_id
+
+    def _cut(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
+        """The batch's micro-batches, and the order in which they hold its texts."""
+        if self.accumulation == 1 and not self.budget:
+            everything = np.arange(len(batch.texts))
+            return [pad_rows(batch.texts, everything, self.pad_id)], everything
+        share = -(-batch.tokens // self.accumulation) if self.accumulation else math.inf
+        budget = min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
+        index, rows = zip(*micro_batches(batch.texts, budget, self.pad_id), strict=True)
+        return list(rows), np.concatenate(index)
+
+    def __call__(self, batch: Batch, seed: int) -> Gradient:
+        rows, order = self._cut(batch)
+        padded = sum(part.ids.size for part in rows)
+        seeds = np.random.SeedSequence(seed).generate_state(len(rows))
+        if len(rows) == 1:
+            loss, gradient, parts = self._plain(rows[0], int(seeds[0]), batch, order)
+        else:
+            loss, gradient, parts = self._cached(rows, seeds, batch, order)
+        return Gradient(loss, gradient, join(parts, order), padded, len(rows))
+
+    def _plain(self, rows: MicroBatch, seed: int, batch: Batch, order: np.ndarray) -> tuple:
+        def loss_of(rows: MicroBatch) -> tuple[mx.array, mx.array]:
+            representations = self.model(rows)
+            return self.objective(join([representations], order), batch), representations
+
+        seed_dropout(seed)
+        (loss, representations), gradient = nn.value_and_grad(self.model, loss_of)(rows)
+        return loss, gradient, [representations]
+
+    def _cached(self, rows: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
+        # 1. Representations of all micro-batches, without a gradient.
+        parts = []
+        for part, seed in zip(rows, seeds, strict=True):
+            seed_dropout(int(seed))
+            parts.append(mx.stop_gradient(self.model(part)))
+            mx.eval(parts[-1])
+        # 2. The loss of the whole batch, and its gradient with respect to the representations.
+        loss_of = mx.value_and_grad(lambda parts: self.objective(join(parts, order), batch))
+        loss, cotangents = loss_of(parts)
+        mx.eval(loss, cotangents)
+        # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
+        gradient_of = nn.value_and_grad(self.model, lambda rows, cotangent: (self.model(rows) * cotangent).sum())
+        gradient = None
+        for part, seed, cotangent in zip(rows, seeds, cotangents, strict=True):
+            seed_dropout(int(seed))
+            _, more = gradient_of(part, cotangent)
+            gradient = more if gradient is None else tree_map(mx.add, gradient, more)
+            mx.eval(gradient)
+        return loss, gradient, parts
+
+    def loss(self, batch: Batch) -> float:
+        """The loss alone, without dropout or gradient."""
+        rows, order = self._cut(batch)
+        parts = []
+        for part in rows:
+            parts.append(self.model(part))
+            mx.eval(parts[-1])
+        return self.objective(join(parts, order), batch).item()
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The learning rate of update `step`, counted from 1: linear warm-up from above 0, then the schedule."""
+    warmup = settings.warmup_steps
+    if step <= warmup:
+        return settings.learning_rate * step / warmup
+    progress = (step - 1 - warmup) / max(1, settings.steps - warmup)
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return settings.learning_rate * shape[settings.schedule]
+
+
+@dataclass
+class State:
+    """What a run remembers besides weights and optimizer; saved as trainer_state.json."""
+
+    step: int = 0
+    tokens: int = 0  # real tokens trained on so far
+    best: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        model: prepared by `models.lora.adapt`, so that only what is to be trained is trainable.
+        batches: `stream(first, last)` gives the batches of steps first+1 to last.
+        objective: see `Objective`.
+        folder: the run's folder.
+        save_model: writes what use of the model needs into a folder that is given to it.
+        evaluate: gives an `eval.Evaluation` of the model as it stands at a step; None = no evaluation.
+        validation: batches whose loss is reported at every evaluation.
+    """
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        batches: Batches,
+        objective: Objective,
+        settings: Settings,
+        folder: Path,
+        save_model: Callable[[Path], None],
+        evaluate: Callable[[int], "Evaluation"] | None = None,  # noqa: F821  (eval.py stands above this file)
+        validation: Batches | None = None,
+    ):
+        self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
+        self.save_model, self.evaluate, self.validation = save_model, evaluate, validation
+        self.gradient_of = Differentiator(
+            model,
+            objective,
+            settings.gradient_accumulation_steps,
+            settings.micro_batch_tokens,
+            batches.tokenizer.pad_id,
+        )
+        self.optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
+        self.optimizer.init(model.trainable_parameters())
+        self.state = State()
+        self._signal = 0
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a saved step."""
+        checkpoint.load_weights(self.model, folder)
+        self.state = State(**checkpoint.load_training(folder, self.optimizer))
+
+    def gradient(self, batch: Batch, step: int) -> tuple[Gradient, mx.array]:
+        """The gradient of a step, clipped, and its norm before that; nothing is updated."""
+        self.model.train()
+        result = self.gradient_of(batch, self.settings.seed * 1_000_003 + step)
+        clipped, norm = optim.clip_grad_norm(result.gradient, self.settings.max_grad_norm or math.inf)
+        if self.settings.max_grad_norm:
+            result = result._replace(gradient=clipped)
+        mx.eval(result.loss, result.gradient, norm)
+        return result, norm
+
+    def update(self, batch: Batch, step: int) -> dict:
+        """One optimizer step on a batch; returns what is worth reporting of it."""
+        rate = learning_rate(self.settings, step)
+        result, norm = self.gradient(batch, step)
+        loss, norm = result.loss.item(), norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._refuse(batch, step, result, loss, norm)
+        self.optimizer.learning_rate = rate
+        self.optimizer.update(self.model, result.gradient)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        self.state.step, self.state.tokens = step, self.state.tokens + batch.tokens
+        return {
+            "step": step,
+            "epoch": round(step * self.batches.size / len(self.batches.rows), 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": batch.tokens,
+            "padding": 1 - batch.tokens / result.padded_tokens,
+            "micro_batches": result.micro_batches,
+        }
+
+    def run(self, report: Reporter) -> None:
+        """Train from the state's step to the last one. Raises Stopped after a signal, UserError on sick numbers."""
+        settings, state = self.settings, self.state
+        last = min(settings.steps, settings.stop_after or settings.steps)
+        stream = self.batches.stream(state.step, last)
+        with self._signals(), _closing(stream):
+            begin = time.perf_counter()
+            for batch in stream:
+                metrics = self.update(batch, state.step + 1)
+                now = time.perf_counter()
+                metrics |= {
+                    "seconds": now - begin,
+                    "tokens_per_second": batch.tokens / (now - begin),
+                    "peak_memory_bytes": backend.peak_memory(),
+                }
+                report.step(metrics)
+                finished = state.step == settings.steps
+                stop = self._evaluate_if_due(report, finished)
+                if finished or stop or state.step == last or self._signal or _due(state.step, settings.save_steps):
+                    self.save()
+                if self._signal:
+                    raise Stopped(128 + self._signal)
+                if stop:
+                    report.message(f"no better for {settings.early_stopping} evaluations: stopped at step {state.step}")
+                    break
+                begin = time.perf_counter()
+        if state.step == settings.steps or self.stopped_early:
+            checkpoint.write_folder(self.folder / "final", self._write)
+
+    @property
+    def stopped_early(self) -> bool:
+        patience = self.settings.early_stopping
+        return bool(patience) and self.state.evaluations_since_best >= patience
+
+    def _evaluate_if_due(self, report: Reporter, finished: bool) -> bool:
+        """Evaluate where it is time to; whether training should stop for lack of gain."""
+        if not (finished or _due(self.state.step, self.settings.eval_steps)):
+            return False
+        metrics = self.measure(self.state.step, report)
+        if not metrics:
+            return False
+        score = metrics.get("ndcg_at_10", -metrics.get("validation_loss", math.inf))
+        if self.state.best is None or score > self.state.best:
+            self.state.best, self.state.best_step, self.state.evaluations_since_best = score, self.state.step, 0
+            checkpoint.write_folder(self.folder / "best", self._write)
+        else:
+            self.state.evaluations_since_best += 1
+        return self.stopped_early
+
+    def measure(self, step: int, report: Reporter) -> dict[str, float]:
+        """Evaluate as the model stands: metrics averaged over the tasks, and the loss on the validation rows."""
+        self.model.eval()
+        report.status("evaluating")
+        metrics, tasks = {}, {}
+        if self.evaluate:
+            result = self.evaluate(step)
+            for line in result.unreachable.values():
+                report.warn(line)
+            metrics, tasks = dict(result.average()), result.tasks
+        if self.validation:
+            count = min(VALIDATION_BATCHES, len(self.validation.rows) // self.validation.size)
+            losses = [self.gradient_of.loss(self.validation.batch(k)) for k in range(count)]
+            metrics["validation_loss"] = sum(losses) / len(losses)
+        if metrics:
+            report.evaluation(step, metrics, tasks)
+            report.draw()
+        report.status("")
+        return metrics
+
+    def save(self) -> None:
+        """Write `step-NNNNNN`."""
+        checkpoint.write_folder(checkpoint.step_folder(self.folder, self.state.step), self._write)
+
+    def _write(self, folder: Path) -> None:
+        self.save_model(folder)
+        checkpoint.save_training(folder, self.optimizer, asdict(self.state))
+
+    def _refuse(self, batch: Batch, step: int, result: Gradient, loss: float, norm: float) -> None:
+        """Save the last good state, then say which examples made the numbers sick."""
+        if self.state.step:
+            self.save()
+        finite = np.array(mx.isfinite(result.representations.reshape(len(batch.texts), -1)).all(axis=1))
+        sick = {int(row) for text in np.flatnonzero(~finite) for row in batch.rows_with(text)}
+        rows = sorted(sick or {int(row) for row in batch.rows})
+        named = "\n  ".join(self.batches.rows.where(row) for row in rows[:10])
+        more = f"\n  and {len(rows) - 10} more" if len(rows) > 10 else ""
+        kept = f"; the state after step {self.state.step} is saved" if self.state.step else ""
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {norm}: not finite{kept}. Examples concerned:\n  {named}{more}\n"
+            "A lower --learning-rate or a higher --temperature may help if the rows are sound."
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the run after the current step; a second SIGINT ends it at once."""
+
+        def note(number: int, _frame) -> None:
+            self._signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: a notebook's or a test's business
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _closing(stream: Iterator) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        stream.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def trainable(model: RetrievalModel) -> int:
+    """Number of trainable parameters."""
+    return sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
