@@ -53,12 +53,14 @@ def _load_blas() -> str | None:
         )
         return None
     name, path = found
-    # MKL's default threads (OpenMP) spin while they wait and take the cores from everything else that runs: a step
-    # beside other work took up to ten times as long as with TBB, whose threads sleep.
-    if name == "MKL" and "MKL_THREADING_LAYER" not in os.environ and (tbb := _installed("tbb", "libtbb.so.12")):
+    tbb = _installed("tbb", "libtbb.so.12") if name == "MKL" and "MKL_THREADING_LAYER" not in os.environ else None
+    if tbb:
         ctypes.CDLL(tbb, mode=ctypes.RTLD_GLOBAL)
-        os.environ["MKL_THREADING_LAYER"] = "TBB"
-    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    if tbb:
+        # MKL's default threads (OpenMP) spin while they wait and take the cores from everything else that runs: a
+        # step beside other work took up to ten times as long as with TBB, whose threads sleep.
+        library.MKL_Set_Threading_Layer(4)
     return name
 
 

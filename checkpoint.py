@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 import retrieval_config
 from heads import RetrievalModel
 from models import load_backbone, lora, resolve
-from models.source import check_fit, load_strictly, read_config, read_safetensors, toolkit_relative
+from models.source import check_fit, load_strictly, read_safetensors, toolkit_relative
 from retrieval_config import RetrievalConfig
 
 ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
@@ -38,11 +38,8 @@ def build(model: str, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     Returns the model, frozen; its RetrievalConfig; and the folder of the base model (weights and tokenizer).
     """
     folder = resolve(model)
-    model_config = read_config(folder)
-    said = retrieval_config.of_base_model(folder, model_config)
-    bidirectional = flags.pop("bidirectional", None)
-    config = said.override(**flags)
-    backbone = load_backbone(folder, bidirectional)
+    backbone = load_backbone(folder, flags.pop("bidirectional", None))
+    config = retrieval_config.of_base_model(folder, backbone.config).override(**flags)
     _fit_lengths(config, backbone.max_positions, flags)
     config.base_model = toolkit_relative(model)
     config.base_fingerprint = lora.fingerprint(backbone)
@@ -199,7 +196,7 @@ def _flush(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
-    """Write safetensors, and read back their size: mlx itself does not notice a disk that is full."""
+    """Write safetensors, and compare their size: whatever mlx notices of a full disk, a file cut short is an error."""
     tensors = dict(sorted(tensors.items()))  # equal states give equal bytes, whatever order they were made in
     mx.eval(tensors)
     try:

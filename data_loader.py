@@ -99,7 +99,8 @@ def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
         raise RowError("not a JSON object")
     kind = row_format(row)
     if expected is not None and kind != expected:
-        raise RowError(f"has the format {'/'.join(FORMATS[kind])}, but rows before have {'/'.join(FORMATS[expected])}")
+        found, before = ("/".join(FORMATS[name]) for name in (kind, expected))
+        raise RowError(f"has the format {found}, but the rows before have {before}")
     query, positive = (_text(row, key) for key in FORMATS[kind])
     negatives: list[str] = []
     for key in NEGATIVES:

@@ -97,7 +97,7 @@ class _Searcher:
         return rankings
 
 
-def _query_scores(qrels: dict[str, dict[str, int]], rankings: dict[str, Scores]) -> dict[str, Scores]:
+def score_rankings(qrels: dict[str, dict[str, int]], rankings: dict[str, Scores]) -> dict[str, Scores]:
     """metric -> query id -> score, from the library that mteb takes."""
     import pytrec_eval
 
@@ -143,6 +143,24 @@ def _quiet(show_progress: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """({label: mteb task}, {name: why it is unreachable}); settled once a process, so later calls cost nothing.
+
+    Raises UserError for a folder or a name that is wrong.
+    """
+    preload().join()
+    loaded, unreachable = {}, {}
+    with _quiet(show_progress):
+        for name in dict.fromkeys(names):
+            task, why_not = eval_tasks.load(name)
+            if task is None:
+                unreachable[name] = why_not
+                continue
+            label = Path(name).expanduser().resolve().name  # an MTEB task's is the task's name
+            loaded[name if label in loaded else label] = task
+    return loaded, unreachable
+
+
 def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show_progress: bool = False) -> Evaluation:
     """Evaluate a model.
 
@@ -155,33 +173,23 @@ def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show
     Raises UserError for a folder or a name that is wrong, before anything is embedded, and FloatingPointError for
     vectors that are not finite. Hub tasks that can not be had are no error: see `Evaluation.unreachable`.
     """
-    preload().join()
+    loaded, unreachable = load_tasks(tasks, show_progress)
     import mteb
 
     figures: dict[str, Scores] = {}
     per_query: dict[str, dict[str, Scores]] = {}
-    loaded, unreachable = {}, {}
+    # The model cuts its own batches; mteb only hands texts over.
+    options: dict[str, Any] = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+    options["encode_kwargs"] = {"batch_size": 1024, "show_progress_bar": False}
     with _quiet(show_progress):
-        for name in dict.fromkeys(tasks):
-            task, why_not = eval_tasks.load(name)
-            if task is None:
-                unreachable[name] = why_not
-                continue
-            label = Path(name).expanduser().resolve().name  # an MTEB task's is the task's name
-            loaded[name if label in loaded else label] = task
         for name, task in loaded.items():
             searcher = _Searcher(model, name, revision, show_progress)
-            options: dict[str, Any] = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
-            options["encode_kwargs"] = {
-                "batch_size": 1024,
-                "show_progress_bar": False,
-            }  # the model cuts its own batches
             scores = mteb.evaluate(searcher, task, **options).task_results[0].scores
             for (split, subset), rankings in searcher.rankings.items():
                 label = name if len(searcher.rankings) == 1 else f"{name}/{split}/{subset}"
                 part = next(part for part in scores[split] if part["hf_subset"] == subset)
                 figures[label] = {metric: part[metric] for metric in METRICS}
-                per_query[label] = _query_scores(task.dataset[subset][split]["relevant_docs"], rankings)
+                per_query[label] = score_rankings(task.dataset[subset][split]["relevant_docs"], rankings)
     return Evaluation(model.name, figures, per_query, unreachable)
 
 

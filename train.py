@@ -2,10 +2,11 @@
 
 python train.py                                         the model and data that come with the toolkit, a minute
 python train.py --model Qwen/Qwen3-Embedding-0.6B --data pairs.jsonl --batch-size 256 --steps 2000
-python train.py --config configs/default.yaml --steps 20     settings from a file, flags win
+python train.py --config adapters/config.yaml --output again     the settings of another run, flags win
 python train.py --resume --output adapters              continue a run that was stopped
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ class Evaluations:
         result = evaluate(self.model, self.tasks)
         if step == 0:
             self.before = result
-            self.file.write_text(json.dumps(result.to_dict()), encoding="utf-8")
+            self.file.write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
         else:
             self.after = result
         return result
@@ -80,7 +81,7 @@ class Evaluations:
         from eval import Evaluation
 
         if self.file.is_file():
-            self.before = Evaluation.from_dict(json.loads(self.file.read_text(encoding="utf-8")))
+            self.before = Evaluation(**json.loads(self.file.read_text(encoding="utf-8")))
 
 
 @dataclass
@@ -108,8 +109,7 @@ def prepare(settings: config.Settings) -> Run:
     if settings.eval_tasks:
         import eval as evaluation
 
-        evaluation.preload()
-        evaluation.check(settings.eval_tasks)
+        evaluation.preload()  # its imports take seconds; they run while data and model are read
     rows = Rows(find_files(settings.data), settings.skip_bad_rows)
     model, retrieval, base = checkpoint.build(
         settings.model,
@@ -152,12 +152,15 @@ def prepare(settings: config.Settings) -> Run:
         evaluations = Evaluations(Model(model, retrieval, tokenizer, settings.model), settings.eval_tasks, folder)
     objective = OBJECTIVES[settings.task](settings)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
+    if settings.eval_tasks:
+        evaluation.load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
     everything, trainable = count_parameters(model.backbone)
-    trained = {"lora": f"LoRA r={settings.lora_rank}", "dora": f"DoRA r={settings.lora_rank}", "full": "all weights"}
+    rank = f"r={settings.lora_rank}"
+    trained = {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[settings.train_type]
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),
-        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({trained[settings.train_type]})"),
+        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({trained})"),
         ("text", f"{retrieval.pooling} pooling, {retrieval.query_max_length} tokens of a query, "
                  f"{retrieval.max_length} of a document"),
         ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "

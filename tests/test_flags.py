@@ -1,0 +1,389 @@
+"""Every flag has an effect: one check a setting, and a test that none was forgotten.
+
+python -m pytest tests/test_flags.py
+"""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from backend import UserError, mx
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import config
+import train
+import trainer
+from checkpoint import last_step
+from config import Settings, flag
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Forty rows of short texts, every tenth query with a document of rank 2."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"query": f"query number {i}", "document": f"document {i} " + "word " * (i % 7)} for i in range(40)]
+    rows[10]["rank"] = 2
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def settings(tmp_path: Path, data: Path, small: str):
+    """Settings of a small run without evaluation, changed by keyword."""
+
+    def make(**changes) -> Settings:
+        defaults = {"model": small, "data": [str(data)], "batch_size": 8, "steps": 2, "eval_tasks": [], "lora_rank": 2}
+        return Settings(**defaults | {"output": str(tmp_path / "run"), "save_steps": 0} | changes)
+
+    return make
+
+
+def model_of(run):
+    return run.trainer.model
+
+
+def trainable(run) -> dict[str, mx.array]:
+    return dict(tree_flatten(model_of(run).trainable_parameters()))
+
+
+def loss_of(settings: Settings, warm: bool = True) -> float:
+    """The first batch's loss, after one large update if `warm` (fresh LoRA changes nothing)."""
+    run = train.prepare(settings)
+    if warm:
+        run.trainer.update(run.trainer.batches.batch(1), 1)
+    return run.trainer.gradient_of.loss(run.trainer.batches.batch(0))
+
+
+# --- model ---
+
+
+def test_model(settings, tmp_path):
+    with pytest.raises(UserError, match="no such model|no folder"):
+        train.prepare(settings(model=str(tmp_path / "nowhere")))
+    assert train.prepare(settings()).trainer.model.backbone.config["model_type"] == "gemma3_text"
+
+
+def test_task(settings):
+    assert train.prepare(settings(task="embed")).trainer.gradient_of.objective.__qualname__.startswith(
+        "embed_objective"
+    )
+
+
+@pytest.mark.parametrize("pooling", config.POOLING)
+def test_pooling(settings, pooling):
+    run = train.prepare(settings(pooling=pooling))
+    assert model_of(run).head.pooling == pooling
+
+
+def test_query_prompt_and_document_prompt(settings):
+    run = train.prepare(settings(query_prompt="find: ", document_prompt="passage: "))
+    tokenizer = run.trainer.batches.tokenizer
+    plain = tokenizer(["find: dogs"], None).ids.tolist()
+    assert tokenizer(["dogs"], "query").ids.tolist() == plain
+    assert tokenizer(["dogs"], "document").ids.tolist() != plain
+
+
+def test_bidirectional(settings):
+    causal, both = (train.prepare(settings(bidirectional=value)) for value in (False, True))
+    batch = causal.trainer.batches.batch(0)
+    assert not model_of(causal).backbone.bidirectional and model_of(both).backbone.bidirectional
+    first, second = (run.trainer.gradient_of.loss(batch) for run in (causal, both))
+    assert first != second
+
+
+def test_max_length_and_query_max_length(settings):
+    tokenizer = train.prepare(settings(max_length=9, query_max_length=7)).trainer.batches.tokenizer
+    long = ["word " * 50]
+    assert tokenizer(long, "document").lengths[0] == 9 and tokenizer(long, "query").lengths[0] == 7
+    tokenizer = train.prepare(settings(max_length=9)).trainer.batches.tokenizer
+    assert tokenizer(long, "query").lengths[0] == 9
+
+
+# --- data ---
+
+
+def test_data(settings, data, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"query": "q", "document": "d"}\n')
+    assert len(train.prepare(settings(data=[str(data), str(more)])).trainer.batches.rows) == 41
+
+
+def test_batch_size(settings):
+    batch = train.prepare(settings(batch_size=16)).trainer.batches.batch(0)
+    assert len(batch.query) == 16
+
+
+def test_skip_bad_rows(settings, data):
+    data.write_text(data.read_text() + "broken\n")
+    with pytest.raises(UserError, match="rows.jsonl:41"):
+        train.prepare(settings())
+    run = train.prepare(settings(skip_bad_rows=True))
+    assert len(run.trainer.batches.rows) == 40
+    assert any("1 bad rows" in line for _, line in run.headline)
+    assert any("rows.jsonl:41" in line for _, line in run.headline)
+
+
+def test_seed(settings):
+    runs = [train.prepare(settings(seed=seed)) for seed in (1, 1, 2)]
+    orders = [run.trainer.batches.row_numbers(0) for run in runs]
+    weights = [np.array(next(v for n, v in trainable(run).items() if n.endswith("lora_a"))) for run in runs]
+    assert orders[0] == orders[1] != orders[2]
+    assert (weights[0] == weights[1]).all() and (weights[0] != weights[2]).any()
+
+
+# --- objective ---
+
+
+@pytest.mark.parametrize("name", config.LOSSES)
+def test_loss(settings, name):
+    assert math.isfinite(loss_of(settings(loss=name)))
+    if name != "info_nce":
+        assert loss_of(settings(loss=name)) != loss_of(settings(loss="info_nce"))
+
+
+def test_temperature(settings):
+    assert loss_of(settings(temperature=1.0), warm=False) != loss_of(settings(temperature=0.1), warm=False)
+
+
+def test_beta(settings):
+    plain = loss_of(settings(loss="info_nce"), warm=False)
+    assert loss_of(settings(loss="hard_negative_info_nce", beta=0.0), warm=False) == pytest.approx(plain, rel=1e-5)
+    assert loss_of(settings(loss="hard_negative_info_nce", beta=2.0), warm=False) > plain
+
+
+def test_positive_aware_and_its_margin(settings):
+    """Dropping negatives can only lower the loss; a margin that drops all of them makes it 0."""
+    plain = loss_of(settings(), warm=False)
+    assert loss_of(settings(positive_aware="perc", positive_aware_margin=0.95), warm=False) < plain
+    assert loss_of(settings(positive_aware="abs", positive_aware_margin=3.0), warm=False) == 0.0
+    with pytest.raises(UserError, match="positive-aware"):
+        settings(positive_aware="perc", loss="nt_xent")
+
+
+def test_matryoshka_dims(settings):
+    assert loss_of(settings(matryoshka_dims=[8, 32]), warm=False) != loss_of(settings(), warm=False)
+    with pytest.raises(UserError, match="--matryoshka-dims 100000"):
+        train.prepare(settings(matryoshka_dims=[100000]))
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_train_type(settings, kind):
+    names = trainable(train.prepare(settings(train_type=kind)))
+    assert any(name.endswith("lora_a") for name in names) == (kind != "full")
+    assert any(name.endswith(".m") for name in names) == (kind == "dora")
+
+
+def test_lora_rank_and_alpha(settings):
+    run = train.prepare(settings(lora_rank=4, lora_alpha=12.0))
+    layer = model_of(run).backbone.layers[0].self_attn.q_proj
+    assert layer.lora_a.shape[1] == 4 and layer.scale == 3.0
+
+
+def test_lora_dropout(settings):
+    run = train.prepare(settings(lora_dropout=0.5))
+    run.trainer.update(run.trainer.batches.batch(0), 1)
+    batch = run.trainer.batches.batch(1)
+    losses = {run.trainer.gradient(batch, step)[0].loss.item() for step in (1, 1, 2)}
+    assert len(losses) == 2  # the same step drops the same, another step does not
+
+
+def test_lora_keys(settings):
+    names = trainable(train.prepare(settings(lora_keys=["q_proj", ".*up_.*"])))
+    assert {name.split(".")[-2] for name in names} == {"q_proj", "up_proj"}
+    with pytest.raises(UserError, match="self_attn.q_proj"):
+        train.prepare(settings(lora_keys=["nothing"]))
+
+
+def test_num_layers(settings):
+    last = len(model_of(train.prepare(settings())).backbone.layers) - 1
+    names = trainable(train.prepare(settings(num_layers=1)))
+    assert all(f"layers.{last}." in name for name in names)
+    with pytest.raises(UserError, match="--num-layers 99"):
+        train.prepare(settings(num_layers=99))
+
+
+# --- schedule ---
+
+
+def test_steps_and_learning_rate_and_schedule_and_warmup(settings):
+    def rates(**changes) -> list[float]:
+        s = settings(**{"steps": 10, "learning_rate": 1.0, "warmup": 0.2} | changes)
+        return [round(trainer.learning_rate(s, step), 4) for step in range(1, s.steps + 1)]
+
+    assert rates(schedule="constant") == [0.5, 1.0, *[1.0] * 8]
+    assert rates(schedule="linear") == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert rates(schedule="cosine", warmup=5.0)[:6] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    assert min(rates(schedule="cosine")) > 0 and len(rates(steps=12)) == 12
+    assert max(rates(learning_rate=0.5)) == 0.5
+
+
+def test_weight_decay(settings):
+    updated = []
+    for decay in (0.0, 0.5):
+        run = train.prepare(settings(weight_decay=decay, learning_rate=0.1))
+        run.trainer.update(run.trainer.batches.batch(0), 1)
+        updated.append(sum(v.abs().sum().item() for n, v in trainable(run).items() if n.endswith("lora_a")))
+    assert updated[1] < updated[0]
+
+
+def test_max_grad_norm(settings):
+    for limit in (0.001, 0.0):
+        run = train.prepare(settings(max_grad_norm=limit))
+        result, norm = run.trainer.gradient(run.trainer.batches.batch(0), 1)
+        after = math.sqrt(sum((v.square()).sum().item() for _, v in tree_flatten(result.gradient)))
+        assert after == pytest.approx(limit or norm.item(), rel=1e-3) and norm.item() > 0.001
+
+
+# --- memory ---
+
+
+def test_gradient_accumulation_steps_and_micro_batch_tokens(settings):
+    def parts(**changes) -> int:
+        run = train.prepare(settings(**changes))
+        return run.trainer.gradient(run.trainer.batches.batch(0), 1)[0].micro_batches
+
+    assert parts(gradient_accumulation_steps=1) == 1
+    assert parts(gradient_accumulation_steps=4) >= 4
+    assert parts(micro_batch_tokens=30) > parts(micro_batch_tokens=60) > 1
+
+
+def test_grad_checkpoint(settings):
+    run = train.prepare(settings(grad_checkpoint=True))
+    assert type(model_of(run).backbone.layers[0]).__name__.startswith("Checkpointed")
+
+
+# --- evaluation and run: through the command ---
+
+
+def command(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "train.py", *flags], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def run_flags(settings: Settings, *more: str) -> list[str]:
+    base = ["--model", settings.model, "--data", *settings.data, "--batch-size", "8", "--lora-rank", "2"]
+    return [*base, "--output", settings.output, *more]
+
+
+@pytest.fixture
+def small_task(tmp_path: Path) -> Path:
+    """A task of three documents, so that an evaluation takes no time."""
+    folder = tmp_path / "small-task"
+    (folder / "qrels").mkdir(parents=True)
+    documents = ["dogs bark", "cats meow", "cows moo"]
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "title": "", "text": t}) + "\n" for i, t in enumerate(documents))
+    )
+    (folder / "queries.jsonl").write_text(
+        '{"_id": "q0", "text": "which animal barks"}\n{"_id": "q1", "text": "meow"}\n'
+    )
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
+    return folder
+
+
+def test_a_run_with_eval_tasks_eval_steps_save_steps_output(settings, small_task):
+    s = settings()
+    flags = ["--steps", "4", "--eval-tasks", str(small_task), "--eval-steps", "2", "--save-steps", "3", "--warmup", "0"]
+    done = command(*run_flags(s, *flags))
+    assert done.returncode == 0, done.stderr
+    run = Path(s.output)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["type"] == "eval"] == [0, 2, 4]
+    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["best", "final", "step-000003", "step-000004"]
+    results = json.loads((run / "results.json").read_text())
+    assert (
+        set(results["before"])
+        == set(results["after"])
+        == {"ndcg_at_10", "mrr_at_10", "recall_at_100", "precision_at_1"}
+    )
+    for word in ("nDCG@10", "95 %", str(run / "final"), "curves.png", "metrics.jsonl", "python embed.py"):
+        assert word in done.stdout
+    again = command(*run_flags(s, *flags))
+    assert again.returncode == 2 and "--resume" in again.stderr and "--overwrite" in again.stderr
+
+
+def test_skip_eval_init_and_early_stopping(settings, small_task):
+    s = settings()
+    flags = ["--steps", "9", "--eval-tasks", str(small_task), "--eval-steps", "1", "--skip-eval-init"]
+    done = command(*run_flags(s, *flags, "--early-stopping", "2", "--learning-rate", "1e-12"))
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (Path(s.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["type"] == "eval"] == [1, 2, 3]  # no 0; two without gain end the run
+    assert json.loads((Path(s.output) / "results.json").read_text())["before"] is None
+    assert (Path(s.output) / "final").is_dir()
+
+
+def test_stop_after_and_resume_and_overwrite_and_dry_run(settings):
+    s = settings()
+    flags = ["--eval-tasks", "--steps", "5", "--save-steps", "2"]
+    done = command(*run_flags(s, *flags, "--dry-run"))
+    assert done.returncode == 0 and "tokens/s" in done.stdout and not Path(s.output).exists()
+    done = command(*run_flags(s, *flags, "--stop-after", "3"))
+    assert done.returncode == 0 and "--resume" in done.stdout, done.stderr
+    assert last_step(Path(s.output)).name == "step-000003" and not (Path(s.output) / "final").exists()
+    refused = command("--resume", "--output", s.output, "--temperature", "0.5")
+    assert refused.returncode == 2 and "--temperature was 0.05" in refused.stderr
+    done = command("--resume", "--output", s.output)
+    assert done.returncode == 0 and (Path(s.output) / "final").is_dir(), done.stderr
+    done = command(*run_flags(s, *flags, "--overwrite", "--steps", "1"))
+    assert done.returncode == 0 and not (Path(s.output) / "step-000002").exists(), done.stderr
+
+
+def test_wandb_and_its_project(settings, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    s = settings()
+    done = command(*run_flags(s, "--eval-tasks", "--steps", "1", "--wandb", "--wandb-project", "mine"))
+    assert done.returncode == 0, done.stderr
+    logged = list((Path(s.output) / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logged) == 1 and b"mine" in logged[0].read_bytes()
+
+
+def test_config_file_flags_win_and_unknown_keys_are_refused(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("steps: 7\nlearning-rate: 1e-3\nlora_keys: [q_proj]\n")
+    made, given = config.from_flags("", argv=["--config", str(file), "--steps", "9"])
+    assert (made.steps, made.learning_rate, made.lora_keys) == (9, 1e-3, ["q_proj"])
+    assert given == {"steps": 9, "learning_rate": 1e-3, "lora_keys": ["q_proj"]}
+    for text, message in (
+        ("stepz: 7", "did you mean 'steps'"),
+        ("steps: many", "not of type int"),
+        ("loss: mse", "not one of"),
+        ("steps: [", "not valid YAML"),
+        ("- 1", "not a list of"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            config.from_flags("", argv=["--config", str(file)])
+    with pytest.raises(UserError, match="No such file"):
+        config.from_flags("", argv=["--config", str(tmp_path / "none.yaml")])
+
+
+def test_settings_survive_yaml(tmp_path):
+    made = Settings(lora_keys=["a"], pooling="cls", bidirectional=True, matryoshka_dims=[4], learning_rate=1e-5)
+    made.write(tmp_path / "config.yaml")
+    assert Settings(**config.read_yaml(tmp_path / "config.yaml")) == made
+
+
+def test_no_setting_without_a_test():
+    text = Path(__file__).read_text()
+    named = {f.name for f in dataclasses.fields(Settings) if f.name in text or flag(f.name) in text}
+    assert named == {f.name for f in dataclasses.fields(Settings)}
+
+
+def test_help_is_quick_and_says_units():
+    done = command("--help")
+    assert done.returncode == 0
+    for word in ("tokens", "steps", "-1 = all", "0 = only"):
+        assert word in " ".join(done.stdout.split())
+    script = "import sys, train; assert not {'torch', 'mteb', 'wandb', 'transformers', 'mlx_lm'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
