@@ -66,7 +66,9 @@ class Settings:
     num_layers: int = option("weights", -1, "train the last N blocks only; -1 = all")
 
     steps: int = option("schedule", 200, "optimizer steps")
-    learning_rate: float = option("schedule", 1e-3, "peak learning rate of AdamW")
+    learning_rate: float | None = option(
+        "schedule", None, "peak learning rate of AdamW; default: 2e-4, and 4e-3 for models below 10 million parameters"
+    )
     schedule: str = option("schedule", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
     warmup: float = option("schedule", 0.1, "steps of linear warm-up; below 1: share of all steps")
     weight_decay: float = option("schedule", 0.0, "AdamW's decoupled weight decay")
@@ -103,7 +105,7 @@ class Settings:
             *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),
             *((value is None or value > 0, name, "must be above 0") for name, value in self._lengths()),
             (0 < self.temperature < float("inf"), "temperature", "must be above 0"),
-            (0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
+            (self.learning_rate is None or 0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
             (0 <= self.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
             (self.warmup < 1 or self.warmup == int(self.warmup), "warmup", "must be a share below 1 or whole steps"),
             (all(d > 0 for d in self.matryoshka_dims), "matryoshka_dims", "must be above 0"),
@@ -121,6 +123,11 @@ class Settings:
 
     def _lengths(self) -> list[tuple[str, int | None]]:
         return [("max_length", self.max_length), ("query_max_length", self.query_max_length)]
+
+    def settle(self, parameters: int) -> None:
+        """Put in place what depends on the model: the learning rate, by its number of parameters."""
+        if self.learning_rate is None:
+            self.learning_rate = 4e-3 if parameters < 10_000_000 else 2e-4
 
     @property
     def warmup_steps(self) -> int:

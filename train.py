@@ -134,6 +134,8 @@ def prepare(settings: config.Settings) -> Run:
         settings.lora_keys,
         settings.num_layers,
     )
+    everything, trainable = count_parameters(model.backbone)
+    settings.settle(everything)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
     tokenizer = retrieval.tokenizer(base)
@@ -154,7 +156,6 @@ def prepare(settings: config.Settings) -> Run:
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if settings.eval_tasks:
         evaluation.load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
-    everything, trainable = count_parameters(model.backbone)
     rank = f"r={settings.lora_rank}"
     trained = {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[settings.train_type]
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
@@ -164,7 +165,8 @@ def prepare(settings: config.Settings) -> Run:
         ("text", f"{retrieval.pooling} pooling, {retrieval.query_max_length} tokens of a query, "
                  f"{retrieval.max_length} of a document"),
         ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "
-                 f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs"),
+                 f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
+                 f"learning rate {settings.learning_rate:g}"),
     ]  # fmt: skip
     headline += [("left out", line) for line in rows.skipped[:20]]
     return Run(settings, folder, trainer, evaluations, headline)

@@ -21,11 +21,6 @@ ACTIVATIONS = {
 }
 
 
-class LayerNorm(nn.LayerNorm):
-    def __call__(self, x: mx.array) -> mx.array:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
 class Embeddings(nn.Module):
     """Word, position and token-type embeddings, summed and normalised."""
 
@@ -35,7 +30,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config["vocab_size"], size)
         self.position_embeddings = nn.Embedding(config["max_position_embeddings"], size)
         self.token_type_embeddings = nn.Embedding(config.get("type_vocab_size", 2), size)
-        self.LayerNorm = LayerNorm(size, eps=config.get("layer_norm_eps", 1e-12))
+        self.LayerNorm = nn.LayerNorm(size, eps=config.get("layer_norm_eps", 1e-12))
         self._first_position = first_position(config)
 
     def __call__(self, ids: mx.array) -> mx.array:
@@ -70,7 +65,7 @@ class Output(nn.Module):
     def __init__(self, width: int, config: dict):
         super().__init__()
         self.dense = nn.Linear(width, config["hidden_size"])
-        self.LayerNorm = LayerNorm(config["hidden_size"], eps=config.get("layer_norm_eps", 1e-12))
+        self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config.get("layer_norm_eps", 1e-12))
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         return self.LayerNorm(self.dense(x) + residual)

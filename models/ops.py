@@ -1,13 +1,12 @@
-"""Activations, attention and layer norm that are quick on CPUs; on a GPU they are mlx's own.
+"""Activations and attention that are quick on CPUs; on a GPU they are mlx's own.
 
-mlx's element-wise functions take one number at a time on Linux CPUs (8 to 40 ns for each exp, erf or softmax entry).
-The forms here are equal but built from what gcc vectorises: multiplications, additions, integer shifts and selections
-in `mx.compile`d kernels of at most eleven operations in a row (mlx cuts deeper ones), and matrix products instead of
-row sums. Gradients are written by hand. float32 only: other dtypes, and every call on a GPU, go to mlx itself. Without
-g++ nothing is fused: equal results, slower.
+mlx's exp, erf, tanh and softmax take one number at a time on Linux CPUs, 10 to 40 ns each. The forms here are equal but
+made of what gcc vectorises, about 1 ns each: multiplications, additions, one division and selections, in `mx.compile`d
+kernels of at most eleven operations in a row (mlx cuts deeper ones). Gradients are written by hand. float32 only: other
+dtypes, and every call on a GPU, go to mlx itself. Without g++ nothing is fused: equal results, slower.
 
-Largest errors in units of 2^-23: gelu 3, its derivative 6; silu and gelu_tanh 4 of |x|; attention weights 4 of a row's
-largest weight. NaN and infinity in give NaN or infinity out.
+Largest errors: activations 5e-7 max(1, |x|), their slopes 1e-6; an attention weight 1e-6 of the row's largest, 2e-6 of
+itself. NaN and infinity in give NaN or infinity out.
 
     python -m pytest tests/test_ops.py
 """
@@ -23,12 +22,13 @@ from concurrent.futures import Future
 import backend
 from backend import mx, nn
 
-# Most numbers of a score matrix: what is computed at once should fit into the caches, and arrays above 32 MB cost page
-# faults each time (malloc maps fresh pages).
-CHUNK = 1 << 17
+# Attention scores computed at once: they should fit into the caches, and arrays above 32 MB (where malloc maps fresh
+# pages) cost page faults each time.
+CHUNK = 1 << 18
+KEPT = 1 << 25  # attention weights of one call that wait for the gradient; of more, all are computed again
 HIDDEN = -1e30  # added to the score of a key that must not be seen
 # Bounds are arrays: with literals, gcc turns a clamp into a branch and no longer vectorises the loop around it.
-_ZERO, _ONE, _MINUS_ONE, _END = mx.array(0.0), mx.array(1.0), mx.array(-1.0), mx.array(16.0)
+_END, _SIGNS = mx.array(16.0), (mx.array(0.0), mx.array(1.0), mx.array(-1.0))
 
 
 def _plain(x: mx.array) -> bool:
@@ -52,10 +52,10 @@ def _probe(x: mx.array) -> mx.array:
 def _fusing() -> bool:
     """Whether `mx.compile` compiles here and now: while a gradient is built, it only calls the function."""
     _probed.clear()
-    _probe(_ZERO)
+    _probe(_END)
     if _probed:  # either that, or the first call
         _probed.clear()
-        _probe(_ZERO)
+        _probe(_END)
     return not _probed
 
 
@@ -84,7 +84,6 @@ def _fused(function: Callable) -> Callable:
     a finished transformation is not traced; and another thread is not going backwards.
     """
 
-    @functools.wraps(function)
     def call(*arrays: mx.array):
         if not _CAN_FUSE:
             return function(*arrays)
@@ -106,176 +105,119 @@ def _kernel(function: Callable) -> Callable:
     """
     compiled = mx.compile(function)
 
-    @functools.wraps(function)
     def call(*arrays: mx.array) -> mx.array:
         return mx.depends([compiled(*arrays)], list(arrays))[0]
 
     return call
 
 
-# --- exp ---------------------------------------------------------------------------------------------------------
+# --- activations -------------------------------------------------------------------------------------------------
 
 # exp(u) is close to q(u)^8 for u >= 0. No coefficient is negative: nothing cancels, and what overflows is infinity.
-# Relative error at most 2e-6 (root mean square 4e-7) up to u = 10 and 4e-6 up to 15; for larger u, exp(-u) has an
-# absolute error below 1e-10.
+# Relative error at most 2e-6 (root mean square 4e-7) up to u = 10; exp(-u) is below 1e-10 wrong behind it.
 _Q = (1.0, 0.12499998618609803, 0.007812535968440924, 0.00032549374351716987, 1.0180242432568684e-05,
       2.536818626576756e-07, 5.20804033091735e-09, 1.1551586990771906e-10, 0.0, 6.195849297326887e-14)  # fmt: skip
+# With a = |x|: gelu(x) = max(x, 0) - a T(a), where T(a) = 1 - Phi(a) is close to 1 / (2 p(a)^8); and gelu'(x) is D(a)
+# for x < 0, 1 - D(a) for x > 0, where D(a) = T(a) - a phi(a) is close to n(a) / p(a)^8. Both polynomials have the least
+# largest error on [0, 6.5], weighted with what they contribute to the result; behind it p^8 is above 1e10 and grows.
+_P = (1.0, 0.0997366535844831, 0.04475145890125316, 0.008716535557758635, 0.0007708431859023198,
+      0.0003092180401824085, -1.1385820061239801e-05, 1.7885435885121192e-05, -2.9295026920814224e-06,
+      4.0758664569227465e-07)  # fmt: skip
+_N = (0.5, -0.3989396650630165, -0.31832821117736515, -0.05446497160986355, 0.00954774266528324,
+      5.5799427539952354e-05, -0.0005918781013287463, 0.00017689686014263744, -2.4767970980520358e-05,
+      1.4158828031539271e-06)  # fmt: skip
+# silu(x) = max(x, 0) - a d, and so is gelu_tanh(x), with d = 1 / (1 + exp(u)), u = a in silu, u = 2 v(a) in gelu_tanh
+# (0.5 (1 + tanh v) is sigmoid(2 v)). The slope is s = 1 - d + (a u') d (1 - d) for x > 0, and 1 - s for x < 0.
+_U1 = 2 * math.sqrt(2 / math.pi)
+_U3, _RISE3 = mx.array(0.044715 * _U1), mx.array(3 * 0.044715 * _U1)
 
 
-def _q(u: mx.array) -> mx.array:
+def _polynomial(c: tuple[float, ...], u: mx.array) -> mx.array:
+    """Ten coefficients, lowest first, in seven steps (Estrin's scheme)."""
     z = u * u
     square = z * z
-    middle = (_Q[4] + _Q[5] * u) + z * (_Q[6] + _Q[7] * u)
-    top = (square * square) * (_Q[8] + _Q[9] * u)
-    return (((_Q[0] + _Q[1] * u) + z * (_Q[2] + _Q[3] * u)) + square * middle) + top
+    middle = (c[4] + c[5] * u) + z * (c[6] + c[7] * u)
+    return (((c[0] + c[1] * u) + z * (c[2] + c[3] * u)) + square * middle) + (square * square) * (c[8] + c[9] * u)
+
+
+def _eighth(x: mx.array) -> mx.array:
+    fourth = (x * x) * (x * x)
+    return fourth * fourth
+
+
+def _size(x: mx.array, end: mx.array) -> mx.array:
+    return mx.where(mx.abs(x) > end, end, mx.abs(x))
 
 
 @_kernel
 def _exp_minus(u: mx.array) -> mx.array:
-    """exp(-u) for u >= 0, in one kernel."""
-    q = _q(u)
-    q = q * q
-    q = q * q
-    return 1.0 / (q * q)
-
-
-# --- activations -------------------------------------------------------------------------------------------------
-
-# With a = |x|: gelu(x) = max(x, 0) - a T(a), where T(a) = 1 - Phi(a) is close to 1 / (2 p(a)^8), and gelu'(x) is D(a)
-# for x < 0, 1 - D(a) for x > 0, where D(a) = T(a) - a phi(a) is close to n(a) / p(a)^8. Both polynomials have the least
-# largest error on [0, 6.5], weighted with what they contribute to the result; behind it p^8 is above 1e10 and grows.
-_T = (1.0, 0.0997366535844831, 0.04475145890125316, 0.008716535557758635, 0.0007708431859023198,
-      0.0003092180401824085, -1.1385820061239801e-05, 1.7885435885121192e-05, -2.9295026920814224e-06,
-      4.0758664569227465e-07)  # fmt: skip
-_D = (0.5, -0.3989416064319422, -0.3182993426100129, -0.05460521798775247, 0.009863316523431542,
-      -0.00032112241137432964, -0.00033974793057083463, 8.273196660837909e-05, -6.542535111610398e-06)  # fmt: skip
+    """exp(-u) for u >= 0."""
+    return 1.0 / _eighth(_polynomial(_Q, u))
 
 
 @_kernel
-def _gelu_p(x: mx.array, end: mx.array) -> mx.array:
-    a = mx.abs(x)
-    a = mx.where(a > end, end, a)
-    z = a * a
-    high = (_T[4] + _T[5] * a) + z * ((_T[6] + _T[7] * a) + z * (_T[8] + _T[9] * a))
-    return ((_T[0] + _T[1] * a) + z * (_T[2] + _T[3] * a)) + (z * z) * high
+def _q(x: mx.array) -> mx.array:
+    return _polynomial(_Q, mx.abs(x))
 
 
 @_kernel
-def _gelu_n(x: mx.array, end: mx.array) -> mx.array:
-    a = mx.abs(x)
-    a = mx.where(a > end, end, a)
-    z = a * a
-    high = (_D[4] + _D[5] * a) + z * ((_D[6] + _D[7] * a) + z * _D[8])
-    return ((_D[0] + _D[1] * a) + z * (_D[2] + _D[3] * a)) + (z * z) * high
+def _p(x: mx.array, end: mx.array) -> mx.array:
+    return _polynomial(_P, _size(x, end))
+
+
+@_kernel
+def _n(x: mx.array, end: mx.array) -> mx.array:
+    return _polynomial(_N, _size(x, end))
+
+
+@_kernel
+def _cubic(x: mx.array, end: mx.array, third: mx.array) -> mx.array:
+    a = _size(x, end)
+    return a * (_U1 + third * (a * a))
 
 
 @_kernel
 def _gelu_value(x: mx.array, p: mx.array) -> mx.array:
     a = mx.abs(x)
-    p = p * p
-    p = p * p
-    return (0.5 * x + 0.5 * a) - (0.5 * a) / (p * p)
+    return (0.5 * x + 0.5 * a) - (0.5 * a) / _eighth(p)
 
 
 @_kernel
 def _gelu_slope(
     x: mx.array, p: mx.array, n: mx.array, dy: mx.array, zero: mx.array, plus: mx.array, minus: mx.array
 ) -> mx.array:
-    p = p * p
-    p = p * p
-    return dy * (0.5 + mx.where(x > zero, plus, minus) * (0.5 - n / (p * p)))
-
-
-@_fused
-def _gelu_forward(x: mx.array) -> mx.array:
-    return _gelu_value(x, _gelu_p(x, _END))
-
-
-@_fused
-def _gelu_backward(x: mx.array, dy: mx.array) -> mx.array:
-    return _gelu_slope(x, _gelu_p(x, _END), _gelu_n(x, _END), dy, _ZERO, _ONE, _MINUS_ONE)
-
-
-# silu(x) = max(x, 0) - a d and gelu_tanh(x) likewise, where d = 1 / (1 + exp(u)), with u = a in silu and u = 2 v(a) in
-# gelu_tanh (0.5 (1 + tanh v) is sigmoid(2 v)). Slopes are s for x > 0, 1 - s for x < 0, s = 1 - d + a u' d (1 - d).
-_U1, _U3 = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+    return dy * (0.5 + mx.where(x > zero, plus, minus) * (0.5 - n / _eighth(p)))
 
 
 @_kernel
-def _silu_q(x: mx.array) -> mx.array:
-    return _q(mx.abs(x))
-
-
-@_kernel
-def _gelu_tanh_q(u: mx.array) -> mx.array:
-    return _q(u)
-
-
-@_kernel
-def _gelu_tanh_u(x: mx.array, end: mx.array) -> mx.array:
+def _gated_value(x: mx.array, q: mx.array) -> mx.array:
     a = mx.abs(x)
-    a = mx.where(a > end, end, a)
-    return a * (_U1 + _U3 * (a * a))
+    return (0.5 * x + 0.5 * a) - a / (1.0 + _eighth(q))
 
 
 @_kernel
-def _gated(x: mx.array, q: mx.array) -> mx.array:
-    a = mx.abs(x)
-    q = q * q
-    q = q * q
-    return (0.5 * x + 0.5 * a) - a / (1.0 + q * q)
-
-
-@_kernel
-def _silu_slope(x: mx.array, q: mx.array, dy: mx.array, zero: mx.array, plus: mx.array, minus: mx.array) -> mx.array:
-    q = q * q
-    q = q * q
-    d = 1.0 / (1.0 + q * q)
-    return dy * (0.5 + mx.where(x > zero, plus, minus) * ((0.5 - d) + (mx.abs(x) * d) * (1.0 - d)))
-
-
-@_kernel
-def _gelu_tanh_slope(
-    x: mx.array, q: mx.array, dy: mx.array, zero: mx.array, plus: mx.array, minus: mx.array, end: mx.array
+def _gated_slope(
+    x: mx.array, rise: mx.array, q: mx.array, dy: mx.array, zero: mx.array, plus: mx.array, minus: mx.array
 ) -> mx.array:
-    a = mx.abs(x)
-    a = mx.where(a > end, end, a)
-    q = q * q
-    q = q * q
-    d = 1.0 / (1.0 + q * q)
-    rise = (a * (_U1 + (3 * _U3) * (a * a))) * d
-    return dy * (0.5 + mx.where(x > zero, plus, minus) * ((0.5 - d) + rise * (1.0 - d)))
+    d = 1.0 / (1.0 + _eighth(q))
+    return dy * (0.5 + mx.where(x > zero, plus, minus) * ((0.5 - d) + (rise * d) * (1.0 - d)))
 
 
-@_fused
-def _silu_forward(x: mx.array) -> mx.array:
-    return _gated(x, _silu_q(x))
-
-
-@_fused
-def _silu_backward(x: mx.array, dy: mx.array) -> mx.array:
-    return _silu_slope(x, _silu_q(x), dy, _ZERO, _ONE, _MINUS_ONE)
-
-
-@_fused
-def _gelu_tanh_forward(x: mx.array) -> mx.array:
-    return _gated(x, _gelu_tanh_q(_gelu_tanh_u(x, _END)))
-
-
-@_fused
-def _gelu_tanh_backward(x: mx.array, dy: mx.array) -> mx.array:
-    return _gelu_tanh_slope(x, _gelu_tanh_q(_gelu_tanh_u(x, _END)), dy, _ZERO, _ONE, _MINUS_ONE, _END)
-
-
-def _activation(forward: Callable, backward: Callable) -> Callable:
-    function = mx.custom_function(forward)
+def _activation(value: Callable, slope: Callable) -> Callable:
+    function = mx.custom_function(_fused(value))
+    backward = _fused(slope)
     function.vjp(lambda x, dy, _: backward(x, dy))
     return function
 
 
-_gelu = _activation(_gelu_forward, _gelu_backward)
-_silu = _activation(_silu_forward, _silu_backward)
-_gelu_tanh = _activation(_gelu_tanh_forward, _gelu_tanh_backward)
+_gelu = _activation(
+    lambda x: _gelu_value(x, _p(x, _END)), lambda x, dy: _gelu_slope(x, _p(x, _END), _n(x, _END), dy, *_SIGNS)
+)
+_silu = _activation(lambda x: _gated_value(x, _q(x)), lambda x, dy: _gated_slope(x, mx.abs(x), _q(x), dy, *_SIGNS))
+_gelu_tanh = _activation(
+    lambda x: _gated_value(x, _q(_cubic(x, _END, _U3))),
+    lambda x, dy: _gated_slope(x, _cubic(x, _END, _RISE3), _q(_cubic(x, _END, _U3)), dy, *_SIGNS),
+)
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -284,7 +226,7 @@ def gelu(x: mx.array) -> mx.array:
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """The tanh form of gelu (`gelu_pytorch_tanh`, `gelu_new`), written x sigmoid(2u). Any shape."""
+    """The tanh form of gelu: `gelu_pytorch_tanh`, `gelu_new`. Any shape."""
     return nn.gelu_approx(x) if _plain(x) else _gelu_tanh(x)
 
 
@@ -308,24 +250,19 @@ def _cuts(rows: int, heads: int, queries: int, keys: int) -> Iterator[tuple[slic
                 yield slice(i, i + r), slice(j, j + h), slice(k, k + n)
 
 
-def _weights(scores: mx.array) -> mx.array:
-    """Scores (.., keys, queries) -> weights of which every query's largest is 1."""
-    return _exp_minus(scores.max(axis=-2, keepdims=True) - scores)
-
-
 def _joined(parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
     flat = [part.reshape(-1, part.shape[-1]) for part in parts]
     return (flat[0] if len(flat) == 1 else mx.concatenate(flat)).reshape(shape)
 
 
-def _bias_of(mask: mx.array, groups: int) -> mx.array:
-    """0 or HIDDEN, (R or 1, kv heads or 1, L, groups * L or 1), from a mask that broadcasts to (R, heads, L, L)."""
+def _bias_of(mask: mx.array, groups: int, length: int) -> mx.array:
+    """0 or HIDDEN, (R or 1, kv heads or 1, K, groups * L or 1), from a mask that broadcasts to (R, heads, L, K)."""
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     bias = mx.where(mask, 0.0, HIDDEN)
     r, h, queries, keys = bias.shape
-    if h > 1:
-        bias = bias.reshape(r, h // groups, groups * queries, keys)
-    elif queries > 1:
+    if groups > 1 and h > 1:
+        bias = mx.broadcast_to(bias, (r, h, length, keys)).reshape(r, h // groups, groups * length, keys)
+    elif groups > 1 and queries > 1:
         bias = mx.tile(bias, (1, 1, groups, 1))
     return mx.swapaxes(bias, -1, -2)
 
@@ -335,7 +272,7 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, bias: mx.arr
 
     Scores are held transposed, (K, Q): maxima over keys, and their subtraction, then run along contiguous queries.
     """
-    rows, heads, queries, d = q.shape
+    rows, heads, queries = q.shape[:3]
     cuts = list(_cuts(rows, heads, queries, k.shape[2]))
     by_key = bias is not None and bias.shape[-1] == 1  # such a bias is one more column of the product
     kept: list[tuple[mx.array, ...]] = []
@@ -357,24 +294,27 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, bias: mx.arr
             scores = k[i, j] @ mx.swapaxes(q[i, j, n], -1, -2)
             if bias is not None and not by_key:
                 scores = scores + part(bias, i, j)[..., n]
-            weights = _weights(scores)
+            weights = _exp_minus(scores.max(axis=-2, keepdims=True) - scores)
             sums = mx.swapaxes(weights.sum(axis=-2, keepdims=True), -1, -2)
             parts.append((weights, sums, (mx.swapaxes(weights, -1, -2) @ v[i, j]) / sums))
         return _joined([out for _, _, out in parts], (rows, heads, queries, v.shape[-1])), parts
 
     @mx.custom_function
     def run(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        out, kept[:] = forward(q, k, v)
+        out, parts = forward(q, k, v)
+        if rows * heads * queries * k.shape[2] <= KEPT:
+            kept[:] = parts
         return out
 
     @run.vjp
     def backward(primals, dy, _):
         q, k, v = primals
+        parts = kept or forward(q, k, v)[1]
         q, k = mx.contiguous(q), mx.contiguous(k)
         v = mx.concatenate([v, mx.ones((*v.shape[:3], 1))], axis=-1)
         dy = mx.contiguous(dy)
         dq, dk, dv = [], [], []
-        for (i, j, n), (weights, sums, out) in zip(cuts, kept, strict=True):
+        for (i, j, n), (weights, sums, out) in zip(cuts, parts, strict=True):
             # With P the normalised weights: dS = P (dP - sum(P dP)) and sum(P dP) = sum(out dout), per query.
             dout = dy[i, j, n] / sums
             total = (dout * out) @ mx.ones((out.shape[-1], 1))
@@ -404,38 +344,6 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     rows, heads, length, d = q.shape
     groups = heads // k.shape[1]
-    bias = None if mask is None else _bias_of(mask, groups)
-    grouped = q.reshape(rows, heads // groups, groups * length, d)
-    return _attention(grouped, k, v, scale, bias).reshape(rows, heads, length, v.shape[-1])
-
-
-# --- layer norm --------------------------------------------------------------------------------------------------
-
-
-def _row_mean(x: mx.array) -> mx.array:
-    return x @ mx.full((x.shape[-1], 1), 1 / x.shape[-1])
-
-
-@mx.custom_function
-def _layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> mx.array:
-    centred = x - _row_mean(x)
-    return centred * mx.rsqrt(_row_mean(centred * centred) + eps) * weight + bias
-
-
-@_layer_norm.vjp
-def _layer_norm_vjp(primals, dy, _):
-    x, weight, bias, eps = primals
-    centred = x - _row_mean(x)
-    inverse = mx.rsqrt(_row_mean(centred * centred) + eps)
-    normed = centred * inverse
-    slope = dy * weight
-    dx = (slope - _row_mean(slope) - normed * _row_mean(slope * normed)) * inverse
-    lead = tuple(range(x.ndim - 1))
-    return dx, (dy * normed).sum(axis=lead), dy.sum(axis=lead), mx.zeros_like(eps)
-
-
-def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    """Layer norm over the last axis: x (.., D), weight and bias (D,)."""
-    if _plain(x) or weight.dtype != x.dtype or bias.dtype != x.dtype:
-        return mx.fast.layer_norm(x, weight, bias, eps)
-    return _layer_norm(x, weight, bias, mx.array(eps))
+    bias = None if mask is None else _bias_of(mask, groups, length)
+    q = q.reshape(rows, heads // groups, groups * length, d)  # queries that share keys follow one another
+    return _attention(q, k, v, scale, bias).reshape(rows, heads, length, v.shape[-1])

@@ -387,3 +387,13 @@ def test_help_is_quick_and_says_units():
         assert word in " ".join(done.stdout.split())
     script = "import sys, train; assert not {'torch', 'mteb', 'wandb', 'transformers', 'mlx_lm'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_the_default_learning_rate_goes_by_the_model_s_size(settings):
+    assert train.prepare(settings()).settings.learning_rate == 4e-3
+    large = settings()
+    large.settle(parameters=600_000_000)
+    assert large.learning_rate == 2e-4
+    given = settings(learning_rate=1e-5)
+    given.settle(parameters=1)
+    assert given.learning_rate == 1e-5
