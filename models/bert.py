@@ -8,16 +8,15 @@ from pathlib import Path
 
 from backend import UserError, mx, nn
 
-from models import ops
 from models.backbone import Backbone, real_tokens
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 ACTIVATIONS = {
-    "gelu": ops.gelu,
-    "gelu_new": ops.gelu_tanh,
-    "gelu_pytorch_tanh": ops.gelu_tanh,
+    "gelu": nn.gelu,
+    "gelu_new": nn.gelu_approx,
+    "gelu_pytorch_tanh": nn.gelu_approx,
     "relu": nn.relu,
-    "silu": ops.silu,
+    "silu": nn.silu,
 }
 
 
@@ -32,11 +31,13 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.get("type_vocab_size", 2), size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.get("layer_norm_eps", 1e-12))
         self._first_position = first_position(config)
+        self._last_position = config["max_position_embeddings"] - 1
 
     def __call__(self, ids: mx.array) -> mx.array:
         positions = mx.arange(self._first_position, self._first_position + ids.shape[1])
+        positions = mx.minimum(positions, self._last_position)  # padding may reach past the table
         states = self.word_embeddings(ids) + self.position_embeddings(positions)
-        return self.LayerNorm(states + self.token_type_embeddings.weight[0])
+        return self.LayerNorm(states + self.token_type_embeddings(mx.array([0])))
 
 
 class SelfAttention(nn.Module):
@@ -55,7 +56,7 @@ class SelfAttention(nn.Module):
             return y.reshape(rows, length, self._heads, -1).transpose(0, 2, 1, 3)
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        out = ops.attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
         return out.transpose(0, 2, 1, 3).reshape(rows, length, size)
 
 

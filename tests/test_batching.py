@@ -109,7 +109,6 @@ def test_little_padding(seed, grid, monkeypatch):
     assert 1 - lengths.sum() / (random.max(axis=1).sum() * 32) > 0.5  # what it would be in the data's order
 
 
-
 def test_little_padding_on_real_texts(shared_data, minilm):
     from tokens import TextTokenizer
 

@@ -225,7 +225,6 @@ def test_several_folders_and_their_average(fruit, words, tmp_path):
     assert evaluate(WordCounts(), []).average() == {}
 
 
-
 @pytest.mark.skipif(not MEDQUAD.is_dir(), reason="shared/data/medquad is missing")
 def test_repeated_evaluation_is_fast():
     evaluate(WordCounts(), [str(MEDQUAD)])

@@ -281,7 +281,7 @@ def test_quantised_decoder(folders, tmp_path, bidirectional):
 
 @pytest.mark.parametrize(
     "embeddings",
-    [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="bert.Embeddings reads a packed row"))],
+    [False, True],
 )
 def test_quantised_encoder(folders, tmp_path, embeddings):
     whole = load_backbone(folders["bert"])
