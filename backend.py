@@ -96,7 +96,7 @@ if not IS_GPU:
     mx.set_cache_limit(256 << 20)
 
 # Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
-MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 4_096
+MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 2_048
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, CPUs gain nothing by it.
 LENGTH_GRID = 16 if IS_GPU else 1
 

@@ -283,7 +283,7 @@ def conclude(run: Run) -> None:
     lines += [
         ("curves", f"{folder / 'curves.png'}"),
         ("metrics", f"{folder / 'metrics.jsonl'}"),
-        ("next", f"python embed.py --model {folder / 'final'} --input docs.jsonl --output vectors.npy"),
+        ("next", f"python embed.py --model {folder / 'final'} --input eval-data/corpus.jsonl --output vectors.npy"),
     ]
     print_lines(lines)
 

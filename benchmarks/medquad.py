@@ -59,7 +59,7 @@ def peer_model(folder: str, settings: config.Settings):
 def train_peer(model, rows: Rows, order: list[list[int]], settings: config.Settings) -> float:
     """The peer's training on given batches of rows; returns wall seconds."""
     import torch
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     loss_of = CachedMultipleNegativesRankingLoss(model, scale=1 / settings.temperature, mini_batch_size=32)
     parameters = [p for p in model.parameters() if p.requires_grad]
