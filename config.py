@@ -65,7 +65,7 @@ class Settings:
     lora_keys: list[str] = option("weights", [], "linear layers to train, names or regular expressions; default: all")
     num_layers: int = option("weights", -1, "train the last N blocks only; -1 = all")
 
-    steps: int = option("schedule", 200, "optimizer steps")
+    steps: int = option("schedule", 150, "optimizer steps")
     learning_rate: float | None = option(
         "schedule", None, "peak learning rate of AdamW; default: 2e-4, and 4e-3 for models below 10 million parameters"
     )
@@ -83,12 +83,12 @@ class Settings:
     eval_tasks: list[str] = option(
         "evaluation", ["eval-data"], "MTEB task names and folders in BEIR layout; no name = no evaluation"
     )
-    eval_steps: int = option("evaluation", 100, "evaluate every N steps, and at the end; 0 = only before and after")
+    eval_steps: int = option("evaluation", 50, "evaluate every N steps, and at the end; 0 = only before and after")
     skip_eval_init: bool = option("evaluation", False, "no evaluation before training")
     early_stopping: int = option("evaluation", 0, "stop after N evaluations without a better nDCG@10; 0 = never")
 
     output: str = option("run", "adapters", "the run's folder")
-    save_steps: int = option("run", 100, "save every N steps; 0 = only at the end")
+    save_steps: int = option("run", 50, "save every N steps; 0 = only at the end")
     resume: bool = option("run", False, "continue the run in --output from its last saved step")
     overwrite: bool = option("run", False, "remove the run that is in --output first")
     stop_after: int = option("run", 0, "stop at this step, saved and resumable; 0 = run to the end")
