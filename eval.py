@@ -9,14 +9,12 @@ every N steps with the model it trains and gets, to the last digit, what this co
 """
 
 import argparse
-import functools
 import json
 import logging
 import re
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,20 +107,6 @@ def score_rankings(qrels: dict[str, dict[str, int]], rankings: dict[str, Scores]
     return scores
 
 
-def _import_mteb() -> None:
-    with suppress(ImportError):  # `evaluate` meets it again, in the thread that can tell it
-        import mteb  # noqa: F401
-        import sentence_transformers  # noqa: F401  (mteb imports it, and torch, in its first evaluation)
-
-
-@functools.cache
-def preload() -> threading.Thread:
-    """Begin to import mteb, which takes seconds, in the background; `evaluate` waits for it. Returns at once."""
-    thread = threading.Thread(target=_import_mteb, name="import mteb", daemon=True)
-    thread.start()
-    return thread
-
-
 @contextmanager
 def _quiet(show_progress: bool) -> Iterator[None]:
     """No log lines below errors and no progress bars from mteb and what it uses."""
@@ -148,7 +132,6 @@ def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[
 
     Raises UserError for a folder or a name that is wrong.
     """
-    preload().join()
     loaded, unreachable = {}, {}
     with _quiet(show_progress):
         for name in dict.fromkeys(names):
@@ -284,7 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if output and (output.is_dir() or not output.parent.is_dir()):
             raise UserError(f"--output {output}: not a file in a folder that exists")
         eval_tasks.check_folders(args.eval_tasks)
-        preload()
         print(backend.describe(), file=sys.stderr)
         from embed import load
 

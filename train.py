@@ -106,10 +106,6 @@ def prepare(settings: config.Settings) -> Run:
 
     folder = Path(settings.output).expanduser()
     check_output(folder, settings)
-    if settings.eval_tasks:
-        import eval as evaluation
-
-        evaluation.preload()  # its imports take seconds; they run while data and model are read
     rows = Rows(find_files(settings.data), settings.skip_bad_rows)
     model, retrieval, base = checkpoint.build(
         settings.model,
@@ -155,7 +151,9 @@ def prepare(settings: config.Settings) -> Run:
     objective = OBJECTIVES[settings.task](settings)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if settings.eval_tasks:
-        evaluation.load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
+        from eval import load_tasks
+
+        load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
     rank = f"r={settings.lora_rank}"
     trained = {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[settings.train_type]
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""

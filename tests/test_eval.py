@@ -26,7 +26,6 @@ from eval import METRICS, Evaluation, compare, evaluate, print_comparison, print
 ROOT = Path(__file__).parent.parent
 MEDQUAD = ROOT.parent / "shared" / "data" / "medquad" / "dev"
 NANO = "NanoMSMARCORetrieval"
-evaluation.preload()
 
 
 class WordCounts:
