@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 import retrieval_config
 from heads import RetrievalModel
 from models import load_backbone, lora, resolve
-from models.source import check_fit, load_strictly, read_safetensors, toolkit_relative
+from models.source import check_fit, load_strictly, read_json, read_safetensors, toolkit_relative
 from retrieval_config import RetrievalConfig
 
 ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
@@ -111,16 +111,6 @@ def load_trainable(module: nn.Module, weights: dict[str, mx.array], origin: Path
     wanted = dict(tree_flatten(module.trainable_parameters()))
     check_fit(wanted, weights, origin)
     module.load_weights([(name, weights[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file of a saved folder; UserError where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from backend import UserError
 
 from heads import POOLING, EmbeddingHead
 from models.bert import MODEL_TYPES as ENCODERS
+from models.source import read_json
 from tokens import TextTokenizer, load_tokenizer
 
 FILE = "retrieval_config.json"
@@ -65,10 +66,7 @@ class RetrievalConfig:
         path = folder / FILE
         if not path.is_file():
             raise UserError(f"{folder}: no {FILE}, so this is no adapter folder of this toolkit")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
+        values = read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"{path}: not a JSON object")
         known = {f.name for f in dataclasses.fields(cls)}
@@ -105,12 +103,8 @@ def of_base_model(folder: Path, model_config: dict) -> RetrievalConfig:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    """The file's content, {} where it is missing: a model need not have any of these files."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _from_sentence_transformers(folder: Path) -> RetrievalConfig:

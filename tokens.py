@@ -6,7 +6,6 @@ keeps the closing. Special tokens come from the tokenizer and from prompts only:
 are tokenised as ordinary characters.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from batching import Texts
+from models.source import read_json
 
 UNUSED = re.compile(r"[<\[]unused\d+[>\]]")  # tokens kept free for prompts, as Gemma and BERT have them
 
@@ -40,12 +40,12 @@ def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
     """Id of a token by its role (`eos_token`, `pad_token`), as the folder's tokenizer files name it."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / file
-        entry = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+        entry = read_json(path).get(name) if path.is_file() else None
         content = entry.get("content") if isinstance(entry, dict) else entry
         if content is not None and (token := tokenizer.token_to_id(content)) is not None:
             return token
     path = folder / "config.json"
-    token = json.loads(path.read_text(encoding="utf-8")).get(f"{name}_id") if path.is_file() else None
+    token = read_json(path).get(f"{name}_id") if path.is_file() else None
     return token[0] if isinstance(token, list) else token
 
 

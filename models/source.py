@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from backend import UserError, mx, nn
 
@@ -53,15 +54,22 @@ def resolve(name: str) -> Path:
         ) from error
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file of a model's or a saved folder; UserError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
 def read_config(folder: Path) -> dict:
     """The folder's config.json."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json, so this is not a model's folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{path}: no model_type")
     if config.get("model_file"):

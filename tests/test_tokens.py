@@ -349,3 +349,13 @@ def test_where_a_token_is_named(toy_tokenizer_folder, tmp_path, file, content):
     (tmp_path / file).write_text(json.dumps(content))
     assert named_token(tmp_path, tokenizer, "eos_token") == EOS
     assert named_token(tmp_path, tokenizer, "pad_token") is None
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_broken_json_beside_the_tokenizer_is_told_by_its_file(toy_tokenizer, tmp_path, file):
+    """Regression: it ended in a traceback."""
+    folder = toy_tokenizer(tmp_path / "broken")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / file).write_text("{")
+    with pytest.raises(UserError, match=f"{file}: not valid JSON"):
+        TextTokenizer(folder, {}, {"query": 16}, append_eos=True)
