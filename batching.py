@@ -38,8 +38,8 @@ class Texts:
         return Texts(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-# What one more micro-batch costs, in tokens (MiniLM on a CPU: about 50): below this, less padding is not worth it.
-MICRO_BATCH_OVERHEAD = 64
+# What one more micro-batch costs, in tokens (MiniLM on a CPU: about 30): below this, less padding is not worth it.
+MICRO_BATCH_OVERHEAD = 32
 
 
 def padded(lengths: np.ndarray) -> np.ndarray:

@@ -93,13 +93,14 @@ class Settings:
     overwrite: bool = option("run", False, "remove the run that is in --output first")
     stop_after: int = option("run", 0, "stop at this step, saved and resumable; 0 = run to the end")
     dry_run: bool = option("run", False, "plan and measure one step; train and write nothing")
+    profile: int = option("run", 0, "time the phases of this many steps and print a table; write nothing; 0 = do not")
     wandb: bool = option("run", False, "log to Weights & Biases (offline when not logged in)")
     wandb_project: str = option("run", "mlx-retrieval", "its project there")
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "lora_rank", "steps")
         counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after")
-        not_negative = (*counts, "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
+        not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
         checks = [
             *((getattr(self, name) > 0, name, "must be above 0") for name in positive),
             *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),

@@ -20,6 +20,7 @@ import numpy as np
 
 from batching import micro_batches
 from heads import RetrievalModel
+from passes import Passes
 from retrieval_config import FILE, ROLES, RetrievalConfig
 from tokens import TextTokenizer
 
@@ -32,6 +33,7 @@ class Model:
 
     def __init__(self, model: RetrievalModel, config: RetrievalConfig, tokenizer: TextTokenizer, name: str):
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
+        self.passes = Passes(model)
 
     @property
     def dimensions(self) -> int:
@@ -72,8 +74,10 @@ class Model:
             for first in range(0, len(texts), CHUNK):
                 tokens = self.tokenizer(texts[first : first + CHUNK], prompt)
                 budget = batch_tokens or backend.MICRO_BATCH_TOKENS
-                for index, rows in micro_batches(tokens, budget, self.tokenizer.pad_id):
-                    vectors[first + index] = np.array(self.model(rows))
+                cut = list(micro_batches(tokens, budget, self.tokenizer.pad_id))
+                parts = self.passes.representations([rows for _, rows in cut])
+                for (index, _), part in zip(cut, parts, strict=True):
+                    vectors[first + index] = np.array(part)
                     advance(len(index))
         if dimensions is not None:
             vectors = vectors[:, :dimensions]

@@ -214,34 +214,22 @@ def compare(
     return rows
 
 
-def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout: the first column is text and may wrap, the others are figures."""
-    from rich import box
-    from rich.table import Table
-
-    from reporting import console
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(columns[0], overflow="fold")
-    for name in columns[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console().print(table, soft_wrap=False)
-
-
 def print_table(evaluation: Evaluation) -> None:
     """Print the figures of every task, and their average where there are several."""
+    from reporting import print_rows
+
     figures = list(evaluation.tasks.items())
     if len(figures) > 1:
         figures.append(("average", evaluation.average()))
     rows = [(name, *(f"{scores[metric]:.4f}" for metric in METRICS)) for name, scores in figures]
     rows += [(f"{name} (unreachable)", *"-" * len(METRICS)) for name in evaluation.unreachable]
-    _print(evaluation.model, ("task", *METRICS.values()), rows)
+    print_rows(evaluation.model, ("task", *METRICS.values()), rows)
 
 
 def print_comparison(before: Evaluation, after: Evaluation) -> None:
     """Print the figures of two evaluations, and how sure their difference is."""
+    from reporting import print_rows
+
     common = [name for name in before.tasks if name in after.tasks]
     queries = sum(len(before.per_query[name]["ndcg_at_10"]) for name in common)
     rows = [
@@ -249,7 +237,7 @@ def print_comparison(before: Evaluation, after: Evaluation) -> None:
         for metric, old, new, difference, low, high in compare(before, after)
     ]
     columns = ("metric", "before", "after", "difference", "95 % interval")
-    _print(f"{', '.join(common)}: {queries:,} queries", columns, rows)
+    print_rows(f"{', '.join(common)}: {queries:,} queries", columns, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ python train.py --resume --output adapters              continue a run that was 
 """
 
 import dataclasses
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -176,7 +177,7 @@ def check_output(folder: Path, settings: config.Settings) -> None:
 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: this is a file")
-    if settings.resume or settings.overwrite or settings.dry_run:
+    if settings.resume or settings.overwrite or settings.dry_run or settings.profile:
         return
     if checkpoint.holds_run(folder):
         raise UserError(
@@ -207,9 +208,14 @@ def train(settings: config.Settings) -> dict:
     from trainer import Stopped
 
     run = prepare(settings)
+    gc.freeze()  # what is there now stays: no need to look through it at every collection
     print_lines(run.headline)
     if settings.dry_run:
         return dry_run(run)
+    if settings.profile:
+        from profiling import profile
+
+        return profile(run)
     begin(run)
     trainer, evaluations = run.trainer, run.evaluations
     with Reporter(

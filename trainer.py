@@ -18,7 +18,7 @@ from backend import UserError, mx, nn
 
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 import checkpoint
 from batching import micro_batches, pad_rows
@@ -26,6 +26,8 @@ from config import Settings
 from data_loader import Batch, Batches
 from heads import MicroBatch, RetrievalModel
 from models.remat import seed as seed_dropout
+from passes import Passes
+from profiling import Clock
 from reporting import Reporter
 
 Objective = Callable[[mx.array, Batch], mx.array]  # representations (N, ...) of a batch's N texts -> scalar loss
@@ -74,7 +76,7 @@ class Differentiator:
     def __init__(
         self, model: RetrievalModel, objective: Objective, accumulation: int = 0, budget: int = 0, pad_id: int = 0
     ):
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.passes, self.clock = model, objective, Passes(model), Clock()
         self.accumulation, self.budget, self.pad_id = accumulation, budget, pad_id
 
     def _cut(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
@@ -91,7 +93,7 @@ class Differentiator:
         rows, order = self._cut(batch)
         padded = sum(part.ids.size for part in rows)
         seeds = np.random.SeedSequence(seed).generate_state(len(rows))
-        if len(rows) == 1:
+        if len(rows) == 1 and not self.passes.compiled:
             loss, gradient, parts = self._plain(rows[0], int(seeds[0]), batch, order)
         else:
             loss, gradient, parts = self._cached(rows, seeds, batch, order)
@@ -103,38 +105,29 @@ class Differentiator:
             return self.objective(join([representations], order), batch), representations
 
         seed_dropout(seed)
-        (loss, representations), gradient = nn.value_and_grad(self.model, loss_of)(rows)
+        with self.clock("forward, loss, backward"):
+            (loss, representations), gradient = nn.value_and_grad(self.model, loss_of)(rows)
+            mx.eval(loss, gradient, representations)
         return loss, gradient, [representations]
 
     def _cached(self, rows: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
         # 1. Representations of all micro-batches, without a gradient.
-        parts = []
-        for part, seed in zip(rows, seeds, strict=True):
-            seed_dropout(int(seed))
-            parts.append(mx.stop_gradient(self.model(part)))
-            mx.eval(parts[-1])
+        with self.clock("forward"):
+            parts = list(self.passes.representations(rows, seeds))
         # 2. The loss of the whole batch, and its gradient with respect to the representations.
         loss_of = mx.value_and_grad(lambda parts: self.objective(join(parts, order), batch))
-        loss, cotangents = loss_of(parts)
-        mx.eval(loss, cotangents)
+        with self.clock("loss"):
+            loss, cotangents = loss_of(parts)
+            mx.eval(loss, cotangents)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
-        gradient_of = nn.value_and_grad(self.model, lambda rows, cotangent: (self.model(rows) * cotangent).sum())
-        gradient = None
-        for part, seed, cotangent in zip(rows, seeds, cotangents, strict=True):
-            seed_dropout(int(seed))
-            _, more = gradient_of(part, cotangent)
-            gradient = more if gradient is None else tree_map(mx.add, gradient, more)
-            mx.eval(gradient)
+        with self.clock("backward"):
+            gradient = self.passes.gradient(rows, seeds, cotangents)
         return loss, gradient, parts
 
     def loss(self, batch: Batch) -> float:
         """The loss alone, without dropout or gradient."""
         rows, order = self._cut(batch)
-        parts = []
-        for part in rows:
-            parts.append(self.model(part))
-            mx.eval(parts[-1])
-        return self.objective(join(parts, order), batch).item()
+        return self.objective(join(list(self.passes.representations(rows)), order), batch).item()
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -184,13 +177,9 @@ class Trainer:
     ):
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
         self.save_model, self.evaluate, self.validation = save_model, evaluate, validation
-        self.gradient_of = Differentiator(
-            model,
-            objective,
-            settings.gradient_accumulation_steps,
-            settings.micro_batch_tokens,
-            batches.tokenizer.pad_id,
-        )
+        parts, budget = settings.gradient_accumulation_steps, settings.micro_batch_tokens
+        self.gradient_of = Differentiator(model, objective, parts, budget, batches.tokenizer.pad_id)
+        self.clock = self.gradient_of.clock
         self.optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
         self.state = State()
@@ -205,10 +194,11 @@ class Trainer:
         """The gradient of a step, clipped, and its norm before that; nothing is updated."""
         self.model.train()
         result = self.gradient_of(batch, self.settings.seed * 1_000_003 + step)
-        clipped, norm = optim.clip_grad_norm(result.gradient, self.settings.max_grad_norm or math.inf)
-        if self.settings.max_grad_norm:
-            result = result._replace(gradient=clipped)
-        mx.eval(result.loss, result.gradient, norm)
+        with self.clock("optimizer"):
+            clipped, norm = optim.clip_grad_norm(result.gradient, self.settings.max_grad_norm or math.inf)
+            if self.settings.max_grad_norm:
+                result = result._replace(gradient=clipped)
+            mx.eval(result.loss, result.gradient, norm)
         return result, norm
 
     def update(self, batch: Batch, step: int) -> dict:
@@ -218,9 +208,10 @@ class Trainer:
         loss, norm = result.loss.item(), norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse(batch, step, result, loss, norm)
-        self.optimizer.learning_rate = rate
-        self.optimizer.update(self.model, result.gradient)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        with self.clock("optimizer"):
+            self.optimizer.learning_rate = rate
+            self.optimizer.update(self.model, result.gradient)
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.state.step, self.state.tokens = step, self.state.tokens + batch.tokens
         return {
             "step": step,

@@ -9,12 +9,13 @@ from pathlib import Path
 from backend import UserError, mx, nn
 
 from models.backbone import Backbone, real_tokens
+from models.ops import attention, gelu_tanh
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 ACTIVATIONS = {
     "gelu": nn.gelu,
-    "gelu_new": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "relu": nn.relu,
     "silu": nn.silu,
 }
@@ -49,14 +50,14 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(size, size)
         self._heads = config["num_attention_heads"]
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array, real: mx.array) -> mx.array:
         rows, length, size = x.shape
 
         def split(y: mx.array) -> mx.array:  # (R, L, D) -> (R, heads, L, D / heads)
             return y.reshape(rows, length, self._heads, -1).transpose(0, 2, 1, 3)
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+        out = attention(q, k, v, scale=q.shape[-1] ** -0.5, real=real)
         return out.transpose(0, 2, 1, 3).reshape(rows, length, size)
 
 
@@ -93,8 +94,8 @@ class Layer(nn.Module):
         self.output = Output(config["intermediate_size"], config)
         self._activation = ACTIVATIONS[config.get("hidden_act", "gelu")]
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
-        x = self.attention.output(self.attention.self(x, mask), x)
+    def __call__(self, x: mx.array, real: mx.array) -> mx.array:
+        x = self.attention.output(self.attention.self(x, real), x)
         return self.output(self._activation(self.intermediate.dense(x)), x)
 
 
@@ -123,10 +124,10 @@ class Bert(Backbone):
         return self.config["max_position_embeddings"] - first_position(self.config)
 
     def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
-        mask = real_tokens(ids, lengths)[:, None, None, :]  # (R, 1, 1, L); every row has a real token
+        real = real_tokens(ids, lengths)
         x = self.embeddings(ids)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, real)
         return x
 
 

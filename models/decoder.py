@@ -4,12 +4,17 @@ Nothing of mlx-lm is patched. Its blocks take their attention masks from the cac
 trunk gets caches that keep nothing and answer with a mask that knows windows and padding.
 """
 
+import functools
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import backend
 from backend import UserError, mx, nn
 
 from models.backbone import Backbone, real_tokens
+from models.ops import attention, gelu_tanh
 from models.source import tensor_table, weight_files
 
 
@@ -166,11 +171,42 @@ def _is_bare(names: Iterable[str]) -> bool:
     return any(name.startswith("layers.") for name in names)
 
 
+def _attention(
+    q: mx.array, k: mx.array, v: mx.array, cache: object, scale: float, mask: mx.array | str | None, sinks=None
+) -> mx.array:
+    """`ops.attention` under the signature of mlx-lm's `scaled_dot_product_attention`."""
+    if sinks is not None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    return attention(q, k, v, scale, mask)
+
+
+@functools.cache
+def _own_copy(name: str) -> ModuleType:
+    """One of mlx-lm's model files once more, as a module of our own that computes with `models.ops`.
+
+    The module that everybody else imports under this name stays as it is.
+    """
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for key, value in list(vars(module).items()):  # gemma3 builds on gemma3_text
+        if isinstance(value, ModuleType) and value.__name__.startswith("mlx_lm.models."):
+            setattr(module, key, _own_copy(value.__name__))
+    if hasattr(module, "scaled_dot_product_attention"):
+        module.scaled_dot_product_attention = _attention
+    if hasattr(module, "nn"):
+        module.nn = SimpleNamespace(**vars(nn) | {"gelu_approx": gelu_tanh})
+    return module
+
+
 def _classes(config: dict) -> tuple[type, type]:
     """mlx-lm's classes for a config, the model's such that it also takes a trunk's weights without `model.` before."""
     from mlx_lm.utils import _get_classes
 
     model_class, arguments_class = _get_classes(config)
+    if backend.FUSED:
+        own = _own_copy(model_class.__module__)
+        model_class, arguments_class = own.Model, own.ModelArgs
 
     class Model(model_class):
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:

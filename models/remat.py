@@ -28,6 +28,11 @@ def checkpoint_blocks(backbone: Backbone) -> None:
         layer.__class__ = type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": _call})
 
 
+def checkpointed(backbone: Backbone) -> bool:
+    """Whether `checkpoint_blocks` was called on it."""
+    return any(type(layer).__call__ is _call for layer in backbone.layers)
+
+
 def _call(self: nn.Module, *args, **kwargs):
     # A block runs twice, and both times has to drop the same inputs: it starts from a seed of its own.
     dropout_seed = _draw.getrandbits(32)

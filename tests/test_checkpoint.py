@@ -105,8 +105,9 @@ def test_mlx_lm_loads_a_saved_adapter(folders, tmp_path, kind, train_type):
     loaded.set_dtype(mx.float32)
     ids, lengths = texts((29, 29))  # no padding: its states are arbitrary
     states = model.backbone.hidden_states(ids, lengths)
-    np.testing.assert_array_equal(np.array(loaded.model(ids)), np.array(states))
-    np.testing.assert_array_equal(np.array(loaded(ids)), np.array(model.backbone.adapted(ids)))
+    # Not bit for bit: on CPUs attention and activations are written out otherwise than in mlx-lm.
+    np.testing.assert_allclose(np.array(loaded.model(ids)), np.array(states), atol=2e-5)
+    np.testing.assert_allclose(np.array(loaded(ids)), np.array(model.backbone.adapted(ids)), atol=2e-5)
 
 
 def test_adapters_fit_the_quantised_base_and_the_whole_one(folders, tmp_path):

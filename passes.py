@@ -1,0 +1,198 @@
+"""Forward and backward passes of micro-batches through a model.
+
+On CPUs they are compiled, adapters are merged into the weights they adapt, and several micro-batches are computed side
+by side: mlx's element-wise functions use one core each. Elsewhere they are computed one after the other as they come.
+Either way the results are the same up to float32 rounding, and the same bits for the same micro-batches.
+"""
+
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+import backend
+from backend import mx, nn
+
+from mlx.utils import tree_map
+
+from heads import MicroBatch, RetrievalModel
+from models import lora, remat
+
+# A compiled function keeps a graph of every shape that it met. After so many shapes it is made anew.
+SHAPES_KEPT = 512
+# Models hold tracers instead of weights while a graph is built, and mlx's random state is one for all.
+_building = threading.Lock()
+
+
+class Worker:
+    """A thread with a stream of its own. It lives as long as the process: mlx's state of a thread cannot be undone."""
+
+    def __init__(self):
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="passes", daemon=True).start()
+
+    def submit(self, task: Callable) -> Future:
+        answer: Future = Future()
+        self._tasks.put((task, answer))
+        return answer
+
+    def _serve(self) -> None:
+        with mx.stream(mx.new_stream(mx.default_device())):
+            while True:
+                task, answer = self._tasks.get()
+                try:
+                    answer.set_result(task())
+                except BaseException as error:  # it belongs to whoever waits for the answer
+                    answer.set_exception(error)
+                del task, answer  # what they hold should not live until the next task comes
+
+
+@functools.cache
+def _workers() -> list[Worker]:
+    return [Worker() for _ in range(backend.WORKERS)]
+
+
+def shares(rows: Sequence[MicroBatch], count: int) -> list[list[int]]:
+    """Which micro-batches each of `count` workers computes: equal work as far as possible, and always the same."""
+    work, parts = [0] * count, [[] for _ in range(count)]
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i].ids.size):
+        least = work.index(min(work))
+        work[least] += rows[i].ids.size
+        parts[least].append(i)
+    return parts
+
+
+class _Functions:
+    """The compiled passes of one model on one worker."""
+
+    def __init__(self, model: RetrievalModel, adapters: list[nn.Module]):
+        self.model, self.adapters = model, adapters
+        self._compiled: dict = {}
+
+    def __call__(self, kind: str, rows: MicroBatch, seed: int | None, *arrays) -> mx.array | dict:
+        """Build the graph of one pass; nothing is computed yet. `arrays`: see `forward` and `gradient`."""
+        random = self.model.training and any(isinstance(m, nn.Dropout) and m._p_1 < 1 for m in self.model.modules())
+        shapes, function = self._compiled.get((kind, self.model.training), (set(), None))
+        if function is None or len(shapes) >= SHAPES_KEPT:
+            state = mx.random.state if random else []
+            shapes, function = set(), mx.compile(getattr(self, kind), inputs=state, outputs=state)
+            self._compiled[kind, self.model.training] = (shapes, function)
+        shapes.add(rows.ids.shape)
+        if seed is not None:
+            remat.seed(seed)
+        result = function(self.model.parameters(), *arrays, *rows)
+        if random:
+            remat.seed(seed or 0)  # the state that the graph leaves behind belongs to this thread
+        return result
+
+    def forward(self, weights: dict, merged: list[mx.array], *rows: mx.array) -> mx.array:
+        return self._with(weights, merged, lambda: self.model(MicroBatch(*rows)))
+
+    def gradient(self, weights: dict, merged: list, trained: dict, cotangent: mx.array, *rows: mx.array) -> dict:
+        def value(trained: dict) -> mx.array:
+            self.model.update(trained)
+            return (self.model(MicroBatch(*rows)) * cotangent).sum()
+
+        return self._with(weights, merged, lambda: mx.grad(value)(trained))
+
+    def _with(self, weights: dict, merged: list[mx.array], function: Callable) -> mx.array | dict:
+        """Call it while the model holds these weights, so that a compiled graph has them as inputs, not inside."""
+        own = self.model.parameters()
+        self.model.update(weights)
+        try:
+            with lora.merged(self.adapters, merged):
+                return function()
+        finally:
+            self.model.update(own)
+
+
+class Passes:
+    """What computes representations and gradients of micro-batches.
+
+    Args:
+        model: its weights may change between calls; its modules must not.
+    """
+
+    def __init__(self, model: RetrievalModel):
+        self.model = model
+        # Checkpointed blocks draw their dropout seeds in Python, which a compiled function would do only once.
+        self.compiled = backend.FUSED and not remat.checkpointed(model.backbone)
+        self._adapters = lora.mergeable(model) if self.compiled else []
+        if self.compiled:
+            # A worker can compute nothing that another thread left uncomputed, such as constants made with the model.
+            mx.eval([[v for v in (*m.values(), *vars(m).values()) if isinstance(v, mx.array)] for m in model.modules()])
+        self._functions = [_Functions(model, self._adapters) for _ in range(backend.WORKERS)]
+
+    def representations(self, rows: Sequence[MicroBatch], seeds: Sequence[int] | None = None) -> Iterator[mx.array]:
+        """Representations of every micro-batch, in their order, without a gradient. `seeds`: of dropout."""
+        if not self.compiled:
+            for i, part in enumerate(rows):
+                if seeds is not None:
+                    remat.seed(int(seeds[i]))
+                result = mx.stop_gradient(self.model(part))
+                mx.eval(result)
+                yield result
+            return
+        merged = self._merged(sum(part.ids.size for part in rows))
+
+        def task(functions: _Functions, i: int) -> mx.array:
+            with _building:
+                result = functions("forward", rows[i], None if seeds is None else int(seeds[i]), merged)
+            mx.eval(result)
+            return result
+
+        answers = {}
+        for worker, functions, share in self._spread(rows):
+            for i in share:
+                answers[i] = worker.submit(functools.partial(task, functions, i))
+        for i in range(len(rows)):
+            yield answers.pop(i).result()
+
+    def gradient(self, rows: Sequence[MicroBatch], seeds: Sequence[int], cotangents: Sequence[mx.array]) -> dict:
+        """Gradient of the sum of representations times cotangents, of all micro-batches together, evaluated."""
+        if not self.compiled:
+            return self._uncompiled_gradient(rows, seeds, cotangents)
+        merged = self._merged(sum(part.ids.size for part in rows))
+        trained = self.model.trainable_parameters()
+        mx.eval(cotangents)
+
+        def task(functions: _Functions, share: list[int]) -> dict | None:
+            total = None
+            for i in share:
+                with _building:
+                    more = functions("gradient", rows[i], int(seeds[i]), merged, trained, cotangents[i])
+                total = more if total is None else tree_map(mx.add, total, more)
+                mx.eval(total)
+            return total
+
+        answers = [
+            worker.submit(functools.partial(task, functions, share)) for worker, functions, share in self._spread(rows)
+        ]
+        parts = [part for answer in answers if (part := answer.result()) is not None]
+        total = functools.reduce(functools.partial(tree_map, mx.add), parts)
+        mx.eval(total)
+        return total
+
+    def _spread(self, rows: Sequence[MicroBatch]) -> Iterator[tuple[Worker, _Functions, list[int]]]:
+        """Workers, their functions, and the micro-batches that are theirs."""
+        return zip(_workers(), self._functions, shares(rows, backend.WORKERS), strict=True)
+
+    def _uncompiled_gradient(self, rows: Sequence[MicroBatch], seeds: Sequence[int], cotangents: Sequence) -> dict:
+        gradient_of = nn.value_and_grad(self.model, lambda rows, cotangent: (self.model(rows) * cotangent).sum())
+        total = None
+        for part, seed, cotangent in zip(rows, seeds, cotangents, strict=True):
+            remat.seed(int(seed))
+            _, more = gradient_of(part, cotangent)
+            total = more if total is None else tree_map(mx.add, total, more)
+            mx.eval(total)
+        return total
+
+    def _merged(self, tokens: int) -> list[mx.array]:
+        """Weights with their adapters in them; none where merging would cost more than it saves."""
+        mx.eval(self.model.parameters())  # see `__init__`
+        if tokens < backend.MICRO_BATCH_TOKENS:
+            return []
+        merged = [lora.merge(layer) for layer in self._adapters]
+        mx.eval(merged)
+        return merged

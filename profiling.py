@@ -1,0 +1,73 @@
+"""Where the time of a training step goes: `python train.py --profile 20`."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PHASES = ("data", "forward", "loss", "backward", "forward, loss, backward", "optimizer")
+
+
+class Clock:
+    """Adds up wall seconds by phase. Phases must end with what they computed evaluated, or it counts elsewhere."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - began
+
+
+def profile(run: "Run") -> dict[str, float]:  # noqa: F821  (train.py stands above this file)
+    """Train `--profile` steps after a first one that also compiles, print where their time went, and keep nothing.
+
+    Returns seconds of a step by phase, of the whole `step`, of an `evaluation` of all tasks, and a step's `tokens`.
+    """
+    trainer, settings = run.trainer, run.settings
+    clock, tokens = trainer.clock, 0
+    stream = trainer.batches.stream(0, settings.profile + 1)
+    try:
+        for step in range(1, settings.profile + 2):
+            if step == 2:
+                clock.seconds.clear()
+                tokens, began = 0, time.perf_counter()
+            with clock("data"):
+                batch = next(stream)
+            trainer.update(batch, step)
+            tokens += batch.tokens
+        whole = time.perf_counter() - began
+    finally:
+        stream.close()
+    found = {phase: seconds / settings.profile for phase, seconds in clock.seconds.items()}
+    found |= {"step": whole / settings.profile, "tokens": tokens / settings.profile}
+    if run.evaluations:
+        from eval import evaluate
+
+        with clock("evaluation"):
+            evaluate(run.evaluations.model, settings.eval_tasks)
+        found["evaluation"] = clock.seconds["evaluation"]
+    _print(found, settings)
+    return found
+
+
+def _print(found: dict[str, float], settings: "Settings") -> None:  # noqa: F821
+    from reporting import print_lines, print_rows
+
+    step, tokens = found["step"], found["tokens"]
+    phases = [phase for phase in PHASES if phase in found]
+    seconds = {phase: found[phase] for phase in phases}
+    seconds |= {"other": step - sum(seconds.values()), "step": step}
+    rows = [
+        (phase, f"{1e3 * s:,.1f}", f"{s / step:.1%}", "" if phase in ("data", "other") else f"{tokens / s:,.0f}")
+        for phase, s in seconds.items()
+    ]
+    if "evaluation" in found:
+        rows.append(("evaluation (all tasks)", f"{1e3 * found['evaluation']:,.1f}", "", ""))
+    title = f"{settings.profile} steps of {settings.batch_size} rows, {tokens:,.0f} tokens each without padding"
+    print_rows(title, ("phase", "ms", "of a step", "tokens/s"), rows)
+    print_lines([("profile", "nothing was written; one step before these, which also compiles, is left out")])
