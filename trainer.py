@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import checkpoint
-from batching import micro_batches, pad_rows
+from batching import pad_rows, plan
 from config import Settings
 from data_loader import Batch, Batches
 from heads import MicroBatch, RetrievalModel
@@ -86,8 +86,9 @@ class Differentiator:
             return [pad_rows(batch.texts, everything, self.pad_id)], everything
         share = -(-batch.tokens // self.accumulation) if self.accumulation else math.inf
         budget = min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
-        index, rows = zip(*micro_batches(batch.texts, budget, self.pad_id), strict=True)
-        return list(rows), np.concatenate(index)
+        while len(index := plan(batch.texts.lengths, budget)) < min(self.accumulation, len(batch.texts)):
+            budget *= 0.9  # texts that fill a micro-batch alone leave fewer than there should be
+        return [pad_rows(batch.texts, part, self.pad_id) for part in index], np.concatenate(index)
 
     def __call__(self, batch: Batch, seed: int) -> Gradient:
         rows, order = self._cut(batch)

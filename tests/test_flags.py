@@ -339,6 +339,18 @@ def test_stop_after_and_resume_and_overwrite_and_dry_run(settings):
     assert done.returncode == 0 and not (Path(s.output) / "step-000002").exists(), done.stderr
 
 
+def test_profile_shows_phases_and_writes_nothing(settings, capsys):
+    s = settings(profile=2)
+    times = train.train(s)
+    shown = capsys.readouterr().out
+    phases = ["data", "forward", "loss", "backward", "optimizer"]
+    assert all(f" {name} " in shown for name in [*phases, "other", "step"])
+    assert 0 < sum(times[name] for name in phases) <= times["step"] and times["tokens"] > 0
+    assert ("evaluation" in times) == bool(s.eval_tasks) and not Path(s.output).exists()
+    done = command(*run_flags(s, "--profile", "1"))
+    assert done.returncode == 0 and "backward" in done.stdout, done.stderr
+
+
 def test_wandb_and_its_project(settings, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     s = settings()

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
 import passes
-import train
 from checkpoint import build
-from config import Settings
 from heads import MicroBatch
 from models import lora
 from models.remat import seed
@@ -165,17 +163,3 @@ def test_the_loss_curve_does_not_depend_on_optimisations(tmp_path, run_python):
         curves.append([record["loss"] for record in records if "loss" in record])
     assert len(curves[0]) == 12 and curves[0][-1] < 0.9 * curves[0][0]
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
-
-
-def test_profile_prints_phases_and_writes_nothing(tmp_path, small, write_rows, capsys):
-    data = write_rows([{"query": f"q {i}", "positive": f"d {i} of it"} for i in range(40)])
-    settings = Settings(
-        model=small, data=[str(data)], batch_size=8, eval_tasks=[], profile=3, output=str(tmp_path / "run")
-    )
-    times = train.train(settings)
-    shown = capsys.readouterr().out
-    for phase in ("data", "forward", "loss", "backward", "optimizer", "other", "step"):
-        assert phase in shown
-    parts = sum(value for name, value in times.items() if name not in ("step", "tokens", "evaluation"))
-    assert 0 < parts <= times["step"] and times["tokens"] > 0
-    assert not (tmp_path / "run").exists()

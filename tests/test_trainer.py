@@ -95,6 +95,15 @@ def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, c
     assert np.linalg.norm(results[1][1]) > 0
 
 
+def test_there_are_never_fewer_micro_batches_than_asked_for(settings):
+    trainer = prepared(settings(batch_size=4))
+    batch = trainer.batches.batch(0)  # about a dozen texts, of very different lengths
+    for wanted in (2, 3, 5, 8, len(batch.texts), 99):
+        trainer.gradient_of.accumulation = wanted
+        rows, order = trainer.gradient_of._cut(batch)
+        assert len(rows) >= min(wanted, len(batch.texts)) and sorted(order) == list(range(len(batch.texts)))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_the_same_in_both_passes(settings, checkpointing):
     """The cached gradient is the derivative of the loss that was reported: a central difference agrees."""

