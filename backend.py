@@ -12,15 +12,15 @@ compiled passes, worker threads, merged weights), for comparison: losses and vec
 
 import ctypes
 import ctypes.util
-import hashlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import sys
-import tempfile
 import warnings
 from pathlib import Path
+
+import kernels
 
 
 class UserError(Exception):
@@ -81,67 +81,6 @@ def _tune_malloc() -> None:
     libc.mallopt(m_trim_threshold, 1 << 30)
 
 
-# mlx compiles its fused kernels with `g++ -O3` alone: for the oldest x86-64, four numbers at a time at best, and a
-# function call for every exp. With these flags the same source runs 10 to 30 times faster (benchmarks/LOG.md): inlined,
-# with the vectors of this machine. None of them lets the compiler reorder sums or ignore infinities and NaN;
-# __FAST_MATH__ only shows it the C library's vector forms of tanh, log and the like (at most 4 ulp wrong).
-KERNEL_FLAGS = (
-    "-march=native -fno-semantic-interposition -finline-limit=10000 -fno-math-errno -fno-trapping-math -D__FAST_MATH__"
-)
-KERNEL_FOLDER = "mlx-retrieval-kernels"
-# Stands before g++ on the PATH. `ivdep`: mlx writes results over inputs it no longer needs, at equal positions, which
-# gcc takes for a reason not to vectorise. The library appears under its name only when it is complete.
-COMPILER = r"""#!/bin/sh
-for word; do
-  shift
-  case $word in
-    */mlx/*.cpp) source=$word; word=$word.$$.cpp ;;
-    */mlx/*.so) target=$word; word=$word.$$ ;;
-  esac
-  set -- "$@" "$word"
-done
-[ -n "$source" ] && [ -n "$target" ] || exec {compiler} "$@"
-sed 's/^  for (/#pragma GCC ivdep\n  for (/' "$source" > "$source.$$.cpp" || exit 1
-{{ {compiler} "$@" {flags} 2> /dev/null || {compiler} "$@"; }} && mv "$target.$$" "$target"
-status=$?
-rm -f "$source.$$.cpp"
-exit $status
-"""
-
-
-def _vectorise_kernels() -> bool:
-    """Let `mx.compile` call g++ with KERNEL_FLAGS; whether there is a g++ to call."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        return False
-    if Path(compiler).parent.name.startswith(KERNEL_FOLDER):  # a child of a process that did this
-        return True
-    flags = KERNEL_FLAGS + (" -mprefer-vector-width=512" if platform.machine() == "x86_64" else "")
-    text = COMPILER.format(compiler=compiler, flags=flags)
-    # mlx keeps kernels in the folder for temporary files, by their names alone: those made with other flags or for
-    # another processor have to lie elsewhere. Python's own idea of that folder stays as it is.
-    mark = hashlib.sha256((text + _processor()).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"{KERNEL_FOLDER}-{os.getuid()}-{mark}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        return False
-    wrapper = folder / "g++"
-    if not wrapper.exists():
-        new = folder / f"g++.{os.getpid()}"
-        new.write_text(text)
-        new.chmod(0o700)
-        new.replace(wrapper)
-    os.environ["TMPDIR"] = str(folder)
-    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return True
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
 def _has_cuda_wheel() -> bool:
     names = (dist.name or "" for dist in importlib.metadata.distributions())
     return any(name.startswith("mlx-cuda") for name in names)
@@ -153,7 +92,7 @@ KERNELS = False  # whether g++ makes vectorised kernels of what `mx.compile` fus
 if platform.system() == "Linux" and not _has_cuda_wheel():
     BLAS = _load_blas()
     _tune_malloc()
-    KERNELS = not PLAIN and _vectorise_kernels()
+    KERNELS = not PLAIN and kernels.install()
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -167,8 +106,9 @@ if not IS_GPU:
 
 # Whether passes are compiled, adapters merged and worker threads used: measured to pay on CPUs, unmeasured elsewhere.
 FUSED = not IS_GPU and not PLAIN
-# Micro-batches computed side by side, each on a thread of its own: element-wise functions use one core each.
-WORKERS = min(4, len(os.sched_getaffinity(0))) if FUSED and hasattr(os, "sched_getaffinity") else 1
+# Micro-batches computed side by side, each on a thread of its own: element-wise functions use one core each. One more
+# than there are cores fills the moments in which a thread waits for its next operation.
+WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
 # Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
 MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, CPUs gain nothing by it.

@@ -12,7 +12,7 @@ from pathlib import Path
 from backend import UserError
 
 from heads import POOLING, EmbeddingHead
-from models.bert import MODEL_TYPES as ENCODERS
+from models import ENCODERS
 from models.source import read_json
 from tokens import TextTokenizer, load_tokenizer
 

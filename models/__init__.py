@@ -7,11 +7,14 @@ from backend import mx
 
 from mlx.utils import tree_flatten, tree_map
 
-from models import bert, decoder
+from models import bert, decoder, modernbert, t5
 from models.backbone import Backbone
 from models.source import read_config, read_weights, resolve
 
-__all__ = ["Backbone", "load_backbone", "resolve"]
+__all__ = ["ENCODERS", "Backbone", "load_backbone", "resolve"]
+
+# What is no decoder of mlx-lm's: the module that loads each model_type.
+ENCODERS = {kind: module for module in (bert, modernbert, t5) for kind in module.MODEL_TYPES}
 
 
 def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: mx.Dtype | None = None) -> Backbone:
@@ -25,8 +28,8 @@ def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: mx.Dty
     Raises UserError for a folder without weights, an unknown architecture, tensors that do not fit.
     """
     config = read_config(folder)
-    if config["model_type"] in bert.MODEL_TYPES:
-        model = bert.load(folder, config, read_weights(folder), bidirectional in (None, True))
+    if encoder := ENCODERS.get(config["model_type"]):
+        model = encoder.load(folder, config, read_weights(folder), bidirectional in (None, True))
     else:
         model = decoder.load(folder, config, bidirectional)
     set_dtype(model, dtype)

@@ -236,8 +236,8 @@ def load(folder: Path, config: dict, bidirectional: bool | None = None) -> Decod
     except ValueError as error:
         if "not supported" in str(error):
             raise UserError(
-                f"{folder}: model type {config.get('model_type')!r} is known neither here (bert, roberta, xlm-roberta) "
-                "nor to the installed mlx-lm"
+                f"{folder}: model type {config.get('model_type')!r} is known neither here (BERT, RoBERTa, "
+                "XLM-RoBERTa, ModernBERT, T5) nor to the installed mlx-lm"
             ) from error
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, TypeError, RuntimeError, FileNotFoundError) as error:  # settings, tensors, files that it expects

@@ -41,14 +41,33 @@ def attention(
         real = real[:, None, :, None]
         k, v, one = mx.where(real, k, k[:, :, :1]), mx.where(real, v, 0.0), real.astype(mx.float32)
     v = mx.concatenate([v, mx.broadcast_to(one, (rows, kv_heads, keys, 1))], axis=-1)
-    q = mx.contiguous(q * scale).reshape(rows, kv_heads, heads // kv_heads * queries, d)
-    # Scores are held as (keys, queries): the maximum over keys then runs along memory.
-    scores = mx.contiguous(k) @ mx.swapaxes(q, -1, -2)
-    if seen is not None:
-        scores = mx.where(seen, scores, HIDDEN)
-    weights = mx.exp(scores - mx.stop_gradient(scores).max(axis=-2, keepdims=True))
-    out = mx.swapaxes(weights, -1, -2) @ v  # the last column is the sum of weights
+    q = mx.contiguous(q.reshape(rows, kv_heads, heads // kv_heads * queries, d))
+    out = _weighted_sums(scale, seen)(q, mx.contiguous(k), v)[0]  # the last column is the sum of weights
     return (out[..., :-1] / out[..., -1:]).reshape(rows, heads, queries, -1)
+
+
+def _weighted_sums(scale: float, seen: mx.array | None) -> mx.custom_function:
+    """(q, k, v) -> values summed by their weights, not normalised, and the weights.
+
+    Everything is held as (keys, queries), in both directions: maxima over keys then run along memory, and the gradient
+    of the scores, which is the weights' times the weights, meets them in the same order.
+    """
+
+    @mx.custom_function
+    def sums(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        scores = k @ mx.swapaxes(q, -1, -2)
+        if seen is not None:
+            scores = mx.where(seen, scores, HIDDEN)
+        weights = mx.exp(scale * (scores - scores.max(axis=-2, keepdims=True)))
+        return mx.swapaxes(weights, -1, -2) @ v, weights
+
+    @sums.vjp
+    def sums_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+        (q, k, v), slopes, weights = primals, mx.contiguous(cotangents[0]), outputs[1]
+        scores = scale * (weights * (v @ mx.swapaxes(slopes, -1, -2)))
+        return mx.swapaxes(scores, -1, -2) @ k, scores @ q, weights @ slopes
+
+    return sums
 
 
 def _transposed(mask: mx.array, kv_heads: int, group: int, queries: int) -> mx.array:
