@@ -139,8 +139,8 @@ def _take_turn(number: int) -> Turn:
 
 
 def read_pairs(data: str) -> list[tuple[str, str]]:
-    """(query, positive) of every row of `train.jsonl` in the folder `data`."""
-    with open(Path(data) / "train.jsonl", encoding="utf-8") as lines:
+    """(query, positive) of every row of `train.jsonl` in the folder `data`, or of the file `data`."""
+    with open(data if Path(data).is_file() else Path(data) / "train.jsonl", encoding="utf-8") as lines:
         rows = map(json.loads, lines)
         return [(row["query"], row.get("document") or row["positive"]) for row in rows]
 
