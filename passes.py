@@ -6,13 +6,14 @@ Either way the results are the same up to float32 rounding, and the same bits fo
 """
 
 import functools
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import backend
-from backend import mx, nn
+from backend import UserError, mx, nn
 
 from mlx.utils import tree_map
 
@@ -61,6 +62,17 @@ def shares(rows: Sequence[MicroBatch], count: int) -> list[list[int]]:
         work[least] += rows[i].ids.size
         parts[least].append(i)
     return parts
+
+
+def _evaluate(arrays: mx.array | dict) -> None:
+    """`mx.eval`, where a kernel that cannot be compiled is the user's business: mostly a full disk."""
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:
+        if "ompile" not in str(error):
+            raise
+        folder, reason = os.environ.get("TMPDIR", "the folder for temporary files"), str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder}: a kernel could not be compiled there ({reason}). Is the disk full?") from error
 
 
 class _Functions:
@@ -139,7 +151,7 @@ class Passes:
         def task(functions: _Functions, i: int) -> mx.array:
             with _building:
                 result = functions("forward", rows[i], None if seeds is None else int(seeds[i]), merged)
-            mx.eval(result)
+            _evaluate(result)
             return result
 
         answers = {}
@@ -163,7 +175,7 @@ class Passes:
                 with _building:
                     more = functions("gradient", rows[i], int(seeds[i]), merged, trained, cotangents[i])
                 total = more if total is None else tree_map(mx.add, total, more)
-                mx.eval(total)
+                _evaluate(total)
             return total
 
         answers = [

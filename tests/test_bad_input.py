@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import backend
+
 import pytest
 
 import embed
 import eval as evaluation
+import kernels
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,9 +178,15 @@ def test_disk_full_while_saving(tmp_path, small):
         "import resource, signal, sys, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); sys.exit(train.main(sys.argv[1:]))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, *flags, "--steps", "1", "--output", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ,
-    )  # fmt: skip
+    command = [*flags, "--steps", "1", "--output", str(tmp_path / "run")]
+    subprocess.run([sys.executable, "train.py", *command, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and "could not save" in run.stderr and "Traceback" not in run.stderr, run.stderr
     assert not [p for p in (tmp_path / "run").rglob("*") if p.is_dir()]
+    if backend.KERNELS:  # and where not even a kernel can be kept
+        cold = {name: value for name, value in os.environ.items() if name != "TMPDIR"} | {"TMPDIR": str(tmp_path)}
+        cold["PATH"] = os.pathsep.join(p for p in cold["PATH"].split(os.pathsep) if kernels.FOLDER not in p)
+        command = [sys.executable, "-c", script, *command, "--overwrite"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=cold)
+        assert run.returncode == 2 and "could not be compiled" in run.stderr, run.stderr
+        assert "Traceback" not in run.stderr
