@@ -10,6 +10,7 @@ from backend import UserError, mx, nn
 
 from models.backbone import Backbone, real_tokens
 from models.ops import attention, gelu_tanh
+from models.source import load_strictly
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 ACTIVATIONS = {
@@ -157,14 +158,5 @@ def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional
         raise UserError(f"{folder}: activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     model = Bert(config)
     weights = _sanitize(weights)
-    if quantization := config.get("quantization"):
-        nn.quantize(
-            model,
-            group_size=quantization["group_size"],
-            bits=quantization["bits"],
-            class_predicate=lambda path, m: hasattr(m, "to_quantized") and f"{path}.scales" in weights,
-        )
-    from models.source import load_strictly
-
-    load_strictly(model, weights, folder)
+    load_strictly(model, weights, folder, config.get("quantization"))
     return model

@@ -151,7 +151,19 @@ def check_fit(wanted: dict[str, mx.array], weights: dict[str, mx.array], origin:
         raise UserError(f"{origin}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
 
 
-def load_strictly(model: nn.Module, weights: dict[str, mx.array], origin: Path) -> None:
-    """Load `weights` into `model`; all missing, unknown and misshapen tensors are told in one UserError."""
+def load_strictly(
+    model: nn.Module, weights: dict[str, mx.array], origin: Path, quantization: dict | None = None
+) -> None:
+    """Load `weights` into `model`; all missing, unknown and misshapen tensors are told in one UserError.
+
+    `quantization`: group_size and bits of the layers that have scales among the weights, as config.json has them.
+    """
+    if quantization:
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            class_predicate=lambda path, m: hasattr(m, "to_quantized") and f"{path}.scales" in weights,
+        )
     check_fit(dict(tree_flatten(model.parameters())), weights, origin)
     model.load_weights(list(weights.items()))

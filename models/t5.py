@@ -204,12 +204,5 @@ def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional
     _check(folder, config)
     model = T5(config)
     weights = _sanitize(weights)
-    if quantization := config.get("quantization"):
-        nn.quantize(
-            model,
-            group_size=quantization["group_size"],
-            bits=quantization["bits"],
-            class_predicate=lambda path, m: hasattr(m, "to_quantized") and f"{path}.scales" in weights,
-        )
-    load_strictly(model, weights, folder)
+    load_strictly(model, weights, folder, config.get("quantization"))
     return model
