@@ -65,6 +65,8 @@ def _weighted_sums(scale: float, seen: mx.array | None) -> mx.custom_function:
     def sums_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
         (q, k, v), slopes, weights = primals, mx.contiguous(cotangents[0]), outputs[1]
         scores = scale * (weights * (v @ mx.swapaxes(slopes, -1, -2)))
+        if seen is not None:  # a query that sees nothing weighs all keys alike, which no score can change
+            scores = mx.where(seen, scores, 0.0)
         return mx.swapaxes(scores, -1, -2) @ k, scores @ q, weights @ slopes
 
     return sums

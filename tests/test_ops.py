@@ -72,7 +72,10 @@ def test_padding_has_no_weight_whatever_it_holds(size):
 
 def test_a_query_that_sees_nothing_stays_finite():
     q, k, v = arrays((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8))
-    assert mx.isfinite(ops.attention(q, k, v, 1.0, mx.zeros((5, 5), dtype=mx.bool_))).all()
+    nothing = mx.zeros((5, 5), dtype=mx.bool_)
+    assert mx.isfinite(ops.attention(q, k, v, 1.0, nothing)).all()
+    slopes = mx.grad(lambda q, k: (ops.attention(q, k, v, 1.0, nothing) * v).sum(), argnums=(0, 1))(q, k)
+    assert all(mx.array_equal(slope, mx.zeros(q.shape)) for slope in slopes)
 
 
 def test_other_dtypes_and_additive_masks_go_to_mlx():
