@@ -18,6 +18,7 @@ import backend
 from backend import UserError
 
 import config
+import kernels
 
 DESCRIPTION = "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation through MTEB."
 EPILOG = "Exit codes: 0 done, 2 bad input (nothing is lost), 130 and 143 stopped by Ctrl-C or SIGTERM, saved."
@@ -167,6 +168,8 @@ def prepare(settings: config.Settings) -> Run:
                  f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
                  f"learning rate {settings.learning_rate:g}"),
     ]  # fmt: skip
+    if backend.KERNELS and kernels.cold():
+        headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += [("left out", line) for line in rows.skipped[:20]]
     return Run(settings, folder, trainer, evaluations, headline)
 

@@ -182,6 +182,7 @@ def test_disk_full_while_saving(tmp_path, small):
     subprocess.run([sys.executable, "train.py", *command, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     run = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and "could not save" in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert "being compiled" not in run.stdout  # the dry run did
     assert not [p for p in (tmp_path / "run").rglob("*") if p.is_dir()]
     if backend.KERNELS:  # and where not even a kernel can be kept
         cold = {name: value for name, value in os.environ.items() if name != "TMPDIR"} | {"TMPDIR": str(tmp_path)}
@@ -190,3 +191,4 @@ def test_disk_full_while_saving(tmp_path, small):
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=cold)
         assert run.returncode == 2 and "could not be compiled" in run.stderr, run.stderr
         assert "Traceback" not in run.stderr
+        assert "being compiled for this processor" in run.stdout
