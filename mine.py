@@ -1,0 +1,143 @@
+"""Mine training data from what is at hand.
+
+python mine.py code src --output pairs.jsonl                           # (docstring, code) pairs of a source tree
+python mine.py code a/src b/lib --output pairs.jsonl --languages python rust
+python train.py --data pairs.jsonl
+
+The pairs, the rules and their counts are also to be had in Python: `code_pairs.pairs`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from backend import UserError
+
+import code_pairs
+from code_pairs.languages import BY_SUFFIX, LANGUAGES
+from reporting import print_lines, print_rows
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of files on standard error, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("mining", BarColumn(), MofNCompleteColumn(), "files", TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def mine_code(args: argparse.Namespace) -> None:
+    """Write the pairs of `args.paths` to `args.output`, all or nothing, and print what was counted."""
+    output = Path(args.output).expanduser()
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {output}: not a file in a folder that exists")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"--output {output}: the file exists (--overwrite replaces it)")
+    if not 0 < args.min_lines <= args.max_lines:
+        raise UserError(f"--min-lines {args.min_lines} --max-lines {args.max_lines}: needs 0 < min <= max")
+    rules = code_pairs.Rules(args.languages, args.min_lines, args.max_lines, args.include_tests, args.keep_duplicates)
+    counts = code_pairs.Counts()
+    draft = output.with_name(f".{output.name}.new")
+    try:
+        with open(draft, "w", encoding="utf-8", newline="\n") as file, progress_bar() as progress:
+            for pair in code_pairs.pairs(args.paths, rules, counts, progress):
+                file.write(json.dumps(pair._asdict(), ensure_ascii=False) + "\n")
+        print_counts(counts)
+        if not counts.pairs:
+            raise UserError(f"{' '.join(args.paths)}: no pair found in {counts.files.total()} source files")
+        draft.replace(output)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    print_lines(
+        [
+            ("written", f"{output} ({counts.pairs.total():,} pairs)"),
+            ("next", f"python train.py --data {output} --output adapters/code"),
+        ]
+    )
+
+
+def print_counts(counts: code_pairs.Counts) -> None:
+    """Two tables: by language, and by the reason of what was left out."""
+    columns = (counts.files, counts.definitions, counts.pairs)
+    rows = [[name, *(f"{column[name]:,}" for column in columns)] for name in LANGUAGES if counts.files[name]]
+    if len(rows) > 1:
+        rows.append(["all", *(f"{column.total():,}" for column in columns)])
+    print_rows("Mined", ("language", "files", "definitions", "pairs"), rows)
+    rows = []
+    for reasons, left_out, unit in (
+        (code_pairs.FILE_REASONS, counts.left_out_files, "files"),
+        (code_pairs.REASONS, counts.left_out, "definitions"),
+    ):
+        for reason, meaning in reasons.items():
+            if left_out[reason]:
+                of = "folders" if reason.startswith("folder") else unit
+                rows.append(
+                    [f"{reason}: {meaning}", f"{left_out[reason]:,} {of.removesuffix('s' * (left_out[reason] == 1))}"]
+                )
+    if rows:
+        print_rows("Left out", ("reason", "count"), rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Mine training data. `mine.py code --help` tells the rules.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    reasons = [f"  {name}: {text}" for name, text in (code_pairs.FILE_REASONS | code_pairs.REASONS).items()]
+    suffixes = {name: [s for s, language in BY_SUFFIX.items() if language.name == name] for name in LANGUAGES}
+    code = commands.add_parser(
+        "code",
+        help="(docstring, function or class) pairs from source trees",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write (docstring, code) pairs of source trees as rows that train.py reads. The query is the\n"
+        "docstring, or else the comment directly above, up to its first section (parameters, returns,\n"
+        "examples, ...), 600 characters at most unless the first paragraph is longer. The positive is the\n"
+        "function or class without its docstring and those of the functions and classes inside it.",
+        epilog="left out are:\n"
+        + "\n".join(reasons)
+        + "\n\nlanguages:\n"
+        + "\n".join(f"  {name}: {' '.join(endings)}" for name, endings in suffixes.items()),
+    )
+    code.add_argument("paths", nargs="+", metavar="PATH", help="folders and files; rules look only at what is below")
+    code.add_argument(
+        "--output", required=True, metavar="FILE", help="JSON lines: query, positive, path, line, name, ..."
+    )
+    code.add_argument("--overwrite", action="store_true", help="replace --output where it exists")
+    code.add_argument(
+        "--languages", nargs="+", choices=LANGUAGES, default=(), metavar="NAME", help="only these (default: all)"
+    )
+    code.add_argument(
+        "--min-lines", type=int, default=2, metavar="N", help="fewest lines of code (default: %(default)s)"
+    )
+    code.add_argument(
+        "--max-lines", type=int, default=150, metavar="N", help="most lines of code (default: %(default)s)"
+    )
+    code.add_argument("--include-tests", action="store_true", help="mine tests, too")
+    code.add_argument("--keep-duplicates", action="store_true", help="keep duplicates, near duplicates, same queries")
+    code.set_defaults(run=mine_code)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"mine.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
