@@ -47,7 +47,7 @@ def check_folders(names: Sequence[str]) -> None:
 # --- folders in BEIR layout ---
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:line", text) of the lines that are not blank."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
@@ -60,13 +60,13 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_texts(folder: Path, stem: str) -> Texts:
+def read_texts(folder: Path, stem: str) -> Texts:
     """The rows of `stem`.jsonl or `stem`.jsonl.gz."""
     path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise UserError(f"{folder / stem}.jsonl: no such file (nor .jsonl.gz); an evaluation folder needs it")
     rows: Texts = {}
-    for where, line in _lines(path):
+    for where, line in lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -101,7 +101,7 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
     """The judgements of the queries that have a positive one: without one there is nothing to find."""
     qrels: Qrels = {}
     header_possible = True
-    for where, line in _lines(path):
+    for where, line in lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 3:
             raise UserError(f"{where}: {len(fields)} fields between tabs, not 3: query id, document id, judgement")
@@ -135,7 +135,7 @@ def _state(folder: Path) -> tuple[Path, tuple]:
 @functools.lru_cache(maxsize=16)
 def read_folder(folder: Path, _state: tuple = ()) -> tuple[Texts, Texts, Qrels]:
     """Documents, judged queries and judgements, sorted by id: the order of the files must not decide ties."""
-    corpus, queries = _read_texts(folder, "corpus"), _read_texts(folder, "queries")
+    corpus, queries = read_texts(folder, "corpus"), read_texts(folder, "queries")
     qrels = _read_qrels(_qrels_file(folder), queries, corpus)
     return dict(sorted(corpus.items())), {q: queries[q] for q in sorted(qrels)}, qrels
 

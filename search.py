@@ -1,0 +1,305 @@
+"""Search source code and texts by meaning and by words, on this machine.
+
+python search.py index src --model-path adapters/final                  # once, and again after changes
+python search.py search "where are gradients cached"                    # path:line, score, snippet
+python search.py search "readLine" --bm25 --top 5 --json
+python search.py eval queries.jsonl                                     # bm25, semantic and hybrid side by side
+
+A minute or two on this checkout: python search.py index . --model-path gemma-3-tiny-mlx
+
+from search import Searcher
+searcher = Searcher(".index")
+for hit in searcher.search("where are gradients cached", top=5): print(hit.path, hit.line, hit.score)
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import backend
+from backend import UserError
+
+import chunks
+import search_files
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from embed import Model
+    from search_index import Hit
+    from search_update import Summary
+
+MODES = ("hybrid", "semantic", "bm25")
+
+
+class Searcher:
+    """An index and, from the first search that needs it, the model that made it.
+
+    Args:
+        index: folder that `search.py index` made.
+        model: the model's folder or name, where it is no longer found under the name that the index knows.
+
+    Raises UserError where there is no index, and in searching where the model is not the one that made it.
+    """
+
+    def __init__(self, index: str | Path = ".index", model: str | None = None):
+        from search_index import Index
+
+        self.index, self._name = Index.open(index), model
+
+    @functools.cached_property
+    def model(self) -> "Model":
+        """The model, loaded."""
+        import embed
+        from search_model import fingerprint
+
+        name, about = self._name or self.index.about.model, self.index.about
+        try:
+            model = embed.load(name)
+        except UserError as error:
+            hint = "" if self._name else "; --model-path names the place where the index's model is now"
+            raise UserError(f"{error}{hint}") from error
+        if fingerprint(model) != about.fingerprint:
+            what = f"another model than {about.model}," if self._name else "no longer the model"
+            raise UserError(
+                f"{name} is {what} with which {self.index.folder} was made. To index anew: {reindex(self.index, name)}"
+            )
+        return model
+
+    def search(self, query: str, mode: str = "hybrid", top: int = 10, weight: float = 0.5) -> "list[Hit]":
+        """The best chunks for a query, best first.
+
+        Args:
+            query: plain words; nothing in it is syntax.
+            mode: "bm25", "semantic" or "hybrid", which fuses both by reciprocal ranks.
+            top: most hits.
+            weight: of semantic ranks in hybrid, from 0 (words alone) to 1 (meaning alone).
+        """
+        from search_model import embed
+
+        if mode not in MODES:
+            raise UserError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
+        if not query.strip():
+            raise UserError("the query is empty")
+        if top < 1:
+            raise UserError(f"--top {top}: at least 1")
+        if not 0 <= weight <= 1:
+            raise UserError(f"--weight {weight}: between 0 and 1")
+        if mode == "bm25":
+            return self.index.bm25(query, top)
+        vector = embed(self.model, [query], "query")[0]
+        if mode == "semantic":
+            return self.index.semantic(vector, top)
+        return self.index.hybrid(query, vector, top, weight)
+
+
+def reindex(index, model: str) -> str:
+    """The command that makes an index anew."""
+    words = ["python", "search.py", "index", str(index.root), "--model-path", model, "--index", str(index.folder)]
+    return shlex.join([*words, "--rebuild"])
+
+
+# --- what is printed ---
+
+
+def print_summary(summary: "Summary", folder: Path, is_corpus: bool) -> None:
+    """Print what an indexing run did and left out."""
+    from reporting import console, print_lines, print_rows
+
+    if summary.left_out:
+        rows = [(reason, f"{count:,}") for reason, count in summary.left_out.most_common()]
+        print_rows("left out", ("reason", "files"), rows)
+    for package, count in summary.without_grammar.items():
+        console().print(f"{count:,} files were cut by lines, not by functions: pip install {package}, then --rebuild")
+    named = [] if folder == Path(".index") else ["--index", str(folder)]
+    lines = [
+        ("documents" if is_corpus else "files", f"{summary.files:,}"),
+        ("chunks", f"{summary.chunks:,}"),
+        ("embedded", f"{summary.embedded:,} chunks of {summary.changed:,} new or changed"),
+        ("unchanged", f"{summary.unchanged:,}"),
+        ("removed", f"{summary.removed:,}"),
+        ("index", f"{folder}, {summary.size / 1e6:,.1f} MB"),
+        ("seconds", f"{summary.seconds:,.1f}"),
+        ("next", shlex.join(["python", "search.py", "search", "what you look for", *named])),
+    ]
+    print_lines(lines)
+
+
+def snippet(text: str, query: str, count: int = 2) -> list[tuple[int, str]]:
+    """(row, line) of the `count` neighbouring lines that hold most of the query's words; the first, where none does."""
+    wanted, lines = set(chunks.words(query)), text.split("\n")
+    filled = [row for row, line in enumerate(lines) if line.strip()]
+    found = [wanted.intersection(chunks.words(lines[row])) for row in filled]
+    scores = [len(set().union(*found[i : i + count])) for i in range(max(1, len(filled) - count + 1))]
+    first = scores.index(max(scores))
+    return [(row, lines[row]) for row in filled[first : first + count]]
+
+
+def _highlighted(line: str, query: str) -> "Text":
+    from rich.text import Text
+
+    shown = Text(line.rstrip()[:160])
+    wanted = set(chunks.words(query))
+    for match in re.finditer(r"\w+", shown.plain):
+        if wanted.intersection(chunks.words(match[0])):
+            shown.stylize("bold yellow", *match.span())
+    return shown
+
+
+def print_hits(hits: "Sequence[Hit]", query: str, root: Path, is_corpus: bool) -> None:
+    """Print hits for people: where, score, name, and two lines of each."""
+    from rich.text import Text
+
+    from reporting import console
+
+    for hit in hits:
+        place = hit.path if is_corpus else f"{_shown(root / hit.path)}:{hit.line}"
+        console().print(
+            Text.assemble((place, "cyan"), f"  {hit.score:.4f}", (f"  {hit.name}" if hit.name else "", "dim"))
+        )
+        found = snippet(hit.text, query)
+        lines = textwrap.dedent("\n".join(line for _, line in found)).split("\n")
+        for (row, _), line in zip(found, lines, strict=True):
+            number = "" if is_corpus else f"{hit.line + row:>6} "
+            console().print(Text.assemble((f"{number:>7}", "dim"), _highlighted(line, query)))
+    if not hits:
+        console().print("nothing found")
+
+
+def _shown(path: Path) -> str:
+    """A path from the current folder, where it lies below it."""
+    here = Path.cwd()
+    return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)
+
+
+def hits_to_json(hits: "Sequence[Hit]", query: str, mode: str, root: Path) -> str:
+    """One JSON object."""
+    fields = ("path", "line", "end_line", "language", "kind", "name", "score", "text")
+    results = [{name: getattr(hit, name) for name in fields} for hit in hits]
+    return json.dumps({"mode": mode, "query": query, "root": str(root), "results": results}, ensure_ascii=False)
+
+
+# --- commands ---
+
+
+def index_command(args: argparse.Namespace) -> None:
+    import embed
+    from search_update import is_corpus, update
+
+    if not 0 <= args.overlap < args.chunk_size:
+        raise UserError(f"--overlap {args.overlap}: from 0 to below --chunk-size {args.chunk_size}")
+    if not (root := Path(args.path).expanduser()).is_dir():
+        raise UserError(f"{args.path}: no such folder")
+    print(backend.describe(), file=sys.stderr)
+    folder, model = Path(args.index), embed.load(args.model_path)
+    limits = (args.chunk_size, args.overlap, args.max_file_size, args.exclude)
+    print_summary(update(root, folder, model, *limits, rebuild=args.rebuild), folder, is_corpus(root))
+
+
+def search_command(args: argparse.Namespace) -> None:
+    searcher = Searcher(args.index, args.model_path)
+    if not searcher.index.about.complete:
+        print("search.py: indexing was not finished, and finds only a part (search.py index goes on)", file=sys.stderr)
+    hits = searcher.search(args.query, args.mode, args.top, args.weight)
+    if args.json:
+        print(hits_to_json(hits, args.query, args.mode, searcher.index.root))
+    else:
+        print_hits(hits, args.query, searcher.index.root, searcher.index.about.is_corpus)
+
+
+def eval_command(args: argparse.Namespace) -> None:
+    import search_eval
+
+    output = Path(args.output).expanduser() if args.output else None
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise UserError(f"--output {output}: not a file in a folder that exists")
+    if not 0 <= args.weight <= 1:
+        raise UserError(f"--weight {args.weight}: between 0 and 1")
+    queries = search_eval.read_queries(args.queries)
+    searcher = Searcher(args.index, args.model_path)
+    queries, missing = search_eval.resolve(queries, searcher.index)
+    if missing:
+        print(f"search.py: {missing:,} of the answers are not in {args.index}: they can not be found", file=sys.stderr)
+    results = search_eval.evaluate(searcher.index, searcher.model, queries, args.weight)
+    search_eval.print_table(Path(args.queries).resolve().name, results)
+    if output:
+        output.write_text(json.dumps(search_eval.to_json(results), indent=2) + "\n", encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--index", default=".index", metavar="DIR", help="folder of the index (default: .index)")
+    top = argparse.ArgumentParser(description="Search source code and texts by meaning and by words.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    index = "index a folder, or bring an index up to date: only what changed is embedded"
+    index = commands.add_parser("index", parents=[shared], help=index, description=index)
+    index.add_argument("path", metavar="PATH", help="folder of source code and texts, or one with corpus.jsonl (BEIR)")
+    index.add_argument("--model-path", required=True, metavar="DIR", help="adapter folder, model's folder, or hub name")
+    size = f"most characters of a chunk; longer functions and sections are split (default: {chunks.MAX_CHARACTERS})"
+    index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
+    overlap = f"most characters, in whole lines, that such parts share (default: {chunks.OVERLAP})"
+    index.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
+    largest = f"leave out larger files, in bytes (default: {search_files.MAX_FILE_SIZE:,})"
+    index.add_argument("--max-file-size", type=int, default=search_files.MAX_FILE_SIZE, metavar="N", help=largest)
+    exclude = "leave out what matches, besides what .gitignore names and in its language; may be given again"
+    index.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
+    index.add_argument("--rebuild", action="store_true", help="begin anew, for another model or other settings")
+    index.set_defaults(run=index_command)
+
+    moved = "where the model of the index is now (default: where it was in indexing)"
+    weight = "share of the semantic ranks in hybrid, 0 = words alone, 1 = meaning alone (default: 0.5)"
+    search = "search an index: path:line, score and two lines of each hit"
+    search = commands.add_parser("search", parents=[shared], help=search, description=search)
+    search.add_argument("query", help="plain words; nothing in them is syntax")
+    modes = search.add_mutually_exclusive_group()
+    fused = "both, fused by reciprocal ranks (the default)"
+    for mode, text in zip(
+        MODES, (fused, "by meaning: cosine of vectors", "by words: BM25; needs no model"), strict=True
+    ):
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default="hybrid", help=text)
+    search.add_argument("--top", type=int, default=10, metavar="N", help="most hits (default: 10)")
+    search.add_argument("--weight", type=float, default=0.5, metavar="W", help=weight)
+    search.add_argument("--json", action="store_true", help="print one JSON object with whole chunks")
+    search.add_argument("--model-path", metavar="DIR", help=moved)
+    search.set_defaults(run=search_command)
+
+    evaluate = "P@1, MRR@10 and nDCG@10 of bm25, semantic and hybrid, with intervals for their differences"
+    evaluate = commands.add_parser("eval", parents=[shared], help=evaluate, description=evaluate)
+    rows = "JSON lines with query and path, path and line, or relevant (a list); or a folder in BEIR layout"
+    evaluate.add_argument("queries", metavar="QUERIES", help=rows)
+    evaluate.add_argument("--weight", type=float, default=0.5, metavar="W", help=weight)
+    evaluate.add_argument("--output", metavar="FILE", help="write the figures to this file, as JSON")
+    evaluate.add_argument("--model-path", metavar="DIR", help=moved)
+    evaluate.set_defaults(run=eval_command)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"search.py: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        again = "; run the same command to go on" if args.command == "index" else ""
+        print(f"search.py: stopped{again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
