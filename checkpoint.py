@@ -1,7 +1,7 @@
 """What a saved folder holds, and how it is written so that a kill at any moment leaves the last complete one.
 
 adapters.safetensors, adapter_config.json   as `mlx_lm.load(adapter_path=...)` wants them
-heads.safetensors                           what mlx-lm does not know (only where a head has weights)
+heads.safetensors                           what mlx-lm does not know (only where a head has weights that are trained)
 retrieval_config.json                       pooling, prompts, lengths, base model
 config.yaml                                 every setting of the run
 trainer_state.json, optimizer.safetensors   what `--resume` needs
@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import retrieval_config
 from heads import RetrievalModel
-from models import load_backbone, lora, resolve
-from models.source import check_fit, load_strictly, read_json, read_safetensors, toolkit_relative
+from models import Backbone, load_backbone, lora, resolve
+from models.source import check_fit, load_strictly, read_json, read_safetensors, read_weights, toolkit_relative
 from retrieval_config import RetrievalConfig
 
 ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
@@ -32,20 +32,45 @@ FILES = ("config.yaml", "metrics.jsonl", "curves.png", "results.json", "before.j
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def build(model: str, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+def build(model: str, projection: int = 0, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """An untrained retrieval model from a base model's name; `flags` (those not None) win over what it says itself.
 
-    Returns the model, frozen; its RetrievalConfig; and the folder of the base model (weights and tokenizer).
+    `projection`: give a late model a fresh layer that makes token vectors of so many dimensions; 0 = none.
+
+    Returns the model, frozen but for a fresh layer; its RetrievalConfig; and the base model's folder.
     """
     folder = resolve(model)
     backbone = load_backbone(folder, flags.pop("bidirectional", None))
-    config = retrieval_config.of_base_model(folder, backbone.config).override(**flags)
+    said = retrieval_config.of_base_model(folder, backbone.config)
+    config = said.override(**flags)
+    if said.dense and config.task != said.task:
+        raise UserError(f"{model}: its layers are those of a model for --task {said.task}, not {config.task}")
     _fit_lengths(config, backbone.max_positions, flags)
     config.base_model = toolkit_relative(model)
     config.base_fingerprint = lora.fingerprint(backbone)
     config.bidirectional = backbone.bidirectional
-    config.dimensions = backbone.hidden_size
-    return RetrievalModel(backbone, config.head()), config, folder
+    if projection:
+        if config.task != "late" or config.dense:
+            raise UserError("--projection-dim is for --task late, and for a model that has no projection of its own")
+        size = {"in_features": backbone.hidden_size, "out_features": projection}
+        config.dense = [{"path": "", **size, "bias": False, "activation": "Identity"}]
+    config.dimensions = config.dense[-1]["out_features"] if config.dense else backbone.hidden_size
+    return _assemble(backbone, config, folder), config, folder
+
+
+def _assemble(backbone: Backbone, config: RetrievalConfig, folder: Path) -> RetrievalModel:
+    """Backbone and head, with the dense layers that the base model's folder has; frozen but for those it has not."""
+    head = config.head()
+    model = RetrievalModel(backbone, head)
+    model.freeze()
+    for layer, described in zip(head.dense, config.dense, strict=True):
+        if not described["path"]:
+            layer.unfreeze()
+            continue
+        path = folder / described["path"]
+        weights = {name: value.astype(mx.float32) for name, value in read_weights(path).items()}
+        load_strictly(layer, weights, path)
+    return model
 
 
 def _fit_lengths(config: RetrievalConfig, positions: int, flags: dict) -> None:
@@ -82,9 +107,14 @@ def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[
             f"{adapter} was trained on {config.base_model}, and {model or config.base_model} is another model "
             f"(its {', '.join(wrong)} differ)"
         )
-    loaded = RetrievalModel(backbone, config.head())
+    loaded = _assemble(backbone, config, base)
     load_adapter(loaded, folder)
     return loaded, config, base
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether this is a saved adapter's folder, perhaps a damaged one; exported models are none."""
+    return any((folder / name).is_file() for name in (ADAPTERS, ADAPTER_CONFIG))
 
 
 def load_adapter(model: RetrievalModel, folder: Path) -> dict:
@@ -104,6 +134,8 @@ def load_weights(model: RetrievalModel, folder: Path) -> None:
     load_trainable(model.backbone.adapted, read_safetensors(folder / ADAPTERS), folder)
     if (folder / HEADS).is_file():
         load_strictly(model.head, read_safetensors(folder / HEADS), folder)
+    elif model.head.trainable_parameters() and tree_flatten(model.head.trainable_parameters()):
+        raise UserError(f"{folder}: no {HEADS}, which holds the layers that this model has beside its base")
 
 
 def load_trainable(module: nn.Module, weights: dict[str, mx.array], origin: Path) -> None:
@@ -128,9 +160,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         _tidy(folder)
         temporary.mkdir()
         fill(temporary)
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
@@ -185,12 +216,15 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
-    """Write safetensors, and compare their size: whatever mlx notices of a full disk, a file cut short is an error."""
+def save_tensors(path: Path, tensors: dict[str, mx.array], form: str = "mlx") -> None:
+    """Write safetensors, and compare their size: whatever mlx notices of a full disk, a file cut short is an error.
+
+    `form`: "mlx", or "pt" as transformers wants it.
+    """
     tensors = dict(sorted(tensors.items()))  # equal states give equal bytes, whatever order they were made in
     mx.eval(tensors)
     try:
-        mx.save_safetensors(str(path), tensors, metadata={"format": "mlx"})
+        mx.save_safetensors(str(path), tensors, metadata={"format": form})
     except RuntimeError as error:
         raise OSError(0, str(error)) from error
     with open(path, "rb") as handle:
@@ -203,7 +237,7 @@ def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
 def save_model(folder: Path, model: RetrievalModel, adapter_config: dict, config: RetrievalConfig) -> None:
     """Write what use of the model needs into `folder`."""
     save_tensors(folder / ADAPTERS, dict(tree_flatten(model.backbone.adapted.trainable_parameters())))
-    if heads := dict(tree_flatten(model.head.parameters())):
+    if heads := dict(tree_flatten(model.head.trainable_parameters())):
         save_tensors(folder / HEADS, heads)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
     config.write(folder)

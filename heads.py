@@ -4,6 +4,7 @@ A head is called with states (R, L, D) and the `MicroBatch` they belong to, and 
 float32. It has the parameters that mlx-lm's adapters do not know; a saved folder keeps them in `heads.safetensors`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from backend import mx, nn
@@ -11,6 +12,14 @@ from backend import mx, nn
 from loss import unit
 
 POOLING = ("mean", "cls", "last", "max")
+ACTIVATIONS = {
+    "Identity": lambda x: x,
+    "Tanh": mx.tanh,
+    "ReLU": nn.relu,
+    "GELU": nn.gelu,
+    "Sigmoid": mx.sigmoid,
+    "SiLU": nn.silu,
+}
 
 
 class MicroBatch(NamedTuple):
@@ -43,15 +52,50 @@ def pool(states: mx.array, batch: MicroBatch, mode: str) -> mx.array:
     return (weights.transpose(0, 2, 1) @ states)[:, 0]
 
 
-class EmbeddingHead(nn.Module):
-    """Pooling, then unit length: (R, L, D) -> (R, D) float32."""
+class Dense(nn.Module):
+    """A linear layer and an activation, as sentence-transformers has them after pooling: (R, D) -> (R, E) float32."""
 
-    def __init__(self, pooling: str = "mean"):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "Identity"):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias)
+        self.activation = activation
+
+    def __call__(self, vectors: mx.array) -> mx.array:
+        return ACTIVATIONS[self.activation](self.linear(vectors))
+
+
+class EmbeddingHead(nn.Module):
+    """Pooling, dense layers where the model has some, then unit length: (R, L, D) -> (R, E) float32."""
+
+    def __init__(self, pooling: str = "mean", dense: Sequence[Dense] = ()):
         super().__init__()
         self.pooling = pooling
+        self.dense = list(dense)
 
     def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
-        return unit(pool(states, batch, self.pooling))
+        vectors = pool(states, batch, self.pooling)
+        for layer in self.dense:
+            vectors = layer(vectors)
+        return unit(vectors)
+
+
+class LateHead(nn.Module):
+    """One vector a token: (R, L, D) -> (R, L, E) float32, of unit length where a token counts and zero elsewhere.
+
+    Tokens count as in `pool`'s mean; a dense layer, where there is one, is the projection (XTR: 768 to 128).
+    """
+
+    def __init__(self, dense: Sequence[Dense] = ()):
+        super().__init__()
+        self.dense = list(dense)
+
+    def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
+        positions = mx.arange(states.shape[1])[None, :]
+        counts = (positions >= batch.start[:, None]) & (positions < batch.end[:, None])
+        vectors = mx.where(counts[..., None], states.astype(mx.float32), 0.0)
+        for layer in self.dense:
+            vectors = layer(vectors)
+        return mx.where(counts[..., None], unit(vectors), 0.0)
 
 
 class RetrievalModel(nn.Module):

@@ -11,20 +11,21 @@ from pathlib import Path
 
 from backend import UserError
 
-from heads import POOLING, EmbeddingHead
+import late_layout
+import sentence_layout
+from heads import POOLING, Dense, EmbeddingHead, LateHead
 from models import ENCODERS
 from models.source import read_json
 from tokens import TextTokenizer, load_tokenizer
 
 FILE = "retrieval_config.json"
-ROLES = ("query", "document")
 
 
 @dataclass
 class RetrievalConfig:
     """How texts become tokens and states become what is compared; see the fields."""
 
-    task: str = "embed"
+    task: str = "embed"  # or late: one vector a token
     base_model: str = ""  # as it was named at training; a folder or a hub name
     base_fingerprint: dict = field(default_factory=dict)  # of the base's weights, see models.fingerprint
     pooling: str = "mean"  # mean, cls, last or max
@@ -35,26 +36,42 @@ class RetrievalConfig:
     bidirectional: bool = False
     query_prompt: str = ""
     document_prompt: str = ""
+    task_prompts: dict[str, str] = field(default_factory=dict)  # by name: what the model has besides these two
     max_length: int = 512  # tokens of a document
     query_max_length: int = 512  # tokens of a query
+    # Layers after pooling, or of every token: heads.Dense's arguments, and the base's folder they are in ("" = none).
+    dense: list[dict] = field(default_factory=list)
+    maxsim: str = "mean"  # late: over a query's tokens, mean or sum
+    skiplist: list[str] = field(default_factory=list)  # late: tokens that do not count in documents
+    query_expansion: int = 0  # late: queries are filled with mask tokens up to so many
+    attend_expansion: bool = False  # ... to which their other tokens attend
+    impute: int = 0  # late: XTR's scores, of so many retrieved tokens; 0 = every similarity counts
     dimensions: int = 0  # of a vector
     matryoshka_dims: list[int] = field(default_factory=list)  # shorter vectors that were trained as well
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Every prompt by its name; "query" and "document" first."""
+        return {"query": self.query_prompt, "document": self.document_prompt} | self.task_prompts
 
     def tokenizer(self, folder: Path) -> TextTokenizer:
         """The tokenizer of the model in `folder` under this config's prompts and limits."""
         return TextTokenizer(
             folder,
-            prompts={"query": self.query_prompt, "document": self.document_prompt},
+            prompts=self.prompts,
             max_lengths={"query": self.query_max_length, "document": self.max_length},
             append_eos=self.append_eos,
             pool_special=self.pool_special,
             pool_prompt=self.pool_prompt,
             lowercase=self.lowercase,
+            query_expansion=self.query_expansion,
+            attend_expansion=self.attend_expansion,
         )
 
-    def head(self) -> EmbeddingHead:
-        """The head that this config describes."""
-        return EmbeddingHead(self.pooling)
+    def head(self) -> EmbeddingHead | LateHead:
+        """The head that this config describes, its dense layers freshly initialised."""
+        layers = [Dense(**{k: v for k, v in layer.items() if k != "path"}) for layer in self.dense]
+        return LateHead(layers) if self.task == "late" else EmbeddingHead(self.pooling, layers)
 
     def write(self, folder: Path) -> None:
         """Write `retrieval_config.json` into `folder`."""
@@ -85,65 +102,21 @@ class RetrievalConfig:
 
 
 def of_base_model(folder: Path, model_config: dict) -> RetrievalConfig:
-    """What a base model says of itself, or what suits its kind where it says nothing.
+    """What a model's folder says of itself, or what suits its kind where it says nothing.
 
-    Encoders: mean over all tokens. Decoders: mean over the text's own tokens, an `<eos>` at the end, and Gemma's
-    reserved tokens as prompts where the vocabulary has them.
+    A folder that `export.py` wrote has our own file, others may have sentence-transformers'. Without either:
+    encoders get the mean over all tokens; decoders the mean over the text's own tokens, an `<eos>` at the end, and
+    Gemma's reserved tokens as prompts where the vocabulary has them.
     """
-    if (folder / "modules.json").is_file():
-        config = _from_sentence_transformers(folder)
-    elif model_config["model_type"] in ENCODERS:
-        config = RetrievalConfig()
-    else:
-        config = RetrievalConfig(pool_special=False, append_eos=True)
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.token_to_id("<unused0>") is not None and tokenizer.token_to_id("<unused1>") is not None:
-            config.query_prompt, config.document_prompt = "<unused0>", "<unused1>"
+    if (folder / FILE).is_file():
+        return RetrievalConfig.read(folder)
+    if (folder / sentence_layout.MODULES).is_file():
+        layout = late_layout if late_layout.is_late(folder) else sentence_layout
+        return RetrievalConfig(**layout.read(folder))
+    if model_config["model_type"] in ENCODERS:
+        return RetrievalConfig()
+    config = RetrievalConfig(pool_special=False, append_eos=True)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.token_to_id("<unused0>") is not None and tokenizer.token_to_id("<unused1>") is not None:
+        config.query_prompt, config.document_prompt = "<unused0>", "<unused1>"
     return config
-
-
-def _read_json(path: Path) -> dict:
-    """The file's content, {} where it is missing: a model need not have any of these files."""
-    return read_json(path) if path.is_file() else {}
-
-
-def _from_sentence_transformers(folder: Path) -> RetrievalConfig:
-    """Pooling, prompts and lengths from `modules.json` and the files it names (both layouts, 2.x to 6.x)."""
-    config = RetrievalConfig()
-    modules = _read_json(folder / "modules.json")
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(
-            f"{folder}: modules.json names {', '.join(sorted(unknown))}; only Transformer, Pooling and Normalize "
-            "can be loaded so far"
-        )
-    pooling_folder = next((m["path"] for m in modules if m["type"].endswith("Pooling")), "1_Pooling")
-    config.pooling, config.pool_prompt = _pooling(_read_json(folder / Path(pooling_folder).name / "config.json"))
-    sentence = _read_json(folder / "sentence_bert_config.json")
-    config.lowercase = bool(sentence.get("do_lower_case", False))
-    # From version 6 on the limit is the tokenizer's; one that has none says so with an absurdly large number.
-    limit = sentence.get("max_seq_length") or _read_json(folder / "tokenizer_config.json").get("model_max_length")
-    if limit and limit < 1_000_000:
-        config.max_length = config.query_max_length = int(limit)
-    prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
-    config.query_prompt = prompts.get("query", "")
-    config.document_prompt = prompts.get("document", prompts.get("passage", ""))
-    return config
-
-
-def _pooling(settings: dict) -> tuple[str, bool]:
-    """(mode, prompt counts) of a Pooling module's config."""
-    names = {
-        "mean_tokens": "mean",
-        "mean_sqrt_len_tokens": "mean",  # differs in length alone, and every vector is scaled to unit length
-        "cls_token": "cls",
-        "max_tokens": "max",
-        "lasttoken": "last",
-    }
-    flag = "pooling_mode_"
-    flagged = [key.removeprefix(flag) for key, value in settings.items() if key.startswith(flag) and value]
-    said = settings.get("pooling_mode") or flagged
-    modes = [names.get(mode, mode) for mode in ([said] if isinstance(said, str) else said)] or ["mean"]
-    if len(modes) != 1 or modes[0] not in POOLING:
-        raise UserError(f"pooling by {' and '.join(modes)} is not supported; known: {', '.join(POOLING)}")
-    return modes[0], bool(settings.get("include_prompt", True))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import backend
-from backend import mx
+from backend import mx, nn
 
 from mlx.utils import tree_flatten, tree_map
 
@@ -49,7 +49,7 @@ def set_dtype(model: Backbone, dtype: mx.Dtype | None) -> None:
     model.update(tree_map(cast, model.parameters()))
 
 
-def count_parameters(model: Backbone) -> tuple[int, int]:
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters; those of quantised layers are counted as the numbers they stand for."""
     from mlx_lm.utils import get_total_parameters
 

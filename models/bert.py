@@ -137,7 +137,7 @@ def first_position(config: dict) -> int:
     return 0 if config["model_type"] == "bert" else config.get("pad_token_id", 1) + 1
 
 
-def _sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Drop heads and buffers, and the prefix of checkpoints that were saved with a head."""
     clean = {}
     for name, value in weights.items():
@@ -157,6 +157,6 @@ def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional
     if (activation := config.get("hidden_act", "gelu")) not in ACTIVATIONS:
         raise UserError(f"{folder}: activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     model = Bert(config)
-    weights = _sanitize(weights)
+    weights = sanitize(weights)
     load_strictly(model, weights, folder, config.get("quantization"))
     return model

@@ -71,7 +71,18 @@ class Decoder(Backbone):
     @property
     def max_positions(self) -> int:
         text = self.config.get("text_config", self.config)
-        return text.get("max_position_embeddings", 1 << 20)
+        return min(text.get("max_position_embeddings", 1 << 20), self._unbuilt_window(text) or 1 << 20)
+
+    def _unbuilt_window(self, config: dict) -> int | None:
+        """The sliding window that transformers keeps to and mlx-lm's model of this type does not build.
+
+        Mistral, Gemma 2 and Phi 3 have one. Texts that are no longer are computed alike.
+        """
+        inner = self.lm.language_model if "language_model" in self.lm else self.lm
+        arguments = vars(getattr(inner, "args", SimpleNamespace()))
+        types = arguments.get("layer_types")
+        built = arguments.get("sliding_window") and (types is None or "sliding_attention" in types)
+        return config.get("sliding_window") if config.get("use_sliding_window", True) and not built else None
 
     def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
         if not self.bidirectional:

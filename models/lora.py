@@ -19,6 +19,7 @@ from models.backbone import Backbone
 from models.ops import merged_linear
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
+ROUTERS = ("gate", "router")  # the names that mlx-lm's mixtures of experts give to the layer that picks experts
 
 
 def linear_names(backbone: Backbone, num_layers: int = -1) -> list[str]:
@@ -62,7 +63,8 @@ def adapt(
     Args:
         train_type: `lora`, `dora`, or `full` (the blocks' own weights; embeddings and final norm too if all blocks).
         rank, alpha, dropout: of the low-rank update, which is scaled by alpha / rank.
-        keys: linear layers within a block, as names or regular expressions; none = all of them.
+        keys: linear layers within a block, as names or regular expressions; none = all of them (as QLoRA found to be
+            needed, Dettmers et al. 2023) but the routers of mixtures of experts, whose balance a small data set spoils.
         num_layers: the last N blocks; -1 = all.
 
     Returns the dictionary for `adapter_config.json`. UserError where nothing would be trained.
@@ -71,7 +73,7 @@ def adapt(
     if num_layers > total or num_layers < -1 or num_layers == 0:
         raise UserError(f"--num-layers {num_layers}: the model has {total} layers (-1 = all)")
     names = linear_names(backbone, num_layers)
-    chosen = matching(names, keys) if keys else names
+    chosen = matching(names, keys) if keys else [name for name in names if name.rsplit(".", 1)[-1] not in ROUTERS]
     if not chosen:
         raise UserError(f"--lora-keys {' '.join(keys)} match nothing; a block of this model has {', '.join(names)}")
     config = {

@@ -140,7 +140,7 @@ class ModernBert(Backbone):
         return {FULL: whole, LOCAL: ((distance <= reach) & whole) | (distance == 0)}
 
 
-def _sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Drop heads, and the prefix of checkpoints that were saved with one."""
     names = {name: name.removeprefix("model.") for name in weights}
     heads = re.compile(r"(head|decoder|classifier)\.")
@@ -176,6 +176,6 @@ def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional
         raise UserError(f"{folder}: {config['model_type']} is an encoder and cannot be made causal")
     _check(folder, config)
     model = ModernBert(config)
-    weights = _sanitize(weights)
+    weights = sanitize(weights)
     load_strictly(model, weights, folder, config.get("quantization"))
     return model

@@ -172,7 +172,7 @@ class T5(Backbone):
         return self.encoder.final_layer_norm(x)
 
 
-def _sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Keep the encoder alone, and bring the names of checkpoints saved in other wholes or parts to T5's own."""
     clean = {}
     for name, value in weights.items():
@@ -203,6 +203,6 @@ def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional
         raise UserError(f"{folder}: {config['model_type']} is an encoder here and cannot be made causal")
     _check(folder, config)
     model = T5(config)
-    weights = _sanitize(weights)
+    weights = sanitize(weights)
     load_strictly(model, weights, folder, config.get("quantization"))
     return model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from backend import mx
 
-DECODERS = ("gemma3_text", "qwen3", "llama", "llama3")
+DECODERS = ("gemma3_text", "qwen3", "llama", "llama3", "mistral")
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 KINDS = (*DECODERS, *ENCODERS)
 WINDOW, LAYERS, VOCABULARY = 8, 4, 512
@@ -22,6 +22,7 @@ _SETTINGS = {
     "qwen3": _DECODER | {"rope_theta": 1e6},
     "llama": _DECODER | {"rope_theta": 5e5},
     "llama3": _DECODER | {"rope_theta": 5e5, "rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 16}},
+    "mistral": _DECODER | {"rope_theta": 1e4, "sliding_window": 128},
     "bert": _ENCODER,
     "roberta": _ENCODER | {"max_position_embeddings": 66, "type_vocab_size": 1, "pad_token_id": 1},
     "xlm-roberta": _ENCODER | {"max_position_embeddings": 66, "type_vocab_size": 1, "pad_token_id": 1},
@@ -92,14 +93,14 @@ def recast(folder: Path, target: Path, dtype: mx.Dtype) -> Path:
     return target
 
 
-def quantised(folder: Path, target: Path, dtype: mx.Dtype = mx.bfloat16) -> Path:
-    """A decoder's folder in 4 bits, as mlx-lm writes it, the rest in `dtype`."""
+def quantised(folder: Path, target: Path, dtype: mx.Dtype = mx.bfloat16, bits: int = 4) -> Path:
+    """A decoder's folder in few bits, as mlx-lm writes it, the rest in `dtype`."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     model, config = load_model(folder, model_config=rope_as_mlx_lm_reads_it(folder))
     model.set_dtype(dtype)
-    model, config = quantize_model(model, config, group_size=32, bits=4)
+    model, config = quantize_model(model, config, group_size=32, bits=bits)
     save_model(target, model)
     save_config(config, target / "config.json")
     return target

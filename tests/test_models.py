@@ -173,6 +173,34 @@ def test_gemma_rope_of_each_kind_of_layer(folders, tmp_path, rope):
     assert_close(rows_of(load_backbone(folder), ids, lengths), reference(folder, ids, lengths), 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "longest"),
+    [
+        ("mistral", {}, 128),
+        ("mistral", {"sliding_window": None}, 4096 * 32),
+        ("llama", {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"] * 2}, 2048),
+        ("qwen3", {"sliding_window": 16}, 32768),  # use_sliding_window is False
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True}, 16),
+        ("gemma3_text", {}, 131_072),
+    ],
+)
+def test_texts_end_at_a_window_that_is_not_built(tmp_path, kind, changes, longest):
+    """Where mlx-lm leaves a sliding window out, longer texts would not be what transformers computes."""
+    folder = random_models.save(kind, tmp_path / "whole")
+    folder = random_models.changed(folder, tmp_path / "changed", **changes)
+    assert load_backbone(folder).max_positions == longest
+
+
+def test_mistral_differs_from_its_window_on(folders):
+    """The reason for the limit: equal up to the window's length, and not after it."""
+    backbone = load_backbone(folders["mistral"])
+    window = backbone.max_positions
+    for length, near in ((window, True), (window + 8, False)):
+        ids, lengths = texts((length,))
+        found, expected = rows_of(backbone, ids, lengths)[0], reference(folders["mistral"], ids, lengths)[0]
+        assert np.allclose(found, expected, atol=1e-4) == near
+
+
 @pytest.mark.parametrize("period", [1, 3, 4])
 def test_layer_types_become_a_period(tmp_path, period):
     types = ["sliding_attention" if i % period else "full_attention" for i in range(1, 6)]
@@ -267,25 +295,24 @@ def test_loaded_frozen_in_evaluation_mode_and_float32_on_cpu(folders, tmp_path, 
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_quantised_decoder(folders, tmp_path, bidirectional):
-    """Four bits: near the whole model, the same padded and alone, counted as the numbers they stand for."""
-    folder = random_models.quantised(folders["gemma3_text"], tmp_path / "q")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_decoder(folders, tmp_path, bits, bidirectional):
+    """Near the whole model, the same padded and alone, counted as the numbers they stand for."""
+    folder = random_models.quantised(folders["gemma3_text"], tmp_path / "q", bits=bits)
     whole, backbone = (load_backbone(f, bidirectional) for f in (folders["gemma3_text"], folder))
     ids, lengths = texts()
     found = rows_of(backbone, ids, lengths)
     assert_close(found, alone(backbone, ids, lengths), 1e-4)  # the matrix-vector kernel sums in another order
     expected = rows_of(whole, ids, lengths)
-    assert np.corrcoef(found[0].ravel(), expected[0].ravel())[0, 1] > 0.7
+    assert np.corrcoef(found[0].ravel(), expected[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
     assert count_parameters(backbone)[0] == count_parameters(whole)[0]
 
 
-@pytest.mark.parametrize(
-    "embeddings",
-    [False, True],
-)
-def test_quantised_encoder(folders, tmp_path, embeddings):
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_encoder(folders, tmp_path, bits, embeddings):
     whole = load_backbone(folders["bert"])
-    quantisation = {"group_size": 32, "bits": 8}
+    quantisation = {"group_size": 32, "bits": bits}
     kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
     nn.quantize(whole, **quantisation, class_predicate=lambda _, module: isinstance(module, kinds))
     folder = random_models.changed(folders["bert"], tmp_path / "q", quantization=quantisation)
@@ -294,7 +321,8 @@ def test_quantised_encoder(folders, tmp_path, embeddings):
     found = rows_of(backbone, ids, lengths)
     assert_close(found, rows_of(whole, ids, lengths), 0)
     assert_close(found, alone(backbone, ids, lengths), 1e-4)
-    assert np.corrcoef(found[0].ravel(), rows_of(load_backbone(folders["bert"]), ids, lengths)[0].ravel())[0, 1] > 0.99
+    near = np.corrcoef(found[0].ravel(), rows_of(load_backbone(folders["bert"]), ids, lengths)[0].ravel())[0, 1]
+    assert near > {4: 0.7, 8: 0.99}[bits]
 
 
 def test_library_classes_stay_as_they_are(folders):

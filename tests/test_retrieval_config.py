@@ -12,7 +12,7 @@ from backend import UserError
 
 import pytest
 
-from heads import POOLING
+from heads import ACTIVATIONS, POOLING
 from retrieval_config import FILE, RetrievalConfig, of_base_model
 
 BERT, DECODER = {"model_type": "bert"}, {"model_type": "gemma3_text"}
@@ -145,10 +145,92 @@ def test_lowercase(write_model):
     assert of_base_model(folder, BERT).lowercase
 
 
-@pytest.mark.parametrize("kind", ["Dense", "WordEmbeddings", "CLIPModel"])
+@pytest.mark.parametrize("kind", ["WordEmbeddings", "CLIPModel"])
 def test_unknown_modules_are_refused(write_model, kind):
-    with pytest.raises(UserError, match=rf"modules\.json names {kind}; only Transformer, Pooling and Normalize"):
+    with pytest.raises(UserError, match=rf"modules\.json names {kind}; known: Transformer, Pooling, Dense, Normalize"):
         of_base_model(write_model([*OLD, f"sentence_transformers.models.{kind}"], flags("mean_tokens")), BERT)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("Transformer", "Pooling", "Normalize", "Dense"),
+        ("Transformer", "Dense", "Pooling"),
+        ("Pooling", "Transformer"),
+        ("Transformer", "Pooling", "Pooling"),
+        ("Pooling",),
+    ],
+)
+def test_modules_in_another_order_are_refused(write_model, kinds):
+    with pytest.raises(UserError, match=f"puts its modules as {', '.join(kinds)}"):
+        of_base_model(write_model([f"sentence_transformers.models.{kind}" for kind in kinds]), BERT)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"type": "Transformer"}]', '[{"type": 1, "path": ""}]', "7"])
+def test_broken_lists_of_modules_are_refused(tmp_path, content):
+    (tmp_path / "modules.json").write_text(content)
+    with pytest.raises(UserError, match=r"modules\.json"):
+        of_base_model(tmp_path, BERT)
+
+
+DENSE = {"in_features": 8, "out_features": 4, "bias": False}
+DENSE |= {"activation_function": "torch.nn.modules.linear.Identity"}
+
+
+def write_dense(write_model, **changes) -> Path:
+    folder = write_model(OLD[:2], flags("mean_tokens"))
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(
+        json.dumps([*modules, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}])
+    )
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(DENSE | changes))
+    return folder
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dense_layers(write_model, activation):
+    folder = write_dense(write_model, activation_function=f"torch.nn.modules.activation.{activation}")
+    layer = {"path": "2_Dense", "in_features": 8, "out_features": 4, "bias": False, "activation": activation}
+    config = of_base_model(folder, BERT)
+    assert config.dense == [layer]
+    head = config.head()
+    assert head.dense[0].linear.weight.shape == (4, 8) and "bias" not in head.dense[0].linear
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.Softsign"}, "activation Softsign is not supported"),
+        ({"module_input_name": "token_embeddings"}, "only a layer on the pooled vector"),
+        ({"module_output_name": "other"}, "only a layer on the pooled vector"),
+        ({"use_residual": True}, "without residual"),
+        ({"in_features": None}, "no in_features or out_features"),
+    ],
+)
+def test_other_dense_layers_are_refused(write_model, changes, told):
+    with pytest.raises(UserError, match=told):
+        of_base_model(write_dense(write_model, **changes), BERT)
+
+
+def test_prompts_of_tasks(write_model):
+    """As EmbeddingGemma has them: kept by name, and the tokenizer knows them."""
+    prompts = {"query": "q: ", "document": "d: ", "Clustering": "task: clustering | query: "}
+    config = of_base_model(
+        write_model(OLD, flags("mean_tokens"), config_sentence_transformers={"prompts": prompts}), BERT
+    )
+    assert config.prompts == prompts and config.task_prompts == {"Clustering": "task: clustering | query: "}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [({"any": "p: "}, ("p: ", "p: ")), ({"any": "p: ", "query": "q: "}, ("q: ", "p: ")), ({}, ("", ""))],
+)
+def test_the_default_prompt_stands_in(write_model, prompts, expected):
+    """sentence-transformers puts it before every text that has no prompt of its own."""
+    settings = {"prompts": prompts, "default_prompt_name": "any"}
+    config = of_base_model(write_model(OLD, flags("mean_tokens"), config_sentence_transformers=settings), BERT)
+    assert (config.query_prompt, config.document_prompt) == expected
 
 
 def test_broken_file_is_named(write_model):
@@ -224,6 +306,8 @@ def test_round_trip(tmp_path):
         bidirectional=True,
         query_prompt="<unused0>ü 腎\n",
         max_length=77,
+        task_prompts={"sts": "same? "},
+        dense=[{"path": "2_Dense", "in_features": 8, "out_features": 4, "bias": True, "activation": "Tanh"}],
         dimensions=384,
         matryoshka_dims=[64, 128],
     )

@@ -1,0 +1,182 @@
+"""How sentence-transformers' folders describe a model: modules, pooling, dense layers, prompts and lengths.
+
+Files and keys are those of versions 2 to 5, which 6 reads as well; what 6 itself writes is read too.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backend import UserError
+
+from heads import ACTIVATIONS, POOLING
+from models.source import read_json
+
+if TYPE_CHECKING:
+    from retrieval_config import RetrievalConfig
+    from tokens import TextTokenizer
+
+MODULES, SENTENCE, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+POOLING_FLAGS = {  # the key is pooling_mode_ and this name
+    "mean_tokens": "mean",
+    "mean_sqrt_len_tokens": "mean",  # differs in length alone, and every vector is scaled to unit length
+    "cls_token": "cls",
+    "max_tokens": "max",
+    "lasttoken": "last",
+}
+
+
+def modules_of(folder: Path) -> list[tuple[str, str]]:
+    """(kind, path) of every module that `modules.json` names."""
+    try:
+        return [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in read_json(folder / MODULES)]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / MODULES}: not a list of modules with type and path ({error!r})") from error
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Fields of `RetrievalConfig` from `modules.json` and the files it names. UserError for what is not known here."""
+    modules = modules_of(folder)
+    kinds = [kind for kind, _ in modules if kind != "Dropout"]  # which does nothing in use
+    known = ("Transformer", "Pooling", "Dense", "Normalize")
+    if unknown := set(kinds) - set(known):
+        raise UserError(f"{folder}: {MODULES} names {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    in_order = sorted(kinds, key=known.index)
+    if kinds != in_order or kinds.count("Transformer") != 1 or kinds.count("Pooling") > 1:
+        raise UserError(f"{folder}: {MODULES} puts its modules as {', '.join(kinds)}; known: {', '.join(known)}")
+    paths = {kind: Path(path).name for kind, path in modules}
+    pooling, pool_prompt = _pooling(optional_json(folder / paths.get("Pooling", "1_Pooling") / "config.json"))
+    sentence = optional_json(folder / SENTENCE)
+    fields = {
+        "pooling": pooling,
+        "pool_prompt": pool_prompt,
+        "lowercase": bool(sentence.get("do_lower_case", False)),
+        "dense": [dense(folder, Path(path).name) for kind, path in modules if kind == "Dense"],
+    }
+    if limit := longest(folder, sentence):
+        fields["max_length"] = fields["query_max_length"] = limit
+    return fields | prompts(optional_json(folder / SETTINGS))
+
+
+def longest(folder: Path, sentence: dict) -> int | None:
+    """Most tokens of a text; None where the folder does not say.
+
+    From version 6 on the limit is the tokenizer's; one that has none says so with an absurdly large number.
+    """
+    limit = sentence.get("max_seq_length") or optional_json(folder / "tokenizer_config.json").get("model_max_length")
+    return int(limit) if limit and limit < 1_000_000 else None
+
+
+def optional_json(path: Path) -> dict:
+    """The file's content, {} where it is missing: a model need not have any of these files."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _pooling(settings: dict) -> tuple[str, bool]:
+    """(mode, prompt counts) of a Pooling module's config."""
+    flag = "pooling_mode_"
+    flagged = [key.removeprefix(flag) for key, value in settings.items() if key.startswith(flag) and value]
+    said = settings.get("pooling_mode") or flagged
+    modes = [POOLING_FLAGS.get(mode, mode) for mode in ([said] if isinstance(said, str) else said)] or ["mean"]
+    if len(modes) != 1 or modes[0] not in POOLING:
+        raise UserError(f"pooling by {' and '.join(modes)} is not supported; known: {', '.join(POOLING)}")
+    return modes[0], bool(settings.get("include_prompt", True))
+
+
+def dense(folder: Path, path: str, of_tokens: bool = False) -> dict[str, Any]:
+    """A Dense module as `RetrievalConfig.dense` holds it: of the pooled vector, or of every token's."""
+    file = folder / path / "config.json"
+    settings = read_json(file)
+    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{file}: activation {activation} is not supported; known: {', '.join(ACTIVATIONS)}")
+    usual = "token_embeddings" if of_tokens else "sentence_embedding"
+    where = {settings.get(f"module_{end}_name") or usual for end in ("input", "output")}
+    if where != {usual} or settings.get("use_residual"):
+        what = "every token's" if of_tokens else "the pooled"
+        raise UserError(f"{file}: only a layer on {what} vector, without residual, can be loaded")
+    try:
+        size = {name: int(settings[name]) for name in ("in_features", "out_features")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: no in_features or out_features") from error
+    return {"path": path, **size, "bias": bool(settings.get("bias", True)), "activation": activation}
+
+
+def prompts(settings: dict) -> dict[str, Any]:
+    """The prompts of queries and documents, under the names that sentence-transformers looks for, and all others."""
+    prompts = dict(settings.get("prompts") or {})
+    default = prompts.get(settings.get("default_prompt_name"), "")
+    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
+    others = {name: text for name, text in prompts.items() if name not in ("query", "document")}
+    return {"query_prompt": prompts.get("query", default), "document_prompt": document, "task_prompts": others}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+# What the tokenizer's own tokens weigh where pooling leaves them out: nothing, unless a text has no others.
+NOTHING = 1e-8
+NEVER_SET = ("pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
+TORCH_ACTIVATIONS = {"Identity": "linear"}  # the module of torch.nn.modules that has it; "activation" for the others
+
+
+def write(folder: Path, config: "RetrievalConfig", tokenizer: "TextTokenizer", width: int, vocabulary: int) -> None:
+    """Write `modules.json` and what it names, but for the dense layers (see `write_dense`).
+
+    Args:
+        config: what the model is; tokenizer: its tokenizer.
+        width: of a token's state; vocabulary: rows of the model's table of tokens.
+
+    Raises UserError where sentence-transformers has no module that pools so.
+    """
+    parts = [("Transformer", "")]
+    if frame := _left_out(config, tokenizer):
+        parts.append(("WordWeights", "1_WordWeights"))
+        words = [str(token) for token in range(vocabulary)]  # by number: some vocabularies hold a word twice
+        weights = {str(token): NOTHING for token in frame}
+        write_json(folder / "1_WordWeights", {"vocab": words, "word_weights": weights, "unknown_word_weight": 1.0})
+    parts += [("Pooling", "1_Pooling"), *(("Dense", layer["path"]) for layer in config.dense)]
+    parts.append(("Normalize", f"{len(config.dense) + 2}_Normalize"))
+    kind = "sentence_transformers.models."
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind + name} for i, (name, path) in enumerate(parts)]
+    write_json(folder, modules, MODULES)
+    flags = {f"pooling_mode_{key}": mode == config.pooling for key, mode in POOLING_FLAGS.items()}
+    flags |= dict.fromkeys(NEVER_SET, False)
+    flags["include_prompt"] = config.pool_prompt or config.pooling in ("cls", "last")
+    write_json(folder / "1_Pooling", {"word_embedding_dimension": width} | flags)
+    limit = max(config.max_length, config.query_max_length)
+    write_json(folder, {"max_seq_length": limit, "do_lower_case": config.lowercase}, SENTENCE)
+    settings = {"__version__": {"sentence_transformers": "5.0.0"}, "model_type": "SentenceTransformer"}
+    settings |= {"prompts": config.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder, settings, SETTINGS)
+
+
+def _left_out(config: "RetrievalConfig", tokenizer: "TextTokenizer") -> list[int]:
+    """The tokens that pooling does not count; UserError where sentence-transformers would leave out others too."""
+    frame = sorted({*tokenizer.opening, *tokenizer.closing})
+    if config.pool_special or config.pooling in ("cls", "last") or not frame:
+        return []
+    if config.pooling == "max":
+        raise UserError(
+            "sentence-transformers cannot leave the tokenizer's own tokens out of a maximum: use --format mlx or hf"
+        )
+    for name, prompt in config.prompts.items() if config.pool_prompt else ():
+        if not set(frame).isdisjoint(tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids):
+            raise UserError(
+                f"the prompt {name!r} has tokens that the tokenizer puts around texts, and sentence-transformers could "
+                "count only all or none of them: use --format mlx or hf"
+            )
+    return frame
+
+
+def write_dense(folder: Path, layer: dict[str, Any]) -> Path:
+    """Write what describes a dense layer, as `RetrievalConfig.dense` has it; returns where its weights belong."""
+    name = layer["activation"]
+    values = {key: layer[key] for key in ("in_features", "out_features", "bias")}
+    values["activation_function"] = f"torch.nn.modules.{TORCH_ACTIVATIONS.get(name, 'activation')}.{name}"
+    write_json(folder / layer["path"], values)
+    return folder / layer["path"]
+
+
+def write_json(folder: Path, content: Any, file: str = "config.json") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
