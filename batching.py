@@ -22,6 +22,7 @@ class Texts:
     lengths: np.ndarray  # (N,) int32
     start: np.ndarray  # (N,) int32, within the text
     end: np.ndarray  # (N,) int32, within the text
+    seen: np.ndarray | None = None  # (N,) int32: tokens that the others attend to, from the first on; None: all
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -31,11 +32,26 @@ class Texts:
         """(N + 1,) int64: where each text begins in `ids`."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
+    def part(self, first: int, last: int) -> "Texts":
+        """Texts `first` to `last` - 1."""
+        offsets = self.offsets
+        rest = (self.lengths, self.start, self.end, self.lengths if self.seen is None else self.seen)
+        return Texts(self.ids[offsets[first] : offsets[last]], *(column[first:last] for column in rest))
+
+    def without(self, tokens: list[int], width: int) -> np.ndarray:
+        """(N, width) bool: False where a text has one of these tokens."""
+        row = np.repeat(np.arange(len(self)), self.lengths)
+        column = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
+        hit = np.isin(self.ids, tokens) & (column < width)
+        kept = np.ones((len(self), width), bool)
+        kept[row[hit], column[hit]] = False
+        return kept
+
     @staticmethod
     def join(parts: list["Texts"]) -> "Texts":
         """The texts of all `parts`, in order."""
-        names = ("ids", "lengths", "start", "end")
-        return Texts(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        columns = [(p.ids, p.lengths, p.start, p.end, p.lengths if p.seen is None else p.seen) for p in parts]
+        return Texts(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
 # What one more micro-batch costs, in tokens (MiniLM on a CPU: about 30): below this, less padding is not worth it.
@@ -83,7 +99,8 @@ def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0) -> MicroBatch:
     offsets = texts.offsets
     for row, i in enumerate(index):
         ids[row, : texts.lengths[i]] = texts.ids[offsets[i] : offsets[i + 1]]
-    return MicroBatch(mx.array(ids), mx.array(lengths), mx.array(texts.start[index]), mx.array(texts.end[index]))
+    seen = lengths if texts.seen is None else texts.seen[index]
+    return MicroBatch(mx.array(ids), mx.array(seen), mx.array(texts.start[index]), mx.array(texts.end[index]))
 
 
 def micro_batches(texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from backend import UserError
 
 # The names stand here as well as in loss.py and heads.py, so that `--help` needs not load mlx; a test compares them.
-LOSSES = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce")
+LOSSES = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce", "xtr", "kl_distill")
 POOLING = ("mean", "cls", "last", "max")
 
 
@@ -31,13 +31,26 @@ class Settings:
     """The settings of one training run. `None` means: as the model itself says."""
 
     model: str = option("model", "gemma-3-tiny-mlx", "local folder (MLX or Hugging Face safetensors) or hub name")
-    task: str = option("model", "embed", "what to train: embed = one vector a text", choices=("embed",))
+    task: str | None = option(
+        "model",
+        None,
+        "what to train: embed = one vector a text, late = one a token; default: what the model is, else embed",
+        choices=("embed", "late"),
+    )
     pooling: str | None = option("model", None, "token states to vector", choices=POOLING)
     query_prompt: str | None = option("model", None, "text before every query; special tokens are recognised")
     document_prompt: str | None = option("model", None, "text before every document")
     bidirectional: bool | None = option("model", None, "let a decoder's tokens see the whole text, not only the left")
     max_length: int | None = option("model", None, "cut documents after this many tokens, special ones included")
     query_max_length: int | None = option("model", None, "the same for queries; default: that of documents")
+    projection_dim: int = option("model", 0, "late: a trained layer makes token vectors of N dimensions; 0 = none")
+    maxsim: str | None = option("model", None, "late: over a query's tokens; default: mean", choices=("mean", "sum"))
+    skip_punctuation: bool = option("model", False, "late: punctuation does not count in documents")
+    query_expansion: int | None = option(
+        "model", None, "late: fill queries with mask tokens up to N, and cut them there"
+    )
+    attend_expansion: bool | None = option("model", None, "late: let a query's tokens attend to those mask tokens")
+    impute: int | None = option("model", None, "late: score as XTR in use, from N retrieved tokens; 0 = plain MaxSim")
 
     data: list[str] = option(
         "data", ["train-data.jsonl"], "JSON-lines files (.gz too), or folders with train.jsonl and valid.jsonl"
@@ -56,13 +69,19 @@ class Settings:
         choices=("off", "perc", "abs"),
     )
     positive_aware_margin: float = option("objective", 0.95, "margin of --positive-aware (0.95 suits perc, 0.05 abs)")
+    margin_weight: float = option("objective", 0.0, "add so many times the margin loss on the hardest negative; 0 = no")
+    margin: float = option("objective", 0.2, "by how much the positive is to score above the hardest negative")
+    xtr_k: int = option("objective", 320, "xtr: tokens of the batch that every query token retrieves")
+    teacher_temperature: float = option("objective", 1.0, "kl_distill: divides the teacher's scores")
     matryoshka_dims: list[int] = option("objective", [], "also train the first N dimensions, for each N given")
 
     train_type: str = option("weights", "lora", "low-rank update, or all weights", choices=("lora", "dora", "full"))
     lora_rank: int = option("weights", 16, "rank of the update")
     lora_alpha: float = option("weights", 32.0, "the update is scaled by alpha / rank")
     lora_dropout: float = option("weights", 0.0, "share of inputs to the update that are dropped, 0 to 1")
-    lora_keys: list[str] = option("weights", [], "linear layers to train, names or regular expressions; default: all")
+    lora_keys: list[str] = option(
+        "weights", [], "linear layers to train, names or regular expressions; default: all, but no routers"
+    )
     num_layers: int = option("weights", -1, "train the last N blocks only; -1 = all")
 
     steps: int = option("schedule", 150, "optimizer steps")
@@ -98,14 +117,17 @@ class Settings:
     wandb_project: str = option("run", "mlx-retrieval", "its project there")
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "lora_rank", "steps")
+        positive = ("batch_size", "lora_rank", "steps", "xtr_k")
         counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after")
         not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
+        not_negative += ("projection_dim", "margin_weight")
         checks = [
             *((getattr(self, name) > 0, name, "must be above 0") for name in positive),
             *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),
             *((value is None or value > 0, name, "must be above 0") for name, value in self._lengths()),
             (0 < self.temperature < float("inf"), "temperature", "must be above 0"),
+            (0 < self.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
+            *((v is None or v >= 0, name, "must not be negative") for name, v in self._late_counts()),
             (self.learning_rate is None or 0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
             (0 <= self.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
             (self.warmup < 1 or self.warmup == int(self.warmup), "warmup", "must be a share below 1 or whole steps"),
@@ -124,6 +146,9 @@ class Settings:
 
     def _lengths(self) -> list[tuple[str, int | None]]:
         return [("max_length", self.max_length), ("query_max_length", self.query_max_length)]
+
+    def _late_counts(self) -> list[tuple[str, int | None]]:
+        return [("query_expansion", self.query_expansion), ("impute", self.impute)]
 
     def settle(self, parameters: int) -> None:
         """Put in place what depends on the model: the learning rate, by its number of parameters."""

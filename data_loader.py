@@ -6,7 +6,10 @@ Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders w
     {"query": ..., "positive": ..., "negatives": [...]}   negatives are optional
     {"anchor": ..., "positive": ..., "negative": ...}
 
-`negative` and `negatives`, a text or a list of texts, are understood in all of them.
+`negative` and `negatives`, a text or a list of texts, are understood in all of them. `scores`, of the positive and then
+the negatives, are a teacher's, for distillation; it may also have ranked any documents:
+
+    {"query": ..., "documents": [...], "scores": [...]}
 
 Every row is read and checked once before training; after that only its place in the file is kept in memory. The order
 is a seeded permutation, another one every epoch, and batch k is computed from k alone, so a run continues anywhere.
@@ -37,6 +40,7 @@ FORMATS = {
     "document": ("query", "document"),
     "positive": ("query", "positive"),
     "anchor": ("anchor", "positive"),
+    "documents": ("query", "documents"),
 }
 NEGATIVES = ("negatives", "negative")
 MAX_RANK = 2**31 - 1
@@ -49,6 +53,7 @@ class Example(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
     rank: int
+    scores: tuple[float, ...] = ()  # a teacher's, of the positive and the negatives; none = it has not judged
 
 
 class RowError(ValueError):
@@ -59,6 +64,8 @@ def row_format(row: dict) -> str:
     """Which of the formats a row has, by its keys."""
     if "anchor" in row:
         return "anchor"
+    if "query" in row and "documents" in row:
+        return "documents"
     if "query" in row and "document" in row:
         return "document"
     if "query" in row and "positive" in row:
@@ -101,21 +108,50 @@ def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
     if expected is not None and kind != expected:
         found, before = ("/".join(FORMATS[name]) for name in (kind, expected))
         raise RowError(f"has the format {found}, but the rows before have {before}")
+    if kind == "documents":
+        return _judged(row), kind
     query, positive = (_text(row, key) for key in FORMATS[kind])
     negatives: list[str] = []
     for key in NEGATIVES:
-        value = row.get(key, [])
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
-            raise RowError(f"{key} must be a text or a list of texts, none of them empty")
-        negatives += value
+        negatives += _texts(row, key)
     if kind == "anchor" and not negatives:
         raise RowError("no negative")
     rank = row.get("rank", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
-    return Example(query, positive, tuple(negatives), rank), kind
+    return Example(query, positive, tuple(negatives), rank, _scores(row, 1 + len(negatives))), kind
+
+
+def _texts(row: dict, key: str) -> list[str]:
+    value = row.get(key, [])
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise RowError(f"{key} must be a text or a list of texts, none of them empty")
+    return value
+
+
+def _scores(row: dict, count: int) -> tuple[float, ...]:
+    """A teacher's scores of a row's documents; () where it has none."""
+    scores = row.get("scores")
+    if scores is None:
+        return ()
+    numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores)
+    if not numbers or len(scores) != count or not np.isfinite(scores).all():
+        raise RowError(f"scores must be {count} finite numbers, one for each document")
+    return tuple(map(float, scores))
+
+
+def _judged(row: dict) -> Example:
+    """A query with documents that a teacher has scored: the best is the positive, the others are negatives."""
+    documents = _texts(row, "documents")
+    if len(documents) < 2:
+        raise RowError("documents must be at least two texts")
+    if not (scores := _scores(row, len(documents))):
+        raise RowError("no scores")
+    order = sorted(range(len(documents)), key=lambda i: -scores[i])
+    best, *rest = (documents[i] for i in order)
+    return Example(_text(row, "query"), best, tuple(rest), 1, tuple(scores[i] for i in order))
 
 
 def find_files(sources: Sequence[str], split: str = "train") -> list[Path]:
@@ -157,6 +193,7 @@ class Rows:
         self.skipped: list[str] = []
         self.kind: str | None = None
         self.has_negatives = False
+        self.has_scores = True  # all of them
         self._handles = [self._open(file) for file in self.files]
         starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
         for file, handle in zip(self.files, self._handles, strict=True):
@@ -190,6 +227,7 @@ class Rows:
                 try:
                     example, self.kind = parse(line, self.kind)
                     self.has_negatives |= bool(example.negatives)
+                    self.has_scores &= bool(example.scores)
                     starts.append(position)
                     sizes.append(size)
                     numbers.append(number)
@@ -238,6 +276,8 @@ class Batch:
     document: np.ndarray  # (B,) int32: index of its positive, 0..C-1
     rank: np.ndarray  # (B,) int32
     rows: np.ndarray  # (B,) int64: where it came from, for messages
+    judged: np.ndarray  # (B, K) int32: documents that a teacher scored, the positive first; -1 = no more
+    scores: np.ndarray  # (B, K) float32: its scores
 
     @property
     def relevant(self) -> np.ndarray:
@@ -268,9 +308,13 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: Text
             documents.setdefault(negative, len(documents))
     texts = Texts.join([tokenizer(list(queries), "query"), tokenizer(list(documents), "document")])
     rank = np.array([e.rank for e in examples], np.int32)
-    return Batch(
-        texts, len(queries), np.array(query, np.int32), np.array(document, np.int32), rank, np.array(rows, np.int64)
-    )
+    width = max(1, *(len(e.scores) for e in examples))  # mlx-data carries no empty arrays
+    judged, scores = np.full((len(examples), width), -1, np.int32), np.zeros((len(examples), width), np.float32)
+    for i, e in enumerate(examples):
+        judged[i, : len(e.scores)] = [documents[text] for text in (e.positive, *e.negatives)][: len(e.scores)]
+        scores[i, : len(e.scores)] = e.scores
+    numbers = (np.array(query, np.int32), np.array(document, np.int32), rank, np.array(rows, np.int64))
+    return Batch(texts, len(queries), *numbers, judged, scores)
 
 
 class Batches:
@@ -323,14 +367,18 @@ class Batches:
             stream.reset()
 
 
+TEXT_ARRAYS = ("ids", "lengths", "start", "end", "seen")
+BATCH_ARRAYS = ("query", "document", "rank", "rows", "judged", "scores")
+
+
 def _pack(batch: Batch) -> dict[str, np.ndarray]:
     """A batch as the arrays that mlx-data carries."""
-    arrays = {name: getattr(batch.texts, name) for name in ("ids", "lengths", "start", "end")}
-    arrays |= {name: getattr(batch, name) for name in ("query", "document", "rank", "rows")}
+    arrays = {name: getattr(batch.texts, name) for name in TEXT_ARRAYS}
+    arrays |= {name: getattr(batch, name) for name in BATCH_ARRAYS}
     return arrays | {"queries": np.int64(batch.queries)}
 
 
 def _unpack(sample: dict) -> Batch:
-    texts = Texts(*(np.array(sample[name]) for name in ("ids", "lengths", "start", "end")))
-    rest = (np.array(sample[name]) for name in ("query", "document", "rank", "rows"))
+    texts = Texts(*(np.array(sample[name]) for name in TEXT_ARRAYS))
+    rest = (np.array(sample[name]) for name in BATCH_ARRAYS)
     return Batch(texts, int(sample["queries"]), *rest)

@@ -6,7 +6,8 @@ which documents are known to be relevant to which queries: those never count as 
 
 Sources: InfoNCE, van den Oord et al. 2018 (arXiv 1807.03748); NT-Xent, Chen et al. 2020 (arXiv 2002.05709); hard
 negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aware filter, Moreira et al. 2024
-(NV-Retriever, arXiv 2407.15831); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147).
+(NV-Retriever, arXiv 2407.15831); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015
+(arXiv 1503.02531).
 """
 
 from collections.abc import Callable
@@ -125,6 +126,56 @@ def positive_aware(
     # |positive| keeps the limit below the positive for negative similarities as well.
     limit = positive - (1 - margin) * mx.abs(positive) if kind == "perc" else positive - margin
     return allowed & (scores < limit)
+
+
+def margin(
+    scores: mx.array,
+    targets: mx.array,
+    allowed: mx.array | None = None,
+    weights: mx.array | None = None,
+    margin: float = 0.2,
+) -> mx.array:
+    """Hinge on the hardest negative: the mean of max(0, margin - (positive - hardest negative)), a float32 scalar.
+
+    Arguments as in `info_nce`; scores are not divided by a temperature. A row with no negative costs 0.
+    """
+    scores = scores.astype(mx.float32)
+    negative = ~_is_target(scores, targets)
+    if allowed is not None:
+        negative = negative & allowed
+    positive = mx.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
+    any_negative = negative.any(axis=1)
+    # A row without negatives takes its positive, so that no infinity reaches the gradient.
+    hardest = mx.where(negative | ~any_negative[:, None], scores, -mx.inf).max(axis=1)
+    losses = mx.where(any_negative, mx.maximum(0.0, margin - (positive - hardest)), 0.0)
+    return weighted_mean(losses, weights)
+
+
+def kl_distill(
+    scores: mx.array,
+    judged: mx.array,
+    teacher: mx.array,
+    weights: mx.array | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+) -> mx.array:
+    """Distillation: mean over examples of KL(teacher || student), both softmax over the documents the teacher scored.
+
+    Args:
+        scores: (B, C) the student's similarities of B examples' queries to C documents.
+        judged: (B, K) int, columns of the documents that the teacher scored; -1 = none.
+        teacher: (B, K) its scores. A row with fewer than two judged documents costs 0.
+        temperature: divides the student's scores, `teacher_temperature` the teacher's.
+    """
+    real = judged >= 0
+    enough = real.sum(axis=1) >= 2
+    used = real | ~enough[:, None]  # no row without a column, which would be NaN
+    student = mx.take_along_axis(scores.astype(mx.float32), mx.maximum(judged, 0), axis=1) / temperature
+    teacher = teacher.astype(mx.float32) / teacher_temperature
+    log_student = student - mx.logsumexp(mx.where(used, student, -mx.inf), axis=1, keepdims=True)
+    log_teacher = teacher - mx.logsumexp(mx.where(used, teacher, -mx.inf), axis=1, keepdims=True)
+    divergence = mx.where(used, mx.exp(log_teacher) * (log_teacher - log_student), 0.0).sum(axis=1)
+    return weighted_mean(mx.where(enough, divergence, 0.0), weights)
 
 
 def matryoshka(loss: Callable, queries: mx.array, documents: mx.array, dims: list[int]) -> mx.array:

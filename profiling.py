@@ -5,7 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PHASES = ("data", "forward", "loss", "backward", "forward, loss, backward", "optimizer")
+import backend
+
+from batching import micro_batches
+
+FORWARD = ("forward, queries", "forward, documents")
+PHASES = ("data", *FORWARD, "loss", "backward", "forward, loss, backward", "optimizer")
 
 
 class Clock:
@@ -44,6 +49,9 @@ def profile(run: "Run") -> dict[str, float]:  # noqa: F821  (train.py stands abo
     finally:
         stream.close()
     found = {phase: seconds / settings.profile for phase, seconds in clock.seconds.items()}
+    if "forward" in found:
+        shares = _sides(trainer.gradient_of, batch)
+        found |= {name: found["forward"] * share for name, share in zip(FORWARD, shares, strict=True)}
     found |= {"step": whole / settings.profile, "tokens": tokens / settings.profile}
     if run.evaluations:
         from eval import evaluate
@@ -53,6 +61,19 @@ def profile(run: "Run") -> dict[str, float]:  # noqa: F821  (train.py stands abo
         found["evaluation"] = clock.seconds["evaluation"]
     _print(found, settings)
     return found
+
+
+def _sides(gradient_of: "Differentiator", batch: "Batch") -> tuple[float, float]:  # noqa: F821
+    """Shares of queries and documents in a forward pass, by a batch's computed apart: in a step they go together."""
+    seconds = []
+    for part in (batch.texts.part(0, batch.queries), batch.texts.part(batch.queries, len(batch.texts))):
+        rows = [rows for _, rows in micro_batches(part, backend.MICRO_BATCH_TOKENS, gradient_of.pad_id)]
+        for _ in range(2):  # the first compiles
+            began = time.perf_counter()
+            list(gradient_of.passes.representations(rows))
+            taken = time.perf_counter() - began
+        seconds.append(taken)
+    return seconds[0] / sum(seconds), seconds[1] / sum(seconds)
 
 
 def _print(found: dict[str, float], settings: "Settings") -> None:  # noqa: F821

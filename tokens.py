@@ -68,6 +68,8 @@ class TextTokenizer:
         append_eos: close with the end-of-sequence token where the tokenizer adds no closing of its own.
         pool_special: whether pooling counts the opening and closing tokens; pool_prompt: the prompt's.
         lowercase: lower-case texts first (an old sentence-transformers setting).
+        query_expansion: fill queries with mask tokens up to so many tokens (ColBERT); attend_expansion: whether the
+            other tokens attend to those.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class TextTokenizer:
         pool_special: bool = True,
         pool_prompt: bool = True,
         lowercase: bool = False,
+        query_expansion: int = 0,
+        attend_expansion: bool = False,
     ):
         self.tokenizer = load_tokenizer(folder)
         self.prompts, self.max_lengths = prompts, max_lengths
@@ -91,6 +95,10 @@ class TextTokenizer:
             self.closing = [eos]
         pad = named_token(folder, self.tokenizer, "pad_token")
         self.pad_id = pad if pad is not None else 0
+        self.query_expansion, self.attend_expansion = query_expansion, attend_expansion
+        self._mask = named_token(folder, self.tokenizer, "mask_token")
+        if query_expansion and self._mask is None:
+            raise UserError(f"{folder}: the tokenizer names no mask_token, which query expansion needs")
         self._reserved = self._reserved_tokens()
         words = sorted(self._reserved.values(), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, words)))
@@ -155,7 +163,7 @@ class TextTokenizer:
         reserved = frozenset(self._reserved)
 
         flat: list[int] = []
-        lengths, start, end = (np.empty(len(texts), np.int32) for _ in range(3))
+        lengths, start, end, seen = (np.empty(len(texts), np.int32) for _ in range(4))
         for i, (text, encoding) in enumerate(zip(texts, encoded, strict=True)):
             ids = encoding.ids
             if not reserved.isdisjoint(ids[head:room]):
@@ -166,5 +174,14 @@ class TextTokenizer:
             lengths[i] = len(ids)
             # An empty text has nothing to pool but its special tokens.
             start[i], end[i] = (first, last) if first < last else (0, len(ids))
+            seen[i] = len(ids)
+            if name == "query" and len(ids) < self.query_expansion:
+                ids += [self._mask] * (self.query_expansion - len(ids))
+                lengths[i] = end[i] = len(ids)
+                seen[i] = len(ids) if self.attend_expansion else seen[i]
             flat += ids
-        return Texts(np.array(flat, np.int32), lengths, start, end)
+        return Texts(np.array(flat, np.int32), lengths, start, end, seen)
+
+    def ids_of(self, words: Sequence[str]) -> list[int]:
+        """Ids of those words that are a token by themselves."""
+        return [token for word in words if (token := self.tokenizer.token_to_id(word)) is not None]

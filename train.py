@@ -9,8 +9,9 @@ python train.py --resume --output adapters              continue a run that was 
 import dataclasses
 import gc
 import json
+import string
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,42 +23,6 @@ import kernels
 
 DESCRIPTION = "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation through MTEB."
 EPILOG = "Exit codes: 0 done, 2 bad input (nothing is lost), 130 and 143 stopped by Ctrl-C or SIGTERM, saved."
-
-
-def embed_objective(settings: config.Settings) -> Callable:
-    """The `embed` task's objective: the named loss over a batch's vectors, over several dimensions if asked for."""
-    from functools import partial
-
-    from backend import mx
-
-    import loss
-
-    def objective(representations: mx.array, batch) -> mx.array:
-        queries, documents = representations[: batch.queries], representations[batch.queries :]
-        pairs = loss.Pairs(
-            query=mx.array(batch.query),
-            document=mx.array(batch.document),
-            weight=loss.rank_weights(mx.array(batch.rank)),
-            relevant=mx.array(batch.relevant),
-        )
-        compute = partial(
-            loss.contrastive,
-            pairs=pairs,
-            name=settings.loss,
-            temperature=settings.temperature,
-            beta=settings.beta,
-            filter_kind=settings.positive_aware,
-            filter_margin=settings.positive_aware_margin,
-        )
-        if not settings.matryoshka_dims:
-            return compute(queries, documents)
-        dims = sorted({*settings.matryoshka_dims, queries.shape[-1]})
-        return loss.matryoshka(compute, queries, documents, dims)
-
-    return objective
-
-
-OBJECTIVES = {"embed": embed_objective}
 
 
 class Evaluations:
@@ -104,11 +69,13 @@ def prepare(settings: config.Settings) -> Run:
     from embed import Model
     from models import count_parameters, lora
     from models.remat import checkpoint_blocks, seed
+    from objectives import make as make_objective
     from trainer import Trainer
 
     folder = Path(settings.output).expanduser()
     check_output(folder, settings)
     rows = Rows(find_files(settings.data), settings.skip_bad_rows)
+    seed(settings.seed)  # a fresh projection
     model, retrieval, base = checkpoint.build(
         settings.model,
         task=settings.task,
@@ -117,8 +84,14 @@ def prepare(settings: config.Settings) -> Run:
         document_prompt=settings.document_prompt,
         bidirectional=settings.bidirectional,
         max_length=settings.max_length,
-        query_max_length=settings.query_max_length,
+        query_max_length=settings.query_max_length or settings.query_expansion,  # ColBERT cuts where it fills
         matryoshka_dims=settings.matryoshka_dims or None,
+        projection=settings.projection_dim,
+        maxsim=settings.maxsim,
+        skiplist=list(string.punctuation) if settings.skip_punctuation else None,
+        query_expansion=settings.query_expansion,
+        attend_expansion=settings.attend_expansion,
+        impute=settings.impute,
     )
     if too_long := [d for d in settings.matryoshka_dims if d > retrieval.dimensions]:
         raise UserError(f"--matryoshka-dims {too_long[0]}: the model's vectors have {retrieval.dimensions} dimensions")
@@ -132,7 +105,9 @@ def prepare(settings: config.Settings) -> Run:
         settings.lora_keys,
         settings.num_layers,
     )
-    everything, trainable = count_parameters(model.backbone)
+    if settings.train_type == "full" and settings.num_layers == -1:
+        model.head.unfreeze()
+    everything, trainable = count_parameters(model)
     settings.settle(everything)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
@@ -150,7 +125,7 @@ def prepare(settings: config.Settings) -> Run:
     evaluations = None
     if settings.eval_tasks:
         evaluations = Evaluations(Model(model, retrieval, tokenizer, settings.model), settings.eval_tasks, folder)
-    objective = OBJECTIVES[settings.task](settings)
+    objective = make_objective(settings, retrieval, tokenizer, rows)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if settings.eval_tasks:
         from eval import load_tasks
@@ -158,12 +133,14 @@ def prepare(settings: config.Settings) -> Run:
         load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
     rank = f"r={settings.lora_rank}"
     trained = {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[settings.train_type]
+    vectors = f"{retrieval.pooling} pooling"
+    if retrieval.task == "late":
+        vectors = f"a vector of {retrieval.dimensions} dimensions for every token, MaxSim ({retrieval.maxsim})"
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),
         ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({trained})"),
-        ("text", f"{retrieval.pooling} pooling, {retrieval.query_max_length} tokens of a query, "
-                 f"{retrieval.max_length} of a document"),
+        ("text", f"{vectors}, {retrieval.query_max_length} tokens of a query, {retrieval.max_length} of a document"),
         ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "
                  f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
                  f"learning rate {settings.learning_rate:g}"),

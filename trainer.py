@@ -30,7 +30,9 @@ from passes import Passes
 from profiling import Clock
 from reporting import Reporter
 
-Objective = Callable[[mx.array, Batch], mx.array]  # representations (N, ...) of a batch's N texts -> scalar loss
+# Representations (N, ...) of a batch's N texts -> scalar loss. It may have a method `gradient` with the same arguments
+# that returns the loss and its gradient by the representations, where it knows a better way than `mx.value_and_grad`.
+Objective = Callable[[mx.array, Batch], mx.array]
 VALIDATION_BATCHES = 8
 
 
@@ -61,6 +63,16 @@ def join(parts: Sequence[mx.array], order: np.ndarray) -> mx.array:
         longest = max(part.shape[1] for part in parts)
         parts = [mx.pad(part, [(0, 0), (0, longest - part.shape[1]), (0, 0)]) for part in parts]
     return mx.concatenate(parts)[mx.array(np.argsort(order))]
+
+
+def split(joined: mx.array, parts: Sequence[mx.array], order: np.ndarray) -> list[mx.array]:
+    """The rows of a `join`ed array, in the shapes of the micro-batches that they came from."""
+    rows = joined[mx.array(order)]
+    ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
+    return [
+        mine[:, : part.shape[1]] if part.ndim == 3 else mine
+        for mine, part in zip(mx.split(rows, ends), parts, strict=True)
+    ]
 
 
 class Differentiator:
@@ -116,9 +128,10 @@ class Differentiator:
         with self.clock("forward"):
             parts = list(self.passes.representations(rows, seeds))
         # 2. The loss of the whole batch, and its gradient with respect to the representations.
-        loss_of = mx.value_and_grad(lambda parts: self.objective(join(parts, order), batch))
+        gradient_of = getattr(self.objective, "gradient", None) or mx.value_and_grad(self.objective)
         with self.clock("loss"):
-            loss, cotangents = loss_of(parts)
+            loss, cotangent = gradient_of(join(parts, order), batch)
+            cotangents = split(cotangent, parts, order)
             mx.eval(loss, cotangents)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
         with self.clock("backward"):

@@ -17,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import config
+import objectives
 import train
 import trainer
 from checkpoint import last_step
@@ -72,9 +73,76 @@ def test_model(settings, tmp_path):
 
 
 def test_task(settings):
-    assert train.prepare(settings(task="embed")).trainer.gradient_of.objective.__qualname__.startswith(
-        "embed_objective"
+    for task, kind in (
+        (None, objectives.EmbedObjective),
+        ("embed", objectives.EmbedObjective),
+        ("late", objectives.LateObjective),
+    ):
+        assert type(train.prepare(settings(task=task)).trainer.gradient_of.objective) is kind
+
+
+def representations(run, batch) -> np.ndarray:
+    return np.array(run.trainer.gradient_of(batch, seed=0).representations)
+
+
+def test_projection_dim(settings):
+    runs = [train.prepare(settings(task="late", projection_dim=n, seed=s)) for n, s in ((0, 0), (8, 0), (8, 0), (8, 1))]
+    batch = runs[0].trainer.batches.batch(0)
+    found = [representations(run, batch) for run in runs]
+    assert [r.shape[-1] for r in found] == [32, 8, 8, 8]
+    assert (found[1] == found[2]).all() and (found[1] != found[3]).any()  # fresh, and seeded
+    assert "head.dense.0.linear.weight" in trainable(runs[1])
+
+
+def test_maxsim_and_impute(settings):
+    losses = [loss_of(settings(task="late", maxsim=how), warm=False) for how in (None, "mean", "sum")]
+    assert losses[0] == losses[1] != losses[2]
+    s = settings(task="late", maxsim="sum", impute=30, steps=1)
+    train.train(s)
+    saved = json.loads((Path(s.output) / "final" / "retrieval_config.json").read_text())
+    assert (saved["maxsim"], saved["impute"], saved["task"]) == ("sum", 30, "late")
+
+
+def test_skip_punctuation(settings, data):
+    data.write_text(data.read_text().replace("document ", "document! ! ? "))
+    plain, skipping = (loss_of(settings(task="late", skip_punctuation=value), warm=False) for value in (False, True))
+    assert plain != skipping
+
+
+def test_query_expansion_and_attend_expansion(settings, minilm):
+    losses = []
+    for flags in ({}, {"query_expansion": 16}, {"query_expansion": 16, "attend_expansion": True}):
+        losses.append(loss_of(settings(model=str(minilm), task="late", **flags), warm=False))
+    assert len(set(losses)) == 3
+
+
+def test_xtr_k(settings):
+    losses = [loss_of(settings(task="late", loss="xtr", xtr_k=k), warm=False) for k in (2, 20)]
+    assert losses[0] != losses[1]
+
+
+def test_margin_and_margin_weight(settings):
+    plain, none, half, whole, wider = (
+        loss_of(settings(**changes), warm=False)
+        for changes in (
+            {},
+            {"margin_weight": 0.0, "margin": 0.9},
+            {"margin_weight": 0.5},
+            {"margin_weight": 1.0},
+            {"margin_weight": 1.0, "margin": 0.4},
+        )
     )
+    assert plain == none and whole - plain == pytest.approx(2 * (half - plain), rel=1e-4) and wider > whole > plain
+
+
+def test_teacher_temperature(settings, data):
+    rows = [
+        {"query": f"query {i}", "documents": [f"good {i}", f"bad {i}", f"worse {i}"], "scores": [2.0, 1.0, i / 7]}
+        for i in range(40)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = [loss_of(settings(loss="kl_distill", teacher_temperature=t), warm=False) for t in (1.0, 5.0)]
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("pooling", config.POOLING)
@@ -143,10 +211,15 @@ def test_seed(settings):
 
 
 @pytest.mark.parametrize("name", config.LOSSES)
-def test_loss(settings, name):
-    assert math.isfinite(loss_of(settings(loss=name)))
+def test_loss(settings, data, name):
+    rows = [
+        json.loads(line) | {"negatives": ["other words"], "scores": [1.0, i / 40]} for i, line in enumerate(open(data))
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = "late" if name == "xtr" else "embed"
+    assert math.isfinite(loss_of(settings(loss=name, task=task, xtr_k=5)))
     if name != "info_nce":
-        assert loss_of(settings(loss=name)) != loss_of(settings(loss="info_nce"))
+        assert loss_of(settings(loss=name, task=task, xtr_k=5)) != loss_of(settings(loss="info_nce", task=task))
 
 
 def test_temperature(settings):
@@ -344,7 +417,9 @@ def test_profile_shows_phases_and_writes_nothing(settings, capsys):
     times = train.train(s)
     shown = capsys.readouterr().out
     phases = ["data", "forward", "loss", "backward", "optimizer"]
-    assert all(f" {name} " in shown for name in [*phases, "other", "step"])
+    sides = ["forward, queries", "forward, documents"]
+    assert all(f" {name} " in shown for name in [*sides, *phases[2:], "other", "step"])
+    assert sum(times[name] for name in sides) == pytest.approx(times["forward"])
     assert 0 < sum(times[name] for name in phases) <= times["step"] and times["tokens"] > 0
     assert ("evaluation" in times) == bool(s.eval_tasks) and not Path(s.output).exists()
     done = command(*run_flags(s, "--profile", "1"))
@@ -384,6 +459,11 @@ def test_settings_survive_yaml(tmp_path):
     made = Settings(lora_keys=["a"], pooling="cls", bidirectional=True, matryoshka_dims=[4], learning_rate=1e-5)
     made.write(tmp_path / "config.yaml")
     assert Settings(**config.read_yaml(tmp_path / "config.yaml")) == made
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_configs_that_come_along_are_settings(file):
+    assert Settings(**config.read_yaml(file)).loss in config.LOSSES
 
 
 def test_no_setting_without_a_test():

@@ -42,6 +42,7 @@ def rows(tmp_path: Path) -> str:
             "query": queries[i % 55],
             "positive": documents[i % 50],
             "negatives": [documents[(i * 7 + 3) % 50], text(99 + i, 60)],
+            "scores": rng.normal(size=3).tolist(),
         }
         for i in range(60)
     ]
@@ -77,6 +78,9 @@ def prepared(settings: Settings):
 @pytest.mark.parametrize("changes", [
     {}, {"loss": "symmetric_info_nce"}, {"loss": "nt_xent"}, {"loss": "hard_negative_info_nce"},
     {"positive_aware": "perc"}, {"matryoshka_dims": [8, 16]}, {"pooling": "last"}, {"bidirectional": True},
+    {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"task": "late"}, {"task": "late", "maxsim": "sum"},
+    {"task": "late", "loss": "xtr", "xtr_k": 50, "projection_dim": 8, "margin_weight": 0.5},
+    {"task": "late", "loss": "kl_distill", "skip_punctuation": True},
     {"train_type": "dora"}, {"train_type": "full", "num_layers": 2}, {"grad_checkpoint": True},
 ], ids=str)  # fmt: skip
 def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, changes):

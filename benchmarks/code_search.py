@@ -1,0 +1,149 @@
+"""Code search on Python's own standard library: before and after training, as one vector a text and as one a token.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/code_search.py --steps 60
+
+Mines (docstring, code) pairs from the standard library of the Python that runs this, holds out all pairs of 300
+modules, trains all-MiniLM-L6-v2 on the others as `embed` and as `late`, and lets held-out docstrings search among all
+held-out functions: BM25, semantic, and both fused. Prints P@1, MRR@10 and nDCG@10 with the paired-bootstrap interval of
+what training gained. Figures in benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import backend
+
+import numpy as np
+from sides import minilm
+
+import config
+import search_eval
+import search_index
+import search_update
+import train
+from code_pairs import Pair, pairs
+from embed import Model, load
+from eval import Evaluation, compare
+from late_index import LateIndex
+from reporting import print_lines, print_rows
+
+SHOWN = ("precision_at_1", "mrr_at_10", "ndcg_at_10")
+
+
+def hold_out(found: list[Pair], modules: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """(to train on, held out): all pairs of `modules` random modules are held out."""
+    names = sorted({pair.path for pair in found})
+    if modules >= len(names):
+        sys.exit(f"only {len(names)} modules have pairs; --modules {modules} leaves none to train on")
+    chosen = set(np.random.default_rng(seed).permutation(names)[:modules].tolist())
+    return [p for p in found if p.path not in chosen], [p for p in found if p.path in chosen]
+
+
+def write_task(folder: Path, held_out: list[Pair], queries: int) -> Path:
+    """The held-out functions as a BEIR corpus; docstrings of a random part of them as its queries."""
+    (folder / "qrels").mkdir(parents=True)
+    asked = np.random.default_rng(1).permutation(len(held_out))[:queries].tolist()
+    corpus = ({"_id": f"f{i}", "title": "", "text": pair.positive} for i, pair in enumerate(held_out))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    rows = ({"_id": f"q{i}", "text": held_out[i].query} for i in asked)
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\tf{i}\t1" for i in asked)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def measure(model: Model, task: Path, index: Path) -> dict[str, Evaluation]:
+    """Index the corpus and search it; mode -> figures. The index of a late model's run holds words alone."""
+    words = load(minilm()) if model.late else model
+    search_update.update(task, index, words, max_characters=100_000)
+    opened = search_index.Index.open(index)
+    queries, _ = search_eval.resolve(search_eval.read_queries(task), opened)
+    if model.late:
+        by_words = opened.bm25  # a document is one chunk, so that its name will do as the chunk's
+        opened.bm25 = lambda query, top: [dataclasses.replace(hit, id=hit.path) for hit in by_words(query, top)]
+        opened.semantic = by_tokens(model, task, queries)
+    return search_eval.evaluate(opened, words, queries)
+
+
+def by_tokens(model: Model, task: Path, queries: list[search_eval.Query]) -> Callable[..., list[search_index.Hit]]:
+    """Stands for an index's semantic search: MaxSim over all documents, for these queries in their order."""
+    rows = [json.loads(line) for line in open(task / "corpus.jsonl", encoding="utf-8")]
+    corpus = LateIndex(model.encode([row["text"] for row in rows], "document"), model.config.maxsim)
+    found = corpus.search(model.encode([query.text for query in queries], "query"), search_eval.DEPTH)
+    rankings = iter(found)
+
+    def semantic(vector: np.ndarray, top: int) -> list[search_index.Hit]:
+        names = [(rows[i]["_id"], score) for i, score in next(rankings)[:top]]
+        return [search_index.Hit(name, name, 1, 1, "", "", "", "", score) for name, score in names]
+
+    return semantic
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", default=sysconfig.get_paths()["stdlib"], help="source tree (default: stdlib)")
+    parser.add_argument("--modules", type=int, default=300, help="modules that are held out")
+    parser.add_argument("--queries", type=int, default=1000, help="held-out docstrings that are asked")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--tasks", nargs="+", default=["embed", "late"], choices=("embed", "late"))
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp())
+    found = list(pairs([args.source]))
+    known, held_out = hold_out(found, args.modules)
+    data = work / "train.jsonl"
+    data.write_text("".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in known))
+    task = write_task(work / "task", held_out, args.queries)
+    print_lines(
+        [
+            ("device", backend.describe()),
+            ("pairs", f"{len(found):,}: {len(known):,} to train on, {len(held_out):,} of {args.modules} other modules"),
+            ("queries", f"{min(args.queries, len(held_out)):,} docstrings among {len(held_out):,} functions"),
+        ]
+    )  # fmt: skip
+    results: dict[tuple[str, str], dict[str, Evaluation]] = {}
+    for kind in args.tasks:
+        limits = {"max_length": 180, "query_max_length": 64}
+        settings = config.Settings(
+            model=minilm(), task=kind, data=[str(data)], batch_size=args.batch_size, steps=args.steps,
+            learning_rate=2e-4, eval_tasks=[], save_steps=0, output=str(work / kind), **limits,
+        )  # fmt: skip
+        began = time.perf_counter()
+        train.train(settings)
+        seconds = time.perf_counter() - began
+        print_lines([("trained", f"{kind}: {args.steps} steps of {args.batch_size} pairs, {seconds:.0f} s")])
+        base = load(minilm(), task=kind, **limits)
+        for when, model in (("before", base), ("after", load(work / kind / "final"))):
+            results[kind, when] = measure(model, task, work / f"{kind}-{when}")
+    rows = []
+    for (kind, when), modes in results.items():
+        for mode, result in modes.items():
+            if mode != "bm25" or (kind, when) == (args.tasks[0], "before"):
+                name = "bm25" if mode == "bm25" else f"{kind}, {when}, {mode}"
+                rows.append((name, *(f"{result.tasks['queries'][metric]:.4f}" for metric in SHOWN)))
+    print_rows("held-out functions of the standard library", ("what", "P@1", "MRR@10", "nDCG@10"), rows)
+    rows = []
+    for kind in args.tasks:
+        for mode in ("semantic", "hybrid"):
+            by_metric = {m: rest for m, *rest in compare(results[kind, "before"][mode], results[kind, "after"][mode])}
+            cells = []
+            for metric in SHOWN[:2]:
+                _, _, change, low, high = by_metric[metric]
+                cells += [f"{change:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
+            rows.append((f"{kind}, {mode}", *cells))
+    columns = ("gained by training", "P@1", "95 % interval", "MRR@10", "95 % interval")
+    print_rows("after less before, the same queries", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

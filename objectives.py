@@ -1,0 +1,137 @@
+"""What is learned from a batch, by task: representations and a Batch -> a loss. Wires loss.py and maxsim.py to both."""
+
+from collections.abc import Callable
+from functools import partial
+
+from backend import UserError, mx
+
+import loss
+import maxsim
+from config import Settings
+from data_loader import Batch, Rows
+from retrieval_config import RetrievalConfig
+from tokens import TextTokenizer
+
+LOSSES = (*loss.NAMES, "xtr", "kl_distill")
+
+
+class Objective:
+    """Base of both: the named loss over the scores of a batch's queries and documents.
+
+    Called with representations (N, ...) of a batch's N texts, queries first, it returns a float32 scalar.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def loss_of(self, batch: Batch, queries: mx.array, documents: mx.array, compare: Callable) -> mx.array:
+        """The loss; `compare(queries, documents)` gives their scores (Q, C)."""
+        settings = self.settings
+        pairs = loss.Pairs(
+            query=mx.array(batch.query),
+            document=mx.array(batch.document),
+            weight=loss.rank_weights(mx.array(batch.rank)),
+            relevant=mx.array(batch.relevant),
+        )
+        scores = compare(queries, documents)
+        rows = scores[pairs.query]  # (B, C)
+        if settings.loss == "kl_distill":
+            judged, teacher = mx.array(batch.judged), mx.array(batch.scores)
+            temperatures = settings.temperature, settings.teacher_temperature
+            total = loss.kl_distill(rows, judged, teacher, pairs.weight, *temperatures)
+        else:
+            name = "info_nce" if settings.loss == "xtr" else settings.loss
+            total = loss.contrastive(
+                queries,
+                documents,
+                pairs,
+                name,
+                settings.temperature,
+                settings.beta,
+                settings.positive_aware,
+                settings.positive_aware_margin,
+                compare=lambda q, d: scores if q is queries and d is documents else compare(q, d),
+            )
+        if settings.margin_weight:
+            allowed = ~pairs.relevant[pairs.query]
+            total += settings.margin_weight * loss.margin(rows, pairs.document, allowed, pairs.weight, settings.margin)
+        return total
+
+
+class EmbedObjective(Objective):
+    """One vector a text (N, D), over several dimensions if asked for."""
+
+    def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
+        queries, documents = representations[: batch.queries], representations[batch.queries :]
+        compute = partial(self.loss_of, batch, compare=loss.dot)
+        if not self.settings.matryoshka_dims:
+            return compute(queries, documents)
+        dims = sorted({*self.settings.matryoshka_dims, queries.shape[-1]})
+        return loss.matryoshka(compute, queries, documents, dims)
+
+
+class LateObjective(Objective):
+    """Token vectors (N, L, d), compared by MaxSim, or as XTR does in training.
+
+    Args:
+        skipped: ids of tokens that do not count in documents.
+        how: mean or sum over a query's tokens.
+    """
+
+    def __init__(self, settings: Settings, skipped: list[int], how: str):
+        super().__init__(settings)
+        self.skipped, self.how = skipped, how
+
+    def _sides(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Token vectors of queries (Q, Lq, d) and of documents (C, L, d), each as long as its longest."""
+        lengths = batch.texts.lengths
+        queries, documents = representations[: batch.queries], representations[batch.queries :]
+        queries = queries[:, : int(lengths[: batch.queries].max())]
+        documents = documents[:, : int(lengths[batch.queries :].max())]
+        if self.skipped:
+            kept = mx.array(batch.texts.without(self.skipped, documents.shape[1])[batch.queries :])
+            documents = mx.where(kept[..., None], documents, 0.0)
+        return queries, documents
+
+    def _scores(self, best: mx.array, queries: mx.array, documents: mx.array) -> mx.array:
+        tokens = maxsim.counted(queries)
+        if self.settings.loss == "xtr":
+            least = maxsim.kth_similarity(queries, documents, self.settings.xtr_k)
+            return maxsim.reduce_retrieved(best, tokens, least)
+        return maxsim.reduce(best, tokens, self.how)
+
+    def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
+        queries, documents = self._sides(representations, batch)
+
+        def compare(queries: mx.array, documents: mx.array) -> mx.array:
+            return self._scores(maxsim.token_max(queries, documents)[0], queries, documents)
+
+        return self.loss_of(batch, queries, documents, compare)
+
+    def gradient(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+        """The loss, and its gradient by the representations (N, L, d), in the memory of one tile of similarities."""
+        (queries, documents), back = self._sides(representations, batch), mx.zeros_like(representations)
+        mx.eval(queries, documents)
+        best, place = maxsim.nearest(queries, documents)
+
+        def loss_of(best: mx.array) -> mx.array:
+            return self.loss_of(batch, queries, documents, lambda q, d: self._scores(best, q, d))
+
+        total, gradient = mx.value_and_grad(loss_of)(best)
+        for_queries, for_documents = maxsim.nearest_gradient(queries, documents, place, gradient)
+        back[: batch.queries, : queries.shape[1]] = for_queries
+        back[batch.queries :, : documents.shape[1]] = for_documents
+        return total, back
+
+
+def make(settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Rows) -> Objective:
+    """The objective of a run. UserError where the settings do not fit the task or the data."""
+    if settings.loss == "kl_distill" and not rows.has_scores:
+        raise UserError("--loss kl_distill: every row needs scores, a teacher's, of its positive and negatives")
+    if config.task == "embed":
+        if settings.loss == "xtr":
+            raise UserError("--loss xtr compares tokens; it needs --task late")
+        return EmbedObjective(settings)
+    if settings.matryoshka_dims or settings.loss == "nt_xent":
+        raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")
+    return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim)
