@@ -1,10 +1,12 @@
-"""Turn texts into vectors.
+"""Turn texts into vectors, and find out whether a model is sound.
 
 from embed import load
 model = load("adapters/final")                       # an adapter on its base, a base model, or a hub name
 vectors = model.encode(texts, prompt="query")        # numpy float32 (N, D), unit length, in the texts' order
 
 python embed.py --model adapters/final --input docs.jsonl --output vectors.npy
+python embed.py --model adapters/final --input docs.jsonl --output vectors.npy --dimensions 256 --precision int8
+python embed.py --check adapters/final               # exit code 1 where a check fails
 """
 
 import argparse
@@ -18,10 +20,12 @@ from backend import UserError
 
 import numpy as np
 
-from batching import micro_batches
+from batching import Texts, micro_batches
 from heads import RetrievalModel
 from passes import Passes
-from retrieval_config import FILE, ROLES, RetrievalConfig
+from precision import CALIBRATED, FEWEST_TEXTS, PRECISIONS, check, quantise, row_bytes, truncate
+from precision import ranges as ranges_of
+from retrieval_config import RetrievalConfig
 from tokens import TextTokenizer
 
 CHUNK = 16_384  # texts that are tokenised and sorted by length together
@@ -29,11 +33,26 @@ TEXT_FIELDS = ("text", "document", "query", "positive")
 
 
 class Model:
-    """A retrieval model in use. Made by `load`; training makes one of the model it trains."""
+    """A retrieval model in use. Made by `load`; training makes one of the model it trains.
 
-    def __init__(self, model: RetrievalModel, config: RetrievalConfig, tokenizer: TextTokenizer, name: str):
-        self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
+    `base` is the folder of the model that an adapter was loaded on; None where there is no adapter.
+    """
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        config: RetrievalConfig,
+        tokenizer: TextTokenizer,
+        name: str,
+        base: Path | None = None,
+    ):
+        self.model, self.config, self.tokenizer, self.name, self.base = model, config, tokenizer, name, base
         self.passes = Passes(model)
+
+    @property
+    def late(self) -> bool:
+        """Whether a text becomes a vector a token."""
+        return self.config.task == "late"
 
     @property
     def dimensions(self) -> int:
@@ -47,28 +66,40 @@ class Model:
         show_progress: bool | None = None,
         dimensions: int | None = None,
         batch_tokens: int | None = None,
-    ) -> np.ndarray:
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
         """Vectors of unit length, float32: (N, D) for a list, in its order; (D,) for one text.
+
+        A late-interaction model gives the vectors of a text's tokens instead: for a list, a list of (L_i, D).
+        Stored in another precision they are int8 or uint8, (N, D), or (N, ceil(D / 8)) for "binary" and "ubinary".
 
         Args:
             texts: anything from an empty list up.
-            prompt: "query" or "document" puts the model's prompt before each text; None puts none.
+            prompt: "query", "document" or the name of a task's prompt puts that prompt of the model before each text;
+                None puts none.
             show_progress: None = a bar for more than 2,000 texts, where standard error is a terminal.
             dimensions: keep only the first so many (Matryoshka), scaled to unit length again.
             batch_tokens: most tokens, padding included, in the backbone at once; None = what suits the device.
+            precision: "float32", "int8", "uint8", "binary" or "ubinary", after truncation; see precision.py.
+            ranges: (2, D) of each dimension, for int8 and uint8; queries and documents must share them. None takes
+                them from these very texts, of which there must be 100: `precision.ranges(model.encode(sample))`.
         """
         if isinstance(texts, str):
-            return self.encode([texts], prompt, False, dimensions, batch_tokens)[0]
-        if prompt not in (None, *ROLES):
-            raise UserError(f"prompt {prompt!r} is unknown; known: {', '.join(ROLES)}")
+            return self.encode([texts], prompt, False, dimensions, batch_tokens, precision, ranges)[0]
+        if prompt is not None and prompt not in self.config.prompts:
+            raise UserError(f"prompt {prompt!r} is unknown; known: {', '.join(self.config.prompts)}")
         if dimensions is not None and not 0 < dimensions <= self.dimensions:
             raise UserError(f"dimensions {dimensions}: the model has {self.dimensions}")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"texts[{i}] is a {type(text).__name__}, not a text")
+        if self.late and (dimensions is not None or precision != "float32"):
+            raise UserError("token vectors of a late-interaction model are whole and float32")
+        check(precision, len(texts), dimensions or self.dimensions, ranges)
         if show_progress is None:
             show_progress = len(texts) > 2_000 and sys.stderr.isatty()
-        vectors = np.empty((len(texts), self.dimensions), np.float32)
+        whole = [None] * len(texts) if self.late else np.empty((len(texts), self.dimensions), np.float32)
         self.model.eval()
         with _bar(len(texts), show_progress) as advance:
             for first in range(0, len(texts), CHUNK):
@@ -77,12 +108,25 @@ class Model:
                 cut = list(micro_batches(tokens, budget, self.tokenizer.pad_id))
                 parts = self.passes.representations([rows for _, rows in cut])
                 for (index, _), part in zip(cut, parts, strict=True):
-                    vectors[first + index] = np.array(part)
+                    if self.late:
+                        for i, vectors in zip(
+                            index, self._counting(np.array(part), tokens, index, prompt), strict=True
+                        ):
+                            whole[first + i] = vectors
+                    else:
+                        whole[first + index] = np.array(part)
                     advance(len(index))
-        if dimensions is not None:
-            vectors = vectors[:, :dimensions]
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors
+        if self.late:
+            return whole
+        vectors = truncate(whole, dimensions)
+        return vectors if precision == "float32" else quantise(vectors, precision, ranges)
+
+    def _counting(self, part: np.ndarray, texts: Texts, index: np.ndarray, prompt: str | None) -> list[np.ndarray]:
+        """The vectors of the tokens that count: of every one of these texts, (L_i, D)."""
+        counts = part.any(axis=-1)
+        if prompt == "document" and self.config.skiplist:
+            counts &= texts.without(self.tokenizer.ids_of(self.config.skiplist), part.shape[1])[index]
+        return [row[kept] for row, kept in zip(part, counts, strict=True)]
 
 
 class _bar:  # noqa: N801  (used as a function)
@@ -121,11 +165,11 @@ def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Mo
     import checkpoint
 
     base: str | None = str(path)
-    if adapter is None and (Path(path).expanduser() / FILE).is_file():
+    if adapter is None and checkpoint.is_adapter(Path(path).expanduser()):
         base, adapter = None, path
     name = str(adapter or base).rstrip("/")
     model, config, folder = checkpoint.open_model(base, str(adapter) if adapter else None, **overrides)
-    return Model(model, config, config.tokenizer(folder), name)
+    return Model(model, config, config.tokenizer(folder), name, folder if adapter else None)
 
 
 def read_texts(path: Path, field: str | None = None) -> Iterator[str]:
@@ -158,36 +202,121 @@ def _field_of(line: str, field: str | None, where: str) -> str:
     return f"{title} {row[name]}" if title else row[name]
 
 
+def read_ranges(path: Path) -> np.ndarray:
+    """The ranges that an earlier run wrote; UserError where the file holds no such array."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"--ranges {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"--ranges {path}: no array that numpy.save wrote") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise UserError(f"--ranges {path}: no array of floating-point numbers")
+    return array
+
+
+def write_arrays(arrays: dict[Path, np.ndarray]) -> None:
+    """Write .npy files, all or none: first beside their places, then moved there."""
+    temporary = {path: path.with_name(f".{path.name}.new") for path in arrays}
+    path = None
+    try:
+        for path, array in arrays.items():
+            with open(temporary[path], "wb") as file:
+                np.save(file, array)
+        for path in arrays:
+            temporary[path].replace(path)
+    except OSError as error:
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
+        raise UserError(f"--output {path}: {error.strerror}") from error
+
+
+def embed_file(args: argparse.Namespace) -> str:
+    """Embed `--input` into `--output`; returns the line that says what was written."""
+    texts, bounds, output = list(read_texts(Path(args.input), args.field)), None, Path(args.output)
+    if not texts:
+        raise UserError(f"{args.input}: no text in it")
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {output}: not a file in a folder that exists")
+    if args.ranges and args.precision not in CALIBRATED:
+        raise UserError(f"--ranges: --precision {args.precision} has none, only {' and '.join(CALIBRATED)}")
+    calibrates = args.precision in CALIBRATED and not args.ranges
+    if calibrates and len(texts) < FEWEST_TEXTS:
+        raise UserError(
+            f"--precision {args.precision} takes the ranges of each dimension from at least {FEWEST_TEXTS} texts, and "
+            f"{args.input} has {len(texts)}: give those of the documents with --ranges FILE.npy (queries and documents "
+            "must share them)"
+        )
+    if args.ranges:
+        bounds = read_ranges(Path(args.ranges))
+    model = load(args.model, args.adapter, max_length=args.max_length)
+    check(args.precision, max(len(texts), FEWEST_TEXTS), args.dimensions or model.dimensions, bounds)
+    vectors = model.encode(texts, args.prompt, dimensions=args.dimensions)
+    if model.late:
+        beside = output.with_name(f"{output.stem}.lengths.npy")
+        write_arrays({output: np.concatenate(vectors), beside: np.array([len(v) for v in vectors])})
+        count = f"{len(texts):,} texts, {sum(map(len, vectors)):,} token vectors of {model.dimensions} dimensions"
+        return f"{output}: {count}, float32, one text after another; {beside}: how many each text has"
+    arrays, calibrated = {}, ""
+    if calibrates:
+        beside = output.with_name(f"{output.stem}.ranges.npy")
+        arrays[beside] = bounds = ranges_of(vectors)
+        told = f"ranges in {beside}: give them with --ranges for queries"
+        calibrated = f"; calibrated on the {len(texts):,} texts of the input; {told}"
+    count, dimensions = vectors.shape
+    write_arrays(arrays | {output: quantise(vectors, args.precision, bounds)})
+    kinds = {"float32": "float32, unit length", "binary": "binary in int8", "ubinary": "binary in uint8"}
+    kind = kinds.get(args.precision, args.precision)
+    size = f"{row_bytes(args.precision, dimensions):,} bytes a vector"
+    return f"{output}: {count:,} vectors of {dimensions} dimensions, {kind}, {size}{calibrated}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Embed the texts of a file: a float32 array (texts, dimensions).")
-    parser.add_argument("--model", required=True, help="adapter folder, base model's folder, or hub name")
+    parser = argparse.ArgumentParser(description="Embed the texts of a file, or check a model.")
+    parser.add_argument("--model", help="adapter folder, base model's folder, or hub name")
     parser.add_argument("--adapter", help="adapter folder to put on the base model --model")
-    parser.add_argument("--input", required=True, help="JSON lines (text, or title and text, ...) or .txt, one a line")
-    parser.add_argument("--output", required=True, help="file for numpy.load; row n belongs to text n")
+    parser.add_argument("--input", help="JSON lines (text, or title and text, ...) or .txt, one a line")
+    parser.add_argument("--output", help="file for numpy.load; row n belongs to text n")
     parser.add_argument("--field", help="key of the text in JSON rows")
-    parser.add_argument("--prompt", choices=ROLES, default="document", help="whose prompt (default: document)")
+    prompt = "query, document, or the name of another prompt that the model has (default: document)"
+    parser.add_argument("--prompt", default="document", metavar="NAME", help=prompt)
     parser.add_argument("--max-length", type=int, metavar="N", help="cut texts after N tokens")
     parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N dimensions (Matryoshka)")
+    precision = "store vectors so (default: float32); int8 and uint8: a byte a dimension, binary and ubinary: a bit"
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help=precision)
+    ranges = (
+        "ranges of the dimensions for int8 and uint8, as an earlier run wrote them; without it, they are taken from "
+        f"the input (at least {FEWEST_TEXTS} texts) and written beside the output"
+    )
+    parser.add_argument("--ranges", metavar="FILE.npy", help=ranges)
+    sound = "embed nothing, but say whether this adapter or model is sound; exit code 1 names the checks that fail"
+    parser.add_argument("--check", metavar="DIR", help=sound)
     args = parser.parse_args(argv)
+    needed = {"--model": args.model, "--input": args.input, "--output": args.output}
+    if args.check is not None:
+        if given := [name for name, value in needed.items() if value is not None]:
+            parser.error(f"--check DIR embeds nothing: leave out {', '.join(given)}")
+    elif missing := [name for name, value in needed.items() if value is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)} (or --check DIR alone)")
     try:
-        texts = list(read_texts(Path(args.input), args.field))
-        if not texts:
-            raise UserError(f"{args.input}: no text in it")
-        model = load(args.model, args.adapter, max_length=args.max_length)
-        vectors = model.encode(texts, args.prompt, dimensions=args.dimensions)
-        output = Path(args.output)
-        temporary = output.with_name(f".{output.name}.new")
-        try:
-            with open(temporary, "wb") as file:
-                np.save(file, vectors)
-            temporary.replace(output)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"--output {output}: {error.strerror}") from error
+        if args.check is not None:
+            return check_model(args.check, args.adapter)
+        print(embed_file(args))
     except UserError as error:
         print(f"embed.py: {error}", file=sys.stderr)
         return 2
-    print(f"{output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions, float32, unit length")
+    return 0
+
+
+def check_model(path: str, adapter: str | None) -> int:
+    """Print what doctor.py finds; 1 where a check fails."""
+    import doctor
+
+    findings = doctor.check(path, adapter)
+    doctor.print_findings(path, findings)
+    if failed := [finding.name for finding in findings if finding.passed is False]:
+        print(f"embed.py: FAILED: {', '.join(failed)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 python eval.py --model adapters/final                                        # on the folder eval-data/
 python eval.py --model MODEL --eval-tasks eval-data NanoMSMARCORetrieval --output results.json
+python eval.py --model adapters/final --precision float32 int8 binary --dimensions 384 128     # what storing costs
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
 mteb searches exhaustively and computes the metrics; nothing it cached before is believed. Training calls `evaluate`
@@ -25,6 +26,7 @@ from backend import UserError
 import numpy as np
 
 import eval_tasks
+from precision import CALIBRATED, PRECISIONS, Memory, Stored, row_bytes
 
 # mteb's names and the field's spelling, in the order of the tables; the first is what "best" means in training.
 METRICS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "Recall@100", "precision_at_1": "P@1"}
@@ -64,14 +66,21 @@ class Evaluation:
         return record | {"unreachable": self.unreachable} if self.unreachable else record
 
 
+def _meta(model: Encoder, revision: str) -> Any:
+    """What mteb wants to know about a model."""
+    from mteb.models import ModelMeta
+
+    name = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "model"
+    return ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": revision})
+
+
 class _Searcher:
     """The model as mteb knows one: vectors from the model, exhaustive search from mteb, whose rankings are kept."""
 
     def __init__(self, model: Encoder, task: str, revision: str, show_progress: bool):
-        from mteb.models import ModelMeta, SearchEncoderWrapper
+        from mteb.models import SearchEncoderWrapper
 
-        name = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "model"
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": revision})
+        self.mteb_model_meta = _meta(model, revision)
         self.model, self.task, self.show_progress = model, task, show_progress
         self.rankings: dict[tuple[str, str], dict[str, Scores]] = {}  # split, subset -> query -> document -> score
         self.search_of_mteb = SearchEncoderWrapper(self)
@@ -92,6 +101,36 @@ class _Searcher:
     def search(self, queries: Any, **kwargs: Any) -> dict[str, Scores]:
         rankings = self.search_of_mteb.search(queries, **kwargs)
         self.rankings[kwargs["hf_split"], kwargs["hf_subset"]] = rankings
+        return rankings
+
+
+class _LateSearcher:
+    """A late-interaction model as mteb knows a search: MaxSim from `late_index`."""
+
+    def __init__(self, model: Encoder, task: str, revision: str, show_progress: bool):
+        self.mteb_model_meta = _meta(model, revision)
+        self.model, self.show_progress = model, show_progress
+        self.rankings: dict[tuple[str, str], dict[str, Scores]] = {}
+
+    def _encode(self, texts: list[str], prompt: str) -> list[np.ndarray]:
+        return self.model.encode(texts, prompt=prompt, show_progress=self.show_progress)
+
+    def index(self, corpus: Any, **_: Any) -> None:
+        from late_index import LateIndex
+
+        texts = [f"{row.get('title') or ''} {row['text']}".strip() for row in corpus]
+        self.documents, config = list(corpus["id"]), self.model.config
+        self.corpus = LateIndex(self._encode(texts, "document"), config.maxsim, config.impute)
+        if self.show_progress:
+            print(f"late interaction: {self.corpus.how}", file=sys.stderr)
+
+    def search(self, queries: Any, *, top_k: int, hf_split: str, hf_subset: str, **_: Any) -> dict[str, Scores]:
+        found = self.corpus.search(self._encode(list(queries["text"]), "query"), top_k)
+        rankings = {
+            query: {self.documents[i]: score for i, score in ranking}
+            for query, ranking in zip(queries["id"], found, strict=True)
+        }
+        self.rankings[hf_split, hf_subset] = rankings
         return rankings
 
 
@@ -157,23 +196,54 @@ def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show
     vectors that are not finite. Hub tasks that can not be had are no error: see `Evaluation.unreachable`.
     """
     loaded, unreachable = load_tasks(tasks, show_progress)
+    result = Evaluation(model.name, {}, {}, unreachable)
+    for name, task in loaded.items():
+        _add_task(result, model, name, task, revision, show_progress)
+    return result
+
+
+def _add_task(
+    result: Evaluation, model: Encoder, name: str, task: Any, revision: str = "local", show_progress: bool = False
+) -> None:
+    """Evaluate the model on a task, and add its figures to `result`."""
     import mteb
 
-    figures: dict[str, Scores] = {}
-    per_query: dict[str, dict[str, Scores]] = {}
     # The model cuts its own batches; mteb only hands texts over.
     options: dict[str, Any] = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
     options["encode_kwargs"] = {"batch_size": 1024, "show_progress_bar": False}
     with _quiet(show_progress):
-        for name, task in loaded.items():
-            searcher = _Searcher(model, name, revision, show_progress)
-            scores = mteb.evaluate(searcher, task, **options).task_results[0].scores
-            for (split, subset), rankings in searcher.rankings.items():
-                label = name if len(searcher.rankings) == 1 else f"{name}/{split}/{subset}"
-                part = next(part for part in scores[split] if part["hf_subset"] == subset)
-                figures[label] = {metric: part[metric] for metric in METRICS}
-                per_query[label] = score_rankings(task.dataset[subset][split]["relevant_docs"], rankings)
-    return Evaluation(model.name, figures, per_query, unreachable)
+        kind = _LateSearcher if getattr(model, "late", False) else _Searcher
+        searcher = kind(model, name, revision, show_progress)
+        scores = mteb.evaluate(searcher, task, **options).task_results[0].scores
+    for (split, subset), rankings in searcher.rankings.items():
+        label = name if len(searcher.rankings) == 1 else f"{name}/{split}/{subset}"
+        part = next(part for part in scores[split] if part["hf_subset"] == subset)
+        result.tasks[label] = {metric: part[metric] for metric in METRICS}
+        result.per_query[label] = score_rankings(task.dataset[subset][split]["relevant_docs"], rankings)
+
+
+Form = tuple[str, int]  # precision and dimensions of stored vectors
+
+
+def evaluate_stored(
+    model: Encoder, tasks: Sequence[str], forms: Sequence[Form], show_progress: bool = False
+) -> tuple[Evaluation, dict[Form, Evaluation]]:
+    """Evaluate a model as it is, and with its vectors stored in several forms; every text is embedded once.
+
+    int8 and uint8 take their ranges from all documents of a task, and queries stay float32. In binary and ubinary both
+    sides are bits, compared by Hamming distance. Memory holds the float32 vectors of one task. Raises as `evaluate`.
+    """
+    if getattr(model, "late", False):
+        raise UserError("--precision and --dimensions are for models of one vector a text, not for late interaction")
+    loaded, unreachable = load_tasks(tasks, show_progress)
+    whole = Evaluation(model.name, {}, {}, unreachable)
+    stored = {form: Evaluation(model.name, {}, {}, unreachable) for form in forms}
+    for name, task in loaded.items():
+        memory = Memory(model)
+        _add_task(whole, memory, name, task, show_progress=show_progress)
+        for form, result in stored.items():
+            _add_task(result, Stored(memory, *form), name, task)
+    return whole, stored
 
 
 # --- comparison and tables ---
@@ -240,6 +310,43 @@ def print_comparison(before: Evaluation, after: Evaluation) -> None:
     print_rows(f"{', '.join(common)}: {queries:,} queries", columns, rows)
 
 
+def compare_stored(whole: Evaluation, stored: dict[Form, Evaluation]) -> list[dict[str, Any]]:
+    """What each form takes and gives, as `--output` writes it; difference and interval are to `whole`."""
+    records = []
+    for (precision, dimensions), result in stored.items():
+        _, _, score, difference, low, high = compare(whole, result)[0]
+        record = {"precision": precision, "dimensions": dimensions, "bytes": row_bytes(precision, dimensions)}
+        record |= {"ndcg_at_10": score, "difference": difference, "low": low, "high": high, "tasks": result.tasks}
+        records.append(record)
+    return records
+
+
+def print_stored(records: Sequence[dict[str, Any]]) -> None:
+    """Print the table of what `compare_stored` gives."""
+    from reporting import print_rows
+
+    rows = []
+    for r in records:
+        score, change = f"{r['ndcg_at_10']:.4f}", f"{r['difference']:+.4f}"
+        interval = f"[{r['low']:+.4f}, {r['high']:+.4f}]"
+        rows.append((r["precision"], f"{r['dimensions']}", f"{r['bytes']:,}", score, change, interval))
+    columns = ("stored as", "dims", "bytes a vector", METRICS["ndcg_at_10"], "difference", "95 % interval")
+    title = "difference: to whole float32 vectors. "
+    if any(r["precision"] in CALIBRATED for r in records):
+        title += "int8, uint8: ranges from the corpus, queries stay float32. "
+    if any(r["precision"].endswith("binary") for r in records):
+        title += "binary: queries too, Hamming distance."
+    print_rows(title.strip(), columns, rows)
+
+
+def forms_of(precisions: Sequence[str] | None, dimensions: Sequence[int] | None, whole: int) -> list[Form]:
+    """Every combination of the two flags, the model's whole vectors where neither says otherwise."""
+    if too_long := [d for d in dimensions or () if not 0 < d <= whole]:
+        raise UserError(f"--dimensions {too_long[0]}: the model's vectors have {whole}")
+    pairs = [(p, d) for d in dimensions or [whole] for p in precisions or ["float32"]]
+    return list(dict.fromkeys(pairs))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
     parser.add_argument("--model", required=True, help="adapter folder, base model's folder, or hub name")
@@ -249,6 +356,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE", help="write the figures to this file, as JSON")
     parser.add_argument("--max-length", type=int, metavar="N", help="cut documents after N tokens")
     parser.add_argument("--query-max-length", type=int, metavar="N", help="cut queries after N tokens")
+    precisions = (
+        "also evaluate vectors stored so, from the same embeddings; int8 and uint8: ranges from the corpus, queries "
+        "stay float32; binary and ubinary: both sides are bits, compared by Hamming distance"
+    )
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help=precisions)
+    shorter = "also evaluate vectors cut to N dimensions (Matryoshka), in every --precision"
+    parser.add_argument("--dimensions", nargs="+", type=int, metavar="N", help=shorter)
     args = parser.parse_args(argv)
     try:
         output = Path(args.output).expanduser() if args.output else None
@@ -259,13 +373,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         from embed import load
 
         model = load(args.model, args.adapter, max_length=args.max_length, query_max_length=args.query_max_length)
-        result = evaluate(model, args.eval_tasks, show_progress=sys.stderr.isatty())
+        show, stored = sys.stderr.isatty(), {}
+        if args.precision or args.dimensions:
+            forms = forms_of(args.precision, args.dimensions, model.dimensions)
+            result, stored = evaluate_stored(model, args.eval_tasks, forms, show)
+        else:
+            result = evaluate(model, args.eval_tasks, show_progress=show)
         for why_not in result.unreachable.values():
             print(f"eval.py: {why_not}", file=sys.stderr)
         if result.tasks:
             print_table(result)
+        record = result.to_json()
+        if stored and result.tasks:
+            record["stored"] = compare_stored(result, stored)
+            print_stored(record["stored"])
         if output:
-            output.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+            output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except (UserError, FloatingPointError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

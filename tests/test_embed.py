@@ -13,6 +13,7 @@ import pytest
 
 import embed
 import eval as evaluation
+import precision
 import train
 from config import Settings
 from embed import load
@@ -91,6 +92,129 @@ def test_the_command_writes_what_encode_gives(model, small, tmp_path, capsys):
         assert embed.main(flags) == 0
         assert "2 vectors of 32 dimensions" in capsys.readouterr().out
         assert np.array_equal(np.load(tmp_path / "v.npy"), expected)
+
+
+MANY = [f"{word} number {i}" for i in range(25) for word in ("boiler", "bike", "kettle", "radio")]  # 100
+
+
+def test_stored_precisions(model):
+    whole = model.encode(MANY, prompt="document")
+    bounds = precision.ranges(whole)
+    for name, dtype in precision.PRECISIONS.items():
+        stored = model.encode(MANY, "document", precision=name)
+        assert stored.dtype == dtype and stored.nbytes == 100 * precision.row_bytes(name, 32)
+        assert np.array_equal(stored, precision.quantise(whole, name, bounds))
+        few = model.encode(MANY[:3], "document", precision=name, ranges=bounds)
+        assert np.array_equal(few, precision.quantise(model.encode(MANY[:3], "document"), name, bounds))
+        one = model.encode(MANY[7], "document", precision=name, ranges=bounds)
+        alone = model.encode([MANY[7]], "document", precision=name, ranges=bounds)
+        assert np.array_equal(one, alone[0])
+    assert model.encode([], precision="binary").shape == (0, 4)
+
+
+def test_truncation_comes_before_quantisation(model):
+    short = model.encode(MANY, dimensions=12)
+    for name in ("int8", "binary"):
+        stored = model.encode(MANY, dimensions=12, precision=name)
+        assert np.array_equal(stored, precision.quantise(short, name))
+    assert stored.shape == (100, 2)
+
+
+def test_precision_that_cannot_be_had_is_told_before_embedding(model, monkeypatch):
+    monkeypatch.setattr(model.passes, "representations", lambda rows: pytest.fail("it embeds"))
+    for message, options in (
+        ("precision 'int4' is unknown", {"precision": "int4"}),
+        (
+            r"99 texts are too few .* share ranges: .*precision\.ranges\(model\.encode\(sample\)\)",
+            {"precision": "int8"},
+        ),
+        (r"\(2, 32\), but vectors of 8 .*\(2, 8\)", {"precision": "int8", "ranges": np.ones((2, 32)), "dimensions": 8}),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.encode(MANY[:99], **options)
+
+
+def run_embed(folder: str, tmp_path: Path, texts: list[str], *flags: str) -> int:
+    (tmp_path / "docs.txt").write_text("\n".join(texts) + "\n")
+    files = ["--input", str(tmp_path / "docs.txt"), "--output", str(tmp_path / "v.npy")]
+    return embed.main(["--model", folder, *files, *flags])
+
+
+def test_the_command_calibrates_and_reads_ranges(model, small, tmp_path, capsys):
+    assert run_embed(small, tmp_path, MANY, "--precision", "int8", "--dimensions", "16") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    beside = tmp_path / "v.ranges.npy"
+    assert line == (
+        f"{tmp_path / 'v.npy'}: 100 vectors of 16 dimensions, int8, 16 bytes a vector; calibrated on the 100 texts of "
+        f"the input; ranges in {beside}: give them with --ranges for queries"
+    )
+    documents = model.encode(MANY, "document", dimensions=16)
+    assert np.array_equal(np.load(beside), precision.ranges(documents))
+    assert np.array_equal(np.load(tmp_path / "v.npy"), precision.quantise(documents, "int8"))
+    before = beside.read_bytes()
+    flags = ["--precision", "uint8", "--dimensions", "16", "--ranges", str(beside), "--prompt", "query"]
+    assert run_embed(small, tmp_path, ["a bike"], *flags) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("v.npy: 1 vectors of 16 dimensions, uint8, 16 bytes a vector\n")
+    expected = model.encode(["a bike"], "query", dimensions=16, precision="uint8", ranges=np.load(beside))
+    assert np.array_equal(np.load(tmp_path / "v.npy"), expected) and beside.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"docs.txt", "v.npy", "v.ranges.npy"}
+
+
+def test_the_command_packs_bits(model, small, tmp_path, capsys):
+    assert run_embed(small, tmp_path, MANY[:3], "--precision", "binary", "--dimensions", "20") == 0
+    assert "3 vectors of 20 dimensions, binary in int8, 3 bytes a vector" in capsys.readouterr().out
+    stored = np.load(tmp_path / "v.npy")
+    assert stored.dtype == np.int8 and stored.shape == (3, 3) and not (tmp_path / "v.ranges.npy").exists()
+    assert run_embed(small, tmp_path, MANY[:3]) == 0
+    assert "3 vectors of 32 dimensions, float32, unit length, 128 bytes a vector" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong_with_precision_and_ranges(small, tmp_path, capsys):
+    ranges = tmp_path / "r.npy"
+    np.save(ranges, np.zeros((2, 16), np.float32))
+    (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "ids.npy", np.zeros((2, 32), np.int64))
+    for message, flags in (
+        ("at least 100 texts, and", ["--precision", "int8"]),
+        ("--ranges: --precision binary has none", ["--precision", "binary", "--ranges", str(ranges)]),
+        ("nowhere.npy: No such file", ["--precision", "int8", "--ranges", "nowhere.npy"]),
+        ("text.npy: no array that numpy.save wrote", ["--precision", "int8", "--ranges", str(tmp_path / "text.npy")]),
+        ("no array of floating-point", ["--precision", "int8", "--ranges", str(tmp_path / "ids.npy")]),
+        ("ranges are (2, 16), but vectors of 32", ["--precision", "int8", "--ranges", str(ranges)]),
+        ("not a file in a folder that exists", ["--output", str(tmp_path / "none" / "v.npy")]),
+    ):
+        assert run_embed(small, tmp_path, MANY[:99], *flags) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "v.npy").exists()
+
+
+def test_neither_file_is_written_where_one_fails(small, tmp_path, capsys, monkeypatch):
+    (tmp_path / "v.npy").write_text("the old one")
+    save = np.save
+
+    def full(file, array):
+        if array.dtype == np.int8:  # the vectors, which come after the ranges
+            raise OSError(28, "No space left on device")
+        save(file, array)
+
+    monkeypatch.setattr(np, "save", full)
+    assert run_embed(small, tmp_path, MANY, "--precision", "int8") == 2
+    assert "v.npy: No space left" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"docs.txt", "v.npy"}
+    assert (tmp_path / "v.npy").read_text() == "the old one"
+
+
+def test_missing_arguments_are_named(capsys):
+    for flags, message in (
+        (["--model", "m"], "the following arguments are required: --input, --output (or --check DIR alone)"),
+        (["--check", "m", "--input", "x"], "--check DIR embeds nothing: leave out --input"),
+        (["--model", "m", "--input", "x", "--output", "y", "--precision", "int4"], "invalid choice: 'int4'"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            embed.main(flags)
+        assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_vectors_equal_sentence_transformers_on_real_weights(minilm):

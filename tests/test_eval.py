@@ -21,6 +21,7 @@ import pytest
 
 import eval as evaluation
 import eval_tasks
+import precision
 from eval import METRICS, Evaluation, compare, evaluate, print_comparison, print_table
 
 ROOT = Path(__file__).parent.parent
@@ -432,6 +433,100 @@ def test_comparison_of_what_can_not_be_compared():
         compare(x, made_up("y", {"b": np.ones(3)}))
     with pytest.raises(UserError, match="a: the two evaluations asked different queries"):
         compare(x, made_up("y", {"a": np.ones(4)}))
+
+
+# --- stored forms ---
+
+
+FORMS = [("float32", 256), ("int8", 256), ("binary", 256), ("float32", 64), ("uint8", 64), ("ubinary", 60)]
+
+
+def test_stored_forms_embed_every_text_once(words, fruit):
+    model = WordCounts()
+    whole, stored = evaluation.evaluate_stored(model, [str(words), str(fruit)], FORMS)
+    assert [prompt for prompt, _ in model.calls] == ["query", "document"] * 2
+    assert whole == evaluate(WordCounts(), [str(words), str(fruit)])
+    assert stored["float32", 256] == whole
+    assert list(stored) == FORMS and all(list(result.tasks) == ["words", "fruit"] for result in stored.values())
+
+
+def test_stored_forms_score_as_a_search_of_them_would(words):
+    """Against a search by hand: nDCG@10 of a plain ranking of quantised vectors."""
+    corpus, queries = (
+        [json.loads(line) for line in (words / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("corpus", "queries")
+    )
+    dense = Dense()
+    documents, asked = (dense.encode([row["text"] for row in rows]) for rows in (corpus, queries))
+    _, stored = evaluation.evaluate_stored(dense, [str(words)], [("int8", 64), ("ubinary", 60)])
+    qrels = eval_tasks.load(str(words))[0].dataset["default"]["test"]["relevant_docs"]
+
+    levels = precision.quantise(documents, "uint8", precision.ranges(documents)).astype(np.float64)
+    low, high = precision.ranges(documents)
+    by_bytes = asked.astype(np.float64) @ (levels * ((high - low) / 255)).T  # queries stay float32
+    bits = [precision.quantise(precision.truncate(part, 60), "ubinary") for part in (asked, documents)]
+    by_bits = -np.unpackbits(bits[0][:, None] ^ bits[1][None], axis=-1).sum(axis=-1).astype(np.float64)
+    for form, scores in ((("int8", 64), by_bytes), (("ubinary", 60), by_bits)):
+        rankings = {
+            query["_id"]: {document["_id"]: float(score) for document, score in zip(corpus, row, strict=True)}
+            for query, row in zip(queries, scores, strict=True)
+        }
+        expected = evaluation.score_rankings(qrels, rankings)["ndcg_at_10"]
+        assert stored[form].per_query["words"]["ndcg_at_10"] == pytest.approx(expected, abs=1e-6)
+    assert stored["int8", 64].tasks != stored["ubinary", 60].tasks
+
+
+class Dense(WordCounts):
+    """Vectors without many ties: hashed word counts, turned by a random matrix."""
+
+    def encode(self, texts, prompt=None, show_progress=False):
+        turned = super().encode(texts, prompt) @ np.random.default_rng(0).normal(size=(256, 64))
+        return (turned / np.linalg.norm(turned, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_command_with_stored_forms(monkeypatch, capsys, tmp_path, words):
+    import embed
+
+    monkeypatch.setattr(embed, "load", lambda *_, **__: WordCounts(name="m"))
+    file = tmp_path / "results.json"
+    command = ["--model", "m", "--eval-tasks", str(words), "--output", str(file)]
+    assert evaluation.main([*command, "--precision", "float32", "int8", "binary", "--dimensions", "256", "32"]) == 0
+    out = capsys.readouterr().out
+    record = json.loads(file.read_text())
+    whole = evaluate(WordCounts(name="m"), [str(words)])
+    assert {key: record[key] for key in ("model", "tasks")} == whole.to_json()
+    forms = [(p, d, n) for d in (256, 32) for p, n in (("float32", 4 * d), ("int8", d), ("binary", d // 8))]
+    assert [(r["precision"], r["dimensions"], r["bytes"]) for r in record["stored"]] == forms
+    short = evaluate(WordCounts(), [str(words)]).tasks["words"] | record["stored"][3]["tasks"]["words"]
+    for entry in record["stored"]:
+        assert entry["ndcg_at_10"] == entry["tasks"]["words"]["ndcg_at_10"]
+        assert entry["difference"] == entry["ndcg_at_10"] - whole.tasks["words"]["ndcg_at_10"]
+        assert entry["low"] <= entry["difference"] <= entry["high"]
+    first = record["stored"][0]
+    assert (first["difference"], first["low"], first["high"]) == (0, 0, 0)
+    assert short["ndcg_at_10"] < whole.tasks["words"]["ndcg_at_10"] - 0.05  # 32 of 256 hashed words
+    assert "queries stay float32" in out and "Hamming" in out
+    assert max(map(len, out.splitlines())) <= 80
+    rows = [line.split() for line in out.splitlines() if line.strip()]
+    for entry in record["stored"]:
+        figures = [f"{entry['ndcg_at_10']:.4f}", f"{entry['difference']:+.4f}"]
+        assert [entry["precision"], f"{entry['dimensions']}", f"{entry['bytes']:,}", *figures] in [r[:5] for r in rows]
+    assert evaluation.main([*command, "--dimensions", "257"]) == 2
+    assert "--dimensions 257: the model's vectors have 256" in capsys.readouterr().err
+    assert evaluation.main(command) == 0  # without the flags, all is as before
+    assert "stored" not in json.loads(file.read_text()) and "stored as" not in capsys.readouterr().out
+
+
+def test_late_interaction_has_no_stored_forms(fruit):
+    model = WordCounts()
+    model.late = True
+    with pytest.raises(UserError, match="not for late interaction"):
+        evaluation.evaluate_stored(model, [str(fruit)], [("binary", 256)])
+
+
+def test_non_finite_embeddings_are_refused_before_bits_hide_them(fruit):
+    with pytest.raises(FloatingPointError, match="fruit: 1 of 3 document embeddings are not finite"):
+        evaluation.evaluate_stored(WordCounts(break_at=1), [str(fruit)], [("binary", 256)])
 
 
 # --- tables and command ---
