@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from backend import UserError
 
-if TYPE_CHECKING:
-    from pathspec import GitIgnoreSpec
+from gitignore import Rules, is_ignored, parse_patterns, read_patterns, rules_above
 
 MAX_FILE_SIZE = 1_000_000  # bytes
 BINARY_HEAD = 8_192  # bytes in which a NUL makes a file binary; git looks at as many
@@ -65,9 +64,6 @@ def walk(
     return found
 
 
-Rules = tuple[tuple[Path, "GitIgnoreSpec"], ...]  # folder and its patterns, the weakest first
-
-
 def _walk(folder: Path, root: Path, rules: Rules, limits: tuple, found: Found) -> None:
     max_file_size, excluded, passed_over = limits
     try:
@@ -78,7 +74,7 @@ def _walk(folder: Path, root: Path, rules: Rules, limits: tuple, found: Found) -
             raise UserError(f"{root}: {error.strerror}") from error
         found.left_out[UNREADABLE] += 1
         return
-    if (spec := _read_patterns(folder / ".gitignore")) is not None:
+    if (spec := read_patterns(folder / ".gitignore")) is not None:
         rules = (*rules, (folder, spec))
     for entry in entries:
         path, is_folder = Path(entry.path), entry.is_dir(follow_symlinks=False)
@@ -127,48 +123,3 @@ def _is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-# --- .gitignore ---
-
-
-def parse_patterns(lines: Sequence[str], origin: str) -> "GitIgnoreSpec":
-    """Patterns in .gitignore's language; UserError naming `origin` where one is none."""
-    from pathspec import GitIgnoreSpec
-
-    try:
-        return GitIgnoreSpec.from_lines(lines)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error}") from error
-
-
-def _read_patterns(path: Path) -> "GitIgnoreSpec | None":
-    if not path.is_file():
-        return None
-    try:
-        return parse_patterns(path.read_text(encoding="utf-8", errors="replace").split("\n"), str(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-
-
-def rules_above(root: Path) -> Rules:
-    """What a git repository around `root` says of it: .git/info/exclude, and the .gitignore files above `root`.
-
-    Patterns that name `root` or a folder around it are passed over: whoever names a folder wants it.
-    """
-    top = next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), root)
-    around = [folder for folder in reversed(root.parents) if folder.is_relative_to(top)]
-    places = [(top, top / ".git" / "info" / "exclude"), *((folder, folder / ".gitignore") for folder in around)]
-    rules = tuple((folder, spec) for folder, file in places if (spec := _read_patterns(file)) is not None)
-    return () if is_ignored(root, True, rules) else rules
-
-
-def is_ignored(path: Path, is_folder: bool, rules: Rules) -> bool:
-    """The deepest .gitignore that says anything about a path decides."""
-    for folder, spec in reversed(rules):
-        if path == folder:
-            continue
-        verdict = spec.check_file(path.relative_to(folder).as_posix() + "/" * is_folder).include
-        if verdict is not None:
-            return verdict
-    return False

@@ -11,14 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from backend import UserError
 
 from code_pairs.languages import LANGUAGES, Language, language_of
-
-if TYPE_CHECKING:
-    from pathspec import GitIgnoreSpec
+from gitignore import Rules, is_ignored, read_patterns
 
 MAX_BYTES = 2_000_000
 MAX_LINE = 1_000  # characters; longer ones are written by machines
@@ -74,14 +72,14 @@ class Walk:
                 self._file(root, found)
         self.files = sorted(found.values(), key=lambda file: Path(file.relative).parts)
 
-    def _folder(self, folder: Path, ignores: tuple[tuple[Path, "GitIgnoreSpec"], ...], found: dict) -> None:
+    def _folder(self, folder: Path, ignores: Rules, found: dict) -> None:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             self.left_out["unreadable"] += 1
             return
-        if any(entry.name == ".gitignore" and entry.is_file() for entry in entries):
-            ignores = (*ignores, (folder, _read_gitignore(folder / ".gitignore")))
+        if (patterns := read_patterns(folder / ".gitignore")) is not None:
+            ignores = (*ignores, (folder, patterns))
         for entry in entries:
             path = Path(entry.path)
             is_folder = entry.is_dir(follow_symlinks=False)
@@ -89,7 +87,7 @@ class Walk:
                 continue
             if entry.is_symlink():
                 self.left_out["symbolic link"] += 1
-            elif _is_ignored(path, is_folder, ignores):
+            elif is_ignored(path, is_folder, ignores):
                 self.left_out["ignored by .gitignore"] += 1
             elif not is_folder:
                 if not self.include_tests and TEST_FILE.fullmatch(entry.name):
@@ -138,28 +136,3 @@ def read_source(path: Path) -> tuple[str, str]:
     if GENERATED.search("\n".join(lines[:HEADER])) or any(len(line) > MAX_LINE for line in lines):
         return "", "generated or minified"
     return text, ""
-
-
-def _read_gitignore(path: Path) -> "GitIgnoreSpec":
-    from pathspec import GitIgnoreSpec
-
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    patterns = []
-    for line in lines:
-        try:
-            patterns += GitIgnoreSpec.from_lines([line]).patterns
-        except ValueError:  # no pattern: git passes over it, too
-            continue
-    return GitIgnoreSpec(patterns)
-
-
-def _is_ignored(path: Path, is_folder: bool, ignores: tuple[tuple[Path, "GitIgnoreSpec"], ...]) -> bool:
-    """The deepest .gitignore that says anything about a path decides."""
-    for folder, spec in reversed(ignores):
-        verdict = spec.check_file(path.relative_to(folder).as_posix() + "/" * is_folder).include
-        if verdict is not None:
-            return verdict
-    return False
