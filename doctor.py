@@ -119,6 +119,8 @@ def finite(model: embed.Model) -> tuple[bool | None, str]:
     }
 
     def off(vectors: np.ndarray) -> float:
+        if not model.config.normalize:
+            return 0.0 if np.isfinite(vectors).all() else np.nan
         return np.abs(np.linalg.norm(np.atleast_2d(vectors), axis=1) - 1).max(initial=0)
 
     roles = ("query", "document")
@@ -126,7 +128,8 @@ def finite(model: embed.Model) -> tuple[bool | None, str]:
     wrong = [name for name, difference in zip(texts, worst, strict=True) if not difference <= 1e-4]
     if wrong:
         return False, f"not finite or not of unit length: {', '.join(wrong)}"
-    return True, f"{', '.join(texts)}: length 1 within {worst.max():.1e}, limit 1e-04"
+    length = f": length 1 within {worst.max():.1e}, limit 1e-04" if model.config.normalize else ""
+    return True, f"{', '.join(texts)}{length}"
 
 
 def truncation(model: embed.Model) -> tuple[bool | None, str]:

@@ -71,6 +71,7 @@ class Model:
     ) -> np.ndarray | list[np.ndarray]:
         """Vectors of unit length, float32: (N, D) for a list, in its order; (D,) for one text.
 
+        Models that compare by plain dot products, as their files say, give vectors of any length.
         A late-interaction model gives the vectors of a text's tokens instead: for a list, a list of (L_i, D).
         Stored in another precision they are int8 or uint8, (N, D), or (N, ceil(D / 8)) for "binary" and "ubinary".
 
@@ -118,7 +119,7 @@ class Model:
                     advance(len(index))
         if self.late:
             return whole
-        vectors = truncate(whole, dimensions)
+        vectors = truncate(whole, dimensions, self.config.normalize)
         return vectors if precision == "float32" else quantise(vectors, precision, ranges)
 
     def _counting(self, part: np.ndarray, texts: Texts, index: np.ndarray, prompt: str | None) -> list[np.ndarray]:
@@ -265,7 +266,11 @@ def embed_file(args: argparse.Namespace) -> str:
         calibrated = f"; calibrated on the {len(texts):,} texts of the input; {told}"
     count, dimensions = vectors.shape
     write_arrays(arrays | {output: quantise(vectors, args.precision, bounds)})
-    kinds = {"float32": "float32, unit length", "binary": "binary in int8", "ubinary": "binary in uint8"}
+    kinds = {
+        "float32": "float32, unit length" if model.config.normalize else "float32",
+        "binary": "binary in int8",
+        "ubinary": "binary in uint8",
+    }
     kind = kinds.get(args.precision, args.precision)
     size = f"{row_bytes(args.precision, dimensions):,} bytes a vector"
     return f"{output}: {count:,} vectors of {dimensions} dimensions, {kind}, {size}{calibrated}"

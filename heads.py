@@ -65,18 +65,21 @@ class Dense(nn.Module):
 
 
 class EmbeddingHead(nn.Module):
-    """Pooling, dense layers where the model has some, then unit length: (R, L, D) -> (R, E) float32."""
+    """Pooling, dense layers where the model has some, then unit length: (R, L, D) -> (R, E) float32.
 
-    def __init__(self, pooling: str = "mean", dense: Sequence[Dense] = ()):
+    Without `normalize`, vectors keep the length they have, as models want whose scores are plain dot products.
+    """
+
+    def __init__(self, pooling: str = "mean", dense: Sequence[Dense] = (), normalize: bool = True):
         super().__init__()
-        self.pooling = pooling
+        self.pooling, self.normalize = pooling, normalize
         self.dense = list(dense)
 
     def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
         vectors = pool(states, batch, self.pooling)
         for layer in self.dense:
             vectors = layer(vectors)
-        return unit(vectors)
+        return unit(vectors) if self.normalize else vectors
 
 
 class LateHead(nn.Module):

@@ -137,7 +137,7 @@ def _described(config: RetrievalConfig, dtype: str) -> str:
         counted += [] if config.pool_special else ["without the tokenizer's own tokens"]
         counted += [] if config.pool_prompt else ["without the prompt's"]
     lengths = f"{config.query_max_length:,} of a query, {config.max_length:,} of a document"
-    vector = f"{config.dimensions} dimensions, unit length"
+    vector = f"{config.dimensions} dimensions, {'unit length' if config.normalize else 'compared by dot products'}"
     pooling = ", ".join([POOLING[config.pooling], *counted])
     if config.task == "late":
         vector = f"one for every token, {vector}"

@@ -131,6 +131,8 @@ def make(settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, 
     if config.task == "embed":
         if settings.loss == "xtr":
             raise UserError("--loss xtr compares tokens; it needs --task late")
+        if settings.matryoshka_dims and not config.normalize:
+            raise UserError("--matryoshka-dims needs vectors of unit length, and this model's are compared as they are")
         return EmbedObjective(settings)
     if settings.matryoshka_dims or settings.loss == "nt_xent":
         raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")

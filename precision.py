@@ -24,11 +24,13 @@ FEWEST_TEXTS = 100  # that ranges are taken from without being asked for
 CHUNK = 65_536  # vectors quantised at once, for the sake of memory
 
 
-def truncate(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
-    """The first `dimensions` of vectors (N, D), scaled to unit length again; None: the vectors as they are."""
+def truncate(vectors: np.ndarray, dimensions: int | None, normalize: bool = True) -> np.ndarray:
+    """The first `dimensions` of vectors (N, D), scaled to unit length again if `normalize`; None: as they are."""
     if dimensions is None or dimensions == vectors.shape[-1]:
         return vectors
     short = vectors[..., :dimensions]
+    if not normalize:
+        return short
     return short / np.maximum(np.linalg.norm(short, axis=-1, keepdims=True), 1e-12)
 
 

@@ -31,6 +31,7 @@ class RetrievalConfig:
     pooling: str = "mean"  # mean, cls, last or max
     pool_special: bool = True  # mean and max count the tokenizer's own opening and closing tokens
     pool_prompt: bool = True  # ... and the prompt's tokens
+    normalize: bool = True  # scale vectors to unit length; without, they are compared as they are
     append_eos: bool = False  # close every text with the end-of-sequence token
     lowercase: bool = False
     bidirectional: bool = False
@@ -71,7 +72,7 @@ class RetrievalConfig:
     def head(self) -> EmbeddingHead | LateHead:
         """The head that this config describes, its dense layers freshly initialised."""
         layers = [Dense(**{k: v for k, v in layer.items() if k != "path"}) for layer in self.dense]
-        return LateHead(layers) if self.task == "late" else EmbeddingHead(self.pooling, layers)
+        return LateHead(layers) if self.task == "late" else EmbeddingHead(self.pooling, layers, self.normalize)
 
     def write(self, folder: Path) -> None:
         """Write `retrieval_config.json` into `folder`."""

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from tokens import TextTokenizer
 
 MODULES, SENTENCE, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+LENGTHENED = "mean_sqrt_len_tokens"
+SIMILARITIES = ("cosine", "dot", "dot_score")
 POOLING_FLAGS = {  # the key is pooling_mode_ and this name
     "mean_tokens": "mean",
-    "mean_sqrt_len_tokens": "mean",  # differs in length alone, and every vector is scaled to unit length
+    "mean_sqrt_len_tokens": "mean",  # differs in length alone, so that it is the same at unit length
     "cls_token": "cls",
     "max_tokens": "max",
     "lasttoken": "last",
@@ -45,11 +47,20 @@ def read(folder: Path) -> dict[str, Any]:
     if kinds != in_order or kinds.count("Transformer") != 1 or kinds.count("Pooling") > 1:
         raise UserError(f"{folder}: {MODULES} puts its modules as {', '.join(kinds)}; known: {', '.join(known)}")
     paths = {kind: Path(path).name for kind, path in modules}
-    pooling, pool_prompt = _pooling(optional_json(folder / paths.get("Pooling", "1_Pooling") / "config.json"))
+    similarity = optional_json(folder / SETTINGS).get("similarity_fn_name") or "cosine"
+    if similarity not in SIMILARITIES:
+        known = ", ".join(SIMILARITIES)
+        raise UserError(f"{folder / SETTINGS}: similarity {similarity} is not supported; known: {known}")
+    # Lengths do not matter to a cosine, so that unit vectors and dot products give it.
+    normalize = "Normalize" in kinds or similarity == "cosine"
+    pooling, pool_prompt = _pooling(
+        optional_json(folder / paths.get("Pooling", "1_Pooling") / "config.json"), normalize
+    )
     sentence = optional_json(folder / SENTENCE)
     fields = {
         "pooling": pooling,
         "pool_prompt": pool_prompt,
+        "normalize": normalize,
         "lowercase": bool(sentence.get("do_lower_case", False)),
         "dense": [dense(folder, Path(path).name) for kind, path in modules if kind == "Dense"],
     }
@@ -72,13 +83,13 @@ def optional_json(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
-def _pooling(settings: dict) -> tuple[str, bool]:
+def _pooling(settings: dict, normalize: bool) -> tuple[str, bool]:
     """(mode, prompt counts) of a Pooling module's config."""
     flag = "pooling_mode_"
     flagged = [key.removeprefix(flag) for key, value in settings.items() if key.startswith(flag) and value]
     said = settings.get("pooling_mode") or flagged
     modes = [POOLING_FLAGS.get(mode, mode) for mode in ([said] if isinstance(said, str) else said)] or ["mean"]
-    if len(modes) != 1 or modes[0] not in POOLING:
+    if len(modes) != 1 or modes[0] not in POOLING or (said in (LENGTHENED, [LENGTHENED]) and not normalize):
         raise UserError(f"pooling by {' and '.join(modes)} is not supported; known: {', '.join(POOLING)}")
     return modes[0], bool(settings.get("include_prompt", True))
 
@@ -135,7 +146,7 @@ def write(folder: Path, config: "RetrievalConfig", tokenizer: "TextTokenizer", w
         weights = {str(token): NOTHING for token in frame}
         write_json(folder / "1_WordWeights", {"vocab": words, "word_weights": weights, "unknown_word_weight": 1.0})
     parts += [("Pooling", "1_Pooling"), *(("Dense", layer["path"]) for layer in config.dense)]
-    parts.append(("Normalize", f"{len(config.dense) + 2}_Normalize"))
+    parts += [("Normalize", f"{len(config.dense) + 2}_Normalize")] if config.normalize else []
     kind = "sentence_transformers.models."
     modules = [{"idx": i, "name": str(i), "path": path, "type": kind + name} for i, (name, path) in enumerate(parts)]
     write_json(folder, modules, MODULES)
@@ -146,7 +157,8 @@ def write(folder: Path, config: "RetrievalConfig", tokenizer: "TextTokenizer", w
     limit = max(config.max_length, config.query_max_length)
     write_json(folder, {"max_seq_length": limit, "do_lower_case": config.lowercase}, SENTENCE)
     settings = {"__version__": {"sentence_transformers": "5.0.0"}, "model_type": "SentenceTransformer"}
-    settings |= {"prompts": config.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    settings |= {"prompts": config.prompts, "default_prompt_name": None}
+    settings["similarity_fn_name"] = "cosine" if config.normalize else "dot"
     write_json(folder, settings, SETTINGS)
 
 

@@ -18,7 +18,10 @@ from test_checkpoint import shake
 from test_embed import TEXTS
 
 import checkpoint
+import doctor
 import embed
+import export
+import sentence_layout
 import train
 from batching import micro_batches
 from models import lora
@@ -43,6 +46,41 @@ def tokenizer(tmp_path_factory, toy_tokenizer_folder) -> Path:
     names = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine", None])
+def test_models_that_do_not_normalise(models, tmp_path, similarity):
+    """Dot products of what pooling gives, where the model says so; else a cosine, to which lengths do not matter."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = shutil.copytree(models["qwen3"], tmp_path / "model")
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([m for m in modules if not m["type"].endswith("Normalize")]))
+    said = json.loads((folder / "config_sentence_transformers.json").read_text())
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(said | {"similarity_fn_name": similarity}))
+    theirs, ours = SentenceTransformer(str(folder), device="cpu"), embed.load(folder)
+    assert ours.config.normalize == (similarity != "dot")
+    texts = [text for text in TEXTS if text.strip() and "<" not in text]
+    expected = theirs.encode(texts, prompt_name="query", normalize_embeddings=ours.config.normalize)
+    np.testing.assert_allclose(ours.encode(texts, "query"), expected, rtol=1e-4, atol=2e-5)
+    if similarity == "dot":
+        assert np.linalg.norm(expected, axis=1).max() > 1.5
+        assert np.array_equal(ours.encode(texts, dimensions=8), ours.encode(texts)[:, :8])
+        assert all(finding.passed is not False for finding in doctor.check(str(folder)))
+        assert export.main(["--model", str(folder), "--output", str(tmp_path / "out")]) == 0
+        again = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+        np.testing.assert_allclose(again.encode(texts, prompt_name="query"), expected, rtol=1e-4, atol=2e-5)
+        assert again.similarity_fn_name == "dot"
+
+
+@pytest.mark.parametrize("similarity", ["euclidean", "manhattan"])
+def test_other_similarities_are_refused(tmp_path, similarity):
+    kinds = ("Transformer", "Pooling")
+    modules = [{"path": "", "type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"similarity_fn_name": similarity}))
+    with pytest.raises(embed.UserError, match=f"similarity {similarity} is not supported; known: cosine, dot"):
+        sentence_layout.read(tmp_path)
 
 
 @pytest.fixture(scope="module")
