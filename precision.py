@@ -134,6 +134,7 @@ class Memory:
 
     def __init__(self, model: Any):
         self.model, self.name = model, model.name
+        self.normalize = getattr(getattr(model, "config", None), "normalize", True)
         self.vectors: dict[tuple[str | None, bytes], np.ndarray] = {}  # one entry a call
 
     def encode(self, texts: list[str], prompt: str | None, show_progress: bool) -> np.ndarray:
@@ -145,7 +146,11 @@ class Memory:
 
     def ranges(self, dimensions: int) -> np.ndarray:
         """(2, dimensions) float32: of all documents that were embedded so far, after truncation."""
-        parts = [truncate(part, dimensions) for (prompt, _), part in self.vectors.items() if prompt == "document"]
+        parts = [
+            truncate(part, dimensions, self.normalize)
+            for (prompt, _), part in self.vectors.items()
+            if prompt == "document"
+        ]
         lows, highs = ([get(part, axis=0) for part in parts] for get in (np.min, np.max))
         return np.stack([np.min(lows, axis=0), np.max(highs, axis=0)])
 
@@ -162,7 +167,8 @@ class Stored:
 
     def encode(self, texts: list[str], prompt: str | None, show_progress: bool) -> np.ndarray:
         """(N, dimensions) float32."""
-        vectors = truncate(self.memory.encode(texts, prompt, show_progress), self.dimensions)
+        whole = self.memory.encode(texts, prompt, show_progress)
+        vectors = truncate(whole, self.dimensions, self.memory.normalize)
         if self.precision in CALIBRATED and prompt == "query":
             return vectors
         return restore(quantise(vectors, self.precision, self.bounds), self.precision, self.bounds, self.dimensions)

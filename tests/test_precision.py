@@ -3,6 +3,8 @@
 python -m pytest tests/test_precision.py
 """
 
+from types import SimpleNamespace
+
 from backend import UserError
 
 import numpy as np
@@ -191,3 +193,18 @@ def test_stored_forms_of_queries_and_documents():
         assert np.array_equal(found, restore(quantise(short, name, bounds), name, bounds, 8))
         asymmetric = name in (*precision.CALIBRATED, "float32")
         assert np.array_equal(query, short if asymmetric else np.where(short > 0, 1, -1))
+
+
+def test_vectors_of_any_length_keep_theirs():
+    """Models that compare plain dot products: cut, but not scaled."""
+
+    class Model:
+        name, config = "plain", SimpleNamespace(normalize=False)
+
+        def encode(self, texts, prompt, show_progress):
+            return 3 * vectors(len(texts))
+
+    memory = Memory(Model())
+    whole = memory.encode(["a", "b"], "document", False)
+    assert np.array_equal(Stored(memory, "float32", 8).encode(["a", "b"], "document", False), whole[:, :8])
+    assert np.array_equal(memory.ranges(8), np.stack([whole[:, :8].min(axis=0), whole[:, :8].max(axis=0)]))
