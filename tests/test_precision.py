@@ -202,7 +202,7 @@ def test_vectors_of_any_length_keep_theirs():
         name, config = "plain", SimpleNamespace(normalize=False)
 
         def encode(self, texts, prompt, show_progress):
-            return 3 * vectors(len(texts))
+            return 3 * vectors()[: len(texts)]
 
     memory = Memory(Model())
     whole = memory.encode(["a", "b"], "document", False)
