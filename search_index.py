@@ -37,6 +37,7 @@ OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", "chunks.lance", "fil
 # nothing is missed; see benchmarks/search_latency.py. Told a number of partitions instead of their size, LanceDB would
 # join them again to a few large ones.
 PARTITIONS_FROM, PARTITION_SIZE, PROBES = 10_000, 1_000, 250
+LATE_CANDIDATES = 1_000  # chunks whose tokens are compared, those with the nearest mean vectors
 RRF_K = 60  # Cormack, Clarke and Büttcher 2009
 HIT_COLUMNS = ["path", "line", "end_line", "language", "kind", "name", "text"]
 
@@ -52,9 +53,14 @@ class About:
     dimensions: int
     max_characters: int  # of a chunk
     overlap: int  # of parts of a chunk that was too long, in characters
+    maxsim: str = ""  # late interaction: over a query's tokens, mean or sum; "" = one vector a chunk
+    impute: int = 0  # late interaction: see maxsim.maxsim
     complete: bool = False  # False while indexing goes on or was interrupted
     partitioned: int = 0  # chunks when the vectors were partitioned; 0 = not yet
     version: int = VERSION
+
+
+Vectors = np.ndarray | list[np.ndarray]  # (N, D) float32; of a late-interaction model N times (L, D)
 
 
 class Record(NamedTuple):
@@ -121,7 +127,7 @@ class Index:
         except OSError as error:
             raise UserError(f"--index {folder}: {error.strerror}") from error
         database = _connect(folder)
-        chunks = database.create_table("chunks", schema=_chunk_schema(about.dimensions))
+        chunks = database.create_table("chunks", schema=_chunk_schema(about))
         _index_words(chunks)
         database.create_table("files", schema=_file_schema())
         index = cls(folder, about, database)
@@ -190,7 +196,7 @@ class Index:
             self.chunks.delete(_path_in(sorted(orphans)[first : first + 500]))
         return before - self.chunks.count_rows()
 
-    def add(self, files: Sequence[tuple[Record, list[Chunk]]], vectors: np.ndarray, known: set[str]) -> None:
+    def add(self, files: Sequence[tuple[Record, list[Chunk]]], vectors: Vectors, known: set[str]) -> None:
         """Add files with their chunks; `vectors` (N, D) has a row for every chunk. Those in `known` are replaced."""
         import pyarrow as pa
 
@@ -209,10 +215,16 @@ class Index:
             for number, chunk in enumerate(chunks)
         ]
         if rows:
-            schema = _chunk_schema(self.about.dimensions)
-            plain = pa.Table.from_pylist(rows, schema=schema.remove(schema.get_field_index("vector")))
+            schema = _chunk_schema(self.about)
+            if self.about.maxsim:
+                tokens = pa.array([part.astype(np.float16).tobytes() for part in vectors], pa.large_binary())
+                vectors = np.stack([_mean(part) for part in vectors])
+            plain = pa.Table.from_pylist(
+                rows, schema=pa.schema([f for f in schema if f.name not in ("vector", "token_vectors")])
+            )
             column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.about.dimensions)
-            self.chunks.add(plain.append_column(schema.field("vector"), column))
+            table = plain.append_column(schema.field("vector"), column)
+            self.chunks.add(table.append_column("token_vectors", tokens) if self.about.maxsim else table)
         self.record([record for record, _ in files])
 
     def record(self, records: Sequence[Record]) -> None:
@@ -258,11 +270,32 @@ class Index:
         return _sorted(_hit(row, row["_score"]) for row in rows)
 
     def semantic(self, vector: np.ndarray, top: int) -> list[Hit]:
-        """By the query's vector (D,), scored by the dot product: the cosine."""
+        """By the query's vector (D,), scored by the dot product: the cosine.
+
+        Of a late-interaction model, by its tokens' vectors (L, D), scored by MaxSim with the tokens of the
+        LATE_CANDIDATES chunks whose mean vectors are nearest.
+        """
         self.chunks.checkout_latest()
+        if self.about.maxsim:
+            return self._by_tokens(vector, top)
         found = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
         rows = found.select(["id", *HIT_COLUMNS, "_distance"]).limit(top).to_list()
         return _sorted(_hit(row, 1 - row["_distance"]) for row in rows)
+
+    def _by_tokens(self, tokens: np.ndarray, top: int) -> list[Hit]:
+        from late_index import LateIndex
+
+        mean = _mean(tokens)
+        found = self.chunks.search(mean, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
+        rows = (
+            found.select(["id", *HIT_COLUMNS, "token_vectors", "_distance"]).limit(max(top, LATE_CANDIDATES)).to_list()
+        )
+        stored = [np.frombuffer(row["token_vectors"], np.float16).reshape(-1, len(mean)) for row in rows]
+        if not rows:
+            return []
+        near = LateIndex([part.astype(np.float32) for part in stored], self.about.maxsim, self.about.impute)
+        (ranking,) = near.search([tokens], top)
+        return _sorted(_hit(rows[i], score) for i, score in ranking)
 
     def hybrid(self, query: str, vector: np.ndarray, top: int, weight: float = 0.5) -> list[Hit]:
         """Both, fused by their ranks among the first 100 of each, or `top` where that is more."""
@@ -308,12 +341,19 @@ def _tidy(table: Any) -> None:
         table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
 
 
-def _chunk_schema(dimensions: int) -> "pa.Schema":
+def _mean(tokens: np.ndarray) -> np.ndarray:
+    """(D,) float32 of unit length: what stands for token vectors (L, D) while candidates are looked for."""
+    mean = tokens.sum(axis=0)
+    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
+
+
+def _chunk_schema(about: About) -> "pa.Schema":
     import pyarrow as pa
 
     texts = ("id", "path", "file_hash", "language", "kind", "name", "context", "text", "tokens")
     fields = [*((name, pa.string()) for name in texts), ("line", pa.int32()), ("end_line", pa.int32())]
-    return pa.schema([*fields, ("vector", pa.list_(pa.float32(), dimensions))])
+    tokens = [("token_vectors", pa.large_binary())] if about.maxsim else []
+    return pa.schema([*fields, ("vector", pa.list_(pa.float32(), about.dimensions)), *tokens])
 
 
 def _file_schema() -> "pa.Schema":

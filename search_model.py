@@ -18,7 +18,6 @@ import numpy as np
 if TYPE_CHECKING:
     from embed import Model
 
-TASK = "embed"  # whose models give one vector a text
 READ_WHOLE = 64 << 20  # bytes; of larger files the fingerprint takes BLOCKS blocks of BLOCK bytes, spread over them
 BLOCKS, BLOCK = 64, 256 << 10
 
@@ -49,12 +48,10 @@ def fingerprint(model: "Model") -> str:
     return digest.hexdigest()
 
 
-def embed(model: "Model", texts: Sequence[str], prompt: str) -> np.ndarray:
-    """(N, D) float32 of unit length; UserError where the model gives none, or some that are not finite."""
-    if model.config.task != TASK:
-        raise UserError(f"{model.name} is a model for the task {model.config.task}; search takes those for {TASK}")
+def embed(model: "Model", texts: Sequence[str], prompt: str) -> np.ndarray | list[np.ndarray]:
+    """(N, D) float32; of a late-interaction model (L, D) for each text. UserError where some are not finite."""
     vectors = model.encode(texts, prompt=prompt, show_progress=False)
-    if broken := len(texts) - int(np.isfinite(vectors).all(axis=1).sum()):
+    if broken := sum(not np.isfinite(vector).all() for vector in vectors):
         raise UserError(
             f"{model.name}: the vectors of {broken} of {len(texts)} texts are not finite (embed.py --check)"
         )

@@ -140,8 +140,9 @@ def update(
         dimensions=model.dimensions,
         max_characters=max_characters,
         overlap=overlap,
+        maxsim=model.config.maxsim if model.late else "",
+        impute=model.config.impute if model.late else 0,
     )
-    search_model.embed(model, [], "document")  # a model of another task is refused before anything is made
     source = Corpus(root) if about.is_corpus else Tree(root, about, max_file_size, exclude, folder)
     if not source.files:
         reasons = "".join(f", {count} {reason}" for reason, count in source.left_out.items())

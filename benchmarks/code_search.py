@@ -10,13 +10,11 @@ what training gained. Figures in benchmarks/README.md.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,7 +32,6 @@ import train
 from code_pairs import Pair, pairs
 from embed import Model, load
 from eval import Evaluation, compare
-from late_index import LateIndex
 from reporting import print_lines, print_rows
 
 SHOWN = ("precision_at_1", "mrr_at_10", "ndcg_at_10")
@@ -63,30 +60,11 @@ def write_task(folder: Path, held_out: list[Pair], queries: int) -> Path:
 
 
 def measure(model: Model, task: Path, index: Path) -> dict[str, Evaluation]:
-    """Index the corpus and search it; mode -> figures. The index of a late model's run holds words alone."""
-    words = load(minilm()) if model.late else model
-    search_update.update(task, index, words, max_characters=100_000)
+    """Index the corpus and search it; mode -> figures."""
+    search_update.update(task, index, model, max_characters=100_000)
     opened = search_index.Index.open(index)
     queries, _ = search_eval.resolve(search_eval.read_queries(task), opened)
-    if model.late:
-        by_words = opened.bm25  # a document is one chunk, so that its name will do as the chunk's
-        opened.bm25 = lambda query, top: [dataclasses.replace(hit, id=hit.path) for hit in by_words(query, top)]
-        opened.semantic = by_tokens(model, task, queries)
-    return search_eval.evaluate(opened, words, queries)
-
-
-def by_tokens(model: Model, task: Path, queries: list[search_eval.Query]) -> Callable[..., list[search_index.Hit]]:
-    """Stands for an index's semantic search: MaxSim over all documents, for these queries in their order."""
-    rows = [json.loads(line) for line in open(task / "corpus.jsonl", encoding="utf-8")]
-    corpus = LateIndex(model.encode([row["text"] for row in rows], "document"), model.config.maxsim)
-    found = corpus.search(model.encode([query.text for query in queries], "query"), search_eval.DEPTH)
-    rankings = iter(found)
-
-    def semantic(vector: np.ndarray, top: int) -> list[search_index.Hit]:
-        names = [(rows[i]["_id"], score) for i, score in next(rankings)[:top]]
-        return [search_index.Hit(name, name, 1, 1, "", "", "", "", score) for name, score in names]
-
-    return semantic
+    return search_eval.evaluate(opened, model, queries)
 
 
 def main() -> None:

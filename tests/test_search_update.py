@@ -3,7 +3,6 @@
 python -m pytest tests/test_search_update.py
 """
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -265,14 +264,6 @@ def test_one_process_at_a_time(tree, model, tmp_path):
         with pytest.raises(UserError, match="another process is indexing"):
             update(tree, index, model)
     assert update(tree, index, model).unchanged == 4
-
-
-def test_models_that_give_no_single_vector_are_refused(tree, small, tmp_path):
-    model = embed.load(small)
-    model.config = dataclasses.replace(model.config, task="late")
-    with pytest.raises(UserError, match="a model for the task late; search takes those for embed"):
-        update(tree, tmp_path / "index", model)
-    assert not (tmp_path / "index").exists()
 
 
 def test_vectors_that_are_not_finite_are_refused(tree, model, tmp_path, monkeypatch):
