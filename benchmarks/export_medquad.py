@@ -4,9 +4,9 @@
     python benchmarks/export_medquad.py --data ../shared/data/medquad --steps 25
 
 Trains LoRA for some minutes, exports to sentence-transformers' layout and to mlx in 8 and 4 bits, and evaluates on the
-test folder: the base, the adapter, the exported folder as the toolkit reads it and as sentence-transformers does, and the
-exported model's vectors stored as int8 and binary. The quantised folders are evaluated on a part of the test folder, since
-mlx computes with quantised weights some twenty times slower on CPUs. Figures in benchmarks/README.md.
+test folder: the base, the adapter, the exported folder as the toolkit reads it and as sentence-transformers does, and
+the exported model's vectors stored as int8 and binary. The quantised folders are evaluated on a part of the test
+folder, since mlx computes with quantised weights some twenty times slower on CPUs. Figures in benchmarks/README.md.
 """
 
 import argparse
