@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000, help="held-out docstrings that are asked")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--tasks", nargs="+", default=["embed", "late"], choices=("embed", "late"))
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp())
@@ -94,7 +95,7 @@ def main() -> None:
         limits = {"max_length": 180, "query_max_length": 64}
         settings = config.Settings(
             model=minilm(), task=kind, data=[str(data)], batch_size=args.batch_size, steps=args.steps,
-            learning_rate=2e-4, eval_tasks=[], save_steps=0, output=str(work / kind), **limits,
+            learning_rate=args.learning_rate, eval_tasks=[], save_steps=0, output=str(work / kind), **limits,
         )  # fmt: skip
         began = time.perf_counter()
         train.train(settings)
