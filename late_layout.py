@@ -2,6 +2,7 @@
 what its MultiVectorEncoder itself writes.
 """
 
+import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def read(folder: Path) -> dict[str, Any]:
         "dense": [
             sentence_layout.dense(folder, Path(path).name, of_tokens=True) for kind, path in modules if kind == "Dense"
         ],
-        "skiplist": list((mask if mask is not None else said).get("skiplist_words") or []),
+        "skiplist": _skiplist(folder, said, mask),
         **expansion,
         **sentence_layout.prompts(settings),
     }
@@ -51,6 +52,15 @@ def read(folder: Path) -> dict[str, Any]:
     fields["max_length"] = int(said.get("document_length") or limit)
     fields["query_max_length"] = int(said.get("query_length") or expansion.get("query_expansion") or limit)
     return fields
+
+
+def _skiplist(folder: Path, said: dict, mask: dict | None) -> list[str]:
+    """The tokens that do not count in documents; PyLate's folders that say nothing of them leave punctuation out."""
+    if mask is None:
+        return list(said.get("skiplist_words", string.punctuation if said["model_type"] == "ColBERT" else ()))
+    if mask.get("skiplist_tasks", ["document"]) != ["document"] or mask.get("keep_only_token_ids"):
+        raise UserError(f"{folder}: only a skip list for documents is known, and its MultiVectorMask wants another")
+    return list(mask.get("skiplist_words") or [])
 
 
 def _expansion(said: dict) -> dict[str, Any]:

@@ -160,6 +160,43 @@ def test_exported_folders(minilm, tmp_path, flags):
         assert export.main([*command, "--gguf-ready", "--overwrite"]) == 2
 
 
+def describe(folder: Path, settings: dict, mask: dict | None = None) -> Path:
+    """The files in which a late model without projection describes itself."""
+    kinds = {"": "Transformer"} | ({"1_Mask": "MultiVectorMask"} if mask is not None else {})
+    modules = [{"path": path, "type": f"somewhere.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    if mask is not None:
+        (folder / "1_Mask").mkdir()
+        (folder / "1_Mask" / "config.json").write_text(json.dumps(mask))
+    return folder
+
+
+def test_older_folders_of_pylate(tmp_path):
+    """Prefixes as prompts, lengths, and its defaults: punctuation is skipped, queries are filled up."""
+    said = {"model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "document_length": 180}
+    fields = late_layout.read(describe(tmp_path, said))
+    assert (fields["query_prompt"], fields["document_prompt"]) == ("[Q] ", "[D] ")
+    assert fields["skiplist"] == list(string.punctuation) and fields["maxsim"] == "sum"
+    assert (fields["max_length"], fields["query_max_length"]) == (180, 32)
+    assert (fields["query_expansion"], fields["attend_expansion"]) == (32, False)
+    fields = late_layout.read(describe(tmp_path, said | {"do_query_expansion": False, "skiplist_words": []}))
+    assert fields["skiplist"] == [] and "query_expansion" not in fields
+
+
+@pytest.mark.parametrize(
+    ("settings", "mask", "message"),
+    [
+        ({}, {"skiplist_tasks": ["query", "document"]}, "only a skip list for documents"),
+        ({}, {"keep_only_token_ids": [3]}, "only a skip list for documents"),
+        ({"query_expansion": {"strategy": "ratio"}}, {}, "query expansion by ratio is not supported"),
+    ],
+)
+def test_what_other_folders_do_is_refused(tmp_path, settings, mask, message):
+    with pytest.raises(UserError, match=message):
+        late_layout.read(describe(tmp_path, {"model_type": "MultiVectorEncoder"} | settings, mask))
+
+
 # --- search ---
 
 
