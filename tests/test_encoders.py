@@ -336,16 +336,17 @@ def test_encoders_cannot_be_made_causal(folders, kind):
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised(folders, tmp_path, kind, embeddings):
-    """Eight bits: the same from the file as in memory, and near the whole model."""
+def test_quantised(folders, tmp_path, kind, bits, embeddings):
+    """The same from the file as in memory, and near the whole model."""
     kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
     source = save(kind, tmp_path / "whole", **({} if kind in MODERN else {"d_kv": 16}))
     whole, (ids, lengths) = load_backbone(source), texts(LENGTHS)
     expected, total = rows_of(whole, ids, lengths), count_parameters(whole)[0]
     # T5's table of a bias a head is too narrow.
-    nn.quantize(whole, 32, 8, class_predicate=lambda _, m: isinstance(m, kinds) and m.weight.shape[-1] % 32 == 0)
-    folder = random_models.changed(source, tmp_path / "q", quantization={"group_size": 32, "bits": 8})
+    nn.quantize(whole, 32, bits, class_predicate=lambda _, m: isinstance(m, kinds) and m.weight.shape[-1] % 32 == 0)
+    folder = random_models.changed(source, tmp_path / "q", quantization={"group_size": 32, "bits": bits})
     prefix = "model." if kind in MODERN else ""
     tensors = {prefix + name: value for name, value in tree_flatten(whole.parameters())}
     assert sum(name.endswith(".scales") for name in tensors) == len(lora.linear_names(whole)) * LAYERS + embeddings
@@ -354,7 +355,7 @@ def test_quantised(folders, tmp_path, kind, embeddings):
     found = rows_of(backbone, ids, lengths)
     assert_close(found, rows_of(whole, ids, lengths), 0)
     assert_close(found, alone(backbone, ids, lengths), 1e-4)
-    assert np.corrcoef(found[0].ravel(), expected[0].ravel())[0, 1] > 0.99
+    assert np.corrcoef(found[0].ravel(), expected[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
     assert count_parameters(backbone)[0] == total
     lora.adapt(backbone, rank=2)
     assert count_parameters(backbone)[1] > 0
