@@ -53,7 +53,8 @@ class LateIndex:
             return found
         for query in queries:
             near = np.argsort(-(self.means @ query.mean(axis=0)), kind="stable")[:CANDIDATES]
-            found.append(_best(near, self._scores([query], near)[0], top_k))
+            tokens = np.concatenate([self.vectors[i] for i in near])
+            found.append(_best(near, score(query, tokens, self.lengths[near], self.reduction, self.impute), top_k))
         return found
 
     def _scores(self, queries: Sequence[np.ndarray], documents: np.ndarray) -> np.ndarray:
@@ -84,6 +85,28 @@ class LateIndex:
             parts.append(order[first : first + count])
             first += count
         return parts
+
+
+def score(query: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, how: str = "mean", impute: int = 0) -> np.ndarray:
+    """`maxsim.maxsim` of one query with a few documents that lie one after another, without padding any.
+
+    Args:
+        query: (Lq, d) float32; tokens: (T, d) float32 or float16, of all documents.
+        lengths: (C,) how many of them each document has.
+        how, impute: see `maxsim.maxsim`.
+
+    Returns: (C,) float32.
+    """
+    similarities = np.array(mx.array(tokens).astype(mx.float32) @ mx.array(query).T)
+    filled = lengths > 0
+    best = np.full((len(lengths), len(query)), maxsim.NO_TOKEN, np.float32)
+    if filled.any():
+        best[filled] = np.maximum.reduceat(similarities, (np.cumsum(lengths) - lengths)[filled], axis=0)
+        if impute:
+            k = min(impute, len(similarities))
+            best = np.maximum(best, np.partition(similarities, -k, axis=0)[-k])
+    summed = best.sum(axis=1)
+    return summed if how == "sum" else summed / max(1, len(query))
 
 
 def _top(queries: mx.array, documents: mx.array, k: int) -> mx.array:

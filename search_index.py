@@ -283,19 +283,19 @@ class Index:
         return _sorted(_hit(row, 1 - row["_distance"]) for row in rows)
 
     def _by_tokens(self, tokens: np.ndarray, top: int) -> list[Hit]:
-        from late_index import LateIndex
+        from late_index import score
 
-        mean = _mean(tokens)
-        found = self.chunks.search(mean, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
-        rows = (
-            found.select(["id", *HIT_COLUMNS, "token_vectors", "_distance"]).limit(max(top, LATE_CANDIDATES)).to_list()
-        )
-        stored = [np.frombuffer(row["token_vectors"], np.float16).reshape(-1, len(mean)) for row in rows]
-        if not rows:
+        found = self.chunks.search(_mean(tokens), vector_column_name="vector").distance_type("dot").nprobes(PROBES)
+        found = found.select(["id", *HIT_COLUMNS, "token_vectors", "_distance"]).limit(max(top, LATE_CANDIDATES))
+        rows = found.to_arrow()
+        if not len(rows):
             return []
-        near = LateIndex([part.astype(np.float32) for part in stored], self.about.maxsim, self.about.impute)
-        (ranking,) = near.search([tokens], top)
-        return _sorted(_hit(rows[i], score) for i, score in ranking)
+        stored = [np.frombuffer(cell.as_buffer(), np.float16) for cell in rows["token_vectors"]]
+        lengths = np.array([len(part) for part in stored]) // tokens.shape[1]
+        stored = np.concatenate(stored).reshape(-1, tokens.shape[1])
+        scores = score(tokens, stored, lengths, self.about.maxsim, self.about.impute)
+        rows = rows.drop_columns("token_vectors").to_pylist()
+        return _sorted(_hit(row, float(found)) for row, found in zip(rows, scores, strict=True))[:top]
 
     def hybrid(self, query: str, vector: np.ndarray, top: int, weight: float = 0.5) -> list[Hit]:
         """Both, fused by their ranks among the first 100 of each, or `top` where that is more."""

@@ -1,12 +1,14 @@
 """Code search on Python's own standard library: before and after training, as one vector a text and as one a token.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/code_search.py --steps 60
+    python benchmarks/code_search.py                          # 25 minutes on 2 cores
+    python benchmarks/code_search.py --tasks late --candidates 100 300 1000
 
 Mines (docstring, code) pairs from the standard library of the Python that runs this, holds out all pairs of 300
 modules, trains all-MiniLM-L6-v2 on the others as `embed` and as `late`, and lets held-out docstrings search among all
 held-out functions: BM25, semantic, and both fused. Prints P@1, MRR@10 and nDCG@10 with the paired-bootstrap interval of
-what training gained. Figures in benchmarks/README.md.
+what training gained; for `late` also what is lost where fewer functions are compared token by token. Figures in
+benchmarks/README.md.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from embed import Model, load
 from eval import Evaluation, compare
 from reporting import print_lines, print_rows
 
+MODES = ("semantic", "hybrid")
 SHOWN = ("precision_at_1", "mrr_at_10", "ndcg_at_10")
 
 
@@ -76,8 +79,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--tasks", nargs="+", default=["embed", "late"], choices=("embed", "late"))
+    parser.add_argument("--candidates", nargs="+", type=int, default=[30, 100, 300, 1000], help="of late, compared")
+    parser.add_argument("--output", help="keep pairs, adapters and indexes in this new folder")
     args = parser.parse_args()
-    work = Path(tempfile.mkdtemp())
+    work = Path(args.output or tempfile.mkdtemp())
+    work.mkdir(parents=True, exist_ok=not args.output)
     found = list(pairs([args.source]))
     known, held_out = hold_out(found, args.modules)
     data = work / "train.jsonl"
@@ -90,7 +96,6 @@ def main() -> None:
             ("queries", f"{min(args.queries, len(held_out)):,} docstrings among {len(held_out):,} functions"),
         ]
     )  # fmt: skip
-    results: dict[tuple[str, str], dict[str, Evaluation]] = {}
     for kind in args.tasks:
         limits = {"max_length": 180, "query_max_length": 64}
         settings = config.Settings(
@@ -101,27 +106,51 @@ def main() -> None:
         train.train(settings)
         seconds = time.perf_counter() - began
         print_lines([("trained", f"{kind}: {args.steps} steps of {args.batch_size} pairs, {seconds:.0f} s")])
-        base = load(minilm(), task=kind, **limits)
-        for when, model in (("before", base), ("after", load(work / kind / "final"))):
-            results[kind, when] = measure(model, task, work / f"{kind}-{when}")
+        models = {"before": load(minilm(), task=kind, **limits), "after": load(work / kind / "final")}
+        results = {when: measure(model, task, work / f"{kind}-{when}") for when, model in models.items()}
+        print_figures(kind, results)
+        if kind == "late":
+            print_candidates(models["after"], task, work / "late-after", args.candidates)
+
+
+def print_figures(kind: str, results: dict[str, dict[str, Evaluation]]) -> None:
+    """What was found before and after training, and what training gained."""
     rows = []
-    for (kind, when), modes in results.items():
+    for when, modes in results.items():
         for mode, result in modes.items():
-            if mode != "bm25" or (kind, when) == (args.tasks[0], "before"):
+            if mode != "bm25" or when == "before":
                 name = "bm25" if mode == "bm25" else f"{kind}, {when}, {mode}"
                 rows.append((name, *(f"{result.tasks['queries'][metric]:.4f}" for metric in SHOWN)))
     print_rows("held-out functions of the standard library", ("what", "P@1", "MRR@10", "nDCG@10"), rows)
     rows = []
-    for kind in args.tasks:
-        for mode in ("semantic", "hybrid"):
-            by_metric = {m: rest for m, *rest in compare(results[kind, "before"][mode], results[kind, "after"][mode])}
-            cells = []
-            for metric in SHOWN[:2]:
-                _, _, change, low, high = by_metric[metric]
-                cells += [f"{change:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
-            rows.append((f"{kind}, {mode}", *cells))
-    columns = ("gained by training", "P@1", "95 % interval", "MRR@10", "95 % interval")
-    print_rows("after less before, the same queries", columns, rows)
+    pairs_of = {f"{mode}, after less before": [results[when][mode] for when in results] for mode in MODES}
+    pairs_of["after, hybrid less semantic"] = [results["after"][mode] for mode in MODES]
+    for name, (one, other) in pairs_of.items():
+        by_metric = {metric: rest for metric, *rest in compare(one, other)}
+        cells = []
+        for metric in SHOWN[:2]:
+            _, _, change, low, high = by_metric[metric]
+            cells += [f"{change:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
+        rows.append((f"{kind}, {name}", *cells))
+    print_rows("differences, the same queries", ("of", "P@1", "95 % interval", "MRR@10", "95 % interval"), rows)
+
+
+def print_candidates(model: Model, task: Path, folder: Path, counts: list[int]) -> None:
+    """How many of the ten best of all functions are found, and how fast, where `counts` of them are compared."""
+    index = search_index.Index.open(folder)
+    queries = model.encode([query.text for query in search_eval.read_queries(task)][:200], prompt="query")
+    everything = index.chunks.count_rows()
+    best: list[set[str]] = []
+    rows = []
+    for count in (everything, *(count for count in counts if count < everything)):
+        search_index.LATE_CANDIDATES = count
+        began = time.perf_counter()
+        found = [{hit.id for hit in index.semantic(query, 10)} for query in queries]
+        milliseconds = 1e3 * (time.perf_counter() - began) / len(queries)
+        best = best or found
+        kept = sum(len(a & b) for a, b in zip(best, found, strict=True)) / sum(map(len, best))
+        rows.append((f"{count:,}", f"{kept:.4f}", f"{milliseconds:.0f}"))
+    print_rows(f"late, of {everything:,} chunks", ("compared", "recall@10", "ms a query"), rows)
 
 
 if __name__ == "__main__":
