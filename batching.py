@@ -23,6 +23,7 @@ class Texts:
     start: np.ndarray  # (N,) int32, within the text
     end: np.ndarray  # (N,) int32, within the text
     seen: np.ndarray | None = None  # (N,) int32: tokens that the others attend to, from the first on; None: all
+    second: np.ndarray | None = None  # (N,) int32: where the second text of a pair begins; None: they are no pairs
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -35,8 +36,9 @@ class Texts:
     def part(self, first: int, last: int) -> "Texts":
         """Texts `first` to `last` - 1."""
         offsets = self.offsets
-        rest = (self.lengths, self.start, self.end, self.lengths if self.seen is None else self.seen)
-        return Texts(self.ids[offsets[first] : offsets[last]], *(column[first:last] for column in rest))
+        rest = (self.lengths, self.start, self.end, self.seen, self.second)
+        columns = (None if column is None else column[first:last] for column in rest)
+        return Texts(self.ids[offsets[first] : offsets[last]], *columns)
 
     def without(self, tokens: list[int], width: int) -> np.ndarray:
         """(N, width) bool: False where a text has one of these tokens."""
@@ -100,7 +102,8 @@ def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0) -> MicroBatch:
     for row, i in enumerate(index):
         ids[row, : texts.lengths[i]] = texts.ids[offsets[i] : offsets[i + 1]]
     seen = lengths if texts.seen is None else texts.seen[index]
-    return MicroBatch(mx.array(ids), mx.array(seen), mx.array(texts.start[index]), mx.array(texts.end[index]))
+    second = None if texts.second is None else mx.array(texts.second[index])
+    return MicroBatch(mx.array(ids), mx.array(seen), mx.array(texts.start[index]), mx.array(texts.end[index]), second)
 
 
 def micro_batches(texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:

@@ -32,16 +32,19 @@ FILES = ("config.yaml", "metrics.jsonl", "curves.png", "results.json", "before.j
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def build(model: str, projection: int = 0, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+def build(
+    model: str, projection: int = 0, reranker: str | None = None, **flags
+) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """An untrained retrieval model from a base model's name; `flags` (those not None) win over what it says itself.
 
     `projection`: give a late model a fresh layer that makes token vectors of so many dimensions; 0 = none.
+    `reranker`: with task="rerank", the kind that it is to be; None = what it is by its files.
 
     Returns the model, frozen but for a fresh layer; its RetrievalConfig; and the base model's folder.
     """
     folder = resolve(model)
     backbone = load_backbone(folder, flags.pop("bidirectional", None))
-    said = retrieval_config.of_base_model(folder, backbone.config)
+    said = retrieval_config.of_base_model(folder, backbone.config, flags.get("task"), reranker)
     config = said.override(**flags)
     if said.dense and config.task != said.task:
         raise UserError(f"{model}: its layers are those of a model for --task {said.task}, not {config.task}")
@@ -54,12 +57,17 @@ def build(model: str, projection: int = 0, **flags) -> tuple[RetrievalModel, Ret
             raise UserError("--projection-dim is for --task late, and for a model that has no projection of its own")
         size = {"in_features": backbone.hidden_size, "out_features": projection}
         config.dense = [{"path": "", **size, "bias": False, "activation": "Identity"}]
-    config.dimensions = config.dense[-1]["out_features"] if config.dense else backbone.hidden_size
+    if config.task != "rerank":
+        config.dimensions = config.dense[-1]["out_features"] if config.dense else backbone.hidden_size
     return _assemble(backbone, config, folder), config, folder
 
 
 def _assemble(backbone: Backbone, config: RetrievalConfig, folder: Path) -> RetrievalModel:
     """Backbone and head, with the dense layers that the base model's folder has; frozen but for those it has not."""
+    if config.task == "rerank":
+        from rerankers import layout
+
+        return RetrievalModel(backbone, layout.head(config.reranker, backbone, folder))
     head = config.head()
     model = RetrievalModel(backbone, head)
     model.freeze()

@@ -15,7 +15,11 @@ from backend import UserError
 
 # The names stand here as well as in loss.py and heads.py, so that `--help` needs not load mlx; a test compares them.
 LOSSES = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce", "xtr", "kl_distill")
+LOSSES += ("yes_no", "bce", "list_softmax", "ranknet", "margin_mse")
+RERANK_LOSSES = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}  # the default of each kind
 POOLING = ("mean", "cls", "last", "max")
+
+VECTORS, LATE, RERANK = ("embed", "late"), ("late",), ("rerank",)  # tasks that have a use for a setting
 
 
 def option(group: str, default, help: str, **extra):
@@ -34,46 +38,95 @@ class Settings:
     task: str | None = option(
         "model",
         None,
-        "what to train: embed = one vector a text, late = one a token; default: what the model is, else embed",
-        choices=("embed", "late"),
+        "what to train: embed = one vector a text, late = one a token, rerank = a score of query and document; "
+        "default: what the model is, else embed",
+        choices=("embed", "late", "rerank"),
     )
-    pooling: str | None = option("model", None, "token states to vector", choices=POOLING)
-    query_prompt: str | None = option("model", None, "text before every query; special tokens are recognised")
-    document_prompt: str | None = option("model", None, "text before every document")
-    bidirectional: bool | None = option("model", None, "let a decoder's tokens see the whole text, not only the left")
-    max_length: int | None = option("model", None, "cut documents after this many tokens, special ones included")
+    reranker_type: str | None = option(
+        "model", None, "rerank: default: what the model is by its files", choices=tuple(RERANK_LOSSES), tasks=RERANK
+    )
+    instruction: str | None = option(
+        "model", None, "rerank: what qwen3 and listwise models are told to judge by", tasks=RERANK
+    )
+    pooling: str | None = option("model", None, "token states to vector", choices=POOLING, tasks=("embed",))
+    query_prompt: str | None = option(
+        "model", None, "text before every query; special tokens are recognised", tasks=VECTORS
+    )
+    document_prompt: str | None = option("model", None, "text before every document", tasks=VECTORS)
+    bidirectional: bool | None = option(
+        "model", None, "let a decoder's tokens see the whole text, not only the left", tasks=VECTORS
+    )
+    max_length: int | None = option(
+        "model",
+        None,
+        "cut documents after this many tokens, special ones included; rerank: query and document together",
+    )
     query_max_length: int | None = option("model", None, "the same for queries; default: that of documents")
-    projection_dim: int = option("model", 0, "late: a trained layer makes token vectors of N dimensions; 0 = none")
-    maxsim: str | None = option("model", None, "late: over a query's tokens; default: mean", choices=("mean", "sum"))
-    skip_punctuation: bool = option("model", False, "late: punctuation does not count in documents")
-    query_expansion: int | None = option(
-        "model", None, "late: fill queries with mask tokens up to N, and cut them there"
+    projection_dim: int = option(
+        "model", 0, "late: a trained layer makes token vectors of N dimensions; 0 = none", tasks=LATE
     )
-    attend_expansion: bool | None = option("model", None, "late: let a query's tokens attend to those mask tokens")
-    impute: int | None = option("model", None, "late: score as XTR in use, from N retrieved tokens; 0 = plain MaxSim")
+    maxsim: str | None = option(
+        "model", None, "late: over a query's tokens; default: mean", choices=("mean", "sum"), tasks=LATE
+    )
+    skip_punctuation: bool = option("model", False, "late: punctuation does not count in documents", tasks=LATE)
+    query_expansion: int | None = option(
+        "model", None, "late: fill queries with mask tokens up to N, and cut them there", tasks=LATE
+    )
+    attend_expansion: bool | None = option(
+        "model", None, "late: let a query's tokens attend to those mask tokens", tasks=LATE
+    )
+    impute: int | None = option(
+        "model", None, "late: score as XTR in use, from N retrieved tokens; 0 = plain MaxSim", tasks=LATE
+    )
 
     data: list[str] = option(
         "data", ["train-data.jsonl"], "JSON-lines files (.gz too), or folders with train.jsonl and valid.jsonl"
     )
     batch_size: int = option("data", 64, "examples that one loss sees: 256 = 255 in-batch negatives for each query")
     skip_bad_rows: bool = option("data", False, "leave out rows that cannot be used (counted, listed)")
+    random_negatives: int = option(
+        "data",
+        0,
+        "rerank: give every query N documents of the batch's other rows as negatives, besides its own",
+        tasks=RERANK,
+    )
     seed: int = option("data", 0, "of the order of the data, dropout and fresh weights")
 
-    loss: str = option("objective", "info_nce", "name of the loss", choices=LOSSES)
-    temperature: float = option("objective", 0.05, "divides similarities; sentence-transformers' scale is its inverse")
-    beta: float = option("objective", 1.0, "hard_negative_info_nce: how much more close negatives weigh; 0 = not")
+    loss: str | None = option(
+        "objective",
+        None,
+        "name of the loss; default: info_nce; rerankers: yes_no (qwen3), bce (cross-encoder), list_softmax (listwise)",
+        choices=LOSSES,
+    )
+    temperature: float | None = option(
+        "objective",
+        None,
+        "divides similarities; sentence-transformers' scale is its inverse; default: 0.05; 1 for rerankers' logits",
+    )
+    beta: float = option(
+        "objective", 1.0, "hard_negative_info_nce: how much more close negatives weigh; 0 = not", tasks=VECTORS
+    )
     positive_aware: str = option(
         "objective",
         "off",
         "drop negatives that score above margin x positive (perc) or above positive - margin (abs)",
         choices=("off", "perc", "abs"),
+        tasks=VECTORS,
     )
-    positive_aware_margin: float = option("objective", 0.95, "margin of --positive-aware (0.95 suits perc, 0.05 abs)")
-    margin_weight: float = option("objective", 0.0, "add so many times the margin loss on the hardest negative; 0 = no")
-    margin: float = option("objective", 0.2, "by how much the positive is to score above the hardest negative")
+    positive_aware_margin: float = option(
+        "objective", 0.95, "margin of --positive-aware (0.95 suits perc, 0.05 abs)", tasks=VECTORS
+    )
+    margin_weight: float = option(
+        "objective", 0.0, "add so many times the margin loss on the hardest negative; 0 = no", tasks=VECTORS
+    )
+    margin: float = option(
+        "objective", 0.2, "by how much the positive is to score above the hardest negative", tasks=VECTORS
+    )
     xtr_k: int = option("objective", 320, "xtr: tokens of the batch that every query token retrieves")
     teacher_temperature: float = option("objective", 1.0, "kl_distill: divides the teacher's scores")
-    matryoshka_dims: list[int] = option("objective", [], "also train the first N dimensions, for each N given")
+    matryoshka_dims: list[int] = option(
+        "objective", [], "also train the first N dimensions, for each N given", tasks=("embed",)
+    )
 
     train_type: str = option("weights", "lora", "low-rank update, or all weights", choices=("lora", "dora", "full"))
     lora_rank: int = option("weights", 16, "rank of the update")
@@ -104,6 +157,7 @@ class Settings:
     )
     eval_steps: int = option("evaluation", 50, "evaluate every N steps, and at the end; 0 = only before and after")
     skip_eval_init: bool = option("evaluation", False, "no evaluation before training")
+    rerank_depth: int = option("evaluation", 100, "rerank: BM25's first N documents are reranked", tasks=RERANK)
     early_stopping: int = option("evaluation", 0, "stop after N evaluations without a better nDCG@10; 0 = never")
 
     output: str = option("run", "adapters", "the run's folder")
@@ -120,12 +174,12 @@ class Settings:
         positive = ("batch_size", "lora_rank", "steps", "xtr_k")
         counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after")
         not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
-        not_negative += ("projection_dim", "margin_weight")
+        not_negative += ("projection_dim", "margin_weight", "random_negatives")
         checks = [
             *((getattr(self, name) > 0, name, "must be above 0") for name in positive),
             *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),
             *((value is None or value > 0, name, "must be above 0") for name, value in self._lengths()),
-            (0 < self.temperature < float("inf"), "temperature", "must be above 0"),
+            (self.temperature is None or 0 < self.temperature < float("inf"), "temperature", "must be above 0"),
             (0 < self.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
             *((v is None or v >= 0, name, "must not be negative") for name, v in self._late_counts()),
             (self.learning_rate is None or 0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
@@ -135,7 +189,7 @@ class Settings:
             (bool(self.data), "data", "needs at least one file or folder"),
             (not (self.resume and self.overwrite), "resume", "and --overwrite exclude each other"),
             (
-                self.positive_aware == "off" or self.loss in ("info_nce", "hard_negative_info_nce"),
+                self.positive_aware == "off" or self.loss in (None, "info_nce", "hard_negative_info_nce"),
                 "positive_aware",
                 f"works with info_nce and hard_negative_info_nce, not with {self.loss}",
             ),
@@ -150,10 +204,25 @@ class Settings:
     def _late_counts(self) -> list[tuple[str, int | None]]:
         return [("query_expansion", self.query_expansion), ("impute", self.impute)]
 
-    def settle(self, parameters: int) -> None:
-        """Put in place what depends on the model: the learning rate, by its number of parameters."""
+    def settle(self, parameters: int, reranker: str = "") -> None:
+        """Put in place what depends on the model: the learning rate, by its number of parameters, and the loss.
+
+        `reranker`: the kind of reranker that it is; "" = none.
+        """
+        if self.loss is None:
+            self.loss = RERANK_LOSSES.get(reranker, "info_nce")
+        if self.temperature is None:
+            self.temperature = 1.0 if reranker in ("qwen3", "cross-encoder") else 0.05
         if self.learning_rate is None:
             self.learning_rate = 4e-3 if parameters < 10_000_000 else 2e-4
+
+    def check_task(self, task: str) -> None:
+        """UserError for settings that a model of this task, embed, late or rerank, has no use for."""
+        defaults = Settings()
+        for f in dataclasses.fields(self):
+            tasks = f.metadata.get("tasks")
+            if tasks and task not in tasks and getattr(self, f.name) != getattr(defaults, f.name):
+                raise UserError(f"{flag(f.name)} is for --task {' or '.join(tasks)}, and this is {task}")
 
     @property
     def warmup_steps(self) -> int:

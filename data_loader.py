@@ -11,6 +11,8 @@ the negatives, are a teacher's, for distillation; it may also have ranked any do
 
     {"query": ..., "documents": [...], "scores": [...]}
 
+Rerankers also learn from single pairs, `{"query": ..., "document": ..., "label": 1}`, a label being from 0 to 1.
+
 Every row is read and checked once before training; after that only its place in the file is kept in memory. The order
 is a seeded permutation, another one every epoch, and batch k is computed from k alone, so a run continues anywhere.
 """
@@ -23,10 +25,10 @@ import shutil
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backend import UserError
 
@@ -41,6 +43,7 @@ FORMATS = {
     "positive": ("query", "positive"),
     "anchor": ("anchor", "positive"),
     "documents": ("query", "documents"),
+    "label": ("query", "document"),
 }
 NEGATIVES = ("negatives", "negative")
 MAX_RANK = 2**31 - 1
@@ -67,7 +70,7 @@ def row_format(row: dict) -> str:
     if "query" in row and "documents" in row:
         return "documents"
     if "query" in row and "document" in row:
-        return "document"
+        return "label" if "label" in row else "document"
     if "query" in row and "positive" in row:
         return "positive"
     if "query" in row:
@@ -106,7 +109,7 @@ def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
         raise RowError("not a JSON object")
     kind = row_format(row)
     if expected is not None and kind != expected:
-        found, before = ("/".join(FORMATS[name]) for name in (kind, expected))
+        found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (kind, expected))
         raise RowError(f"has the format {found}, but the rows before have {before}")
     if kind == "documents":
         return _judged(row), kind
@@ -116,6 +119,11 @@ def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
         negatives += _texts(row, key)
     if kind == "anchor" and not negatives:
         raise RowError("no negative")
+    if kind == "label":
+        label = row["label"]
+        if not isinstance(label, (int, float)) or not 0 <= label <= 1:
+            raise RowError(f"label {repr(label)[:20]} is not a number from 0 to 1")
+        return Example(query, positive, (), 1, (float(label),)), kind
     rank = row.get("rank", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
@@ -194,6 +202,8 @@ class Rows:
         self.kind: str | None = None
         self.has_negatives = False
         self.has_scores = True  # all of them
+        self.score_range = (0.0, 1.0)  # lowest and highest score or label
+        self.without_positive = ""  # place of the first row whose scores are all 0 or less
         self._handles = [self._open(file) for file in self.files]
         starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
         for file, handle in zip(self.files, self._handles, strict=True):
@@ -228,6 +238,11 @@ class Rows:
                     example, self.kind = parse(line, self.kind)
                     self.has_negatives |= bool(example.negatives)
                     self.has_scores &= bool(example.scores)
+                    if example.scores:
+                        low, high = self.score_range
+                        self.score_range = min(low, *example.scores), max(high, *example.scores)
+                        if max(example.scores) <= 0 and not self.without_positive:
+                            self.without_positive = f"{file}:{number}"
                     starts.append(position)
                     sizes.append(size)
                     numbers.append(number)
@@ -321,15 +336,27 @@ class Batches:
     """An endless, seeded sequence of batches: batch k holds the k-th `size` rows of epoch after epoch.
 
     A batch may cross from one epoch into the next, so no row is ever dropped. `order(epoch)` is a permutation that
-    depends on seed and epoch only.
+    depends on seed and epoch only. `make` makes a batch, of type `kind`, of examples, their rows' numbers and the
+    tokenizer.
     """
 
-    def __init__(self, rows: Rows, tokenizer: TextTokenizer, size: int, seed: int = 0):
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: TextTokenizer,
+        size: int,
+        seed: int = 0,
+        make: Callable = make_batch,
+        kind: type = Batch,
+    ):
         if size > len(rows):
             raise UserError(f"--batch-size {size} is larger than the data: {len(rows)} rows")
-        if size == 1 and not rows.has_negatives:
+        if make is make_batch and rows.kind == "label":
+            raise UserError(f"{rows.where(0)}: rows with a label are for --task rerank")
+        if make is make_batch and size == 1 and not rows.has_negatives:
             raise UserError("--batch-size 1: rows without negatives leave each query one candidate; nothing to learn")
         self.rows, self.tokenizer, self.size, self.seed = rows, tokenizer, size, seed
+        self.make, self.kind = make, kind
         self._epoch, self._order = -1, np.empty(0, np.uint32)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -347,7 +374,7 @@ class Batches:
     def batch(self, k: int) -> Batch:
         """Batch k, counted from 0."""
         numbers = self.row_numbers(k)
-        return make_batch([self.rows[i] for i in numbers], numbers, self.tokenizer)
+        return self.make([self.rows[i] for i in numbers], numbers, self.tokenizer)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first` to `last` - 1, read and tokenised by mlx-data in the background, two ahead."""
@@ -361,24 +388,25 @@ class Batches:
         atexit.register(stream.reset)
         try:
             for sample in stream:
-                yield _unpack(sample)
+                yield _unpack(sample, self.kind)
         finally:
             atexit.unregister(stream.reset)
             stream.reset()
 
 
-TEXT_ARRAYS = ("ids", "lengths", "start", "end", "seen")
-BATCH_ARRAYS = ("query", "document", "rank", "rows", "judged", "scores")
+def _pack(batch: Any) -> dict[str, np.ndarray]:
+    """A batch, of whatever kind, as the arrays that mlx-data carries."""
+    arrays = {}
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        if isinstance(value, Texts):
+            arrays |= {f"{f.name}.{name}": v for name, v in vars(value).items() if v is not None}
+        else:
+            arrays[f.name] = value if isinstance(value, np.ndarray) else np.int64(value)
+    return arrays
 
 
-def _pack(batch: Batch) -> dict[str, np.ndarray]:
-    """A batch as the arrays that mlx-data carries."""
-    arrays = {name: getattr(batch.texts, name) for name in TEXT_ARRAYS}
-    arrays |= {name: getattr(batch, name) for name in BATCH_ARRAYS}
-    return arrays | {"queries": np.int64(batch.queries)}
-
-
-def _unpack(sample: dict) -> Batch:
-    texts = Texts(*(np.array(sample[name]) for name in TEXT_ARRAYS))
-    rest = (np.array(sample[name]) for name in BATCH_ARRAYS)
-    return Batch(texts, int(sample["queries"]), *rest)
+def _unpack(sample: dict, kind: type) -> Any:
+    texts = {name.removeprefix("texts."): np.array(v) for name, v in sample.items() if name.startswith("texts.")}
+    rest = {name: v if (v := np.array(value)).ndim else int(v) for name, value in sample.items() if "." not in name}
+    return kind(texts=Texts(**texts), **rest)

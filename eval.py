@@ -3,6 +3,7 @@
 python eval.py --model adapters/final                                        # on the folder eval-data/
 python eval.py --model MODEL --eval-tasks eval-data NanoMSMARCORetrieval --output results.json
 python eval.py --model adapters/final --precision float32 int8 binary --dimensions 384 128     # what storing costs
+python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                           # a reranker
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
 mteb searches exhaustively and computes the metrics; nothing it cached before is believed. Training calls `evaluate`
@@ -66,23 +67,30 @@ class Evaluation:
         return record | {"unreachable": self.unreachable} if self.unreachable else record
 
 
-def _meta(model: Encoder, revision: str) -> Any:
-    """What mteb wants to know about a model."""
-    from mteb.models import ModelMeta
-
-    name = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "model"
-    return ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": revision})
+def document_text(row: dict[str, Any]) -> str:
+    """A document as mteb gives it to models: title and text, joined by a space."""
+    return f"{row.get('title') or ''} {row['text']}".strip()
 
 
-class _Searcher:
-    """The model as mteb knows one: vectors from the model, exhaustive search from mteb, whose rankings are kept."""
+class Searcher:
+    """What mteb knows as a search: `index(corpus)`, then `search(queries)`, which keeps what it found in `rankings`."""
 
-    def __init__(self, model: Encoder, task: str, revision: str, show_progress: bool):
-        from mteb.models import SearchEncoderWrapper
+    def __init__(self, model: Any, task: str, revision: str = "local", show_progress: bool = False):
+        from mteb.models import ModelMeta
 
-        self.mteb_model_meta = _meta(model, revision)
+        name = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "model"
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": revision})
         self.model, self.task, self.show_progress = model, task, show_progress
         self.rankings: dict[tuple[str, str], dict[str, Scores]] = {}  # split, subset -> query -> document -> score
+
+
+class _DenseSearcher(Searcher):
+    """Vectors from the model, exhaustive search from mteb."""
+
+    def __init__(self, *about):
+        from mteb.models import SearchEncoderWrapper
+
+        super().__init__(*about)
         self.search_of_mteb = SearchEncoderWrapper(self)
         self.index = self.search_of_mteb.index
 
@@ -104,13 +112,8 @@ class _Searcher:
         return rankings
 
 
-class _LateSearcher:
-    """A late-interaction model as mteb knows a search: MaxSim from `late_index`."""
-
-    def __init__(self, model: Encoder, task: str, revision: str, show_progress: bool):
-        self.mteb_model_meta = _meta(model, revision)
-        self.model, self.show_progress = model, show_progress
-        self.rankings: dict[tuple[str, str], dict[str, Scores]] = {}
+class _LateSearcher(Searcher):
+    """Token vectors from the model, MaxSim from `late_index`."""
 
     def _encode(self, texts: list[str], prompt: str) -> list[np.ndarray]:
         return self.model.encode(texts, prompt=prompt, show_progress=self.show_progress)
@@ -118,7 +121,7 @@ class _LateSearcher:
     def index(self, corpus: Any, **_: Any) -> None:
         from late_index import LateIndex
 
-        texts = [f"{row.get('title') or ''} {row['text']}".strip() for row in corpus]
+        texts = [document_text(row) for row in corpus]
         self.documents, config = list(corpus["id"]), self.model.config
         self.corpus = LateIndex(self._encode(texts, "document"), config.maxsim, config.impute)
         if self.show_progress:
@@ -132,6 +135,11 @@ class _LateSearcher:
         }
         self.rankings[hf_split, hf_subset] = rankings
         return rankings
+
+
+def searcher_of(model: Encoder, *about) -> Searcher:
+    """The search that suits the model; `about`: what Searcher takes after it."""
+    return (_LateSearcher if getattr(model, "late", False) else _DenseSearcher)(model, *about)
 
 
 def score_rankings(qrels: dict[str, dict[str, int]], rankings: dict[str, Scores]) -> dict[str, Scores]:
@@ -198,25 +206,21 @@ def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show
     loaded, unreachable = load_tasks(tasks, show_progress)
     result = Evaluation(model.name, {}, {}, unreachable)
     for name, task in loaded.items():
-        _add_task(result, model, name, task, revision, show_progress)
+        add_task(result, searcher_of(model, name, revision, show_progress), task)
     return result
 
 
-def _add_task(
-    result: Evaluation, model: Encoder, name: str, task: Any, revision: str = "local", show_progress: bool = False
-) -> None:
-    """Evaluate the model on a task, and add its figures to `result`."""
+def add_task(result: Evaluation, searcher: Searcher, task: Any) -> None:
+    """Let mteb search a task, and add the figures to `result`."""
     import mteb
 
     # The model cuts its own batches; mteb only hands texts over.
     options: dict[str, Any] = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
     options["encode_kwargs"] = {"batch_size": 1024, "show_progress_bar": False}
-    with _quiet(show_progress):
-        kind = _LateSearcher if getattr(model, "late", False) else _Searcher
-        searcher = kind(model, name, revision, show_progress)
+    with _quiet(searcher.show_progress):
         scores = mteb.evaluate(searcher, task, **options).task_results[0].scores
     for (split, subset), rankings in searcher.rankings.items():
-        label = name if len(searcher.rankings) == 1 else f"{name}/{split}/{subset}"
+        label = searcher.task if len(searcher.rankings) == 1 else f"{searcher.task}/{split}/{subset}"
         part = next(part for part in scores[split] if part["hf_subset"] == subset)
         result.tasks[label] = {metric: part[metric] for metric in METRICS}
         result.per_query[label] = score_rankings(task.dataset[subset][split]["relevant_docs"], rankings)
@@ -240,9 +244,9 @@ def evaluate_stored(
     stored = {form: Evaluation(model.name, {}, {}, unreachable) for form in forms}
     for name, task in loaded.items():
         memory = Memory(model)
-        _add_task(whole, memory, name, task, show_progress=show_progress)
+        add_task(whole, searcher_of(memory, name, "local", show_progress), task)
         for form, result in stored.items():
-            _add_task(result, Stored(memory, *form), name, task)
+            add_task(result, searcher_of(Stored(memory, *form), name), task)
     return whole, stored
 
 
@@ -347,14 +351,38 @@ def forms_of(precisions: Sequence[str] | None, dimensions: Sequence[int] | None,
     return list(dict.fromkeys(pairs))
 
 
+def _evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
+    """What the flags ask for, its tables printed: the figures, and what `--output` writes."""
+    from embed import load
+
+    settings: dict[str, Any] = {"max_length": args.max_length, "query_max_length": args.query_max_length}
+    settings |= {"task": args.task} if args.task else {}
+    model, stored = load(args.model, args.adapter, **settings), {}
+    if args.precision or args.dimensions:
+        forms = forms_of(args.precision, args.dimensions, model.dimensions)
+        result, stored = evaluate_stored(model, args.eval_tasks, forms, show_progress)
+    else:
+        result = evaluate(model, args.eval_tasks, show_progress=show_progress)
+    record = result.to_json()
+    if result.tasks:
+        print_table(result)
+    if stored and result.tasks:
+        record["stored"] = compare_stored(result, stored)
+        print_stored(record["stored"])
+    return result, record
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    import rerank_eval  # which needs this module
+
     parser = argparse.ArgumentParser(description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
     parser.add_argument("--model", required=True, help="adapter folder, base model's folder, or hub name")
     parser.add_argument("--adapter", help="adapter folder to put on the base model --model")
     tasks = "folders in BEIR layout and names of MTEB tasks (default: eval-data)"
     parser.add_argument("--eval-tasks", nargs="+", default=["eval-data"], metavar="TASK", help=tasks)
     parser.add_argument("--output", metavar="FILE", help="write the figures to this file, as JSON")
-    parser.add_argument("--max-length", type=int, metavar="N", help="cut documents after N tokens")
+    longest = "cut documents (rerank: query and document together) after N tokens"
+    parser.add_argument("--max-length", type=int, metavar="N", help=longest)
     parser.add_argument("--query-max-length", type=int, metavar="N", help="cut queries after N tokens")
     precisions = (
         "also evaluate vectors stored so, from the same embeddings; int8 and uint8: ranges from the corpus, queries "
@@ -363,30 +391,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help=precisions)
     shorter = "also evaluate vectors cut to N dimensions (Matryoshka), in every --precision"
     parser.add_argument("--dimensions", nargs="+", type=int, metavar="N", help=shorter)
+    rerank_eval.add_flags(parser)
     args = parser.parse_args(argv)
     try:
+        rerank_eval.check_flags(args)
         output = Path(args.output).expanduser() if args.output else None
         if output and (output.is_dir() or not output.parent.is_dir()):
             raise UserError(f"--output {output}: not a file in a folder that exists")
         eval_tasks.check_folders(args.eval_tasks)
         print(backend.describe(), file=sys.stderr)
-        from embed import load
-
-        model = load(args.model, args.adapter, max_length=args.max_length, query_max_length=args.query_max_length)
-        show, stored = sys.stderr.isatty(), {}
-        if args.precision or args.dimensions:
-            forms = forms_of(args.precision, args.dimensions, model.dimensions)
-            result, stored = evaluate_stored(model, args.eval_tasks, forms, show)
-        else:
-            result = evaluate(model, args.eval_tasks, show_progress=show)
+        run = rerank_eval.evaluate_flags if args.task == "rerank" else _evaluate_flags
+        result, record = run(args, sys.stderr.isatty())
         for why_not in result.unreachable.values():
             print(f"eval.py: {why_not}", file=sys.stderr)
-        if result.tasks:
-            print_table(result)
-        record = result.to_json()
-        if stored and result.tasks:
-            record["stored"] = compare_stored(result, stored)
-            print_stored(record["stored"])
         if output:
             output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except (UserError, FloatingPointError, OSError) as error:

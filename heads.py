@@ -1,10 +1,10 @@
-"""Heads: from a backbone's token states to what is compared. One vector a text here; more heads, same contract.
+"""Heads: from a backbone's token states to what is compared: a vector a text, a vector a token, or a reranker's scores.
 
 A head is called with states (R, L, D) and the `MicroBatch` they belong to, and returns one representation a row in
 float32. It has the parameters that mlx-lm's adapters do not know; a saved folder keeps them in `heads.safetensors`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from backend import mx, nn
@@ -29,6 +29,10 @@ class MicroBatch(NamedTuple):
     lengths: mx.array  # (R,) int32: real tokens of each row
     start: mx.array  # (R,) int32: first token that pooling counts
     end: mx.array  # (R,) int32: one past the last
+    second: mx.array | None = (
+        None  # (R,) int32: where the second text of a pair begins, for models that tell them apart
+    )
+    past: list[tuple[mx.array, mx.array]] | None = None  # of every layer, keys and values of tokens before these rows
 
 
 def pool(states: mx.array, batch: MicroBatch, mode: str) -> mx.array:
@@ -101,6 +105,82 @@ class LateHead(nn.Module):
         return mx.where(counts[..., None], unit(vectors), 0.0)
 
 
+class ScoreHead(nn.Module):
+    """A cross-encoder's: pooling, a dense layer and a norm where the model has them, one score: (R, L, D) -> (R, 1).
+
+    Args:
+        hidden_size: D. pooling: see `pool`.
+        activation: of the dense layer, see ACTIVATIONS; "" = there is none.
+        bias: of the dense layer; out_bias: of the last one.
+        norm_eps: there is a LayerNorm after the dense layer, with this epsilon and, with `norm_bias`, a bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        pooling: str = "cls",
+        activation: str = "Tanh",
+        bias: bool = True,
+        out_bias: bool = True,
+        norm_eps: float | None = None,
+        norm_bias: bool = True,
+    ):
+        super().__init__()
+        self.pooling, self.activation = pooling, activation
+        if activation:
+            self.dense = nn.Linear(hidden_size, hidden_size, bias)
+        if norm_eps is not None:
+            self.norm = nn.LayerNorm(hidden_size, eps=norm_eps, bias=norm_bias)
+        self.out = nn.Linear(hidden_size, 1, out_bias)
+
+    def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
+        vectors = pool(states, batch, self.pooling)
+        if "dense" in self:
+            vectors = ACTIVATIONS[self.activation](self.dense(vectors))
+        if "norm" in self:
+            vectors = self.norm(vectors)
+        return self.out(vectors)
+
+
+class YesNoHead(nn.Module):
+    """A language model as a judge: logit of "yes" less that of "no" at the last position, (R, L, D) -> (R, 1) float32.
+
+    Its sigmoid is the softmax over the two tokens. No other logit is computed.
+
+    Args:
+        logits: (R, D) states -> (R, 2) logits of "no" and "yes": see `Decoder.logits_of`.
+    """
+
+    def __init__(self, logits: Callable[[mx.array], mx.array]):
+        super().__init__()
+        self._logits = logits  # the language model's own weights, so none of this head's
+
+    def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
+        last = mx.take_along_axis(states, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
+        logits = self._logits(last).astype(mx.float32)
+        return logits[:, 1:] - logits[:, :1]
+
+
+class ListHead(nn.Module):
+    """jina-reranker-v3's: cosine of every token with the query's, projected: (R, L, D) -> (R, L, 1) float32.
+
+    Scores stand where a passage ends (`passage`'s token), zeros elsewhere; the query is read at its last `query` token.
+    """
+
+    def __init__(self, hidden_size: int, inner: int, dimensions: int, passage: int, query: int):
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, inner, bias=False)
+        self.outer = nn.Linear(inner, dimensions, bias=False)
+        self._passage, self._query = passage, query
+
+    def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
+        vectors = unit(self.outer(nn.relu(self.inner(states.astype(mx.float32)))))
+        positions = mx.arange(states.shape[1])
+        query = mx.where(batch.ids == self._query, positions, 0).max(axis=1)[:, None, None]
+        scores = (vectors * mx.take_along_axis(vectors, query, axis=1)).sum(axis=-1, keepdims=True)
+        return mx.where((batch.ids == self._passage)[..., None], scores, 0.0)
+
+
 class RetrievalModel(nn.Module):
     """A backbone and a head; called with a `MicroBatch`, it returns their representations (float32, one a row)."""
 
@@ -110,4 +190,5 @@ class RetrievalModel(nn.Module):
         self.head = head
 
     def __call__(self, batch: MicroBatch) -> mx.array:
-        return self.head(self.backbone.hidden_states(batch.ids, batch.lengths), batch)
+        more = {name: getattr(batch, name) for name in ("second", "past") if getattr(batch, name) is not None}
+        return self.head(self.backbone.hidden_states(batch.ids, batch.lengths, **more), batch)

@@ -178,6 +178,66 @@ def kl_distill(
     return weighted_mean(mx.where(enough, divergence, 0.0), weights)
 
 
+# --- a reranker's: over groups of documents of one query, scores (G, K), of which some are no documents ---------------
+
+
+def binary_cross_entropy(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
+    """Mean over documents of the cross-entropy between labels from 0 to 1 and the scores' sigmoid; a float32 scalar.
+
+    Of scores that are the logit of "yes" less that of "no", this is the cross-entropy of the answer (Qwen3-Reranker).
+
+    Args:
+        scores, labels: (G, K). real: (G, K) bool, False where a group has no more documents.
+    """
+    scores = mx.where(real, scores.astype(mx.float32), 0.0)
+    losses = mx.logaddexp(0.0, scores) - labels * scores
+    return mx.where(real, losses, 0.0).sum() / real.sum()
+
+
+def _over_groups(losses: mx.array, any_pair: mx.array) -> mx.array:
+    """The mean of those groups' losses (G,) that have something to compare; 0 where none has."""
+    return mx.where(any_pair, losses, 0.0).sum() / mx.maximum(any_pair.sum(), 1)
+
+
+def list_softmax(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
+    """ListNet (Cao et al. 2007): cross-entropy of each group's labels, scaled to sum 1, and its scores' softmax.
+
+    Labels from 0 on; a group in which none is above 0 costs nothing. Arguments and result as `binary_cross_entropy`.
+    """
+    scores, labels = scores.astype(mx.float32), mx.where(real, labels, 0.0)
+    total = labels.sum(axis=1)
+    log_share = scores - mx.logsumexp(mx.where(real, scores, -mx.inf), axis=1, keepdims=True)
+    losses = -mx.where(labels > 0, labels * log_share, 0.0).sum(axis=1) / mx.maximum(total, 1e-12)
+    return _over_groups(losses, total > 0)
+
+
+def ranknet(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
+    """RankNet (Burges et al. 2005): log(1 + exp(worse - better)), the mean over a group's unequal pairs.
+
+    Arguments and result as `binary_cross_entropy`; labels may be any numbers.
+    """
+    scores = mx.where(real, scores.astype(mx.float32), 0.0)
+    better = (labels[:, :, None] > labels[:, None, :]) & real[:, :, None] & real[:, None, :]  # (G, K, K)
+    costs = mx.logaddexp(0.0, scores[:, None, :] - scores[:, :, None])
+    count = better.sum(axis=(1, 2))
+    return _over_groups(mx.where(better, costs, 0.0).sum(axis=(1, 2)) / mx.maximum(count, 1), count > 0)
+
+
+def margin_mse(scores: mx.array, teacher: mx.array, real: mx.array) -> mx.array:
+    """MarginMSE (Hofstätter et al. 2020, arXiv 2010.02666): squared error of the margins below a group's best document.
+
+    `teacher` (G, K) has its scores, whose best is the positive. Other arguments and result as `binary_cross_entropy`.
+    """
+    scores, teacher = mx.where(real, scores.astype(mx.float32), 0.0), teacher.astype(mx.float32)
+    best = mx.where(real, teacher, -mx.inf).argmax(axis=1)[:, None]
+    others = real & (mx.arange(scores.shape[1]) != best)
+    margins = mx.take_along_axis(scores, best, axis=1) - scores
+    wanted = mx.take_along_axis(teacher, best, axis=1) - teacher
+    count = others.sum(axis=1)
+    losses = mx.where(others, (margins - wanted).square(), 0.0).sum(axis=1) / mx.maximum(count, 1)
+    return _over_groups(losses, count > 0)
+
+
 def matryoshka(loss: Callable, queries: mx.array, documents: mx.array, dims: list[int]) -> mx.array:
     """Mean of `loss(queries, documents)` over vectors cut to each of `dims` and scaled to length 1 again."""
     losses = [loss(unit(queries[..., :d]), unit(documents[..., :d])) for d in dims]

@@ -8,11 +8,21 @@ from backend import UserError, mx
 import loss
 import maxsim
 from config import Settings
-from data_loader import Batch, Rows
+from data_loader import Batch, Batches, Rows
+from rerankers import groups
+from rerankers.groups import GroupBatch, GroupMaker
+from rerankers.pairs import PairTokenizer
 from retrieval_config import RetrievalConfig
 from tokens import TextTokenizer
 
-LOSSES = (*loss.NAMES, "xtr", "kl_distill")
+GROUP_LOSSES = {
+    "yes_no": loss.binary_cross_entropy,
+    "bce": loss.binary_cross_entropy,
+    "list_softmax": loss.list_softmax,
+    "ranknet": loss.ranknet,
+    "margin_mse": loss.margin_mse,
+}
+LOSSES = (*loss.NAMES, "xtr", "kl_distill", *GROUP_LOSSES)
 
 
 class Objective:
@@ -124,8 +134,32 @@ class LateObjective(Objective):
         return total, back
 
 
-def make(settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Rows) -> Objective:
+class RerankObjective:
+    """Scores of a query's documents (representations (N, 1), or (N, L, 1) of sequences with many) against labels."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def __call__(self, representations: mx.array, batch: GroupBatch) -> mx.array:
+        text, place, real = mx.array(batch.text), mx.array(batch.place), mx.array(batch.text >= 0)
+        rows = representations.reshape(len(representations), -1)
+        scores = rows[mx.maximum(text, 0), place] / self.settings.temperature  # (G, K)
+        labels = mx.array(batch.labels)
+        if self.settings.loss == "kl_distill":
+            judged = mx.where(real, mx.arange(scores.shape[1]), -1)
+            return loss.kl_distill(scores, judged, labels, None, 1.0, self.settings.teacher_temperature)
+        return GROUP_LOSSES[self.settings.loss](scores, labels, real)
+
+
+def make(
+    settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Rows
+) -> "Objective | RerankObjective":
     """The objective of a run. UserError where the settings do not fit the task or the data."""
+    if config.task == "rerank":
+        groups.check(rows, settings)
+        return RerankObjective(settings)
+    if settings.loss in GROUP_LOSSES:
+        raise UserError(f"--loss {settings.loss} is for --task rerank")
     if settings.loss == "kl_distill" and not rows.has_scores:
         raise UserError("--loss kl_distill: every row needs scores, a teacher's, of its positive and negatives")
     if config.task == "embed":
@@ -137,3 +171,18 @@ def make(settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, 
     if settings.matryoshka_dims or settings.loss == "nt_xent":
         raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")
     return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim)
+
+
+def make_batches(
+    settings: Settings,
+    config: RetrievalConfig,
+    rows: Rows,
+    tokenizer: TextTokenizer | PairTokenizer,
+    size: int,
+    seed: int = 0,
+) -> Batches:
+    """The batches that the objective of a run takes."""
+    if config.task != "rerank":
+        return Batches(rows, tokenizer, size, seed)
+    make = GroupMaker(rows, settings.random_negatives, config.reranker == "listwise", settings.seed)
+    return Batches(rows, tokenizer, size, seed, make, GroupBatch)

@@ -25,7 +25,7 @@ FILE = "retrieval_config.json"
 class RetrievalConfig:
     """How texts become tokens and states become what is compared; see the fields."""
 
-    task: str = "embed"  # or late: one vector a token
+    task: str = "embed"  # or late: one vector a token; or rerank
     base_model: str = ""  # as it was named at training; a folder or a hub name
     base_fingerprint: dict = field(default_factory=dict)  # of the base's weights, see models.fingerprint
     pooling: str = "mean"  # mean, cls, last or max
@@ -47,6 +47,9 @@ class RetrievalConfig:
     query_expansion: int = 0  # late: queries are filled with mask tokens up to so many
     attend_expansion: bool = False  # ... to which their other tokens attend
     impute: int = 0  # late: XTR's scores, of so many retrieved tokens; 0 = every similarity counts
+    reranker: str = ""  # rerank: see rerankers.KINDS; max_length is then of query and document together
+    instruction: str = ""  # rerank: what the model is told to judge by, in the kinds that have such a line
+    activation: str = ""  # rerank: of scores in use, sigmoid, or "" = as they are
     dimensions: int = 0  # of a vector
     matryoshka_dims: list[int] = field(default_factory=list)  # shorter vectors that were trained as well
 
@@ -55,8 +58,12 @@ class RetrievalConfig:
         """Every prompt by its name; "query" and "document" first."""
         return {"query": self.query_prompt, "document": self.document_prompt} | self.task_prompts
 
-    def tokenizer(self, folder: Path) -> TextTokenizer:
-        """The tokenizer of the model in `folder` under this config's prompts and limits."""
+    def tokenizer(self, folder: Path) -> "TextTokenizer | PairTokenizer":  # noqa: F821
+        """The tokenizer of the model in `folder` under this config's prompts and limits; a reranker's takes groups."""
+        if self.task == "rerank":
+            from rerankers import layout
+
+            return layout.tokenizer(folder, self)
         return TextTokenizer(
             folder,
             prompts=self.prompts,
@@ -70,7 +77,7 @@ class RetrievalConfig:
         )
 
     def head(self) -> EmbeddingHead | LateHead:
-        """The head that this config describes, its dense layers freshly initialised."""
+        """The head that this config of an embedding model describes, its dense layers freshly initialised."""
         layers = [Dense(**{k: v for k, v in layer.items() if k != "path"}) for layer in self.dense]
         return LateHead(layers) if self.task == "late" else EmbeddingHead(self.pooling, layers, self.normalize)
 
@@ -102,15 +109,24 @@ class RetrievalConfig:
         return config
 
 
-def of_base_model(folder: Path, model_config: dict) -> RetrievalConfig:
+def of_base_model(
+    folder: Path, model_config: dict, task: str | None = None, reranker: str | None = None
+) -> RetrievalConfig:
     """What a model's folder says of itself, or what suits its kind where it says nothing.
 
-    A folder that `export.py` wrote has our own file, others may have sentence-transformers'. Without either:
+    With the task "rerank", that is what `rerankers.layout` finds, for the kind `reranker` if one is named. Otherwise, a
+    folder that `export.py` wrote has our own file, others may have sentence-transformers'. Without either:
     encoders get the mean over all tokens; decoders the mean over the text's own tokens, an `<eos>` at the end, and
     Gemma's reserved tokens as prompts where the vocabulary has them.
     """
     if (folder / FILE).is_file():
-        return RetrievalConfig.read(folder)
+        said = RetrievalConfig.read(folder)
+        if task != "rerank" or said.task == "rerank":
+            return said
+    if task == "rerank":
+        from rerankers import layout
+
+        return RetrievalConfig(**layout.describe(folder, model_config, reranker))
     if (folder / sentence_layout.MODULES).is_file():
         layout = late_layout if late_layout.is_late(folder) else sentence_layout
         return RetrievalConfig(**layout.read(folder))

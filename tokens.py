@@ -7,7 +7,7 @@ are tokenised as ordinary characters.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from backend import UserError
@@ -153,21 +153,13 @@ class TextTokenizer:
         """Token ids of `texts` under the prompt and limit called `name` ("query", "document"; None: no prompt)."""
         prompt = self.prompts.get(name, "") if name else ""
         limit = self.max_lengths[name] if name in self.max_lengths else max(self.max_lengths.values())
-        texts = [_well_formed(text.lower() if self.lowercase else text) for text in texts]
-        encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts], add_special_tokens=False)
         room = limit - len(self.opening) - len(self.closing)
         prompt_ids = self._plain(prompt)
         skipped = 0 if self.pool_prompt else len(prompt_ids)
-        # Reserved tokens may stand in the prompt, up to here, and nowhere after.
-        head = max((i + 1 for i, token in enumerate(prompt_ids) if token in self._reserved), default=0)
-        reserved = frozenset(self._reserved)
 
         flat: list[int] = []
         lengths, start, end, seen = (np.empty(len(texts), np.int32) for _ in range(4))
-        for i, (text, encoding) in enumerate(zip(texts, encoded, strict=True)):
-            ids = encoding.ids
-            if not reserved.isdisjoint(ids[head:room]):
-                ids = self._disarmed(prompt, text, head)
+        for i, ids in enumerate(self.bodies(texts, prompt, room)):
             ids = [*self.opening, *ids[:room], *self.closing] or [self.pad_id]
             first = len(self.opening) + skipped if skipped or not self.pool_special else 0
             last = len(ids) if self.pool_special else len(ids) - len(self.closing)
@@ -181,6 +173,19 @@ class TextTokenizer:
                 seen[i] = len(ids) if self.attend_expansion else seen[i]
             flat += ids
         return Texts(np.array(flat, np.int32), lengths, start, end, seen)
+
+    def bodies(self, texts: Sequence[str], prompt: str = "", room: int | None = None) -> Iterator[list[int]]:
+        """Ids of prompt and text, nothing before or after them; those beyond `room` are not looked at and any.
+
+        Reserved tokens may stand in the prompt; where a text spells them, they are ordinary characters.
+        """
+        texts = [_well_formed(text.lower() if self.lowercase else text) for text in texts]
+        encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts], add_special_tokens=False)
+        head = max((i + 1 for i, token in enumerate(self._plain(prompt)) if token in self._reserved), default=0)
+        reserved = frozenset(self._reserved)
+        for text, encoding in zip(texts, encoded, strict=True):
+            ids = encoding.ids
+            yield ids if reserved.isdisjoint(ids[head:room]) else self._disarmed(prompt, text, head)
 
     def ids_of(self, words: Sequence[str]) -> list[int]:
         """Ids of those words that are a token by themselves."""

@@ -11,7 +11,7 @@ import gc
 import json
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +26,17 @@ EPILOG = "Exit codes: 0 done, 2 bad input (nothing is lost), 130 and 143 stopped
 
 
 class Evaluations:
-    """Evaluates the model as it stands, and keeps the first and the newest result for the final table."""
+    """Evaluates the model as it stands, and keeps the first and the newest result for the final table.
 
-    def __init__(self, model: "Model", tasks: list[str], folder: Path):  # noqa: F821
-        self.model, self.tasks, self.file = model, tasks, folder / "before.json"
+    `evaluate` gives the result.
+    """
+
+    def __init__(self, evaluate: Callable[[], "Evaluation"], folder: Path):  # noqa: F821
+        self.evaluate, self.file = evaluate, folder / "before.json"
         self.before = self.after = None
 
     def __call__(self, step: int) -> "Evaluation":  # noqa: F821
-        from eval import evaluate
-
-        result = evaluate(self.model, self.tasks)
+        result = self.evaluate()
         if step == 0:
             self.before = result
             self.file.write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
@@ -59,25 +60,18 @@ class Run:
     folder: Path
     trainer: "Trainer"  # noqa: F821  (imported when a run is made, so that --help is quick)
     evaluations: Evaluations | None
+    retrieval: "RetrievalConfig"  # noqa: F821
     headline: list[tuple[str, str]]
 
 
-def prepare(settings: config.Settings) -> Run:
-    """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
+def build_model(settings: config.Settings) -> tuple["RetrievalModel", "RetrievalConfig", Path]:  # noqa: F821
+    """The model that is to be trained, as `checkpoint.build` gives it."""
     import checkpoint
-    from data_loader import Batches, Rows, find_files, find_validation
-    from embed import Model
-    from models import count_parameters, lora
-    from models.remat import checkpoint_blocks, seed
-    from objectives import make as make_objective
-    from trainer import Trainer
 
-    folder = Path(settings.output).expanduser()
-    check_output(folder, settings)
-    rows = Rows(find_files(settings.data), settings.skip_bad_rows)
-    seed(settings.seed)  # a fresh projection
-    model, retrieval, base = checkpoint.build(
+    return checkpoint.build(
         settings.model,
+        projection=settings.projection_dim,
+        reranker=settings.reranker_type,
         task=settings.task,
         pooling=settings.pooling,
         query_prompt=settings.query_prompt,
@@ -86,13 +80,63 @@ def prepare(settings: config.Settings) -> Run:
         max_length=settings.max_length,
         query_max_length=settings.query_max_length or settings.query_expansion,  # ColBERT cuts where it fills
         matryoshka_dims=settings.matryoshka_dims or None,
-        projection=settings.projection_dim,
         maxsim=settings.maxsim,
         skiplist=list(string.punctuation) if settings.skip_punctuation else None,
         query_expansion=settings.query_expansion,
         attend_expansion=settings.attend_expansion,
         impute=settings.impute,
+        instruction=settings.instruction,
     )
+
+
+def evaluation_of(
+    settings: config.Settings,
+    model: "RetrievalModel",  # noqa: F821
+    retrieval: "RetrievalConfig",  # noqa: F821
+    tokenizer: "TextTokenizer",  # noqa: F821
+) -> Callable[[], "Evaluation"]:  # noqa: F821
+    """What evaluates the model as it stands at the moment of a call."""
+    if retrieval.task == "rerank":
+        from rerank import Reranker
+        from rerank_eval import evaluate_reranker
+
+        reranker = Reranker.of(model, retrieval, tokenizer, settings.model)
+        return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth)[1]
+    from embed import Model
+    from eval import evaluate
+
+    in_use = Model(model, retrieval, tokenizer, settings.model)
+    return lambda: evaluate(in_use, settings.eval_tasks)
+
+
+def describe(settings: config.Settings, retrieval: "RetrievalConfig") -> str:  # noqa: F821
+    """What becomes of a text, in words."""
+    lengths = f"{retrieval.query_max_length} tokens of a query, {retrieval.max_length} of a document"
+    if retrieval.task == "rerank":
+        if retrieval.reranker != "listwise":
+            lengths = f"{retrieval.max_length} tokens of query and document together"
+        return f"{retrieval.reranker} reranker, {settings.loss}, {lengths}"
+    if retrieval.task == "late":
+        return f"a vector of {retrieval.dimensions} dimensions for every token, MaxSim ({retrieval.maxsim}), {lengths}"
+    return f"{retrieval.pooling} pooling, {lengths}"
+
+
+def prepare(settings: config.Settings) -> Run:
+    """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
+    import checkpoint
+    from data_loader import Rows, find_files, find_validation
+    from models import count_parameters, lora
+    from models.remat import checkpoint_blocks, seed
+    from objectives import make as make_objective
+    from objectives import make_batches
+    from trainer import Trainer
+
+    folder = Path(settings.output).expanduser()
+    check_output(folder, settings)
+    rows = Rows(find_files(settings.data), settings.skip_bad_rows)
+    seed(settings.seed)  # a fresh projection
+    model, retrieval, base = build_model(settings)
+    settings.check_task(retrieval.task)
     if too_long := [d for d in settings.matryoshka_dims if d > retrieval.dimensions]:
         raise UserError(f"--matryoshka-dims {too_long[0]}: the model's vectors have {retrieval.dimensions} dimensions")
     seed(settings.seed)  # fresh LoRA weights
@@ -105,18 +149,20 @@ def prepare(settings: config.Settings) -> Run:
         settings.lora_keys,
         settings.num_layers,
     )
-    if settings.train_type == "full" and settings.num_layers == -1:
+    if retrieval.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
         model.head.unfreeze()
     everything, trainable = count_parameters(model)
-    settings.settle(everything)
+    settings.settle(everything, retrieval.reranker)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
     tokenizer = retrieval.tokenizer(base)
-    batches = Batches(rows, tokenizer, settings.batch_size, settings.seed)
+    objective = make_objective(settings, retrieval, tokenizer, rows)
+    batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed)
     validation = None
     if held_out := find_validation(settings.data):
         held_out_rows = Rows(held_out, settings.skip_bad_rows)
-        validation = Batches(held_out_rows, tokenizer, min(settings.batch_size, len(held_out_rows)), seed=0)
+        size = min(settings.batch_size, len(held_out_rows))
+        validation = make_batches(settings, retrieval, held_out_rows, tokenizer, size)
 
     def save_model(target: Path) -> None:
         checkpoint.save_model(target, model, adapter_config, retrieval)
@@ -124,8 +170,7 @@ def prepare(settings: config.Settings) -> Run:
 
     evaluations = None
     if settings.eval_tasks:
-        evaluations = Evaluations(Model(model, retrieval, tokenizer, settings.model), settings.eval_tasks, folder)
-    objective = make_objective(settings, retrieval, tokenizer, rows)
+        evaluations = Evaluations(evaluation_of(settings, model, retrieval, tokenizer), folder)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if settings.eval_tasks:
         from eval import load_tasks
@@ -133,14 +178,11 @@ def prepare(settings: config.Settings) -> Run:
         load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
     rank = f"r={settings.lora_rank}"
     trained = {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[settings.train_type]
-    vectors = f"{retrieval.pooling} pooling"
-    if retrieval.task == "late":
-        vectors = f"a vector of {retrieval.dimensions} dimensions for every token, MaxSim ({retrieval.maxsim})"
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),
         ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({trained})"),
-        ("text", f"{vectors}, {retrieval.query_max_length} tokens of a query, {retrieval.max_length} of a document"),
+        ("text", describe(settings, retrieval)),
         ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "
                  f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
                  f"learning rate {settings.learning_rate:g}"),
@@ -148,7 +190,7 @@ def prepare(settings: config.Settings) -> Run:
     if backend.KERNELS and kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += [("left out", line) for line in rows.skipped[:20]]
-    return Run(settings, folder, trainer, evaluations, headline)
+    return Run(settings, folder, trainer, evaluations, retrieval, headline)
 
 
 def check_output(folder: Path, settings: config.Settings) -> None:
@@ -267,9 +309,16 @@ def conclude(run: Run) -> None:
     lines += [
         ("curves", f"{folder / 'curves.png'}"),
         ("metrics", f"{folder / 'metrics.jsonl'}"),
-        ("next", f"python embed.py --model {folder / 'final'} --input eval-data/corpus.jsonl --output vectors.npy"),
+        ("next", next_command(folder / "final", run.retrieval.task)),
     ]
     print_lines(lines)
+
+
+def next_command(adapter: Path, task: str) -> str:
+    """What to try with a trained model."""
+    if task == "rerank":
+        return f'python rerank.py --model {adapter} --query "..." --documents eval-data/corpus.jsonl'
+    return f"python embed.py --model {adapter} --input eval-data/corpus.jsonl --output vectors.npy"
 
 
 def continue_command(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/bm25.py eval-data
 
-bm25s with its defaults and English stop words, scored as eval.py scores a model.
+The BM25 that is the first stage of `eval.py --task rerank`, scored as eval.py scores a model.
 """
 
 import sys
@@ -10,27 +10,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import bm25s
 import numpy as np
 
 import eval_tasks
-from eval import METRICS, score_rankings
+from eval import METRICS, document_text, score_rankings
+from rerank_eval import bm25, by_rank
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "eval-data")
     corpus, queries, qrels = eval_tasks.read_folder(folder)
-    ids, asked = list(corpus), list(qrels)
-    retriever = bm25s.BM25()
-    texts = [" ".join(filter(None, corpus[d])) for d in ids]
-    retriever.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-    words = bm25s.tokenize([queries[q][1] for q in asked], stopwords="en", return_ids=False, show_progress=False)
-    rankings = {}
-    for query, terms in zip(asked, words, strict=True):
-        scores = retriever.get_scores(terms)
-        rankings[query] = {ids[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[:1000]}
-    scores = score_rankings(qrels, rankings)
-    print(f"BM25 on {folder}: {len(ids):,} documents, {len(asked):,} queries")
+    documents = {name: document_text({"title": title, "text": text}) for name, (title, text) in corpus.items()}
+    found = bm25(documents, {name: text for name, (_, text) in queries.items()})
+    scores = score_rankings(qrels, {query: by_rank(ids) for query, ids in found.items()})
+    print(f"BM25 on {folder}: {len(corpus):,} documents, {len(queries):,} queries")
     for metric, name in METRICS.items():
         print(f"{name:<12}{np.mean(list(scores[metric].values())):.4f}")
 

@@ -9,6 +9,9 @@ class Backbone(nn.Module):
     Contract: `hidden_states(ids, lengths)` returns the last layer's states (R, L, D) in the model's dtype for ids
     (R, L) int32, right-padded, and lengths (R,) int32. Padding never changes a real token's state; the states at
     padded positions are arbitrary. Parameters keep the checkpoint's own names below `adapted`.
+
+    BERT also takes `second`, (R,) int32: from there on, tokens are of the second text of a pair. Causal decoders also
+    take `past`: see `Decoder.past`.
     """
 
     config: dict

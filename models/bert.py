@@ -35,11 +35,12 @@ class Embeddings(nn.Module):
         self._first_position = first_position(config)
         self._last_position = config["max_position_embeddings"] - 1
 
-    def __call__(self, ids: mx.array) -> mx.array:
+    def __call__(self, ids: mx.array, second: mx.array | None = None) -> mx.array:
         positions = mx.arange(self._first_position, self._first_position + ids.shape[1])
         positions = mx.minimum(positions, self._last_position)  # padding may reach past the table
         states = self.word_embeddings(ids) + self.position_embeddings(positions)
-        return self.LayerNorm(states + self.token_type_embeddings(mx.array([0])))
+        types = mx.array([0]) if second is None else mx.arange(ids.shape[1])[None, :] >= second[:, None]
+        return self.LayerNorm(states + self.token_type_embeddings(types.astype(mx.int32)))
 
 
 class SelfAttention(nn.Module):
@@ -124,9 +125,9 @@ class Bert(Backbone):
     def max_positions(self) -> int:
         return self.config["max_position_embeddings"] - first_position(self.config)
 
-    def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
+    def hidden_states(self, ids: mx.array, lengths: mx.array, second: mx.array | None = None) -> mx.array:
         real = real_tokens(ids, lengths)
-        x = self.embeddings(ids)
+        x = self.embeddings(ids, second)
         for layer in self.layers:
             x = layer(x, real)
         return x

@@ -17,6 +17,8 @@ from models.backbone import Backbone, real_tokens
 from models.ops import attention, gelu_tanh
 from models.source import tensor_table, weight_files
 
+HEADS = ("score.", "projector.", "linear1.", "linear2.")  # rerankers' own tensors, which `rerankers.layout` loads
+
 
 class _Mask:
     """Stands where mlx-lm expects a layer's cache; stores nothing, only builds the bidirectional mask."""
@@ -35,6 +37,35 @@ class _Mask:
         seen = distance < window_size if window_size else mx.ones((length, length), dtype=mx.bool_)
         # The diagonal keeps rows of padding from attending to nothing, which would be NaN.
         return (seen[None, None] & self.real[:, None, None, :]) | (distance == 0)[None, None]
+
+
+Past = list[tuple[mx.array, mx.array]]  # of every layer: keys and values (1, kv heads, P, d)
+
+
+class _Past:
+    """Stands where mlx-lm expects a layer's cache: the keys and values of P tokens that all rows begin with.
+
+    Keeps what the layer adds to them as `keys` and `values`.
+    """
+
+    def __init__(self, keys: mx.array | None = None, values: mx.array | None = None):
+        self.keys, self.values = keys, values
+        self.offset = 0 if keys is None else keys.shape[2]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.keys is not None:
+            rows = keys.shape[0]
+            keys, values = (
+                mx.concatenate([mx.broadcast_to(before, (rows, *before.shape[1:])), now], axis=2)
+                for before, now in ((self.keys, keys), (self.values, values))
+            )
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None, **_) -> mx.array:
+        queries, keys = mx.arange(self.offset, self.offset + length)[:, None], mx.arange(self.offset + length)
+        seen = keys <= queries
+        return seen & (queries - keys < window_size) if window_size else seen
 
 
 class Decoder(Backbone):
@@ -84,21 +115,61 @@ class Decoder(Backbone):
         built = arguments.get("sliding_window") and (types is None or "sliding_attention" in types)
         return config.get("sliding_window") if config.get("use_sliding_window", True) and not built else None
 
-    def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
+    def hidden_states(self, ids: mx.array, lengths: mx.array, past: Past | None = None) -> mx.array:
+        if past:
+            return self.trunk(ids, cache=[_Past(*layer) for layer in past])
         if not self.bidirectional:
             return self.trunk(ids, cache=None)  # a causal model never looks right, where the padding is
         return self.trunk(ids, cache=[_Mask(real_tokens(ids, lengths))] * len(self.layers))
 
+    def _recurrent(self) -> list[str]:
+        """The kinds of layers that are no attention, by the caches that they have."""
+        if not hasattr(self.lm, "make_cache"):
+            return []
+        return sorted({type(cache).__name__ for cache in self.lm.make_cache()} - {"KVCache", "RotatingKVCache"})
+
     def _refuse_recurrent(self) -> None:
         """State-space and linear-attention layers have a direction that no mask can take away."""
-        if not hasattr(self.lm, "make_cache"):
-            return
-        kinds = {type(cache).__name__ for cache in self.lm.make_cache()}
-        if other := kinds - {"KVCache", "RotatingKVCache"}:
+        if other := self._recurrent():
             raise UserError(
                 f"--bidirectional needs attention in every layer; {self.config.get('model_type')} also has layers "
-                f"with {', '.join(sorted(other))}"
+                f"with {', '.join(other)}"
             )
+
+    # --- as a judge of pairs (rerankers) ---
+
+    @property
+    def has_past(self) -> bool:
+        """Whether `past` can be computed: causal attention in every layer, each with keys of its own."""
+        return not (self.bidirectional or self._recurrent()) and not self.config.get("num_kv_shared_layers")
+
+    def past(self, ids: mx.array, before: Past | None = None) -> Past:
+        """Keys and values of the tokens ids (1, P) int32, which may follow those of `before`.
+
+        `hidden_states(..., past=...)` then computes the states of rows that begin with these tokens, without them.
+        """
+        layers = [_Past(*layer) for layer in before] if before else [_Past() for _ in self.layers]
+        self.trunk(ids, cache=layers)
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def logits_of(self, tokens: list[int], states: mx.array) -> mx.array:
+        """(R, len(tokens)) logits of some tokens, of final states (R, D): those rows of the vocabulary, no others."""
+        inner = self.lm.language_model if "language_model" in self.lm else self.lm
+        table = inner.lm_head if "lm_head" in inner else self.trunk.embed_tokens
+        if hasattr(table, "linear"):  # an adapter of it has no part in two rows
+            table = table.linear
+        chosen = mx.array(tokens)
+        rows = table.weight[chosen]
+        if "scales" in table:
+            bias = table.biases[chosen] if table.get("biases") is not None else None
+            rows = mx.dequantize(rows, table.scales[chosen], bias, table.group_size, table.bits, table.mode)
+        logits = states @ rows.T.astype(states.dtype)
+        logits = logits + table.bias[chosen] if "bias" in table else logits
+        text = self.config.get("text_config", self.config)
+        logits = logits * text.get("logit_scale", 1.0) / text.get("logits_scaling", 1.0)  # Cohere, Granite
+        if cap := text.get("final_logit_softcapping"):  # Gemma 2
+            logits = cap * mx.tanh(logits / cap)
+        return logits
 
 
 def _classic_rope(config: dict) -> dict:
@@ -223,6 +294,7 @@ def _classes(config: dict) -> tuple[type, type]:
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             if _is_bare(weights):
                 weights = {name if name.startswith("lm_head.") else f"model.{name}": w for name, w in weights.items()}
+            weights = {name: w for name, w in weights.items() if not name.startswith(HEADS)}
             return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
 
     return Model, arguments_class

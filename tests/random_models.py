@@ -119,3 +119,29 @@ def texts(lengths: tuple[int, ...] = (29, 5, 17, 1), seed: int = 0) -> tuple[mx.
     ids = mx.random.randint(5, VOCABULARY, (len(lengths), max(lengths)), key=key)
     real = mx.arange(max(lengths)) < mx.array(lengths)[:, None]
     return mx.where(real, ids, 1), mx.array(lengths)
+
+
+WORDS = "a the what is kidney stone hard piece of material that forms in cat sat on mat which animal did sit there ? ;"
+
+
+def word_tokenizer(folder: Path, roberta: bool = False) -> Path:
+    """Write a tokenizer of whole words that frames a pair as BERT does, or as RoBERTa."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ("<s>", "<pad>", "</s>", "<unk>") if roberta else ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>" if roberta else "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(special))
+    first, last = ("<s>", "</s>") if roberta else ("[CLS]", "[SEP]")
+    pair = f"{first} $A {last} {last} $B {last}" if roberta else f"{first} $A {last} $B:1 {last}:1"
+    marks = [(word, vocabulary[word]) for word in (first, last)]
+    single = f"{first} $A {last}"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=marks)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("bos_token", "pad_token", "eos_token", "unk_token") if roberta else ("pad_token", "unk_token")
+    roles = dict(zip(names, special, strict=False)) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    roles |= {"cls_token": first, "sep_token": last}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles), encoding="utf-8")
+    return folder

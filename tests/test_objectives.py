@@ -23,6 +23,13 @@ QUERIES, DOCUMENTS, LONGEST = (3, 5, 2), (6, 2, 9, 4), 12
 SKIPPED = 7
 
 
+def settled(**changes) -> Settings:
+    """Settings with the loss and temperature of a model of 1,000 parameters where none is given."""
+    settings = Settings(**changes)
+    settings.settle(1_000)
+    return settings
+
+
 @pytest.fixture
 def batch() -> Batch:
     """Three queries, four documents, one of them a hard negative; all judged by a teacher but the last query's."""
@@ -58,7 +65,7 @@ def representations(batch) -> mx.array:
 @pytest.mark.parametrize("skipped", [[], [SKIPPED]])
 def test_the_lean_gradient_is_the_usual_one(batch, representations, changes, skipped):
     """Every late objective: value and gradient as `mx.value_and_grad` gives them."""
-    objective = objectives.LateObjective(Settings(task="late", **changes), skipped, "mean")
+    objective = objectives.LateObjective(settled(task="late", **changes), skipped, "mean")
     expected = mx.value_and_grad(objective)(representations, batch)
     found = objective.gradient(representations, batch)
     for mine, theirs in zip(found, expected, strict=True):
@@ -74,7 +81,7 @@ def test_the_lean_gradient_is_the_usual_one(batch, representations, changes, ski
 
 
 def test_skipped_tokens_do_not_count(batch, representations):
-    objective = objectives.LateObjective(Settings(task="late"), [SKIPPED], "mean")
+    objective = objectives.LateObjective(settled(task="late"), [SKIPPED], "mean")
     queries, documents = objective._sides(representations, batch)
     assert queries.shape == (3, 5, 16) and documents.shape == (4, 9, 16)
     counted = np.array(maxsim.counted(documents))
@@ -129,4 +136,4 @@ def test_distillation_is_torchs_divergence():
 def test_what_does_not_fit_is_refused(changes, config, message):
     rows = SimpleNamespace(has_scores=False)
     with pytest.raises(UserError, match=message):
-        objectives.make(Settings(**changes), RetrievalConfig(**config), None, rows)
+        objectives.make(settled(**changes), RetrievalConfig(**config), None, rows)
