@@ -156,7 +156,6 @@ def make(
 ) -> "Objective | RerankObjective":
     """The objective of a run. UserError where the settings do not fit the task or the data."""
     if config.task == "rerank":
-        groups.check(rows, settings)
         return RerankObjective(settings)
     if settings.loss in GROUP_LOSSES:
         raise UserError(f"--loss {settings.loss} is for --task rerank")
@@ -181,8 +180,9 @@ def make_batches(
     size: int,
     seed: int = 0,
 ) -> Batches:
-    """The batches that the objective of a run takes."""
+    """The batches that the objective of a run takes. UserError where a reranker's loss can not use these rows."""
     if config.task != "rerank":
         return Batches(rows, tokenizer, size, seed)
+    groups.check(rows, settings)
     make = GroupMaker(rows, settings.random_negatives, config.reranker == "listwise", settings.seed)
     return Batches(rows, tokenizer, size, seed, make, GroupBatch)

@@ -21,6 +21,7 @@ import backend
 from backend import UserError, mx
 
 import numpy as np
+from mlx.utils import tree_flatten
 
 from batching import Texts, micro_batches
 from heads import RetrievalModel
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 SEQUENCES = 4_096  # that are tokenised and sorted by length together
 SHARED_BY = 4  # documents of a query, from which on what their sequences begin with is computed once
-SHARED_STEP = 16  # tokens: so the beginning has few lengths, as every length is a graph to be made
+SHARED_FROM = 16  # tokens: a shorter common beginning is not worth computing apart
 
 
 class Reranker:
@@ -66,6 +67,11 @@ class Reranker:
         if adapter is None and not _is_late(base):
             flags |= {"task": "rerank", "reranker": reranker_type}
         parts = checkpoint.open_model(base, str(adapter) if adapter else None, **flags)
+        if adapter is None and tree_flatten(parts[0].head.trainable_parameters()):
+            raise UserError(
+                f"{model}: the weights of a reranker's head are not in this model, so its scores would mean nothing. "
+                "python train.py --task rerank trains one"
+            )
         self._take(*parts[:2], parts[1].tokenizer(parts[2]), str(adapter or base).rstrip("/"), parts[2])
         if reranker_type not in (None, self.kind):
             raise UserError(f"--reranker-type {reranker_type}: {self.name} is of the kind {self.kind}")
@@ -185,8 +191,7 @@ class Reranker:
         least = min(map(len, rows)) - 1  # every row keeps a token, at which its score stands
         same = np.all([row[:least] == rows[0][:least] for row in rows], axis=0)
         count = least if same.all() else int(same.argmin())
-        count -= count % SHARED_STEP
-        if not count:
+        if count < SHARED_FROM:
             return texts, None
         past = self.model.backbone.past(mx.array(rows[0][None, :count]))
         mx.eval(past)

@@ -3,6 +3,7 @@
 python search.py index src --model-path adapters/final                  # once, and again after changes
 python search.py search "where are gradients cached"                    # path:line, score, snippet
 python search.py search "readLine" --bm25 --top 5 --json
+python search.py search "where are gradients cached" --rerank Qwen/Qwen3-Reranker-0.6B      # the first 50, read anew
 python search.py eval queries.jsonl                                     # bm25, semantic and hybrid side by side
 
 A minute or two on this checkout: python search.py index . --model-path gemma-3-tiny-mlx
@@ -13,6 +14,7 @@ for hit in searcher.search("where are gradients cached", top=5): print(hit.path,
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from embed import Model
+    from rerank import Reranker
     from search_index import Hit
     from search_update import Summary
 
 MODES = ("hybrid", "semantic", "bm25")
+DEPTH = 50  # hits that a reranker orders anew
 
 
 class Searcher:
@@ -46,14 +50,20 @@ class Searcher:
     Args:
         index: folder that `search.py index` made.
         model: the model's folder or name, where it is no longer found under the name that the index knows.
+        reranker: a `rerank.Reranker`, or anything with its `score`, that orders the first hits anew; None = none does.
 
     Raises UserError where there is no index, and in searching where the model is not the one that made it.
     """
 
-    def __init__(self, index: str | Path = ".index", model: str | None = None):
+    def __init__(
+        self,
+        index: str | Path = ".index",
+        model: str | None = None,
+        reranker: "Reranker | None" = None,
+    ):
         from search_index import Index
 
-        self.index, self._name = Index.open(index), model
+        self.index, self._name, self.reranker = Index.open(index), model, reranker
 
     @functools.cached_property
     def model(self) -> "Model":
@@ -74,7 +84,9 @@ class Searcher:
             )
         return model
 
-    def search(self, query: str, mode: str = "hybrid", top: int = 10, weight: float = 0.5) -> "list[Hit]":
+    def search(
+        self, query: str, mode: str = "hybrid", top: int = 10, weight: float = 0.5, depth: int = DEPTH
+    ) -> "list[Hit]":
         """The best chunks for a query, best first.
 
         Args:
@@ -82,7 +94,18 @@ class Searcher:
             mode: "bm25", "semantic" or "hybrid", which fuses both by reciprocal ranks.
             top: most hits.
             weight: of semantic ranks in hybrid, from 0 (words alone) to 1 (meaning alone).
+            depth: how many hits the reranker orders anew; `score` is then the reranker's, and others are not returned.
         """
+        if self.reranker is None:
+            return self._search(query, mode, top, weight)
+        if depth < 1:
+            raise UserError(f"--rerank-depth {depth}: at least 1")
+        hits = self._search(query, mode, max(top, depth), weight)
+        scores = self.reranker.score(query, [hit.text for hit in hits])
+        order = (-scores).argsort(kind="stable")[:top].tolist()
+        return [dataclasses.replace(hits[i], score=float(scores[i])) for i in order]
+
+    def _search(self, query: str, mode: str, top: int, weight: float) -> "list[Hit]":
         from search_model import embed
 
         if mode not in MODES:
@@ -205,10 +228,15 @@ def index_command(args: argparse.Namespace) -> None:
 
 
 def search_command(args: argparse.Namespace) -> None:
-    searcher = Searcher(args.index, args.model_path)
+    reranker = None
+    if args.rerank:
+        from rerank import Reranker
+
+        reranker = Reranker(args.rerank)
+    searcher = Searcher(args.index, args.model_path, reranker)
     if not searcher.index.about.complete:
         print("search.py: indexing was not finished, and finds only a part (search.py index goes on)", file=sys.stderr)
-    hits = searcher.search(args.query, args.mode, args.top, args.weight)
+    hits = searcher.search(args.query, args.mode, args.top, args.weight, args.rerank_depth)
     if args.json:
         print(hits_to_json(hits, args.query, args.mode, searcher.index.root))
     else:
@@ -269,6 +297,9 @@ def parser() -> argparse.ArgumentParser:
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default="hybrid", help=text)
     search.add_argument("--top", type=int, default=10, metavar="N", help="most hits (default: 10)")
     search.add_argument("--weight", type=float, default=0.5, metavar="W", help=weight)
+    reranker = "order the first hits anew with this reranker: adapter folder, model's folder, or hub name"
+    search.add_argument("--rerank", metavar="MODEL", help=reranker)
+    search.add_argument("--rerank-depth", type=int, default=DEPTH, metavar="N", help=f"so many (default: {DEPTH})")
     search.add_argument("--json", action="store_true", help="print one JSON object with whole chunks")
     search.add_argument("--model-path", metavar="DIR", help=moved)
     search.set_defaults(run=search_command)

@@ -37,7 +37,7 @@ OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", "chunks.lance", "fil
 # nothing is missed; see benchmarks/search_latency.py. Told a number of partitions instead of their size, LanceDB would
 # join them again to a few large ones.
 PARTITIONS_FROM, PARTITION_SIZE, PROBES = 10_000, 1_000, 250
-LATE_CANDIDATES = 1_000  # chunks whose tokens are compared, those with the nearest mean vectors
+LATE_CANDIDATES = 300  # chunks whose tokens are compared, those with the nearest mean vectors
 RRF_K = 60  # Cormack, Clarke and Büttcher 2009
 HIT_COLUMNS = ["path", "line", "end_line", "language", "kind", "name", "text"]
 

@@ -225,12 +225,18 @@ def resumed_settings(given: dict) -> config.Settings:
 
 def train(settings: config.Settings) -> dict:
     """Train as the settings say; returns what `results.json` holds."""
+    run = prepare(settings)
+    gc.freeze()  # what is there now stays: no need to look through it at every collection
+    return carry_out(run)
+
+
+def carry_out(run: Run) -> dict:
+    """Train a prepared run, or continue it; returns as `train`."""
     import checkpoint
     from reporting import Reporter, print_lines
     from trainer import Stopped
 
-    run = prepare(settings)
-    gc.freeze()  # what is there now stays: no need to look through it at every collection
+    settings = run.settings
     print_lines(run.headline)
     if settings.dry_run:
         return dry_run(run)

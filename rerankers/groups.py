@@ -89,24 +89,25 @@ class GroupMaker:
 def check(rows: Rows, settings: Settings) -> None:
     """UserError where the rows do not give what the loss needs."""
     loss, low, high = settings.loss, *rows.score_range
+    where = ", ".join(map(str, rows.files))
     if loss not in LOSSES:
         raise UserError(f"--loss {loss} compares vectors; rerankers learn by {', '.join(LOSSES)}")
     alone = rows.kind == "label" or not (rows.has_negatives or settings.random_negatives)
     if alone and rows.kind != "label":
         raise UserError(
-            "--task rerank: the rows have neither labels nor negatives, so there is nothing to tell apart; "
+            f"{where}: the rows have neither labels nor negatives, so there is nothing to tell apart; "
             "--random-negatives 4 takes other rows' documents"
         )
     if alone and loss not in ("yes_no", "bce"):
-        raise UserError(f"--loss {loss} compares the documents of a group; rows with a label are single pairs")
+        raise UserError(f"--loss {loss} compares the documents of a group, and the rows of {where} are single pairs")
     if loss in ("kl_distill", "margin_mse") and not rows.has_scores:
-        raise UserError(f"--loss {loss}: every row needs scores, a teacher's, of its positive and negatives")
+        raise UserError(f"--loss {loss}: every row of {where} needs scores, a teacher's, of its positive and negatives")
     if loss in ("yes_no", "bce") and not 0 <= low <= high <= 1:
         raise UserError(
-            f"--loss {loss} takes labels from 0 to 1, and the scores of the rows go from {low:g} to {high:g}: "
+            f"--loss {loss} takes labels from 0 to 1, and the scores in {where} go from {low:g} to {high:g}: "
             "ranknet, margin_mse and kl_distill take any"
         )
     if loss == "list_softmax" and low < 0:
-        raise UserError(f"--loss list_softmax takes scores from 0 on, and the rows have {low:g}")
+        raise UserError(f"--loss list_softmax takes scores from 0 on, and {where} has {low:g}")
     if loss == "list_softmax" and rows.without_positive:
         raise UserError(f"{rows.without_positive}: the group has no positive, all its scores are 0: nothing to learn")

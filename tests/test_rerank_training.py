@@ -286,7 +286,7 @@ def test_evaluation_while_training(settings, tmp_path):
         ({}, [{"query": f"q{i}", "positive": f"d{i}"} for i in range(8)], "neither labels nor negatives"),
         ({"loss": "info_nce"}, None, "compares vectors"),
         ({"loss": "ranknet"}, [{"query": "q", "document": "d", "label": 1}] * 8, "single pairs"),
-        ({"loss": "margin_mse"}, None, "every row needs scores"),
+        ({"loss": "margin_mse"}, None, "needs scores"),
         ({"loss": "bce"}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "labels from 0 to 1"),
         ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [0, 0]}] * 8, "no positive"),
         ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [1, -1]}] * 8, "from 0 on"),
@@ -299,6 +299,16 @@ def test_evaluation_while_training(settings, tmp_path):
 def test_what_does_not_fit_is_refused(settings, changes, rows, message):
     with pytest.raises(UserError, match=message):
         train.prepare(settings("cross-encoder", rows, **changes))
+
+
+def test_validation_rows_are_checked_as_well(settings, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded_rows()))
+    valid = [row | {"scores": [2.0, 1.0, 0.5]} for row in graded_rows()]
+    (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
+    with pytest.raises(UserError, match="labels from 0 to 1"):
+        train.prepare(settings("cross-encoder", data=[str(folder)]))
 
 
 def test_labels_and_rerank_flags_are_for_rerankers(settings, small):

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mlx.utils import tree_flatten
 from random_models import word_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+import checkpoint
 import rerank
 from batching import pad_rows
 from models.source import read_safetensors
@@ -234,12 +236,13 @@ def test_a_base_model_gets_a_fresh_head_and_keeps_its_pooler(tmp_path):
     model = transformers.BertModel(encoder_config("bert"))
     model.save_pretrained(tmp_path)
     word_tokenizer(tmp_path)
-    ours = Reranker(str(tmp_path))
-    assert ours.config.activation == "sigmoid"
+    built, config, _ = checkpoint.build(str(tmp_path), task="rerank")
+    assert config.activation == "sigmoid"
     pooler = read_safetensors(tmp_path / "model.safetensors")["pooler.dense.weight"]
-    np.testing.assert_array_equal(ours.model.head.dense.weight, pooler)
-    trainable = ours.model.head.trainable_parameters()
-    assert set(trainable) == {"out"} or "weight" not in trainable.get("dense", {})
+    np.testing.assert_array_equal(built.head.dense.weight, pooler)
+    assert {name for name, _ in tree_flatten(built.head.trainable_parameters())} == {"out.weight", "out.bias"}
+    with pytest.raises(UserError, match="python train.py --task rerank trains one"):
+        Reranker(str(tmp_path))  # its scores would be random
 
 
 def test_decoder_with_a_score_layer(tmp_path, qwen_tokenizer):
@@ -385,7 +388,6 @@ def test_ten_thousand_documents(tmp_path):
 
 
 def test_models_that_are_no_rerankers(small, tmp_path):
-    import checkpoint
     from models import lora
 
     model, config, _ = checkpoint.build(small)
@@ -403,7 +405,6 @@ def test_models_that_are_no_rerankers(small, tmp_path):
 
 
 def test_late_models_rerank_too(minilm, tmp_path):
-    import checkpoint
     import maxsim
     from embed import load
     from late_index import _pad

@@ -321,3 +321,56 @@ def test_snippets_show_the_lines_with_most_words():
     assert snippet(text, "beta gamma") == [(3, "    beta = 2"), (4, "    gamma = 3")]
     assert snippet(text, "zebra") == [(0, "def f():"), (2, "    alpha = 1")]
     assert snippet("one line", "zebra") == [(0, "one line")]
+
+
+# --- reranking --------------------------------------------------------------------------------------------------------
+
+
+class LastLetters:
+    """A reranker that puts texts in the order of their last letters."""
+
+    def __init__(self):
+        self.asked: list[list[str]] = []
+
+    def score(self, query: str, documents: list[str]) -> np.ndarray:
+        self.asked.append(list(documents))
+        return np.array([-ord(text.strip()[-1]) for text in documents], np.float32)
+
+
+def test_a_reranker_orders_the_first_hits_anew(indexed):
+    reranker = LastLetters()
+    searcher = Searcher(indexed[1], reranker=reranker)
+    first = searcher.index.bm25("read it hisses chain", 4)
+    assert len(first) >= 3
+    found = searcher.search("read it hisses chain", "bm25", top=2)
+    expected = sorted(first, key=lambda hit: ord(hit.text.strip()[-1]))[:2]
+    assert paths(found) == paths(expected)
+    assert [hit.score for hit in found] == [-float(ord(hit.text.strip()[-1])) for hit in found]
+    searcher.search("read it hisses chain", "bm25", top=1, depth=2)
+    assert [len(documents) for documents in reranker.asked] == [len(first), 2]
+    assert searcher.search("nowhere", "bm25") == []
+    with pytest.raises(UserError, match="--rerank-depth 0"):
+        searcher.search("read", "bm25", depth=0)
+
+
+def test_the_command_reranks(indexed, tmp_path, capsys):
+    from test_reranker_scores import cross_encoder
+
+    cross_encoder("bert", tmp_path / "model")
+    _, index = indexed
+    command = [
+        "search",
+        "read it hisses chain",
+        "--index",
+        str(index),
+        "--bm25",
+        "--json",
+        "--rerank",
+        str(tmp_path / "model"),
+    ]
+    assert search.main(command) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    texts = [hit["text"] for hit in results]
+    assert len(texts) >= 3 and [hit["score"] for hit in results] == sorted((h["score"] for h in results), reverse=True)
+    assert search.main([*command[:-1], str(index / "nothing")]) == 2
+    assert "no folder" in capsys.readouterr().err
