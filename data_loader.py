@@ -28,7 +28,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from backend import UserError
 
@@ -91,8 +91,8 @@ def _text(row: dict, key: str) -> str:
     return row[key]
 
 
-def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
-    """One line's example and its format; RowError says what is wrong with it."""
+def decode(line: bytes) -> dict:
+    """The JSON object of one line; RowError says why there is none."""
     if len(line) > MAX_ROW_BYTES:
         raise RowError(f"the line has more than {MAX_ROW_BYTES:,} bytes; are line breaks missing?")
     try:
@@ -107,6 +107,12 @@ def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
         raise RowError("JSON nested too deeply") from error
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
+    return row
+
+
+def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
+    """One line's example and its format; RowError says what is wrong with it."""
+    row = decode(line)
     kind = row_format(row)
     if expected is not None and kind != expected:
         found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (kind, expected))
@@ -186,6 +192,22 @@ def find_validation(sources: Sequence[str]) -> list[Path]:
     return find_files([str(folder) for folder in folders if any((folder / name).is_file() for name in names)], "valid")
 
 
+def open_rows(file: Path) -> BinaryIO:
+    """A file of rows, unpacked where it is gzip-compressed; UserError where it cannot be read."""
+    try:
+        if file.suffix != ".gz":
+            return open(file, "rb")
+        unpacked = tempfile.TemporaryFile()
+        with gzip.open(file, "rb") as packed:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not a whole gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from error
+    unpacked.seek(0)
+    return unpacked
+
+
 class Rows:
     """The checked rows of some files: `len(rows)`, `rows[i]`; texts stay on disk.
 
@@ -204,7 +226,7 @@ class Rows:
         self.has_scores = True  # all of them
         self.score_range = (0.0, 1.0)  # lowest and highest score or label
         self.without_positive = ""  # place of the first row whose scores are all 0 or less
-        self._handles = [self._open(file) for file in self.files]
+        self._handles = [open_rows(file) for file in self.files]
         starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
         for file, handle in zip(self.files, self._handles, strict=True):
             self._check(file, handle, skip_bad, starts, sizes, numbers)
@@ -215,24 +237,9 @@ class Rows:
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
         self._counts = np.array(counts)
 
-    @staticmethod
-    def _open(file: Path):
-        try:
-            if file.suffix != ".gz":
-                return open(file, "rb")
-            unpacked = tempfile.TemporaryFile()
-            with gzip.open(file, "rb") as packed:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{file}: not a whole gzip file ({error})") from error
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}") from error
-        unpacked.seek(0)
-        return unpacked
-
     def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> None:
         position = 0
-        for number, (line, size) in enumerate(_lines(handle), start=1):
+        for number, (line, size) in enumerate(lines_of(handle), start=1):
             if line.strip():
                 try:
                     example, self.kind = parse(line, self.kind)
@@ -269,7 +276,7 @@ class Rows:
         return f"{self.files[file]}:{int(self._numbers[i])}"
 
 
-def _lines(handle) -> Iterator[tuple[bytes, int]]:
+def lines_of(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """Each line with its size in bytes; of an over-long line only the beginning is kept in memory."""
     while line := handle.readline(MAX_ROW_BYTES + 1):
         size, end = len(line), line

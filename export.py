@@ -4,9 +4,11 @@ python export.py --adapter adapters/best --output my-model                      
 python export.py --adapter adapters/best --output my-model-4bit --format mlx --quantize 4
 python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints what llama.cpp wants next
 python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # a base model as it is
+python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
 
-Whatever the format, the folder also holds retrieval_config.json: `embed.py`, `eval.py` and `train.py` take it as
---model. It appears under its name when its vectors have been compared with those of the model it was made of.
+Whatever the format, the folder also holds retrieval_config.json: `embed.py`, `rerank.py`, `eval.py` and `train.py` take
+it as --model. It appears under its name when its vectors, or a reranker's scores, have been compared with those of the
+model it was made of.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from backend import UserError
 
 FORMATS = ("sentence-transformers", "mlx", "hf")
 DTYPES = ("float32", "bfloat16", "float16")
+TASKS = ("embed", "late", "rerank")
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Export:
     output: str
     adapter: str | None = None
     model: str | None = None
+    task: str | None = None
     format: str = FORMATS[0]
     quantize: int | None = None
     gguf_ready: bool = False
@@ -41,6 +45,8 @@ class Export:
             raise UserError("say what to export: --adapter adapters/best, or --model for a base model")
         if self.format not in FORMATS:
             raise UserError(f"--format {self.format}: known are {', '.join(FORMATS)}")
+        if self.task is not None and self.adapter is not None:
+            raise UserError("--task is for a base model: an adapter says itself what it was trained for")
         if self.quantize and self.format != "mlx":
             raise UserError(f"--quantize writes what only mlx reads: use --format mlx, not {self.format}")
         if self.gguf_ready and self.format == "mlx":
@@ -90,17 +96,24 @@ def export(job: Export) -> Path:
     if job.model:
         sources.append(resolve(job.model))
     check_output(output, job.overwrite, sources)
-    model, config, base = checkpoint.open_model(job.model, job.adapter)
+    task = {"task": job.task} if job.task else {}
+    model, config, base = checkpoint.open_model(job.model, job.adapter, **task)
     check_output(output, job.overwrite, [base])
     print_lines([("device", backend.describe()), ("model", job.model or config.base_model)])
-    writer = Writer(job, model, config, base)
+    kind = Writer
+    if config.task == "rerank":
+        from rerankers import exporting
+
+        kind = exporting.RerankWriter
+    writer = kind(job, model, config, base)
     checkpoint.write_folder(output, writer.fill)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     lines = [*writer.lines, ("written", f"{output}, {size / 1e6:,.1f} MB")]
     if job.gguf_ready:
         dense = " --sentence-transformers-dense-modules" if config.dense else ""
         lines.append(("next", f"python convert_hf_to_gguf.py {output}{dense}"))
-    print_lines([*lines, ("next", f"python eval.py --model {output}")])
+    rerank = "--task rerank " if config.task == "rerank" else ""
+    print_lines([*lines, ("next", f"python eval.py {rerank}--model {output}")])
     return output
 
 
@@ -229,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", metavar="FOLDER", help="adapter folder, for instance adapters/best")
     model = "base model to put the adapter on (default: the one it was trained on), or to export by itself"
     parser.add_argument("--model", help=model)
+    parser.add_argument("--task", choices=TASKS, help="what a base model is for (default: what its files say)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
     form = "what is to load it: sentence-transformers (default), mlx_lm.load, or transformers' own classes"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=form)
@@ -238,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gguf-ready", action="store_true", help=gguf)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the base model)")
     parser.add_argument("--overwrite", action="store_true", help="replace an exported folder that is in --output")
-    skip = "do not load the folder with sentence-transformers to compare; with embed.load it is always compared"
+    skip = "do not load the folder with sentence-transformers to compare; with this toolkit it is always compared"
     parser.add_argument("--skip-library-check", action="store_true", help=skip)
     args = parser.parse_args(argv)
     try:

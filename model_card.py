@@ -6,6 +6,7 @@ What a run folder no longer holds is left out. Used by export.py; tested by `pyt
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from backend import UserError
 
 from curves import is_number, metric_name, read_metrics
 from models.source import read_json
+from rerankers import card
 from retrieval_config import RetrievalConfig
 
 SETTINGS = (  # of a run, that say what was done; the others say where and how fast
@@ -45,19 +47,29 @@ POOLING = {
 }
 
 
-def write(config: RetrievalConfig, base: str, adapter: Path | None, form: str, dtype: str, name: str) -> str:
+def write(
+    config: RetrievalConfig,
+    base: str,
+    adapter: Path | None,
+    form: str,
+    dtype: str,
+    name: str,
+    answers: Sequence[int] | None = None,
+) -> str:
     """The card as Markdown.
 
     Args:
         config: of the exported model. base: the base model's name.
         adapter: folder that was merged; None: the base model itself.
         form: one of export.FORMATS. dtype: how the weights are stored, in words.
-        name: of the exported folder.
+        name: of the exported folder. answers: see `rerankers.card.use`.
     """
     settings, step, figures = _settings(adapter), _step(adapter), _figures(adapter)
-    parts = [_front_matter(base, form), f"# {name}\n"]
+    parts = [_front_matter(base, form, config.task == "rerank"), f"# {name}\n"]
     made = f"`{_public(base)}`" if adapter is None else f"a fine-tuned `{_public(base)}`"
-    parts.append(f"Embeds queries and documents for retrieval: {made}, exported by mlx-retrieval.\n")
+    does = "Embeds queries and documents for retrieval"
+    does = "Scores how well documents answer a query" if config.task == "rerank" else does
+    parts.append(f"{does}: {made}, exported by mlx-retrieval.\n")
     parts.append(_described(config, dtype))
     if adapter is not None:
         parts.append("## Training\n")
@@ -71,8 +83,10 @@ def write(config: RetrievalConfig, base: str, adapter: Path | None, form: str, d
             parts.append(_table(("setting", "value"), rows))
     if figures:
         parts += ["## Figures\n", _comparison(figures)]
-    parts += ["## Use\n", _use(config, form, name)]
+    parts += ["## Use\n", _use(config, form, name, answers)]
     parts.append("## Licence\n\nThat of the base model; whoever publishes this folder has to see to it.\n")
+    if config.reranker in card.LICENCES:
+        parts.append(card.LICENCES[config.reranker] + "\n")
     return "\n".join(parts)
 
 
@@ -116,14 +130,15 @@ def _figures(adapter: Path | None) -> dict[str, dict[str, dict[str, float]]]:
 # --- parts of the card ----------------------------------------------------------------------------------------------
 
 
-def _front_matter(base: str, form: str) -> str:
+def _front_matter(base: str, form: str, reranks: bool) -> str:
     library = {"hf": "transformers"}.get(form, form)
-    tags = ["sentence-similarity", "feature-extraction", "retrieval", "mlx-retrieval"]
+    pipeline = "text-ranking" if reranks else "sentence-similarity"
+    tags = list(card.TAGS) if reranks else [pipeline, "feature-extraction", "retrieval", "mlx-retrieval"]
     tags = [form, *tags] if form != "hf" else tags
     lines = ["---", "tags:", *(f"- {tag}" for tag in tags)]
     if not Path(base).expanduser().is_absolute():  # the hub refuses what is no name of a model
         lines.append(f"base_model: {json.dumps(base)}")
-    return "\n".join([*lines, f"library_name: {library}", "pipeline_tag: sentence-similarity", "---", ""])
+    return "\n".join([*lines, f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", ""])
 
 
 def _public(base: str) -> str:
@@ -132,6 +147,8 @@ def _public(base: str) -> str:
 
 
 def _described(config: RetrievalConfig, dtype: str) -> str:
+    if config.task == "rerank":
+        return _table(("", ""), card.rows(config, dtype))
     counted = []
     if config.pooling in ("mean", "max"):
         counted += [] if config.pool_special else ["without the tokenizer's own tokens"]
@@ -162,7 +179,9 @@ def _described(config: RetrievalConfig, dtype: str) -> str:
     )
 
 
-def _use(config: RetrievalConfig, form: str, name: str) -> str:
+def _use(config: RetrievalConfig, form: str, name: str, answers: Sequence[int] | None) -> str:
+    if config.task == "rerank":
+        return "\n".join(card.use(config, form, name, answers))
     blocks = []
     if form == "sentence-transformers" and config.task == "late":
         blocks.append(

@@ -49,7 +49,7 @@ def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
     return token[0] if isinstance(token, list) else token
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     """The text with its lone surrogates, which no tokenizer takes, replaced by U+FFFD."""
     try:
         text.encode("utf-8")
@@ -179,7 +179,7 @@ class TextTokenizer:
 
         Reserved tokens may stand in the prompt; where a text spells them, they are ordinary characters.
         """
-        texts = [_well_formed(text.lower() if self.lowercase else text) for text in texts]
+        texts = [well_formed(text.lower() if self.lowercase else text) for text in texts]
         encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts], add_special_tokens=False)
         head = max((i + 1 for i, token in enumerate(self._plain(prompt)) if token in self._reserved), default=0)
         reserved = frozenset(self._reserved)

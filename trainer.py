@@ -243,7 +243,7 @@ class Trainer:
         settings, state = self.settings, self.state
         last = min(settings.steps, settings.stop_after or settings.steps)
         stream = self.batches.stream(state.step, last)
-        with self._signals(), _closing(stream):
+        with signals(self._note), _closing(stream):
             begin = time.perf_counter()
             for batch in stream:
                 metrics = self.update(batch, state.step + 1)
@@ -255,8 +255,8 @@ class Trainer:
                 }
                 report.step(metrics)
                 finished = state.step == settings.steps
-                stop = self._evaluate_if_due(report, finished)
-                if finished or stop or state.step == last or self._signal or _due(state.step, settings.save_steps):
+                stop = self._evaluate_ifdue(report, finished)
+                if finished or stop or state.step == last or self._signal or due(state.step, settings.save_steps):
                     self.save()
                 if self._signal:
                     raise Stopped(128 + self._signal)
@@ -272,9 +272,9 @@ class Trainer:
         patience = self.settings.early_stopping
         return bool(patience) and self.state.evaluations_since_best >= patience
 
-    def _evaluate_if_due(self, report: Reporter, finished: bool) -> bool:
+    def _evaluate_ifdue(self, report: Reporter, finished: bool) -> bool:
         """Evaluate where it is time to; whether training should stop for lack of gain."""
-        if not (finished or _due(self.state.step, self.settings.eval_steps)):
+        if not (finished or due(self.state.step, self.settings.eval_steps)):
             return False
         metrics = self.measure(self.state.step, report)
         if not metrics:
@@ -315,6 +315,9 @@ class Trainer:
         self.save_model(folder)
         checkpoint.save_training(folder, self.optimizer, asdict(self.state))
 
+    def _note(self, number: int) -> None:
+        self._signal = number
+
     def _refuse(self, batch: Batch, step: int, result: Gradient, loss: float, norm: float) -> None:
         """Save the last good state, then say which examples made the numbers sick."""
         if self.state.step:
@@ -330,23 +333,24 @@ class Trainer:
             "A lower --learning-rate or a higher --temperature may help if the rows are sound."
         )
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run after the current step; a second SIGINT ends it at once."""
 
-        def note(number: int, _frame) -> None:
-            self._signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+@contextmanager
+def signals(note: Callable[[int], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM is noted, for the run to end after the current step; a second SIGINT ends it at once."""
 
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: a notebook's or a test's business
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def handle(number: int, _frame) -> None:
+        note(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: a notebook's or a test's business
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -357,7 +361,7 @@ def _closing(stream: Iterator) -> Iterator[None]:
         stream.close()
 
 
-def _due(step: int, every: int) -> bool:
+def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 

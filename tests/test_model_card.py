@@ -41,7 +41,7 @@ def best(tmp_path) -> Path:
         for step, figures in ((0, BEFORE), (10, AFTER), (20, LATER))
     ]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    Settings(data=["/home/me/pairs.jsonl"], lora_rank=7, steps=20).write(folder / "config.yaml")
+    Settings(data=["/home/me/pairs.jsonl"], lora_rank=7, steps=20, loss="info_nce").write(folder / "config.yaml")
     (folder / "trainer_state.json").write_text('{"step": 10}')
     return folder
 

@@ -142,12 +142,15 @@ def test_semantic_is_the_cosine(searcher, indexed):
         assert searcher.search(query, "semantic", top=2) == hits[:2]
 
 
-def test_hybrid_fuses_both(searcher):
+def test_hybrid_fuses_both(searcher, indexed, capsys):
     query = "read the boiler"
     bm25, semantic = (searcher.search(query, mode, top=100) for mode in ("bm25", "semantic"))
     for weight in (0.0, 0.3, 1.0):
-        assert searcher.search(query, weight=weight) == fuse(bm25, semantic, weight)
-    assert searcher.search(query, top=1) == fuse(bm25, semantic)[:1]
+        assert searcher.search(query, "hybrid", weight=weight) == fuse(bm25, semantic, weight)
+    assert searcher.search(query, "hybrid", top=1) == fuse(bm25, semantic)[:1]
+    assert searcher.search(query) == semantic[:10]  # the default
+    assert search.main(["search", query, "--index", str(indexed[1]), "--weight", "0.3"]) == 2
+    assert "--weight is for --hybrid" in capsys.readouterr().err
 
 
 def test_partitions_find_what_comparing_all_finds(tmp_path, monkeypatch):
@@ -239,7 +242,7 @@ def test_the_command_prints_places_and_snippets(indexed, capsys, monkeypatch):
 
 
 def test_the_command_prints_json(indexed, searcher, capsys):
-    for flags, mode in (([], "hybrid"), (["--semantic"], "semantic"), (["--bm25"], "bm25"), (["--hybrid"], "hybrid")):
+    for flags, mode in (([], "semantic"), (["--semantic"], "semantic"), (["--bm25"], "bm25"), (["--hybrid"], "hybrid")):
         assert search.main(["search", "été boiler", "--json", "--top", "2", "--index", str(indexed[1]), *flags]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["mode"], found["query"], found["root"]) == (mode, "été boiler", str(indexed[0]))
