@@ -148,7 +148,7 @@ class YesNoHead(nn.Module):
     Its sigmoid is the softmax over the two tokens. No other logit is computed.
 
     Args:
-        logits: (R, D) states -> (R, 2) logits of "no" and "yes": see `Decoder.logits_of`.
+        logits: (R, D) states -> (R, 2) float32 logits of "no" and "yes": see `Decoder.logits_of`.
     """
 
     def __init__(self, logits: Callable[[mx.array], mx.array]):
@@ -157,7 +157,7 @@ class YesNoHead(nn.Module):
 
     def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
         last = mx.take_along_axis(states, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
-        logits = self._logits(last).astype(mx.float32)
+        logits = self._logits(last)
         return logits[:, 1:] - logits[:, :1]
 
 

@@ -10,7 +10,7 @@ import backend
 from batching import micro_batches
 
 FORWARD = ("forward, queries", "forward, documents")
-PHASES = ("data", *FORWARD, "loss", "backward", "forward, loss, backward", "optimizer")
+PHASES = ("data", "forward", *FORWARD, "loss", "backward", "forward, loss, backward", "optimizer")
 
 
 class Clock:
@@ -49,15 +49,13 @@ def profile(run: "Run") -> dict[str, float]:  # noqa: F821  (train.py stands abo
     finally:
         stream.close()
     found = {phase: seconds / settings.profile for phase, seconds in clock.seconds.items()}
-    if "forward" in found:
+    if "forward" in found and run.retrieval.task != "rerank":  # whose queries and documents go together
         shares = _sides(trainer.gradient_of, batch)
         found |= {name: found["forward"] * share for name, share in zip(FORWARD, shares, strict=True)}
     found |= {"step": whole / settings.profile, "tokens": tokens / settings.profile}
     if run.evaluations:
-        from eval import evaluate
-
         with clock("evaluation"):
-            evaluate(run.evaluations.model, settings.eval_tasks)
+            run.evaluations.evaluate()
         found["evaluation"] = clock.seconds["evaluation"]
     _print(found, settings)
     return found
@@ -80,7 +78,7 @@ def _print(found: dict[str, float], settings: "Settings") -> None:  # noqa: F821
     from reporting import print_lines, print_rows
 
     step, tokens = found["step"], found["tokens"]
-    phases = [phase for phase in PHASES if phase in found]
+    phases = [phase for phase in PHASES if phase in found and not (phase == "forward" and FORWARD[0] in found)]
     seconds = {phase: found[phase] for phase in phases}
     seconds |= {"other": step - sum(seconds.values()), "step": step}
     rows = [

@@ -3,6 +3,7 @@
     python benchmarks/search_latency.py
     python benchmarks/search_latency.py --chunks 10000 --queries 50
     python benchmarks/search_latency.py --centres 0             # vectors without any structure: the worst for recall
+    python benchmarks/search_latency.py --tokens 120 --dimensions 128 --queries 50         # late interaction, 3 GB
 
 Texts are words drawn by Zipf's law, vectors lie around random centres. A query's embedding is not in the figures. What
 is found in LanceDB's partitions is compared with what comparing every vector finds. Figures in benchmarks/README.md.
@@ -22,9 +23,10 @@ import backend  # noqa: F401
 import numpy as np
 
 from chunks import Chunk
-from search_index import About, Index, Record
+from search_index import LATE_CANDIDATES, About, Index, Record
 
 VOCABULARY, WORDS, QUERY_WORDS = 30_000, 120, 6
+QUERY_TOKENS = 16  # vectors of a query, late interaction
 BATCH, CHUNKS_OF_A_FILE = 5_000, 10
 
 
@@ -44,6 +46,12 @@ class Synthetic:
         drawn = self.rng.choice(VOCABULARY, (count, length), p=self.shares)
         return [" ".join(self.words[i] for i in row) for row in drawn]
 
+    def token_vectors(self, count: int, tokens: int) -> list[np.ndarray]:
+        """`count` texts' token vectors (tokens, D), of unit length, around the texts' own vectors."""
+        around = self.vectors(count)[:, None]
+        vectors = around + self.rng.standard_normal((count, tokens, self.dimensions), np.float32) / self.dimensions**0.5
+        return list(vectors / np.linalg.norm(vectors, axis=2, keepdims=True))
+
     def vectors(self, count: int) -> np.ndarray:
         """(count, D) float32 of unit length."""
         vectors = self.rng.standard_normal((count, self.dimensions), np.float32)
@@ -52,9 +60,9 @@ class Synthetic:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def build(folder: Path, data: Synthetic, chunks: int) -> tuple[Index, float, float]:
-    """The index, the seconds of storing chunks, and those of making it searchable."""
-    about = About("/", False, "synthetic", "", data.dimensions, 2_000, 200)
+def build(folder: Path, data: Synthetic, chunks: int, tokens: int) -> tuple[Index, float, float]:
+    """The index, the seconds of storing chunks, those of making it searchable. `tokens` of a chunk; 0 = not late."""
+    about = About("/", False, "synthetic", "", data.dimensions, 2_000, 200, maxsim="mean" if tokens else "")
     began = time.perf_counter()
     index = Index.create(folder, about)
     for first in range(0, chunks, BATCH):
@@ -68,7 +76,7 @@ def build(folder: Path, data: Synthetic, chunks: int) -> tuple[Index, float, flo
                 for line, text in enumerate(texts[at : at + CHUNKS_OF_A_FILE])
             ]
             files.append((Record(name, 1, 1, name, len(cut), ""), cut))
-        index.add(files, data.vectors(rows), set())
+        index.add(files, data.token_vectors(rows, tokens) if tokens else data.vectors(rows), set())
     stored = time.perf_counter()
     index.finish()
     return index, stored - began, time.perf_counter() - stored
@@ -100,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=100_000)
     parser.add_argument("--dimensions", type=int, default=384)
+    parser.add_argument("--tokens", type=int, default=0, help="vectors of a chunk, late interaction; 0 = one vector")
     parser.add_argument("--centres", type=int, default=500, help="around which vectors lie; 0 = anywhere")
     parser.add_argument("--queries", type=int, default=100, help="measured, of each mode")
     parser.add_argument("--top", type=int, default=10, help="hits of a search")
@@ -107,10 +116,13 @@ def main() -> None:
 
     data = Synthetic(args.dimensions, args.centres)
     with tempfile.TemporaryDirectory() as folder:
-        index, stored, finished = build(Path(folder) / "index", data, args.chunks)
+        index, stored, finished = build(Path(folder) / "index", data, args.chunks, args.tokens)
         texts = data.texts(args.queries, QUERY_WORDS)
-        vectors = data.vectors(args.queries)
-        print(f"{args.chunks:,} chunks of {WORDS} words, {args.dimensions} dimensions")
+        vectors = data.token_vectors(args.queries, QUERY_TOKENS) if args.tokens else data.vectors(args.queries)
+        kind = (
+            f"{args.tokens} vectors each, {LATE_CANDIDATES} chunks compared by them" if args.tokens else "a vector each"
+        )
+        print(f"{args.chunks:,} chunks of {WORDS} words, {args.dimensions} dimensions, {kind}")
         print(f"stored in {stored:.1f} s, made searchable in {finished:.1f} s, {index.size() / 1e6:.0f} MB on disk")
         asked: dict[str, Callable[[int], object]] = {
             "bm25": lambda i: index.bm25(texts[i], args.top),
@@ -123,7 +135,8 @@ def main() -> None:
         print("warm, ms    median     p95")
         for mode, ask in asked.items():
             print("{:<9} {:>8.1f} {:>7.1f}".format(mode, *milliseconds(ask, args.queries)))
-        print(f"recall@10   {recall(index, vectors[:30]):.3f}")
+        if not args.tokens:
+            print(f"recall@10   {recall(index, vectors[:30]):.3f}")
 
 
 if __name__ == "__main__":

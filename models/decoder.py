@@ -153,7 +153,7 @@ class Decoder(Backbone):
         return [(layer.keys, layer.values) for layer in layers]
 
     def logits_of(self, tokens: list[int], states: mx.array) -> mx.array:
-        """(R, len(tokens)) logits of some tokens, of final states (R, D): those rows of the vocabulary, no others."""
+        """(R, len(tokens)) float32 logits of some tokens, of final states (R, D): those rows of the vocabulary alone."""
         inner = self.lm.language_model if "language_model" in self.lm else self.lm
         table = inner.lm_head if "lm_head" in inner else self.trunk.embed_tokens
         if hasattr(table, "linear"):  # an adapter of it has no part in two rows
@@ -163,7 +163,7 @@ class Decoder(Backbone):
         if "scales" in table:
             bias = table.biases[chosen] if table.get("biases") is not None else None
             rows = mx.dequantize(rows, table.scales[chosen], bias, table.group_size, table.bits, table.mode)
-        logits = states @ rows.T.astype(states.dtype)
+        logits = states.astype(mx.float32) @ rows.T.astype(mx.float32)
         logits = logits + table.bias[chosen] if "bias" in table else logits
         text = self.config.get("text_config", self.config)
         logits = logits * text.get("logit_scale", 1.0) / text.get("logits_scaling", 1.0)  # Cohere, Granite

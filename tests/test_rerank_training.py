@@ -329,6 +329,12 @@ def test_random_negatives_and_full_training(settings):
     assert "embeddings.word_embeddings.weight" in " ".join(everything(run))
 
 
+def test_profile(settings, tmp_path):
+    found = train.train(settings("cross-encoder", profile=1))
+    assert {"data", "forward", "loss", "backward", "optimizer", "step"} <= set(found)
+    assert not (tmp_path / "run").exists()
+
+
 def test_command(settings, tmp_path, capsys):
     """The README's line, with a small model."""
     chosen = settings("qwen3")
