@@ -8,13 +8,12 @@ A kill at any moment costs at most the batch that was under way: a batch's chunk
 their files, and chunks without a record are removed by the next run.
 """
 
-import fcntl
 import hashlib
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from backend import UserError
 
 import chunks
 import eval_tasks
+import locks
 import search_files
 import search_index
 import search_model
@@ -147,7 +147,8 @@ def update(
     if not source.files:
         reasons = "".join(f", {count} {reason}" for reason, count in source.left_out.items())
         raise UserError(f"{root}: nothing to index{reasons}")
-    with _only_one(folder):
+    search_index.check_folder(folder)
+    with locks.only_one(folder / search_index.LOCK, f"--index {folder}: another process is indexing"):
         exists = (folder / search_index.FILE).is_file()
         index = Index.open(folder) if exists and not rebuild else Index.create(folder, about)
         _check(index, about)
@@ -160,23 +161,6 @@ def _name(model: "Model") -> str:
     from models.source import toolkit_relative
 
     return toolkit_relative(model.name)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the index for this process; the system lets go of it whatever ends the process."""
-    search_index.check_folder(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / search_index.LOCK, "w")
-    except OSError as error:
-        raise UserError(f"--index {folder}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--index {folder}: another process is indexing") from error
-        yield
 
 
 def _check(index: Index, wanted: About) -> None:

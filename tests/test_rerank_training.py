@@ -18,6 +18,7 @@ from test_reranker_scores import (  # noqa: F401  (fixtures)
     causal,
     cross_encoder,
     listwise,
+    quantised,
     qwen_tokenizer,
 )
 
@@ -327,6 +328,15 @@ def test_random_negatives_and_full_training(settings):
     metrics = run.trainer.update(run.trainer.batches.batch(0), 1)
     assert np.isfinite(metrics["loss"]) and "head.dense.weight" in everything(run)
     assert "embeddings.word_embeddings.weight" in " ".join(everything(run))
+
+
+@pytest.mark.parametrize("train_type", ("lora", "dora"))
+def test_quantised_judges_are_trained_and_used(settings, bases, tmp_path, train_type):
+    """QLoRA: the 4-bit base stays, the adapter learns, and is loaded again."""
+    packed = quantised(Path(bases["qwen3"]), tmp_path / "packed")
+    train.train(settings("qwen3", model=str(packed), train_type=train_type, steps=3, learning_rate=1e-2))
+    before, after = Reranker(str(packed)), Reranker(str(tmp_path / "run" / "final"))
+    assert np.abs(after.score(QUERY, DOCUMENTS) - before.score(QUERY, DOCUMENTS)).max() > 1e-3
 
 
 def test_profile(settings, tmp_path):

@@ -135,19 +135,26 @@ def test_no_vocabulary_wide_logits(tmp_path, qwen_tokenizer, monkeypatch):
     assert ours.score(QUERY, DOCUMENTS).shape == (5,)
 
 
+def quantised(folder: Path, target: Path) -> Path:
+    """A 4-bit copy of a folder, as mlx-lm writes one."""
+    import mlx_lm.utils
+
+    model, config = mlx_lm.utils.load_model(folder)
+    model, config = mlx_lm.utils.quantize_model(model, config, 32, 4)
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    mlx_lm.utils.save_model(target, model)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (target / file).write_text((folder / file).read_text())
+    return target
+
+
 def test_quantised_language_model(tmp_path, qwen_tokenizer):
     """The two rows of a 4-bit vocabulary are what mlx-lm makes of the whole of it."""
     import mlx_lm.utils
 
-    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer, hidden_size=64, tie_word_embeddings=False)
-    model, config = mlx_lm.utils.load_model(folder)
-    model, config = mlx_lm.utils.quantize_model(model, config, 32, 4)
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    (packed / "config.json").write_text(json.dumps(config))
-    mlx_lm.utils.save_model(packed, model)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (packed / file).write_text((qwen_tokenizer / file).read_text())
+    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer, tie_word_embeddings=False)
+    packed = quantised(folder, tmp_path / "packed")
     ours = Reranker(str(packed))
     texts = ours.tokenizer([(QUERY, DOCUMENTS)]).texts
     expected = []
