@@ -112,7 +112,11 @@ def decode(line: bytes) -> dict:
 
 def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
     """One line's example and its format; RowError says what is wrong with it."""
-    row = decode(line)
+    return example_of(decode(line), expected)
+
+
+def example_of(row: dict, expected: str | None = None) -> tuple[Example, str]:
+    """As `parse`, of a row that is decoded."""
     kind = row_format(row)
     if expected is not None and kind != expected:
         found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (kind, expected))

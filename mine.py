@@ -2,47 +2,34 @@
 
 python mine.py code src --output pairs.jsonl                           # (docstring, code) pairs of a source tree
 python mine.py code a/src b/lib --output pairs.jsonl --languages python rust
-python train.py --data pairs.jsonl
+python mine.py negatives --data pairs.jsonl --corpus corpus.jsonl --model M --output mined.jsonl      # hard negatives
+python mine.py score --data mined.jsonl --teacher MODEL --output scored.jsonl         # a teacher's scores of all those
+python train.py --data mined.jsonl
 
-The pairs, the rules and their counts are also to be had in Python: `code_pairs.pairs`.
+In Python: `code_pairs.pairs`, `negatives.mine`, `teacher.Teacher`.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from backend import UserError
 
 import code_pairs
+import mine_negatives
+import mining
+import teacher
 from code_pairs.languages import BY_SUFFIX, LANGUAGES
 from reporting import print_lines, print_rows
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of files on standard error, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("mining", BarColumn(), MofNCompleteColumn(), "files", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+from work_folder import progress_bar
 
 
 def mine_code(args: argparse.Namespace) -> None:
     """Write the pairs of `args.paths` to `args.output`, all or nothing, and print what was counted."""
     output = Path(args.output).expanduser()
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {output}: not a file in a folder that exists")
-    if output.exists() and not args.overwrite:
-        raise UserError(f"--output {output}: the file exists (--overwrite replaces it)")
+    mining.check_output(output, args.overwrite)
     if not 0 < args.min_lines <= args.max_lines:
         raise UserError(f"--min-lines {args.min_lines} --max-lines {args.max_lines}: needs 0 < min <= max")
     rules = code_pairs.Rules(args.languages, args.min_lines, args.max_lines, args.include_tests, args.keep_duplicates)
@@ -92,7 +79,7 @@ def print_counts(counts: code_pairs.Counts) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Mine training data. `mine.py code --help` tells the rules.")
+    parser = argparse.ArgumentParser(description="Mine training data. `mine.py COMMAND --help` tells the rules.")
     commands = parser.add_subparsers(required=True, metavar="command")
     reasons = [f"  {name}: {text}" for name, text in (code_pairs.FILE_REASONS | code_pairs.REASONS).items()]
     suffixes = {name: [s for s, language in BY_SUFFIX.items() if language.name == name] for name in LANGUAGES}
@@ -126,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
     code.add_argument("--include-tests", action="store_true", help="mine tests, too")
     code.add_argument("--keep-duplicates", action="store_true", help="keep duplicates, near duplicates, same queries")
     code.set_defaults(run=mine_code)
+    mine_negatives.add_command(commands)
+    teacher.add_command(commands)
     return parser
 
 
@@ -133,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         print(f"mine.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -4,8 +4,9 @@
     python benchmarks/rerank_medquad.py --data ../shared/data/medquad               # half an hour on 2 cores
     python benchmarks/rerank_medquad.py --data ../shared/data/medquad --only ours
 
-Rows get 4 negatives each that BM25 finds among the training documents. Both sides start from the same weights with a
-fresh head, take the same batches in the same order with the same learning rate, schedule, decay and clipping, and no
+Rows get 4 negatives each, drawn from the first 50 that BM25 finds among the training documents: with its first four,
+all about the query's own disease, nothing would be learned of the others. Both sides start from the same weights with
+a fresh head, take the same batches in the same order with the same learning rate, schedule, decay and clipping, and no
 dropout; the peer is CrossEncoderTrainer with BinaryCrossEntropyLoss. Both rerank BM25's first 50 of the test folder.
 Prints nDCG@10 before and after with intervals, and wall times. Figures in benchmarks/README.md.
 """
@@ -36,21 +37,23 @@ NEGATIVES, DEPTH = 4, 50
 
 
 def mine(source: Path, count: int, target: Path) -> None:
-    """Write `count` random rows of `source`, each with the first documents of BM25 that are no answer to its query."""
+    """Write `count` random rows of `source`, each with documents among BM25's first that are no answer to its query."""
     rows = Rows(find_files([str(source)]))
     examples = [rows[i] for i in range(len(rows))]
     answers: dict[str, set[str]] = {}
     for example in examples:
         answers.setdefault(example.query, set()).add(example.positive)
     texts = list(dict.fromkeys(example.positive for example in examples))
-    chosen = np.random.default_rng(0).permutation(len(examples))[:count].tolist()
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(len(examples))[:count].tolist()
     queries = {f"{i:06}": examples[i].query for i in chosen}
-    found = bm25({f"{i:06}": text for i, text in enumerate(texts)}, queries, 50)
+    found = bm25({f"{i:06}": text for i, text in enumerate(texts)}, queries, DEPTH)
     with open(target, "w", encoding="utf-8") as file:
         for i in chosen:
             query, positive = examples[i].query, examples[i].positive
-            negatives = [texts[int(name)] for name in found[f"{i:06}"] if texts[int(name)] not in answers[query]]
-            file.write(json.dumps({"query": query, "positive": positive, "negatives": negatives[:NEGATIVES]}) + "\n")
+            wrong = [texts[int(name)] for name in found[f"{i:06}"] if texts[int(name)] not in answers[query]]
+            negatives = [wrong[j] for j in rng.permutation(len(wrong))[:NEGATIVES]]
+            file.write(json.dumps({"query": query, "positive": positive, "negatives": negatives}) + "\n")
 
 
 class Peer:
@@ -109,10 +112,10 @@ def train_peer(settings: config.Settings, batches: list[list[tuple[str, str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl and test/")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=32, help="queries of a step, each with 5 documents")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--max-length", type=int, default=96, help="tokens of query and document together")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=8, help="queries of a step, each with 5 documents")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of query and document together")
     parser.add_argument("--only", choices=("ours", "peer"))
     args = parser.parse_args()
 
@@ -132,7 +135,9 @@ def main() -> None:
         began = time.perf_counter()
         results["BM25"], results[name] = evaluate_reranker(reranker, test, depth=DEPTH)
         seconds[name] = trained, time.perf_counter() - began
-        print_lines([(name, f"training {trained:.0f} s, evaluation {seconds[name][1]:.0f} s")])
+        found, score = (results[key].average()["ndcg_at_10"] for key in ("BM25", name))
+        times = f"training {trained:.0f} s, evaluation {seconds[name][1]:.0f} s"
+        print_lines([(name, f"nDCG@10 {score:.4f} (BM25 {found:.4f}), {times}")])
 
     if args.only != "peer":
         began = time.perf_counter()

@@ -153,7 +153,7 @@ class Decoder(Backbone):
         return [(layer.keys, layer.values) for layer in layers]
 
     def logits_of(self, tokens: list[int], states: mx.array) -> mx.array:
-        """(R, len(tokens)) float32 logits of some tokens, of final states (R, D): those rows of the vocabulary alone."""
+        """(R, len(tokens)) float32 logits of some tokens, of final states (R, D); those of no others are computed."""
         inner = self.lm.language_model if "language_model" in self.lm else self.lm
         table = inner.lm_head if "lm_head" in inner else self.trunk.embed_tokens
         if hasattr(table, "linear"):  # an adapter of it has no part in two rows
