@@ -5,6 +5,7 @@ A default stands here and nowhere else. A YAML file (`--config`) wins over defau
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -19,7 +20,10 @@ LOSSES += ("yes_no", "bce", "list_softmax", "ranknet", "margin_mse")
 RERANK_LOSSES = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}  # the default of each kind
 POOLING = ("mean", "cls", "last", "max")
 
-VECTORS, LATE, RERANK = ("embed", "late"), ("late",), ("rerank",)  # tasks that have a use for a setting
+# Tasks that have a use for a setting.
+VECTORS, LATE, RERANK, CHAT = ("embed", "late"), ("late",), ("rerank",), ("chat",)
+RETRIEVAL = (*VECTORS, *RERANK)
+TASK_DEFAULTS = {"chat": {"data": ["data"], "batch_size": 4, "eval_tasks": []}}  # where they differ from the others'
 
 
 def option(group: str, default, help: str, **extra):
@@ -38,9 +42,10 @@ class Settings:
     task: str | None = option(
         "model",
         None,
-        "what to train: embed = one vector a text, late = one a token, rerank = a score of query and document; "
-        "default: what the model is, else embed",
-        choices=("embed", "late", "rerank"),
+        "what to train: embed = one vector a text, late = one a token, rerank = a score of query and document, "
+        "chat = answers in conversations; default: chat where the data are conversations, else what the model is, "
+        "else embed",
+        choices=("embed", "late", "rerank", "chat"),
     )
     reranker_type: str | None = option(
         "model", None, "rerank: default: what the model is by its files", choices=tuple(RERANK_LOSSES), tasks=RERANK
@@ -59,9 +64,12 @@ class Settings:
     max_length: int | None = option(
         "model",
         None,
-        "cut documents after this many tokens, special ones included; rerank: query and document together",
+        "cut documents after this many tokens, special ones included; rerank: query and document together; "
+        "chat: conversations (default there: 2048)",
     )
-    query_max_length: int | None = option("model", None, "the same for queries; default: that of documents")
+    query_max_length: int | None = option(
+        "model", None, "the same for queries; default: that of documents", tasks=RETRIEVAL
+    )
     projection_dim: int = option(
         "model", 0, "late: a trained layer makes token vectors of N dimensions; 0 = none", tasks=LATE
     )
@@ -80,9 +88,13 @@ class Settings:
     )
 
     data: list[str] = option(
-        "data", ["train-data.jsonl"], "JSON-lines files (.gz too), or folders with train.jsonl and valid.jsonl"
+        "data",
+        ["train-data.jsonl"],
+        "JSON-lines files (.gz too), or folders with train.jsonl and valid.jsonl; chat: default data/",
     )
-    batch_size: int = option("data", 64, "examples that one loss sees: 256 = 255 in-batch negatives for each query")
+    batch_size: int = option(
+        "data", 64, "examples that one loss sees: 256 = 255 in-batch negatives for each query; chat: default 4"
+    )
     skip_bad_rows: bool = option("data", False, "leave out rows that cannot be used (counted, listed)")
     random_negatives: int = option(
         "data",
@@ -97,11 +109,13 @@ class Settings:
         None,
         "name of the loss; default: info_nce; rerankers: yes_no (qwen3), bce (cross-encoder), list_softmax (listwise)",
         choices=LOSSES,
+        tasks=RETRIEVAL,
     )
     temperature: float | None = option(
         "objective",
         None,
         "divides similarities; sentence-transformers' scale is its inverse; default: 0.05; 1 for rerankers' logits",
+        tasks=RETRIEVAL,
     )
     beta: float = option(
         "objective", 1.0, "hard_negative_info_nce: how much more close negatives weigh; 0 = not", tasks=VECTORS
@@ -122,8 +136,8 @@ class Settings:
     margin: float = option(
         "objective", 0.2, "by how much the positive is to score above the hardest negative", tasks=VECTORS
     )
-    xtr_k: int = option("objective", 320, "xtr: tokens of the batch that every query token retrieves")
-    teacher_temperature: float = option("objective", 1.0, "kl_distill: divides the teacher's scores")
+    xtr_k: int = option("objective", 320, "xtr: tokens of the batch that every query token retrieves", tasks=RETRIEVAL)
+    teacher_temperature: float = option("objective", 1.0, "kl_distill: divides the teacher's scores", tasks=RETRIEVAL)
     matryoshka_dims: list[int] = option(
         "objective", [], "also train the first N dimensions, for each N given", tasks=("embed",)
     )
@@ -137,7 +151,7 @@ class Settings:
     )
     num_layers: int = option("weights", -1, "train the last N blocks only; -1 = all")
 
-    steps: int = option("schedule", 150, "optimizer steps")
+    steps: int = option("schedule", 150, "optimizer steps; 0 = by --epochs", aliases=("--iters",))
     learning_rate: float | None = option(
         "schedule", None, "peak learning rate of AdamW; default: 2e-4, and 4e-3 for models below 10 million parameters"
     )
@@ -149,29 +163,53 @@ class Settings:
     gradient_accumulation_steps: int = option(
         "memory", 0, "cut a batch into at least N micro-batches (loss unchanged); 0 = by --micro-batch-tokens"
     )
-    micro_batch_tokens: int = option("memory", 0, "most tokens in the backbone at once; 0 = what suits the device")
+    micro_batch_tokens: int = option(
+        "memory", 0, "most tokens in the backbone at once; 0 = what suits the device", tasks=RETRIEVAL
+    )
     grad_checkpoint: bool = option("memory", False, "recompute blocks in the backward pass: slower, less memory")
 
     eval_tasks: list[str] = option(
-        "evaluation", ["eval-data"], "MTEB task names and folders in BEIR layout; no name = no evaluation"
+        "evaluation",
+        ["eval-data"],
+        "MTEB task names and folders in BEIR layout; no name = no evaluation",
+        tasks=RETRIEVAL,
     )
-    eval_steps: int = option("evaluation", 50, "evaluate every N steps, and at the end; 0 = only before and after")
+    eval_steps: int = option(
+        "evaluation",
+        50,
+        "evaluate every N steps, and at the end; 0 = only before and after",
+        aliases=("--steps-per-eval",),
+    )
     skip_eval_init: bool = option("evaluation", False, "no evaluation before training")
     rerank_depth: int = option("evaluation", 100, "rerank: BM25's first N documents are reranked", tasks=RERANK)
-    early_stopping: int = option("evaluation", 0, "stop after N evaluations without a better nDCG@10; 0 = never")
+    early_stopping: int = option(
+        "evaluation", 0, "stop after N evaluations without a better nDCG@10 (chat: validation loss); 0 = never"
+    )
+
+    epochs: int | None = option(
+        "chat",
+        None,
+        "go through the data so often; instead of --iters, of which this then gives the number",
+        tasks=CHAT,
+    )
+    mask_prompt: bool = option("chat", False, "train on the assistant's turns only", tasks=CHAT)
+    val_batches: int = option("chat", 25, "batches of valid.jsonl that an evaluation takes; -1 = all", tasks=CHAT)
+    steps_per_report: int = option("chat", 10, "report the mean training loss every N steps", tasks=CHAT)
 
     output: str = option("run", "adapters", "the run's folder")
-    save_steps: int = option("run", 50, "save every N steps; 0 = only at the end")
+    save_steps: int = option("run", 50, "save every N steps; 0 = only at the end", aliases=("--save-every",))
     resume: bool = option("run", False, "continue the run in --output from its last saved step")
     overwrite: bool = option("run", False, "remove the run that is in --output first")
     stop_after: int = option("run", 0, "stop at this step, saved and resumable; 0 = run to the end")
     dry_run: bool = option("run", False, "plan and measure one step; train and write nothing")
-    profile: int = option("run", 0, "time the phases of this many steps and print a table; write nothing; 0 = do not")
+    profile: int = option(
+        "run", 0, "time the phases of this many steps and print a table; write nothing; 0 = do not", tasks=RETRIEVAL
+    )
     wandb: bool = option("run", False, "log to Weights & Biases (offline when not logged in)")
     wandb_project: str = option("run", "mlx-retrieval", "its project there")
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "lora_rank", "steps", "xtr_k")
+        positive = ("batch_size", "lora_rank", "xtr_k", "steps_per_report")
         counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after")
         not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
         not_negative += ("projection_dim", "margin_weight", "random_negatives")
@@ -179,6 +217,9 @@ class Settings:
             *((getattr(self, name) > 0, name, "must be above 0") for name in positive),
             *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),
             *((value is None or value > 0, name, "must be above 0") for name, value in self._lengths()),
+            (self.steps > 0 or (self.steps == 0 and self.epochs is not None), "steps", "must be above 0"),
+            (self.epochs is None or self.epochs > 0, "epochs", "must be above 0"),
+            (self.val_batches == -1 or self.val_batches > 0, "val_batches", "must be above 0, or -1 for all"),
             (self.temperature is None or 0 < self.temperature < float("inf"), "temperature", "must be above 0"),
             (0 < self.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
             *((v is None or v >= 0, name, "must not be negative") for name, v in self._late_counts()),
@@ -209,16 +250,18 @@ class Settings:
 
         `reranker`: the kind of reranker that it is; "" = none.
         """
+        if self.learning_rate is None:
+            self.learning_rate = 4e-3 if parameters < 10_000_000 else 2e-4
+        if self.task == "chat":
+            return
         if self.loss is None:
             self.loss = RERANK_LOSSES.get(reranker, "info_nce")
         if self.temperature is None:
             self.temperature = 1.0 if reranker in ("qwen3", "cross-encoder") else 0.05
-        if self.learning_rate is None:
-            self.learning_rate = 4e-3 if parameters < 10_000_000 else 2e-4
 
     def check_task(self, task: str) -> None:
-        """UserError for settings that a model of this task, embed, late or rerank, has no use for."""
-        defaults = Settings()
+        """UserError for settings that a model of this task, embed, late, rerank or chat, has no use for."""
+        defaults = for_task(task, {})
         for f in dataclasses.fields(self):
             tasks = f.metadata.get("tasks")
             if tasks and task not in tasks and getattr(self, f.name) != getattr(defaults, f.name):
@@ -240,9 +283,26 @@ class Settings:
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
+def for_task(task: str | None, given: dict) -> Settings:
+    """Settings from what is given and, for the rest, the defaults of a task."""
+    values = TASK_DEFAULTS.get(task, {}) | given
+    if "epochs" in given and "steps" not in given:
+        values["steps"] = 0
+    return Settings(**values | {"task": task})
+
+
 def flag(name: str) -> str:
     """`max_length` as the user types it: `--max-length`."""
     return "--" + name.replace("_", "-")
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _aliases(f: dataclasses.Field) -> tuple[str, ...]:
+    """Other flags for the same setting."""
+    return f.metadata.get("aliases", ())
 
 
 def _kind(f: dataclasses.Field) -> tuple[type, bool]:
@@ -275,7 +335,7 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
         else:
             arguments |= {"type": kind, "choices": f.metadata.get("choices"), "nargs": "*" if many else None}
             arguments["metavar"] = None if "choices" in f.metadata else {int: "N", float: "X", str: "TEXT"}[kind]
-        groups[name].add_argument(flag(f.name), **arguments)
+        groups[name].add_argument(flag(f.name), *_aliases(f), **arguments)
     return out
 
 
@@ -293,14 +353,14 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: not a list of `key: value`")
-    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    fields = {name: f for f in dataclasses.fields(Settings) for name in (f.name, *map(_name, _aliases(f)))}
     clean = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             raise UserError(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        clean[name] = _checked(fields[name], value, f"--config {path}: {key}")
+        clean[fields[name].name] = _checked(fields[name], value, f"--config {path}: {key}")
     return clean
 
 
@@ -335,4 +395,14 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
     flags = vars(parser(description, epilog).parse_args(argv))
     path = flags.pop("config", None)
     given = (read_yaml(Path(path)) if path else {}) | flags
-    return Settings(**given), given
+    if not given.keys() & {"task", "data", "resume"} and _speaks_of_chat(given, argv):
+        given["data"] = TASK_DEFAULTS["chat"]["data"]
+    return for_task(given.get("task"), given), given
+
+
+def _speaks_of_chat(given: dict, argv: Sequence[str] | None) -> bool:
+    """Whether a setting is given that only chat has, or one by the name that mlx-lm's users know."""
+    fields = dataclasses.fields(Settings)
+    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    known = {alias for f in fields for alias in _aliases(f)}
+    return bool(words & known) or any(f.metadata.get("tasks") == CHAT and f.name in given for f in fields)

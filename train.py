@@ -2,6 +2,8 @@
 
 python train.py                                         the model and data that come with the toolkit, a minute
 python train.py --model Qwen/Qwen3-Embedding-0.6B --data pairs.jsonl --batch-size 256 --steps 2000
+python train.py --model mlx-community/Llama-3.2-3B-Instruct-4bit --iters 222 --num-layers 1 --grad-checkpoint
+                                                        a chat model, on the conversations in data/
 python train.py --config adapters/config.yaml --output again     the settings of another run, flags win
 python train.py --resume --output adapters              continue a run that was stopped
 """
@@ -225,7 +227,13 @@ def resumed_settings(given: dict) -> config.Settings:
 
 def train(settings: config.Settings) -> dict:
     """Train as the settings say; returns what `results.json` holds."""
-    run = prepare(settings)
+    if settings.task == "chat":
+        from chat.run import prepare as prepare_chat
+
+        check_output(Path(settings.output).expanduser(), settings)
+        run = prepare_chat(settings)
+    else:
+        run = prepare(settings)
     gc.freeze()  # what is there now stays: no need to look through it at every collection
     return carry_out(run)
 
@@ -239,7 +247,7 @@ def carry_out(run: Run) -> dict:
     settings = run.settings
     print_lines(run.headline)
     if settings.dry_run:
-        return dry_run(run)
+        return run.dry_run() if settings.task == "chat" else dry_run(run)
     if settings.profile:
         from profiling import profile
 
@@ -262,7 +270,9 @@ def carry_out(run: Run) -> dict:
             report.message(f"{stop}; step {trainer.state.step} is saved. Continue: {continue_command(run.folder)}")
             raise SystemExit(stop.code) from stop
     results = {"before": None, "after": None}
-    if evaluations:
+    if settings.task == "chat":
+        results = run.results()
+    elif evaluations:
         results = {
             when: result.average() if result else None
             for when, result in (("before", evaluations.before), ("after", evaluations.after))
@@ -315,8 +325,11 @@ def conclude(run: Run) -> None:
     lines += [
         ("curves", f"{folder / 'curves.png'}"),
         ("metrics", f"{folder / 'metrics.jsonl'}"),
-        ("next", next_command(folder / "final", run.retrieval.task)),
     ]
+    if run.settings.task == "chat":
+        lines += run.next_lines()
+    else:
+        lines.append(("next", next_command(folder / "final", run.retrieval.task)))
     print_lines(lines)
 
 
@@ -379,6 +392,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, given = config.from_flags(DESCRIPTION, EPILOG, argv)
         if settings.resume:
             settings = resumed_settings(given)
+        elif settings.task is None:
+            from chat.data import is_chat
+
+            if is_chat(settings.data):
+                settings = config.for_task("chat", given)
         train(settings)
     except (UserError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)

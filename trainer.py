@@ -5,11 +5,9 @@ computed by gradient caching (Gao et al. 2021, arXiv 2101.06983) and gives what 
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ from batching import pad_rows, plan
 from config import Settings
 from data_loader import Batch, Batches
 from heads import MicroBatch, RetrievalModel
+from loop import Loop, State, Stopped, due, learning_rate, signals
 from models.remat import seed as seed_dropout
 from passes import Passes
 from profiling import Clock
@@ -34,14 +33,6 @@ from reporting import Reporter
 # that returns the loss and its gradient by the representations, where it knows a better way than `mx.value_and_grad`.
 Objective = Callable[[mx.array, Batch], mx.array]
 VALIDATION_BATCHES = 8
-
-
-class Stopped(Exception):  # noqa: N818  (no error)
-    """The run was stopped by a signal, after it was saved; `code` is the process's exit code."""
-
-    def __init__(self, code: int):
-        super().__init__(f"stopped by signal {code - 128}")
-        self.code = code
 
 
 class Gradient(NamedTuple):
@@ -144,28 +135,7 @@ class Differentiator:
         return self.objective(join(list(self.passes.representations(rows)), order), batch).item()
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """The learning rate of update `step`, counted from 1: linear warm-up from above 0, then the schedule."""
-    warmup = settings.warmup_steps
-    if step <= warmup:
-        return settings.learning_rate * step / warmup
-    progress = (step - 1 - warmup) / max(1, settings.steps - warmup)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return settings.learning_rate * shape[settings.schedule]
-
-
-@dataclass
-class State:
-    """What a run remembers besides weights and optimizer; saved as trainer_state.json."""
-
-    step: int = 0
-    tokens: int = 0  # real tokens trained on so far
-    best: float | None = None
-    best_step: int = 0
-    evaluations_since_best: int = 0
-
-
-class Trainer:
+class Trainer(Loop):
     """One run.
 
     Args:
@@ -197,7 +167,6 @@ class Trainer:
         self.optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
         self.state = State()
-        self._signal = 0
 
     def resume(self, folder: Path) -> None:
         """Continue from a saved step."""
@@ -255,7 +224,7 @@ class Trainer:
                 }
                 report.step(metrics)
                 finished = state.step == settings.steps
-                stop = self._evaluate_ifdue(report, finished)
+                stop = self._evaluate_if_due(report, finished)
                 if finished or stop or state.step == last or self._signal or due(state.step, settings.save_steps):
                     self.save()
                 if self._signal:
@@ -266,26 +235,6 @@ class Trainer:
                 begin = time.perf_counter()
         if state.step == settings.steps or self.stopped_early:
             checkpoint.write_folder(self.folder / "final", self._write)
-
-    @property
-    def stopped_early(self) -> bool:
-        patience = self.settings.early_stopping
-        return bool(patience) and self.state.evaluations_since_best >= patience
-
-    def _evaluate_ifdue(self, report: Reporter, finished: bool) -> bool:
-        """Evaluate where it is time to; whether training should stop for lack of gain."""
-        if not (finished or due(self.state.step, self.settings.eval_steps)):
-            return False
-        metrics = self.measure(self.state.step, report)
-        if not metrics:
-            return False
-        score = metrics.get("ndcg_at_10", -metrics.get("validation_loss", math.inf))
-        if self.state.best is None or score > self.state.best:
-            self.state.best, self.state.best_step, self.state.evaluations_since_best = score, self.state.step, 0
-            checkpoint.write_folder(self.folder / "best", self._write)
-        else:
-            self.state.evaluations_since_best += 1
-        return self.stopped_early
 
     def measure(self, step: int, report: Reporter) -> dict[str, float]:
         """Evaluate as the model stands: metrics averaged over the tasks, and the loss on the validation rows."""
@@ -307,17 +256,6 @@ class Trainer:
         report.status("")
         return metrics
 
-    def save(self) -> None:
-        """Write `step-NNNNNN`."""
-        checkpoint.write_folder(checkpoint.step_folder(self.folder, self.state.step), self._write)
-
-    def _write(self, folder: Path) -> None:
-        self.save_model(folder)
-        checkpoint.save_training(folder, self.optimizer, asdict(self.state))
-
-    def _note(self, number: int) -> None:
-        self._signal = number
-
     def _refuse(self, batch: Batch, step: int, result: Gradient, loss: float, norm: float) -> None:
         """Save the last good state, then say which examples made the numbers sick."""
         if self.state.step:
@@ -335,34 +273,11 @@ class Trainer:
 
 
 @contextmanager
-def signals(note: Callable[[int], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM is noted, for the run to end after the current step; a second SIGINT ends it at once."""
-
-    def handle(number: int, _frame) -> None:
-        note(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: a notebook's or a test's business
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def _closing(stream: Iterator) -> Iterator[None]:
     try:
         yield
     finally:
         stream.close()
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def trainable(model: RetrievalModel) -> int:

@@ -45,7 +45,8 @@ def test_the_readme_s_flags_exist():
 
     from config import Settings, flag
 
-    known = {flag(f.name) for f in dataclasses.fields(Settings)} | {"--config", "--no-bidirectional"}
+    known = {name for f in dataclasses.fields(Settings) for name in (flag(f.name), *f.metadata.get("aliases", ()))}
+    known |= {"--config", "--no-bidirectional"}
     commands = re.findall(
         r"^\s*python train\.py([^\n#]*(?:\\\n[^\n#]*)*)", (ROOT / "README.md").read_text(), re.MULTILINE
     )

@@ -20,6 +20,7 @@ import config
 import objectives
 import train
 import trainer
+from chat.run import prepare as prepare_chat
 from checkpoint import last_step
 from config import Settings, flag
 
@@ -210,7 +211,7 @@ def test_seed(settings):
 # --- objective ---
 
 
-@pytest.mark.parametrize("name", config.LOSSES)
+@pytest.mark.parametrize("name", [name for name in config.LOSSES if name not in objectives.GROUP_LOSSES])
 def test_loss(settings, data, name):
     rows = [
         json.loads(line) | {"negatives": ["other words"], "scores": [1.0, i / 40]} for i, line in enumerate(open(data))
@@ -220,6 +221,18 @@ def test_loss(settings, data, name):
     assert math.isfinite(loss_of(settings(loss=name, task=task, xtr_k=5)))
     if name != "info_nce":
         assert loss_of(settings(loss=name, task=task, xtr_k=5)) != loss_of(settings(loss="info_nce", task=task))
+
+
+# Rerankers' settings do what they say in tests/test_rerank_training.py: reranker_type, instruction, random_negatives;
+# rerank_depth here.
+def test_rerank_depth(settings, monkeypatch):
+    import rerank_eval
+
+    asked = []
+    monkeypatch.setattr(rerank_eval, "evaluate_reranker", lambda *a, depth: asked.append(depth) or (None, None))
+    chosen = settings(task="rerank", random_negatives=2, rerank_depth=7, eval_tasks=["eval-data"], max_length=300)
+    train.prepare(chosen).evaluations.evaluate()
+    assert asked == [7]
 
 
 def test_temperature(settings):
@@ -334,6 +347,63 @@ def test_gradient_accumulation_steps_and_micro_batch_tokens(settings):
 def test_grad_checkpoint(settings):
     run = train.prepare(settings(grad_checkpoint=True))
     assert type(model_of(run).backbone.layers[0]).__name__.startswith("Checkpointed")
+
+
+# --- chat ---
+
+
+@pytest.fixture
+def chat_settings(settings, tmp_path):
+    """Settings of a small chat run on ten conversations, with six to validate on."""
+    for name, count in (("train", 10), ("valid", 6)):
+        rows = [{"prompt": f"question {i}", "completion": "word " * (1 + i)} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(**changes) -> Settings:
+        given = {"data": [str(tmp_path)], "batch_size": 4, "steps": 4} | changes
+        return config.for_task("chat", settings().to_dict() | {"learning_rate": 1e-3} | given)
+
+    return make
+
+
+def test_epochs(chat_settings):
+    run = prepare_chat(chat_settings(steps=0, epochs=2))
+    assert run.settings.steps == 6 and any("6 iters = 2 epochs of 3" in line for _, line in run.headline)
+
+
+def test_mask_prompt(chat_settings):
+    whole, masked = (prepare_chat(chat_settings(mask_prompt=value)).trainer.batches for value in (False, True))
+    numbers = whole.numbers(0)
+    assert masked.counts(numbers).trained < whole.counts(numbers).trained
+    assert masked.counts(numbers).tokens == whole.counts(numbers).tokens
+
+
+def test_val_batches_and_steps_per_report(chat_settings):
+    losses = set()
+    for batches in (1, -1, 5):
+        chosen = chat_settings(val_batches=batches, steps_per_report=3, overwrite=True)
+        losses.add(train.train(chosen)["before"]["validation_loss"])
+        records = [json.loads(line) for line in (Path(chosen.output) / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if record["type"] == "train"] == [3, 4]
+    assert len(losses) == 2  # -1 is all, and more than there are too
+
+
+def test_the_names_that_mlx_lm_s_users_know(tmp_path, monkeypatch):
+    made, given = config.from_flags("", argv=["--iters", "7", "--steps-per-eval=3", "--save-every", "2"])
+    assert (made.steps, made.eval_steps, made.save_steps, made.data) == (7, 3, 2, ["data"])
+    assert given == {"steps": 7, "eval_steps": 3, "save_steps": 2, "data": ["data"]}
+    for argv, data in (
+        (["--steps", "7"], ["train-data.jsonl"]),
+        (["--mask-prompt"], ["data"]),
+        (["--iters", "7", "--data", "mine"], ["mine"]),
+        (["--iters", "7", "--task", "embed"], ["train-data.jsonl"]),
+        (["--task", "chat"], ["data"]),
+    ):
+        assert config.from_flags("", argv=argv)[0].data == data
+    assert config.from_flags("", argv=["--task", "chat"])[0].batch_size == 4
+    file = tmp_path / "settings.yaml"
+    file.write_text("iters: 7\nsave-every: 3\n")
+    assert config.from_flags("", argv=["--config", str(file)])[1] == {"steps": 7, "save_steps": 3}
 
 
 # --- evaluation and run: through the command ---

@@ -1,0 +1,158 @@
+"""Chat fine-tuning on real conversations, against mlx-lm's own `lora` command: questions and answers of MedQuAD.
+
+    python benchmarks/chat_medquad.py --data ../shared/data/medquad                   the embedded tiny model
+    python benchmarks/chat_medquad.py --data ../shared/data/medquad --random-llama --steps 20
+
+Both sides start from the same weights and LoRA matrices and take the same steps on the same batches, which are those
+that mlx-lm makes (rows in the file's order, its own shuffle of batches), with AdamW at a constant rate; both have this
+toolkit's BLAS. The validation loss of both adapters is measured by one and the same function. Figures in
+benchmarks/README.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import backend
+
+import numpy as np
+import yaml
+from chat_memory import random_llama
+from sides import ROOT, in_child
+
+import checkpoint
+import train
+from chat.run import prepare
+from config import Settings, for_task
+from models.source import read_safetensors
+from reporting import Reporter, print_lines, print_rows
+
+VALID = 64
+# mlx-lm's command, in a process that has loaded the toolkit's BLAS first.
+COMMAND = "import sys, backend; from mlx_lm.lora import main; sys.argv[0] = 'mlx_lm.lora'; main()"
+
+
+def write_conversations(source: Path, folder: Path, count: int) -> None:
+    """Write `count` question-answer pairs as train.jsonl and others as valid.jsonl, drawn at random."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    chosen = np.random.default_rng(0).permutation(len(rows))[: count + VALID]
+    folder.mkdir(parents=True)
+    for name, part in (("train", chosen[VALID:]), ("valid", chosen[:VALID])):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for row in (rows[i] for i in part):
+                pair = (("user", row["query"]), ("assistant", row["document"]))
+                messages = [{"role": role, "content": text} for role, text in pair]
+                file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def ours(given: dict, seed: int) -> tuple[dict, float, float]:
+    """(results, wall seconds, of these in steps) of `train.py` on mlx-lm's batches."""
+    began = time.perf_counter()
+    run = prepare(for_task("chat", given))
+    size = run.settings.batch_size
+    if run.trainer.batches.rows.empty:
+        sys.exit("--max-length leaves nothing of some answers, and mlx-lm's loss would be no number there")
+    order = np.random.RandomState(seed).permutation(len(run.trainer.batches.rows) // size)
+    run.trainer.batches.numbers = lambda k: np.arange(order[k] * size, (order[k] + 1) * size)
+    results = train.carry_out(run)
+    return results, time.perf_counter() - began, run.trainer.state.seconds
+
+
+def theirs(settings: Settings, folder: Path) -> float:
+    """Wall seconds of mlx-lm's command with the same settings; it writes its adapter into `folder`."""
+    final = Path(settings.output) / "final"
+    adapted = json.loads((final / checkpoint.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = {
+        "model": settings.model,
+        "train": True,
+        "data": settings.data[0],
+        "fine_tune_type": settings.train_type,
+        "optimizer": "adamw",
+        "optimizer_config": {"adamw": {"weight_decay": 0.0, "bias_correction": True}},
+        "lora_parameters": adapted["lora_parameters"],
+        "num_layers": settings.num_layers,
+        "batch_size": settings.batch_size,
+        "iters": settings.steps,
+        "learning_rate": settings.learning_rate,
+        "steps_per_eval": settings.steps,
+        "val_batches": settings.val_batches,
+        "steps_per_report": settings.steps_per_report,
+        "save_every": settings.steps,
+        "max_seq_length": settings.max_length,
+        "mask_prompt": settings.mask_prompt,
+        "seed": settings.seed,
+        "adapter_path": str(folder),
+    }
+    file = folder.parent / "mlx-lm.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "--config", str(file)], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"mlx_lm.lora: {done.stderr}")
+    return time.perf_counter() - began
+
+
+def validation_loss(given: dict, adapter: Path) -> float:
+    """The loss of an adapter on all validation conversations."""
+    run = prepare(for_task("chat", given | {"val_batches": -1}))
+    checkpoint.load_trainable(run.trainer.model, read_safetensors(adapter / checkpoint.ADAPTERS), adapter)
+    with tempfile.TemporaryDirectory() as name, Reporter(Path(name), 1) as report:
+        return run.trainer.measure(0, report)["validation_loss"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl")
+    parser.add_argument("--random-llama", action="store_true", help="4 layers x 256, random weights, in 4 bits")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_conversations(Path(args.data) / "train.jsonl", folder / "data", args.steps * args.batch_size)
+        model = ROOT / "gemma-3-tiny-mlx"
+        if args.random_llama:
+            model = folder / "llama"
+            in_child(random_llama, model, 256, 4, 3072, 4)
+        given = {"model": str(model), "data": [str(folder / "data")], "output": str(folder / "ours")}
+        given |= {"batch_size": args.batch_size, "steps": args.steps, "max_length": args.max_length}
+        given |= {"learning_rate": args.learning_rate, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}
+        given |= {"mask_prompt": True, "val_batches": -1, "eval_steps": 0, "save_steps": 0}
+        # Kernels are compiled once on a machine.
+        warm = given | {"steps": 2, "val_batches": 1, "output": str(folder / "warm")}
+        ours(warm, seed=0)
+        theirs(Settings(**warm | {"task": "chat"}), folder / "their-warm")
+        results, wall, steps = ours(given, seed=0)
+        peer_wall = theirs(Settings(**given | {"task": "chat"}), folder / "theirs")
+        adapters = {"ours": folder / "ours" / "final", "peer": folder / "theirs"}
+        found = {side: validation_loss(given, adapter) for side, adapter in adapters.items()}
+        before = results["before"]["validation_loss"]
+        settings = f"{model.name}, {args.steps} steps of {args.batch_size}, {args.max_length} tokens at most"
+        print_lines([("machine", backend.describe()), ("settings", settings)])
+        print_rows(
+            "validation loss",
+            ["", "before", "after", "wall s", "of it steps s"],
+            [
+                ["train.py", f"{before:.4f}", f"{found['ours']:.4f}", f"{wall:.1f}", f"{steps:.1f}"],
+                ["mlx_lm.lora", f"{before:.4f}", f"{found['peer']:.4f}", f"{peer_wall:.1f}", ""],
+            ],
+        )
+        ratio = abs(found["ours"] / found["peer"] - 1)
+        print(f"difference {ratio:.3%}, fall {before - found['ours']:.4f}")
+        if ratio > 0.01 or found["ours"] >= before:
+            sys.exit("more than 1 % apart, or no fall")
+
+
+if __name__ == "__main__":
+    main()
