@@ -351,7 +351,7 @@ def bad(**changes) -> list[dict]:
         (rows(), [], "eval_data: no usable row"),
         (rows(), bad(label=2), r"eval_data\[3\]: label 2 is not a number"),
         (rows(), [{"query": "q", "document": "d"}], "eval_data: .*neither labels nor negatives"),
-        ([{"query": "q", "document": "d"}] * 4, None, "task rerank: the rows have neither labels nor negatives"),
+        ([{"query": "q", "document": "d"}] * 4, None, "train_data: the rows have neither labels nor negatives"),
     ],
 )
 def test_bad_rows_are_named_before_anything_is_trained(hub, train_data, eval_data, message, monkeypatch):
