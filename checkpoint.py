@@ -280,6 +280,13 @@ def last_step(run: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
 
 
+def prune(run: Path, keep: int) -> None:
+    """Remove all step folders but the newest `keep`; 0 = none is removed. `best` and `final` always stay."""
+    steps = sorted(_steps(run), key=lambda folder: int(folder.name.removeprefix("step-")))
+    for folder in steps[:-keep] if keep else ():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _is_saved(path: Path) -> bool:
     """Whether a path has the name of a folder that runs save."""
     return re.fullmatch(r"step-\d{6,}|best|final", path.name) is not None

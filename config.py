@@ -198,6 +198,7 @@ class Settings:
 
     output: str = option("run", "adapters", "the run's folder")
     save_steps: int = option("run", 50, "save every N steps; 0 = only at the end", aliases=("--save-every",))
+    keep: int = option("run", 0, "keep the newest N saved steps, besides best and final; 0 = all")
     resume: bool = option("run", False, "continue the run in --output from its last saved step")
     overwrite: bool = option("run", False, "remove the run that is in --output first")
     stop_after: int = option("run", 0, "stop at this step, saved and resumable; 0 = run to the end")
@@ -210,7 +211,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "lora_rank", "xtr_k", "steps_per_report")
-        counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after")
+        counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after", "keep")
         not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
         not_negative += ("projection_dim", "margin_weight", "random_negatives")
         checks = [

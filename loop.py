@@ -78,8 +78,9 @@ class Loop:
         return self.stopped_early
 
     def save(self) -> None:
-        """Write `step-NNNNNN`."""
+        """Write `step-NNNNNN`, and remove those that are too many now that it is complete."""
         checkpoint.write_folder(checkpoint.step_folder(self.folder, self.state.step), self._write)
+        checkpoint.prune(self.folder, self.settings.keep)
 
     def _write(self, folder: Path) -> None:
         self.save_model(folder)

@@ -22,6 +22,7 @@ from backend import UserError
 
 import config
 import kernels
+import locks
 
 DESCRIPTION = "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation through MTEB."
 EPILOG = "Exit codes: 0 done, 2 bad input (nothing is lost), 130 and 143 stopped by Ctrl-C or SIGTERM, saved."
@@ -239,10 +240,8 @@ def train(settings: config.Settings) -> dict:
 
 
 def carry_out(run: Run) -> dict:
-    """Train a prepared run, or continue it; returns as `train`."""
-    import checkpoint
-    from reporting import Reporter, print_lines
-    from trainer import Stopped
+    """Train a prepared run, or continue it; returns as `train`. UserError where another process uses its folder."""
+    from reporting import print_lines
 
     settings = run.settings
     print_lines(run.headline)
@@ -252,8 +251,17 @@ def carry_out(run: Run) -> dict:
         from profiling import profile
 
         return profile(run)
+    with locks.only_one(run.folder / ".lock", f"--output {run.folder}: another process is training there"):
+        return _carry_out(run)
+
+
+def _carry_out(run: Run) -> dict:
+    import checkpoint
+    from reporting import Reporter
+    from trainer import Stopped
+
     begin(run)
-    trainer, evaluations = run.trainer, run.evaluations
+    settings, trainer, evaluations = run.settings, run.trainer, run.evaluations
     with Reporter(
         run.folder,
         settings.steps,
@@ -300,7 +308,6 @@ def begin(run: Run) -> None:
             print_lines([("resumed", f"from {last}")])
         if run.evaluations:
             run.evaluations.recall_before()
-    run.folder.mkdir(parents=True, exist_ok=True)
     run.settings.write(run.folder / "config.yaml")
 
 

@@ -536,6 +536,31 @@ def test_the_configs_that_come_along_are_settings(file):
     assert Settings(**config.read_yaml(file)).loss in config.LOSSES
 
 
+def test_keep(settings, tmp_path):
+    """Older steps go once a newer one is complete; best and final stay."""
+    train.train(settings(steps=5, save_steps=1, keep=2))
+    folders = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
+    assert folders == ["final", "step-000004", "step-000005"]
+    train.train(settings(steps=5, save_steps=2, overwrite=True))
+    assert len(list((tmp_path / "run").glob("step-*"))) == 3
+    with pytest.raises(UserError, match="--keep -1"):
+        settings(keep=-1)
+
+
+def test_two_runs_into_one_folder_are_refused(settings, tmp_path):
+    """While one trains, another is told so, whatever it was asked to do; afterwards the folder is free again."""
+    import locks
+
+    with (
+        locks.only_one(tmp_path / "run" / ".lock", "held"),
+        pytest.raises(UserError, match="another process is training there"),
+    ):
+        train.train(settings(overwrite=True))
+    assert not (tmp_path / "run" / "final").exists()
+    train.train(settings())
+    assert (tmp_path / "run" / "final").is_dir()
+
+
 def test_no_setting_without_a_test():
     text = Path(__file__).read_text()
     named = {f.name for f in dataclasses.fields(Settings) if f.name in text or flag(f.name) in text}
