@@ -1,7 +1,7 @@
 """A cross-encoder from real weights on real data, against sentence-transformers: all-MiniLM-L6-v2 on MedQuAD.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/rerank_medquad.py --data ../shared/data/medquad               # half an hour on 2 cores
+    python benchmarks/rerank_medquad.py --data ../shared/data/medquad               # 40 minutes on 2 cores
     python benchmarks/rerank_medquad.py --data ../shared/data/medquad --only ours
 
 Rows get 4 negatives each, drawn from the first 50 that BM25 finds among the training documents: with its first four,
@@ -112,9 +112,9 @@ def train_peer(settings: config.Settings, batches: list[list[tuple[str, str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl and test/")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="queries of a step, each with 5 documents")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of query and document together")
     parser.add_argument("--only", choices=("ours", "peer"))
     args = parser.parse_args()

@@ -63,7 +63,7 @@ def test_padding_is_without_effect(states, mode):
     together = np.array(pool(mx.array(states), micro_batch(), mode))
     assert np.array_equal(together, np.array(pool(mx.array(wide), micro_batch(width=13), mode)))
     for row, length in enumerate(LENGTHS):
-        one = MicroBatch(mx.zeros((1, length), mx.int32), *(part[row : row + 1] for part in micro_batch()[1:]))
+        one = MicroBatch(mx.zeros((1, length), mx.int32), *(part[row : row + 1] for part in micro_batch()[1:4]))
         alone = np.array(pool(mx.array(states[row : row + 1, :length]), one, mode))
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-6)
 
