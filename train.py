@@ -308,6 +308,7 @@ def begin(run: Run) -> None:
             print_lines([("resumed", f"from {last}")])
         if run.evaluations:
             run.evaluations.recall_before()
+    run.folder.mkdir(parents=True, exist_ok=True)
     run.settings.write(run.folder / "config.yaml")
 
 
