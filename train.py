@@ -23,6 +23,7 @@ from backend import UserError
 import config
 import kernels
 import locks
+from flags import from_flags, read_yaml
 
 DESCRIPTION = "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation through MTEB."
 EPILOG = "Exit codes: 0 done, 2 bad input (nothing is lost), 130 and 143 stopped by Ctrl-C or SIGTERM, saved."
@@ -216,7 +217,7 @@ def resumed_settings(given: dict) -> config.Settings:
     folder = Path(given.get("output", config.Settings().output)).expanduser()
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: no run in {folder}")
-    saved = config.Settings(**config.read_yaml(folder / "config.yaml"))
+    saved = config.Settings(**read_yaml(folder / "config.yaml"))
     free = {"resume", "stop_after", "output", "wandb", "wandb_project"}
     differing = [name for name, value in given.items() if name not in free and getattr(saved, name) != value]
     if differing:
@@ -397,7 +398,7 @@ def dry_run(run: Run) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        settings, given = config.from_flags(DESCRIPTION, EPILOG, argv)
+        settings, given = from_flags(DESCRIPTION, EPILOG, argv)
         if settings.resume:
             settings = resumed_settings(given)
         elif settings.task is None:

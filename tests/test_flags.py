@@ -23,6 +23,7 @@ import trainer
 from chat.run import prepare as prepare_chat
 from checkpoint import last_step
 from config import Settings, flag
+from flags import from_flags, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -389,7 +390,7 @@ def test_val_batches_and_steps_per_report(chat_settings):
 
 
 def test_the_names_that_mlx_lm_s_users_know(tmp_path, monkeypatch):
-    made, given = config.from_flags("", argv=["--iters", "7", "--steps-per-eval=3", "--save-every", "2"])
+    made, given = from_flags("", argv=["--iters", "7", "--steps-per-eval=3", "--save-every", "2"])
     assert (made.steps, made.eval_steps, made.save_steps, made.data) == (7, 3, 2, ["data"])
     assert given == {"steps": 7, "eval_steps": 3, "save_steps": 2, "data": ["data"]}
     for argv, data in (
@@ -399,11 +400,11 @@ def test_the_names_that_mlx_lm_s_users_know(tmp_path, monkeypatch):
         (["--iters", "7", "--task", "embed"], ["train-data.jsonl"]),
         (["--task", "chat"], ["data"]),
     ):
-        assert config.from_flags("", argv=argv)[0].data == data
-    assert config.from_flags("", argv=["--task", "chat"])[0].batch_size == 4
+        assert from_flags("", argv=argv)[0].data == data
+    assert from_flags("", argv=["--task", "chat"])[0].batch_size == 4
     file = tmp_path / "settings.yaml"
     file.write_text("iters: 7\nsave-every: 3\n")
-    assert config.from_flags("", argv=["--config", str(file)])[1] == {"steps": 7, "save_steps": 3}
+    assert from_flags("", argv=["--config", str(file)])[1] == {"steps": 7, "save_steps": 3}
 
 
 # --- evaluation and run: through the command ---
@@ -508,7 +509,7 @@ def test_wandb_and_its_project(settings, monkeypatch):
 def test_config_file_flags_win_and_unknown_keys_are_refused(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("steps: 7\nlearning-rate: 1e-3\nlora_keys: [q_proj]\n")
-    made, given = config.from_flags("", argv=["--config", str(file), "--steps", "9"])
+    made, given = from_flags("", argv=["--config", str(file), "--steps", "9"])
     assert (made.steps, made.learning_rate, made.lora_keys) == (9, 1e-3, ["q_proj"])
     assert given == {"steps": 9, "learning_rate": 1e-3, "lora_keys": ["q_proj"]}
     for text, message in (
@@ -520,20 +521,20 @@ def test_config_file_flags_win_and_unknown_keys_are_refused(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
-            config.from_flags("", argv=["--config", str(file)])
+            from_flags("", argv=["--config", str(file)])
     with pytest.raises(UserError, match="No such file"):
-        config.from_flags("", argv=["--config", str(tmp_path / "none.yaml")])
+        from_flags("", argv=["--config", str(tmp_path / "none.yaml")])
 
 
 def test_settings_survive_yaml(tmp_path):
     made = Settings(lora_keys=["a"], pooling="cls", bidirectional=True, matryoshka_dims=[4], learning_rate=1e-5)
     made.write(tmp_path / "config.yaml")
-    assert Settings(**config.read_yaml(tmp_path / "config.yaml")) == made
+    assert Settings(**read_yaml(tmp_path / "config.yaml")) == made
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_the_configs_that_come_along_are_settings(file):
-    assert Settings(**config.read_yaml(file)).loss in config.LOSSES
+    assert Settings(**read_yaml(file)).loss in config.LOSSES
 
 
 def test_keep(settings, tmp_path):

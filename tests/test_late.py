@@ -24,6 +24,7 @@ import late_index
 import late_layout
 import maxsim
 import train
+from flags import from_flags
 from late_index import LateIndex
 from models import lora
 from retrieval_config import RetrievalConfig
@@ -268,7 +269,7 @@ def test_t5_training_equals_torch(t5, data, tmp_path):
     command = ["--model", str(t5), "--task", "late", "--data", data, "--lora-keys", "q", "v", "--lora-rank", "4"]
     command += ["--lora-alpha", "8", "--batch-size", "8", "--steps", "20", "--learning-rate", "1e-2", "--warmup", "5"]
     command += ["--temperature", "0.07", "--margin-weight", "0.1", "--eval-tasks", "--max-grad-norm", "1"]
-    settings, _ = train.config.from_flags("", argv=[*command, "--output", str(tmp_path / "run")])
+    settings, _ = from_flags("", argv=[*command, "--output", str(tmp_path / "run")])
     trainer = train.prepare(settings).trainer
     fresh = {name: np.array(v) for name, v in train_parameters(trainer.model)}
     batches = [trainer.batches.batch(k) for k in range(20)]
