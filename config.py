@@ -264,6 +264,24 @@ class Settings:
                 raise UserError(f"{flag(f.name)} is for --task {' or '.join(tasks)}, and this is {task}")
 
     @property
+    def adapter(self) -> dict:
+        """The arguments of `models.lora.adapt`."""
+        return {
+            "train_type": self.train_type,
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "keys": self.lora_keys,
+            "num_layers": self.num_layers,
+        }
+
+    @property
+    def trained(self) -> str:
+        """What is trained, in words."""
+        rank = f"r={self.lora_rank}"
+        return {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[self.train_type]
+
+    @property
     def warmup_steps(self) -> int:
         """Warm-up in steps."""
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)

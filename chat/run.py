@@ -41,7 +41,12 @@ class ChatRun:
     headline: list[tuple[str, str]]
     template: str  # ChatML that stands in for a template; "" = the tokenizer has one
     estimate: Estimate
-    evaluations: None = None  # by mteb: chat runs have none
+
+    def recall(self) -> None:
+        """Before a run goes on: the trainer's state has it all."""
+
+    def print_results(self) -> None:
+        """The table of the end: the losses were reported, and chat runs have no more."""
 
     def results(self) -> dict:
         """What `results.json` holds: losses on the validation conversations, speed, memory."""
@@ -128,12 +133,10 @@ def prepare(settings: Settings) -> ChatRun:
     folder = Path(settings.output).expanduser()
     trainer = ChatTrainer(backbone, batches, validation, settings, folder, save_model)
     expected = expect(backbone, batches, settings)
-    rank = f"r={settings.lora_rank}"
-    trained = {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[settings.train_type]
     layers = "" if settings.num_layers == -1 else f" of the last {settings.num_layers} of {len(backbone.layers)} layers"
     headline = [
         ("device", backend.describe()),
-        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({trained}{layers})"),
+        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({settings.trained}{layers})"),
         ("text", describe(settings, tokenizer)),
         ("data", f"{len(rows):,} conversations of {rows.lengths.mean():,.0f} tokens on average, longest "
                  f"{rows.longest:,}; batch {size}, {length}, learning rate {settings.learning_rate:g}"),
@@ -150,15 +153,7 @@ def prepare(settings: Settings) -> ChatRun:
 def adapt(backbone: Decoder, settings: Settings) -> dict:
     """Make trainable what is to be trained; returns what `adapter_config.json` holds."""
     seed(settings.seed)  # fresh LoRA weights
-    config = lora.adapt(
-        backbone,
-        settings.train_type,
-        settings.lora_rank,
-        settings.lora_alpha,
-        settings.lora_dropout,
-        settings.lora_keys,
-        settings.num_layers,
-    )
+    config = lora.adapt(backbone, **settings.adapter)
     if settings.train_type == "full" and settings.num_layers == -1:
         backbone.adapted.unfreeze()  # the vocabulary's head too
     if settings.grad_checkpoint:

@@ -227,10 +227,10 @@ def test_loss(settings, data, name):
 # Rerankers' settings do what they say in tests/test_rerank_training.py: reranker_type, instruction, random_negatives;
 # rerank_depth here.
 def test_rerank_depth(settings, monkeypatch):
-    import rerank_eval
+    import retrieval_run
 
     asked = []
-    monkeypatch.setattr(rerank_eval, "evaluate_reranker", lambda *a, depth: asked.append(depth) or (None, None))
+    monkeypatch.setattr(retrieval_run, "evaluate_reranker", lambda *a, depth: asked.append(depth) or (None, None))
     chosen = settings(task="rerank", random_negatives=2, rerank_depth=7, eval_tasks=["eval-data"], max_length=300)
     train.prepare(chosen).evaluations.evaluate()
     assert asked == [7]
