@@ -26,6 +26,7 @@ import data_loader
 import embed
 from batching import Texts, pad_rows, plan
 from passes import Passes
+from rows import Example
 
 LONGEST = 1024  # tokens that are embedded; a model's own limit counts where only tokens are looked at
 CHANGED = 1e-6  # cosine distance above which an embedding is another one; rounding in float32 stays below 1e-12
@@ -77,7 +78,7 @@ def padding(model: embed.Model) -> tuple[bool | None, str]:
 def training(model: embed.Model) -> tuple[bool | None, str]:
     """What training computes for queries and documents, `encode` gives as well: tokens and vectors."""
     queries = [f"{text}?" for text in TEXTS]
-    examples = [data_loader.Example(q, d, (), 1) for q, d in zip(queries, TEXTS, strict=True)]
+    examples = [Example(q, d, (), 1) for q, d in zip(queries, TEXTS, strict=True)]
     batch = data_loader.make_batch(examples, range(len(examples)), model.tokenizer)
     used = Texts.join([model.tokenizer(queries, "query"), model.tokenizer(TEXTS, "document")])
     if not all(map(np.array_equal, dataclasses.astuple(batch.texts), dataclasses.astuple(used))):

@@ -13,8 +13,8 @@ from backend import UserError
 import mining
 import negatives
 import teacher
-from data_loader import find_files
 from reporting import print_lines, print_rows
+from rows import find_files
 from work_folder import add_files, print_scores, progress_bar, resumable, tell_begun, work_folder
 
 RELATIVE_MARGIN = 0.05  # NV-Retriever's best

@@ -20,8 +20,8 @@ from backend import UserError
 
 import numpy as np
 
-from data_loader import Example, RowError, decode, example_of, lines_of, open_rows, row_format
 from embed import read_texts
+from rows import Example, RowError, decode, example_of, lines_of, open_rows, row_format
 
 if TYPE_CHECKING:
     from negatives import Mined
@@ -37,7 +37,7 @@ REPLACED = ("anchor", "query", "document", "positive", "negative", "negatives", 
 def read_rows(
     files: Sequence[Path], formats: Sequence[str], skipped: list[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], Example]]:
-    """(the row as it stands in its file, what data_loader makes of it) of every row, in order.
+    """(the row as it stands in its file, what rows.py makes of it) of every row, in order.
 
     Scores that rows have are not looked at. Bad rows raise UserError, or are put into `skipped` where that is a list.
     """

@@ -2,7 +2,7 @@
 
 from mlx_cross_encoder import Qwen3RerankerConfig, Qwen3RerankerTrainer, TriBridMLXReranker
 trainer = Qwen3RerankerTrainer(Qwen3RerankerConfig(model_name="Qwen/Qwen3-Reranker-0.6B", adapter_path="adapters/mine"))
-trainer.train(train_data, eval_data)     # [{"query", "document", "label": 0 or 1}], or other rows of data_loader.py
+trainer.train(train_data, eval_data)     # [{"query", "document", "label": 0 or 1}], or other rows of rows.py
 reranker = TriBridMLXReranker("qwen3", adapter_path="adapters/mine_best")     # or from_env()
 reranker.rerank("where is Kyoto", documents, top_n=2)       # [{"index", "score", "document"}], best first
 
@@ -30,10 +30,10 @@ import numpy as np
 import checkpoint
 import train
 from config import Settings, flag
-from data_loader import Rows
 from reporting import print_lines
 from rerank import Reranker
 from rerankers import groups
+from rows import Rows
 
 QWEN3 = "Qwen/Qwen3-Reranker-0.6B"
 TYPES = {"qwen3": "qwen3", "cross-encoder": "cross-encoder", "cross_encoder": "cross-encoder"}

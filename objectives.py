@@ -8,11 +8,12 @@ from backend import UserError, mx
 import loss
 import maxsim
 from config import Settings
-from data_loader import Batch, Batches, Rows
+from data_loader import Batch, Batches
 from rerankers import groups
 from rerankers.groups import GroupBatch, GroupMaker
 from rerankers.pairs import PairTokenizer
 from retrieval_config import RetrievalConfig
+from rows import Rows
 from tokens import TextTokenizer
 
 GROUP_LOSSES = {

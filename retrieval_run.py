@@ -18,7 +18,6 @@ from backend import UserError, mx
 import checkpoint
 import kernels
 from config import Settings
-from data_loader import Rows, find_files, find_validation
 from embed import Model
 from eval import Evaluation, evaluate, load_tasks, print_comparison, print_table
 from heads import RetrievalModel
@@ -30,6 +29,7 @@ from reporting import print_lines
 from rerank import Reranker
 from rerank_eval import evaluate_reranker
 from retrieval_config import RetrievalConfig
+from rows import Rows, find_files, find_validation
 from tokens import TextTokenizer
 from trainer import Trainer
 

@@ -190,14 +190,14 @@ def _bring_up_to_date(index: Index, source: Source, model: "Model") -> Summary:
     summary = Summary(left_out=Counter(source.left_out))
     records = index.records()
     index.remove_orphans(records)
-    todo = [file for file in source.files if not _is_same(file, records.get(file.path))]
+    pending = [file for file in source.files if not _is_same(file, records.get(file.path))]
     gone = sorted(set(records) - {file.path for file in source.files})
-    if todo or gone or not index.about.complete:
+    if pending or gone or not index.about.complete:
         index.about.complete, index.about.model = False, _name(model)
         index.write()
         index.remove(gone)
         summary.removed = sum(not records.pop(path).left_out for path in gone)
-        _embed(index, source, model, todo, records, summary)
+        _embed(index, source, model, pending, records, summary)
         index.finish()
     indexed = [record for record in records.values() if not record.left_out]
     summary.files, summary.chunks = len(indexed), sum(record.chunks for record in indexed)
@@ -210,13 +210,13 @@ def _bring_up_to_date(index: Index, source: Source, model: "Model") -> Summary:
 
 
 def _embed(
-    index: Index, source: Source, model: "Model", todo: Sequence[File], records: dict[str, Record], summary: Summary
+    index: Index, source: Source, model: "Model", pending: Sequence[File], records: dict[str, Record], summary: Summary
 ) -> None:
     """Read, embed and store files in batches; `records` and `summary` follow."""
     known, touched = set(records), []
     batch: list[tuple[Record, list[Chunk]]] = []
-    with _bar(len(todo)) as advance:
-        for number, file in enumerate(todo, start=1):
+    with _bar(len(pending)) as advance:
+        for number, file in enumerate(pending, start=1):
             cut, sha256, reason = source.read(file)
             before, record = records.get(file.path), Record(*file, sha256, len(cut), reason)
             records[file.path] = record
@@ -226,7 +226,7 @@ def _embed(
                 summary.changed += not reason
                 batch.append((record, cut))
             count = sum(record.chunks for record, _ in batch)
-            if batch and (count >= BATCH or len(batch) >= BATCH or number == len(todo)):
+            if batch and (count >= BATCH or len(batch) >= BATCH or number == len(pending)):
                 texts = [chunk.embedded for _, cut in batch for chunk in cut]
                 index.add(batch, search_model.embed(model, texts, "document"), known)
                 summary.embedded += count

@@ -23,17 +23,17 @@ from backend import UserError
 import numpy as np
 
 import mining
-from data_loader import find_files
 from reporting import print_lines
+from rows import find_files
 from work_folder import Work, add_files, print_scores, progress_bar, resumable, tell_begun, work_folder
 
 if TYPE_CHECKING:
-    from data_loader import Example
     from negatives import Groups
+    from rows import Example
     from work_folder import Progress
 
 KINDS = ("reranker", "embedder")
-Row = tuple[dict[str, Any], "Example"]  # as it stands in its file, and what data_loader makes of it
+Row = tuple[dict[str, Any], "Example"]  # as it stands in its file, and what rows.py makes of it
 ROWS = {"reranker": 256, "embedder": 2_048}  # that are scored at once and finished together
 
 
@@ -176,7 +176,7 @@ def score(
 
 
 def scored_rows(rows: Iterable[Row], scores: Iterable[np.ndarray], counts: Counts) -> Iterator[dict[str, Any]]:
-    """The rows with their "scores", in data_loader's order; `counts` gets them, too."""
+    """The rows with their "scores", in rows.Rows' order; `counts` gets them, too."""
     from mining import shortened
 
     for (row, _), found in zip(rows, scores, strict=True):

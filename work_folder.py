@@ -124,14 +124,13 @@ def work_folder(output: Path, folder: str | None) -> Iterator[Work]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: not a folder")
     with locks.only_one(path / LOCK, f"{path}: another process is mining there"):
+        finished = False
         try:
             yield Work(path)
-        except BaseException:
-            if not folder and not (path / ABOUT).exists():  # nothing was begun
+            finished = True
+        finally:
+            if not folder and (finished or not (path / ABOUT).exists()):  # or nothing was begun
                 shutil.rmtree(path, ignore_errors=True)
-            raise
-        if not folder:
-            shutil.rmtree(path)
 
 
 # --- what the commands that work in it share --------------------------------------------------------------------------

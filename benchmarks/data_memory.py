@@ -43,7 +43,8 @@ def peak_memory() -> int:
 def measure(path: Path) -> dict:
     """Open the file and take ten batches, in this process."""
     sys.path.insert(0, str(ROOT))
-    from data_loader import Batches, Rows
+    from data_loader import Batches
+    from rows import Rows
     from tokens import TextTokenizer
 
     tokenizer = TextTokenizer(ROOT / "gemma-3-tiny-mlx", {}, {"query": 32, "document": 128})

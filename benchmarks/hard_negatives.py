@@ -29,10 +29,11 @@ from sides import minilm, read_pairs
 import config
 import mine
 import train
-from data_loader import Batches, Rows
+from data_loader import Batches
 from embed import Model, load
 from eval import METRICS, Evaluation, compare, evaluate
 from reporting import print_lines, print_rows
+from rows import Rows
 
 
 def document_tokens(data: Path, model: Model, size: int, steps: int, seed: int) -> int:

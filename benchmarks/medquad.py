@@ -23,9 +23,9 @@ import numpy as np
 
 import config
 import train
-from data_loader import Rows, find_files
 from embed import load, read_texts
 from eval import evaluate
+from rows import Rows, find_files
 from trainer import learning_rate
 
 

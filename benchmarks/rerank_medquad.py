@@ -27,11 +27,11 @@ from sides import minilm
 
 import config
 import train
-from data_loader import Rows, find_files
 from eval import Evaluation, compare
 from reporting import print_lines, print_rows
 from rerank import Reranker
 from rerank_eval import bm25, evaluate_reranker
+from rows import Rows, find_files
 
 NEGATIVES, DEPTH = 4, 50
 

@@ -65,7 +65,8 @@ def ours(model: str, rows: Path, batch_size: int, max_length: int, steps: int) -
 
 def texts_of_batches(rows: Path, batch_size: int, steps: int) -> list[list[tuple[str, str]]]:
     """(query, positive) of the rows in each of the toolkit's batches."""
-    from data_loader import Batches, Rows
+    from data_loader import Batches
+    from rows import Rows
 
     read = Rows([rows])
     batches = Batches(read, None, batch_size)  # no tokenizer: texts are wanted

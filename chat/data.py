@@ -22,7 +22,7 @@ from backend import UserError, mx
 import numpy as np
 
 from chat.template import ChatTokenizer, Rendered
-from data_loader import RowError, decode, find_files, lines_of, open_rows
+from rows import RowError, decode, find_files, lines_of, open_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 FORMATS = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}

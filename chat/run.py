@@ -21,12 +21,12 @@ from chat.memory import Estimate, Work, estimate, shape_of
 from chat.template import TEMPLATE_FILE, ChatTokenizer
 from chat.trainer import ChatTrainer
 from config import Settings
-from data_loader import find_files, find_validation
 from models import ENCODERS, count_parameters, load_backbone, lora, resolve
 from models.decoder import Decoder, normalised
 from models.remat import checkpoint_blocks, seed
 from models.source import read_config
 from reporting import print_lines
+from rows import find_files, find_validation
 
 MAX_LENGTH = 2048  # where --max-length is not given
 

@@ -15,7 +15,7 @@ from backend import UserError
 
 import numpy as np
 
-from data_loader import RowError
+from rows import RowError
 from tokenizer_files import quiet_transformers
 from tokens import well_formed
 

@@ -4,7 +4,7 @@
 {"query": ..., "positive": ..., "negatives": [...]}     label 1, and 0 for each negative; triplets likewise
 {"query": ..., "documents": [...], "scores": [...]}     graded; positive and negatives may have scores as well
 
-`data_loader.Rows` reads them; `make` is what `data_loader.Batches` makes its batches with.
+`rows.Rows` reads them; `make` is what `data_loader.Batches` makes its batches with.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ import numpy as np
 
 from batching import Texts
 from config import Settings
-from data_loader import Example, Rows
 from rerankers.pairs import PairTokenizer
+from rows import Example, Rows
 
 LOSSES = ("yes_no", "bce", "list_softmax", "ranknet", "margin_mse", "kl_distill")
 

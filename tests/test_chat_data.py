@@ -16,7 +16,7 @@ from chat_templates import EXPECTED, TALK, TEMPLATES
 
 from chat.data import GRID, POOL, ChatBatches, Conversations, is_chat
 from chat.template import TEMPLATE_FILE, ChatTokenizer
-from data_loader import RowError
+from rows import RowError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "gemma-3-tiny-mlx"

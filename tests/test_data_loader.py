@@ -14,7 +14,8 @@ from backend import UserError
 import numpy as np
 import pytest
 
-from data_loader import Batches, Example, Rows, find_files, find_validation, make_batch
+from data_loader import Batches, make_batch
+from rows import Example, Rows, find_files, find_validation
 from tokens import TextTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -352,7 +353,8 @@ STREAM = """
 import sys
 from backend import UserError
 from pathlib import Path
-from data_loader import Batches, Rows
+from data_loader import Batches
+from rows import Rows
 from tokens import TextTokenizer
 
 file, folder, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -14,7 +14,7 @@ import pytest
 import mine
 from code_pairs import FILE_REASONS, REASONS, Counts, Rules, pairs
 from code_pairs.near_duplicates import NearDuplicates, signature, tokens_of
-from data_loader import Rows
+from rows import Rows
 
 GOOD = '''
 def middle(left, right):

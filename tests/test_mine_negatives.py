@@ -13,12 +13,12 @@ import pytest
 from test_negatives import TEXTS
 from test_reranker_scores import cross_encoder
 
-import data_loader
 import embed
 import mine
 import mining
 import negatives
 import rerank
+import rows as row_files
 import search_model
 import teacher
 import work_folder
@@ -48,7 +48,7 @@ def test_mined_rows_are_training_data_and_scores_are_cosines(small, pairs, tmp_p
     flags = ("--relative-margin", "off", "--take", 3, "--skip", 1, "--scores")
     assert run("--data", pairs, "--corpus", corpus, "--model", small, "--output", output, *flags) == 0
     rows, model = read(output), embed.load(small)
-    loaded = data_loader.Rows([output])
+    loaded = row_files.Rows([output])
     assert loaded.has_negatives and loaded.has_scores
     documents = [f"on {text}." for text in TEXTS] + TEXTS
     vectors = dict(zip(documents, model.encode(documents, "document"), strict=True))
@@ -80,7 +80,7 @@ def test_other_keys_and_all_formats(tmp_path, write_rows):
         found = read(tmp_path / "out.jsonl")[0]
         assert (found["query"], found["positive"], found["negatives"]) == ("cat", TEXTS[1], [TEXTS[5]])
         assert found.get("rank") == row.get("rank") and found.get("path") == row.get("path") and "scores" not in found
-        assert data_loader.Rows([tmp_path / "out.jsonl"])[0].rank == row.get("rank", 1)
+        assert row_files.Rows([tmp_path / "out.jsonl"])[0].rank == row.get("rank", 1)
 
 
 def test_flags_have_their_effect(small, pairs, tmp_path, capsys):
@@ -325,7 +325,7 @@ def test_an_embedders_scores(small, small_blocks, tmp_path, write_rows, capsys):
     data, output = write_rows(SCORED, "mined.jsonl"), tmp_path / "scored.jsonl"
     assert score("--data", data, "--teacher", small, "--output", output) == 0
     model, rows = embed.load(small), read(output)
-    loaded = data_loader.Rows([output])
+    loaded = row_files.Rows([output])
     assert loaded.has_scores
     for i, (row, before) in enumerate(zip(rows, SCORED, strict=True)):
         documents = [loaded[i].positive, *loaded[i].negatives]
@@ -348,7 +348,7 @@ def test_a_rerankers_scores_and_rows_of_documents(tmp_path, write_rows, capsys):
     for row, before in zip(read(output), rows, strict=True):
         np.testing.assert_allclose(row["scores"], judge.score(row["query"], before["documents"]), atol=1e-5)
         assert row["documents"] == before["documents"]
-    example = data_loader.Rows([output])[0]
+    example = row_files.Rows([output])[0]
     assert example.scores == tuple(sorted(example.scores, reverse=True))
     assert ", reranker" in capsys.readouterr().out
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data_loader
 import mining
 import negatives
+import rows as row_files
 from negatives import NO_DOCUMENT, Rules, Sources
 from rerank_eval import bm25, bm25_scores
 from work_folder import Work
@@ -42,7 +42,7 @@ def ranked(queries, documents, k, barred=(), block=negatives.DOCUMENTS):
 def gather(rows, corpus=(), folder=None):
     """A Collection of rows (dicts), read as from a file."""
     with tempfile.TemporaryDirectory() as made:
-        read = ((row, data_loader.example_of(row)[0]) for row in rows)
+        read = ((row, row_files.example_of(row)[0]) for row in rows)
         return mining.collect(read, corpus, Path(folder or made))
 
 
@@ -283,7 +283,7 @@ def test_known_positives_and_duplicates_are_never_mined(rows, corpus, take, by):
         sources = sources._replace(words=bm25_scores(found.documents.read(range(len(found.documents)))))
         mined = negatives.mine(found, sources, Rules(by=by, take=take), Work(Path(folder)))
         everything = {same(text) for text in [*corpus, *(t for _, p, n in rows for t in (p, *n))]}
-        written = mining.mined_rows(((r, data_loader.example_of(r)[0]) for r in made), found, mined, True)
+        written = mining.mined_rows(((r, row_files.example_of(r)[0]) for r in made), found, mined, True)
         for row, before in zip(written, made, strict=True):
             positives = {same(r["positive"]) for r in made if same(r["query"]) == same(row["query"])}
             keys = [same(text) for text in row["negatives"]]

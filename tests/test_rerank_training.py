@@ -25,11 +25,12 @@ from test_reranker_scores import (  # noqa: F401  (fixtures)
 import loss
 import train
 from config import Settings
-from data_loader import Rows, _pack, _unpack
+from data_loader import pack, unpack
 from rerank import Reranker
 from rerankers import pairs
 from rerankers.groups import GroupBatch, GroupMaker
 from rerankers.pairs import CrossEncoderTokenizer
+from rows import Rows
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
 ANSWERS = ("a kidney stone is hard material", "the cat sat on the mat", "which animal did sit there")
@@ -122,7 +123,7 @@ def test_every_format_becomes_a_group(write_rows, tmp_path):
     plain = [{"query": f"q{i % 3}", "positive": ANSWERS[i]} for i in range(3)] + [{"query": "q0", "positive": "mat"}]
     drawn = batch_of(plain, random_negatives=2)
     assert drawn.labels.tolist() == [[1, 0, 0]] * 4  # q0's other positive is no negative of it
-    again = _unpack({k: np.array(v) for k, v in _pack(drawn).items()}, GroupBatch)
+    again = unpack({k: np.array(v) for k, v in pack(drawn).items()}, GroupBatch)
     np.testing.assert_array_equal(again.texts.second, drawn.texts.second)
     assert again.tokens == drawn.tokens and drawn.rows_with(4).tolist() == [1]
 

@@ -1,0 +1,283 @@
+"""Rows of text on disk, checked once: what a row may be, and `Rows`, which reads them one by one.
+
+Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl`:
+
+    {"query": ..., "document": ..., "rank": 1}            rank is optional: 1 = best, weight 1 / log2(1 + rank)
+    {"query": ..., "positive": ..., "negatives": [...]}   negatives are optional
+    {"anchor": ..., "positive": ..., "negative": ...}
+
+`negative` and `negatives`, a text or a list of texts, are understood in all of them. `scores`, of the positive and then
+the negatives, are a teacher's, for distillation; it may also have ranked any documents:
+
+    {"query": ..., "documents": [...], "scores": [...]}
+
+Rerankers also learn from single pairs, `{"query": ..., "document": ..., "label": 1}`, a label being from 0 to 1.
+
+Every row is read and checked once before training; after that only its place in the file is kept in memory.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from backend import UserError
+
+import numpy as np
+
+MAX_ROW_BYTES = 500_000  # a longer line is a file that lacks its line breaks, not a training example
+FORMATS = {
+    "document": ("query", "document"),
+    "positive": ("query", "positive"),
+    "anchor": ("anchor", "positive"),
+    "documents": ("query", "documents"),
+    "label": ("query", "document"),
+}
+NEGATIVES = ("negatives", "negative")
+MAX_RANK = 2**31 - 1
+
+
+class Example(NamedTuple):
+    """One row: a query, its positive, its own hard negatives, and the rank of the positive (1 = best)."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+    rank: int
+    scores: tuple[float, ...] = ()  # a teacher's, of the positive and the negatives; none = it has not judged
+
+
+class RowError(ValueError):
+    """Why one row cannot be used."""
+
+
+def row_format(row: dict) -> str:
+    """Which of the formats a row has, by its keys."""
+    if "anchor" in row:
+        return "anchor"
+    if "query" in row and "documents" in row:
+        return "documents"
+    if "query" in row and "document" in row:
+        return "label" if "label" in row else "document"
+    if "query" in row and "positive" in row:
+        return "positive"
+    if "query" in row:
+        raise RowError("no positive: a row with a query needs a document or a positive")
+    raise RowError(
+        f"keys {', '.join(sorted(row)) or '(none)'} fit no format (query and document; query and positive; "
+        "anchor, positive and negative)"
+    )
+
+
+def _text(row: dict, key: str) -> str:
+    if key not in row:
+        raise RowError(f"no {key}")
+    if not isinstance(row[key], str):
+        raise RowError(f"{key} is not a text")
+    if not row[key].strip():
+        raise RowError(f"{key} is empty")
+    return row[key]
+
+
+def decode(line: bytes) -> dict:
+    """The JSON object of one line; RowError says why there is none."""
+    if len(line) > MAX_ROW_BYTES:
+        raise RowError(f"the line has more than {MAX_ROW_BYTES:,} bytes; are line breaks missing?")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1})") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise RowError(f"broken JSON ({error})") from error
+    except RecursionError as error:
+        raise RowError("JSON nested too deeply") from error
+    if not isinstance(row, dict):
+        raise RowError("not a JSON object")
+    return row
+
+
+def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
+    """One line's example and its format; RowError says what is wrong with it."""
+    return example_of(decode(line), expected)
+
+
+def example_of(row: dict, expected: str | None = None) -> tuple[Example, str]:
+    """As `parse`, of a row that is decoded."""
+    kind = row_format(row)
+    if expected is not None and kind != expected:
+        found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (kind, expected))
+        raise RowError(f"has the format {found}, but the rows before have {before}")
+    if kind == "documents":
+        return _judged(row), kind
+    query, positive = (_text(row, key) for key in FORMATS[kind])
+    negatives: list[str] = []
+    for key in NEGATIVES:
+        negatives += _texts(row, key)
+    if kind == "anchor" and not negatives:
+        raise RowError("no negative")
+    if kind == "label":
+        label = row["label"]
+        if not isinstance(label, (int, float)) or not 0 <= label <= 1:
+            raise RowError(f"label {repr(label)[:20]} is not a number from 0 to 1")
+        return Example(query, positive, (), 1, (float(label),)), kind
+    rank = row.get("rank", 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
+    return Example(query, positive, tuple(negatives), rank, _scores(row, 1 + len(negatives))), kind
+
+
+def _texts(row: dict, key: str) -> list[str]:
+    value = row.get(key, [])
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise RowError(f"{key} must be a text or a list of texts, none of them empty")
+    return value
+
+
+def _scores(row: dict, count: int) -> tuple[float, ...]:
+    """A teacher's scores of a row's documents; () where it has none."""
+    scores = row.get("scores")
+    if scores is None:
+        return ()
+    numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores)
+    if not numbers or len(scores) != count or not np.isfinite(scores).all():
+        raise RowError(f"scores must be {count} finite numbers, one for each document")
+    return tuple(map(float, scores))
+
+
+def _judged(row: dict) -> Example:
+    """A query with documents that a teacher has scored: the best is the positive, the others are negatives."""
+    documents = _texts(row, "documents")
+    if len(documents) < 2:
+        raise RowError("documents must be at least two texts")
+    if not (scores := _scores(row, len(documents))):
+        raise RowError("no scores")
+    order = sorted(range(len(documents)), key=lambda i: -scores[i])
+    best, *rest = (documents[i] for i in order)
+    return Example(_text(row, "query"), best, tuple(rest), 1, tuple(scores[i] for i in order))
+
+
+def find_files(sources: Sequence[str], split: str = "train") -> list[Path]:
+    """The files that `--data` names: files themselves, or `train.jsonl[.gz]` of a folder."""
+    files = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            inside = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
+            if not (found := [file for file in inside if file.is_file()]):
+                raise UserError(f"--data {source}: the folder has no {split}.jsonl")
+            files.append(found[0])
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"--data {source}: no such file or folder")
+    return files
+
+
+def find_validation(sources: Sequence[str]) -> list[Path]:
+    """The `valid.jsonl[.gz]` of the folders that `--data` names; none is no mistake."""
+    folders = [Path(source).expanduser() for source in sources]
+    names = ("valid.jsonl", "valid.jsonl.gz")
+    return find_files([str(folder) for folder in folders if any((folder / name).is_file() for name in names)], "valid")
+
+
+def open_rows(file: Path) -> BinaryIO:
+    """A file of rows, unpacked where it is gzip-compressed; UserError where it cannot be read."""
+    try:
+        if file.suffix != ".gz":
+            return open(file, "rb")
+        unpacked = tempfile.TemporaryFile()
+        with gzip.open(file, "rb") as packed:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not a whole gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from error
+    unpacked.seek(0)
+    return unpacked
+
+
+class Rows:
+    """The checked rows of some files: `len(rows)`, `rows[i]`; texts stay on disk.
+
+    Args:
+        files: JSON lines, gzip-compressed where the name ends in `.gz` (unpacked once to a temporary file).
+        skip_bad: leave out rows that cannot be used; they are in `skipped`, as "file:line: reason".
+
+    Raises UserError with file, line and reason at the first bad row, or where no row is left.
+    """
+
+    def __init__(self, files: Sequence[Path], skip_bad: bool = False):
+        self.files = list(files)
+        self.skipped: list[str] = []
+        self.kind: str | None = None
+        self.has_negatives = False
+        self.has_scores = True  # all of them
+        self.score_range = (0.0, 1.0)  # lowest and highest score or label
+        self.without_positive = ""  # place of the first row whose scores are all 0 or less
+        self._handles = [open_rows(file) for file in self.files]
+        starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
+        for file, handle in zip(self.files, self._handles, strict=True):
+            self._check(file, handle, skip_bad, starts, sizes, numbers)
+            counts.append(len(starts))
+        if not starts:
+            raise UserError(f"{', '.join(map(str, self.files))}: no usable row")
+        # Views on the arrays: five million rows take 80 MB, their texts nothing.
+        self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
+        self._counts = np.array(counts)
+
+    def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> None:
+        position = 0
+        for number, (line, size) in enumerate(lines_of(handle), start=1):
+            if line.strip():
+                try:
+                    example, self.kind = parse(line, self.kind)
+                    self.has_negatives |= bool(example.negatives)
+                    self.has_scores &= bool(example.scores)
+                    if example.scores:
+                        low, high = self.score_range
+                        self.score_range = min(low, *example.scores), max(high, *example.scores)
+                        if max(example.scores) <= 0 and not self.without_positive:
+                            self.without_positive = f"{file}:{number}"
+                    starts.append(position)
+                    sizes.append(size)
+                    numbers.append(number)
+                except RowError as error:
+                    if not skip_bad:
+                        raise UserError(f"{file}:{number}: {error} (--skip-bad-rows leaves such rows out)") from error
+                    self.skipped.append(f"{file}:{number}: {error}")
+            position += size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> Example:
+        file = int(np.searchsorted(self._counts, i, side="right")) - 1
+        line = os.pread(self._handles[file].fileno(), int(self._sizes[i]), int(self._starts[i]))
+        try:
+            return parse(line, self.kind)[0]
+        except RowError as error:
+            raise UserError(f"{self.where(i)}: the file was changed during the run ({error})") from error
+
+    def where(self, i: int) -> str:
+        """The row's place as file:line."""
+        file = int(np.searchsorted(self._counts, i, side="right")) - 1
+        return f"{self.files[file]}:{int(self._numbers[i])}"
+
+
+def lines_of(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Each line with its size in bytes; of an over-long line only the beginning is kept in memory."""
+    while line := handle.readline(MAX_ROW_BYTES + 1):
+        size, end = len(line), line
+        while not end.endswith(b"\n") and (end := handle.readline(MAX_ROW_BYTES)):
+            size += len(end)
+        yield line, size
