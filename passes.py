@@ -9,6 +9,7 @@ import functools
 import os
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
@@ -20,10 +21,19 @@ from mlx.utils import tree_map
 from heads import MicroBatch, RetrievalModel
 from models import lora, remat
 
-# A compiled function keeps a graph of every shape that it met. After so many shapes it is made anew.
+# Compiled passes that a worker keeps, each with the graph of one shape: 700 bytes an operation, half a megabyte for
+# three layers. What was used longest ago makes room. A server keeps few, as it meets new shapes all the time.
 SHAPES_KEPT = 512
+SHAPES_SERVED, SERVED_GRID = 24, 8
 # Models hold tracers instead of weights while a graph is built, and mlx's random state is one for all.
 _building = threading.Lock()
+
+
+def few_shapes() -> None:
+    """For a process that answers requests: its memory must not grow with every length and number of texts it meets."""
+    global SHAPES_KEPT
+    SHAPES_KEPT = SHAPES_SERVED
+    backend.LENGTH_GRID = max(backend.LENGTH_GRID, SERVED_GRID)
 
 
 class Worker:
@@ -80,23 +90,29 @@ class _Functions:
 
     def __init__(self, model: RetrievalModel, adapters: list[nn.Module]):
         self.model, self.adapters = model, adapters
-        self._compiled: dict = {}
+        self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # last used last
 
     def __call__(self, kind: str, rows: MicroBatch, seed: int | None, *arrays) -> mx.array | dict:
         """Build the graph of one pass; nothing is computed yet. `arrays`: see `forward` and `gradient`."""
         random = self.model.training and any(isinstance(m, nn.Dropout) and m._p_1 < 1 for m in self.model.modules())
-        shapes, function = self._compiled.get((kind, self.model.training), (set(), None))
-        if function is None or len(shapes) >= SHAPES_KEPT:
-            state = mx.random.state if random else []
-            shapes, function = set(), mx.compile(getattr(self, kind), inputs=state, outputs=state)
-            self._compiled[kind, self.model.training] = (shapes, function)
-        shapes.add(rows.ids.shape)
+        function = self._function(kind, rows, mx.random.state if random else [], len(arrays[0]))
         if seed is not None:
             remat.seed(seed)
         result = function(self.model.parameters(), *arrays, *rows)
         if random:
             remat.seed(seed or 0)  # the state that the graph leaves behind belongs to this thread
         return result
+
+    def _function(self, kind: str, rows: MicroBatch, state: list, merged: int) -> Callable:
+        """The compiled pass for rows of these shapes."""
+        past = rows.past[0][0].shape if rows.past else None
+        key = (kind, self.model.training, merged, rows.ids.shape, past)
+        if key not in self._compiled:
+            self._compiled[key] = mx.compile(getattr(self, kind), inputs=state, outputs=state)
+        self._compiled.move_to_end(key)
+        while len(self._compiled) > SHAPES_KEPT:
+            self._compiled.popitem(last=False)
+        return self._compiled[key]
 
     def forward(self, weights: dict, merged: list[mx.array], *rows: mx.array) -> mx.array:
         return self._with(weights, merged, lambda: self.model(MicroBatch(*rows)))
@@ -199,6 +215,11 @@ class Passes:
             total = more if total is None else tree_map(mx.add, total, more)
             mx.eval(total)
         return total
+
+    @property
+    def merged_bytes(self) -> int:
+        """What `_merged` takes at most."""
+        return sum(layer.linear.weight.nbytes for layer in self._adapters)
 
     def _merged(self, tokens: int) -> list[mx.array]:
         """Weights with their adapters in them; none where merging would cost more than it saves."""

@@ -191,6 +191,7 @@ class Reranker:
         least = min(map(len, rows)) - 1  # every row keeps a token, at which its score stands
         same = np.all([row[:least] == rows[0][:least] for row in rows], axis=0)
         count = least if same.all() else int(same.argmin())
+        count -= count % backend.LENGTH_GRID  # like every length
         if count < SHARED_FROM:
             return texts, None
         past = self.model.backbone.past(mx.array(rows[0][None, :count]))

@@ -33,6 +33,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, mo
 from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+import passes
 from serve_queue import Job, ModelThread, Reranker
 
 if TYPE_CHECKING:
@@ -320,6 +321,7 @@ def run(
     """
     app = create_app(reranker, model, api_key)
     listener = _listen(host, port)
+    passes.few_shapes()
     # What this thread left uncomputed, as weights are until they are first used, no other thread can compute.
     if reranker is not None:
         reranker.score_groups([("first", ["text"])])

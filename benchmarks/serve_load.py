@@ -166,14 +166,15 @@ def load(server: subprocess.Popen, port: int, args: argparse.Namespace, key: str
 
     seconds = sorted(second for tally in tallies for second in tally.seconds)
     errors, wrong = ([text for tally in tallies for text in getattr(tally, name)] for name in ("errors", "wrong"))
-    early = min(samples, key=lambda told: abs(told[0] - min(10, args.seconds / 2)))
     print(f"{args.clients} clients, {passed:.1f} s, {len(seconds):,} answers, {len(seconds) / passed:,.1f} a second")
     if seconds:
         p50, p95 = (1000 * seconds[min(len(seconds) - 1, int(len(seconds) * share))] for share in (0.5, 0.95))
         print(f"latency: p50 {p50:,.0f} ms, p95 {p95:,.0f} ms, longest {1000 * seconds[-1]:,.0f} ms")
+    moments = [*range(10, int(args.seconds), 10), passed]
+    memory = [(moment, min(samples, key=lambda sample: abs(sample[0] - moment))[1]) for moment in moments]
+    print("memory: " + ", ".join(f"{mb:,.0f} MB at {moment:.0f} s" for moment, mb in memory))
     most = max(mb for _, mb in samples)
-    at_end = f"{samples[-1][1]:,.0f} MB at the end, {most:,.0f} MB at most"
-    print(f"memory: {early[1]:,.0f} MB after {early[0]:.0f} s, {at_end}")
+    print(f"growth from {memory[0][0]:.0f} s on: {memory[-1][1] / memory[0][1] - 1:+.1%}; {most:,.0f} MB at most")
     print(f"errors: {len(errors)}; wrong order or numbers: {len(wrong)} (tolerance {args.tolerance:g})")
     for text in sorted(set(errors + wrong))[:10]:
         print(f"  {text}")

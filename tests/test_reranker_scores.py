@@ -6,6 +6,7 @@ python -m pytest tests/test_reranker_scores.py
 import json
 from pathlib import Path
 
+import backend
 from backend import UserError, mx
 
 import numpy as np
@@ -17,6 +18,7 @@ from random_models import word_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import checkpoint
+import passes
 import rerank
 from batching import pad_rows
 from models.source import read_safetensors
@@ -119,6 +121,26 @@ def test_the_shared_beginning_changes_no_score(kind, tmp_path, qwen_tokenizer, m
     monkeypatch.setattr(rerank, "SHARED_BY", 1000)
     np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), shared, rtol=0, atol=1e-5)
     assert len(calls) == 1
+
+
+@pytest.mark.skipif(not backend.FUSED, reason="on this device no graphs are kept")
+def test_a_server_keeps_few_graphs_and_its_scores(tmp_path, qwen_tokenizer, monkeypatch):
+    """Regression: queries and documents of other lengths each had a graph; 1,232 MB after a minute, from 796."""
+    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer, **CAUSAL["qwen3"])
+    ours, built = Reranker(str(folder), max_length=300), []
+    groups = [(" ".join([QUERY] * (1 + i)), [f"{'a' * i} {text[:120]}" for text in DOCUMENTS]) for i in range(24)]
+    expected = [ours.score(*group) for group in groups]
+    for module, name in ((passes, "SHAPES_KEPT"), (backend, "LENGTH_GRID")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after this test
+    monkeypatch.setattr(passes, "SHAPES_SERVED", 4)
+    passes.few_shapes()
+    forward = passes._Functions.forward
+    monkeypatch.setattr(passes._Functions, "forward", lambda *args: built.append(args[3]) or forward(*args))
+    ours = Reranker(str(folder), max_length=300)
+    for group, scores in zip(groups, expected, strict=True):
+        np.testing.assert_allclose(ours.score(*group), scores, rtol=0, atol=1e-5)
+        assert all(len(functions._compiled) <= 4 for functions in ours.passes._functions)
+    assert built and all(ids.shape[1] % 8 == 0 for ids in built)
 
 
 def test_a_window_that_mlx_lm_does_not_build_limits_the_sequence(tmp_path, qwen_tokenizer):

@@ -278,6 +278,16 @@ def test_what_cannot_be_served():
         serve.create_app(Reranker(), late)
 
 
+def test_a_server_meets_few_shapes(monkeypatch, capfd):
+    """Before anything is computed; see the test of what it does in test_reranker_scores.py."""
+    done = []
+    monkeypatch.setattr(serve.passes, "few_shapes", lambda: done.append("few"))
+    monkeypatch.setattr(Reranker, "score_groups", lambda self, groups: done.append("scored"))
+    monkeypatch.setattr(serve.uvicorn.Server, "run", lambda self, sockets: [s.close() for s in sockets])
+    serve.run(Reranker(), None, port=0)
+    assert done == ["few", "scored"] and "serving a-reranker" in capfd.readouterr().out
+
+
 def test_addresses_that_cannot_be_had():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="already in use"):
         serve.run(Reranker(), None, port=taken.getsockname()[1])
