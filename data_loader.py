@@ -3,10 +3,12 @@
 batches = Batches(Rows(find_files(["pairs.jsonl"])), tokenizer, size=64)
 for batch in batches.stream(0, 100): ...
 
-The order is a permutation, another one every epoch, and batch k is computed from k alone, so a run continues anywhere.
+The order is another one every epoch. Of rows in files, batch k is computed from k alone; `cursor` says what else a
+source needs to continue with batch k in another process.
 """
 
 import atexit
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -77,8 +79,8 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: Text
 class Batches:
     """An endless, seeded sequence of batches: batch k holds the k-th `size` rows of epoch after epoch.
 
-    A batch may cross from one epoch into the next, so no row is ever dropped. `order(epoch)` is a permutation that
-    depends on seed and epoch only. `make` makes a batch, of type `kind`, of examples, their rows' numbers and the
+    `rows` is a source, see sources.py, and gives the order. A batch may cross from one epoch into the next, so no row is
+    ever dropped. `make` makes a batch, of type `kind`, of examples, their rows' numbers and the
     tokenizer.
     """
 
@@ -94,36 +96,42 @@ class Batches:
         if size > len(rows):
             raise UserError(f"--batch-size {size} is larger than the data: {len(rows)} rows")
         if make is make_batch and rows.kind == "label":
-            raise UserError(f"{rows.where(0)}: rows with a label are for --task rerank")
+            raise UserError(f"{rows.names[0]}: rows with a label are for --task rerank")
         if make is make_batch and size == 1 and not rows.has_negatives:
             raise UserError("--batch-size 1: rows without negatives leave each query one candidate; nothing to learn")
         self.rows, self.tokenizer, self.size, self.seed = rows, tokenizer, size, seed
         self.make, self.kind = make, kind
-        self._epoch, self._order = -1, np.empty(0, np.uint32)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """(rows,) uint32: the epoch's permutation."""
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, rng.permutation(np.arange(len(self.rows), dtype=np.uint32))
-        return self._order
 
     def row_numbers(self, k: int) -> list[int]:
         """The rows of batch k, counted from 0."""
-        positions = range(k * self.size, (k + 1) * self.size)
-        return [int(self.order(p // len(self.rows))[p % len(self.rows)]) for p in positions]
+        return list(itertools.islice(self.rows.numbers(self.seed, k * self.size), self.size))
 
     def batch(self, k: int) -> Batch:
         """Batch k, counted from 0."""
-        numbers = self.row_numbers(k)
-        return self.make([self.rows[i] for i in numbers], numbers, self.tokenizer)
+        return next(self._made(k, k + 1))
+
+    def _made(self, first: int, last: int) -> Iterator[Batch]:
+        numbers = self.rows.numbers(self.seed, first * self.size)
+        for _ in range(first, last):
+            drawn = [(i, self.rows[i]) for i in itertools.islice(numbers, self.size)]
+            if len(drawn) < self.size:  # the source was closed
+                return
+            yield self.make([example for _, example in drawn], [i for i, _ in drawn], self.tokenizer)
+
+    def cursor(self, k: int) -> dict:
+        """What `restore` needs, besides k, to go on with batch k in another process."""
+        return self.rows.cursor(k * self.size)
+
+    def restore(self, cursor: dict, k: int) -> None:
+        """Go on with batch k as the process would have that gave the cursor."""
+        self.rows.restore(cursor, k * self.size)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first` to `last` - 1, read and tokenised by mlx-data in the background, two ahead."""
         import mlx.data as dx
 
         def produce() -> Iterator[dict]:
-            return (pack(self.batch(k)) for k in range(first, last))
+            return map(pack, self._made(first, last))
 
         stream = dx.stream_python_iterable(produce).prefetch(2, 1)
         # The interpreter aborts or hangs at exit while a stream still prefetches, or after one met an error.
@@ -133,6 +141,7 @@ class Batches:
                 yield unpack(sample, self.kind)
         finally:
             atexit.unregister(stream.reset)
+            self.rows.close()  # first, as `reset` waits for what is being read
             stream.reset()
 
 

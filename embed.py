@@ -6,6 +6,7 @@ vectors = model.encode(texts, prompt="query")        # numpy float32 (N, D), uni
 
 python embed.py --model adapters/final --input docs.jsonl --output vectors.npy
 python embed.py --model adapters/final --input docs.jsonl --output vectors.npy --dimensions 256 --precision int8
+python embed.py --model adapters/final --to es://docs --field vector          # into the index, for search.py --store
 python embed.py --check adapters/final               # exit code 1 where a check fails
 """
 
@@ -276,13 +277,37 @@ def embed_file(args: argparse.Namespace) -> str:
     return f"{output}: {count:,} vectors of {dimensions} dimensions, {kind}, {size}{calibrated}"
 
 
+def embed_index(args: argparse.Namespace) -> str:
+    """Embed the documents of the Elasticsearch index `--to`, and write the vectors there; returns what to tell."""
+    from config import Settings
+    from elastic import fields
+    from elastic.index import write_vectors
+    from work_folder import progress_bar
+
+    made_of = fields.parse(args.es_fields or Settings().es_fields)
+    texts = made_of.get("document") or made_of.get("positive")
+    if not texts:
+        raise UserError("--es-fields: document=FIELD+FIELD names what is embedded")
+    model, field = load(args.model, args.adapter, max_length=args.max_length), args.field or "vector"
+    with progress_bar("embedding", "documents") as progress:
+        done, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress)
+    left = f"; {empty:,} without text were left out" if empty else ""
+    search = f'python search.py search "..." --store {args.to}'
+    return f"{args.to}: {done:,} vectors of {model.dimensions} dimensions in {field}{left}. Next: {search}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Embed the texts of a file, or check a model.")
     parser.add_argument("--model", help="adapter folder, base model's folder, or hub name")
     parser.add_argument("--adapter", help="adapter folder to put on the base model --model")
     parser.add_argument("--input", help="JSON lines (text, or title and text, ...) or .txt, one a line")
     parser.add_argument("--output", help="file for numpy.load; row n belongs to text n")
-    parser.add_argument("--field", help="key of the text in JSON rows")
+    parser.add_argument("--field", help="key of the text in JSON rows; with --to, of the vectors (default: vector)")
+    to = "embed an Elasticsearch index's documents instead, those without a vector, and write the vectors there"
+    parser.add_argument("--to", metavar="es://INDEX", help=to)
+    made_of = "with --to: document=FIELD+FIELD says what is embedded (default: title+snippet)"
+    parser.add_argument("--es-fields", metavar="TEXT", help=made_of)
+    parser.add_argument("--overwrite", action="store_true", help="with --to: replace another model's vectors")
     prompt = "query, document, or the name of another prompt that the model has (default: document)"
     parser.add_argument("--prompt", default="document", metavar="NAME", help=prompt)
     parser.add_argument("--max-length", type=int, metavar="N", help="cut texts after N tokens")
@@ -298,6 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", metavar="DIR", help=sound)
     args = parser.parse_args(argv)
     needed = {"--model": args.model, "--input": args.input, "--output": args.output}
+    if args.to is not None:
+        if args.input is not None or args.output is not None:
+            parser.error("--to reads an index and writes into it: leave out --input and --output")
+        needed = {"--model": args.model}
     if args.check is not None:
         if given := [name for name, value in needed.items() if value is not None]:
             parser.error(f"--check DIR embeds nothing: leave out {', '.join(given)}")
@@ -306,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.check is not None:
             return check_model(args.check, args.adapter)
-        print(embed_file(args))
+        print(embed_index(args) if args.to is not None else embed_file(args))
     except UserError as error:
         print(f"embed.py: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ python mine.py negatives --data pairs.jsonl --by both --model M --reranker R --s
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from backend import UserError
@@ -13,6 +14,10 @@ from backend import UserError
 import mining
 import negatives
 import teacher
+from config import Settings
+from elastic import fields
+from elastic.corpus import ElasticCorpus
+from elastic.server import is_address
 from reporting import print_lines, print_rows
 from rows import find_files
 from work_folder import add_files, print_scores, progress_bar, resumable, tell_begun, work_folder
@@ -40,7 +45,11 @@ def run(args: argparse.Namespace) -> None:
         args.sampling, args.seed,
     )  # fmt: skip
     files, skipped = find_files(args.data), [] if args.skip_bad_rows else None
-    corpus = mining.read_corpus(mining.corpus_file(args.corpus), args.field) if args.corpus else ()
+    corpus = open_corpus(args)
+    if isinstance(corpus, ElasticCorpus) and not (args.model or args.reranker) and (margin or args.absolute_margin):
+        raise UserError(
+            "margins compare with the score of the positive, which Elasticsearch does not tell: add --model"
+        )
     model = embed.load(args.model, max_length=args.max_length) if args.model else None
     if model and model.late:
         raise UserError(
@@ -62,7 +71,9 @@ def run(args: argparse.Namespace) -> None:
             with progress_bar("embedding", "documents") as progress:
                 vectors = work.vectors(found.documents, model.dimensions, vectors_of("document"), progress)
             sources = sources._replace(encode=vectors_of("query"), vectors=vectors)
-        if by != "model":
+        if by != "model" and isinstance(corpus, ElasticCorpus):
+            sources = sources._replace(words=corpus.words(found.corpus, len(found.documents), rules.depth))
+        elif by != "model":
             sources = sources._replace(words=rerank_eval.bm25_scores(found.documents.read(range(len(found.documents)))))
         with progress_bar("searching", "queries") as progress:
             mined = negatives.mine(found, sources, rules, work, progress)
@@ -76,6 +87,18 @@ def run(args: argparse.Namespace) -> None:
         count = mining.write_rows(output, mining.mined_rows(rows, found, mined, args.scores))
     told = [("written", f"{output} ({count:,} rows)"), ("next", f"python train.py --data {output} --output adapters/m")]
     print_lines(told)
+
+
+def open_corpus(args: argparse.Namespace) -> Iterable[str]:
+    """The documents that `--corpus` names; none where it is not given."""
+    if not args.corpus:
+        return ()
+    if not is_address(args.corpus):
+        return mining.read_corpus(mining.corpus_file(args.corpus), args.field)
+    texts = fields.parse(args.es_fields).get("document")
+    if not texts:
+        raise UserError("--es-fields: document=FIELD+FIELD names what is read")
+    return ElasticCorpus(args.corpus, texts)
 
 
 def print_mined(found: mining.Collection, mined: negatives.Mined, rules: negatives.Rules, name: str) -> None:
@@ -114,7 +137,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "the reranker's scores, else the model's, else BM25's. Rows of one query get the same negatives.",
     )
     add_files(out, "rows with a query and a positive; their formats are train.py's")
-    out.add_argument("--corpus", metavar="FILE", help="JSON lines or .txt, or a BEIR folder (default: only the rows')")
+    corpus = "JSON lines or .txt, a BEIR folder, or es://INDEX, which then finds by words (default: only the rows')"
+    out.add_argument("--corpus", metavar="FILE", help=corpus)
+    made_of = "with es://: document=FIELD+FIELD says what is read (default: title+snippet)"
+    out.add_argument("--es-fields", default=Settings().es_fields, metavar="TEXT", help=made_of)
     out.add_argument("--field", metavar="KEY", help="key of the text in --corpus (default: title and text, ...)")
     out.add_argument("--model", help="embedding model: adapter folder, base model's folder, or hub name")
     out.add_argument("--max-length", type=int, metavar="N", help="cut documents after N tokens (default: as saved)")

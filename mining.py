@@ -153,6 +153,7 @@ class Collection:
     known: np.ndarray  # (K,) pairs of queries and positives, of any row
     barred: np.ndarray  # (B,) pairs that are never mined: those, and documents that are the query itself
     read: int  # texts of documents, duplicates included
+    corpus: np.ndarray  # (N,) uint32: the document of each text of the corpus
     marks: dict[str, str]  # hashes
 
     @staticmethod
@@ -177,10 +178,10 @@ def collect(
 ) -> Collection:
     """Read everything once, into temporary files in `folder`. Documents are the corpus's, then those of all rows."""
     queries, documents, read = TextFile(folder), TextFile(folder), 0
-    row_query, row_positive = array("I"), array("I")
+    row_query, row_positive, of_corpus = array("I"), array("I"), array("I")
     for text in corpus:
-        documents.add(text)
-        read += 1
+        of_corpus.append(documents.add(text))
+    read += len(of_corpus)
     for _, example in rows:
         row_query.append(queries.add(example.query))
         row_positive.append(documents.add(example.positive))
@@ -195,8 +196,8 @@ def collect(
     known = np.unique(_pairs(row_query, row_positive))
     barred = np.union1d(known, _pairs(*itself.T))
     marks = {"corpus": documents.close(), "queries": query_hash, "positives": hashlib.sha256(known).hexdigest()}
-    numbers = (np.frombuffer(each, np.uint32) for each in (row_query, row_positive))
-    return Collection(queries, documents, *numbers, known, barred, read, marks)
+    of_rows = (np.frombuffer(each, np.uint32) for each in (row_query, row_positive))
+    return Collection(queries, documents, *of_rows, known, barred, read, np.array(of_corpus, np.uint32), marks)
 
 
 def _each(texts: TextFile) -> Iterator[str]:

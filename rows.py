@@ -17,13 +17,14 @@ Every row is read and checked once before training; after that only its place in
 """
 
 import gzip
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -32,6 +33,7 @@ from backend import UserError
 import numpy as np
 
 MAX_ROW_BYTES = 500_000  # a longer line is a file that lacks its line breaks, not a training example
+HUB = "hf://"
 FORMATS = {
     "document": ("query", "document"),
     "positive": ("query", "positive"),
@@ -166,10 +168,13 @@ def _judged(row: dict) -> Example:
     return Example(_text(row, "query"), best, tuple(rest), 1, tuple(scores[i] for i in order))
 
 
-def find_files(sources: Sequence[str], split: str = "train") -> list[Path]:
-    """The files that `--data` names: files themselves, or `train.jsonl[.gz]` of a folder."""
-    files = []
+def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]:
+    """The files that `--data` names: files themselves, `train.jsonl[.gz]` of a folder, or a name of the hub's."""
+    files: list[Path | str] = []
     for source in sources:
+        if source.startswith(HUB):
+            files.append(source)
+            continue
         path = Path(source).expanduser()
         if path.is_dir():
             inside = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
@@ -190,8 +195,12 @@ def find_validation(sources: Sequence[str]) -> list[Path]:
     return find_files([str(folder) for folder in folders if any((folder / name).is_file() for name in names)], "valid")
 
 
-def open_rows(file: Path) -> BinaryIO:
-    """A file of rows, unpacked where it is gzip-compressed; UserError where it cannot be read."""
+def open_rows(file: Path | str) -> BinaryIO:
+    """Rows as JSON lines: a file itself, or a temporary one with what is packed or stored otherwise. UserError."""
+    if isinstance(file, str):
+        return _written_out(_of_hub(file))
+    if file.suffix == ".parquet":
+        return _written_out(_of_parquet(file))
     try:
         if file.suffix != ".gz":
             return open(file, "rb")
@@ -206,17 +215,54 @@ def open_rows(file: Path) -> BinaryIO:
     return unpacked
 
 
+def _written_out(rows: Iterable[dict]) -> BinaryIO:
+    out = tempfile.TemporaryFile()
+    for row in rows:
+        out.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n")
+    out.seek(0)
+    return out
+
+
+def _of_parquet(file: Path) -> Iterator[dict]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(1000):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+
+
+def _of_hub(source: str) -> Iterator[dict]:
+    """The rows of hf://owner/name[/config][:split], as they come from the hub."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, _, split = source.removeprefix(HUB).partition(":")
+    parts = name.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise UserError(f"--data {source}: a data set's name is needed, hf://owner/name[/config][:split]")
+    try:
+        stored = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
+        yield from stored
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--data {source}: {str(error).strip().splitlines()[0][:300]}") from error
+
+
 class Rows:
     """The checked rows of some files: `len(rows)`, `rows[i]`; texts stay on disk.
 
     Args:
-        files: JSON lines, gzip-compressed where the name ends in `.gz` (unpacked once to a temporary file).
+        files: JSON lines, gzip-compressed where the name ends in `.gz`, Parquet, or names of the hub's (these three are
+            written out once to a temporary file).
         skip_bad: leave out rows that cannot be used; they are in `skipped`, as "file:line: reason".
 
     Raises UserError with file, line and reason at the first bad row, or where no row is left.
     """
 
-    def __init__(self, files: Sequence[Path], skip_bad: bool = False):
+    def __init__(self, files: Sequence[Path | str], skip_bad: bool = False):
         self.files = list(files)
         self.skipped: list[str] = []
         self.kind: str | None = None
@@ -231,6 +277,7 @@ class Rows:
             counts.append(len(starts))
         if not starts:
             raise UserError(f"{', '.join(map(str, self.files))}: no usable row")
+        self._order: tuple[tuple[int, int], np.ndarray] | None = None
         # Views on the arrays: five million rows take 80 MB, their texts nothing.
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
         self._counts = np.array(counts)
@@ -267,6 +314,34 @@ class Rows:
             return parse(line, self.kind)[0]
         except RowError as error:
             raise UserError(f"{self.where(i)}: the file was changed during the run ({error})") from error
+
+    @property
+    def names(self) -> list[str]:
+        """Where the rows come from, for messages."""
+        return list(map(str, self.files))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """(rows,) uint32: an epoch's permutation, which depends on seed and epoch only."""
+        if self._order is None or self._order[0] != (seed, epoch):
+            permutation = np.random.default_rng([seed, epoch]).permutation(np.arange(len(self), dtype=np.uint32))
+            self._order = (seed, epoch), permutation
+        return self._order[1]
+
+    def numbers(self, seed: int, position: int) -> Iterator[int]:
+        """The endless sequence of row numbers, epoch after epoch, from a position on."""
+        for place in itertools.count(position):
+            epoch, place_there = divmod(place, len(self))
+            yield int(self.order(seed, epoch)[place_there])
+
+    def cursor(self, position: int) -> dict:
+        """What `restore` needs besides the position: nothing, all follows from that."""
+        return {}
+
+    def restore(self, cursor: dict, position: int) -> None:
+        """Go on as the process did that gave the cursor."""
+
+    def close(self) -> None:
+        """Nothing is read ahead here."""
 
     def where(self, i: int) -> str:
         """The row's place as file:line."""

@@ -4,6 +4,7 @@ python search.py index src --model-path adapters/final                  # once, 
 python search.py search "where are gradients cached"                    # path:line, score, snippet
 python search.py search "readLine" --bm25 --top 5 --json
 python search.py search "where are gradients cached" --rerank Qwen/Qwen3-Reranker-0.6B      # the first 50, read anew
+python search.py search "where are gradients cached" --store es://docs      # Elasticsearch, after embed.py --to
 python search.py eval queries.jsonl                                     # bm25, semantic and hybrid side by side
 
 A minute or two on this checkout: python search.py index . --model-path gemma-3-tiny-mlx
@@ -49,9 +50,10 @@ class Searcher:
     """An index and, from the first search that needs it, the model that made it.
 
     Args:
-        index: folder that `search.py index` made.
+        index: folder that `search.py index` made, or es://INDEX with vectors that `embed.py --to` wrote.
         model: the model's folder or name, where it is no longer found under the name that the index knows.
         reranker: a `rerank.Reranker`, or anything with its `score`, that orders the first hits anew; None = none does.
+        field: of the vectors in Elasticsearch; None = the only one.
 
     Raises UserError where there is no index, and in searching where the model is not the one that made it.
     """
@@ -61,10 +63,19 @@ class Searcher:
         index: str | Path = ".index",
         model: str | None = None,
         reranker: "Reranker | None" = None,
+        field: str | None = None,
     ):
-        from search_index import Index
+        from elastic.server import is_address
 
-        self.index, self._name, self.reranker = Index.open(index), model, reranker
+        if is_address(str(index)):
+            from elastic.index import ElasticIndex
+
+            self.index = ElasticIndex(str(index), field)
+        else:
+            from search_index import Index
+
+            self.index = Index.open(index)
+        self._name, self.reranker = model, reranker
 
     @functools.cached_property
     def model(self) -> "Model":
@@ -81,7 +92,7 @@ class Searcher:
         if fingerprint(model) != about.fingerprint:
             what = f"another model than {about.model}," if self._name else "no longer the model"
             raise UserError(
-                f"{name} is {what} with which {self.index.folder} was made. To index anew: {reindex(self.index, name)}"
+                f"{name} is {what} with which {self.index.folder} was made. To make it anew: {self.index.again(name)}"
             )
         return model
 
@@ -123,12 +134,6 @@ class Searcher:
         if mode == "semantic":
             return self.index.semantic(vector, top)
         return self.index.hybrid(query, vector, top, weight)
-
-
-def reindex(index, model: str) -> str:
-    """The command that makes an index anew."""
-    words = ["python", "search.py", "index", str(index.root), "--model-path", model, "--index", str(index.folder)]
-    return shlex.join([*words, "--rebuild"])
 
 
 # --- what is printed ---
@@ -236,7 +241,9 @@ def search_command(args: argparse.Namespace) -> None:
         from rerank import Reranker
 
         reranker = Reranker(args.rerank)
-    searcher = Searcher(args.index, args.model_path, reranker)
+    if args.field and not args.store:
+        raise UserError("--field is for --store")
+    searcher = Searcher(args.store or args.index, args.model_path, reranker, args.field)
     if not searcher.index.about.complete:
         print("search.py: indexing was not finished, and finds only a part (search.py index goes on)", file=sys.stderr)
     hits = searcher.search(args.query, args.mode, args.top, weight, args.rerank_depth)
@@ -301,6 +308,9 @@ def parser() -> argparse.ArgumentParser:
     reranker = "order the first hits anew with this reranker: adapter folder, model's folder, or hub name"
     search.add_argument("--rerank", metavar="MODEL", help=reranker)
     search.add_argument("--rerank-depth", type=int, default=DEPTH, metavar="N", help=f"so many (default: {DEPTH})")
+    store = "search an Elasticsearch index whose vectors embed.py --to wrote, instead of --index"
+    search.add_argument("--store", metavar="es://INDEX", help=store)
+    search.add_argument("--field", metavar="NAME", help="its field of vectors (default: the only one)")
     search.add_argument("--json", action="store_true", help="print one JSON object with whole chunks")
     search.add_argument("--model-path", metavar="DIR", help=moved)
     search.set_defaults(run=search_command)

@@ -13,6 +13,7 @@ files.lance      a row a file that was read: size, time, hash; written after the
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
@@ -162,6 +163,11 @@ class Index:
     def root(self) -> Path:
         """The folder that is indexed."""
         return (self.folder.resolve() / self.about.root).resolve()
+
+    def again(self, model: str) -> str:
+        """The command that makes it anew with a model."""
+        words = ["python", "search.py", "index", str(self.root), "--model-path", model, "--index", str(self.folder)]
+        return shlex.join([*words, "--rebuild"])
 
     def write(self) -> None:
         """Write index.json, all or nothing."""

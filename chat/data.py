@@ -23,6 +23,7 @@ import numpy as np
 
 from chat.template import ChatTokenizer, Rendered
 from rows import RowError, decode, find_files, lines_of, open_rows
+from sources import local
 
 ROLES = ("system", "user", "assistant", "tool")
 FORMATS = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}
@@ -45,7 +46,9 @@ def row_format(row: dict) -> str | None:
 
 def is_chat(sources: Sequence[str]) -> bool:
     """Whether the first row of what `--data` names is a conversation. Of what cannot be read the run will complain."""
-    file = find_files(sources)[0]
+    if "://" in sources[0]:
+        return False
+    file = find_files(local(sources[:1]))[0]
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
             row = next((line for line, _ in lines_of(handle) if line.strip()), b"{}")

@@ -89,7 +89,7 @@ class GroupMaker:
 def check(rows: Rows, settings: Settings) -> None:
     """UserError where the rows do not give what the loss needs."""
     loss, low, high = settings.loss, *rows.score_range
-    where = ", ".join(map(str, rows.files))
+    where = ", ".join(rows.names)
     if loss not in LOSSES:
         raise UserError(f"--loss {loss} compares vectors; rerankers learn by {', '.join(LOSSES)}")
     alone = rows.kind == "label" or not (rows.has_negatives or settings.random_negatives)

@@ -222,7 +222,7 @@ def batches(write_rows, tokenizer):
 
 def test_every_epoch_is_another_permutation(batches):
     made = batches(101, 8)
-    orders = [made.order(epoch).tolist() for epoch in range(6)]
+    orders = [made.rows.order(made.seed, epoch).tolist() for epoch in range(6)]
     assert all(sorted(order) == list(range(101)) for order in orders)
     assert len({tuple(order) for order in orders}) == 6 and list(range(101)) not in orders
 
@@ -230,9 +230,13 @@ def test_every_epoch_is_another_permutation(batches):
 def test_the_seed_decides_the_order(batches):
     first, again, other = (batches(50, 8, seed) for seed in (1, 1, 2))
     for epoch in (0, 3):
-        assert first.order(epoch).tolist() == again.order(epoch).tolist() != other.order(epoch).tolist()
+        assert (
+            first.rows.order(first.seed, epoch).tolist()
+            == again.rows.order(again.seed, epoch).tolist()
+            != other.rows.order(other.seed, epoch).tolist()
+        )
     # Seed and epoch are two numbers, not their sum.
-    assert first.order(1).tolist() != other.order(0).tolist()
+    assert first.rows.order(first.seed, 1).tolist() != other.rows.order(other.seed, 0).tolist()
 
 
 def test_no_row_is_dropped_and_batches_cross_epochs(batches):
@@ -243,7 +247,7 @@ def test_no_row_is_dropped_and_batches_cross_epochs(batches):
     flat = [number for batch in numbers for number in batch]
     assert Counter(flat) == dict.fromkeys(range(11), 4)
     for epoch in range(4):
-        assert flat[epoch * 11 : (epoch + 1) * 11] == made.order(epoch).tolist()
+        assert flat[epoch * 11 : (epoch + 1) * 11] == made.rows.order(made.seed, epoch).tolist()
 
 
 def test_batch_k_depends_on_k_alone(batches):
