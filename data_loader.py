@@ -79,8 +79,8 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: Text
 class Batches:
     """An endless, seeded sequence of batches: batch k holds the k-th `size` rows of epoch after epoch.
 
-    `rows` is a source, see sources.py, and gives the order. A batch may cross from one epoch into the next, so no row is
-    ever dropped. `make` makes a batch, of type `kind`, of examples, their rows' numbers and the
+    `rows` is a source, see sources.py, and gives the order. A batch may cross from one epoch into the next, so no row
+    is ever dropped. `make` makes a batch, of type `kind`, of examples, their rows' numbers and the
     tokenizer.
     """
 

@@ -24,7 +24,8 @@ from backend import UserError
 import numpy as np
 
 import eval as evaluation
-from eval import Encoder, Evaluation, Scores, Searcher, document_text
+from comparison import Evaluation, Scores, compare, print_comparison
+from eval import Encoder, Searcher, document_text
 
 MOST = 1_000  # documents that mteb asks a first stage for
 DEPTH = 100
@@ -271,7 +272,7 @@ def evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Evalu
         print_reranked(before, after, depth)
         record["differences"] = {
             metric: {"difference": difference, "low": low, "high": high}
-            for metric, _, _, difference, low, high in evaluation.compare(before, after)
+            for metric, _, _, difference, low, high in compare(before, after)
         }
     return after, record
 
@@ -284,5 +285,5 @@ def print_reranked(before: Evaluation, after: Evaluation, depth: int) -> None:
     if len(after.tasks) > 1:
         for task in after.tasks:
             alone = (Evaluation(e.model, {task: e.tasks[task]}, {task: e.per_query[task]}, {}) for e in (before, after))
-            evaluation.print_comparison(*alone)
-    evaluation.print_comparison(before, after)
+            print_comparison(*alone)
+    print_comparison(before, after)

@@ -22,8 +22,8 @@ import search_model
 from search_index import Hit, Index
 
 if TYPE_CHECKING:
+    from comparison import Evaluation
     from embed import Model
-    from eval import Evaluation
 
 MODES = ("bm25", "semantic", "hybrid")
 SHOWN = {"precision_at_1": "P@1", "mrr_at_10": "MRR@10", "ndcg_at_10": "nDCG@10"}
@@ -117,7 +117,8 @@ def _key(target: Target) -> str:
 
 def evaluate(index: Index, model: "Model", queries: Sequence[Query], weight: float = 0.5) -> dict[str, "Evaluation"]:
     """mode -> P@1, MRR@10 and nDCG@10 with every query's figures; the library that eval.py takes computes them."""
-    from eval import METRICS, Evaluation, score_rankings
+    from comparison import METRICS, Evaluation
+    from eval import score_rankings
 
     names = [f"q{number}" for number in range(len(queries))]
     qrels = {n: {_key(t): judged for t, judged in q.targets.items()} for n, q in zip(names, queries, strict=True)}
@@ -138,7 +139,7 @@ def evaluate(index: Index, model: "Model", queries: Sequence[Query], weight: flo
 
 def differences(results: dict[str, "Evaluation"]) -> dict[str, dict[str, tuple[float, float, float]]]:
     """mode -> metric -> (difference to BM25, low, high): 95 % intervals by paired bootstrap, as eval.compare has it."""
-    from eval import compare
+    from comparison import compare
 
     return {
         mode: {

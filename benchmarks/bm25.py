@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import eval_tasks
-from eval import METRICS, document_text, score_rankings
+from comparison import METRICS
+from eval import document_text, score_rankings
 from rerank_eval import bm25, by_rank
 
 

@@ -32,8 +32,8 @@ import search_index
 import search_update
 import train
 from code_pairs import Pair, pairs
+from comparison import Evaluation, compare
 from embed import Model, load
-from eval import Evaluation, compare
 from late_index import LateIndex
 from reporting import print_lines, print_rows
 

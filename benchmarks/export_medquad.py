@@ -26,8 +26,9 @@ from sides import minilm
 import config
 import export
 import train
+from comparison import Evaluation, compare
 from embed import load
-from eval import Evaluation, compare, evaluate, evaluate_stored
+from eval import evaluate, evaluate_stored
 from reporting import print_rows
 
 

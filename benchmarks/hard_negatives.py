@@ -29,9 +29,10 @@ from sides import minilm, read_pairs
 import config
 import mine
 import train
+from comparison import METRICS, Evaluation, compare
 from data_loader import Batches
 from embed import Model, load
-from eval import METRICS, Evaluation, compare, evaluate
+from eval import evaluate
 from reporting import print_lines, print_rows
 from rows import Rows
 

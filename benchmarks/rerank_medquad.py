@@ -27,7 +27,7 @@ from sides import minilm
 
 import config
 import train
-from eval import Evaluation, compare
+from comparison import Evaluation, compare
 from reporting import print_lines, print_rows
 from rerank import Reranker
 from rerank_eval import bm25, evaluate_reranker

@@ -132,7 +132,8 @@ def write_vectors(
 def _put_mapping(server: Server, field: str, mine: Vectors, known: dict[str, Vectors]) -> None:
     whole = next(iter(server.call(server.client.indices.get_mapping, index=server.address.index).values()))
     meta = whole["mappings"].get("_meta", {}) | {META: {name: asdict(v) for name, v in (known | {field: mine}).items()}}
-    options = {"type": "hnsw"}  # as they are, not in a byte or a bit a dimension, as newer servers would keep them
+    # Vectors as they are, not in a byte or a bit a dimension as newer servers would keep them.
+    options = {"type": "hnsw", "m": 16, "ef_construction": 100}
     kind = {"type": "dense_vector", "dims": mine.dimensions, "index": True, "similarity": mine.similarity}
     kind |= {"index_options": options}
     server.call(server.client.indices.put_mapping, index=server.address.index, properties={field: kind}, meta=meta)

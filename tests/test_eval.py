@@ -22,7 +22,8 @@ import pytest
 import eval as evaluation
 import eval_tasks
 import precision
-from eval import METRICS, Evaluation, compare, evaluate, print_comparison, print_table
+from comparison import METRICS, Evaluation, compare, print_comparison, print_table
+from eval import evaluate
 
 ROOT = Path(__file__).parent.parent
 MEDQUAD = ROOT.parent / "shared" / "data" / "medquad" / "dev"

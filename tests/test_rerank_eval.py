@@ -25,7 +25,8 @@ from test_eval import NANO, WordCounts, write_folder
 import eval as evaluation
 import eval_tasks
 import rerank_eval
-from eval import METRICS, evaluate
+from comparison import METRICS, Evaluation, compare
+from eval import evaluate
 from rerank_eval import bm25, evaluate_reranker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def shelf(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "shelf", **SHELF)
 
 
-def order_of(scores: evaluation.Evaluation, task: str = "shelf") -> float:
+def order_of(scores: Evaluation, task: str = "shelf") -> float:
     return scores.per_query[task]["ndcg_at_10"]["q1"]
 
 
@@ -353,7 +354,7 @@ def test_command(rerankers, capsys, tmp_path, words, shelf, no_hub):
     record = json.loads(file.read_text())
     assert record["model"] == "[m]" and record["tasks"] == after.tasks
     assert record["first_stage"] == {"model": "BM25", "depth": 100, "tasks": before.tasks}
-    rows = evaluation.compare(before, after)
+    rows = compare(before, after)
     assert record["differences"] == {m: {"difference": d, "low": low, "high": high} for m, _, _, d, low, high in rows}
     assert "[m] reranks the first 100 documents of BM25" in out and "words: 40 queries" in out
     assert "\x1b" not in out and max(map(len, out.splitlines())) <= 80

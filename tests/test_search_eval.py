@@ -15,6 +15,7 @@ import embed
 import eval as evaluation
 import search
 import search_eval
+from comparison import compare
 from search import Searcher
 from search_eval import Query, Target, differences, evaluate, rank, read_queries
 from search_index import Hit
@@ -108,7 +109,7 @@ def test_differences_are_those_of_compare(searcher, beir):
     results = evaluate(searcher.index, searcher.model, read_queries(beir))
     compared = differences(results)
     for mode in ("semantic", "hybrid"):
-        for metric, old, new, change, low, high in evaluation.compare(results["bm25"], results[mode]):
+        for metric, old, new, change, low, high in compare(results["bm25"], results[mode]):
             assert compared[mode][metric] == (change, low, high) and change == pytest.approx(new - old)
             assert low <= change <= high
 
