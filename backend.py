@@ -111,8 +111,8 @@ FUSED = not IS_GPU and not PLAIN
 WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
 # Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
 MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
-# Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, CPUs gain nothing by it.
-LENGTH_GRID = 16 if IS_GPU else 1
+# Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes their graphs.
+LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
 
 
 def default_dtype(checkpoint: mx.Dtype) -> mx.Dtype:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from backend import UserError, mx, nn
@@ -21,12 +22,24 @@ from mlx.utils import tree_flatten, tree_unflatten
 import retrieval_config
 from heads import RetrievalModel
 from models import Backbone, load_backbone, lora, resolve
-from models.source import check_fit, load_strictly, read_json, read_safetensors, read_weights, toolkit_relative
+from models.source import (
+    check_fit,
+    inside,
+    load_strictly,
+    read_json,
+    read_safetensors,
+    read_weights,
+    toolkit_relative,
+)
 from retrieval_config import RetrievalConfig
 
 ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 FILES = ("config.yaml", "metrics.jsonl", "curves.png", "results.json", "before.json")  # of a run
+
+
+class SaveError(UserError):
+    """Something could not be written, mostly for want of space. What was saved before is whole."""
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -75,7 +88,7 @@ def _assemble(backbone: Backbone, config: RetrievalConfig, folder: Path) -> Retr
         if not described["path"]:
             layer.unfreeze()
             continue
-        path = folder / described["path"]
+        path = inside(folder, described["path"], retrieval_config.FILE)
         weights = {name: value.astype(mx.float32) for name, value in read_weights(path).items()}
         load_strictly(layer, weights, path)
     return model
@@ -160,7 +173,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` with what `fill` writes into it: all or nothing, in the order that survives a loss of power.
 
     `fill` writes into a temporary folder beside it; files and folder are flushed to disk, then renamed. A folder that
-    stands there already is replaced. Whatever goes wrong, what was there stays; a full disk is a UserError.
+    stands there already is replaced. Whatever goes wrong, what was there stays; a full disk is a SaveError.
     """
     temporary, old = _beside(folder, "new"), _beside(folder, "old")
     try:
@@ -175,7 +188,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         temporary.rename(folder)
         _flush(folder.parent)
     except OSError as error:
-        raise UserError(
+        raise SaveError(
             f"could not save {folder}: {error.strerror or error}; what was saved before is whole"
         ) from error
     finally:
@@ -192,15 +205,30 @@ def _tidy(folder: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file in one piece: readers see the old one or the new one. UserError where the disk is full."""
+    """Write a text file in one piece: readers see the old one or the new one, after a loss of power too.
+
+    SaveError where the disk is full.
+    """
     temporary = _beside(path, "new")
     try:
         temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
         temporary.replace(path)
+        _flush(path.parent)
     except OSError as error:
         if temporary.is_file():
             temporary.unlink()
-        raise UserError(f"could not write {path}: {error.strerror}") from error
+        raise SaveError(f"could not write {path}: {error.strerror}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's folder where it is missing, its name flushed to disk: its checkpoints are found through it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(PermissionError):  # the folder around it need not be ours to read
+            _flush(folder.absolute().parent)
+    except OSError as error:
+        raise SaveError(f"{folder}: {error.strerror}") from error
 
 
 def _beside(folder: Path, what: str) -> Path:

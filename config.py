@@ -4,6 +4,8 @@ A default stands here and nowhere else. `flags.py` reads settings from the comma
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,12 +87,23 @@ class Settings:
     data: list[str] = option(
         "data",
         ["train-data.jsonl"],
-        "JSON-lines files (.gz too), or folders with train.jsonl and valid.jsonl; chat: default data/",
+        "JSON-lines files (.gz too), Parquet, folders with train.jsonl and valid.jsonl, hf://owner/name[:split], "
+        "es://index; SOURCE:2 SOURCE:1 mixes two parts of one with one of the other; chat: default data/",
     )
+    es_fields: str = option(
+        "data",
+        "query=query,document=title+snippet,rank=rank",
+        "es://: keys of a row and the fields they are made of; several are joined by line breaks",
+        tasks=RETRIEVAL,
+    )
+    es_query: str | None = option("data", None, "es://: only documents that match this JSON query", tasks=RETRIEVAL)
     batch_size: int = option(
         "data", 64, "examples that one loss sees: 256 = 255 in-batch negatives for each query; chat: default 4"
     )
     skip_bad_rows: bool = option("data", False, "leave out rows that cannot be used (counted, listed)")
+    skip_bad_batches: bool = option(
+        "data", False, "leave out batches whose loss or gradient is not finite (counted, told); else the run stops"
+    )
     random_negatives: int = option(
         "data",
         0,
@@ -102,8 +115,9 @@ class Settings:
     loss: str | None = option(
         "objective",
         None,
-        "name of the loss; default: info_nce; rerankers: yes_no (qwen3), bce (cross-encoder), list_softmax (listwise)",
-        choices=LOSSES,
+        "name of the loss; default: info_nce; rerankers: yes_no (qwen3), bce (cross-encoder), list_softmax (listwise); "
+        "kl_distill, which kl is short for, and margin_mse learn a teacher's scores",
+        choices=(*LOSSES, "kl"),
         tasks=RETRIEVAL,
     )
     temperature: float | None = option(
@@ -158,8 +172,13 @@ class Settings:
     gradient_accumulation_steps: int = option(
         "memory", 0, "cut a batch into at least N micro-batches (loss unchanged); 0 = by --micro-batch-tokens"
     )
-    micro_batch_tokens: int = option(
-        "memory", 0, "most tokens in the backbone at once; 0 = what suits the device", tasks=RETRIEVAL
+    micro_batch_tokens: int | str = option(
+        "memory",
+        0,
+        "most tokens in the backbone at once; 0 = what suits the device, auto = what its memory has room for, "
+        "measured before the first step",
+        tasks=RETRIEVAL,
+        words=("auto",),
     )
     grad_checkpoint: bool = option("memory", False, "recompute blocks in the backward pass: slower, less memory")
 
@@ -201,18 +220,27 @@ class Settings:
     profile: int = option(
         "run", 0, "time the phases of this many steps and print a table; write nothing; 0 = do not", tasks=RETRIEVAL
     )
+    rank_timeout: int = option(
+        "run", 1_800, "with mlx.launch: give up, saved, when another rank says nothing for N seconds; 0 = never"
+    )
     wandb: bool = option("run", False, "log to Weights & Biases (offline when not logged in)")
     wandb_project: str = option("run", "mlx-retrieval", "its project there")
 
     def __post_init__(self) -> None:
+        self.loss = "kl_distill" if self.loss == "kl" else self.loss
         positive = ("batch_size", "lora_rank", "xtr_k", "steps_per_report")
-        counts = ("gradient_accumulation_steps", "micro_batch_tokens", "eval_steps", "save_steps", "stop_after", "keep")
+        counts = ("gradient_accumulation_steps", "eval_steps", "save_steps", "stop_after", "keep")
         not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
-        not_negative += ("projection_dim", "margin_weight", "random_negatives")
+        not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
         checks = [
             *((getattr(self, name) > 0, name, "must be above 0") for name in positive),
             *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),
             *((value is None or value > 0, name, "must be above 0") for name, value in self._lengths()),
+            (
+                self.micro_batch_tokens == "auto" or self.micro_batch_tokens >= 0,
+                "micro_batch_tokens",
+                "must not be negative",
+            ),
             (self.steps > 0 or (self.steps == 0 and self.epochs is not None), "steps", "must be above 0"),
             (self.epochs is None or self.epochs > 0, "epochs", "must be above 0"),
             (self.val_batches == -1 or self.val_batches > 0, "val_batches", "must be above 0, or -1 for all"),
@@ -221,7 +249,7 @@ class Settings:
             *((v is None or v >= 0, name, "must not be negative") for name, v in self._late_counts()),
             (self.learning_rate is None or 0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
             (0 <= self.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
-            (self.warmup < 1 or self.warmup == int(self.warmup), "warmup", "must be a share below 1 or whole steps"),
+            (self.warmup < 1 or float(self.warmup).is_integer(), "warmup", "must be a share below 1 or whole steps"),
             (all(d > 0 for d in self.matryoshka_dims), "matryoshka_dims", "must be above 0"),
             (bool(self.data), "data", "needs at least one file or folder"),
             (not (self.resume and self.overwrite), "resume", "and --overwrite exclude each other"),
@@ -231,9 +259,16 @@ class Settings:
                 f"works with info_nce and hard_negative_info_nce, not with {self.loss}",
             ),
         ]
-        for good, name, message in checks:
+        for good, name, message in (*self._numbers(), *checks):
             if not good:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: {message}")
+
+    def _numbers(self) -> Iterator[tuple[bool, str, str]]:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            for number in value if isinstance(value, list) else [value]:
+                yield not isinstance(number, float) or math.isfinite(number), f.name, "must be finite"
+                yield not isinstance(number, int) or abs(number) < 2**53, f.name, "is too large"
 
     def _lengths(self) -> list[tuple[str, int | None]]:
         return [("max_length", self.max_length), ("query_max_length", self.query_max_length)]
@@ -290,11 +325,15 @@ class Settings:
         """Plain values, as YAML and JSON keep them."""
         return dataclasses.asdict(self)
 
-    def write(self, path: Path) -> None:
-        """Write every setting as YAML; `--config` reads it back."""
+    def to_yaml(self) -> str:
+        """Every setting as YAML; `--config` reads it back."""
         import yaml
 
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def write(self, path: Path) -> None:
+        """Write `to_yaml` to a file."""
+        path.write_text(self.to_yaml(), encoding="utf-8")
 
 
 def for_task(task: str | None, given: dict) -> Settings:

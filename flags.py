@@ -11,7 +11,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backend import UserError
@@ -56,10 +56,25 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction if default is None else "store_true"
         else:
-            arguments |= {"type": kind, "choices": f.metadata.get("choices"), "nargs": "*" if many else None}
-            arguments["metavar"] = None if "choices" in f.metadata else {int: "N", float: "X", str: "TEXT"}[kind]
+            words = f.metadata.get("words", ())
+            arguments |= {"type": _or_word(kind, words), "choices": f.metadata.get("choices")}
+            arguments |= {"nargs": "*" if many else None}
+            shape = "|".join(({int: "N", float: "X", str: "TEXT"}[kind], *words))
+            arguments["metavar"] = None if "choices" in f.metadata else shape
         groups[name].add_argument(flag(f.name), *_aliases(f), **arguments)
     return out
+
+
+def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
+    """What reads a value of a type, or one of a few words in its place."""
+    if not words:
+        return kind
+
+    def read(text: str):
+        return text if text in words else kind(text)
+
+    read.__name__ = kind.__name__  # in argparse's message
+    return read
 
 
 def read_yaml(path: Path) -> dict:
@@ -72,8 +87,10 @@ def read_yaml(path: Path) -> dict:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
         raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    except RecursionError as error:
+        raise UserError(f"--config {path}: nested too deeply") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: not a list of `key: value`")
     fields = {name: f for f in dataclasses.fields(Settings) for name in (f.name, *map(_name, _aliases(f)))}
@@ -94,8 +111,8 @@ def _checked(f: dataclasses.Field, value, where: str):
         if not isinstance(value, list):
             value = [value]
         return [_scalar(kind, item, where) for item in value]
-    if value is None and f.default is None:
-        return None
+    if (value is None and f.default is None) or (isinstance(value, str) and value in f.metadata.get("words", ())):
+        return value
     value = _scalar(kind, value, where)
     if "choices" in f.metadata and value not in f.metadata["choices"]:
         raise UserError(f"{where}: {value!r} is not one of {', '.join(f.metadata['choices'])}")
@@ -106,8 +123,8 @@ def _scalar(kind: type, value, where: str):
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as a text
             return float(value)
-        except ValueError as error:
-            raise UserError(f"{where}: {value!r} is not a number") from error
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{where}: {repr(value)[:40]} is not a number") from error
     if type(value) is not kind:
         raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
     return value

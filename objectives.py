@@ -46,10 +46,13 @@ class Objective:
         )
         scores = compare(queries, documents)
         rows = scores[pairs.query]  # (B, C)
+        judged, teacher = mx.array(batch.judged), mx.array(batch.scores)
         if settings.loss == "kl_distill":
-            judged, teacher = mx.array(batch.judged), mx.array(batch.scores)
             temperatures = settings.temperature, settings.teacher_temperature
             total = loss.kl_distill(rows, judged, teacher, pairs.weight, *temperatures)
+        elif settings.loss == "margin_mse":
+            student = mx.take_along_axis(rows, mx.maximum(judged, 0), axis=1) / settings.temperature
+            total = loss.margin_mse(student, teacher, judged >= 0)
         else:
             name = "info_nce" if settings.loss == "xtr" else settings.loss
             total = loss.contrastive(
@@ -158,10 +161,12 @@ def make(
     """The objective of a run. UserError where the settings do not fit the task or the data."""
     if config.task == "rerank":
         return RerankObjective(settings)
-    if settings.loss in GROUP_LOSSES:
+    if settings.loss in ("kl_distill", "margin_mse"):
+        if not rows.has_scores:
+            needed = "every row needs scores, a teacher's, of its positive and negatives"
+            raise UserError(f"--loss {settings.loss}: {needed}")
+    elif settings.loss in GROUP_LOSSES:
         raise UserError(f"--loss {settings.loss} is for --task rerank")
-    if settings.loss == "kl_distill" and not rows.has_scores:
-        raise UserError("--loss kl_distill: every row needs scores, a teacher's, of its positive and negatives")
     if config.task == "embed":
         if settings.loss == "xtr":
             raise UserError("--loss xtr compares tokens; it needs --task late")

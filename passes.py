@@ -22,8 +22,9 @@ from heads import MicroBatch, RetrievalModel
 from models import lora, remat
 
 # Compiled passes that a worker keeps, each with the graph of one shape: 700 bytes an operation, half a megabyte for
-# three layers. What was used longest ago makes room. A server keeps few, as it meets new shapes all the time.
-SHAPES_KEPT = 512
+# three layers. What was used longest ago makes room. With lengths on a grid of 4 training meets few more shapes; a
+# server keeps fewer, as it meets new ones always.
+SHAPES_KEPT = 128
 SHAPES_SERVED, SERVED_GRID = 24, 8
 # Models hold tracers instead of weights while a graph is built, and mlx's random state is one for all.
 _building = threading.Lock()

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
+import ranks
 from curves import MAIN_METRIC, draw_curves, is_number, metric_name, read_metrics
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
@@ -35,10 +36,11 @@ SECRET_KEY = re.compile(r"(api|access|private).?key|passw|secret|credential|(tok
 
 @functools.cache
 def console() -> Console:
-    """The one console of the process, on stdout. Text is printed as it is: no markup, emoji or wrapping."""
+    """The one console of the process, on stdout, mute on all ranks but the first. No markup, emoji or wrapping."""
     # Unless told, rich lets FORCE_COLOR write control codes into log files.
     terminal = None if sys.stdout.isatty() else False
-    return Console(force_terminal=terminal, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    plain = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
+    return Console(force_terminal=terminal, quiet=not ranks.first(), **plain)
 
 
 def print_lines(pairs: list[tuple[str, str]]) -> None:
@@ -91,6 +93,7 @@ class Reporter:
         self._warm: tuple[float, int] | None = None  # the end of this run's first step, which compiles
         self._run: Any = None  # the W&B run
         self._undrawn = False
+        self._unwritten = b""
 
     def __enter__(self) -> "Reporter":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ class Reporter:
             stack.callback(lambda: self._undrawn and self.draw())
             self._begin_file()
             self._started = self._stepped = time.monotonic()
-            self._file = stack.enter_context(open(self.folder / METRICS_FILE, "a", encoding="utf-8"))
+            self._file = stack.enter_context(open(self.folder / METRICS_FILE, "ab", buffering=0))
             self._plain = not console().is_terminal or console().is_dumb_terminal
             if not self._plain:
                 stack.enter_context(Live(self, console=console(), refresh_per_second=4))
@@ -148,11 +151,16 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        console().print(Text(text))
+        self._print(Text(text))
 
     def warn(self, text: str) -> None:
         """Print a warning, above the bar where there is one."""
-        console().print(Text.assemble(("warning: ", "yellow"), text))
+        self._print(Text.assemble(("warning: ", "yellow"), text))
+
+    @staticmethod
+    def _print(text: Text) -> None:
+        with suppress(OSError):  # a log on a full disk, a pipe that nobody reads any more: no reason to end a run
+            console().print(text)
 
     def draw(self) -> None:
         """Draw `curves.png` from the metrics so far. A failure is only a warning: it must not end the run."""
@@ -172,14 +180,16 @@ class Reporter:
             if record["type"] == "eval":
                 self._note_evaluation(record["step"], record.get("metrics", {}))
         draft = file.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(_clean(r)) + "\n" for r in kept), encoding="utf-8")
-        os.replace(draft, file)
+        try:
+            draft.write_text("".join(json.dumps(_clean(r)) + "\n" for r in kept), encoding="utf-8")
+            os.replace(draft, file)
+        except OSError as error:
+            raise UserError(f"could not write {file}: {error.strerror}") from error
         if not self.first_step:
             (self.folder / CURVES_FILE).unlink(missing_ok=True)
 
     def _record(self, record: dict[str, Any], wandb_values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._write(json.dumps(record, allow_nan=False) + "\n")
         self._undrawn = True
         if self._run is not None:
             try:
@@ -187,6 +197,17 @@ class Reporter:
             except self._wandb_errors as error:
                 self.warn(f"W&B failed, its record ends here: {error}")
                 self._run = None
+
+    def _write(self, text: str) -> None:
+        """Append to the metrics file. What a full disk has no room for waits for the next record: a run outlives it."""
+        first = not self._unwritten
+        self._unwritten += text.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if first:
+                self.warn(f"{METRICS_FILE} could not be written: {error.strerror}; it waits for room")
 
     def _note_evaluation(self, step: int, metrics: dict[str, Any]) -> bool:
         """Keep the newest and the best; True where this one beats an earlier one."""

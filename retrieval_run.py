@@ -17,9 +17,12 @@ from backend import UserError, mx
 
 import checkpoint
 import kernels
+import memory
+import ranks
+from comparison import Evaluation, print_comparison, print_table
 from config import Settings
 from embed import Model
-from eval import Evaluation, evaluate, load_tasks, print_comparison, print_table
+from eval import evaluate, load_tasks
 from heads import RetrievalModel
 from models import count_parameters, lora
 from models.remat import checkpoint_blocks, seed
@@ -29,7 +32,8 @@ from reporting import print_lines
 from rerank import Reranker
 from rerank_eval import evaluate_reranker
 from retrieval_config import RetrievalConfig
-from rows import Rows, find_files, find_validation
+from rows import Rows, find_validation
+from sources import local, open_source
 from tokens import TextTokenizer
 from trainer import Trainer
 
@@ -48,7 +52,7 @@ class Evaluations:
         result = self.evaluate()
         if step == 0:
             self.before = result
-            self.file.write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
+            checkpoint.write_file(self.file, json.dumps(dataclasses.asdict(result)))
         else:
             self.after = result
         return result
@@ -85,6 +89,8 @@ class Run:
             }
             if missing := (done.after or done.before).unreachable:
                 results["unreachable"] = missing  # the averages are without these tasks
+        if self.settings.skip_bad_batches:
+            results["skipped_batches"] = self.trainer.state.skipped_batches
         return results
 
     def print_results(self) -> None:
@@ -190,7 +196,7 @@ def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
 def prepare(settings: Settings) -> Run:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     folder = Path(settings.output).expanduser()
-    rows = Rows(find_files(settings.data), settings.skip_bad_rows)
+    rows = open_source(settings)
     seed(settings.seed)  # a fresh projection
     model, retrieval, base = build_model(settings)
     settings.check_task(retrieval.task)
@@ -208,7 +214,7 @@ def prepare(settings: Settings) -> Run:
     objective = make_objective(settings, retrieval, tokenizer, rows)
     batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed)
     validation = None
-    if held_out := find_validation(settings.data):
+    if held_out := find_validation(local(settings.data)):
         held_out_rows = Rows(held_out, settings.skip_bad_rows)
         size = min(settings.batch_size, len(held_out_rows))
         validation = make_batches(settings, retrieval, held_out_rows, tokenizer, size)
@@ -218,10 +224,10 @@ def prepare(settings: Settings) -> Run:
         settings.write(target / "config.yaml")
 
     evaluations = None
-    if settings.eval_tasks:
+    if settings.eval_tasks and ranks.first():
         evaluations = Evaluations(evaluation_of(settings, model, retrieval, tokenizer), folder)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
-    if settings.eval_tasks:
+    if evaluations:
         load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
@@ -232,6 +238,10 @@ def prepare(settings: Settings) -> Run:
                  f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
                  f"learning rate {settings.learning_rate:g}"),
     ]  # fmt: skip
+    if settings.micro_batch_tokens == "auto":
+        headline.append(("memory", str(memory.fit(trainer))))
+    if ranks.size() > 1:
+        headline.append(("ranks", f"{ranks.size()} processes share the passes of every batch"))
     if backend.KERNELS and kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += [("left out", line) for line in rows.skipped[:20]]

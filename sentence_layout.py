@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from backend import UserError
 
 from heads import ACTIVATIONS, POOLING
-from models.source import read_json
+from models.source import inside, read_json
 
 if TYPE_CHECKING:
     from retrieval_config import RetrievalConfig
@@ -29,9 +29,10 @@ POOLING_FLAGS = {  # the key is pooling_mode_ and this name
 
 
 def modules_of(folder: Path) -> list[tuple[str, str]]:
-    """(kind, path) of every module that `modules.json` names."""
+    """(kind, path) of every module that `modules.json` names; UserError for a path that leads out of the folder."""
     try:
-        return [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in read_json(folder / MODULES)]
+        found = [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in read_json(folder / MODULES)]
+        return [(kind, inside(folder, path, MODULES).relative_to(folder).as_posix()) for kind, path in found]
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / MODULES}: not a list of modules with type and path ({error!r})") from error
 

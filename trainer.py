@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import checkpoint
+import memory
+import ranks
 from batching import pad_rows, plan
 from config import Settings
-from data_loader import Batch, Batches
+from data_loader import Batch, Batches, pack
 from heads import MicroBatch, RetrievalModel
-from loop import Loop, State, Stopped, due, learning_rate, signals
+from loop import Loop, State, due, learning_rate, signals
 from models.remat import seed as seed_dropout
-from passes import Passes
+from passes import Passes, shares
 from profiling import Clock
 from reporting import Reporter
 
@@ -33,6 +36,7 @@ from reporting import Reporter
 # that returns the loss and its gradient by the representations, where it knows a better way than `mx.value_and_grad`.
 Objective = Callable[[mx.array, Batch], mx.array]
 VALIDATION_BATCHES = 8
+PARTS_OF_A_RANK = 2  # micro-batches, at least: of two that differ in size, one rank would have less to do
 
 
 class Gradient(NamedTuple):
@@ -84,12 +88,13 @@ class Differentiator:
 
     def _cut(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
         """The batch's micro-batches, and the order in which they hold its texts."""
-        if self.accumulation == 1 and not self.budget:
+        wanted = max(self.accumulation, PARTS_OF_A_RANK * ranks.size() if ranks.size() > 1 else 0)
+        if wanted == 1 and not self.budget:
             everything = np.arange(len(batch.texts))
             return [pad_rows(batch.texts, everything, self.pad_id)], everything
-        share = -(-batch.tokens // self.accumulation) if self.accumulation else math.inf
+        share = -(-batch.tokens // wanted) if wanted else math.inf
         budget = min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
-        while len(index := plan(batch.texts.lengths, budget)) < min(self.accumulation, len(batch.texts)):
+        while len(index := plan(batch.texts.lengths, budget)) < min(wanted, len(batch.texts)):
             budget *= 0.9  # texts that fill a micro-batch alone leave fewer than there should be
         return [pad_rows(batch.texts, part, self.pad_id) for part in index], np.concatenate(index)
 
@@ -97,6 +102,8 @@ class Differentiator:
         rows, order = self._cut(batch)
         padded = sum(part.ids.size for part in rows)
         seeds = np.random.SeedSequence(seed).generate_state(len(rows))
+        if len(rows) < ranks.size():
+            raise UserError(f"a batch of {len(batch.texts)} texts is too small for {ranks.size()} ranks (--batch-size)")
         if len(rows) == 1 and not self.passes.compiled:
             loss, gradient, parts = self._plain(rows[0], int(seeds[0]), batch, order)
         else:
@@ -115,18 +122,28 @@ class Differentiator:
         return loss, gradient, [representations]
 
     def _cached(self, rows: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
-        # 1. Representations of all micro-batches, without a gradient.
+        # 1. Representations of all micro-batches, without a gradient; of several ranks, each computes its share.
+        whose = shares(rows, ranks.size()) if ranks.size() > 1 else [range(len(rows))]
+        mine = whose[ranks.rank()]
+        my_rows, my_seeds = [rows[i] for i in mine], [seeds[i] for i in mine]
         with self.clock("forward"):
-            parts = list(self.passes.representations(rows, seeds))
+            parts = list(self.passes.representations(my_rows, my_seeds))
+        if ranks.size() > 1:
+            with self.clock("exchange"):
+                parts = ranks.exchange(parts, ranks.shapes_of(parts[0], rows), whose)
         # 2. The loss of the whole batch, and its gradient with respect to the representations.
         gradient_of = getattr(self.objective, "gradient", None) or mx.value_and_grad(self.objective)
         with self.clock("loss"):
             loss, cotangent = gradient_of(join(parts, order), batch)
             cotangents = split(cotangent, parts, order)
+            cotangents = [cotangents[i] for i in mine]
             mx.eval(loss, cotangents)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
         with self.clock("backward"):
-            gradient = self.passes.gradient(rows, seeds, cotangents)
+            gradient = self.passes.gradient(my_rows, my_seeds, cotangents)
+        if ranks.size() > 1:
+            with self.clock("exchange"):
+                gradient = ranks.total(gradient)
         return loss, gradient, parts
 
     def loss(self, batch: Batch) -> float:
@@ -162,6 +179,7 @@ class Trainer(Loop):
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
         self.save_model, self.evaluate, self.validation = save_model, evaluate, validation
         parts, budget = settings.gradient_accumulation_steps, settings.micro_batch_tokens
+        budget = 0 if budget == "auto" else budget  # then memory.fit chooses
         self.gradient_of = Differentiator(model, objective, parts, budget, batches.tokenizer.pad_id)
         self.clock = self.gradient_of.clock
         self.optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
@@ -172,11 +190,37 @@ class Trainer(Loop):
         """Continue from a saved step."""
         checkpoint.load_weights(self.model, folder)
         self.state = State(**checkpoint.load_training(folder, self.optimizer))
+        self.batches.restore(self.state.cursor, self.state.step)
+        memory.recall(self)
+
+    def follow(self) -> None:
+        """Take over the state of rank 0, which has resumed, or begun: weights and optimizer where steps were taken."""
+        state = ranks.of_first("the state", lambda: asdict(self.state))
+        if state["step"]:
+            self._take_weights()
+        if not ranks.first():
+            self.state = State(**state)
+            self.batches.restore(self.state.cursor, self.state.step)
+            memory.recall(self)
+
+    def _take_weights(self) -> None:
+        self.model.update(ranks.arrays_of_first(self.model.trainable_parameters()))
+        self.optimizer.state = ranks.arrays_of_first(self.optimizer.state)
+
+    def agree_on_weights(self) -> None:
+        """Before a save: where machines of different kinds rounded differently in an update, rank 0's weights count."""
+        if ranks.size() == 1 or not due(self.state.step, self.settings.save_steps):
+            return
+        weights = ranks.digest(dict(tree_flatten(self.model.trainable_parameters())))
+        if len(set(ranks.gather("the weights", weights.encode(), patient=True))) > 1:
+            self._take_weights()
 
     def gradient(self, batch: Batch, step: int) -> tuple[Gradient, mx.array]:
         """The gradient of a step, clipped, and its norm before that; nothing is updated."""
         self.model.train()
-        result = self.gradient_of(batch, self.settings.seed * 1_000_003 + step)
+        if ranks.size() > 1:
+            ranks.agree(f"step {step}", {"the batch": ranks.digest(pack(batch))}, patient=True)
+        result = memory.differentiate(self, batch, self.settings.seed * 1_000_003 + step)
         with self.clock("optimizer"):
             clipped, norm = optim.clip_grad_norm(result.gradient, self.settings.max_grad_norm or math.inf)
             if self.settings.max_grad_norm:
@@ -189,13 +233,16 @@ class Trainer(Loop):
         rate = learning_rate(self.settings, step)
         result, norm = self.gradient(batch, step)
         loss, norm = result.loss.item(), norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._refuse(batch, step, result, loss, norm)
-        with self.clock("optimizer"):
-            self.optimizer.learning_rate = rate
-            self.optimizer.update(self.model, result.gradient)
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        if math.isfinite(loss) and math.isfinite(norm):
+            with self.clock("optimizer"):
+                self.optimizer.learning_rate = rate
+                self.optimizer.update(self.model, result.gradient)
+                mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        else:
+            self._skip_or_refuse(batch, step, result, f"step {step}: loss {loss}, gradient norm {norm}: not finite")
         self.state.step, self.state.tokens = step, self.state.tokens + batch.tokens
+        self.state.cursor = self.batches.cursor(step)
+        skipped = {"skipped_batches": self.state.skipped_batches} if self.settings.skip_bad_batches else {}
         return {
             "step": step,
             "epoch": round(step * self.batches.size / len(self.batches.rows), 4),
@@ -205,14 +252,15 @@ class Trainer(Loop):
             "tokens": batch.tokens,
             "padding": 1 - batch.tokens / result.padded_tokens,
             "micro_batches": result.micro_batches,
+            **skipped,
         }
 
     def run(self, report: Reporter) -> None:
         """Train from the state's step to the last one. Raises Stopped after a signal, UserError on sick numbers."""
-        settings, state = self.settings, self.state
-        last = min(settings.steps, settings.stop_after or settings.steps)
+        settings, state, self._report = self.settings, self.state, report
+        last = state.step if self.stopped_early else min(settings.steps, settings.stop_after or settings.steps)
         stream = self.batches.stream(state.step, last)
-        with signals(self._note), _closing(stream):
+        with signals(self._note), ranks.rescuing(self.save_last_good), _closing(stream):
             begin = time.perf_counter()
             for batch in stream:
                 metrics = self.update(batch, state.step + 1)
@@ -224,16 +272,14 @@ class Trainer(Loop):
                 }
                 report.step(metrics)
                 finished = state.step == settings.steps
-                stop = self._evaluate_if_due(report, finished)
-                if finished or stop or state.step == last or self._signal or due(state.step, settings.save_steps):
-                    self.save()
-                if self._signal:
-                    raise Stopped(128 + self._signal)
+                stop = self.decide(self._evaluate_if_due(report, finished))
+                self.agree_on_weights()
+                self.save_if_due(last, finished or stop)
                 if stop:
                     report.message(f"no better for {settings.early_stopping} evaluations: stopped at step {state.step}")
                     break
                 begin = time.perf_counter()
-        if state.step == settings.steps or self.stopped_early:
+        if ranks.first() and (state.step == settings.steps or self.stopped_early):
             checkpoint.write_folder(self.folder / "final", self._write)
 
     def measure(self, step: int, report: Reporter) -> dict[str, float]:
@@ -256,19 +302,22 @@ class Trainer(Loop):
         report.status("")
         return metrics
 
-    def _refuse(self, batch: Batch, step: int, result: Gradient, loss: float, norm: float) -> None:
-        """Save the last good state, then say which examples made the numbers sick."""
-        if self.state.step:
-            self.save()
+    def _skip_or_refuse(self, batch: Batch, step: int, result: Gradient, told: str) -> None:
+        """Count a batch with sick numbers, or save the last good state and end the run; say which examples it was."""
         finite = np.array(mx.isfinite(result.representations.reshape(len(batch.texts), -1)).all(axis=1))
         sick = {int(row) for text in np.flatnonzero(~finite) for row in batch.rows_with(text)}
         rows = sorted(sick or {int(row) for row in batch.rows})
-        named = "\n  ".join(self.batches.rows.where(row) for row in rows[:10])
-        more = f"\n  and {len(rows) - 10} more" if len(rows) > 10 else ""
-        kept = f"; the state after step {self.state.step} is saved" if self.state.step else ""
+        named = [self.batches.rows.where(row) for row in rows[:10]]
+        named += [f"and {len(rows) - 10} more"] if len(rows) > 10 else []
+        if self.settings.skip_bad_batches:
+            self.state.skipped_batches += 1
+            self.warn(f"{told}; the batch is skipped. Examples concerned: {', '.join(named)}")
+            return
+        named = "\n  ".join(named)
         raise UserError(
-            f"step {step}: loss {loss}, gradient norm {norm}: not finite{kept}. Examples concerned:\n  {named}{more}\n"
-            "A lower --learning-rate or a higher --temperature may help if the rows are sound."
+            f"{told}{self.save_last_good()}. Examples concerned:\n  {named}\n"
+            "A lower --learning-rate or a higher --temperature may help if the rows are sound; "
+            "--skip-bad-batches leaves such batches out."
         )
 
 

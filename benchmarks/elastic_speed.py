@@ -105,7 +105,7 @@ def main() -> int:
             ("rows", f"{count:,}, two shards; batches of {args.batch_size}, {args.max_length} tokens of a text"),
         ]
     )
-    print_rows("", ("source", "documents/s into batches", "documents/s in training", "of a step, waiting"), table)
+    print_rows("", ("source", "into batches /s", "in training /s", "step waits"), table)
     return 0
 
 

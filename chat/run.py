@@ -52,11 +52,13 @@ class ChatRun:
         """What `results.json` holds: losses on the validation conversations, speed, memory."""
         state = self.trainer.state
         losses = {"before": state.before, "after": state.after}
+        skipped = {"skipped_batches": state.skipped_batches} if self.settings.skip_bad_batches else {}
         return {
             **{when: loss if loss is None else {"validation_loss": loss} for when, loss in losses.items()},
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             "peak_memory_bytes": backend.peak_memory(),
             "estimated_memory_bytes": self.estimate.total,
+            **skipped,
         }
 
     def next_lines(self) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import backend
@@ -21,7 +21,7 @@ import numpy as np
 import checkpoint
 from chat.data import ChatBatches, Counts, Part
 from config import Settings
-from loop import Loop, State, Stopped, due, learning_rate, signals
+from loop import Loop, State, due, learning_rate, signals
 from models.decoder import Decoder
 from models.remat import seed
 from models.source import read_safetensors
@@ -43,6 +43,8 @@ def loss_of(model: nn.Module, ids: mx.array, counted: mx.array, share: mx.array)
     """
     losses = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
     total = mx.where(counted, losses, 0).astype(mx.float32).sum()
+    # A loss that is not finite has no gradient that is, so that the optimizer leaves everything as it was.
+    total = total * mx.where(mx.isfinite(total), 1.0, math.nan)
     return total / share, counted.sum()
 
 
@@ -134,6 +136,8 @@ class ChatState(State):
     after: float | None = None  # at the last evaluation
     data: int = 0  # the mark of the conversations
     seconds: float = 0.0  # of training, without evaluations and saving
+    # Since the last report: loss x trained tokens, these, all real tokens, these with padding, seconds.
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
 
 
 class ChatTrainer(Loop):
@@ -161,8 +165,6 @@ class ChatTrainer(Loop):
         self.state = ChatState(data=batches.rows.mark)
         # Checkpointed blocks draw their dropout's seeds in Python, which a compiled step would do only once.
         self.compiled = not (settings.grad_checkpoint and settings.lora_dropout)
-        # Since the last report: loss x trained tokens, these, all real tokens, these with padding, seconds.
-        self._sums = np.zeros(5)
 
     def resume(self, folder: Path) -> None:
         """Continue from a saved step."""
@@ -176,13 +178,12 @@ class ChatTrainer(Loop):
         """Train from the state's step to the last one. Raises Stopped after a signal, UserError on sick numbers."""
         settings, state = self.settings, self.state
         self._report, self._last = report, min(settings.steps, settings.stop_after or settings.steps)
+        self._last = state.step if self.stopped_early else self._last
         if state.step < self._last:
             mx.reset_peak_memory()  # loading is over
             with signals(self._note), compiled(self.compiled):
                 steps = self._last - state.step
                 tune(self.model, self.optimizer, self._parts(), steps, self.batches.parts, self)
-        if self._signal:
-            raise Stopped(128 + self._signal)
         if state.step == settings.steps or self.stopped_early:
             checkpoint.write_folder(self.folder / "final", self._write)
 
@@ -202,34 +203,37 @@ class ChatTrainer(Loop):
         """What mlx-lm calls after each step."""
         settings, state, step = self.settings, self.state, self.state.step + 1
         loss, norm = info["train_loss"], self.optimizer.state["grad_norm"].item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._refuse(step, loss, norm)
-        counts, seconds = self.batches.counts(self._numbers), time.perf_counter() - self._began
-        self._sums += (loss * counts.trained, counts.trained, counts.tokens, counts.padded, seconds)
+        counts, trained = self.batches.counts(self._numbers), 0
+        if math.isfinite(loss) and math.isfinite(norm):
+            trained = counts.trained
+        else:
+            self._skip_or_refuse(step, f"step {step}: loss {loss}, gradient norm {norm}: not finite")
+        seconds = time.perf_counter() - self._began
+        more = (loss * trained if trained else 0.0, trained, counts.tokens, counts.padded, seconds)
+        state.sums = [before + new for before, new in zip(state.sums, more, strict=True)]
         state.step, state.tokens, state.seconds = step, state.tokens + counts.tokens, state.seconds + seconds
         finished = step == settings.steps
-        last = step == self._last or bool(self._signal)
-        if last or due(step, settings.steps_per_report):
+        if finished or due(step, settings.steps_per_report):
             self._tell(norm)
         stop = self._evaluate_if_due(self._report, finished)
-        if last or stop or due(step, settings.save_steps):
-            self.save()
+        self.save_if_due(self._last, finished or stop)
         if stop and not finished:
             patience = settings.early_stopping
             self._report.message(f"no better for {patience} evaluations: stopped at step {step}")
-        if last or stop:
+        if step == self._last or stop:
             raise Enough
         self._began = time.perf_counter()
 
     def _tell(self, norm: float) -> None:
         """Report the steps since the last report."""
-        total, trained, tokens, padded, seconds = self._sums
-        self._sums = np.zeros(5)
+        total, trained, tokens, padded, seconds = self.state.sums
+        self.state.sums = [0.0] * 5
+        skipped = {"skipped_batches": self.state.skipped_batches} if self.settings.skip_bad_batches else {}
         self._report.step(
             {
                 "step": self.state.step,
                 "epoch": round(self.state.step / self.batches.per_epoch, 4),
-                "loss": total / trained,
+                "loss": total / trained if trained else None,  # every one of the batches was skipped
                 "learning_rate": learning_rate(self.settings, self.state.step),
                 "grad_norm": norm,
                 "tokens": int(tokens),
@@ -238,6 +242,7 @@ class ChatTrainer(Loop):
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_bytes": backend.peak_memory(),
+                **skipped,
             }
         )
 
@@ -277,17 +282,20 @@ class ChatTrainer(Loop):
             tune(self.model, self.optimizer, parts, 3, self.batches.parts, Watch())
         return times[2] - times[1], counts
 
-    def _refuse(self, step: int, loss: float, norm: float) -> None:
-        """Save the last good state, then say which conversations made the numbers sick."""
-        if self.state.step:
-            self.save()
+    def _skip_or_refuse(self, step: int, told: str) -> None:
+        """Count a batch with sick numbers, or save the last good state and end the run; say which conversations."""
         self.model.eval()
         rows = self.batches.rows
         alone = ChatBatches(rows, 1, pad_id=self.batches.pad_id)
         sick = [i for i in self._numbers if not mx.isfinite(loss_of(self.model, *alone.make([i])[0].arrays)[0]).item()]
-        named = "\n  ".join(rows.where(i) for i in (sick or list(self._numbers))[:10])
-        kept = f"; the state after step {self.state.step} is saved" if self.state.step else ""
+        self.model.train()
+        named = [rows.where(i) for i in (sick or list(self._numbers))[:10]]
+        if self.settings.skip_bad_batches:
+            self.state.skipped_batches += 1
+            self.warn(f"{told}; the batch is skipped. Conversations concerned: {', '.join(named)}")
+            return
+        named = "\n  ".join(named)
         raise UserError(
-            f"step {step}: loss {loss}, gradient norm {norm}: not finite{kept}. Conversations concerned:\n  {named}\n"
-            "A lower --learning-rate may help if they are sound."
+            f"{told}{self.save_last_good()}. Conversations concerned:\n  {named}\n"
+            "A lower --learning-rate may help if they are sound; --skip-bad-batches leaves such batches out."
         )

@@ -54,6 +54,17 @@ def resolve(name: str) -> Path:
         ) from error
 
 
+def inside(folder: Path, name: object, said: str) -> Path:
+    """What the file `said` names within a folder. UserError where the name leads out of it: files come from strangers.
+
+    Links are followed as everywhere: the Hub's own folders consist of them, and no file's content makes one.
+    """
+    parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ("..",)
+    if ".." in parts or Path(*parts).is_absolute():
+        raise UserError(f"{folder / said}: {name!r} is no path within {folder}")
+    return folder.joinpath(*parts)
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of a model's or a saved folder; UserError where it is missing or broken."""
     try:
@@ -83,7 +94,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(folder / Path(name).name for name in names)
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("names that are no text")
+            files = sorted(inside(folder, name, index.name) for name in names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: no index of safetensors ({error})") from error
         if missing := [file.name for file in files if not file.is_file()]:

@@ -80,7 +80,7 @@ def test_extremes():
     assert plan(np.array([], np.int32), 100) == []
     assert [part.tolist() for part in check(np.array([7]), 1)] == [[0]]
     assert len(check(np.full(64, 10), 10_000)) == 1
-    assert len(check(np.full(64, 10), 160)) == 4
+    assert len(check(np.full(64, 8), 128)) == 4
     # A text above the budget goes alone, and does not take others with it.
     parts = check(np.array([5, 500, 6, 5]), 100)
     assert parts[0].tolist() == [1] and len(parts) == 2

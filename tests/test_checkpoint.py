@@ -263,6 +263,28 @@ def test_an_error_while_it_is_put_in_place(tmp_path, monkeypatch, at):
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names what is flushed through /proc")
+def test_the_order_that_survives_a_loss_of_power(tmp_path, monkeypatch):
+    """Every file, then the new folder, is on disk before a name points to it; and the names are, when all is done."""
+    calls = []
+    rename, fsync, replace = Path.rename, os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda h: calls.append(Path(os.readlink(f"/proc/self/fd/{h}")).name) or fsync(h))
+    monkeypatch.setattr(Path, "rename", lambda p, to: calls.append(f"{p.name} -> {to.name}") or rename(p, to))
+    monkeypatch.setattr(Path, "replace", lambda p, to: calls.append(f"{p.name} -> {to.name}") or replace(p, to))
+    run = tmp_path / "run"
+    checkpoint.make_folder(run)
+    assert calls == [tmp_path.name]
+    calls.clear()
+    checkpoint.write_folder(run / "best", write("one"))
+    assert sorted(calls[:2]) == ["a", "b"] and calls[2:] == [".best.new", ".best.new -> best", "run"]
+    calls.clear()
+    checkpoint.write_folder(run / "best", write("two"))
+    assert calls[2:] == [".best.new", "best -> .best.old", ".best.new -> best", "run"]
+    calls.clear()
+    checkpoint.write_file(run / "config.yaml", "steps: 1")
+    assert calls == [".config.yaml.new", ".config.yaml.new -> config.yaml", "run"]
+
+
 def test_a_place_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not save"):

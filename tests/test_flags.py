@@ -201,6 +201,15 @@ def test_skip_bad_rows(settings, data):
     assert any("rows.jsonl:41" in line for _, line in run.headline)
 
 
+def test_skip_bad_batches(settings):
+    """What it does is in tests/test_resume.py; here for every task, and it may be given to a run that goes on."""
+    assert not settings().skip_bad_batches
+    for task in ("embed", "late", "rerank", "chat"):
+        made, _ = from_flags("", argv=["--skip-bad-batches", "--task", task])
+        made.check_task(task)
+        assert made.skip_bad_batches
+
+
 def test_seed(settings):
     runs = [train.prepare(settings(seed=seed)) for seed in (1, 1, 2)]
     orders = [run.trainer.batches.row_numbers(0) for run in runs]
@@ -212,7 +221,7 @@ def test_seed(settings):
 # --- objective ---
 
 
-@pytest.mark.parametrize("name", [name for name in config.LOSSES if name not in objectives.GROUP_LOSSES])
+@pytest.mark.parametrize("name", [n for n in config.LOSSES if n == "margin_mse" or n not in objectives.GROUP_LOSSES])
 def test_loss(settings, data, name):
     rows = [
         json.loads(line) | {"negatives": ["other words"], "scores": [1.0, i / 40]} for i, line in enumerate(open(data))
@@ -234,6 +243,11 @@ def test_rerank_depth(settings, monkeypatch):
     chosen = settings(task="rerank", random_negatives=2, rerank_depth=7, eval_tasks=["eval-data"], max_length=300)
     train.prepare(chosen).evaluations.evaluate()
     assert asked == [7]
+
+
+# What es_fields and es_query do, tests/test_elastic.py shows against a server.
+def test_kl_is_short_for_kl_distill():
+    assert Settings(loss="kl").loss == "kl_distill"
 
 
 def test_temperature(settings):
@@ -343,6 +357,7 @@ def test_gradient_accumulation_steps_and_micro_batch_tokens(settings):
     assert parts(gradient_accumulation_steps=1) == 1
     assert parts(gradient_accumulation_steps=4) >= 4
     assert parts(micro_batch_tokens=30) > parts(micro_batch_tokens=60) > 1
+    assert parts(micro_batch_tokens=60) > parts(micro_batch_tokens="auto")  # there is room; see tests/test_memory.py
 
 
 def test_grad_checkpoint(settings):
@@ -546,6 +561,15 @@ def test_keep(settings, tmp_path):
     assert len(list((tmp_path / "run").glob("step-*"))) == 3
     with pytest.raises(UserError, match="--keep -1"):
         settings(keep=-1)
+
+
+def test_rank_timeout(settings, monkeypatch):
+    """It reaches the watch over the other ranks, of which test_ranks.py shows the effect."""
+    told = []
+    monkeypatch.setattr(train.ranks, "start", told.append)
+    assert train.main(["--data", "nothing.jsonl", "--rank-timeout", "7"]) == 2 and told == [7]
+    with pytest.raises(UserError, match="--rank-timeout -1"):
+        settings(rank_timeout=-1)
 
 
 def test_two_runs_into_one_folder_are_refused(settings, tmp_path):

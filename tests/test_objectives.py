@@ -60,7 +60,7 @@ def representations(batch) -> mx.array:
 
 @pytest.mark.parametrize("changes", [
     {}, {"loss": "symmetric_info_nce"}, {"loss": "hard_negative_info_nce"}, {"positive_aware": "perc"},
-    {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"loss": "xtr", "xtr_k": 4},
+    {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"loss": "margin_mse"}, {"loss": "xtr", "xtr_k": 4},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("skipped", [[], [SKIPPED]])
 def test_the_lean_gradient_is_the_usual_one(batch, representations, changes, skipped):
@@ -128,6 +128,7 @@ def test_distillation_is_torchs_divergence():
     ("changes", "config", "message"),
     [
         ({"loss": "kl_distill"}, {}, "every row needs scores"),
+        ({"loss": "margin_mse"}, {}, "every row needs scores"),
         ({"loss": "xtr"}, {}, "it needs --task late"),
         ({"loss": "nt_xent"}, {"task": "late"}, "takes neither"),
         ({"matryoshka_dims": [8]}, {"task": "late"}, "takes neither"),

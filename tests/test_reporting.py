@@ -57,6 +57,32 @@ def no_terminal(screen):
 # --- metrics.jsonl ---
 
 
+def test_a_full_disk_loses_no_record(tmp_path, no_terminal, monkeypatch):
+    """Nor does a log on it end the run: what found no room, half a line here, waits for the next record."""
+    with Reporter(tmp_path, 5) as report:
+        report.step(record(1))
+        file, room = report._file, [10]
+
+        def write(data: bytes) -> int:
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            data, room[0] = data[: room[0]], max(0, room[0] - len(data))
+            return file.write(data)
+
+        monkeypatch.setattr(report, "_file", SimpleNamespace(write=write))
+        report.step(record(2))
+        report.step(record(3))
+        assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+        room[0] = 100_000
+        report.step(record(4))
+        with monkeypatch.context() as patch:
+            patch.setattr(no_terminal, "write", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            report.step(record(5))
+            report.message("a line")
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert no_terminal.getvalue().count("metrics.jsonl could not be written") == 1
+
+
 def test_metrics_file_holds_one_object_a_line_at_once(tmp_path):
     with Reporter(tmp_path, 2) as report:
         report.evaluation(0, METRICS, {"nq": {"ndcg_at_10": 0.5}})

@@ -4,11 +4,6 @@ python -m pytest tests/test_trainer.py
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from backend import UserError, mx
@@ -78,7 +73,8 @@ def prepared(settings: Settings):
 @pytest.mark.parametrize("changes", [
     {}, {"loss": "symmetric_info_nce"}, {"loss": "nt_xent"}, {"loss": "hard_negative_info_nce"},
     {"positive_aware": "perc"}, {"matryoshka_dims": [8, 16]}, {"pooling": "last"}, {"bidirectional": True},
-    {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"task": "late"}, {"task": "late", "maxsim": "sum"},
+    {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"loss": "margin_mse"}, {"task": "late"},
+    {"task": "late", "maxsim": "sum"},
     {"task": "late", "loss": "xtr", "xtr_k": 50, "projection_dim": 8, "margin_weight": 0.5},
     {"task": "late", "loss": "kl_distill", "skip_punctuation": True},
     {"train_type": "dora"}, {"train_type": "full", "num_layers": 2}, {"grad_checkpoint": True},
@@ -136,27 +132,6 @@ def test_join_puts_rows_back_in_order_and_pads_token_vectors():
     assert joined.shape == (3, 3, 2) and joined[0, :, 0].tolist() == [2, 0, 0] and joined[1, :, 0].tolist() == [1, 1, 1]
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "config.yaml"}
-
-
-def losses_of(folder: Path) -> list[tuple]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"], r["tokens"]) for r in records]
-
-
-def test_a_resumed_run_is_the_same_bit_for_bit(settings, tmp_path):
-    """Dropout on, gradient caching on, crossing an epoch (60 rows, 16 a batch)."""
-    same = {"lora_dropout": 0.2, "gradient_accumulation_steps": 4, "schedule": "linear", "weight_decay": 0.01}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train.train(settings(**same, output=str(whole)))
-    train.train(settings(**same, output=str(broken), stop_after=3))
-    assert last_step(broken).name == "step-000003"
-    train.train(train.resumed_settings({"output": str(broken), "resume": True}))
-    assert folder_bytes(whole / "final") == folder_bytes(broken / "final")
-    assert losses_of(whole) == losses_of(broken) and len(losses_of(whole)) == 6
-
-
 def test_the_learning_rate_is_the_one_that_is_applied(settings, tmp_path):
     """The first update applies the first rate, not 0, and what is reported is what was used."""
     trainer = train.prepare(settings(warmup=2.0, learning_rate=0.5)).trainer
@@ -193,7 +168,7 @@ def test_sick_numbers_stop_the_run_after_saving_and_name_the_examples(settings, 
         trainer.run(report)
     assert f"rows.jsonl:{bad + 1}" in str(error.value) or "more" in str(error.value)
     steps = json.loads((last_step(run.folder) / "trainer_state.json").read_text())["step"]
-    assert f"step {steps + 1}: " in str(error.value) and steps <= 2
+    assert f"step {steps + 1}: " in str(error.value) and steps <= 2 and "--skip-bad-batches" in str(error.value)
 
 
 def test_a_sick_text_is_named_by_its_row(settings):
@@ -230,25 +205,6 @@ def test_validation_loss_of_a_folder_decides_what_is_best(settings, tmp_path, ro
     assert list(losses) == [0, 2, 4]
     state = json.loads((tmp_path / "run" / "final" / "trainer_state.json").read_text())
     assert state["best_step"] == min((loss, step) for step, loss in losses.items() if step)[1]
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, number, code):
-    s = settings(steps=2000)
-    s.write(tmp_path / "settings.yaml")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(tmp_path / "settings.yaml")],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 60
-    while time.time() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") > 1):
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "--resume" in out
-    saved = last_step(tmp_path / "run")
-    assert json.loads((saved / "trainer_state.json").read_text())["step"] == len(losses_of(tmp_path / "run"))
 
 
 def test_one_candidate_a_query_is_refused(settings, tmp_path):

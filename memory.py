@@ -1,0 +1,187 @@
+"""How many tokens may be in the backbone at once: measured by small passes before the first step, not guessed.
+
+    python train.py --micro-batch-tokens auto --dry-run
+
+The loss does not depend on the budget, so memory alone decides it: the largest of a grid of budgets whose step has room
+in what is free of the device's memory, or of the machine's and its control group's. Where memory runs out all the
+same and the backend says so, `differentiate` halves the budget and repeats the step.
+"""
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import backend
+from backend import UserError, mx
+
+import numpy as np
+
+import ranks
+from batching import pad_rows
+
+GRID = tuple(128 << i for i in range(14))  # tokens: 128 to 1,048,576
+# Of what is free. Processes that take too much are killed on CPUs, while a GPU says no.
+SHARE = 0.8 if backend.IS_GPU else 0.6
+# More tokens at once are no quicker there (benchmarks/README.md), and only take memory.
+MOST = GRID[-1] if backend.IS_GPU else backend.MICRO_BATCH_TOKENS
+SHORTAGE = ("out of memory", "outofmemory", "insufficient memory", "unable to allocate", "attempting to allocate")
+SAMPLES = 2  # batches among whose texts the longest is looked for
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A budget of tokens and what is known of the memory that it takes, in bytes."""
+
+    budget: int
+    estimate: int  # peak of a step under that budget
+    free: int  # beyond what is taken already
+
+    def __str__(self) -> str:
+        least = "" if self.estimate <= self.free else ", which may be too little: see --grad-checkpoint, --max-length"
+        return (
+            f"about {self.estimate / 1e9:.2f} GB at most, an estimate, with {self.budget:,} tokens at once; "
+            f"{self.free / 1e9:.2f} GB are free{least}"
+        )
+
+
+# --- how much there is ----------------------------------------------------------------------------------------------
+
+
+def free() -> int:
+    """Bytes that this process may still take: of the GPU, or of the machine and of its control group."""
+    if backend.IS_GPU:
+        info = mx.device_info()
+        whole = info.get("max_recommended_working_set_size") or info.get("total_memory") or mx.get_memory_limit()
+        return int(min(whole - mx.get_active_memory(), info.get("free_memory") or whole))
+    found = [value for value in (_free_of_machine(), *_free_of_groups()) if value is not None]
+    if not found:  # macOS tells no more than how much is built in
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    return max(0, min(found)) + mx.get_cache_memory()
+
+
+def _free_of_machine(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _free_of_groups(root: Path = Path("/")) -> Iterator[int]:
+    """What is left below the limit of each control group that this process is in, of either version."""
+    said = root / "proc/self/cgroup"
+    for line in said.read_text().splitlines() if said.is_file() else ():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):  # in containers the path may be none of the mount's; the top always is
+            if (left := _left(mount / folder, *names)) is not None:
+                yield left
+
+
+def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
+    """Bytes below a group's limit; None where it has none. Files that are only cached give way."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        return left + next((int(line.split()[1]) for line in lines if line.startswith(f"{cached} ")), 0)
+    return None
+
+
+# --- how much a step takes ------------------------------------------------------------------------------------------
+
+
+def fit(trainer: "Trainer") -> Fit:  # noqa: F821  (trainer.py stands above this file)
+    """Choose the budget of a trainer's steps, and set it there, with mlx's limits. Weights stay as they are."""
+    step, batches = trainer.gradient_of, trainer.batches
+    trainer.model.train()
+    samples = [batches.batch(k) for k in range(SAMPLES)]
+    texts = max((batch.texts for batch in samples), key=lambda texts: texts.lengths.max())
+    widest, many = int(texts.lengths.argmax()), max(len(batch.texts) for batch in samples)
+    mx.clear_cache()
+    room, active = free(), mx.get_active_memory()
+    # A row of the longest text, then two: what a token takes where it takes most, and what does not depend on it.
+    one, outcome = _cost(step, pad_rows(texts, np.array([widest]), step.pad_id))
+    two, _ = _cost(step, pad_rows(texts, np.array([widest, widest]), step.pad_id))
+    width = int(texts.lengths[widest])
+    token, always = max(0, two - one) / width, max(0, 2 * one - two)
+    kept = 2 * many * outcome  # representations and their gradients
+    workers = backend.WORKERS if step.passes.compiled else 1
+
+    def estimate(budget: int) -> int:
+        return int(active + kept + step.passes.merged_bytes + workers * (always + token * max(budget, width)))
+
+    useful = min(MOST, max(batch.tokens for batch in samples))  # what holds a batch whole needs not be larger
+    grid = [budget for budget in GRID if budget < 2 * useful]
+    budget = max((b for b in grid if estimate(b) - active <= SHARE * room), default=grid[0])
+    chosen = Fit(budget, estimate(budget), room)
+    step.budget = trainer.state.micro_batch_tokens = budget
+    _set_limits(active + room, chosen.estimate)
+    return chosen
+
+
+def _cost(step: "Differentiator", rows) -> tuple[int, int]:  # noqa: F821
+    """Bytes that the passes of a micro-batch take at their peak, and those of one row's representation."""
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    parts = list(step.passes.representations([rows], [0]))
+    step.passes.gradient([rows], [0], [mx.zeros_like(parts[0])])
+    return mx.get_peak_memory() - active, parts[0].nbytes // len(parts[0])
+
+
+def _set_limits(whole: int, estimate: int) -> None:
+    """Let mlx keep freed memory only where there is room beside the step, and on Metal keep what is used resident."""
+    if backend.IS_GPU:
+        mx.set_cache_limit(max(whole - estimate, whole // 16))
+    if platform.system() == "Darwin" and mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
+# --- when it was not enough -----------------------------------------------------------------------------------------
+
+
+def is_shortage(error: RuntimeError) -> bool:
+    """Whether this is Metal's or CUDA's word that memory ran out. On CPUs mlx crashes then, or is killed."""
+    told = str(error).lower()
+    return any(words in told for words in SHORTAGE)
+
+
+def differentiate(trainer: "Trainer", batch, seed: int) -> "Gradient":  # noqa: F821
+    """`trainer.gradient_of(batch, seed)`, again with half the budget where memory runs out.
+
+    UserError where not even single texts find room, and RuntimeError on several ranks, which would no longer agree.
+    """
+    step = trainer.gradient_of
+    while True:
+        try:
+            return step(batch, seed)
+        except RuntimeError as error:
+            if not is_shortage(error) or ranks.size() > 1:
+                raise
+            reason = str(error).strip().splitlines()[0]
+        # Not in the handler: the error holds on to all that the step had computed.
+        mx.clear_cache()
+        share = -(-batch.tokens // step.accumulation) if step.accumulation else backend.MICRO_BATCH_TOKENS
+        budget = min(step.budget or share, batch.tokens) // 2
+        if budget < batch.texts.lengths.max() // 2 or budget == 0:
+            raise UserError(
+                f"memory ran out on a single text ({reason}); --grad-checkpoint, a lower --max-length or a smaller "
+                f"model need less{trainer.save_last_good()}"
+            )
+        step.budget = trainer.state.micro_batch_tokens = budget
+        trainer.warn(f"memory ran out ({reason}): from here on {budget:,} tokens at once, and the step is repeated")
+
+
+def recall(trainer: "Trainer") -> None:  # noqa: F821
+    """After a resume: the budget that the run had come to, so that it goes on bit for bit, unless less has room now."""
+    known = [budget for budget in (trainer.gradient_of.budget, trainer.state.micro_batch_tokens) if budget]
+    if trainer.state.micro_batch_tokens:
+        trainer.gradient_of.budget = trainer.state.micro_batch_tokens = min(known)

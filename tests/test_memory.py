@@ -1,0 +1,126 @@
+"""--micro-batch-tokens auto: what is free, what a step takes, the budget between them, and what happens without room.
+
+python -m pytest tests/test_memory.py
+"""
+
+# ruff: noqa: F811  (fixtures)
+from pathlib import Path
+
+import backend
+from backend import UserError, mx
+
+import pytest
+from mlx.utils import tree_flatten
+from test_trainer import rows, settings  # noqa: F401  (fixtures)
+
+import memory
+import train
+from trainer import Differentiator
+
+GB = 10**9
+
+
+def group(folder: Path, limit: str, usage: int, cached: int, version: int) -> None:
+    """The files of a control group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip(names, (limit, usage), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{'total_' * (version == 1)}inactive_file {cached}\n")
+
+
+def test_what_is_free_on_linux(tmp_path):
+    """The machine's memory, and whatever control group leaves less, cached files not counted as taken."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 16000000 kB\nMemFree: 100 kB\nMemAvailable: 8000000 kB\n")
+    assert memory._free_of_machine(meminfo) == 8_000_000 * 1024
+    assert memory._free_of_machine(tmp_path / "none") is None and list(memory._free_of_groups(tmp_path)) == []
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,memory:/a/b\n3:cpuset:/\n0::/user/job\n")
+    top = tmp_path / "sys/fs/cgroup"
+    group(top / "user/job", "max", 7 * GB, 0, version=2)
+    group(top / "user", str(9 * GB), 7 * GB, 1 * GB, version=2)
+    assert list(memory._free_of_groups(tmp_path)) == [3 * GB]
+    group(top / "memory/a/b", str(4 * GB), 3 * GB, 0, version=1)
+    assert sorted(memory._free_of_groups(tmp_path)) == [1 * GB, 3 * GB]
+
+
+def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
+    trainer = train.prepare(settings(micro_batch_tokens="auto")).trainer
+    before = [v.tolist() for _, v in tree_flatten(trainer.model.trainable_parameters())]
+    monkeypatch.setattr(memory, "MOST", memory.GRID[-1])
+    tokens = max(trainer.batches.batch(k).tokens for k in range(memory.SAMPLES))
+    found = []
+    for free in (0, 4_000_000, 16_000_000, GB):
+        monkeypatch.setattr(memory, "free", lambda free=free: free)
+        found.append(memory.fit(trainer))
+        assert trainer.gradient_of.budget == trainer.state.micro_batch_tokens == found[-1].budget
+    budgets, estimates = [fit.budget for fit in found], [fit.estimate for fit in found]
+    assert budgets == sorted(budgets) and estimates[0] < estimates[-1]
+    assert budgets[0] == memory.GRID[0] < budgets[-1] and tokens <= budgets[-1] < 2 * tokens
+    assert "may be too little" in str(found[0]) and "too little" not in str(found[-1])
+    assert [v.tolist() for _, v in tree_flatten(trainer.model.trainable_parameters())] == before
+    monkeypatch.setattr(memory, "MOST", 128)  # as on CPUs, where more are no quicker
+    assert memory.fit(trainer).budget == 128
+
+
+def test_the_estimate_is_near_what_a_step_takes_and_not_below(settings):
+    """Of activations, beyond what is there before: on a budget at which they are most of it."""
+    trainer = train.prepare(settings(micro_batch_tokens="auto", batch_size=32)).trainer
+    batch, fit = trainer.batches.batch(0), memory.fit(trainer)
+    trainer.gradient(batch, 1)
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    trainer.gradient(batch, 1)
+    taken = backend.peak_memory() - active
+    assert 0.9 * taken < fit.estimate - active < 4 * taken, (fit, taken, active)
+
+
+def test_the_dry_run_tells_it_and_the_loss_stays(settings, capsys):
+    losses = [train.train(settings(micro_batch_tokens=n, dry_run=True))["loss"] for n in ("auto", 0, 64)]
+    told = [line for line in capsys.readouterr().out.splitlines() if "an estimate, with" in line]
+    assert len(told) == 1 and "GB are free" in told[0]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """`short(tokens)`: a backend without room for micro-batches of more."""
+    original = Differentiator.__call__
+
+    def make(most: int) -> None:
+        def call(self, batch, seed):
+            if (self.budget or backend.MICRO_BATCH_TOKENS) > most:
+                raise RuntimeError("[metal::malloc] Attempting to allocate 9 bytes\nmore than there is")
+            return original(self, batch, seed)
+
+        monkeypatch.setattr(Differentiator, "__call__", call)
+
+    return make
+
+
+def test_where_memory_runs_out_the_step_is_repeated_with_half(settings, tmp_path, short, capsys):
+    """Equal to a run that had that budget from the start; a resumed run knows it."""
+    run = {"steps": 4, "lora_dropout": 0.2}
+    train.train(settings(**run, micro_batch_tokens=150, output=str(tmp_path / "whole")))
+    short(150)
+    train.train(settings(**run, micro_batch_tokens=600, stop_after=2))
+    assert capsys.readouterr().out.count("tokens at once, and the step is repeated") == 2  # 300, 150
+    train.train(train.resumed_settings({"output": str(tmp_path / "run"), "resume": True}))
+    assert "repeated" not in capsys.readouterr().out
+    for name in ("adapters.safetensors", "optimizer.safetensors"):
+        files = [tmp_path / folder / "final" / name for folder in ("run", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_where_not_even_one_text_has_room(settings, short, monkeypatch):
+    short(0)
+    with pytest.raises(UserError, match="memory ran out on a single text .*--grad-checkpoint"):
+        train.train(settings())
+
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Differentiator, "__call__", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        train.train(settings(overwrite=True))

@@ -1,0 +1,181 @@
+"""What strangers' files may do: name tensors and files beside them, and nothing else. And secrets stay where they are.
+
+python -m pytest tests/test_trust.py           pickles are refused in tests/test_source.py
+"""
+
+# ruff: noqa: F811  (fixtures)
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import backend
+from backend import UserError, mx
+
+import pytest
+from test_checkpoint import folders, trained  # noqa: F401  (a fixture, and what makes an adapter)
+
+import checkpoint
+import late_layout
+import sentence_layout
+from models.source import inside, weight_files
+from retrieval_config import FILE
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = ("..", "../other", "a/../../other", "/etc", "../../other/x.safetensors", "", None, 5, "a\0b")
+SOURCES = [path for path in ROOT.rglob("*.py") if not {"tests", ".git"} & {*path.relative_to(ROOT).parts}]
+
+
+def test_what_lies_inside():
+    folder = Path("models/one")
+    assert inside(folder, "2_Dense", "x") == folder / "2_Dense" and inside(folder, "", "x") == folder
+    assert inside(folder, "a/./b", "x") == folder / "a/b"
+    for name in OUTSIDE:
+        if name != "":
+            with pytest.raises(UserError, match="no path within"):
+                inside(folder, name, "modules.json")
+
+
+# --- paths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in OUTSIDE if name != ""])
+def test_an_index_of_weights_names_files_of_its_folder(folders, tmp_path, name):
+    folder = shutil.copytree(folders["bert"], tmp_path / "model")
+    shutil.copytree(folders["bert"], tmp_path / "other")
+    index = {"weight_map": {"a": "model.safetensors", "b": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json: (.* is no path within|no index of)"):
+        weight_files(folder)
+
+
+@pytest.mark.parametrize("layout", [sentence_layout, late_layout])
+@pytest.mark.parametrize("name", OUTSIDE[:4])
+def test_modules_are_those_of_the_folder(folders, tmp_path, layout, name):
+    folder = shutil.copytree(folders["bert"], tmp_path / "model")
+    dense = {"in_features": 64, "out_features": 8, "bias": False}
+    for place in (tmp_path, tmp_path / "other"):
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps(dense))
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", name)][:: 2 if layout is late_layout else 1]
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "config_sentence_transformers.json").write_text('{"model_type": "ColBERT"}')
+    with pytest.raises(UserError, match=r"modules.json: .* is no path within"):
+        layout.read(folder)
+
+
+@pytest.mark.parametrize("name", OUTSIDE[:5])
+def test_layers_of_an_adapter_are_those_of_its_base(folders, tmp_path, name):
+    """Reading is refused, and so is an export, which would write there."""
+    _, folder = trained(folders["bert"], tmp_path / "final")
+    config = json.loads((folder / FILE).read_text())
+    layer = {"path": name, "in_features": 64, "out_features": 8, "bias": False, "activation": "Identity"}
+    (folder / FILE).write_text(json.dumps(config | {"dense": [layer]}))
+    with pytest.raises(UserError, match="no path within"):
+        checkpoint.open_model(None, str(folder))
+    done = subprocess.run(
+        [sys.executable, "export.py", "--adapter", str(folder), "--output", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True,
+    ) if name == "../other" else None  # fmt: skip
+    assert done is None or (done.returncode == 2 and "Traceback" not in done.stderr), done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_adapter_config_names_no_files(folders, tmp_path, monkeypatch):
+    """What mlx-lm or PEFT might write beside it (model, data, paths) is never opened."""
+    _, folder = trained(folders["bert"], tmp_path / "final")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    strange = {
+        "model": "/etc",
+        "data": "../..",
+        "base_model_name_or_path": "../../etc",
+        "resume_adapter_file": "/etc/passwd",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config | strange | {"adapter_path": "../other"}))
+    opened, load = [], mx.load
+    monkeypatch.setattr(mx, "load", lambda path, *a, **k: opened.append(Path(path)) or load(path, *a, **k))
+    checkpoint.open_model(None, str(folder))
+    assert opened and {path.parent for path in opened} == {folder, folders["bert"]}
+
+
+# --- code -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_loaded_that_could_run_code():
+    """In no source file: pickles, remote code, eval or exec of a text, yaml.load, np.load that would take objects."""
+    calls = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "torch.load", "joblib.load"}
+    calls |= {"pickle.load", "pickle.loads", "marshal.loads", "shelve.open", "dill.load", "torch.hub.load"}
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                found += [
+                    f"{path}: import {n}" for n in names if n in ("pickle", "dill", "joblib", "marshal", "shelve")
+                ]
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                found += [] if getattr(node.value, "value", True) is False else [f"{path}:{node.value.lineno}"]
+            if not isinstance(node, ast.Call):
+                continue
+            name, words = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if name in calls or (name == "np.load" and words.get("allow_pickle") != "False"):
+                found.append(f"{path}:{node.lineno}: {name}")
+    assert not found
+
+
+def test_a_model_s_own_code_is_never_run(folders, tmp_path):
+    """auto_map of config and tokenizer, and mlx-lm's model_file, name a Python file that would leave a trace."""
+    folder, trace = shutil.copytree(folders["qwen3"], tmp_path / "model"), tmp_path / "it-ran"
+    (folder / "modeling_own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    own = {"auto_map": {name: "modeling_own.Own" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}}
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own))
+    from chat.template import ChatTokenizer
+    from tokens import load_tokenizer
+
+    checkpoint.build(str(folder))
+    load_tokenizer(folder)
+    ChatTokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": "modeling_own.py"}))
+    with pytest.raises(UserError, match="asks to run code of its own"):
+        checkpoint.build(str(folder))
+    assert not trace.exists()
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+SECRETS = ("WANDB_API_KEY", "ES_API_KEY", "HF_TOKEN", "RERANK_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+
+
+def test_secrets_of_the_environment_reach_no_file_and_no_screen(small, tmp_path):
+    """Nothing that a run with W&B writes or prints, checkpoints included, holds a key that the environment has."""
+    marks = {name: f"c0ffee{i}" * 5 for i, name in enumerate(SECRETS)}  # W&B takes keys of 40 digits
+    rows = "".join(json.dumps({"query": f"query {i}", "document": f"document {i}"}) + "\n" for i in range(20))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    flags = ["--model", small, "--data", str(tmp_path / "rows.jsonl"), "--batch-size", "4", "--steps", "2", "--wandb"]
+    flags += ["--eval-tasks", "--save-steps", "1", "--lora-rank", "2", "--output", str(tmp_path / "run")]
+    environment = os.environ | marks | {"WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [name for name, mark in marks.items() if mark in done.stdout + done.stderr]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and any(path.name == "final" for path in tmp_path.rglob("*"))
+    leaks = [(path, name) for path in files for name, mark in marks.items() if mark.encode() in path.read_bytes()]
+    assert not leaks
+
+
+def test_a_crash_tells_no_secret():
+    """What a run prints of itself at the top, and what doctor.py tells of the environment, names no values."""
+    assert "environ" not in backend.describe()
+    done = subprocess.run(
+        [sys.executable, "doctor.py"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"WANDB_API_KEY": "c0ffee" * 7}, timeout=120,
+    )  # fmt: skip
+    assert "c0ffee" not in done.stdout + done.stderr
