@@ -134,15 +134,19 @@ class Batches:
             return map(pack, self._made(first, last))
 
         stream = dx.stream_python_iterable(produce).prefetch(2, 1)
+
+        def stop() -> None:
+            self.rows.close()  # first, as `reset` waits for what is being read
+            stream.reset()
+
         # The interpreter aborts or hangs at exit while a stream still prefetches, or after one met an error.
-        atexit.register(stream.reset)
+        atexit.register(stop)
         try:
             for sample in stream:
                 yield unpack(sample, self.kind)
         finally:
-            atexit.unregister(stream.reset)
-            self.rows.close()  # first, as `reset` waits for what is being read
-            stream.reset()
+            atexit.unregister(stop)
+            stop()
 
 
 def pack(batch: Any) -> dict[str, np.ndarray]:

@@ -126,7 +126,7 @@ def test_a_row_is_what_its_document_says(login, medquad):
         assert rows[n].positive == f"{source['title']}\n{source['snippet']}" and rows[n].rank == 1
 
 
-@pytest.mark.parametrize("position", [0, 5_000, 14_677, 14_678, 20_000])
+@pytest.mark.parametrize("position", [5_000, 14_677])
 def test_a_cursor_continues_exactly(login, medquad, position):
     rows = rows_of("medquad")
     drawn = ids(rows, position + 700)
