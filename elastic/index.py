@@ -7,7 +7,7 @@ for hit in ElasticIndex("es://index", "vector").bm25("read line", 10): print(hit
 """
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ class Vectors:
     dimensions: int
     texts: list[str]  # fields, joined by line breaks
     similarity: str  # Elasticsearch's name of it: cosine, or max_inner_product where lengths are not 1
+    state: str = "complete"  # growing while documents wait for theirs, replacing while some may be another model's
 
 
 def read_meta(server: Server) -> dict[str, Vectors]:
@@ -71,67 +72,65 @@ def write_vectors(
 
     Returns how many were written, and how many had no text. UserError where the field belongs to another model.
     """
-    from elasticsearch import helpers
-
     from search_model import embed, fingerprint
 
     if model.late:
         raise UserError(f"{model.name}: --to takes models of one vector a text, not late interaction")
     server = Server(parse(to))
-    known, mine = (
-        read_meta(server),
-        Vectors(
-            model.name,
-            fingerprint(model),
-            model.dimensions,
-            list(texts),
-            "cosine" if model.config.normalize else "max_inner_product",
-        ),
-    )
-    anew = field in known and (known[field].fingerprint, known[field].texts) != (mine.fingerprint, mine.texts)
-    if anew and not overwrite:
-        raise UserError(
-            f"{server.address}: {field} holds vectors of {known[field].model} of {'+'.join(known[field].texts)}; "
-            "name another --field, or replace them with --overwrite"
-        )
+    similarity = "cosine" if model.config.normalize else "max_inner_product"
+    mine = Vectors(model.name, fingerprint(model), model.dimensions, list(texts), similarity, "growing")
+    if before := read_meta(server).get(field):
+        differs = (before.fingerprint, before.texts) != (mine.fingerprint, mine.texts)
+        if differs and not overwrite:
+            raise UserError(
+                f"{server.address}: {field} holds vectors of {before.model} of {'+'.join(before.texts)}; "
+                "name another --field, or replace them with --overwrite"
+            )
+        if differs or before.state == "replacing":
+            mine.state = "replacing"
     missing = {"bool": {"must_not": {"exists": {"field": field}}}}
-    source = Documents(server.address, texts, None if anew else missing)
+    source = Documents(server.address, texts, None if mine.state == "replacing" else missing)
     absent, there = source.missing()
     if absent:
         raise UserError(f"{server.address}: no field {', '.join(sorted(absent))} (there: {', '.join(there)})")
-    _put_mapping(server, field, mine, known)
+    _put_mapping(server, field, mine)
     survey, done = source.survey(), 0
-
-    def actions(hits: list[dict], vectors: np.ndarray) -> Iterator[dict]:
-        for hit, vector in zip(hits, vectors, strict=True):
-            yield {
-                "_op_type": "update",
-                "_index": hit["_index"],
-                "_id": hit["_id"],
-                "doc": {field: vector.tolist()},
-            }
-
     try:
         for low, high in source.ranges(survey):
             hits = [hit for hit in source.read(low, high) if joined(hit["_source"], texts).strip()]
             if hits:
-                vectors = embed(model, [joined(hit["_source"], texts) for hit in hits], "document")
-                server.call(helpers.bulk, client=server.client, actions=list(actions(hits, vectors)))
+                _write(server, hits, field, embed(model, [joined(hit["_source"], texts) for hit in hits], "document"))
             done += len(hits)
             if progress:
                 progress(done, survey.count)
-        server.call(server.client.indices.refresh, index=server.address.index)
-    except helpers.BulkIndexError as error:
-        reason = error.errors[0].get("update", {}).get("error", {}).get("reason", error)
-        raise UserError(f"{server.address}: {len(error.errors)} documents were refused: {reason}") from error
     finally:
         source.close()
+    server.open()
+    server.call(server.client.indices.refresh, index=server.address.index)
+    mine.state = "complete"
+    _put_mapping(server, field, mine)
     return done, survey.count - done
 
 
-def _put_mapping(server: Server, field: str, mine: Vectors, known: dict[str, Vectors]) -> None:
+def _write(server: Server, hits: Sequence[dict], field: str, vectors: np.ndarray) -> None:
+    """Add vectors to documents; those that were deleted meanwhile need none."""
+    from elasticsearch import helpers
+
+    actions = [
+        {"_op_type": "update", "_index": hit["_index"], "_id": hit["_id"], "doc": {field: vector.tolist()}}
+        for hit, vector in zip(hits, vectors, strict=True)
+    ]
+    _, errors = server.call(helpers.bulk, client=server.client, actions=actions, max_retries=5, raise_on_error=False)
+    if refused := [error["update"] for error in errors if error["update"].get("status") != 404]:
+        reason = refused[0].get("error", {})
+        raise UserError(f"{server.address}: {len(refused)} documents were refused: {reason.get('reason', reason)}")
+
+
+def _put_mapping(server: Server, field: str, mine: Vectors) -> None:
+    """Make the field where there is none, and note what it holds."""
     whole = next(iter(server.call(server.client.indices.get_mapping, index=server.address.index).values()))
-    meta = whole["mappings"].get("_meta", {}) | {META: {name: asdict(v) for name, v in (known | {field: mine}).items()}}
+    meta = whole["mappings"].get("_meta", {})
+    meta |= {META: meta.get(META, {}) | {field: asdict(mine)}}
     # Vectors as they are, not in a byte or a bit a dimension as newer servers would keep them.
     options = {"type": "hnsw", "m": 16, "ef_construction": 100}
     kind = {"type": "dense_vector", "dims": mine.dimensions, "index": True, "similarity": mine.similarity}
@@ -159,7 +158,8 @@ class ElasticIndex:
         self.field = field or next(iter(known))
         said = known[self.field]
         self.texts, self._similarity = said.texts, said.similarity
-        self.about = About(".", True, said.model, said.fingerprint, said.dimensions, 0, 0, complete=True)
+        self.about = About(".", True, said.model, said.fingerprint, said.dimensions, 0, 0)
+        self.about.complete = said.state == "complete"
 
     def again(self, model: str) -> str:
         """The command that embeds the documents anew with a model."""

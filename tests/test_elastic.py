@@ -25,7 +25,7 @@ import search
 import sources
 import train
 from config import Settings
-from elastic import fields, server
+from elastic import fields, index, server
 from elastic.documents import RANGE
 from elastic.rows import BLOCK, ElasticRows
 
@@ -296,12 +296,25 @@ def test_vectors_written_back_are_searched(login, small, capsys):
     assert json.loads(capsys.readouterr().out)["results"][0]["path"] == "late"
 
 
-def test_another_models_vectors_are_not_mixed_in(login, small, capsys):
+def test_another_models_vectors_are_not_mixed_in(login, small, capsys, monkeypatch):
     to = ["--to", f"es://{small}", "--model", "gemma-3-tiny-mlx"]
     assert embed.main(to) == 0
     assert embed.main([*to, "--max-length", "8"]) == 2
     assert "vector holds vectors of gemma-3-tiny-mlx of title+snippet" in capsys.readouterr().err
-    assert embed.main([*to, "--max-length", "8", "--overwrite"]) == 0
+    # A replacement that is interrupted leaves vectors of both, and the next run replaces all again.
+    write, written = index._write, []
+
+    def interrupted(server, hits, *rest):
+        write(server, hits[:100], *rest[:-1], rest[-1][:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embed.main([*to, "--max-length", "8", "--overwrite"])
+    assert not index.ElasticIndex(f"es://{small}").about.complete
+    monkeypatch.setattr(index, "_write", lambda server, hits, *rest: (written.extend(hits), write(server, hits, *rest)))
+    assert embed.main([*to, "--max-length", "8"]) == 0
+    assert len(written) == 300 and index.ElasticIndex(f"es://{small}").about.complete
     with pytest.raises(backend.UserError, match=r"embed\.py .*--overwrite"):
         _ = search.Searcher(f"es://{small}", model="gemma-3-tiny-mlx").model
 
