@@ -77,6 +77,8 @@ class Documents:
 
     def ranges(self, survey: Survey) -> list[tuple[int, int]]:
         """(first, one beyond the last) `_seq_no` of ranges with about RANGE documents each, in rising order."""
+        if not survey.count:
+            return []
         if self._cut and self._cut[0] == survey:
             return self._cut[1]
         width = -(-(survey.last + 1) // BUCKETS)

@@ -7,11 +7,14 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 
 import backend
 
 import pytest
 
+import elastic.documents
+import elastic.rows
 from elastic import fields
 from elastic import server as connection
 from elastic.documents import Documents
@@ -280,6 +283,25 @@ def test_a_mapping_that_makes_no_row(stub):
     stub.answers = Shard([{"q": "x"}])
     with pytest.raises(backend.UserError, match="--es-fields: no positive"):
         ElasticRows(stub.address, fields.parse("query=q"))
+
+
+def test_nothing_to_read_is_no_mistake_of_the_reader(stub):
+    """As where all documents have their vectors; Elasticsearch refuses a histogram of intervals of 0."""
+    stub.answers = Shard([{"text": "t"}])
+    documents = Documents(stub.address, ["text"])
+    stub.answers.sources = []
+    assert documents.ranges(documents.survey()) == []
+    assert not any("histogram" in body.get("aggs", {}).get("all", {}) for _, _, body, _ in stub.asked)
+
+
+def test_no_more_than_a_few_blocks_are_held(stub, monkeypatch):
+    monkeypatch.setattr(elastic.documents, "RANGE", 8)
+    monkeypatch.setattr(elastic.rows, "BLOCK", 4)
+    rows, held, seen = rows_of(stub, 1000), 0, set()
+    for n in islice(rows.numbers(0, 0), 1000):
+        held = max(held, sum(len(documents) for _, documents in rows._recent))
+        seen.add(rows.where(n))
+    assert len(seen) == 1000 and 32 <= held <= 3 * 2 * 32
 
 
 def test_an_index_of_which_nothing_is_usable(stub):
