@@ -283,6 +283,7 @@ def test_vectors_written_back_are_searched(login, small, capsys):
     assert embed.main(command) == 0 and "300 vectors of" in capsys.readouterr().out
     login.ask("PUT", f"/{small}/_doc/late?refresh=true", {"query": "q", "title": "a tall ship", "snippet": "at sea"})
     assert embed.main(command) == 0 and ": 1 vectors of" in capsys.readouterr().out  # what is there is kept
+    assert embed.main(command) == 0 and ": 0 vectors of" in capsys.readouterr().out
 
     searcher = search.Searcher(f"es://{small}")
     texts = {str(i): f"t{i}\ns{i}" for i in range(300)} | {"late": "a tall ship\nat sea"}
