@@ -11,15 +11,14 @@ compiled passes, worker threads, merged weights), for comparison: losses and vec
 """
 
 import ctypes
-import ctypes.util
 import importlib.metadata
 import os
 import platform
 import shutil
 import sys
 import warnings
-from pathlib import Path
 
+import blas
 import kernels
 
 
@@ -27,45 +26,17 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend; commands print it as one line and exit with 2."""
 
 
-def find_blas() -> tuple[str, str] | None:
-    """(name, path) of a CBLAS for Linux CPUs: PyPI's `mkl` where it is installed, else the system's OpenBLAS."""
-    if path := _installed("mkl", "libmkl_rt.so"):
-        return "MKL", path
-    if name := ctypes.util.find_library("openblas"):
-        return "OpenBLAS", name
-    return None
-
-
-def _installed(package: str, file: str) -> str | None:
-    """Path of a shared library that a PyPI package brought, without importing anything."""
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((str(Path(f.locate()).resolve()) for f in files if f.name.startswith(file)), None)
-
-
 def _load_blas() -> str | None:
-    """Load the BLAS with global symbols, so that mlx's own calls resolve to it. Returns its name."""
+    """Load a fast BLAS, so that mlx's own calls resolve to it. Returns its name."""
     if "mlx.core" in sys.modules:
         warnings.warn("mlx was imported before backend: a fast BLAS can no longer be loaded", stacklevel=3)
         return None
-    if (found := find_blas()) is None:
+    if (name := blas.load()) is None:
         warnings.warn(
             "no fast BLAS found: matrix products will be about 30 times slower than need be "
             "(pip install mkl, or install the system's OpenBLAS)",
             stacklevel=3,
         )
-        return None
-    name, path = found
-    tbb = _installed("tbb", "libtbb.so.12") if name == "MKL" and "MKL_THREADING_LAYER" not in os.environ else None
-    if tbb:
-        ctypes.CDLL(tbb, mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    if tbb:
-        # MKL's default threads (OpenMP) spin while they wait and take the cores from everything else that runs: a
-        # step beside other work took up to ten times as long as with TBB, whose threads sleep.
-        library.MKL_Set_Threading_Layer(4)
     return name
 
 

@@ -53,10 +53,8 @@ def install() -> bool:
     # another processor have to lie elsewhere. Python's own idea of that folder stays as it is.
     script = Path(__file__).resolve()
     text = f'#!/bin/sh\nexec "{sys.executable}" -I -S "{script}" "{compiler}" "$@"\n'
-    mark = hashlib.sha256((text + script.read_text(encoding="utf-8") + _processor()).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"{FOLDER}-{os.getuid()}-{mark}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    folder = private_folder(text + script.read_text(encoding="utf-8") + _processor())
+    if folder is None:
         return False
     wrapper = folder / "g++"
     if not wrapper.exists():
@@ -67,6 +65,16 @@ def install() -> bool:
     os.environ["TMPDIR"] = str(folder)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return True
+
+
+def private_folder(made_from: str) -> Path | None:
+    """A folder for temporary files that only this user writes, for what is compiled from this; None where it is not."""
+    mark = hashlib.sha256(made_from.encode()).hexdigest()[:12]
+    base = Path(tempfile.gettempdir())
+    base = base.parent if base.name.startswith(FOLDER) else base  # a child of a process that called `install`
+    folder = base / f"{FOLDER}-{os.getuid()}-{mark}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder if folder.stat().st_uid == os.getuid() else None
 
 
 def cold() -> bool:

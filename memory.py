@@ -115,11 +115,13 @@ def fit(trainer: "Trainer") -> Fit:  # noqa: F821  (trainer.py stands above this
     token, always = max(0, two - one) / width, max(0, 2 * one - two)
     kept = 2 * many * outcome  # representations and their gradients
     workers = backend.WORKERS if step.passes.compiled else 1
+    tokens = max(batch.tokens for batch in samples)
+    held = step.passes.held_bytes(tokens)
 
     def estimate(budget: int) -> int:
-        return int(active + kept + step.passes.merged_bytes + workers * (always + token * max(budget, width)))
+        return int(active + kept + held + workers * (always + token * max(budget, width)))
 
-    useful = min(MOST, max(batch.tokens for batch in samples))  # what holds a batch whole needs not be larger
+    useful = min(MOST, tokens)  # what holds a batch whole needs not be larger
     grid = [budget for budget in GRID if budget < 2 * useful]
     budget = max((b for b in grid if estimate(b) - active <= SHARE * room), default=grid[0])
     chosen = Fit(budget, estimate(budget), room)

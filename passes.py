@@ -6,6 +6,7 @@ Either way the results are the same up to float32 rounding, and the same bits fo
 """
 
 import functools
+import itertools
 import os
 import queue
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import backend
+import blas
 from backend import UserError, mx, nn
 
 from mlx.utils import tree_map
@@ -26,6 +28,8 @@ from models import lora, remat
 # server keeps fewer, as it meets new ones always.
 SHAPES_KEPT = 128
 SHAPES_SERVED, SERVED_GRID = 24, 8
+# Bytes of products that a step keeps from its forward passes for its gradients, however large the batch: see `Kept`.
+KEPT_BYTES = 384 << 20
 # Models hold tracers instead of weights while a graph is built, and mlx's random state is one for all.
 _building = threading.Lock()
 
@@ -86,6 +90,11 @@ def _evaluate(arrays: mx.array | dict) -> None:
         raise UserError(f"{folder}: a kernel could not be compiled there ({reason}). Is the disk full?") from error
 
 
+# Of micro-batches, by number: the matrix products of their forward pass, which the pass for the gradient then need not
+# repeat. Emptied as they are used.
+Kept = dict[int, list[mx.array]]
+
+
 class _Functions:
     """The compiled passes of one model on one worker."""
 
@@ -96,7 +105,8 @@ class _Functions:
     def __call__(self, kind: str, rows: MicroBatch, seed: int | None, *arrays) -> mx.array | dict:
         """Build the graph of one pass; nothing is computed yet. `arrays`: see `forward` and `gradient`."""
         random = self.model.training and any(isinstance(m, nn.Dropout) and m._p_1 < 1 for m in self.model.modules())
-        function = self._function(kind, rows, mx.random.state if random else [], len(arrays[0]))
+        given = tuple(len(each) for each in arrays if isinstance(each, list))
+        function = self._function(kind, rows, mx.random.state if random else [], given)
         if seed is not None:
             remat.seed(seed)
         result = function(self.model.parameters(), *arrays, *rows)
@@ -104,10 +114,10 @@ class _Functions:
             remat.seed(seed or 0)  # the state that the graph leaves behind belongs to this thread
         return result
 
-    def _function(self, kind: str, rows: MicroBatch, state: list, merged: int) -> Callable:
-        """The compiled pass for rows of these shapes."""
+    def _function(self, kind: str, rows: MicroBatch, state: list, given: tuple[int, ...]) -> Callable:
+        """The compiled pass for rows of these shapes, with or without what may be `given`."""
         past = rows.past[0][0].shape if rows.past else None
-        key = (kind, self.model.training, merged, rows.ids.shape, past)
+        key = (kind, self.model.training, given, rows.ids.shape, past)
         if key not in self._compiled:
             self._compiled[key] = mx.compile(getattr(self, kind), inputs=state, outputs=state)
         self._compiled.move_to_end(key)
@@ -116,21 +126,29 @@ class _Functions:
         return self._compiled[key]
 
     def forward(self, weights: dict, merged: list[mx.array], *rows: mx.array) -> mx.array:
-        return self._with(weights, merged, lambda: self.model(MicroBatch(*rows)))
+        return self._with(weights, merged, lora.Products(), lambda: self.model(MicroBatch(*rows)))
 
-    def gradient(self, weights: dict, merged: list, trained: dict, cotangent: mx.array, *rows: mx.array) -> dict:
+    def forward_keeping(self, weights: dict, merged: list[mx.array], *rows: mx.array) -> list[mx.array]:
+        products = lora.Products()
+        return [self._with(weights, merged, products, lambda: self.model(MicroBatch(*rows))), *products.noted]
+
+    def gradient(
+        self, weights: dict, merged: list, trained: dict, cotangent: mx.array, known: list, *rows: mx.array
+    ) -> dict:
         def value(trained: dict) -> mx.array:
             self.model.update(trained)
             return (self.model(MicroBatch(*rows)) * cotangent).sum()
 
-        return self._with(weights, merged, lambda: mx.grad(value)(trained))
+        return self._with(weights, merged, lora.Products(known), lambda: mx.grad(value)(trained))
 
-    def _with(self, weights: dict, merged: list[mx.array], function: Callable) -> mx.array | dict:
+    def _with(
+        self, weights: dict, merged: list[mx.array], products: lora.Products, function: Callable
+    ) -> mx.array | dict:
         """Call it while the model holds these weights, so that a compiled graph has them as inputs, not inside."""
         own = self.model.parameters()
         self.model.update(weights)
         try:
-            with lora.merged(self.adapters, merged):
+            with lora.merged(self.adapters, merged, products):
                 return function()
         finally:
             self.model.update(own)
@@ -153,8 +171,15 @@ class Passes:
             mx.eval([[v for v in (*m.values(), *vars(m).values()) if isinstance(v, mx.array)] for m in model.modules()])
         self._functions = [_Functions(model, self._adapters) for _ in range(backend.WORKERS)]
 
-    def representations(self, rows: Sequence[MicroBatch], seeds: Sequence[int] | None = None) -> Iterator[mx.array]:
-        """Representations of every micro-batch, in their order, without a gradient. `seeds`: of dropout."""
+    def representations(
+        self, rows: Sequence[MicroBatch], seeds: Sequence[int] | None = None, kept: Kept | None = None
+    ) -> Iterator[mx.array]:
+        """Representations of every micro-batch, in their order, without a gradient.
+
+        Args:
+            seeds: of dropout.
+            kept: takes what `gradient` of the same rows can use, as far as KEPT_BYTES reach.
+        """
         if not self.compiled:
             for i, part in enumerate(rows):
                 if seeds is not None:
@@ -164,41 +189,66 @@ class Passes:
                 yield result
             return
         merged = self._merged(sum(part.ids.size for part in rows))
+        keeping = self._worth_keeping(rows) if merged and kept is not None else ()
 
         def task(functions: _Functions, i: int) -> mx.array:
             with _building:
-                result = functions("forward", rows[i], None if seeds is None else int(seeds[i]), merged)
+                kind = "forward_keeping" if i in keeping else "forward"
+                result = functions(kind, rows[i], None if seeds is None else int(seeds[i]), merged)
             _evaluate(result)
+            if i in keeping:
+                result, *kept[i] = result
             return result
 
-        answers = {}
-        for worker, functions, share in self._spread(rows):
-            for i in share:
-                answers[i] = worker.submit(functools.partial(task, functions, i))
-        for i in range(len(rows)):
-            yield answers.pop(i).result()
+        with blas.one_thread():
+            answers = {}
+            for worker, functions, share in self._spread(rows):
+                for i in share:
+                    answers[i] = worker.submit(functools.partial(task, functions, i))
+            for i in range(len(rows)):
+                yield answers.pop(i).result()
 
-    def gradient(self, rows: Sequence[MicroBatch], seeds: Sequence[int], cotangents: Sequence[mx.array]) -> dict:
-        """Gradient of the sum of representations times cotangents, of all micro-batches together, evaluated."""
+    def _worth_keeping(self, rows: Sequence[MicroBatch]) -> set[int]:
+        """Micro-batches whose products find room, as many of every worker's as of the others'."""
+        size, room, found = lora.product_size(self._adapters), KEPT_BYTES, set()
+        for turn in itertools.zip_longest(*shares(rows, backend.WORKERS)):
+            for i in turn:
+                if i is not None and (needed := rows[i].ids.size * size) <= room:
+                    room -= needed
+                    found.add(i)
+        return found
+
+    def gradient(
+        self, rows: Sequence[MicroBatch], seeds: Sequence[int], cotangents: Sequence[mx.array], kept: Kept | None = None
+    ) -> dict:
+        """Gradient of the sum of representations times cotangents, of all micro-batches together, evaluated.
+
+        `kept`: what `representations` left there, of the same rows and weights.
+        """
         if not self.compiled:
             return self._uncompiled_gradient(rows, seeds, cotangents)
+        kept = {} if kept is None else kept
         merged = self._merged(sum(part.ids.size for part in rows))
         trained = self.model.trainable_parameters()
         mx.eval(cotangents)
 
         def task(functions: _Functions, share: list[int]) -> dict | None:
             total = None
-            for i in share:
+            for i in sorted(share, key=lambda i: i not in kept):  # what takes memory first
+                known = kept.pop(i, [])
                 with _building:
-                    more = functions("gradient", rows[i], int(seeds[i]), merged, trained, cotangents[i])
+                    more = functions("gradient", rows[i], int(seeds[i]), merged, trained, cotangents[i], known)
                 total = more if total is None else tree_map(mx.add, total, more)
+                del known
                 _evaluate(total)
             return total
 
-        answers = [
-            worker.submit(functools.partial(task, functions, share)) for worker, functions, share in self._spread(rows)
-        ]
-        parts = [part for answer in answers if (part := answer.result()) is not None]
+        with blas.one_thread():
+            answers = [
+                worker.submit(functools.partial(task, functions, share))
+                for worker, functions, share in self._spread(rows)
+            ]
+            parts = [part for answer in answers if (part := answer.result()) is not None]
         total = functools.reduce(functools.partial(tree_map, mx.add), parts)
         mx.eval(total)
         return total
@@ -217,10 +267,10 @@ class Passes:
             mx.eval(total)
         return total
 
-    @property
-    def merged_bytes(self) -> int:
-        """What `_merged` takes at most."""
-        return sum(layer.linear.weight.nbytes for layer in self._adapters)
+    def held_bytes(self, tokens: int) -> int:
+        """What merged weights, and the products kept of a batch of so many tokens, take at most."""
+        kept = min(KEPT_BYTES, tokens * lora.product_size(self._adapters))
+        return sum(layer.linear.weight.nbytes for layer in self._adapters) + kept
 
     def _merged(self, tokens: int) -> list[mx.array]:
         """Weights with their adapters in them; none where merging would cost more than it saves."""

@@ -125,9 +125,9 @@ class Differentiator:
         # 1. Representations of all micro-batches, without a gradient; of several ranks, each computes its share.
         whose = shares(rows, ranks.size()) if ranks.size() > 1 else [range(len(rows))]
         mine = whose[ranks.rank()]
-        my_rows, my_seeds = [rows[i] for i in mine], [seeds[i] for i in mine]
+        my_rows, my_seeds, kept = [rows[i] for i in mine], [seeds[i] for i in mine], {}
         with self.clock("forward"):
-            parts = list(self.passes.representations(my_rows, my_seeds))
+            parts = list(self.passes.representations(my_rows, my_seeds, kept))
         if ranks.size() > 1:
             with self.clock("exchange"):
                 parts = ranks.exchange(parts, ranks.shapes_of(parts[0], rows), whose)
@@ -140,7 +140,7 @@ class Differentiator:
             mx.eval(loss, cotangents)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
         with self.clock("backward"):
-            gradient = self.passes.gradient(my_rows, my_seeds, cotangents)
+            gradient = self.passes.gradient(my_rows, my_seeds, cotangents, kept)
         if ranks.size() > 1:
             with self.clock("exchange"):
                 gradient = ranks.total(gradient)

@@ -50,8 +50,9 @@ def peer_model(folder: str, settings: config.Settings):
     torch.manual_seed(settings.seed)
     model = SentenceTransformer(folder, device="cpu")
     targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-    model.add_adapter(
-        peft.LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0, target_modules=targets)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0, target_modules=targets),
+        model[0].model,
     )
     return model
 

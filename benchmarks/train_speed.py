@@ -82,7 +82,8 @@ def sentence_transformers(model: str, batches: list, max_length: int) -> Callabl
     peer = sides.sentence_transformer(model, max_length)
     linear = [name for name, module in peer[0].model.named_modules() if isinstance(module, torch.nn.Linear)]
     targets = [name for name in linear if "pooler" not in name]
-    peer.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets))
+    config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
+    peft.inject_adapter_in_model(config, peer[0].model)  # `add_adapter` asks for a peft that is not out yet
     loss_of = CachedMultipleNegativesRankingLoss(peer, scale=1 / TEMPERATURE, mini_batch_size=32)
     parameters = [p for p in peer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from models.backbone import Backbone
-from models.ops import merged_linear
+from models.ops import known_linear, merged_linear
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 ROUTERS = ("gate", "router")  # the names that mlx-lm's mixtures of experts give to the layer that picks experts
@@ -122,15 +122,37 @@ def merge(layer: nn.Module) -> mx.array:
     return layer.linear.weight + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
 
 
+class Products:
+    """The matrix products of `merged` layers, in the order of their calls: computed and noted, or `known` from before.
+
+    Known ones save most of a forward pass that is repeated for its gradient.
+    """
+
+    def __init__(self, known: Sequence[mx.array] = ()):
+        self.noted: list[mx.array] = []
+        self._known = iter(known) if known else None
+
+    def __call__(self, x: mx.array, weight: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        if self._known:
+            return known_linear(x, weight, a, b, next(self._known))
+        self.noted.append(merged_linear(x, weight, a, b))
+        return self.noted[-1]
+
+
+def product_size(layers: Sequence[nn.Module]) -> int:
+    """Bytes a token of the products of `mergeable` layers."""
+    return sum(layer.linear.weight.shape[0] * layer.linear.weight.itemsize for layer in layers)
+
+
 @contextmanager
-def merged(layers: Sequence[nn.Module], weights: Sequence[mx.array]) -> Iterator[None]:
+def merged(layers: Sequence[nn.Module], weights: Sequence[mx.array], products: Products) -> Iterator[None]:
     """Let `mergeable` layers compute with these `merge`d weights. Equal up to rounding, gradients too, and cheaper: one
     matrix product for three, and none of the sums. Without weights, layers compute as always."""
     if not weights:
         yield
         return
     for layer, weight in zip(layers, weights, strict=True):
-        object.__setattr__(layer, "_merged", weight)  # past nn.Module, which would take it for a parameter
+        object.__setattr__(layer, "_merged", (weight, products))  # past nn.Module, which takes arrays for parameters
     try:
         yield
     finally:
@@ -148,7 +170,8 @@ def _teach(layer: nn.Module) -> None:
 def _call(self: nn.Module, x: mx.array) -> mx.array:
     if self._merged is None:
         return super(type(self), self).__call__(x)
-    y = merged_linear(x, self._merged, self.lora_a, self.scale * self.lora_b)
+    weight, products = self._merged
+    y = products(x, weight, self.lora_a, self.scale * self.lora_b)
     return y + self.linear.bias if "bias" in self.linear else y
 
 

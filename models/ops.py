@@ -103,8 +103,18 @@ def merged_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array) -> mx
     return x @ merged.T
 
 
-@merged_linear.vjp
+@mx.custom_function
+def known_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array, product: mx.array) -> mx.array:
+    """`merged_linear` where its `product` (..., out) was computed before: only the gradient is left to compute."""
+    return product
+
+
 def _merged_linear_vjp(primals: tuple, cotangent: mx.array, _) -> tuple:
-    x, merged, a, b = primals
+    x, merged, a, b, *product = primals
     rows, slopes = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    return cotangent @ merged, mx.zeros_like(merged), rows.T @ (slopes @ b.T), (rows @ a).T @ slopes
+    constant = (mx.zeros_like(array) for array in (merged, *product))
+    return cotangent @ merged, next(constant), rows.T @ (slopes @ b.T), (rows @ a).T @ slopes, *constant
+
+
+merged_linear.vjp(_merged_linear_vjp)
+known_linear.vjp(_merged_linear_vjp)

@@ -24,7 +24,7 @@ def test_a_fast_blas_is_loaded_and_said(run_python):
 def test_without_a_blas_there_is_a_warning_and_no_failure(run_python):
     code = (
         "import ctypes.util, importlib.metadata as m; real = m.files\n"
-        "m.files = lambda name: [] if name == 'mkl' else real(name)\n"
+        "m.files = lambda name: [] if name in ('mkl', 'scipy-openblas32') else real(name)\n"
         "ctypes.util.find_library = lambda name: None\n"
         "import backend; print(backend.describe(), (backend.mx.ones((2, 2)) @ backend.mx.ones((2, 2))).sum().item())"
     )
@@ -34,22 +34,83 @@ def test_without_a_blas_there_is_a_warning_and_no_failure(run_python):
 
 
 @linux_cpu
+@pytest.mark.parametrize("name", ["MKL", "OpenBLAS"])
+def test_either_blas_can_be_asked_for_and_computes(monkeypatch, run_python, name):
+    """Every kind of product that mlx hands to a BLAS, also from threads side by side, against float64."""
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", name)
+    code = (
+        "import backend, blas, threading, numpy as np; from backend import mx\n"
+        "a, b = np.random.default_rng(0).standard_normal((2, 300, 300)); expected = a @ b; wrong = []\n"
+        "def products():\n"
+        "    with mx.stream(mx.new_stream(mx.cpu)):\n"
+        "        for kind in (mx.float32, mx.float64, mx.complex64):\n"
+        "            found = np.array(mx.array(a, kind) @ mx.array(b, kind).T.T)\n"
+        "            wrong.append(np.abs(found - expected).max() > 1e-4)\n"
+        "    mx.clear_streams()\n"
+        "for side_by_side in (1, 3):\n"
+        "    threads = [threading.Thread(target=products) for _ in range(side_by_side)]\n"
+        "    with blas.one_thread():\n"
+        "        for thread in threads: thread.start()\n"
+        "        for thread in threads: thread.join()\n"
+        "print(backend.BLAS, len(wrong), any(wrong))"
+    )
+    done = run_python(code)
+    if name not in done.stdout:
+        pytest.skip(f"no {name} here")
+    assert done.returncode == 0 and done.stdout.split()[-2:] == ["12", "False"], done.stderr
+
+
+@linux_cpu
+def test_openblas_computes_on_all_cores_but_where_threads_do_side_by_side(monkeypatch, run_python):
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", "OpenBLAS")
+    code = (
+        "import backend, blas, ctypes\n"
+        "path = blas._installed('scipy-openblas32', 'libscipy_openblas.so')\n"
+        "count = ctypes.CDLL(path).scipy_openblas_get_num_threads if path else blas.cores\n"
+        "before = count()\n"
+        "with blas.one_thread(): within = count()\n"
+        "print(before == count() == blas.cores(), within, path is None)"
+    )
+    done = run_python(code)
+    if done.stdout.endswith("True\n"):
+        pytest.skip("PyPI's OpenBLAS is not installed")
+    assert done.stdout.split() == ["True", "1", "False"], done.stderr
+
+
+@linux_cpu
+def test_without_a_compiler_it_is_another_blas(monkeypatch, run_python, tmp_path):
+    """PyPI's OpenBLAS needs a few compiled lines, which are kept."""
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", "OpenBLAS")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code = "import backend; print(backend.BLAS)"
+    compiled = run_python(code).stdout
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "OpenBLAS" not in run_python(code).stdout
+    if "OpenBLAS" not in compiled:
+        pytest.skip("no OpenBLAS here")
+    assert len(list(tmp_path.rglob("blas.so"))) == 1
+
+
+@linux_cpu
 def test_importing_mlx_first_is_told(run_python):
     done = run_python("import mlx.core, backend; print(backend.BLAS)")
     assert done.returncode == 0 and "mlx was imported before backend" in done.stderr and "None" in done.stdout
 
 
 @linux_cpu
-def test_mkl_s_threads_do_not_spin(run_python):
+def test_mkl_s_threads_do_not_spin(monkeypatch, run_python):
     """MKL waits with TBB, not OpenMP, unless the user says otherwise; children inherit nothing."""
-    if backend.BLAS != "MKL":
-        pytest.skip("no MKL here")
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", "MKL")
     code = (
         "import os, backend; from backend import mx\n"
         "a = mx.ones((512, 512)); mx.eval(a @ a); maps = open('/proc/self/maps').read()\n"
         "print('tbb_thread' in maps, 'intel_thread' in maps, 'MKL_THREADING_LAYER' in os.environ)"
     )
-    assert run_python(code).stdout.split() == ["True", "False", "False"]
+    code += "; print(backend.BLAS)"
+    *found, name = run_python(code).stdout.split()
+    if name != "MKL":
+        pytest.skip("no MKL here")
+    assert found == ["True", "False", "False"]
 
 
 def test_matrix_products_are_the_same_bits_every_time():

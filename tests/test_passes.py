@@ -75,6 +75,25 @@ def test_passes_are_the_model_s(monkeypatch, model, rows, merged):
         model.update(tree_map(lambda v: v * 1.5, model.trainable_parameters()))
 
 
+@compiled
+@pytest.mark.parametrize("room", [0, 200_000, 1 << 30])
+def test_products_of_the_forward_pass_spare_the_second_and_change_no_bit(monkeypatch, model, rows, room):
+    """None, some or all micro-batches keep theirs; what was kept is given back as it is used."""
+    monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1)
+    monkeypatch.setattr(passes, "KEPT_BYTES", room)
+    of, seeds, kept = Passes(model), np.arange(len(rows)), {}
+    plain = list(of.representations(rows, seeds))
+    noted = list(of.representations(rows, seeds, kept))
+    assert all(mx.array_equal(a, b) for a, b in zip(plain, noted, strict=True))
+    tokens = sum(rows[i].ids.size for i in kept)
+    assert sum(array.nbytes for arrays in kept.values() for array in arrays) == tokens * lora.product_size(of._adapters)
+    assert {0: len(kept) == 0, 200_000: 0 < len(kept) < len(rows), 1 << 30: len(kept) == len(rows)}[room]
+    cotangents = [mx.ones(part.shape) for part in plain]
+    expected, found = of.gradient(rows, seeds, cotangents), of.gradient(rows, seeds, cotangents, kept)
+    pairs = zip(tree_flatten(found), tree_flatten(expected), strict=True)
+    assert not kept and all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
+
+
 def test_the_same_bits_every_time(model, rows):
     of, seeds = Passes(model), np.arange(len(rows))
     cotangents = [mx.ones((part.ids.shape[0], 1)) for part in rows]
