@@ -19,6 +19,7 @@ import sys
 import warnings
 
 import blas
+import deferred
 import kernels
 
 
@@ -65,6 +66,7 @@ if platform.system() == "Linux" and not _has_cuda_wheel():
     _tune_malloc()
     KERNELS = not PLAIN and kernels.install()
 
+deferred.defer("torch", "wandb")  # before what imports them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
@@ -75,13 +77,17 @@ if not IS_GPU:
     # Freed arrays are kept for the next step; without a limit they grew to gigabytes that no peak figure shows.
     mx.set_cache_limit(256 << 20)
 
-# Whether passes are compiled, adapters merged and worker threads used: measured to pay on CPUs, unmeasured elsewhere.
+# Whether what `mx.compile` fuses is written out, adapters are merged and worker threads used: pays on CPUs only.
 FUSED = not IS_GPU and not PLAIN
+# Whether passes are compiled.
+COMPILED = FUSED
 # Micro-batches computed side by side, each on a thread of its own: element-wise functions use one core each. One more
 # than there are cores fills the moments in which a thread waits for its next operation.
 WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
 # Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
 MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
+# What one more micro-batch costs, in tokens (MiniLM on a CPU: about 30): below this, less padding is not worth it.
+MICRO_BATCH_OVERHEAD = 32
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes their graphs.
 LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
 

@@ -56,10 +56,6 @@ class Texts:
         return Texts(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-# What one more micro-batch costs, in tokens (MiniLM on a CPU: about 30): below this, less padding is not worth it.
-MICRO_BATCH_OVERHEAD = 32
-
-
 def padded(lengths: np.ndarray) -> np.ndarray:
     """Lengths rounded up to the device's grid of shapes."""
     return -(-lengths // backend.LENGTH_GRID) * backend.LENGTH_GRID
@@ -79,7 +75,7 @@ def plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """
     order = np.argsort(-lengths, kind="stable")
     widths = padded(lengths[order])
-    count, overhead = len(order), min(MICRO_BATCH_OVERHEAD, budget / 8)
+    count, overhead = len(order), min(backend.MICRO_BATCH_OVERHEAD, budget / 8)
     cost, cut, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
     for end in range(1, count + 1):
         while first < end - 1 and (end - first) * widths[first] > budget:

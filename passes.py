@@ -164,7 +164,7 @@ class Passes:
     def __init__(self, model: RetrievalModel):
         self.model = model
         # Checkpointed blocks draw their dropout seeds in Python, which a compiled function would do only once.
-        self.compiled = backend.FUSED and not remat.checkpointed(model.backbone)
+        self.compiled = backend.COMPILED and not remat.checkpointed(model.backbone)
         self._adapters = lora.mergeable(model) if self.compiled else []
         if self.compiled:
             # A worker can compute nothing that another thread left uncomputed, such as constants made with the model.

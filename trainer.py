@@ -86,15 +86,26 @@ class Differentiator:
         self.model, self.objective, self.passes, self.clock = model, objective, Passes(model), Clock()
         self.accumulation, self.budget, self.pad_id = accumulation, budget, pad_id
 
+    def _budget(self, batch: Batch) -> float:
+        """Most tokens that may be in the backbone at once."""
+        wanted = self._wanted
+        if wanted == 1 and not self.budget:
+            return math.inf
+        share = -(-batch.tokens // wanted) if wanted else math.inf
+        return min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
+
+    @property
+    def _wanted(self) -> int:
+        """Micro-batches that there have to be at least."""
+        return max(self.accumulation, PARTS_OF_A_RANK * ranks.size() if ranks.size() > 1 else 0)
+
     def _cut(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
         """The batch's micro-batches, and the order in which they hold its texts."""
-        wanted = max(self.accumulation, PARTS_OF_A_RANK * ranks.size() if ranks.size() > 1 else 0)
-        if wanted == 1 and not self.budget:
+        budget = self._budget(batch)
+        if budget == math.inf:
             everything = np.arange(len(batch.texts))
             return [pad_rows(batch.texts, everything, self.pad_id)], everything
-        share = -(-batch.tokens // wanted) if wanted else math.inf
-        budget = min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
-        while len(index := plan(batch.texts.lengths, budget)) < min(wanted, len(batch.texts)):
+        while len(index := plan(batch.texts.lengths, budget)) < min(self._wanted, len(batch.texts)):
             budget *= 0.9  # texts that fill a micro-batch alone leave fewer than there should be
         return [pad_rows(batch.texts, part, self.pad_id) for part in index], np.concatenate(index)
 
@@ -104,22 +115,26 @@ class Differentiator:
         seeds = np.random.SeedSequence(seed).generate_state(len(rows))
         if len(rows) < ranks.size():
             raise UserError(f"a batch of {len(batch.texts)} texts is too small for {ranks.size()} ranks (--batch-size)")
-        if len(rows) == 1 and not self.passes.compiled:
-            loss, gradient, parts = self._plain(rows[0], int(seeds[0]), batch, order)
+        # What has room at once needs no second pass; but an objective with a gradient of its own saves memory by it.
+        room = padded <= self._budget(batch) and not hasattr(self.objective, "gradient")
+        if not self.passes.compiled and (len(rows) == 1 or (room and ranks.size() == 1)):
+            loss, gradient, parts = self._plain(rows, seeds, batch, order)
         else:
             loss, gradient, parts = self._cached(rows, seeds, batch, order)
         return Gradient(loss, gradient, join(parts, order), padded, len(rows))
 
-    def _plain(self, rows: MicroBatch, seed: int, batch: Batch, order: np.ndarray) -> tuple:
-        def loss_of(rows: MicroBatch) -> tuple[mx.array, mx.array]:
-            representations = self.model(rows)
-            return self.objective(join([representations], order), batch), representations
+    def _plain(self, rows: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
+        def loss_of() -> tuple[mx.array, list[mx.array]]:
+            parts = []
+            for part, seed in zip(rows, seeds, strict=True):
+                seed_dropout(int(seed))
+                parts.append(self.model(part))
+            return self.objective(join(parts, order), batch), parts
 
-        seed_dropout(seed)
         with self.clock("forward, loss, backward"):
-            (loss, representations), gradient = nn.value_and_grad(self.model, loss_of)(rows)
-            mx.eval(loss, gradient, representations)
-        return loss, gradient, [representations]
+            (loss, parts), gradient = nn.value_and_grad(self.model, loss_of)()
+            mx.eval(loss, gradient, parts)
+        return loss, gradient, parts
 
     def _cached(self, rows: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
         # 1. Representations of all micro-batches, without a gradient; of several ranks, each computes its share.

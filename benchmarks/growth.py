@@ -225,14 +225,15 @@ def start(args: argparse.Namespace) -> None:
 
 
 def first_step(flags: list[str]) -> tuple[float, float]:
-    """(seconds from the start of a run of the embedded model to its first step's record, those of its imports)."""
+    """(seconds from the start of a run of the embedded model to its first step's record, those of imports before it)."""
     with tempfile.TemporaryDirectory() as folder:
         # `-X importtime` writes a line for every module, with its own time without what it imports; it costs little.
-        command = [sys.executable, "-X", "importtime", "train.py", "--output", folder, "--stop-after", "1", *flags]
-        began = time.time()
-        run = subprocess.run(command, cwd=sides.ROOT, check=True, capture_output=True, text=True)
+        command = [sys.executable, "-u", "-X", "importtime", "train.py", "--output", folder, "--stop-after", "1", *flags]
+        began, both = time.time(), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        run = subprocess.run(command, cwd=sides.ROOT, check=True, text=True, **both)
         seconds = (Path(folder) / "metrics.jsonl").stat().st_mtime - began
-    own = re.findall(r"^import time:\s+(\d+) \|", run.stderr, re.MULTILINE)
+    before, _, _ = run.stdout.partition("\nstep ")
+    own = re.findall(r"^import time:\s+(\d+) \|", before, re.MULTILINE)
     return seconds, sum(map(int, own)) / 1e6
 
 

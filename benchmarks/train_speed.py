@@ -27,7 +27,7 @@ MICRO_BATCH_ROWS = 16  # of the reference design
 NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "reference": "reference design"}
 
 
-def prepared(model: str, rows: Path, batch_size: int, max_length: int):
+def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_batch_tokens: int | str = 0):
     """A run of the toolkit that is ready to take steps; see `train.prepare`."""
     import config
     import train
@@ -36,6 +36,7 @@ def prepared(model: str, rows: Path, batch_size: int, max_length: int):
         model=model,
         data=[str(rows)],
         batch_size=batch_size,
+        micro_batch_tokens=micro_batch_tokens,
         max_length=max_length,
         temperature=TEMPERATURE,
         learning_rate=LEARNING_RATE,
@@ -48,8 +49,8 @@ def prepared(model: str, rows: Path, batch_size: int, max_length: int):
     return train.prepare(settings)
 
 
-def ours(model: str, rows: Path, batch_size: int, max_length: int, steps: int) -> Callable[[int], Turn]:
-    trainer = prepared(model, rows, batch_size, max_length).trainer
+def ours(model: str, rows: Path, batch_size: int, max_length: int, budget: int | str, steps: int) -> Callable:
+    trainer = prepared(model, rows, batch_size, max_length, budget).trainer
     # Two more than are used, so that every step has another batch built beside it, as in a long run.
     stream = trainer.batches.stream(0, steps + 2)
 
@@ -162,7 +163,7 @@ def reference(model: str, rows: Path, batch_size: int, max_length: int) -> Calla
 def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -> tuple[Side, Side, float]:
     """Both sides after their turns, and the ratio."""
     steps = 1 + args.rounds
-    with Side("this toolkit", ours, model, rows, batch_size, args.max_length, steps) as our:
+    with Side("this toolkit", ours, model, rows, batch_size, args.max_length, args.micro_batch_tokens, steps) as our:
         name = NAMES[args.against]
         if args.against == "reference":
             # Steps of minutes: without warm-up, for what it compiles or allocates is nothing beside them.
@@ -221,6 +222,11 @@ def draw(results: dict[int, tuple[Side, Side, float]], title: str, caption: str,
     figure.savefig(target, format="png")
 
 
+def tokens(text: str) -> int | str:
+    """A number of tokens, or "auto"."""
+    return text if text == "auto" else int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", choices=NAMES, default="sentence-transformers", help="the other side")
@@ -229,6 +235,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="rows that one loss sees")
     parser.add_argument("--reference-batch-size", type=int, default=32, help="rows of a step of the reference design")
     parser.add_argument("--max-length", type=int, default=256, help="most tokens of a query and of a document")
+    budget = "ours: tokens at once; auto = what has room; 0 = as it chooses"
+    parser.add_argument("--micro-batch-tokens", type=tokens, default=0, metavar="N", help=budget)
     parser.add_argument("--rounds", type=int, default=3, help="measured turns of each side")
     parser.add_argument("--batches", metavar="N,N,...", help="compare at each of these batch sizes instead")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw throughput against the batch")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import MICRO_BATCH_OVERHEAD, Texts, micro_batches, pad_rows, padded, plan
+from batching import Texts, micro_batches, pad_rows, padded, plan
 
 
 def texts_of(lengths) -> Texts:
@@ -30,7 +30,7 @@ def tokens(parts: list[np.ndarray], lengths: np.ndarray) -> int:
 
 def cost(parts: list[np.ndarray], lengths: np.ndarray, budget: int) -> float:
     """What `plan` minimises: tokens, and a constant for every micro-batch."""
-    return tokens(parts, lengths) + len(parts) * min(MICRO_BATCH_OVERHEAD, budget / 8)
+    return tokens(parts, lengths) + len(parts) * min(backend.MICRO_BATCH_OVERHEAD, budget / 8)
 
 
 def greedy(lengths: np.ndarray, budget: int) -> list[np.ndarray]:

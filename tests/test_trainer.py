@@ -124,6 +124,25 @@ def test_dropout_is_the_same_in_both_passes(settings, checkpointing):
     assert (losses[0] - losses[1]) / 1e-3 == pytest.approx(norm, rel=0.01)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_has_room_at_once_goes_through_once(settings, monkeypatch, dropout):
+    """Where passes are not compiled: several micro-batches under one gradient, equal to gradient caching."""
+    monkeypatch.setattr("backend.COMPILED", False)
+    trainer = prepared(settings(lora_dropout=dropout))
+    trainer.model.train()
+    step, batch = trainer.gradient_of, trainer.batches.batch(0)
+    monkeypatch.setattr("backend.MICRO_BATCH_TOKENS", 1 << 20)
+    once = step(batch, seed=3)
+    assert once.micro_batches > 1 and step.clock.seconds.keys() == {"forward, loss, backward"}
+    monkeypatch.setattr(step.objective, "gradient", mx.value_and_grad(step.objective), raising=False)
+    twice = step(batch, seed=3)  # an objective with a gradient of its own
+    assert twice.micro_batches == once.micro_batches and "backward" in step.clock.seconds
+    assert once.loss.item() == pytest.approx(twice.loss.item(), rel=1e-5)
+    assert once.representations.shape == twice.representations.shape
+    largest = np.abs(flat(twice.gradient)).max()
+    np.testing.assert_allclose(flat(once.gradient), flat(twice.gradient), atol=1e-5 * largest)
+
+
 def test_join_puts_rows_back_in_order_and_pads_token_vectors():
     parts = [mx.array([[3.0], [1.0]]), mx.array([[2.0], [0.0]])]
     assert join(parts, np.array([3, 1, 2, 0])).tolist() == [[0.0], [1.0], [2.0], [3.0]]

@@ -1,0 +1,52 @@
+"""Modules that are imported when something of them is used, and not before.
+
+transformers imports torch where it is installed, and mlx-lm imports wandb: together more than a second at the start of
+every command, for nothing that MLX needs. Called by backend.py; it imports neither mlx nor the toolkit.
+"""
+
+import importlib.util
+import sys
+import threading
+from types import ModuleType
+from typing import Any
+
+_loading = threading.RLock()
+
+
+class _Deferred(ModuleType):
+    """Stands in `sys.modules` with a module's name, file and spec; any other attribute is the moment to load it.
+
+    Unlike `importlib.util.LazyLoader`'s, which is loaded by whoever merely asks whether it is installed. What the
+    module is a package of is unknown before, so that importing a part of it loads it, too.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        with _loading:  # whoever comes second waits until everything is there; who comes again is the module itself
+            if "__begun__" not in self.__dict__ and type(self) is _Deferred:
+                self.__begun__ = True
+                self._load()
+            elif type(self) is _Deferred:
+                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} yet")
+        return getattr(self, name)
+
+    def _load(self) -> None:
+        spec = self.__spec__
+        if spec.submodule_search_locations is not None:
+            self.__path__ = spec.submodule_search_locations
+        try:
+            spec.loader.exec_module(self)
+        except BaseException:
+            sys.modules.pop(spec.name, None)  # as after any import that fails
+            raise
+        del self.__begun__
+        object.__setattr__(self, "__class__", ModuleType)
+
+
+def defer(*names: str) -> None:
+    """Let these modules be loaded when they are first used. Those that are loaded, or not installed, stay as they are."""
+    for name in names:
+        if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
+            continue
+        module = _Deferred(name)
+        module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
+        sys.modules[name] = module
