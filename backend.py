@@ -67,12 +67,15 @@ if platform.system() == "Linux" and not _has_cuda_wheel():
     KERNELS = not PLAIN and kernels.install()
 
 deferred.defer("torch", "wandb")  # before what imports them
+# float32 is float32, as in torch: where there are units for it, mlx rounds factors of products to 10 bits otherwise.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
 import mlx.nn as nn  # noqa: E402, F401  (other modules write `from backend import mx, nn`)
 
 IS_GPU = mx.default_device() == mx.Device(mx.gpu)
+IS_CUDA = IS_GPU and platform.system() == "Linux"
 if not IS_GPU:
     # Freed arrays are kept for the next step; without a limit they grew to gigabytes that no peak figure shows.
     mx.set_cache_limit(256 << 20)
@@ -86,8 +89,9 @@ COMPILED = FUSED
 WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
 # Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
 MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
-# What one more micro-batch costs, in tokens (MiniLM on a CPU: about 30): below this, less padding is not worth it.
-MICRO_BATCH_OVERHEAD = 32
+# What one more micro-batch costs, in tokens: below this, less padding is not worth it. MiniLM on a CPU: about 30; on an
+# H100, where every operation of it is launched and few tokens leave most of the card idle, 17 took twice as long as 6.
+MICRO_BATCH_OVERHEAD = 2_048 if IS_CUDA else 32
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes their graphs.
 LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
 

@@ -1,8 +1,8 @@
 """The BLAS that mlx's matrix products run on, on Linux CPUs. Called by backend.py before anything imports mlx.
 
-mlx's wheel carries a reference BLAS of a few GFLOP/s. Its calls resolve to whichever library is loaded first with global
-symbols, so `load` does that with a fast one: Intel's on Intel's processors, OpenBLAS elsewhere, where Intel's computes
-with the vectors of ten years ago (benchmarks/LOG.md). It imports neither mlx nor the toolkit beyond kernels.py.
+mlx's wheel carries a reference BLAS of a few GFLOP/s. Its calls resolve to whichever library is loaded first with
+global symbols, so `load` does that with a fast one: Intel's on Intel's processors, OpenBLAS elsewhere, where Intel's
+computes with the vectors of ten years ago (benchmarks/LOG.md). It imports no mlx, and of the toolkit only kernels.py.
 
 `MLX_RETRIEVAL_BLAS=MKL` or `OpenBLAS` in the environment overrides the choice.
 """

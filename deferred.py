@@ -43,7 +43,7 @@ class _Deferred(ModuleType):
 
 
 def defer(*names: str) -> None:
-    """Let these modules be loaded when they are first used. Those that are loaded, or not installed, stay as they are."""
+    """Let these modules be loaded when they are first used. Those already loaded or not installed stay as they are."""
     for name in names:
         if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
             continue

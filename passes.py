@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import backend
-import blas
 from backend import UserError, mx, nn
 
 from mlx.utils import tree_map
 
+import blas
 from heads import MicroBatch, RetrievalModel
 from models import lora, remat
 

@@ -225,10 +225,21 @@ def start(args: argparse.Namespace) -> None:
 
 
 def first_step(flags: list[str]) -> tuple[float, float]:
-    """(seconds from the start of a run of the embedded model to its first step's record, those of imports before it)."""
+    """Seconds until the first step's record in a run of the embedded model, and those of imports before it."""
     with tempfile.TemporaryDirectory() as folder:
         # `-X importtime` writes a line for every module, with its own time without what it imports; it costs little.
-        command = [sys.executable, "-u", "-X", "importtime", "train.py", "--output", folder, "--stop-after", "1", *flags]
+        command = [
+            sys.executable,
+            "-u",
+            "-X",
+            "importtime",
+            "train.py",
+            "--output",
+            folder,
+            "--stop-after",
+            "1",
+            *flags,
+        ]
         began, both = time.time(), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         run = subprocess.run(command, cwd=sides.ROOT, check=True, text=True, **both)
         seconds = (Path(folder) / "metrics.jsonl").stat().st_mtime - began

@@ -213,6 +213,27 @@ def test_numbers_that_are_not_finite_end_the_run_with_its_last_good_state(settin
     assert int(read_safetensors(saved / "optimizer.safetensors")["step"].item()) == 1
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_bad_batches_are_skipped_counted_and_told(settings, tmp_path, monkeypatch, capsys, parts):
+    """--skip-bad-batches: no update, the step goes on, the count survives a resume, which is still exact."""
+    original = ChatBatches._part
+    monkeypatch.setattr(ChatBatches, "_part", lambda self, rows, share: original(self, rows, share * (3 not in rows)))
+    changes = {"skip_bad_batches": True, "batch_size": 4, "gradient_accumulation_steps": parts, "steps_per_report": 1}
+    changes |= {"steps": 12, "lora_dropout": 0.2, "save_steps": 1, "keep": 0}
+    assert train.train(settings(**changes, output=str(tmp_path / "whole")))["skipped_batches"] == 2
+    told = [line for line in capsys.readouterr().out.splitlines() if "the batch is skipped" in line]
+    assert len(told) == 2 and all(line.endswith("train.jsonl:4") for line in told)
+    records = metrics(tmp_path / "whole")
+    sick = [record["step"] for record in records if record["loss"] is None]
+    assert len(sick) == 2 and records[-1]["skipped_batches"] == 2
+    weights = [files(tmp_path / "whole" / f"step-{step:06}")["adapters.safetensors"] for step in range(1, 13)]
+    assert [step for step in range(2, 13) if weights[step - 1] == weights[step - 2]] == [s for s in sick if s > 1]
+    train.train(settings(**changes, stop_after=sick[0]))
+    resumed = train.resumed_settings({"resume": True, "output": str(tmp_path / "run")})
+    assert train.train(resumed)["skipped_batches"] == 2
+    assert files(tmp_path / "run" / "final") == files(tmp_path / "whole" / "final")
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 

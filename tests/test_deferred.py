@@ -1,4 +1,4 @@
-"""Modules that are deferred are loaded when they are used, by nobody who merely asks for them, and then are the real ones.
+"""Deferred modules are loaded when they are used, by nobody who merely asks for them, and then are the real ones.
 
 python -m pytest tests/test_deferred.py
 """

@@ -75,10 +75,10 @@ def test_padding_changes_no_state(folders, kind, bidirectional):
             load_backbone(folders[kind], bidirectional=False)
         return
     backbone, (ids, lengths) = load_backbone(folders[kind], bidirectional), texts()
-    expected = alone(backbone, ids, lengths)
-    assert_close(rows_of(backbone, ids, lengths), expected, 1e-5)
+    expected = alone(backbone, ids, lengths)  # of other shapes, so that a BLAS may sum in another order
+    assert_close(rows_of(backbone, ids, lengths), expected, 3e-5)
     padded = mx.pad(ids, ((0, 0), (0, 19)), constant_values=7)  # other padding, and more of it
-    assert_close(rows_of(backbone, padded, lengths), expected, 1e-5)
+    assert_close(rows_of(backbone, padded, lengths), expected, 3e-5)
     assert np.isfinite(np.array(backbone.hidden_states(padded, lengths))).all()
 
 
