@@ -63,7 +63,8 @@ def synthetic(rows: int, length: int) -> Batch:
     ids = np.random.default_rng(0).integers(1000, 30_000, count * length, dtype=np.int32)
     lengths, numbers = np.full(count, length, np.int32), np.arange(rows, dtype=np.int32)
     texts = Texts(ids, lengths, np.zeros(count, np.int32), lengths)
-    return Batch(texts, rows, numbers, numbers, np.ones(rows, np.int32), numbers.astype(np.int64))
+    judged, scores = np.full((rows, 1), -1, np.int32), np.zeros((rows, 1), np.float32)  # no teacher
+    return Batch(texts, rows, numbers, numbers, np.ones(rows, np.int32), numbers.astype(np.int64), judged, scores)
 
 
 def timed(work: Callable, *args) -> float:

@@ -145,7 +145,8 @@ def reference(model: str, rows: Path, batch_size: int, max_length: int) -> Calla
         losses, total = [], None
         for first in range(0, batch_size, MICRO_BATCH_ROWS):
             last = min(first + MICRO_BATCH_ROWS, batch_size)
-            pair = [MicroBatch(*(a[side + first : side + last] for a in padded)) for side in (0, batch_size)]
+            ranges = [slice(side + first, side + last) for side in (0, batch_size)]
+            pair = [MicroBatch(*(None if a is None else a[rows] for a in padded)) for rows in ranges]
             loss, gradient = loss_and_gradient(*pair)
             total = gradient if total is None else tree_map(mx.add, total, gradient)
             mx.eval(loss, total)

@@ -1,0 +1,35 @@
+"""Parts of the benchmarks that make data themselves, so that a change of what they make is noticed here.
+
+python -m pytest tests/test_benchmarks.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import backend  # noqa: F401
+
+from test_trainer import rows, settings  # noqa: F401  (fixtures)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import growth
+import train_speed
+
+import train
+
+
+def test_synthetic_batches_can_be_trained_on(settings):  # noqa: F811
+    """Regression: they lacked what a batch has since there are teachers."""
+    trainer, batch = train.prepare(settings()).trainer, growth.synthetic(4, 8)
+    batch.texts.ids[:] %= 100  # the small model's vocabulary is smaller than MiniLM's
+    assert trainer.update(batch, 1)["tokens"] == 4 * 2 * 8
+
+
+def test_a_step_of_the_reference_design(small, tmp_path, monkeypatch):
+    """Regression: it cut the second texts of pairs, which its micro-batches do not have."""
+    monkeypatch.setenv("MLX_RETRIEVAL_PLAIN", "1")  # it sets that itself, and nobody else's should stay set
+    data = [{"query": f"what is {i}", "document": f"this is number {i}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    turn = train_speed.reference(small, tmp_path / "rows.jsonl", batch_size=20, max_length=16)(0)
+    assert 0 < turn.value < 10 and turn.tokens < turn.padded_tokens and turn.padded_tokens % 40 == 0
