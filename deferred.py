@@ -1,12 +1,15 @@
-"""Modules that are imported when something of them is used, and not before.
+"""Modules that are imported when something of them is used, and not before; and imports of very many modules.
 
 transformers imports torch where it is installed, and mlx-lm imports wandb: together more than a second at the start of
 every command, for nothing that MLX needs. Called by backend.py; it imports neither mlx nor the toolkit.
 """
 
+import gc
 import importlib.util
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -50,3 +53,18 @@ def defer(*names: str) -> None:
         module = _Deferred(name)
         module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
         sys.modules[name] = module
+
+
+@contextmanager
+def many_imports() -> Iterator[None]:
+    """Import here what brings thousands of modules along. Looking for garbage among their objects, which are there to
+    stay, is a third of the time that such imports take; and no later collection looks through them again."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()

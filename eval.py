@@ -152,6 +152,7 @@ def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[
     Raises UserError for a folder or a name that is wrong.
     """
     loaded, unreachable = {}, {}
+    eval_tasks.import_mteb()
     with _quiet(show_progress):
         for name in dict.fromkeys(names):
             task, why_not = eval_tasks.load(name)
@@ -161,6 +162,13 @@ def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[
             label = Path(name).expanduser().resolve().name  # an MTEB task's is the task's name
             loaded[name if label in loaded else label] = task
     return loaded, unreachable
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise the UserError that `load_tasks` would; folders are read without importing mteb, which takes seconds."""
+    eval_tasks.check_folders(names)
+    if of_mteb := [name for name in names if not Path(name).expanduser().is_dir()]:
+        load_tasks(of_mteb)
 
 
 def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show_progress: bool = False) -> Evaluation:
@@ -184,17 +192,14 @@ def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show
 
 def add_task(result: Evaluation, searcher: Searcher, task: Any) -> None:
     """Let mteb search a task, and add the figures to `result`."""
-    import mteb
-
+    # The task's own method: `mteb.evaluate` would import sentence-transformers, to see that the model is none of its.
     # The model cuts its own batches; mteb only hands texts over.
-    options: dict[str, Any] = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
-    options["encode_kwargs"] = {"batch_size": 1024, "show_progress_bar": False}
+    options: Any = {"batch_size": 1024, "show_progress_bar": False}
     with _quiet(searcher.show_progress):
-        scores = mteb.evaluate(searcher, task, **options).task_results[0].scores
+        scores = {split: task.evaluate(searcher, split, encode_kwargs=options) for split in task.eval_splits}
     for (split, subset), rankings in searcher.rankings.items():
         label = searcher.task if len(searcher.rankings) == 1 else f"{searcher.task}/{split}/{subset}"
-        part = next(part for part in scores[split] if part["hf_subset"] == subset)
-        result.tasks[label] = {metric: part[metric] for metric in METRICS}
+        result.tasks[label] = {metric: scores[split][subset][metric] for metric in METRICS}
         result.per_query[label] = score_rankings(task.dataset[subset][split]["relevant_docs"], rankings)
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 from backend import UserError
 
+import deferred
+
 Texts = dict[str, tuple[str, str]]  # id -> (title, text)
 Qrels = dict[str, dict[str, int]]  # query id -> document id -> judgement
 
@@ -32,6 +34,13 @@ def load(name: str) -> tuple[Any, str]:
     """
     folder = Path(name).expanduser()
     return (_folder_task(*_state(folder)), "") if folder.is_dir() else _hub_task(name)
+
+
+@functools.cache
+def import_mteb() -> None:
+    """Import mteb and what it imports, datasets, torch, scipy and scikit-learn among them: some seconds, once."""
+    with deferred.many_imports():
+        import mteb  # noqa: F401
 
 
 def check_folders(names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ import ranks
 from comparison import Evaluation, print_comparison, print_table
 from config import Settings
 from embed import Model
-from eval import evaluate, load_tasks
+from eval import check_tasks, evaluate
 from heads import RetrievalModel
 from models import count_parameters, lora
 from models.remat import checkpoint_blocks, seed
@@ -87,8 +87,9 @@ class Run:
                 when: result.average() if result else None
                 for when, result in (("before", done.before), ("after", done.after))
             }
-            if missing := (done.after or done.before).unreachable:
-                results["unreachable"] = missing  # the averages are without these tasks
+            newest = done.after or done.before  # neither, where a run stops before its first evaluation
+            if newest and newest.unreachable:
+                results["unreachable"] = newest.unreachable  # the averages are without these tasks
         if self.settings.skip_bad_batches:
             results["skipped_batches"] = self.trainer.state.skipped_batches
         return results
@@ -228,7 +229,7 @@ def prepare(settings: Settings) -> Run:
         evaluations = Evaluations(evaluation_of(settings, model, retrieval, tokenizer), folder)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if evaluations:
-        load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
+        check_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),

@@ -313,7 +313,8 @@ class Trainer(Loop):
             metrics["validation_loss"] = sum(losses) / len(losses)
         if metrics:
             report.evaluation(step, metrics, tasks)
-            report.draw()
+            if step:  # one point is no curve
+                report.draw()
         report.status("")
         return metrics
 

@@ -3,6 +3,7 @@
 python -m pytest tests/test_deferred.py
 """
 
+import gc
 import importlib.util
 import sys
 import threading
@@ -86,3 +87,22 @@ def test_commands_start_without_torch(run_python):
     )
     done = run_python(code)
     assert done.stdout.split() == ["False", "False", "3", "True"], done.stderr
+
+
+def test_many_imports_are_not_searched_for_garbage():
+    """Regression: collections took a third of the time that mteb's import takes."""
+    with deferred.many_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > 1_000
+    gc.unfreeze()
+
+
+def test_evaluating_takes_no_sentence_transformers(run_python):
+    """Regression: `mteb.evaluate` imports it, and half of torch with it, to see that the model is none of its."""
+    code = (
+        "import gc, sys, eval\n"
+        "eval.main(['--model', 'gemma-3-tiny-mlx', '--eval-tasks', 'eval-data'])\n"
+        "print('mteb' in sys.modules, 'sentence_transformers' in sys.modules, gc.isenabled())"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines()[-1] == "True False True", done.stderr

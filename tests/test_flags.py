@@ -482,6 +482,22 @@ def test_skip_eval_init_and_early_stopping(settings, small_task):
     assert (Path(s.output) / "final").is_dir()
 
 
+def test_a_run_that_stops_before_its_first_evaluation(settings, small_task):
+    """Regression: it was saved, and then ended with a traceback, as it had no results to tell. Nor does it import what
+    only evaluations need."""
+    s = settings(eval_tasks=[str(small_task)], skip_eval_init=True)
+    s.write(Path(s.output).parent / "settings.yaml")
+    code = (
+        "import sys, train\n"
+        f"code = train.main(['--config', {str(Path(s.output).parent / 'settings.yaml')!r}, '--stop-after', '1'])\n"
+        "print(code, [name for name in ('mteb', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["0 []"], done.stdout + done.stderr
+    results = json.loads((Path(s.output) / "results.json").read_text())
+    assert results["before"] is None and results["after"] is None
+
+
 def test_stop_after_and_resume_and_overwrite_and_dry_run(settings):
     s = settings()
     flags = ["--eval-tasks", "--steps", "5", "--save-steps", "2"]
