@@ -6,14 +6,13 @@ python eval.py --model adapters/final --precision float32 int8 binary --dimensio
 python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                           # a reranker
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
-mteb searches exhaustively and computes the metrics; nothing it cached before is believed. Training calls `evaluate`
-every N steps with the model it trains and gets, to the last digit, what this command says about the saved model.
+mteb searches exhaustively and computes the metrics; nothing is cached. Training calls `evaluate` every N steps with the
+model it trains and gets, to the last digit, what this command says about the saved model.
 """
 
 import argparse
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,11 +46,10 @@ def document_text(row: dict[str, Any]) -> str:
 class Searcher:
     """What mteb knows as a search: `index(corpus)`, then `search(queries)`, which keeps what it found in `rankings`."""
 
-    def __init__(self, model: Any, task: str, revision: str = "local", show_progress: bool = False):
+    def __init__(self, model: Any, task: str, show_progress: bool = False):
         from mteb.models import ModelMeta
 
-        name = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "model"
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": revision})
+        self.mteb_model_meta = ModelMeta.create_empty()  # every search has to have one
         self.model, self.task, self.show_progress = model, task, show_progress
         self.rankings: dict[tuple[str, str], dict[str, Scores]] = {}  # split, subset -> query -> document -> score
 
@@ -171,13 +169,12 @@ def check_tasks(names: Sequence[str]) -> None:
         load_tasks(of_mteb)
 
 
-def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show_progress: bool = False) -> Evaluation:
+def evaluate(model: Encoder, tasks: Sequence[str], show_progress: bool = False) -> Evaluation:
     """Evaluate a model.
 
     Args:
         model: see `Encoder`. Scores are dot products of its vectors.
         tasks: folders in BEIR layout and names of MTEB tasks of type Retrieval.
-        revision: what mteb is told about the state of the model, for instance "step 100"; scores do not depend on it.
         show_progress: bars for downloads and embedding.
 
     Raises UserError for a folder or a name that is wrong, before anything is embedded, and FloatingPointError for
@@ -186,7 +183,7 @@ def evaluate(model: Encoder, tasks: Sequence[str], revision: str = "local", show
     loaded, unreachable = load_tasks(tasks, show_progress)
     result = Evaluation(model.name, {}, {}, unreachable)
     for name, task in loaded.items():
-        add_task(result, searcher_of(model, name, revision, show_progress), task)
+        add_task(result, searcher_of(model, name, show_progress), task)
     return result
 
 
@@ -218,7 +215,7 @@ def evaluate_stored(
     stored = {form: Evaluation(model.name, {}, {}, unreachable) for form in forms}
     for name, task in loaded.items():
         memory = Memory(model)
-        add_task(whole, searcher_of(memory, name, "local", show_progress), task)
+        add_task(whole, searcher_of(memory, name, show_progress), task)
         for form, result in stored.items():
             add_task(result, searcher_of(Stored(memory, *form), name), task)
     return whole, stored

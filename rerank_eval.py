@@ -117,7 +117,7 @@ def _first_stage(stage: Any, name: str, task: Any, show_progress: bool) -> _Firs
     """Search a task, once a process."""
     known = _kept.setdefault(stage, WeakKeyDictionary())
     if task not in known or known[task].name != name:
-        searcher = (_Bm25 if stage is _Bm25 else evaluation.searcher_of)(stage, name, "local", show_progress)
+        searcher = (_Bm25 if stage is _Bm25 else evaluation.searcher_of)(stage, name, show_progress)
         figures = Evaluation(stage.name, {}, {}, {})
         evaluation.add_task(figures, searcher, task)
         found = {
@@ -222,7 +222,7 @@ def evaluate_reranker(
         first = _first_stage(stage, name, task, show_progress)
         before.tasks.update(first.figures.tasks)
         before.per_query.update(first.figures.per_query)
-        evaluation.add_task(after, _Reranking(reranker, first.found, depth, name, "local", show_progress), task)
+        evaluation.add_task(after, _Reranking(reranker, first.found, depth, name, show_progress), task)
     return before, after
 
 

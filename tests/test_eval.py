@@ -190,15 +190,15 @@ def test_prompts_and_document_texts(fruit):
     ]
 
 
-def test_changed_model_of_the_same_name_and_revision_is_evaluated_anew(words):
+def test_changed_model_of_the_same_name_is_evaluated_anew(words):
     """mteb's result cache knows a model by name and revision: it gave a changed model its old figures."""
-    before = evaluate(WordCounts(seed=0), [str(words)], revision="same")
-    after = evaluate(WordCounts(seed=0, dimensions=8), [str(words)], revision="same")
+    before = evaluate(WordCounts(seed=0), [str(words)])
+    after = evaluate(WordCounts(seed=0, dimensions=8), [str(words)])
     assert after.tasks["words"]["ndcg_at_10"] < before.tasks["words"]["ndcg_at_10"] - 0.1
 
 
 def test_same_model_gives_the_same_digits(words):
-    assert evaluate(WordCounts(), [str(words)]) == evaluate(WordCounts(), [str(words)], revision="another")
+    assert evaluate(WordCounts(), [str(words)]) == evaluate(WordCounts(), [str(words)])
 
 
 def test_order_of_the_files_does_not_matter(words, tmp_path):
