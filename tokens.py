@@ -6,6 +6,7 @@ keeps the closing. Special tokens come from the tokenizer and from prompts only:
 are tokenised as ordinary characters.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,28 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{folder}: no tokenizer found (tokenizer.json, vocab.txt, tokenizer.model)")
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    _check_vocabulary(folder, tokenizer)
     return tokenizer
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """UserError where a text could become a token that the model has no vector for: mlx reads past the end, or crashes.
+
+    Special tokens may lie beyond, as Gemma 3's for images does: no text becomes one.
+    """
+    size = vocabulary_size(folder)
+    added = [token for token, about in tokenizer.get_added_tokens_decoder().items() if not about.special]
+    last = max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, 0)
+    if size <= last:
+        raise UserError(f"{folder}: the tokenizer has tokens up to {last}, but the model only {size} (config.json)")
+
+
+def vocabulary_size(folder: Path) -> float:
+    """How many tokens the model in `folder` has vectors for, by its config.json; infinite where that says nothing."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    known = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    return max((number for number in known if isinstance(number, int)), default=math.inf)
 
 
 def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:

@@ -143,9 +143,9 @@ class Conversations:
                 except RowError as error:
                     self._refuse(place, error, skip_bad)
                 if len(waiting) == CHUNK:
-                    self._add(waiting)
+                    self._add(waiting, skip_bad)
                     waiting = []
-        self._add(waiting)
+        self._add(waiting, skip_bad)
         if not self.ids:
             left_out = f": nothing to train on is within --max-length {limit}" if self.empty else ""
             raise UserError(f"{', '.join(map(str, files))}: no usable row{left_out}")
@@ -166,9 +166,12 @@ class Conversations:
             raise UserError(f"{place}: {error} (--skip-bad-rows leaves such rows out)") from error
         self.skipped.append(f"{place}: {error}")
 
-    def _add(self, waiting: list[tuple[str, Rendered]]) -> None:
+    def _add(self, waiting: list[tuple[str, Rendered]], skip_bad: bool) -> None:
         tokens = self._tokenizer.tokens([rendered for _, rendered in waiting]) if waiting else []
         for (place, rendered), (ids, said) in zip(waiting, tokens, strict=True):
+            if unknown := self._tokenizer.unknown(ids):  # mlx would crash, or read past the end
+                self._refuse(place, RowError(f"the model has no vector for the token {unknown}"), skip_bad)
+                continue
             self.longest = max(self.longest, len(ids))
             self.cut += len(ids) > self._limit
             ids, said = ids[: self._limit], said[: self._limit]

@@ -17,7 +17,7 @@ import numpy as np
 
 from rows import RowError
 from tokenizer_files import quiet_transformers
-from tokens import well_formed
+from tokens import vocabulary_size, well_formed
 
 TEMPLATE_FILE = "chat_template.jinja"  # where transformers and mlx-lm look for a template in a model's folder
 PROBE = "xqprobeqx"  # stands in for an answer, to see where the template puts it
@@ -51,7 +51,7 @@ class ChatTokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise UserError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
         self.tokenizer = self.wrapper._tokenizer
-        self.pad_id = self.wrapper.pad_token_id or 0
+        self.pad_id, self._size = self.wrapper.pad_token_id or 0, vocabulary_size(folder)
         self.own_template, self.template = self.wrapper.has_chat_template, ""
         if not self.own_template:
             self.template = self.tokenizer.chat_template = self._chatml()
@@ -153,3 +153,8 @@ class ChatTokenizer:
                 ids, said = [*ids, eos], np.append(said, True)
             out.append((np.array(ids, np.int32), said))
         return out
+
+    def unknown(self, ids: np.ndarray) -> str:
+        """The first of these tokens that the model has no vector for, such as Gemma 3's for images; "" without one."""
+        found = ids[ids >= self._size]
+        return self.tokenizer.convert_ids_to_tokens(int(found[0])) if found.size else ""

@@ -225,6 +225,21 @@ def test_formats_do_not_mix_and_no_row_is_an_error(read):
         read([{"messages": []}], skip_bad=True)
 
 
+def test_tokens_that_the_model_has_no_vector_for(tmp_path, read):
+    """Regression: mlx crashed on them. Gemma 3 has one for images beyond its vocabulary, which a text may spell."""
+    folder = folder_with(TEMPLATES["chatml"], tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    more = tokenizer["added_tokens"][0] | {"id": size, "content": "<image>", "special": True}
+    tokenizer["added_tokens"].append(more)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows = [talk(3), {"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a mat"}]}]
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the model has no vector for the token <image> \(--skip-bad"):
+        read(rows, tokenizer=ChatTokenizer(folder))
+    kept = read(rows, tokenizer=ChatTokenizer(folder), skip_bad=True)
+    assert len(kept) == 1 and len(kept.skipped) == 1 and kept.ids[0].max() < size
+
+
 def test_gzip_and_what_is_recognised(tmp_path, tiny):
     def recognised(*rows) -> bool:
         file = tmp_path / "rows.jsonl.gz"

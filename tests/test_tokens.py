@@ -359,3 +359,33 @@ def test_broken_json_beside_the_tokenizer_is_told_by_its_file(toy_tokenizer, tmp
     (folder / file).write_text("{")
     with pytest.raises(UserError, match=f"{file}: not valid JSON"):
         TextTokenizer(folder, {}, {"query": 16}, append_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "nested", "special", "fits"),
+    [
+        (0, False, None, True),
+        (1, False, None, False),
+        (1, True, None, False),
+        (0, False, True, True),  # as Gemma 3's token for images: no text becomes it
+        (0, False, False, False),
+        (-1, False, False, True),
+        (None, False, False, True),  # nothing is known
+    ],
+)
+def test_tokens_that_the_model_has_no_vector_for(toy_tokenizer_folder, tmp_path, missing, nested, special, fits):
+    """Regression: mlx crashed on such a token, or read past the end of its embeddings. `special`: of one more token."""
+    folder = shutil.copytree(toy_tokenizer_folder, tmp_path / "model")
+    size = load_tokenizer(folder).get_vocab_size()
+    config = {} if missing is None else {"vocab_size": size - missing}
+    (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    if special is not None:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        more = tokenizer["added_tokens"][0] | {"id": size, "content": "[more]", "special": special}
+        tokenizer["added_tokens"].append(more)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if fits:
+        assert load_tokenizer(folder).get_vocab_size() == (size if special is None else size + 1)
+    else:
+        with pytest.raises(UserError, match=rf"tokens up to \d+, but the model only {size - missing} \(config\.json\)"):
+            load_tokenizer(folder)
