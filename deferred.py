@@ -38,10 +38,11 @@ class _Deferred(ModuleType):
             self.__path__ = spec.submodule_search_locations
         try:
             spec.loader.exec_module(self)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: half a module is none
             sys.modules.pop(spec.name, None)  # as after any import that fails
             raise
-        del self.__begun__
+        finally:
+            del self.__begun__  # whoever tries again is told the same reason
         object.__setattr__(self, "__class__", ModuleType)
 
 

@@ -164,8 +164,7 @@ def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raise the UserError that `load_tasks` would; folders are read without importing mteb, which takes seconds."""
-    eval_tasks.check_folders(names)
-    if of_mteb := [name for name in names if not Path(name).expanduser().is_dir()]:
+    if of_mteb := eval_tasks.check_folders(names):
         load_tasks(of_mteb)
 
 

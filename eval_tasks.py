@@ -43,14 +43,21 @@ def import_mteb() -> None:
         import mteb  # noqa: F401
 
 
-def check_folders(names: Sequence[str]) -> None:
-    """Read the folders among `names`, which takes no import of mteb; raises UserError for the first unsound one."""
+def check_folders(names: Sequence[str]) -> list[str]:
+    """Read the folders among `names`, which takes no import of mteb, and give back the others, which are MTEB's tasks.
+
+    Raises UserError for the first folder that is not sound.
+    """
+    others = []
     for name in names:
         folder = Path(name).expanduser()
         if folder.is_dir():
             read_folder(*_state(folder))
         elif len(folder.parts) > 1 or folder.exists():  # no task of MTEB is called like that
             raise UserError(f"{name}: no such folder")
+        else:
+            others.append(name)
+    return others
 
 
 # --- folders in BEIR layout ---

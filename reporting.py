@@ -135,7 +135,7 @@ class Reporter:
     def evaluation(
         self, step: int, metrics: dict[str, float], per_task: dict[str, dict[str, float]] | None = None
     ) -> None:
-        """Report an evaluation after `step` steps (0: untrained): the mean over tasks and each task's."""
+        """Report an evaluation after `step` steps (0: untrained), the mean over tasks and each task's, and draw it."""
         metrics, tasks = _clean(metrics), _clean(per_task or {})
         values = {f"eval/{key}": value for key, value in metrics.items()} | {"train/step": step}
         for task, scores in tasks.items():
@@ -144,6 +144,8 @@ class Reporter:
         better, self._status = self._note_evaluation(step, metrics), "training"
         shown = [f"{metric_name(key)} {value:.4f}" for key, value in metrics.items() if is_number(value)]
         self.message(f"eval {step}: " + "  ".join(shown) + (", best" if better else ""))
+        if step:  # one point is no curve, and matplotlib takes its time
+            self.draw()
 
     def status(self, text: str) -> None:
         """Show in the bar what goes on now, for instance "evaluating", until the next report; "" clears it."""

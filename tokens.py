@@ -116,7 +116,8 @@ class TextTokenizer:
         if append_eos and not self.closing:
             self.closing = [eos]
         pad = named_token(folder, self.tokenizer, "pad_token")
-        self.pad_id = pad if pad is not None else 0
+        size = vocabulary_size(folder)
+        self.pad_id = pad if pad is not None and pad < size else 0  # any will do; some have none of the model's
         self.query_expansion, self.attend_expansion = query_expansion, attend_expansion
         self._mask = named_token(folder, self.tokenizer, "mask_token")
         if query_expansion and self._mask is None:
@@ -125,6 +126,9 @@ class TextTokenizer:
         words = sorted(self._reserved.values(), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, words)))
 
+        own = [self.opening, self.closing, *map(self._plain, prompts.values()), [self._mask] * bool(query_expansion)]
+        if beyond := [token for ids in own for token in ids if token >= size]:
+            raise UserError(f"{folder}: special tokens or prompts need {beyond[0]}, the model has {size} (config.json)")
         frame = len(self.opening) + len(self.closing)
         for name, limit in max_lengths.items():
             needed = frame + len(self._plain(self.prompts.get(name, ""))) + 1

@@ -313,8 +313,6 @@ class Trainer(Loop):
             metrics["validation_loss"] = sum(losses) / len(losses)
         if metrics:
             report.evaluation(step, metrics, tasks)
-            if step:  # one point is no curve
-                report.draw()
         report.status("")
         return metrics
 

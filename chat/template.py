@@ -51,7 +51,9 @@ class ChatTokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise UserError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
         self.tokenizer = self.wrapper._tokenizer
-        self.pad_id, self._size = self.wrapper.pad_token_id or 0, vocabulary_size(folder)
+        self._size = vocabulary_size(folder)
+        pad = self.wrapper.pad_token_id or 0
+        self.pad_id = pad if pad < self._size else 0  # any will do; some have none of the model's
         self.own_template, self.template = self.wrapper.has_chat_template, ""
         if not self.own_template:
             self.template = self.tokenizer.chat_template = self._chatml()

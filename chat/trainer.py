@@ -260,8 +260,6 @@ class ChatTrainer(Loop):
         self.model.train()
         setattr(self.state, "after" if step else "before", loss)
         report.evaluation(step, {"validation_loss": loss})
-        if step:  # one point is no curve
-            report.draw()
         report.status("")
         return {"validation_loss": loss}
 

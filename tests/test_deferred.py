@@ -73,8 +73,9 @@ def test_a_module_that_fails_says_so_and_is_gone(package):
     deferred.defer("broken")
     import broken
 
-    with pytest.raises(ImportError, match="no driver"):
-        broken.value  # noqa: B018
+    for _ in range(2):  # regression: the second time it only had no such attribute yet
+        with pytest.raises(ImportError, match="no driver"):
+            broken.value  # noqa: B018
     assert "broken" not in sys.modules
 
 
@@ -100,9 +101,9 @@ def test_many_imports_are_not_searched_for_garbage():
 def test_evaluating_takes_no_sentence_transformers(run_python):
     """Regression: `mteb.evaluate` imports it, and half of torch with it, to see that the model is none of its."""
     code = (
-        "import gc, sys, eval\n"
+        "import sys, eval\n"
         "eval.main(['--model', 'gemma-3-tiny-mlx', '--eval-tasks', 'eval-data'])\n"
-        "print('mteb' in sys.modules, 'sentence_transformers' in sys.modules, gc.isenabled())"
+        "print('mteb' in sys.modules, 'sentence_transformers' in sys.modules)"
     )
     done = run_python(code)
-    assert done.stdout.splitlines()[-1] == "True False True", done.stderr
+    assert done.stdout.splitlines()[-1] == "True False", done.stderr

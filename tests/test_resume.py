@@ -190,8 +190,10 @@ def test_what_must_be_saved_must(settings, tmp_path, full_disk, monkeypatch):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, number, code):
-    s = settings(steps=2000)
+def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, monkeypatch, number, code):
+    """And continued, the run ends as one that nobody stopped."""
+    monkeypatch.undo()  # the process below computes with the usual shapes
+    s = settings(steps=50, lora_dropout=0.2, save_steps=1000)
     s.write(tmp_path / "settings.yaml")
     process = subprocess.Popen(
         [sys.executable, "train.py", "--config", str(tmp_path / "settings.yaml")],
@@ -206,3 +208,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp
     assert "--resume" in out
     saved = last_step(tmp_path / "run")
     assert json.loads((saved / "trainer_state.json").read_text())["step"] == len(metrics_of(tmp_path / "run"))
+    resume(tmp_path / "run")
+    train.train(settings(steps=50, lora_dropout=0.2, save_steps=1000, output=str(tmp_path / "whole")))
+    assert folder_bytes(tmp_path / "run" / "final") == folder_bytes(tmp_path / "whole" / "final")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole") and len(metrics_of(tmp_path / "run")) == 50

@@ -389,3 +389,20 @@ def test_tokens_that_the_model_has_no_vector_for(toy_tokenizer_folder, tmp_path,
     else:
         with pytest.raises(UserError, match=rf"tokens up to \d+, but the model only {size - missing} \(config\.json\)"):
             load_tokenizer(folder)
+
+
+def test_special_tokens_that_the_model_has_no_vector_for(toy_tokenizer_folder, tmp_path):
+    """A pad token is often added without a vector: any other pads as well. A prompt cannot do without its own."""
+    folder = shutil.copytree(toy_tokenizer_folder, tmp_path / "model")
+    size = load_tokenizer(folder).get_vocab_size()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    more = tokenizer["added_tokens"][0] | {"id": size, "content": "[more]", "special": True}
+    tokenizer["added_tokens"].append(more)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    roles = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles | {"pad_token": "[more]"}))
+    assert gemma(toy_tokenizer_folder).pad_id == PAD == 0 == gemma(folder).pad_id
+    assert max(gemma(folder)(["[more] of it"], "query").ids) < size
+    with pytest.raises(UserError, match=rf"special tokens or prompts need {size}, the model has {size}"):
+        gemma(folder, prompts={"query": "[more]"})
