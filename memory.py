@@ -140,9 +140,9 @@ def _cost(step: "Differentiator", rows) -> tuple[int, int]:  # noqa: F821
 
 
 def _set_limits(whole: int, estimate: int) -> None:
-    """Let mlx keep freed memory only where there is room beside the step, and on Metal keep what is used resident."""
+    """Let mlx keep freed memory for the next step, as far as there is room, and on Metal what is used resident."""
     if backend.IS_GPU:
-        mx.set_cache_limit(max(whole - estimate, whole // 16))
+        mx.set_cache_limit(min(estimate, max(whole - estimate, whole // 16)))
     if platform.system() == "Darwin" and mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
@@ -170,7 +170,13 @@ def differentiate(trainer: "Trainer", batch, seed: int) -> "Gradient":  # noqa: 
                 raise
             reason = str(error).strip().splitlines()[0]
         # Not in the handler: the error holds on to all that the step had computed.
-        mx.clear_cache()
+        try:
+            mx.clear_cache()
+        except RuntimeError as error:  # seen with CUDA, where other processes had the rest of the card's memory
+            raise UserError(
+                f"memory ran out ({reason}), and this process can no longer use the device ({error}). Free some of its "
+                "memory and continue from what was saved last with --resume"
+            ) from error
         share = -(-batch.tokens // step.accumulation) if step.accumulation else backend.MICRO_BATCH_TOKENS
         budget = min(step.budget or share, batch.tokens) // 2
         if budget < batch.texts.lengths.max() // 2 or budget == 0:

@@ -253,6 +253,8 @@ class Trainer(Loop):
                 self.optimizer.learning_rate = rate
                 self.optimizer.update(self.model, result.gradient)
                 mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+                if self.settings.micro_batch_tokens != "auto":  # which has bounded it by what is free
+                    backend.bound_cache()
         else:
             self._skip_or_refuse(batch, step, result, f"step {step}: loss {loss}, gradient norm {norm}: not finite")
         self.state.step, self.state.tokens = step, self.state.tokens + batch.tokens

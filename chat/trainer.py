@@ -201,6 +201,7 @@ class ChatTrainer(Loop):
 
     def on_train_loss_report(self, info: dict) -> None:
         """What mlx-lm calls after each step."""
+        backend.bound_cache()
         settings, state, step = self.settings, self.state, self.state.step + 1
         loss, norm = info["train_loss"], self.optimizer.state["grad_norm"].item()
         counts, trained = self.batches.counts(self._numbers), 0

@@ -124,3 +124,33 @@ def test_where_not_even_one_text_has_room(settings, short, monkeypatch):
     monkeypatch.setattr(Differentiator, "__call__", fail)
     with pytest.raises(RuntimeError, match="something else"):
         train.train(settings(overwrite=True))
+
+
+def test_a_device_that_does_not_recover(settings, short, monkeypatch):
+    """Regression, CUDA: to free what is kept failed after memory had run out, and a traceback was all that was told."""
+
+    def fail():
+        raise RuntimeError("cudaStreamSynchronize failed: an illegal memory access was encountered")
+
+    trainer = train.prepare(settings()).trainer
+    short(0)
+    monkeypatch.setattr(mx, "clear_cache", fail)
+    with pytest.raises(UserError, match=r"ran out \(.*Attempting.*illegal memory access.*--resume"):
+        trainer.update(trainer.batches.batch(0), 1)
+
+
+def test_gpus_keep_no_more_freed_memory_than_a_step_takes(settings, monkeypatch):
+    """Regression, CUDA: steps of other shapes each left their arrays behind, until the card was full."""
+    trainer, limits = train.prepare(settings()).trainer, []
+    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    trainer.update(trainer.batches.batch(0), 1)
+    assert limits == []  # CPUs have a limit of their own
+    monkeypatch.setattr(backend, "IS_GPU", True)
+    trainer.update(trainer.batches.batch(1), 2)
+    assert limits == [backend.peak_memory()]
+    trainer.settings.micro_batch_tokens = "auto"
+    trainer.update(trainer.batches.batch(2), 3)
+    assert len(limits) == 1
+    for estimate, kept in ((3 * GB, 3 * GB), (12 * GB, 4 * GB), (16 * GB, GB)):  # of 16 GB: what is left, or a little
+        memory._set_limits(16 * GB, estimate)
+        assert limits.pop() == kept

@@ -299,7 +299,7 @@ def test_loaded_frozen_in_evaluation_mode_and_float32_on_cpu(folders, tmp_path, 
 def test_quantised_decoder(folders, tmp_path, bits, bidirectional):
     """Near the whole model, the same padded and alone, counted as the numbers they stand for."""
     folder = random_models.quantised(folders["gemma3_text"], tmp_path / "q", bits=bits)
-    whole, backbone = (load_backbone(f, bidirectional) for f in (folders["gemma3_text"], folder))
+    whole, backbone = (load_backbone(f, bidirectional, mx.float32) for f in (folders["gemma3_text"], folder))
     ids, lengths = texts()
     found = rows_of(backbone, ids, lengths)
     assert_close(found, alone(backbone, ids, lengths), 1e-4)  # the matrix-vector kernel sums in another order
