@@ -24,7 +24,7 @@ Form = tuple[str, int]  # precision and dimensions of stored vectors
 class Evaluation:
     """Figures of one model.
 
-    tasks: task -> metric -> mteb's figure, rounded as mteb does. A task of several subsets gives one entry each.
+    tasks: task -> metric -> figure, rounded to 5 digits. A task of several subsets gives one entry each.
     per_query: task -> metric -> query id -> that query's score; their mean is the task's figure before rounding.
     unreachable: hub tasks that could not be loaded -> one line saying why and what to do.
     """

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import deferred
+
 MAIN_METRIC = "ndcg_at_10"
 METRIC_NAMES = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "recall": "Recall", "precision": "P"}
 
@@ -37,6 +39,7 @@ def metric_name(key: str) -> str:
     return METRIC_NAMES.get(name, name.replace("_", " ")) + (f"@{cutoff}" if cutoff else "")
 
 
+@deferred.out_of_sight()
 def draw_curves(metrics_file: str | Path, png: str | Path) -> None:
     """Draw loss, learning rate and evaluation over the steps of a metrics file: a PNG of 1200x900 pixels."""
     import numpy as np

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 _loading = threading.RLock()
 
@@ -46,14 +46,64 @@ class _Deferred(ModuleType):
         object.__setattr__(self, "__class__", ModuleType)
 
 
+class _Parts:
+    """Finds parts of deferred packages that came with the package.
+
+    Whoever imports `torch.distributed` first loads torch by it, which imports that part itself; Python would then run
+    the part once more, and torch ends the process for that.
+    """
+
+    names: ClassVar[set[str]] = set()
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        package, dot, _ = name.partition(".")
+        if not dot or package not in cls.names or target is not None or name not in sys.modules:
+            return None
+        return importlib.util.spec_from_loader(name, _There(sys.modules[name]))
+
+
+class _There:
+    """Loads a module that is there."""
+
+    def __init__(self, module: ModuleType):
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # its own, which Python has just replaced
+
+
 def defer(*names: str) -> None:
     """Let these modules be loaded when they are first used. Those already loaded or not installed stay as they are."""
+    if _Parts not in sys.meta_path:
+        sys.meta_path.insert(0, _Parts)
     for name in names:
         if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
             continue
         module = _Deferred(name)
         module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
         sys.modules[name] = module
+        _Parts.names.add(name)
+
+
+@contextmanager
+def out_of_sight() -> Iterator[None]:
+    """Here, what is deferred and not loaded is in no table of modules: matplotlib takes any torch there for one in use,
+    and asks each array whether it is a tensor."""
+    with _loading:
+        hidden = {name: module for name, module in sys.modules.items() if type(module) is _Deferred}
+        for name in hidden:
+            del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name, module in hidden.items():
+            if (real := sys.modules.setdefault(name, module)) is not module:  # somebody has imported it meanwhile
+                module.__dict__.update(vars(real))
+                object.__setattr__(module, "__class__", ModuleType)
 
 
 @contextmanager

@@ -6,16 +6,16 @@ python eval.py --model adapters/final --precision float32 int8 binary --dimensio
 python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                           # a reranker
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
-mteb searches exhaustively and computes the metrics; nothing is cached. Training calls `evaluate` every N steps with the
-model it trains and gets, to the last digit, what this command says about the saved model.
+MTEB's tasks are searched and scored by mteb. A folder does without importing it, which takes seconds, and gets the same
+figures: every document is compared with every query, and pytrec_eval, which mteb takes, computes the metrics. Nothing
+is cached. Training calls `evaluate` every N steps with the model it trains and gets, to the last digit, what this
+command says about the saved model.
 """
 
 import argparse
 import json
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +25,13 @@ from backend import UserError
 import numpy as np
 
 import eval_tasks
+import mteb_tasks
 from comparison import METRICS, Evaluation, Form, Scores, compare_stored, print_stored, print_table
+from eval_tasks import Corpus, Part, Rankings
 from precision import PRECISIONS, Memory, Stored
+from topk import Nearest
+
+DOCUMENTS = 50_000  # that are embedded at once, so that memory need not hold the vectors of a large corpus
 
 
 class Encoder(Protocol):
@@ -38,73 +43,62 @@ class Encoder(Protocol):
         """Vectors (n, D), float32, in the texts' order; `prompt` is "query" or "document"."""
 
 
-def document_text(row: dict[str, Any]) -> str:
-    """A document as mteb gives it to models: title and text, joined by a space."""
-    return f"{row.get('title') or ''} {row['text']}".strip()
-
-
 class Searcher:
-    """What mteb knows as a search: `index(corpus)`, then `search(queries)`, which keeps what it found in `rankings`."""
+    """Finds documents for queries; what evaluation needs beside figures.
+
+    Args:
+        model: what it searches with.
+        task: its name, for messages.
+        show_progress: bars.
+    """
 
     def __init__(self, model: Any, task: str, show_progress: bool = False):
-        from mteb.models import ModelMeta
-
-        self.mteb_model_meta = ModelMeta.create_empty()  # every search has to have one
         self.model, self.task, self.show_progress = model, task, show_progress
-        self.rankings: dict[tuple[str, str], dict[str, Scores]] = {}  # split, subset -> query -> document -> score
+
+    def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
+        """query id -> document id -> score of at most `top_k` documents. `part`: split and subset of the task."""
+        raise NotImplementedError
 
 
 class _DenseSearcher(Searcher):
-    """Vectors from the model, exhaustive search from mteb."""
+    """One vector a text, compared with all others."""
 
-    def __init__(self, *about):
-        from mteb.models import SearchEncoderWrapper
-
-        super().__init__(*about)
-        self.search_of_mteb = SearchEncoderWrapper(self)
-        self.index = self.search_of_mteb.index
-
-    def encode(self, inputs: Any, *, prompt_type: Any, **_: Any) -> np.ndarray:
-        texts = [text for batch in inputs for text in batch["text"]]  # a document's is its title and its text
-        vectors = self.model.encode(texts, prompt=prompt_type.value, show_progress=self.show_progress)
-        if not np.isfinite(vectors).all():  # mteb would rank them, and well
+    def encode(self, texts: list[str], prompt: str) -> np.ndarray:
+        vectors = self.model.encode(texts, prompt=prompt, show_progress=self.show_progress)
+        if not np.isfinite(vectors).all():  # they would be ranked, and well
             rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-            count = f"{len(rows)} of {len(texts)} {prompt_type.value} embeddings"
+            count = f"{len(rows)} of {len(texts)} {prompt} embeddings"
             raise FloatingPointError(f"{self.task}: {count} are not finite")
         return vectors
 
-    def similarity(self, queries: Any, documents: Any) -> np.ndarray:
-        return np.asarray(queries) @ np.asarray(documents).T
-
-    def search(self, queries: Any, **kwargs: Any) -> dict[str, Scores]:
-        rankings = self.search_of_mteb.search(queries, **kwargs)
-        self.rankings[kwargs["hf_split"], kwargs["hf_subset"]] = rankings
-        return rankings
+    def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
+        count = len(corpus.ids)
+        nearest = Nearest(self.encode(list(queries.values()), "query"), top_k, count)
+        for first in range(0, count, DOCUMENTS):
+            nearest.add(self.encode(corpus.texts(range(first, min(first + DOCUMENTS, count))), "document"))
+        return {
+            query: {corpus.ids[i]: score for i, score in zip(numbers, scores, strict=True)}
+            for query, numbers, scores in zip(queries, *(best.tolist() for best in nearest.best()), strict=True)
+        }
 
 
 class _LateSearcher(Searcher):
-    """Token vectors from the model, MaxSim from `late_index`."""
+    """A vector a token, MaxSim from `late_index`."""
 
     def _encode(self, texts: list[str], prompt: str) -> list[np.ndarray]:
         return self.model.encode(texts, prompt=prompt, show_progress=self.show_progress)
 
-    def index(self, corpus: Any, **_: Any) -> None:
+    def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
         from late_index import LateIndex
 
-        texts = [document_text(row) for row in corpus]
-        self.documents, config = list(corpus["id"]), self.model.config
-        self.corpus = LateIndex(self._encode(texts, "document"), config.maxsim, config.impute)
+        vectors, config = self._encode(corpus.texts(range(len(corpus.ids))), "document"), self.model.config
+        index = LateIndex(vectors, config.maxsim, config.impute)
         if self.show_progress:
-            print(f"late interaction: {self.corpus.how}", file=sys.stderr)
-
-    def search(self, queries: Any, *, top_k: int, hf_split: str, hf_subset: str, **_: Any) -> dict[str, Scores]:
-        found = self.corpus.search(self._encode(list(queries["text"]), "query"), top_k)
-        rankings = {
-            query: {self.documents[i]: score for i, score in ranking}
-            for query, ranking in zip(queries["id"], found, strict=True)
+            print(f"late interaction: {index.how}", file=sys.stderr)
+        found = index.search(self._encode(list(queries.values()), "query"), top_k)
+        return {
+            query: {corpus.ids[i]: score for i, score in ranking} for query, ranking in zip(queries, found, strict=True)
         }
-        self.rankings[hf_split, hf_subset] = rankings
-        return rankings
 
 
 def searcher_of(model: Encoder, *about) -> Searcher:
@@ -112,7 +106,7 @@ def searcher_of(model: Encoder, *about) -> Searcher:
     return (_LateSearcher if getattr(model, "late", False) else _DenseSearcher)(model, *about)
 
 
-def score_rankings(qrels: dict[str, dict[str, int]], rankings: dict[str, Scores]) -> dict[str, Scores]:
+def score_rankings(qrels: dict[str, dict[str, int]], rankings: Rankings) -> dict[str, Scores]:
     """metric -> query id -> score, from the library that mteb takes."""
     import pytrec_eval
 
@@ -124,48 +118,25 @@ def score_rankings(qrels: dict[str, dict[str, int]], rankings: dict[str, Scores]
     return scores
 
 
-@contextmanager
-def _quiet(show_progress: bool) -> Iterator[None]:
-    """No log lines below errors and no progress bars from mteb and what it uses."""
-    import datasets
-
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("mteb", "datasets", "huggingface_hub"))}
-    bars = datasets.is_progress_bar_enabled()
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    if not show_progress:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
-
-
 def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-    """({label: mteb task}, {name: why it is unreachable}); settled once a process, so later calls cost nothing.
+    """({label: task}, {name: why it is unreachable}); settled once a process, so later calls cost nothing.
 
     Raises UserError for a folder or a name that is wrong.
     """
     loaded, unreachable = {}, {}
-    eval_tasks.import_mteb()
-    with _quiet(show_progress):
-        for name in dict.fromkeys(names):
-            task, why_not = eval_tasks.load(name)
-            if task is None:
-                unreachable[name] = why_not
-                continue
-            label = Path(name).expanduser().resolve().name  # an MTEB task's is the task's name
+    of_mteb = eval_tasks.check_folders(names)
+    for name in dict.fromkeys(names):
+        task, label = None, name
+        if name in of_mteb:
+            task, why_not = mteb_tasks.load(name, show_progress)
+        else:
+            folder = Path(name).expanduser().resolve()
+            task, label = eval_tasks.load(folder), folder.name
+        if task is None:
+            unreachable[name] = why_not
+        else:
             loaded[name if label in loaded else label] = task
     return loaded, unreachable
-
-
-def check_tasks(names: Sequence[str]) -> None:
-    """Raise the UserError that `load_tasks` would; folders are read without importing mteb, which takes seconds."""
-    if of_mteb := eval_tasks.check_folders(names):
-        load_tasks(of_mteb)
 
 
 def evaluate(model: Encoder, tasks: Sequence[str], show_progress: bool = False) -> Evaluation:
@@ -186,17 +157,15 @@ def evaluate(model: Encoder, tasks: Sequence[str], show_progress: bool = False) 
     return result
 
 
-def add_task(result: Evaluation, searcher: Searcher, task: Any) -> None:
-    """Let mteb search a task, and add the figures to `result`."""
-    # The task's own method: `mteb.evaluate` would import sentence-transformers, to see that the model is none of its.
-    # The model cuts its own batches; mteb only hands texts over.
-    options: Any = {"batch_size": 1024, "show_progress_bar": False}
-    with _quiet(searcher.show_progress):
-        scores = {split: task.evaluate(searcher, split, encode_kwargs=options) for split in task.eval_splits}
-    for (split, subset), rankings in searcher.rankings.items():
-        label = searcher.task if len(searcher.rankings) == 1 else f"{searcher.task}/{split}/{subset}"
-        result.tasks[label] = {metric: scores[split][subset][metric] for metric in METRICS}
-        result.per_query[label] = score_rankings(task.dataset[subset][split]["relevant_docs"], rankings)
+def add_task(result: Evaluation, searcher: Searcher, task: Any) -> list[Part]:
+    """Search a task, add the figures to `result`, and give back what was found."""
+    parts = task.evaluate(searcher)
+    for part in parts:
+        label = searcher.task if len(parts) == 1 else "/".join((searcher.task, *part.key))
+        by_query = result.per_query[label] = score_rankings(part.qrels, part.rankings)
+        means = part.figures or {metric: sum(scores.values()) / len(scores) for metric, scores in by_query.items()}
+        result.tasks[label] = {metric: round(means[metric], 5) for metric in METRICS}
+    return parts
 
 
 def evaluate_stored(

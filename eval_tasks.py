@@ -1,4 +1,4 @@
-"""What a model is evaluated on: folders in BEIR layout and MTEB's tasks of type Retrieval, loaded once a process.
+"""What a model is evaluated on: folders in BEIR layout, loaded once a process. MTEB's tasks are in mteb_tasks.py.
 
 A folder holds corpus.jsonl and queries.jsonl (`{"_id", "title", "text"}` a line; .gz is read too) and qrels/test.tsv
 (query id, document id, judgement, between tabs; a header line or none). To see whether one is sound:
@@ -6,45 +6,68 @@ A folder holds corpus.jsonl and queries.jsonl (`{"_id", "title", "text"}` a line
     python -c "from eval_tasks import check_folders; check_folders(['eval-data'])"
 """
 
-import difflib
 import functools
 import gzip
 import json
 import re
-import ssl
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from backend import UserError
 
-import deferred
-
+Rankings = dict[str, dict[str, float]]  # query id -> document id -> score
 Texts = dict[str, tuple[str, str]]  # id -> (title, text)
 Qrels = dict[str, dict[str, int]]  # query id -> document id -> judgement
 
 
-def load(name: str) -> tuple[Any, str]:
-    """An mteb task with its data and "", or None and one line saying why a task of the hub could not be had.
-
-    Raises UserError for a folder that is not sound, and for a name that is neither a folder nor a retrieval task.
-    """
-    folder = Path(name).expanduser()
-    return (_folder_task(*_state(folder)), "") if folder.is_dir() else _hub_task(name)
+RANKS = 1_000  # that a search gives for each query; as many as mteb asks for
 
 
-@functools.cache
-def import_mteb() -> None:
-    """Import mteb and what it imports, datasets, torch, scipy and scikit-learn among them: some seconds, once."""
-    with deferred.many_imports():
-        import mteb  # noqa: F401
+def document_text(title: str | None, text: str) -> str:
+    """A document as models are given it, and as mteb has it: title and text, joined by a space."""
+    return f"{title or ''} {text}".strip()
+
+
+class Corpus(NamedTuple):
+    """Documents in their order."""
+
+    ids: Sequence[str]
+    texts: Callable[[Sequence[int]], list[str]]  # of those with these numbers, counted from 0; see `document_text`
+
+
+class Part(NamedTuple):
+    """What a search found in one split and subset of a task."""
+
+    key: tuple[str, str]  # split, subset
+    qrels: Qrels
+    rankings: Rankings
+    figures: dict[str, float] | None = None  # metric -> mteb's figure; None: the means of the queries' scores
+
+
+class Folder:
+    """A folder in BEIR layout as a task. Weak references to it live as long as it is in the cache of `load`."""
+
+    def __init__(self, folder: Path, state: tuple):
+        documents, queries, self.qrels = read_folder(folder, state)
+        rows = list(documents.values())
+        self.corpus = Corpus(list(documents), lambda numbers: [document_text(*rows[i]) for i in numbers])
+        self.queries = {query: text for query, (_, text) in queries.items()}
+
+    def evaluate(self, searcher: Any) -> list[Part]:
+        """Let an `eval.Searcher` search it."""
+        key = ("test", "default")
+        return [Part(key, self.qrels, searcher.search(key, self.corpus, self.queries, RANKS))]
+
+
+def load(folder: Path) -> Folder:
+    """The folder as it stands, read once a process as long as its files stay as they are. UserError: not sound."""
+    return _load(*_state(folder))
 
 
 def check_folders(names: Sequence[str]) -> list[str]:
-    """Read the folders among `names`, which takes no import of mteb, and give back the others, which are MTEB's tasks.
+    """Read the folders among `names`, and give back the others, which are MTEB's tasks.
 
     Raises UserError for the first folder that is not sound.
     """
@@ -157,90 +180,5 @@ def read_folder(folder: Path, _state: tuple = ()) -> tuple[Texts, Texts, Qrels]:
 
 
 @functools.lru_cache(maxsize=16)
-def _folder_task(folder: Path, state: tuple) -> Any:
-    from datasets import Dataset
-    from mteb import TaskMetadata
-    from mteb.abstasks import AbsTaskRetrieval
-    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-
-    corpus, queries, qrels = read_folder(folder, state)
-    metadata = TaskMetadata(
-        name="LocalFolder",
-        description="A folder in BEIR layout.",
-        dataset={"path": str(folder), "revision": "local"},
-        type="Retrieval",
-        category="t2t",
-        eval_langs=["eng-Latn"],
-        eval_splits=["test"],
-        main_score="ndcg_at_10",
-    )
-    task = type("LocalFolder", (AbsTaskRetrieval,), {"metadata": metadata})()
-    titles, texts = zip(*corpus.values(), strict=True)
-    data = RetrievalSplitData(
-        corpus=Dataset.from_dict({"id": list(corpus), "title": titles, "text": texts}),
-        queries=Dataset.from_dict({"id": list(queries), "text": [text for _, text in queries.values()]}),
-        relevant_docs=qrels,
-        top_ranked=None,
-    )
-    task.dataset, task.data_loaded = {"default": {"test": data}}, True
-    return task
-
-
-# --- tasks of the hub ---
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    """Whether the hub can be asked: one request without retries, where the libraries would try for 20 seconds."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:  # an answer all the same
-        return True
-    except OSError as error:  # Python may lack the certificates that the hub's library brings along
-        return isinstance(getattr(error, "reason", error), ssl.SSLError)
-    return True
-
-
-@functools.cache
-def _hub_task(name: str) -> tuple[Any, str]:
-    """As `load`; settled once a process, as asking an unreachable hub every N steps would only cost time."""
-    import mteb
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-
-    try:
-        task = mteb.get_task(name)
-    except KeyError as error:
-        known = [task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"], exclude_superseded=False)]
-        close = ", ".join(difflib.get_close_matches(name, known))
-        hint = f"; close: {close}" if close else ""
-        raise UserError(f"{name} is neither a folder nor an MTEB task{hint}") from error
-    metadata = task.metadata
-    if metadata.type != "Retrieval":
-        raise UserError(f"{name} is a task of type {metadata.type}; only those of type Retrieval can be evaluated")
-    if parts := getattr(metadata, "tasks", None):
-        raise UserError(f"{name} is a bundle; name the tasks: {' '.join(part.metadata.name for part in parts)}")
-    if metadata.modalities != ["text"]:
-        raise UserError(f"{name} is about {', '.join(metadata.modalities)}; only tasks of text can be evaluated")
-    path, revision = metadata.dataset["path"], metadata.dataset["revision"]
-    reason = "the hub does not answer" + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "")
-    try:
-        if not _hub_answers():  # then the cache's copy of this revision is as good
-            where = {"revision": revision, "cache_dir": constants.HF_HUB_CACHE, "local_files_only": True}
-            copy = snapshot_download(path, repo_type="dataset", **where)
-            task.metadata = metadata.model_copy(update={"dataset": metadata.dataset | {"path": copy}})
-        task.load_data()
-    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return None, (
-            f"{name}: data set {path}, revision {revision}, can not be loaded from the cache {constants.HF_HUB_CACHE} "
-            f"(HF_HOME names another) nor from the hub: {reason}. "
-            f"To fetch it where there is a network: hf download --repo-type dataset {path} --revision {revision}"
-        )
-    return task, ""
+def _load(folder: Path, state: tuple) -> Folder:
+    return Folder(folder, state)

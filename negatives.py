@@ -16,14 +16,14 @@ from backend import UserError, mx
 
 import numpy as np
 
+from topk import DOCUMENTS, NO_DOCUMENT, QUERIES, best_first, merge
+
 if TYPE_CHECKING:
     from mining import Collection
     from work_folder import Progress, Work
 
-DOCUMENTS = 8_192  # that are compared at once
-QUERIES, JUDGED_QUERIES = 1_024, 128  # that are searched at once and finished together; with a reranker as the judge
+JUDGED_QUERIES = 128  # that are searched at once and finished together with a reranker as the judge, QUERIES without
 RRF_K = 60  # Cormack, Clarke and Büttcher 2009
-NO_DOCUMENT = -1
 BY, SAMPLING = ("model", "bm25", "both"), ("top", "random")
 
 REASONS = {
@@ -109,53 +109,6 @@ class Ranking(NamedTuple):
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
-def pack(scores: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """int64 keys that sort like the float32 scores of documents; of equal scores, the lower number is the greater key.
-
-    Their partition is thus exact, whatever the blocks. Shapes as numpy broadcasts them; at most 2**32 documents.
-    """
-    bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32).astype(np.int64)  # + 0: there is no -0
-    order = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (order << 32) | (0xFFFFFFFF - numbers)
-
-
-def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(documents, scores) of keys; a score of -inf makes it NO_DOCUMENT."""
-    order = keys >> 32
-    scores = np.where(order < 0, order ^ 0x7FFFFFFF, order).astype(np.int32).view(np.float32)
-    return np.where(np.isneginf(scores), NO_DOCUMENT, 0xFFFFFFFF - (keys & 0xFFFFFFFF)), scores
-
-
-def largest(keys: np.ndarray, k: int) -> np.ndarray:
-    """(Q, at most k): the greatest keys of each row, in no order."""
-    return keys if keys.shape[1] <= k else np.partition(keys, keys.shape[1] - k, axis=1)[:, -k:]
-
-
-def merge(best: np.ndarray, scores: np.ndarray, first: int, k: int) -> np.ndarray:
-    """(Q, at most k): the greatest keys of `best` (Q, any) and of documents `first`, ... with scores (Q, N)."""
-    if best.shape[1] < k:
-        numbers = np.arange(first, first + scores.shape[1])
-        return largest(np.concatenate([best, pack(scores, numbers)], axis=1), k)
-    # Few documents of a later block are among the best: only their keys are made.
-    rows, columns = np.nonzero(scores >= unpack(best.min(axis=1))[1][:, None])
-    counts = np.bincount(rows, minlength=len(scores))
-    places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
-    more = np.full((len(scores), int(counts.max(initial=0))), np.iinfo(np.int64).min)
-    more[rows, places] = pack(scores[rows, columns], first + columns)
-    return largest(np.concatenate([best, more], axis=1), k)
-
-
-def _best_first(keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents, scores), both (Q, k): rows of fewer keys are filled up."""
-    numbers, scores = unpack(-np.sort(-keys, axis=1)[:, :k])
-    short = k - numbers.shape[1]
-    fill = ((0, 0), (0, short))
-    return (
-        np.pad(numbers, fill, constant_values=NO_DOCUMENT),
-        np.pad(scores, fill, constant_values=-np.inf),
-    )
-
-
 def by_vectors(
     queries: np.ndarray, documents: np.ndarray, k: int, rows: np.ndarray, barred: np.ndarray, block: int = DOCUMENTS
 ) -> Ranking:
@@ -173,7 +126,7 @@ def by_vectors(
         here = (barred >= first) & (barred < first + len(part))
         scores[rows[here], barred[here] - first] = -np.inf
         best = merge(best, scores, first, k)
-    numbers, _ = _best_first(best, k)
+    numbers, _ = best_first(best, k)
     # The products of a block depend, in their last digits, on its size. What is kept is computed anew, more exactly.
     scores = dots(queries, documents, numbers)
     order = np.lexsort((numbers, -scores), axis=1)
@@ -202,7 +155,7 @@ def by_words(
         pairs.append(scores[out])
         scores[out] = -np.inf
         scores[scores <= 0] = -np.inf
-        found.append(_best_first(merge(np.empty((1, 0), np.int64), scores[None], 0, k), k))
+        found.append(best_first(merge(np.empty((1, 0), np.int64), scores[None], 0, k), k))
     numbers, scores = (np.concatenate(each) for each in zip(*found, strict=True))
     return Ranking(numbers, scores, np.concatenate(pairs))
 

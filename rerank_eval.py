@@ -25,9 +25,9 @@ import numpy as np
 
 import eval as evaluation
 from comparison import Evaluation, Scores, compare, print_comparison
-from eval import Encoder, Searcher, document_text
+from eval import Encoder, Searcher
+from eval_tasks import RANKS, Corpus, Rankings
 
-MOST = 1_000  # documents that mteb asks a first stage for
 DEPTH = 100
 QUERIES_AT_ONCE = 16
 
@@ -46,7 +46,7 @@ class Scorer(Protocol):
 # --- first stage ---
 
 
-def bm25(documents: Mapping[str, str], queries: Mapping[str, str], depth: int = MOST) -> Found:
+def bm25(documents: Mapping[str, str], queries: Mapping[str, str], depth: int = RANKS) -> Found:
     """The documents that share a word with a query, at most `depth`; equal scores in the order of the ids.
 
     Both are id -> text. bm25s as it comes (Lucene's formula, k1 = 1.5, b = 0.75), English stop words, no stemming.
@@ -90,14 +90,10 @@ class _Bm25(Searcher):
 
     name = "BM25"
 
-    def index(self, corpus: Any, **_: Any) -> None:
-        self.documents = {row["id"]: document_text(row) for row in corpus}
-
-    def search(self, queries: Any, *, top_k: int, hf_split: str, hf_subset: str, **_: Any) -> dict[str, Scores]:
-        found = bm25(self.documents, dict(zip(queries["id"], queries["text"], strict=True)), top_k)
-        rankings = {query: by_rank(documents) for query, documents in found.items()}
-        self.rankings[hf_split, hf_subset] = rankings
-        return rankings
+    def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
+        texts = corpus.texts(range(len(corpus.ids)))
+        found = bm25(dict(zip(corpus.ids, texts, strict=True)), queries, top_k)
+        return {query: by_rank(documents) for query, documents in found.items()}
 
 
 @dataclass(frozen=True)
@@ -119,10 +115,9 @@ def _first_stage(stage: Any, name: str, task: Any, show_progress: bool) -> _Firs
     if task not in known or known[task].name != name:
         searcher = (_Bm25 if stage is _Bm25 else evaluation.searcher_of)(stage, name, show_progress)
         figures = Evaluation(stage.name, {}, {}, {})
-        evaluation.add_task(figures, searcher, task)
         found = {
-            part: {query: _in_order(ranking) for query, ranking in rankings.items()}
-            for part, rankings in searcher.rankings.items()
+            part.key: {query: _in_order(ranking) for query, ranking in part.rankings.items()}
+            for part in evaluation.add_task(figures, searcher, task)
         }
         known[task] = _FirstStage(name, found, figures)
     return known[task]
@@ -143,27 +138,23 @@ class _Reranking(Searcher):
         super().__init__(reranker, *about)
         self.first, self.depth = first, depth
 
-    def index(self, corpus: Any, **_: Any) -> None:
-        self.corpus = corpus
-
-    def search(self, queries: Any, *, hf_split: str, hf_subset: str, **_: Any) -> dict[str, Scores]:
-        found, asked = self.first[hf_split, hf_subset], dict(zip(queries["id"], queries["text"], strict=True))
-        heads = {query: found[query][: self.depth] for query in asked if found[query]}
+    def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
+        found = self.first[part]
+        heads = {query: found[query][: self.depth] for query in queries if found[query]}
         wanted = set().union(*heads.values())
-        rows = [i for i, document in enumerate(self.corpus["id"]) if document in wanted]
-        texts = {row["id"]: document_text(row) for row in self.corpus.select(rows)}
-        rankings: dict[str, Scores] = {query: {} for query in asked}
+        numbers = [i for i, document in enumerate(corpus.ids) if document in wanted]
+        texts = dict(zip((corpus.ids[i] for i in numbers), corpus.texts(numbers), strict=True))
+        rankings: Rankings = {query: {} for query in queries}
         names = list(heads)
         with _bar(len(names), self.show_progress) as advance:
             for first in range(0, len(names), QUERIES_AT_ONCE):
                 block = names[first : first + QUERIES_AT_ONCE]
-                groups = [(asked[query], [texts[document] for document in heads[query]]) for query in block]
+                groups = [(queries[query], [texts[document] for document in heads[query]]) for query in block]
                 for query, scores in zip(block, self.model.score_groups(groups), strict=True):
                     order = np.argsort(-self._checked(scores, query, len(heads[query])), kind="stable")
                     head = [heads[query][i] for i in order]
                     rankings[query] = by_rank(head + found[query][self.depth :])
                 advance(len(block))
-        self.rankings[hf_split, hf_subset] = rankings
         return rankings
 
     def _checked(self, scores: Any, query: str, count: int) -> np.ndarray:
@@ -251,8 +242,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def check_depth(depth: int) -> None:
     """Raise UserError for a depth that can not be."""
-    if not 0 < depth <= MOST:
-        raise UserError(f"--depth {depth}: from 1 to {MOST:,} documents are reranked")
+    if not 0 < depth <= RANKS:
+        raise UserError(f"--depth {depth}: from 1 to {RANKS:,} documents are reranked")
 
 
 def evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:

@@ -22,7 +22,7 @@ import ranks
 from comparison import Evaluation, print_comparison, print_table
 from config import Settings
 from embed import Model
-from eval import check_tasks, evaluate
+from eval import evaluate, load_tasks
 from heads import RetrievalModel
 from models import count_parameters, lora
 from models.remat import checkpoint_blocks, seed
@@ -229,7 +229,7 @@ def prepare(settings: Settings) -> Run:
         evaluations = Evaluations(evaluation_of(settings, model, retrieval, tokenizer), folder)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if evaluations:
-        check_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
+        load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),

@@ -85,7 +85,7 @@ class Corpus:
         self.left_out: Counter[str] = Counter()
         self.texts: dict[str, str] = {}
         for name, (title, text) in eval_tasks.read_texts(root, "corpus").items():
-            if whole := f"{title} {text}".strip():  # as mteb joins them
+            if whole := eval_tasks.document_text(title, text):
                 self.texts[name] = whole.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
             else:
                 self.left_out[search_files.EMPTY] += 1

@@ -14,14 +14,14 @@ import numpy as np
 
 import eval_tasks
 from comparison import METRICS
-from eval import document_text, score_rankings
+from eval import score_rankings
 from rerank_eval import bm25, by_rank
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "eval-data")
     corpus, queries, qrels = eval_tasks.read_folder(folder)
-    documents = {name: document_text({"title": title, "text": text}) for name, (title, text) in corpus.items()}
+    documents = {name: eval_tasks.document_text(*row) for name, row in corpus.items()}
     found = bm25(documents, {name: text for name, (_, text) in queries.items()})
     scores = score_rankings(qrels, {query: by_rank(ids) for query, ids in found.items()})
     print(f"BM25 on {folder}: {len(corpus):,} documents, {len(queries):,} queries")

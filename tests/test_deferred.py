@@ -20,13 +20,14 @@ def package(tmp_path, monkeypatch):
     """A package `heavy` with a part, which counts how often it is loaded."""
     loads: list[int] = []
     (tmp_path / "heavy").mkdir()
-    (tmp_path / "heavy" / "__init__.py").write_text(f"from {__name__} import loads\n{SOURCE}")
+    (tmp_path / "heavy" / "__init__.py").write_text(f"from {__name__} import loads\n{SOURCE}import heavy.own\n")
+    (tmp_path / "heavy" / "own.py").write_text("import heavy\nheavy.times = getattr(heavy, 'times', 0) + 1\n")
     (tmp_path / "heavy" / "part.py").write_text("from heavy import value\ntwice = 2 * value\n")
     (tmp_path / "broken.py").write_text("raise ImportError('no driver')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys.modules[__name__], "loads", loads, raising=False)
     yield loads
-    for name in ("heavy", "heavy.part", "broken"):
+    for name in ("heavy", "heavy.part", "heavy.own", "broken"):
         sys.modules.pop(name, None)
 
 
@@ -47,6 +48,24 @@ def test_importing_a_part_loads_the_whole_first(package):
     import heavy.part
 
     assert package == [1] and heavy.part.twice == 6
+
+
+def test_a_part_that_comes_with_the_whole_runs_once(package):
+    """Regression: `import sentence_transformers` after the toolkit ended the process. Its `import torch.distributed`
+    ran that part a second time, for torch had imported it, too."""
+    deferred.defer("heavy")
+    import heavy.own
+
+    assert package == [1] and heavy.times == 1
+    own = sys.modules["heavy.own"]
+    assert heavy.own is own and own.__spec__.loader is own.__loader__ and own.__file__.endswith("own.py")
+    importlib.reload(own)
+    assert heavy.times == 2
+
+
+def test_parts_of_torch_can_be_imported_first(run_python):
+    done = run_python("import backend, torch.distributed; print(torch.distributed.is_available())")
+    assert done.stdout.split() in (["True"], ["False"]), done.stderr
 
 
 def test_threads_that_use_it_at_once_load_it_once(package):
@@ -79,6 +98,32 @@ def test_a_module_that_fails_says_so_and_is_gone(package):
     assert "broken" not in sys.modules
 
 
+def test_out_of_sight_until_it_is_loaded(package):
+    deferred.defer("heavy")
+    standing_in = sys.modules["heavy"]
+    with deferred.out_of_sight():
+        assert "heavy" not in sys.modules
+    assert sys.modules["heavy"] is standing_in and package == []
+    with deferred.out_of_sight():
+        import heavy
+    assert sys.modules["heavy"] is heavy is not standing_in and heavy.value == 3  # whoever imports it there gets it
+    assert standing_in.Thing is heavy.Thing and type(standing_in) is type(sys) and package == [1]
+    with deferred.out_of_sight():
+        assert sys.modules["heavy"] is heavy
+
+
+def test_curves_are_drawn_without_torch(run_python, tmp_path):
+    """Regression: matplotlib found it among the modules, so the end of every run took a second longer."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"type": "train", "step": 1, "loss": 2.0}\n{"type": "train", "step": 2, "loss": 1.0}\n')
+    code = (
+        "import backend, curves, sys\n"
+        f"curves.draw_curves({str(metrics)!r}, {str(tmp_path / 'curves.png')!r}); print('torch.nn' in sys.modules)"
+    )
+    done = run_python(code)
+    assert done.stdout.split() == ["False"] and (tmp_path / "curves.png").is_file(), done.stderr
+
+
 def test_commands_start_without_torch(run_python):
     """Regression: transformers and mlx-lm took more than a second to import torch and wandb, which nobody used."""
     code = (
@@ -98,11 +143,25 @@ def test_many_imports_are_not_searched_for_garbage():
     gc.unfreeze()
 
 
-def test_evaluating_takes_no_sentence_transformers(run_python):
-    """Regression: `mteb.evaluate` imports it, and half of torch with it, to see that the model is none of its."""
+def test_evaluating_on_folders_takes_neither_mteb_nor_torch(run_python):
+    """Regression: with mteb came torch, scipy, scikit-learn, pandas and datasets: 2.4 of 4.8 s before a step."""
     code = (
         "import sys, eval\n"
         "eval.main(['--model', 'gemma-3-tiny-mlx', '--eval-tasks', 'eval-data'])\n"
+        "print([m for m in ('mteb', 'torch.nn', 'scipy', 'sklearn', 'pandas', 'datasets') if m in sys.modules])"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_evaluating_on_tasks_of_mteb_takes_no_sentence_transformers(run_python):
+    """Regression: `mteb.evaluate` imports it, and half of torch with it, to see that the model is none of its."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import embed, eval, mteb_tasks\n"
+        "from pathlib import Path; from comparison import Evaluation; from mteb_folder import mteb_task\n"
+        "searcher = eval.searcher_of(embed.load('gemma-3-tiny-mlx'), 'eval-data')\n"
+        "eval.add_task(Evaluation('m', {}, {}, {}), searcher, mteb_tasks.Task(mteb_task(Path('eval-data'))))\n"
         "print('mteb' in sys.modules, 'sentence_transformers' in sys.modules)"
     )
     done = run_python(code)

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 import mining
 import negatives
 import rows as row_files
-from negatives import NO_DOCUMENT, Rules, Sources
+import topk
+from negatives import Rules, Sources
 from rerank_eval import bm25, bm25_scores
+from topk import NO_DOCUMENT
 from work_folder import Work
 
 NONE = np.zeros(0, np.int64)
@@ -109,7 +111,7 @@ def test_blocks_of_any_size_give_the_same(data, count, queries, k):
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
 def test_keys_sort_as_scores_and_come_back(scores):
     scores = np.array([scores], np.float32)
-    found, back = negatives.unpack(-np.sort(-negatives.pack(scores, np.arange(7, 7 + scores.shape[1]))))
+    found, back = topk.unpack(-np.sort(-topk.pack(scores, np.arange(7, 7 + scores.shape[1]))))
     order = np.lexsort((np.arange(scores.shape[1]), -scores[0]))
     real = ~np.isneginf(scores[0][order])
     assert found[0].tolist() == np.where(real, order + 7, NO_DOCUMENT).tolist()
