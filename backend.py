@@ -120,12 +120,3 @@ def describe() -> str:
 def peak_memory() -> int:
     """Most bytes that mlx arrays held since the start or the last `mx.reset_peak_memory()`."""
     return mx.get_peak_memory()
-
-
-def bound_cache() -> None:
-    """After a step on a GPU: keep no more freed arrays than a step takes at its peak.
-
-    What the next one asks for has other shapes, so mlx would go on until all memory is taken (benchmarks/LOG.md).
-    """
-    if IS_GPU:
-        mx.set_cache_limit(mx.get_peak_memory())

@@ -5,6 +5,7 @@ every command, for nothing that MLX needs. Called by backend.py; it imports neit
 """
 
 import gc
+import importlib
 import importlib.util
 import sys
 import threading
@@ -24,6 +25,9 @@ class _Deferred(ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:
+        place = self.__spec__.name
+        if sys.modules.get(place, self) is not self:  # imported by somebody while this was `out_of_sight`
+            return getattr(importlib.import_module(place), name)
         with _loading:  # whoever comes second waits until everything is there; who comes again is the module itself
             if "__begun__" not in self.__dict__ and type(self) is _Deferred:
                 self.__begun__ = True
@@ -34,6 +38,7 @@ class _Deferred(ModuleType):
 
     def _load(self) -> None:
         spec = self.__spec__
+        sys.modules[spec.name] = self  # where its own parts look for it, also while this is `out_of_sight`
         if spec.submodule_search_locations is not None:
             self.__path__ = spec.submodule_search_locations
         try:
@@ -94,16 +99,14 @@ def out_of_sight() -> Iterator[None]:
     """Here, what is deferred and not loaded is in no table of modules: matplotlib takes any torch there for one in use,
     and asks each array whether it is a tensor."""
     with _loading:
-        hidden = {name: module for name, module in sys.modules.items() if type(module) is _Deferred}
+        hidden = {name: module for name, module in list(sys.modules.items()) if type(module) is _Deferred}
         for name in hidden:
             del sys.modules[name]
     try:
         yield
     finally:
         for name, module in hidden.items():
-            if (real := sys.modules.setdefault(name, module)) is not module:  # somebody has imported it meanwhile
-                module.__dict__.update(vars(real))
-                object.__setattr__(module, "__class__", ModuleType)
+            sys.modules.setdefault(name, module)  # unless somebody has imported it meanwhile
 
 
 @contextmanager

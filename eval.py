@@ -76,9 +76,12 @@ class _DenseSearcher(Searcher):
         nearest = Nearest(self.encode(list(queries.values()), "query"), top_k, count)
         for first in range(0, count, DOCUMENTS):
             nearest.add(self.encode(corpus.texts(range(first, min(first + DOCUMENTS, count))), "document"))
+        best_numbers, best_scores = nearest.best()
+        if not np.isfinite(best_scores).all():
+            raise FloatingPointError(f"{self.task}: products of query and document embeddings are not finite")
         return {
             query: {corpus.ids[i]: score for i, score in zip(numbers, scores, strict=True)}
-            for query, numbers, scores in zip(queries, *(best.tolist() for best in nearest.best()), strict=True)
+            for query, numbers, scores in zip(queries, best_numbers.tolist(), best_scores.tolist(), strict=True)
         }
 
 
@@ -121,21 +124,23 @@ def score_rankings(qrels: dict[str, dict[str, int]], rankings: Rankings) -> dict
 def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
     """({label: task}, {name: why it is unreachable}); settled once a process, so later calls cost nothing.
 
-    Raises UserError for a folder or a name that is wrong.
+    A folder's label is its last part, or the whole path where another task would have the same. Raises UserError for a
+    folder or a name that is wrong.
     """
     loaded, unreachable = {}, {}
     of_mteb = eval_tasks.check_folders(names)
-    for name in dict.fromkeys(names):
-        task, label = None, name
-        if name in of_mteb:
-            task, why_not = mteb_tasks.load(name, show_progress)
-        else:
-            folder = Path(name).expanduser().resolve()
-            task, label = eval_tasks.load(folder), folder.name
+    # A folder that is named twice, in whatever way, is one task.
+    asked = dict.fromkeys(name if name in of_mteb else Path(name).expanduser().resolve() for name in names)
+    short = [each.name if isinstance(each, Path) else each for each in asked]
+    for each, label in zip(asked, short, strict=True):
+        if isinstance(each, Path):
+            loaded[label if short.count(label) == 1 else str(each)] = eval_tasks.load(each)
+            continue
+        task, why_not = mteb_tasks.load(each, show_progress)
         if task is None:
-            unreachable[name] = why_not
+            unreachable[each] = why_not
         else:
-            loaded[name if label in loaded else label] = task
+            loaded[each] = task
     return loaded, unreachable
 
 

@@ -50,7 +50,7 @@ class Folder:
     """A folder in BEIR layout as a task. Weak references to it live as long as it is in the cache of `load`."""
 
     def __init__(self, folder: Path, state: tuple):
-        documents, queries, self.qrels = read_folder(folder, state)
+        documents, queries, self.qrels = _read(folder, state)
         rows = list(documents.values())
         self.corpus = Corpus(list(documents), lambda numbers: [document_text(*rows[i]) for i in numbers])
         self.queries = {query: text for query, (_, text) in queries.items()}
@@ -75,7 +75,7 @@ def check_folders(names: Sequence[str]) -> list[str]:
     for name in names:
         folder = Path(name).expanduser()
         if folder.is_dir():
-            read_folder(*_state(folder))
+            read_folder(folder)
         elif len(folder.parts) > 1 or folder.exists():  # no task of MTEB is called like that
             raise UserError(f"{name}: no such folder")
         else:
@@ -84,6 +84,14 @@ def check_folders(names: Sequence[str]) -> list[str]:
 
 
 # --- folders in BEIR layout ---
+
+
+def read_folder(folder: Path) -> tuple[Texts, Texts, Qrels]:
+    """Documents, judged queries and judgements, sorted by id: the order of the files must not decide ties.
+
+    Read once a process as long as the files stay as they are. Raises UserError for what is not sound.
+    """
+    return _read(*_state(folder))
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -172,8 +180,7 @@ def _state(folder: Path) -> tuple[Path, tuple]:
 
 
 @functools.lru_cache(maxsize=16)
-def read_folder(folder: Path, _state: tuple = ()) -> tuple[Texts, Texts, Qrels]:
-    """Documents, judged queries and judgements, sorted by id: the order of the files must not decide ties."""
+def _read(folder: Path, state: tuple) -> tuple[Texts, Texts, Qrels]:
     corpus, queries = read_texts(folder, "corpus"), read_texts(folder, "queries")
     qrels = _read_qrels(_qrels_file(folder), queries, corpus)
     return dict(sorted(corpus.items())), {q: queries[q] for q in sorted(qrels)}, qrels

@@ -55,7 +55,8 @@ def free() -> int:
     if backend.IS_GPU:
         info = mx.device_info()
         whole = info.get("max_recommended_working_set_size") or info.get("total_memory") or mx.get_memory_limit()
-        return int(min(whole - mx.get_active_memory(), info.get("free_memory") or whole))
+        unused = info["free_memory"] + mx.get_cache_memory() if info.get("free_memory") else whole
+        return int(min(whole - mx.get_active_memory(), unused))
     found = [value for value in (_free_of_machine(), *_free_of_groups()) if value is not None]
     if not found:  # macOS tells no more than how much is built in
         found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
@@ -139,10 +140,24 @@ def _cost(step: "Differentiator", rows) -> tuple[int, int]:  # noqa: F821
     return mx.get_peak_memory() - active, parts[0].nbytes // len(parts[0])
 
 
-def _set_limits(whole: int, estimate: int) -> None:
-    """Let mlx keep freed memory for the next step, as far as there is room, and on Metal what is used resident."""
+def bound_cache() -> None:
+    """After a step on a GPU: keep no more freed arrays than there is room for beside the peak of what is used.
+
+    What the next step asks for has other shapes, so mlx would go on until all memory is taken (benchmarks/LOG.md).
+    """
     if backend.IS_GPU:
-        mx.set_cache_limit(min(estimate, max(whole - estimate, whole // 16)))
+        _bound_cache(mx.get_active_memory() + free(), backend.peak_memory())
+
+
+def _bound_cache(whole: int, used: int) -> None:
+    """Of `whole` bytes: let mlx keep what is freed for the next step, as far as there is room beside `used`."""
+    mx.set_cache_limit(min(used, max(whole - used, whole // 16)))
+
+
+def _set_limits(whole: int, estimate: int) -> None:
+    """Bound what mlx keeps, and on Metal let what is used be resident."""
+    if backend.IS_GPU:
+        _bound_cache(whole, estimate)
     if platform.system() == "Darwin" and mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 

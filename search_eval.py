@@ -51,7 +51,7 @@ def read_queries(source: str | Path) -> list[Query]:
     """The queries of a JSON-lines file, or of a folder in BEIR layout; UserError naming the line that is wrong."""
     path = Path(source).expanduser()
     if path.is_dir():
-        _, queries, qrels = eval_tasks.read_folder(path.resolve())
+        _, queries, qrels = eval_tasks.read_folder(path)
         return [
             Query(text, {Target(document): judged for document, judged in qrels[name].items() if judged > 0})
             for name, (_, text) in queries.items()

@@ -5,7 +5,8 @@
     numbers, scores = nearest.best()
 
 Memory depends on the queries, k and a block, not on how many documents there are. The order of equal scores is settled,
-so that what lies behind rank k never decides what lies before it.
+so that what lies behind rank k never decides what lies before it. Equal means to the last digit of float32, which in a
+matrix product depends on its shape: documents that are the same may differ there.
 """
 
 import numpy as np
@@ -19,7 +20,7 @@ class Nearest:
     sorted by their ids, that is how trec_eval has them.
 
     Args:
-        queries: (Q, d) float32.
+        queries: (Q, d) float32, Q > 0.
         k: how many documents each query is to find.
         count: of the documents that will come; fewer of them than k are found.
     """
@@ -32,7 +33,8 @@ class Nearest:
     def add(self, documents: np.ndarray) -> None:
         """The next documents, (N, d) float32."""
         for first in range(0, len(documents), DOCUMENTS):
-            block = documents[first : first + DOCUMENTS][::-1]  # numbered from the last one on: see `pack`
+            # Numbered from the last one on (see `pack`), and laid out so once, not in every product.
+            block = np.ascontiguousarray(documents[first : first + DOCUMENTS][::-1])
             self.left -= len(block)
             for i, part in enumerate(self.parts):
                 self.keys[i] = merge(self.keys[i], part @ block.T, self.left, self.k)

@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # heavy: wired only when a run begins, so that --help is quic
     from chat.run import ChatRun
     from retrieval_run import Run
 
-DESCRIPTION = "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation through MTEB."
+DESCRIPTION = (
+    "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation on your folders or MTEB."
+)
 EPILOG = (
     "Exit codes: 0 done, 2 bad input (nothing is lost), 3 another rank was lost, 130 and 143 stopped by Ctrl-C or "
     "SIGTERM, saved. mlx.launch itself always exits with 0: a run is done when it has the folder final."

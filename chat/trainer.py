@@ -19,6 +19,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 import checkpoint
+import memory
 from chat.data import ChatBatches, Counts, Part
 from config import Settings
 from loop import Loop, State, due, learning_rate, signals
@@ -201,7 +202,7 @@ class ChatTrainer(Loop):
 
     def on_train_loss_report(self, info: dict) -> None:
         """What mlx-lm calls after each step."""
-        backend.bound_cache()
+        memory.bound_cache()
         settings, state, step = self.settings, self.state, self.state.step + 1
         loss, norm = info["train_loss"], self.optimizer.state["grad_norm"].item()
         counts, trained = self.batches.counts(self._numbers), 0

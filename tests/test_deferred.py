@@ -107,9 +107,30 @@ def test_out_of_sight_until_it_is_loaded(package):
     with deferred.out_of_sight():
         import heavy
     assert sys.modules["heavy"] is heavy is not standing_in and heavy.value == 3  # whoever imports it there gets it
-    assert standing_in.Thing is heavy.Thing and type(standing_in) is type(sys) and package == [1]
+    assert standing_in.Thing is heavy.Thing and package == [1]
     with deferred.out_of_sight():
         assert sys.modules["heavy"] is heavy
+
+
+def test_used_while_out_of_sight_it_is_loaded_once(package):
+    """Regression: its own parts found it in no table, and loaded it a second time."""
+    deferred.defer("heavy")
+    standing_in = sys.modules["heavy"]
+    with deferred.out_of_sight():
+        assert standing_in.value == 3
+    assert sys.modules["heavy"] is standing_in and package == [1]
+
+
+def test_an_import_may_outlast_what_is_out_of_sight(package):
+    """Regression: the half of the module that was there by then stayed all that was ever found."""
+    deferred.defer("heavy")
+    standing_in, thread = sys.modules["heavy"], threading.Thread(target=importlib.import_module, args=["heavy"])
+    with deferred.out_of_sight():
+        thread.start()
+        while "heavy" not in sys.modules:
+            pass
+    assert standing_in.value == 3 and package == [1]
+    thread.join()
 
 
 def test_curves_are_drawn_without_torch(run_python, tmp_path):

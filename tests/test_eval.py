@@ -25,7 +25,7 @@ import eval_tasks
 import mteb_tasks
 import precision
 from comparison import METRICS, Evaluation, compare, print_comparison, print_table
-from eval import evaluate
+from eval import evaluate, load_tasks
 from retrieval_config import RetrievalConfig
 
 ROOT = Path(__file__).parent.parent
@@ -238,6 +238,17 @@ def test_non_finite_embeddings_are_refused(fruit):
         evaluate(WordCounts(break_at=1), [str(fruit)])
 
 
+def test_non_finite_scores_are_refused(fruit):
+    """Regression: finite vectors whose product is -inf ended in an IndexError."""
+
+    class Huge(WordCounts):
+        def encode(self, texts, prompt=None, show_progress=False):
+            return super().encode(texts, prompt) * np.float32(-3e38 if prompt == "document" else 3e38)
+
+    with np.errstate(over="ignore"), pytest.raises(FloatingPointError, match="fruit: products .* are not finite"):
+        evaluate(Huge(), [str(fruit)])
+
+
 def test_queries_without_a_positive_judgement_do_not_count(tmp_path):
     extra = FRUIT["qrels"] + "q3\td1\t0\n"
     plain = evaluate(WordCounts(), [str(write_folder(tmp_path / "a" / "fruit", **FRUIT))])
@@ -249,10 +260,20 @@ def test_queries_without_a_positive_judgement_do_not_count(tmp_path):
 def test_several_folders_and_their_average(fruit, words, tmp_path):
     twin = shutil.copytree(fruit, tmp_path / "other" / "fruit")
     result = evaluate(WordCounts(), [str(fruit), str(words), str(fruit), str(twin)])
-    assert list(result.tasks) == ["fruit", "words", str(twin)]
+    assert list(result.tasks) == [str(fruit), "words", str(twin)]
     means = result.average()
     assert means["mrr_at_10"] == pytest.approx(np.mean([s["mrr_at_10"] for s in result.tasks.values()]))
     assert evaluate(WordCounts(), []).average() == {}
+
+
+def test_no_folder_takes_the_place_of_another(fruit, tmp_path, monkeypatch):
+    """Regression: of a/x and x only the second was evaluated, and x and ./x counted twice."""
+    smaller = write_folder(tmp_path / "other" / "fruit", FRUIT["corpus"][:2], FRUIT["queries"], "q1\td1\t1\n")
+    monkeypatch.chdir(fruit.parent)
+    loaded, _ = load_tasks([str(smaller), "fruit", "./fruit"])
+    assert {label: len(task.corpus.ids) for label, task in loaded.items()} == {str(smaller): 2, str(fruit): 3}
+    loaded, _ = load_tasks(["./fruit", "fruit"])
+    assert list(loaded) == ["fruit"]
 
 
 @pytest.mark.skipif(not MEDQUAD.is_dir(), reason="shared/data/medquad is missing")

@@ -140,17 +140,22 @@ def test_a_device_that_does_not_recover(settings, short, monkeypatch):
 
 
 def test_gpus_keep_no_more_freed_memory_than_a_step_takes(settings, monkeypatch):
-    """Regression, CUDA: steps of other shapes each left their arrays behind, until the card was full."""
-    trainer, limits = train.prepare(settings()).trainer, []
+    """Regression, CUDA: steps of other shapes each left their arrays behind, until the card was full; and where a step
+    takes more than half of it, as much again is too much."""
+    trainer, limits, whole = train.prepare(settings()).trainer, [], [GB]
+    monkeypatch.setattr(memory, "free", lambda: whole[-1] - mx.get_active_memory())
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
     trainer.update(trainer.batches.batch(0), 1)
     assert limits == []  # CPUs have a limit of their own
     monkeypatch.setattr(backend, "IS_GPU", True)
     trainer.update(trainer.batches.batch(1), 2)
-    assert limits == [backend.peak_memory()]
-    trainer.settings.micro_batch_tokens = "auto"
+    assert limits.pop() == backend.peak_memory()
+    whole.append(16_000)
     trainer.update(trainer.batches.batch(2), 3)
-    assert len(limits) == 1
+    assert limits.pop() == 1_000
+    trainer.settings.micro_batch_tokens = "auto"
+    trainer.update(trainer.batches.batch(3), 4)
+    assert limits == []
     for estimate, kept in ((3 * GB, 3 * GB), (12 * GB, 4 * GB), (16 * GB, GB)):  # of 16 GB: what is left, or a little
         memory._set_limits(16 * GB, estimate)
         assert limits.pop() == kept

@@ -5,6 +5,7 @@ python -m pytest tests/test_search_eval.py
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 from backend import UserError
@@ -163,6 +164,15 @@ def test_bad_rows_are_named(tmp_path, row, message):
     with pytest.raises(UserError, match=message) as caught:
         read_queries(path)
     assert f"{path}:3: " in str(caught.value) or not row
+
+
+def test_folder_is_read_again_when_a_file_changes(beir, tmp_path):
+    """Regression: its first state was kept as long as the process lived."""
+    folder = shutil.copytree(beir, tmp_path / "copy")
+    count = len(read_queries(folder))
+    lines = (folder / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
+    (folder / "qrels" / "test.tsv").write_text("".join(lines[:-3]))
+    assert len(read_queries(folder)) == count - 1  # a query has three lines
 
 
 def test_rows_become_queries(tmp_path):
