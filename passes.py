@@ -11,8 +11,9 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 
 import backend
 from backend import UserError, mx, nn
@@ -58,7 +59,8 @@ class Worker:
             while True:
                 task, answer = self._tasks.get()
                 try:
-                    answer.set_result(task())
+                    if answer.set_running_or_notify_cancel():
+                        answer.set_result(task())
                 except BaseException as error:  # it belongs to whoever waits for the answer
                     answer.set_exception(error)
                 del task, answer  # what they hold should not live until the next task comes
@@ -67,6 +69,17 @@ class Worker:
 @functools.cache
 def _workers() -> list[Worker]:
     return [Worker() for _ in range(backend.WORKERS)]
+
+
+@contextmanager
+def _at_work(answers: Collection[Future]) -> Iterator[None]:
+    """Whoever leaves, if by an error, leaves no worker behind: while it builds a graph, the model holds its tracers."""
+    try:
+        yield
+    finally:
+        for answer in answers:
+            answer.cancel()
+        wait(answers)
 
 
 def shares(rows: Sequence[MicroBatch], count: int) -> list[list[int]]:
@@ -205,8 +218,10 @@ class Passes:
             for worker, functions, share in self._spread(rows):
                 for i in share:
                     answers[i] = worker.submit(functools.partial(task, functions, i))
-            for i in range(len(rows)):
-                yield answers.pop(i).result()
+            with _at_work(answers.values()):
+                for i in range(len(rows)):
+                    yield answers[i].result()
+                    del answers[i]
 
     def _worth_keeping(self, rows: Sequence[MicroBatch]) -> set[int]:
         """Micro-batches whose products find room, as many of every worker's as of the others'."""
@@ -248,7 +263,8 @@ class Passes:
                 worker.submit(functools.partial(task, functions, share))
                 for worker, functions, share in self._spread(rows)
             ]
-            parts = [part for answer in answers if (part := answer.result()) is not None]
+            with _at_work(answers):
+                parts = [part for answer in answers if (part := answer.result()) is not None]
         total = functools.reduce(functools.partial(tree_map, mx.add), parts)
         mx.eval(total)
         return total

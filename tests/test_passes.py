@@ -3,7 +3,9 @@
 python -m pytest tests/test_passes.py
 """
 
+import itertools
 import json
+import time
 
 import backend
 from backend import UserError, mx, nn
@@ -160,6 +162,27 @@ def test_an_error_in_a_worker_reaches_the_caller(monkeypatch, model, rows):
             list(of.representations(rows))
     found = list(of.representations(rows))  # and the worker lives on, with the model's own weights
     np.testing.assert_allclose(np.array(found[0]), np.array(model(rows[0])), atol=1e-6)
+
+
+@compiled
+def test_an_error_leaves_no_worker_behind(monkeypatch, model, rows):
+    """Regression: the next worker was still building its graph, so that the model held tracers, not its weights."""
+    calls = itertools.count()
+
+    def fail(*_):
+        time.sleep(0.3 if next(calls) else 0)
+        raise UserError("no")
+
+    monkeypatch.setattr(type(model.head), "__call__", fail)
+    for use in (lambda of: list(of.representations(rows)), lambda of: of.gradient(rows, range(5), [mx.zeros(1)] * 5)):
+        calls = itertools.count()
+        with pytest.raises(UserError, match="no"):
+            use(Passes(model))
+        begun = next(calls)
+        for _ in range(20):
+            mx.eval(model.parameters())
+            time.sleep(0.01)
+        assert next(calls) == begun + 1
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 5))

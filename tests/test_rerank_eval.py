@@ -271,7 +271,7 @@ def test_the_first_stage_is_asked_once(words, tmp_path):
     assert one == two
     assert deeper == evaluate_reranker(Hash(), [str(folder)], WordCounts(), depth=20)[1]  # asked anew, found the same
     both, _ = evaluate_reranker(Hash(), [str(words), str(folder)], model)  # two of one name
-    assert list(both.tasks) == list(both.per_query) == ["words", str(folder)]
+    assert list(both.tasks) == list(both.per_query) == [str(words), str(folder)]
     before, _ = evaluate_reranker(Hash(), [str(folder)], model)
     assert list(before.tasks) == ["words"]
 
