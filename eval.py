@@ -15,6 +15,7 @@ command says about the saved model.
 import argparse
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +44,7 @@ class Encoder(Protocol):
         """Vectors (n, D), float32, in the texts' order; `prompt` is "query" or "document"."""
 
 
-class Searcher:
+class Searcher(ABC):
     """Finds documents for queries; what evaluation needs beside figures.
 
     Args:
@@ -55,9 +56,9 @@ class Searcher:
     def __init__(self, model: Any, task: str, show_progress: bool = False):
         self.model, self.task, self.show_progress = model, task, show_progress
 
+    @abstractmethod
     def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
         """query id -> document id -> score of at most `top_k` documents. `part`: split and subset of the task."""
-        raise NotImplementedError
 
 
 class _DenseSearcher(Searcher):

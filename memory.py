@@ -141,7 +141,7 @@ def _cost(step: "Differentiator", rows) -> tuple[int, int]:  # noqa: F821
 
 
 def bound_cache() -> None:
-    """After a step on a GPU: keep no more freed arrays than there is room for beside the peak of what is used.
+    """After a step on a GPU: keep no more freed arrays than a step takes at its peak, nor than find room beside it.
 
     What the next step asks for has other shapes, so mlx would go on until all memory is taken (benchmarks/LOG.md).
     """

@@ -139,6 +139,16 @@ def test_a_device_that_does_not_recover(settings, short, monkeypatch):
         trainer.update(trainer.batches.batch(0), 1)
 
 
+@pytest.mark.parametrize(("unused", "room"), [(3 * GB, 5 * GB), (9 * GB, 10 * GB), (None, 10 * GB)])
+def test_what_mlx_keeps_on_a_gpu_is_free(monkeypatch, unused, room):
+    """Of 11 GB: the driver counts what mlx keeps as taken, and knows of other processes; some tell nothing of it."""
+    monkeypatch.setattr(backend, "IS_GPU", True)
+    told = {"total_memory": 11 * GB} | ({"free_memory": unused} if unused else {})
+    for name, value in (("device_info", told), ("get_active_memory", GB), ("get_cache_memory", 2 * GB)):
+        monkeypatch.setattr(mx, name, lambda value=value: value)
+    assert memory.free() == room
+
+
 def test_gpus_keep_no_more_freed_memory_than_a_step_takes(settings, monkeypatch):
     """Regression, CUDA: steps of other shapes each left their arrays behind, until the card was full; and where a step
     takes more than half of it, as much again is too much."""
