@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from backend import UserError
-
 import numpy as np
 
-from batching import Texts
-from rows import Example, Rows
-from tokens import TextTokenizer
+from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.models.batching import Texts
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.utils.errors import UserError
 
 
 @dataclass(frozen=True)

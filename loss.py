@@ -13,7 +13,7 @@ negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aw
 from collections.abc import Callable
 from typing import NamedTuple
 
-from backend import mx
+from mlx_retrieval.backend import mx
 
 
 class Pairs(NamedTuple):

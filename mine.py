@@ -15,21 +15,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backend import UserError
-
-import code_pairs
-import mine_negatives
-import mining
-import teacher
-from code_pairs.languages import BY_SUFFIX, LANGUAGES
-from reporting import print_lines, print_rows
-from work_folder import progress_bar
+from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
+from mlx_retrieval.mining import code_pairs, negatives_command, teacher
+from mlx_retrieval.mining import output as mining_output
+from mlx_retrieval.utils.console import print_lines, print_rows
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
 
 
 def mine_code(args: argparse.Namespace) -> None:
     """Write the pairs of `args.paths` to `args.output`, all or nothing, and print what was counted."""
     output = Path(args.output).expanduser()
-    mining.check_output(output, args.overwrite)
+    mining_output.check_output(output, args.overwrite)
     if not 0 < args.min_lines <= args.max_lines:
         raise UserError(f"--min-lines {args.min_lines} --max-lines {args.max_lines}: needs 0 < min <= max")
     rules = code_pairs.Rules(args.languages, args.min_lines, args.max_lines, args.include_tests, args.keep_duplicates)
@@ -113,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     code.add_argument("--include-tests", action="store_true", help="mine tests, too")
     code.add_argument("--keep-duplicates", action="store_true", help="keep duplicates, near duplicates, same queries")
     code.set_defaults(run=mine_code)
-    mine_negatives.add_command(commands)
+    negatives_command.add_command(commands)
     teacher.add_command(commands)
     return parser
 

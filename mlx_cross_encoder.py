@@ -23,17 +23,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backend import UserError
-
 import numpy as np
 
-import checkpoint
-import train
-from config import Settings, flag
-from reporting import print_lines
-from rerank import Reranker
-from rerankers import groups
-from rows import Rows
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.models import loading
+from mlx_retrieval.training import checkpoint, rerank_batches
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.config import Settings, flag
+from mlx_retrieval.utils import files as utils_files
+from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.errors import UserError
 
 QWEN3 = "Qwen/Qwen3-Reranker-0.6B"
 TYPES = {"qwen3": "qwen3", "cross-encoder": "cross-encoder", "cross_encoder": "cross-encoder"}
@@ -86,7 +86,7 @@ class TriBridMLXReranker(Reranker):
         kind = TYPES.get(reranker_type.lower()) if reranker_type else None
         if reranker_type and kind is None:
             raise UserError(f"reranker_type {reranker_type}: known are {', '.join(TYPES)}")
-        if adapter_path and not checkpoint.is_adapter(Path(adapter_path).expanduser()):
+        if adapter_path and not loading.is_adapter(Path(adapter_path).expanduser()):
             raise UserError(f"adapter_path {adapter_path}: no saved adapter's folder")
         if not (model_name or adapter_path):
             if kind not in (None, "qwen3"):
@@ -246,20 +246,20 @@ class _Trainer:
         data = {"train_data": train_data} | ({} if eval_data is None else {"eval_data": eval_data})
         _, best, folder = self._folders()
         with _named_here({folder / "data" / FILES[name]: name for name in data}, model_name=self.name):
-            checkpoint.write_folder(folder / "data", partial(_write, data))
+            utils_files.write_folder(folder / "data", partial(_write, data))
             rows = Rows([folder / "data" / FILES["train_data"]], self.config.skip_bad_rows)
             settings = self.config.settings(self.name, self.kind, len(rows))
             self.model, self._save = self._own, None  # makes room, where the model was loaded here
             settings.overwrite = checkpoint.holds_run(folder)  # `_folders` has asked
-            run = train.prepare(settings)
+            run = training_run.prepare(settings)
             if run.trainer.validation:
                 try:
-                    groups.check(run.trainer.validation.rows, settings)
+                    rerank_batches.check(run.trainer.validation.rows, settings)
                 except UserError as error:
                     raise UserError(f"eval_data: {error}") from error
             if best.is_dir():
                 shutil.rmtree(best)  # of the run that is replaced
-            train.carry_out(run)
+            training_run.carry_out(run)
         trainer, self._save, self._trained = run.trainer, run.trainer.save_model, True
         parts = (trainer.model, run.retrieval, trainer.batches.tokenizer, self.name)
         if self._own:
@@ -269,7 +269,7 @@ class _Trainer:
         if (folder / "best").is_dir():
             left_out = shutil.ignore_patterns(checkpoint.STATE, checkpoint.OPTIMIZER)
             copy = partial(shutil.copytree, folder / "best", ignore=left_out, dirs_exist_ok=True)
-            checkpoint.write_folder(best, copy)
+            utils_files.write_folder(best, copy)
             lines.append(("best", str(best)))
         print_lines(lines)
         return {"steps": trainer.state.step, "best_step": trainer.state.best_step, "folder": str(folder)}
@@ -280,7 +280,7 @@ class _Trainer:
             raise UserError("nothing to save: train first")
         path = self.config.folders()[0] if path is None else Path(path).expanduser()
         _check_replaceable(path)
-        checkpoint.write_folder(path, self._save)
+        utils_files.write_folder(path, self._save)
         return path
 
     save = save_adapter
@@ -288,7 +288,7 @@ class _Trainer:
     def _folders(self) -> tuple[Path, Path, Path]:
         """The config's, which have room; UserError where something is there that is not to be replaced."""
         last, best, folder = self.config.folders()
-        taken = [path for path in (last, best) if checkpoint.is_adapter(path)] + [folder] * checkpoint.holds_run(folder)
+        taken = [path for path in (last, best) if loading.is_adapter(path)] + [folder] * checkpoint.holds_run(folder)
         if taken and not (self.config.overwrite or self._trained):
             raise UserError(f"{taken[0]} is there already: name another folder, or replace it with overwrite=True")
         for path in (last, best):
@@ -309,7 +309,7 @@ class MLXCrossEncoderTrainer(_Trainer):
     def __init__(self, model: MLXCrossEncoder, config: MLXCrossEncoderConfig):
         if config.pretrained_path not in (None, model.name):
             raise UserError(f"pretrained_path {config.pretrained_path}, but the model is {model.name}")
-        if checkpoint.is_adapter(Path(model.name).expanduser()):
+        if loading.is_adapter(Path(model.name).expanduser()):
             raise UserError(f"{model.name} is an adapter: training begins at a base model")
         if config.max_length is None:
             config = replace(config, max_length=model.config.max_length)
@@ -331,5 +331,5 @@ def _write(data: Mapping[str, Iterable[Mapping]], folder: Path) -> None:
 
 def _check_replaceable(path: Path) -> None:
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and not checkpoint.is_adapter(path):
+    if not empty and not loading.is_adapter(path):
         raise UserError(f"{path}: not an adapter's folder, so it is not replaced")

@@ -15,8 +15,6 @@ for hit in searcher.search("where are gradients cached", top=5): print(hit.path,
 """
 
 import argparse
-import dataclasses
-import functools
 import json
 import os
 import re
@@ -27,113 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import backend
-from backend import UserError
-
-import chunks
-import search_files
+from mlx_retrieval import backend
+from mlx_retrieval.dataset.source_code import file_tree
+from mlx_retrieval.retrieval import chunks
+from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
+from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from embed import Model
-    from rerank import Reranker
-    from search_index import Hit
-    from search_update import Summary
-
-# The first is the default: with trained models it found more than both fused (benchmarks/code_search.py).
-MODES = ("semantic", "hybrid", "bm25")
-DEPTH = 50  # hits that a reranker orders anew
-
-
-class Searcher:
-    """An index and, from the first search that needs it, the model that made it.
-
-    Args:
-        index: folder that `search.py index` made, or es://INDEX with vectors that `embed.py --to` wrote.
-        model: the model's folder or name, where it is no longer found under the name that the index knows.
-        reranker: a `rerank.Reranker`, or anything with its `score`, that orders the first hits anew; None = none does.
-        field: of the vectors in Elasticsearch; None = the only one.
-
-    Raises UserError where there is no index, and in searching where the model is not the one that made it.
-    """
-
-    def __init__(
-        self,
-        index: str | Path = ".index",
-        model: str | None = None,
-        reranker: "Reranker | None" = None,
-        field: str | None = None,
-    ):
-        from elastic.server import is_address
-
-        if is_address(str(index)):
-            from elastic.index import ElasticIndex
-
-            self.index = ElasticIndex(str(index), field)
-        else:
-            from search_index import Index
-
-            self.index = Index.open(index)
-        self._name, self.reranker = model, reranker
-
-    @functools.cached_property
-    def model(self) -> "Model":
-        """The model, loaded."""
-        import embed
-        from search_model import fingerprint
-
-        name, about = self._name or self.index.about.model, self.index.about
-        try:
-            model = embed.load(name)
-        except UserError as error:
-            hint = "" if self._name else "; --model-path names the place where the index's model is now"
-            raise UserError(f"{error}{hint}") from error
-        if fingerprint(model) != about.fingerprint:
-            what = f"another model than {about.model}," if self._name else "no longer the model"
-            raise UserError(
-                f"{name} is {what} with which {self.index.folder} was made. To make it anew: {self.index.again(name)}"
-            )
-        return model
-
-    def search(
-        self, query: str, mode: str = MODES[0], top: int = 10, weight: float = 0.5, depth: int = DEPTH
-    ) -> "list[Hit]":
-        """The best chunks for a query, best first.
-
-        Args:
-            query: plain words; nothing in it is syntax.
-            mode: "bm25", "semantic" or "hybrid", which fuses both by reciprocal ranks.
-            top: most hits.
-            weight: of semantic ranks in hybrid, from 0 (words alone) to 1 (meaning alone).
-            depth: how many hits the reranker orders anew; `score` is then the reranker's, and others are not returned.
-        """
-        if self.reranker is None:
-            return self._search(query, mode, top, weight)
-        if depth < 1:
-            raise UserError(f"--rerank-depth {depth}: at least 1")
-        hits = self._search(query, mode, max(top, depth), weight)
-        scores = self.reranker.score(query, [hit.text for hit in hits])
-        order = (-scores).argsort(kind="stable")[:top].tolist()
-        return [dataclasses.replace(hits[i], score=float(scores[i])) for i in order]
-
-    def _search(self, query: str, mode: str, top: int, weight: float) -> "list[Hit]":
-        from search_model import embed
-
-        if mode not in MODES:
-            raise UserError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
-        if not query.strip():
-            raise UserError("the query is empty")
-        if top < 1:
-            raise UserError(f"--top {top}: at least 1")
-        if not 0 <= weight <= 1:
-            raise UserError(f"--weight {weight}: between 0 and 1")
-        if mode == "bm25":
-            return self.index.bm25(query, top)
-        vector = embed(self.model, [query], "query")[0]
-        if mode == "semantic":
-            return self.index.semantic(vector, top)
-        return self.index.hybrid(query, vector, top, weight)
+    from mlx_retrieval.retrieval.base import Hit
+    from mlx_retrieval.retrieval.indexer import Summary
 
 
 # --- what is printed ---
@@ -141,7 +43,7 @@ class Searcher:
 
 def print_summary(summary: "Summary", folder: Path, is_corpus: bool) -> None:
     """Print what an indexing run did and left out."""
-    from reporting import console, print_lines, print_rows
+    from mlx_retrieval.utils.console import console, print_lines, print_rows
 
     if summary.left_out:
         rows = [(reason, f"{count:,}") for reason, count in summary.left_out.most_common()]
@@ -187,7 +89,7 @@ def print_hits(hits: "Sequence[Hit]", query: str, root: Path, is_corpus: bool) -
     """Print hits for people: where, score, name, and two lines of each."""
     from rich.text import Text
 
-    from reporting import console
+    from mlx_retrieval.utils.console import console
 
     for hit in hits:
         place = hit.path if is_corpus else f"{_shown(root / hit.path)}:{hit.line}"
@@ -220,15 +122,15 @@ def hits_to_json(hits: "Sequence[Hit]", query: str, mode: str, root: Path) -> st
 
 
 def index_command(args: argparse.Namespace) -> None:
-    import embed
-    from search_update import is_corpus, update
+    from mlx_retrieval.inference import embedder
+    from mlx_retrieval.retrieval.indexer import is_corpus, update
 
     if not 0 <= args.overlap < args.chunk_size:
         raise UserError(f"--overlap {args.overlap}: from 0 to below --chunk-size {args.chunk_size}")
     if not (root := Path(args.path).expanduser()).is_dir():
         raise UserError(f"{args.path}: no such folder")
     print(backend.describe(), file=sys.stderr)
-    folder, model = Path(args.index), embed.load(args.model_path)
+    folder, model = Path(args.index), embedder.load(args.model_path)
     limits = (args.chunk_size, args.overlap, args.max_file_size, args.exclude)
     print_summary(update(root, folder, model, *limits, rebuild=args.rebuild), folder, is_corpus(root))
 
@@ -238,7 +140,7 @@ def search_command(args: argparse.Namespace) -> None:
         raise UserError("--weight is for --hybrid")
     reranker, weight = None, 0.5 if args.weight is None else args.weight
     if args.rerank:
-        from rerank import Reranker
+        from mlx_retrieval.inference.reranker import Reranker
 
         reranker = Reranker(args.rerank)
     if args.field and not args.store:
@@ -254,22 +156,22 @@ def search_command(args: argparse.Namespace) -> None:
 
 
 def eval_command(args: argparse.Namespace) -> None:
-    import search_eval
+    from mlx_retrieval.evaluation import index_search
 
     output = Path(args.output).expanduser() if args.output else None
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: not a file in a folder that exists")
     if not 0 <= args.weight <= 1:
         raise UserError(f"--weight {args.weight}: between 0 and 1")
-    queries = search_eval.read_queries(args.queries)
+    queries = index_search.read_queries(args.queries)
     searcher = Searcher(args.index, args.model_path)
-    queries, missing = search_eval.resolve(queries, searcher.index)
+    queries, missing = index_search.resolve(queries, searcher.index)
     if missing:
         print(f"search.py: {missing:,} of the answers are not in {args.index}: they can not be found", file=sys.stderr)
-    results = search_eval.evaluate(searcher.index, searcher.model, queries, args.weight)
-    search_eval.print_table(Path(args.queries).resolve().name, results)
+    results = index_search.evaluate(searcher.index, searcher.model, queries, args.weight)
+    index_search.print_table(Path(args.queries).resolve().name, results)
     if output:
-        output.write_text(json.dumps(search_eval.to_json(results), indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(index_search.to_json(results), indent=2) + "\n", encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -287,8 +189,8 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
     overlap = f"most characters, in whole lines, that such parts share (default: {chunks.OVERLAP})"
     index.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
-    largest = f"leave out larger files, in bytes (default: {search_files.MAX_FILE_SIZE:,})"
-    index.add_argument("--max-file-size", type=int, default=search_files.MAX_FILE_SIZE, metavar="N", help=largest)
+    largest = f"leave out larger files, in bytes (default: {file_tree.MAX_FILE_SIZE:,})"
+    index.add_argument("--max-file-size", type=int, default=file_tree.MAX_FILE_SIZE, metavar="N", help=largest)
     exclude = "leave out what matches, besides what .gitignore names and in its language; may be given again"
     index.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
     index.add_argument("--rebuild", action="store_true", help="begin anew, for another model or other settings")

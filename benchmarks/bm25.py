@@ -12,16 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-import eval_tasks
-from comparison import METRICS
-from eval import score_rankings
-from rerank_eval import bm25, by_rank
+from mlx_retrieval.dataset import beir
+from mlx_retrieval.evaluation.reranking import by_rank
+from mlx_retrieval.evaluation.results import METRICS
+from mlx_retrieval.evaluation.retrieval import score_rankings
+from mlx_retrieval.retrieval.bm25 import bm25
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "eval-data")
-    corpus, queries, qrels = eval_tasks.read_folder(folder)
-    documents = {name: eval_tasks.document_text(*row) for name, row in corpus.items()}
+    corpus, queries, qrels = beir.read_folder(folder)
+    documents = {name: beir.document_text(*row) for name, row in corpus.items()}
     found = bm25(documents, {name: text for name, (_, text) in queries.items()})
     scores = score_rankings(qrels, {query: by_rank(ids) for query, ids in found.items()})
     print(f"BM25 on {folder}: {len(corpus):,} documents, {len(queries):,} queries")

@@ -19,23 +19,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-
 import numpy as np
 import yaml
 from chat_memory import random_llama
 from sides import ROOT, in_child
 
-import checkpoint
-import train
-from chat.run import prepare
-from config import Settings, for_task
-from models.source import read_safetensors
-from reporting import Reporter, print_lines, print_rows
+from mlx_retrieval import backend
+from mlx_retrieval.backbones.hub import read_safetensors
+from mlx_retrieval.models import loading
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.chat.run import prepare
+from mlx_retrieval.training.config import Settings, for_task
+from mlx_retrieval.training.reporting import Reporter
+from mlx_retrieval.utils.console import print_lines, print_rows
 
 VALID = 64
 # mlx-lm's command, in a process that has loaded the toolkit's BLAS first.
-COMMAND = "import sys, backend; from mlx_lm.lora import main; sys.argv[0] = 'mlx_lm.lora'; main()"
+COMMAND = (
+    "import sys; from mlx_retrieval import backend; from mlx_lm.lora import main; sys.argv[0] = 'mlx_lm.lora'; main()"
+)
 
 
 def write_conversations(source: Path, folder: Path, count: int) -> None:
@@ -60,14 +62,14 @@ def ours(given: dict, seed: int) -> tuple[dict, float, float]:
         sys.exit("--max-length leaves nothing of some answers, and mlx-lm's loss would be no number there")
     order = np.random.RandomState(seed).permutation(len(run.trainer.batches.rows) // size)
     run.trainer.batches.numbers = lambda k: np.arange(order[k] * size, (order[k] + 1) * size)
-    results = train.carry_out(run)
+    results = training_run.carry_out(run)
     return results, time.perf_counter() - began, run.trainer.state.seconds
 
 
 def theirs(settings: Settings, folder: Path) -> float:
     """Wall seconds of mlx-lm's command with the same settings; it writes its adapter into `folder`."""
     final = Path(settings.output) / "final"
-    adapted = json.loads((final / checkpoint.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    adapted = json.loads((final / loading.ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config = {
         "model": settings.model,
         "train": True,
@@ -103,7 +105,7 @@ def theirs(settings: Settings, folder: Path) -> float:
 def validation_loss(given: dict, adapter: Path) -> float:
     """The loss of an adapter on all validation conversations."""
     run = prepare(for_task("chat", given | {"val_batches": -1}))
-    checkpoint.load_trainable(run.trainer.model, read_safetensors(adapter / checkpoint.ADAPTERS), adapter)
+    loading.load_trainable(run.trainer.model, read_safetensors(adapter / loading.ADAPTERS), adapter)
     with tempfile.TemporaryDirectory() as name, Reporter(Path(name), 1) as report:
         return run.trainer.measure(0, report)["validation_loss"]
 

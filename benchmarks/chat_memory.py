@@ -22,12 +22,13 @@ from sides import ROOT, in_child
 
 def random_llama(folder: Path, hidden: int, layers: int, vocabulary: int, bits: int = 0, seed: int = 0) -> None:
     """Write a Llama with random weights and the embedded model's tokenizer; `bits`: 4 or 8, 0 = float32."""
-    import backend  # noqa: F401  (before mlx)
-    from backend import mx
+    from mlx_retrieval.backend import mx
 
     from mlx.utils import tree_flatten, tree_map
     from mlx_lm.models.llama import Model, ModelArgs
     from mlx_lm.utils import quantize_model
+
+    from mlx_retrieval import backend  # noqa: F401  (before mlx)
 
     config = {
         "model_type": "llama",
@@ -65,10 +66,9 @@ def conversations(folder: Path, length: int, count: int = 16) -> None:
 
 def measure(folder: str, bits: int, num_layers: int, grad_checkpoint: bool, batch: int, length: int) -> dict:
     """Peak and estimate in bytes, and tokens/s, of one case."""
-    import backend
-
-    from chat.run import prepare
-    from config import for_task
+    from mlx_retrieval import backend
+    from mlx_retrieval.training.chat.run import prepare
+    from mlx_retrieval.training.config import for_task
 
     given = {"model": f"{folder}/{bits}", "data": [f"{folder}/data"], "batch_size": batch, "max_length": length}
     given |= {"num_layers": num_layers, "grad_checkpoint": grad_checkpoint, "dry_run": True}

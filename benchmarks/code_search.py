@@ -21,21 +21,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-
 import numpy as np
 from sides import minilm
 
-import config
-import search_eval
-import search_index
-import search_update
 import train
-from code_pairs import Pair, pairs
-from comparison import Evaluation, compare
-from embed import Model, load
-from late_index import LateIndex
-from reporting import print_lines, print_rows
+from mlx_retrieval import backend
+from mlx_retrieval.evaluation import index_search
+from mlx_retrieval.evaluation.results import Evaluation, compare
+from mlx_retrieval.inference.embedder import Model, load
+from mlx_retrieval.mining.code_pairs import Pair, pairs
+from mlx_retrieval.retrieval import indexer, lance_index
+from mlx_retrieval.retrieval.late_interaction import LateIndex
+from mlx_retrieval.training import config
+from mlx_retrieval.utils.console import print_lines, print_rows
 
 MODES = ("semantic", "hybrid")
 SHOWN = ("precision_at_1", "mrr_at_10", "ndcg_at_10")
@@ -65,10 +63,10 @@ def write_task(folder: Path, held_out: list[Pair], queries: int) -> Path:
 
 def measure(model: Model, task: Path, index: Path) -> dict[str, Evaluation]:
     """Index the corpus and search it; mode -> figures."""
-    search_update.update(task, index, model, max_characters=100_000)
-    opened = search_index.Index.open(index)
-    queries, _ = search_eval.resolve(search_eval.read_queries(task), opened)
-    return search_eval.evaluate(opened, model, queries)
+    indexer.update(task, index, model, max_characters=100_000)
+    opened = lance_index.Index.open(index)
+    queries, _ = index_search.resolve(index_search.read_queries(task), opened)
+    return index_search.evaluate(opened, model, queries)
 
 
 def main() -> None:
@@ -138,8 +136,8 @@ def print_figures(kind: str, results: dict[str, dict[str, Evaluation]]) -> None:
 
 def print_candidates(model: Model, task: Path, folder: Path, counts: list[int]) -> None:
     """How many of the ten best of all functions are found, and how fast, where `counts` of them are compared."""
-    index = search_index.Index.open(folder)
-    queries = model.encode([query.text for query in search_eval.read_queries(task)][:200], prompt="query")
+    index = lance_index.Index.open(folder)
+    queries = model.encode([query.text for query in index_search.read_queries(task)][:200], prompt="query")
     stored = index.chunks.search().select(["id", "token_vectors"]).limit(None).to_arrow()
     names = stored["id"].to_pylist()
     tokens = [np.frombuffer(cell.as_buffer(), np.float16) for cell in stored["token_vectors"]]
@@ -148,7 +146,7 @@ def print_candidates(model: Model, task: Path, folder: Path, counts: list[int]) 
     best = [{names[i] for i, _ in ranking} for ranking in exact]
     rows = []
     for count in counts:
-        search_index.LATE_CANDIDATES = count
+        lance_index.LATE_CANDIDATES = count
         began = time.perf_counter()
         found = [{hit.id for hit in index.semantic(query, 10)} for query in queries]
         milliseconds = 1e3 * (time.perf_counter() - began) / len(queries)

@@ -44,8 +44,8 @@ def measure(path: Path) -> dict:
     """Open the file and take ten batches, in this process."""
     sys.path.insert(0, str(ROOT))
     from data_loader import Batches
-    from rows import Rows
-    from tokens import TextTokenizer
+    from mlx_retrieval.dataset.rows import Rows
+    from mlx_retrieval.models.tokenizer import TextTokenizer
 
     tokenizer = TextTokenizer(ROOT / "gemma-3-tiny-mlx", {}, {"query": 32, "document": 128})
     began = time.perf_counter()

@@ -22,19 +22,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-import backend
-
 import elasticsearch_server
 from sides import minilm
 
-import sources
-import train
-from config import Settings
 from data_loader import Batches
-from elastic import server
-from embed import load
-from profiling import profile
-from reporting import print_lines, print_rows
+from mlx_retrieval import backend
+from mlx_retrieval.dataset import sources
+from mlx_retrieval.dataset.elastic import server
+from mlx_retrieval.inference.embedder import load
+from mlx_retrieval.training import run
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.profiling import profile
+from mlx_retrieval.utils.console import print_lines, print_rows
 
 INDEX = "benchmark"
 FIELDS = "query=query,document=document"
@@ -67,7 +66,7 @@ def drain(settings: Settings) -> float:
 def waiting(settings: Settings) -> tuple[float, float]:
     """(seconds of a training step, its share spent waiting for data)."""
     with contextlib.redirect_stdout(io.StringIO()):
-        found = profile(train.prepare(settings))
+        found = profile(run.prepare(settings))
     return found["step"], found["data"] / found["step"]
 
 

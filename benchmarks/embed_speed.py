@@ -19,9 +19,9 @@ from sides import Side, Turn
 
 
 def ours(folder: str, texts: list[str], max_length: int, batch_tokens: int | None) -> Callable[[int], Turn]:
-    import embed
+    from mlx_retrieval.inference import embedder
 
-    model = embed.load(folder, max_length=max_length)
+    model = embedder.load(folder, max_length=max_length)
     tokens = int(model.tokenizer(texts, "document").lengths.sum())
 
     def turn(_: int) -> Turn:

@@ -63,7 +63,7 @@ def kill(folder: Path, kills: int, steps: int, save_steps: int, seed: int = 0, t
     Each process is let alone for a random time after its first step, on average long enough that the run is about over
     with the last kill.
     """
-    from config import Settings
+    from mlx_retrieval.training.config import Settings
 
     draw, began, run = random.Random(seed), time.perf_counter(), folder / "killed"
     files = {}
@@ -113,7 +113,7 @@ def _train(*flags: str) -> subprocess.Popen:
 
 
 def _records(run: Path) -> list[dict]:
-    from curves import read_metrics
+    from mlx_retrieval.training.curves import read_metrics
 
     return read_metrics(run / "metrics.jsonl")
 
@@ -129,7 +129,7 @@ def _seconds(run: Path) -> float:
 
 def _saved(run: Path) -> int:
     """The step that --resume would continue from."""
-    import checkpoint
+    from mlx_retrieval.training import checkpoint
 
     last = checkpoint.last_step(run)
     return int(last.name.removeprefix("step-")) if last else 0
@@ -137,13 +137,14 @@ def _saved(run: Path) -> int:
 
 def _loads(run: Path) -> bool:
     """Whether the newest checkpoint opens as a model, and its optimizer state is whole."""
-    from backend import mx
+    from mlx_retrieval.backend import mx
 
-    import checkpoint
+    from mlx_retrieval.models import loading
+    from mlx_retrieval.training import checkpoint
 
     if (last := checkpoint.last_step(run)) is None:
         return True  # killed before the first save
-    model, _, _ = checkpoint.open_model(None, str(last))
+    model, _, _ = loading.open_model(None, str(last))
     mx.eval(model.parameters(), checkpoint.read_safetensors(last / checkpoint.OPTIMIZER))
     return json.loads((last / checkpoint.STATE).read_text(encoding="utf-8"))["step"] == _saved(run)
 
@@ -153,11 +154,11 @@ def _loads(run: Path) -> bool:
 
 def watch(folder: Path, steps: int, longest: int = 60) -> list[tuple[int, int]]:
     """(step, resident bytes) of a run in this process, at some twenty steps; texts of 1 to `longest` words."""
-    import config
-    import train
-    from reporting import Reporter
+    from mlx_retrieval.training import config
+    from mlx_retrieval.training import run as training_run
+    from mlx_retrieval.training.reporting import Reporter
 
-    run = train.prepare(
+    run = training_run.prepare(
         config.Settings(**settings_of(folder, steps, longest, save_steps=0, output=str(folder / "long")))
     )
     found, every = [], max(1, steps // 20)
@@ -168,7 +169,7 @@ def watch(folder: Path, steps: int, longest: int = 60) -> list[tuple[int, int]]:
             if record["step"] % every == 0:
                 found.append((record["step"], resident()))
 
-    train.begin(run)
+    training_run.begin(run)
     with Watching(run.folder, steps) as report:
         run.trainer.run(report)
     return found

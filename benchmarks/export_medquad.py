@@ -18,18 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-
 from medquad import Peer
 from sides import minilm
 
-import config
 import export
 import train
-from comparison import Evaluation, compare
-from embed import load
-from eval import evaluate, evaluate_stored
-from reporting import print_rows
+from mlx_retrieval import backend
+from mlx_retrieval.evaluation.results import Evaluation, compare
+from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_stored
+from mlx_retrieval.exporters import job
+from mlx_retrieval.inference.embedder import load
+from mlx_retrieval.training import config
+from mlx_retrieval.utils.console import print_rows
 
 
 def sample(source: Path, target: Path, queries: int, documents: int) -> Path:
@@ -82,9 +82,9 @@ def main() -> None:
     if not args.adapter:
         train.train(settings)
     adapter = args.adapter or str(work / "run" / "final")
-    whole = export.export(export.Export(output=str(work / "minilm-medquad"), adapter=adapter))
+    whole = export.export(job.Export(output=str(work / "minilm-medquad"), adapter=adapter))
     quantised = [
-        export.export(export.Export(output=str(work / f"{bits}-bit"), adapter=adapter, format="mlx", quantize=bits))
+        export.export(job.Export(output=str(work / f"{bits}-bit"), adapter=adapter, format="mlx", quantize=bits))
         for bits in (8, 4)
     ]
     ours, stored = evaluate_stored(load(whole), [test], [("int8", 384), ("binary", 384)])

@@ -25,19 +25,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-from backend import mx
+from mlx_retrieval.backend import mx
 
 import mlx.optimizers as optim
 import numpy as np
 import sides
 from mlx.utils import tree_flatten
 
-import config
-import train
-from batching import Texts
 from data_loader import Batch
-from trainer import Trainer
+from mlx_retrieval import backend
+from mlx_retrieval.models.batching import Texts
+from mlx_retrieval.training import config
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.trainer import Trainer
 
 FACTORS = (1, 2, 4, 8)
 BERT = {
@@ -54,7 +54,7 @@ def trainer_of(args: argparse.Namespace, batch_size: int, **changes) -> Trainer:
     """A trainer that is ready to take steps; `changes`: other settings than MiniLM on MedQuAD."""
     settings = {"model": sides.minilm(), "max_length": 256, "eval_tasks": [], "dry_run": True} | changes
     data = [str(Path(args.data) / "train.jsonl")]
-    return train.prepare(config.Settings(data=data, batch_size=batch_size, **settings)).trainer
+    return training_run.prepare(config.Settings(data=data, batch_size=batch_size, **settings)).trainer
 
 
 def synthetic(rows: int, length: int) -> Batch:
@@ -130,7 +130,7 @@ def grow_model(args: argparse.Namespace) -> None:
 
 def random_bert(folder: Path, layers: int) -> str:
     """A folder with a random BERT and all-MiniLM's tokenizer."""
-    from models.bert import Bert
+    from mlx_retrieval.backbones.bert import Bert
 
     shape = BERT | {"num_hidden_layers": layers}
     folder.mkdir()
@@ -143,10 +143,10 @@ def random_bert(folder: Path, layers: int) -> str:
 
 def grow_corpus(args: argparse.Namespace) -> None:
     """The corpus: eval.py on 500 and more documents with 100 queries. One round: each is long."""
-    import embed
-    from eval import evaluate, load_tasks
+    from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
+    from mlx_retrieval.inference import embedder
 
-    model = embed.load(sides.minilm(), max_length=256)
+    model = embedder.load(sides.minilm(), max_length=256)
     sizes, figures = [500 * factor for factor in FACTORS], {"seconds": [], "peak MB": []}
     with tempfile.TemporaryDirectory() as folder:
         tasks = [beir_folder(args, Path(folder) / str(size), size) for size in [100, *sizes]]

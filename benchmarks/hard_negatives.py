@@ -21,20 +21,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-
 import numpy as np
 from sides import minilm, read_pairs
 
-import config
 import mine
 import train
-from comparison import METRICS, Evaluation, compare
 from data_loader import Batches
-from embed import Model, load
-from eval import evaluate
-from reporting import print_lines, print_rows
-from rows import Rows
+from mlx_retrieval import backend
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.evaluation.retrieval import evaluate
+from mlx_retrieval.inference.embedder import Model, load
+from mlx_retrieval.training import config
+from mlx_retrieval.utils.console import print_lines, print_rows
 
 
 def document_tokens(data: Path, model: Model, size: int, steps: int, seed: int) -> int:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-from backend import mx
+from mlx_retrieval.backend import mx
 
 import torch
+
+from mlx_retrieval import backend
 
 SIZES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 384, 1536), (4096, 640, 2048)]
 ROUNDS = 5

@@ -19,10 +19,10 @@ SHAPES = (256, 32, 128), (256, 180, 128)
 
 def measure(side: str) -> tuple[float, float]:
     """(seconds, peak MB beyond the arguments) of scores and both gradients; the second of two runs."""
-    import backend
-    from backend import mx
+    from mlx_retrieval.backend import mx
 
-    import maxsim
+    from mlx_retrieval import backend
+    from mlx_retrieval.models import maxsim
 
     queries, documents = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(SHAPES))
     gradient = mx.random.normal((256, 32, 256), key=mx.random.key(2))

@@ -46,8 +46,8 @@ class Outcome(NamedTuple):
 
 def evaluated(model: Any, test: str) -> tuple[np.ndarray, float, float]:
     """Vectors of the first documents, nDCG@10, and the wall seconds that this took."""
-    from embed import read_texts
-    from eval import evaluate
+    from mlx_retrieval.dataset.text_files import read_texts
+    from mlx_retrieval.evaluation.retrieval import evaluate
 
     vectors = model.encode(list(read_texts(Path(test) / "corpus.jsonl"))[:COMPARED], prompt="document")
     began = time.perf_counter()
@@ -56,9 +56,9 @@ def evaluated(model: Any, test: str) -> tuple[np.ndarray, float, float]:
 
 
 def our_side(settings: dict[str, Any], test: str) -> Outcome:
-    import config
     import train
-    from embed import load
+    from mlx_retrieval.inference.embedder import load
+    from mlx_retrieval.training import config
 
     vectors, before, evaluation = evaluated(load(settings["model"]), test)
     began = time.perf_counter()
@@ -69,12 +69,11 @@ def our_side(settings: dict[str, Any], test: str) -> Outcome:
 
 def steps_of(settings: dict[str, Any]) -> list[tuple[float, list[str], list[str]]]:
     """(learning rate, queries, positives) of every step that the toolkit takes."""
-    import config
-    import train
-    from trainer import learning_rate
+    from mlx_retrieval.training import config, run
+    from mlx_retrieval.training.trainer import learning_rate
 
     asked = config.Settings(**settings, dry_run=True)
-    batches, steps = train.prepare(asked).trainer.batches, []
+    batches, steps = run.prepare(asked).trainer.batches, []
     for k in range(asked.steps):
         examples = [batches.rows[i] for i in batches.row_numbers(k)]
         texts = [example.query for example in examples], [example.positive for example in examples]

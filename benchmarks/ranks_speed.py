@@ -36,9 +36,9 @@ def held(core: int, environment: dict[str, str], arguments: tuple, steps: int) -
 
     def turn(k: int) -> Turn:
         if not run:
-            import ranks
+            from mlx_retrieval.training import distributed
 
-            ranks.start(timeout=600)
+            distributed.start(timeout=600)
             trainer = prepared(*arguments).trainer
             run.extend((trainer, trainer.batches.stream(0, steps + 2)))
         trainer, stream = run

@@ -20,18 +20,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-
 import numpy as np
 from sides import minilm
 
-import config
 import train
-from comparison import Evaluation, compare
-from reporting import print_lines, print_rows
-from rerank import Reranker
-from rerank_eval import bm25, evaluate_reranker
-from rows import Rows, find_files
+from mlx_retrieval import backend
+from mlx_retrieval.dataset.rows import Rows, find_files
+from mlx_retrieval.evaluation.reranking import evaluate_reranker
+from mlx_retrieval.evaluation.results import Evaluation, compare
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.retrieval.bm25 import bm25
+from mlx_retrieval.training import config
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.utils.console import print_lines, print_rows
 
 NEGATIVES, DEPTH = 4, 50
 
@@ -145,7 +146,7 @@ def main() -> None:
         trained = time.perf_counter() - began
         evaluate("ours", Reranker(str(work / "run" / "final")), trained)
     if args.only != "ours":
-        run = train.prepare(config.Settings(**settings.to_dict() | {"dry_run": True, "loss": None}))
+        run = training_run.prepare(config.Settings(**settings.to_dict() | {"dry_run": True, "loss": None}))
         batches = []
         for k in range(args.steps):
             examples = [run.trainer.batches.rows[i] for i in run.trainer.batches.row_numbers(k)]

@@ -18,12 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend
-
 import numpy as np
 
-import rerank
-from rerankers.pairs import INSTRUCTION, PREFIX, SUFFIX, body
+from mlx_retrieval import backend
+from mlx_retrieval.inference import reranker as inference_reranker
+from mlx_retrieval.models.pair_tokenizers import INSTRUCTION, PREFIX, SUFFIX, body
 
 WIDTH = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
 QUERY = "what helps against a stone in the kidney and how long does it last"
@@ -59,7 +58,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     words = make_model(folder, args.layers)
     documents = [" ".join(row) for row in np.random.default_rng(0).choice(words, (args.documents, args.words))]
-    reranker = rerank.Reranker(str(folder), max_length=1024)
+    reranker = inference_reranker.Reranker(str(folder), max_length=1024)
     texts = reranker.tokenizer([(QUERY, documents)]).texts
     _, past = reranker._shared(texts)
     shared = past[0][0].shape[2]
@@ -68,13 +67,13 @@ def main() -> None:
 
     scores, seconds = {}, {"once": [], "in full": []}
     for turn in range(args.rounds + 1):  # the first one makes graphs and kernels
-        for way, least in (("once", rerank.SHARED_BY), ("in full", args.documents + 1)):
-            kept, rerank.SHARED_BY = rerank.SHARED_BY, least
+        for way, least in (("once", inference_reranker.SHARED_BY), ("in full", args.documents + 1)):
+            kept, inference_reranker.SHARED_BY = inference_reranker.SHARED_BY, least
             began = time.perf_counter()
             scores[way] = reranker.score(QUERY, documents)
             if turn:
                 seconds[way].append(time.perf_counter() - began)
-            rerank.SHARED_BY = kept
+            inference_reranker.SHARED_BY = kept
     for way, spent in seconds.items():
         rates = sorted(args.documents / s for s in spent)
         print(f"{way:8} {statistics.median(rates):8.2f} pairs/s ({rates[0]:.2f} - {rates[-1]:.2f})")

@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backend  # noqa: F401
-
 import numpy as np
 
-from chunks import Chunk
-from search_index import LATE_CANDIDATES, About, Index, Record
+from mlx_retrieval import backend  # noqa: F401
+from mlx_retrieval.retrieval.base import About, Record
+from mlx_retrieval.retrieval.chunks import Chunk
+from mlx_retrieval.retrieval.lance_index import LATE_CANDIDATES, Index
 
 VOCABULARY, WORDS, QUERY_WORDS = 30_000, 120, 6
 QUERY_TOKENS = 16  # vectors of a query, late interaction

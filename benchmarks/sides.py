@@ -231,7 +231,7 @@ def peak_memory_of_torch() -> int:
 
 def peak_memory_of_mlx() -> int:
     """Most bytes of mlx arrays where it computes on a GPU, else resident in this process."""
-    import backend
+    from mlx_retrieval import backend
 
     return backend.peak_memory() if backend.IS_GPU else resident()
 
@@ -245,7 +245,7 @@ def resident() -> int:
 
 def machine() -> str:
     """Lines for the top of every table: date, processor, what both sides compute with, versions."""
-    code = "import backend; print(backend.describe(), f'{backend.WORKERS} workers', sep=', ')"
+    code = "from mlx_retrieval import backend; print(backend.describe(), f'{backend.WORKERS} workers', sep=', ')"
     ours = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     theirs = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
     lines = [

@@ -29,8 +29,7 @@ NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "referen
 
 def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_batch_tokens: int | str = 0):
     """A run of the toolkit that is ready to take steps; see `train.prepare`."""
-    import config
-    import train
+    from mlx_retrieval.training import config, run
 
     settings = config.Settings(
         model=model,
@@ -46,7 +45,7 @@ def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_bat
         save_steps=0,
         output=str(rows.parent / "run"),
     )
-    return train.prepare(settings)
+    return run.prepare(settings)
 
 
 def ours(model: str, rows: Path, batch_size: int, max_length: int, budget: int | str, steps: int) -> Callable:
@@ -67,7 +66,7 @@ def ours(model: str, rows: Path, batch_size: int, max_length: int, budget: int |
 def texts_of_batches(rows: Path, batch_size: int, steps: int) -> list[list[tuple[str, str]]]:
     """(query, positive) of the rows in each of the toolkit's batches."""
     from data_loader import Batches
-    from rows import Rows
+    from mlx_retrieval.dataset.rows import Rows
 
     read = Rows([rows])
     batches = Batches(read, None, batch_size)  # no tokenizer: texts are wanted
@@ -124,9 +123,8 @@ def reference(model: str, rows: Path, batch_size: int, max_length: int) -> Calla
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import backend  # noqa: F401
-    from batching import pad_rows
-    from heads import MicroBatch
+        from mlx_retrieval import backend  # noqa: F401
+    from mlx_retrieval.models.batching import MicroBatch, pad_rows
 
     trainer = prepared(model, rows, batch_size, max_length).trainer
     network, batches = trainer.model, trainer.batches

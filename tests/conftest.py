@@ -13,10 +13,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
-import backend  # noqa: F401  (before anything that may import mlx)
-
 import hypothesis
 import pytest
+
+from mlx_retrieval import backend  # noqa: F401  (before anything that may import mlx)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,14 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import backend
+from mlx_retrieval.backend import cpu_kernels
 
 import pytest
 
 import embed
 import eval as evaluation
-import kernels
 import train
+from mlx_retrieval import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "".join(json.dumps({"query": f"query {i}", "document": f"document {i}"}) + "\n" for i in range(20))
@@ -135,7 +135,7 @@ def test_output_folder_with_another_run_in_it(finished, small, capsys):
 
 def test_adapter_of_another_base_model(finished, small, tmp_path, capsys):
     """The same architecture with other weights is another model, too."""
-    from backend import mx
+    from mlx_retrieval.backend import mx
 
     other = tmp_path / "other"
     shutil.copytree(small, other)
@@ -186,7 +186,7 @@ def test_disk_full_while_saving(tmp_path, small):
     assert not [p for p in (tmp_path / "run").rglob("*") if p.is_dir()]
     if backend.KERNELS:  # and where not even a kernel can be kept
         cold = {name: value for name, value in os.environ.items() if name != "TMPDIR"} | {"TMPDIR": str(tmp_path)}
-        cold["PATH"] = os.pathsep.join(p for p in cold["PATH"].split(os.pathsep) if kernels.FOLDER not in p)
+        cold["PATH"] = os.pathsep.join(p for p in cold["PATH"].split(os.pathsep) if cpu_kernels.FOLDER not in p)
         command = [sys.executable, "-c", script, *command, "--overwrite"]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=cold)
         assert run.returncode == 2 and "could not be compiled" in run.stderr, run.stderr

@@ -7,21 +7,21 @@ import json
 import sys
 from pathlib import Path
 
-import backend  # noqa: F401
-
 from test_trainer import rows, settings  # noqa: F401  (fixtures)
+
+from mlx_retrieval import backend  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import growth
 import train_speed
 
-import train
+from mlx_retrieval.training import run
 
 
 def test_synthetic_batches_can_be_trained_on(settings):  # noqa: F811
     """Regression: they lacked what a batch has since there are teachers."""
-    trainer, batch = train.prepare(settings()).trainer, growth.synthetic(4, 8)
+    trainer, batch = run.prepare(settings()).trainer, growth.synthetic(4, 8)
     batch.texts.ids[:] %= 100  # the small model's vocabulary is smaller than MiniLM's
     assert trainer.update(batch, 1)["tokens"] == 4 * 2 * 8
 

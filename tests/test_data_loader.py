@@ -9,14 +9,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from backend import UserError
-
 import numpy as np
 import pytest
 
 from data_loader import Batches, make_batch
-from rows import Example, Rows, find_files, find_validation
-from tokens import TextTokenizer
+from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.rows import Rows, find_files, find_validation
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"query": "what is it", "document": "a stone", "rank": 2}
@@ -355,11 +355,11 @@ def test_errors_reach_the_reader_of_the_stream(batches):
 
 STREAM = """
 import sys
-from backend import UserError
+from mlx_retrieval.utils.errors import UserError
 from pathlib import Path
 from data_loader import Batches
-from rows import Rows
-from tokens import TextTokenizer
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.models.tokenizer import TextTokenizer
 
 file, folder, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 batches = Batches(Rows([file]), TextTokenizer(folder, {}, {"query": 16, "document": 32}), 4)

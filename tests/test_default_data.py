@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from backend import mx
+from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest

@@ -10,20 +10,19 @@ import io
 import json
 from pathlib import Path
 
-from backend import UserError
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 
-from config import Settings
 from data_loader import Batches
-from flags import from_flags, read_yaml
-from rerankers.groups import GroupBatch, GroupMaker
-from rows import Rows
-from tokens import TextTokenizer
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.flags import from_flags, read_yaml
+from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 same_folder = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])

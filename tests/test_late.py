@@ -8,7 +8,7 @@ import shutil
 import string
 from pathlib import Path
 
-from backend import UserError, mx
+from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
@@ -16,18 +16,20 @@ import test_encoders
 import torch
 from mlx.utils import tree_map
 
-import checkpoint
-import embed
-import eval as evaluation
 import export
-import late_index
-import late_layout
-import maxsim
 import train
-from flags import from_flags
-from late_index import LateIndex
-from models import lora
-from retrieval_config import RetrievalConfig
+from mlx_retrieval.backbones import lora
+from mlx_retrieval.evaluation import retrieval
+from mlx_retrieval.exporters import pylate_files as exporters_pylate_files
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.models import loading, maxsim, pylate_files
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.retrieval import late_interaction
+from mlx_retrieval.retrieval.late_interaction import LateIndex
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.flags import from_flags
+from mlx_retrieval.utils import files
+from mlx_retrieval.utils.errors import UserError
 
 TEXTS = ["a", "the boiler drips, and hisses; all night!", "", "bike " * 30, "été 🚲 <eos> [SEP]"]
 
@@ -40,9 +42,9 @@ def t5(tmp_path_factory, toy_tokenizer_folder) -> Path:
     return folder
 
 
-def late(folder, **flags) -> embed.Model:
-    model, config, base = checkpoint.build(str(folder), task="late", **flags)
-    return embed.Model(model, config, config.tokenizer(base), "late")
+def late(folder, **flags) -> embedder.Model:
+    model, config, base = loading.build(str(folder), task="late", **flags)
+    return embedder.Model(model, config, config.tokenizer(base), "late")
 
 
 # --- token vectors ---
@@ -111,14 +113,14 @@ def test_folders_of_sentence_transformers(minilm, tmp_path, expansion):
     theirs[2].skiplist_words = list(string.punctuation)
     theirs[2].resolve_with_tokenizer(theirs.tokenizer)
     theirs.save(str(tmp_path / "model"))
-    ours = embed.load(tmp_path / "model")
+    ours = embedder.load(tmp_path / "model")
     assert ours.late and ours.dimensions == 128 and ours.config.maxsim == "sum"
     texts = [text for text in TEXTS if text and "<" not in text]
     for role, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
         for mine, other in zip(ours.encode(texts, role), encode(texts), strict=True):
             np.testing.assert_allclose(mine, np.array(other.tolist(), np.float32), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="those of a model for --task late, not embed"):
-        checkpoint.build(str(tmp_path / "model"), task="embed")
+        loading.build(str(tmp_path / "model"), task="embed")
 
 
 @pytest.mark.parametrize("flags", [
@@ -129,16 +131,14 @@ def test_exported_folders(minilm, tmp_path, flags):
     """PyLate's layout, read by sentence-transformers: MaxSim scores as before, and here everything as it was."""
     library = pytest.importorskip("sentence_transformers")
     mx.random.seed(0)
-    model, config, _ = checkpoint.build(str(minilm), task="late", **flags)
+    model, config, _ = loading.build(str(minilm), task="late", **flags)
     adapter_config = lora.adapt(model.backbone, rank=4)
     model.update(tree_map(lambda v: v + 0.02 * mx.random.normal(v.shape), model.trainable_parameters()))
-    checkpoint.write_folder(
-        tmp_path / "adapter", lambda where: checkpoint.save_model(where, model, adapter_config, config)
-    )
-    before = embed.load(tmp_path / "adapter")
+    files.write_folder(tmp_path / "adapter", lambda where: loading.save_model(where, model, adapter_config, config))
+    before = embedder.load(tmp_path / "adapter")
     texts = [text for text in TEXTS if text and "<" not in text]
     sides = [before.encode(texts, role) for role in ("query", "document")]
-    expected = np.array(maxsim.maxsim(*map(late_index._pad, sides), "sum"))
+    expected = np.array(maxsim.maxsim(*map(late_interaction._pad, sides), "sum"))
     command = ["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]
     assert export.main(command) == 0
     theirs = library.MultiVectorEncoder(str(tmp_path / "out"), device="cpu")
@@ -146,12 +146,12 @@ def test_exported_folders(minilm, tmp_path, flags):
         [np.array(v.tolist(), np.float32) for v in encode(texts)]
         for encode in (theirs.encode_query, theirs.encode_document)
     ]
-    np.testing.assert_allclose(maxsim.maxsim(*map(late_index._pad, found), "sum"), expected, rtol=0, atol=1e-4)
-    again = embed.load(tmp_path / "out")
+    np.testing.assert_allclose(maxsim.maxsim(*map(late_interaction._pad, found), "sum"), expected, rtol=0, atol=1e-4)
+    again = embedder.load(tmp_path / "out")
     if flags:
         with pytest.raises(UserError, match="PyLate's layout"):
             spoilt = again.config.override(pool_prompt=False)
-            late_layout.write(tmp_path, spoilt, [101, 102], 384)
+            exporters_pylate_files.write(tmp_path, spoilt, [101, 102], 384)
     assert (again.config.task, again.config.maxsim) == ("late", config.maxsim)
     for role, vectors in zip(("query", "document"), sides, strict=True):
         for mine, other in zip(again.encode(texts, role), vectors, strict=True):
@@ -176,12 +176,12 @@ def describe(folder: Path, settings: dict, mask: dict | None = None) -> Path:
 def test_older_folders_of_pylate(tmp_path):
     """Prefixes as prompts, lengths, and its defaults: punctuation is skipped, queries are filled up."""
     said = {"model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "document_length": 180}
-    fields = late_layout.read(describe(tmp_path, said))
+    fields = pylate_files.read(describe(tmp_path, said))
     assert (fields["query_prompt"], fields["document_prompt"]) == ("[Q] ", "[D] ")
     assert fields["skiplist"] == list(string.punctuation) and fields["maxsim"] == "sum"
     assert (fields["max_length"], fields["query_max_length"]) == (180, 32)
     assert (fields["query_expansion"], fields["attend_expansion"]) == (32, False)
-    fields = late_layout.read(describe(tmp_path, said | {"do_query_expansion": False, "skiplist_words": []}))
+    fields = pylate_files.read(describe(tmp_path, said | {"do_query_expansion": False, "skiplist_words": []}))
     assert fields["skiplist"] == [] and "query_expansion" not in fields
 
 
@@ -195,7 +195,7 @@ def test_older_folders_of_pylate(tmp_path):
 )
 def test_what_other_folders_do_is_refused(tmp_path, settings, mask, message):
     with pytest.raises(UserError, match=message):
-        late_layout.read(describe(tmp_path, {"model_type": "MultiVectorEncoder"} | settings, mask))
+        pylate_files.read(describe(tmp_path, {"model_type": "MultiVectorEncoder"} | settings, mask))
 
 
 # --- search ---
@@ -217,7 +217,7 @@ def corpus() -> tuple[list[np.ndarray], list[np.ndarray]]:
 @pytest.mark.parametrize("at_once", [1, 100, 1 << 16])
 @pytest.mark.parametrize(("how", "impute"), [("mean", 0), ("sum", 0), ("mean", 40)])
 def test_exhaustive_search_is_the_formula(corpus, monkeypatch, how, impute, at_once):
-    monkeypatch.setattr(late_index, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(late_interaction, "TOKENS_AT_ONCE", at_once)
     queries, documents = corpus
     index = LateIndex(documents, how, impute)
     assert "all scored" in index.how
@@ -234,8 +234,8 @@ def test_exhaustive_search_is_the_formula(corpus, monkeypatch, how, impute, at_o
 def test_a_large_corpus_is_searched_by_candidates(corpus, monkeypatch):
     queries, documents = corpus
     whole = [dict(ranking) for ranking in LateIndex(documents).search(queries, 60)]
-    monkeypatch.setattr(late_index, "EXHAUSTIVE_TOKENS", 100)
-    monkeypatch.setattr(late_index, "CANDIDATES", 20)
+    monkeypatch.setattr(late_interaction, "EXHAUSTIVE_TOKENS", 100)
+    monkeypatch.setattr(late_interaction, "CANDIDATES", 20)
     index = LateIndex(documents)
     assert "the 20 nearest by mean vector" in index.how
     means = np.stack([d.sum(axis=0) / max(1, len(d)) for d in documents])
@@ -270,7 +270,7 @@ def test_t5_training_equals_torch(t5, data, tmp_path):
     command += ["--lora-alpha", "8", "--batch-size", "8", "--steps", "20", "--learning-rate", "1e-2", "--warmup", "5"]
     command += ["--temperature", "0.07", "--margin-weight", "0.1", "--eval-tasks", "--max-grad-norm", "1"]
     settings, _ = from_flags("", argv=[*command, "--output", str(tmp_path / "run")])
-    trainer = train.prepare(settings).trainer
+    trainer = training_run.prepare(settings).trainer
     fresh = {name: np.array(v) for name, v in train_parameters(trainer.model)}
     batches = [trainer.batches.batch(k) for k in range(20)]
     found = [trainer.update(batch, step)["loss"] for step, batch in enumerate(batches, start=1)]
@@ -294,7 +294,7 @@ def test_t5_training_equals_torch(t5, data, tmp_path):
 
 
 def train_rate(settings, step: int) -> float:
-    from trainer import learning_rate
+    from mlx_retrieval.training.trainer import learning_rate
 
     return learning_rate(settings, step)
 
@@ -351,14 +351,14 @@ def test_a_late_run_is_saved_evaluated_and_used(t5, data, tmp_path):
     said = RetrievalConfig.read(run / "final")
     assert (said.task, said.dimensions, said.impute, said.maxsim) == ("late", 16, 50, "mean")
     assert said.skiplist == list(string.punctuation)
-    model = embed.load(run / "final")
+    model = embedder.load(run / "final")
     assert model.late and {v.shape[1] for v in model.encode(TEXTS)} == {16}
-    again = evaluation.evaluate(model, [str(folder)])
+    again = retrieval.evaluate(model, [str(folder)])
     results = json.loads((run / "results.json").read_text())
     assert again.average() == results["after"]
     (run / "final" / "heads.safetensors").unlink()
     with pytest.raises(UserError, match="no heads.safetensors"):
-        embed.load(run / "final")
+        embedder.load(run / "final")
 
 
 def beir(folder: Path) -> Path:
@@ -380,7 +380,7 @@ def test_scores_in_search_are_those_of_training(minilm):
     """One MaxSim: what the loss compares is what the search ranks by."""
     model = late(minilm)
     queries, documents = model.encode(TEXTS[:3], "query"), model.encode(TEXTS, "document")
-    padded = [late_index._pad(side) for side in (queries, documents)]
+    padded = [late_interaction._pad(side) for side in (queries, documents)]
     expected = np.array(maxsim.maxsim(*padded))
     for row, ranking in zip(expected, LateIndex(documents).search(queries, 5), strict=True):
         np.testing.assert_allclose([dict(ranking)[i] for i in range(5)], row, rtol=0, atol=1e-6)

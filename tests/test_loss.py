@@ -6,16 +6,15 @@ python -m pytest tests/test_loss.py
 import math
 from functools import partial
 
-from backend import mx
+from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
 
-import config
-import heads
 import loss
-import objectives
 from loss import Pairs, contrastive
+from mlx_retrieval.models import heads
+from mlx_retrieval.training import config, objectives
 
 
 def pairs_of(query, document, queries: int, documents: int, weight=None, relevant=()) -> Pairs:

@@ -6,8 +6,6 @@ python -m pytest tests/test_mlx_cross_encoder.py
 import json
 from pathlib import Path
 
-from backend import UserError
-
 import numpy as np
 import pytest
 from test_rerank_training import ANSWERS, ASKED
@@ -20,9 +18,7 @@ from test_reranker_scores import (  # noqa: F401  (fixtures)
     qwen_tokenizer,
 )
 
-import checkpoint
 import train
-from config import Settings
 from mlx_cross_encoder import (
     MLXCrossEncoder,
     MLXCrossEncoderConfig,
@@ -32,8 +28,12 @@ from mlx_cross_encoder import (
     TriBridMLXReranker,
     from_env,
 )
-from models.source import read_safetensors
-from rerank import Reranker
+from mlx_retrieval.backbones.hub import read_safetensors
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.models import loading
+from mlx_retrieval.training import checkpoint, run
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils.errors import UserError
 
 QWEN, MINILM = "Qwen/Qwen3-Reranker-0.6B", "cross-encoder/ms-marco-MiniLM-L-6-v2"
 MODE = {"RERANKER_MODE": "mlx"}
@@ -131,7 +131,7 @@ def test_cross_encoder_as_written(hub):
     assert model.predict([("auth flow", "OAuth2 token exchange")])[0] == pytest.approx(score)
     saved = MLXCrossEncoder.from_pretrained("adapters/mlx-cross-encoder")
     assert saved.predict(("auth flow", "OAuth2 token exchange")) == pytest.approx(score, abs=1e-6)
-    assert checkpoint.is_adapter(hub / "adapters" / "mlx-cross-encoder_best")
+    assert loading.is_adapter(hub / "adapters" / "mlx-cross-encoder_best")
 
 
 # --- in use -----------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_best_is_that_of_the_lowest_validation_loss(hub):
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     losses = {r["step"]: r["metrics"]["validation_loss"] for r in records if r["type"] == "eval" and r["step"]}
     assert len(losses) == 8 and done["best_step"] == min(losses, key=losses.get) < done["steps"] == 8
-    name = checkpoint.ADAPTERS
+    name = loading.ADAPTERS
     assert (best / name).read_bytes() == (folder / "best" / name).read_bytes() != (last / name).read_bytes()
     assert {path.name for path in best.iterdir()} == {path.name for path in last.iterdir()}
 
@@ -290,13 +290,13 @@ def test_a_second_run(hub, capsys):
     trainer = Qwen3RerankerTrainer(qwen())
     trainer.train(rows(), rows(6))
     last, best, _ = trainer.config.folders()
-    first = (last / checkpoint.ADAPTERS).read_bytes()
+    first = (last / loading.ADAPTERS).read_bytes()
     trainer.train(rows())
-    assert (last / checkpoint.ADAPTERS).read_bytes() == first and not best.exists()
+    assert (last / loading.ADAPTERS).read_bytes() == first and not best.exists()
     with pytest.raises(UserError, match="qwen3-reranker-lora is there already: .*overwrite=True"):
         Qwen3RerankerTrainer(qwen()).train(rows())
     Qwen3RerankerTrainer(qwen(overwrite=True, seed=1)).train(iter(rows()))
-    assert (last / checkpoint.ADAPTERS).read_bytes() != first
+    assert (last / loading.ADAPTERS).read_bytes() != first
     (hub / "notes").mkdir()
     (hub / "notes" / "thesis.txt").write_text("years of work")
     for config in (qwen(adapter_path="notes"), qwen(adapter_path="notes", overwrite=True)):
@@ -314,7 +314,7 @@ def test_train_py_resumes_a_run(hub):
     Qwen3RerankerTrainer(qwen(adapter_path="whole")).train(rows())
     Qwen3RerankerTrainer(qwen(adapter_path="half", stop_after=2)).train(rows())
     assert train.main(["--resume", "--output", "half_run"]) == 0
-    name = Path("final") / checkpoint.ADAPTERS
+    name = Path("final") / loading.ADAPTERS
     assert Path("half_run", name).read_bytes() == Path("whole_run", name).read_bytes()
 
 
@@ -355,13 +355,13 @@ def bad(**changes) -> list[dict]:
     ],
 )
 def test_bad_rows_are_named_before_anything_is_trained(hub, train_data, eval_data, message, monkeypatch):
-    monkeypatch.setattr(train, "carry_out", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr(run, "carry_out", lambda _: pytest.fail("trained"))
     trainer = Qwen3RerankerTrainer(qwen())
     with pytest.raises(UserError, match=f"^{message}") as caught:
         trainer.train(train_data, eval_data)
     assert "jsonl" not in str(caught.value) or train_data == "train.jsonl"
     assert 0 < trainer.score_pair(QUERY, DOCUMENTS[0]) < 1  # the base model is still of use
-    monkeypatch.setattr(train, "carry_out", lambda _: {})
+    monkeypatch.setattr(run, "carry_out", lambda _: {})
     assert trainer.train(rows())["steps"] == 0  # and nothing stands in the way of another attempt
 
 

@@ -1,6 +1,6 @@
 """What strangers' files may do: name tensors and files beside them, and nothing else. And secrets stay where they are.
 
-python -m pytest tests/test_trust.py           pickles are refused in tests/test_source.py
+python -m pytest tests/test_trust.py           pickles are refused in tests/backbones/test_hub.py
 """
 
 # ruff: noqa: F811  (fixtures)
@@ -12,17 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import backend
-from backend import UserError, mx
+from mlx_retrieval.backend import mx
 
 import pytest
 from test_checkpoint import folders, trained  # noqa: F401  (a fixture, and what makes an adapter)
 
-import checkpoint
-import late_layout
-import sentence_layout
-from models.source import inside, weight_files
-from retrieval_config import FILE
+from mlx_retrieval import backend
+from mlx_retrieval.backbones.hub import inside, weight_files
+from mlx_retrieval.models import loading, pylate_files, sentence_transformers_files
+from mlx_retrieval.models.retrieval_config import FILE
+from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = ("..", "../other", "a/../../other", "/etc", "../../other/x.safetensors", "", None, 5, "a\0b")
@@ -52,7 +51,7 @@ def test_an_index_of_weights_names_files_of_its_folder(folders, tmp_path, name):
         weight_files(folder)
 
 
-@pytest.mark.parametrize("layout", [sentence_layout, late_layout])
+@pytest.mark.parametrize("layout", [sentence_transformers_files, pylate_files])
 @pytest.mark.parametrize("name", OUTSIDE[:4])
 def test_modules_are_those_of_the_folder(folders, tmp_path, layout, name):
     folder = shutil.copytree(folders["bert"], tmp_path / "model")
@@ -60,7 +59,7 @@ def test_modules_are_those_of_the_folder(folders, tmp_path, layout, name):
     for place in (tmp_path, tmp_path / "other"):
         place.mkdir(exist_ok=True)
         (place / "config.json").write_text(json.dumps(dense))
-    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", name)][:: 2 if layout is late_layout else 1]
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", name)][:: 2 if layout is pylate_files else 1]
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "config_sentence_transformers.json").write_text('{"model_type": "ColBERT"}')
@@ -76,7 +75,7 @@ def test_layers_of_an_adapter_are_those_of_its_base(folders, tmp_path, name):
     layer = {"path": name, "in_features": 64, "out_features": 8, "bias": False, "activation": "Identity"}
     (folder / FILE).write_text(json.dumps(config | {"dense": [layer]}))
     with pytest.raises(UserError, match="no path within"):
-        checkpoint.open_model(None, str(folder))
+        loading.open_model(None, str(folder))
     done = subprocess.run(
         [sys.executable, "export.py", "--adapter", str(folder), "--output", str(tmp_path / "out")],
         cwd=ROOT, capture_output=True, text=True,
@@ -98,7 +97,7 @@ def test_an_adapter_config_names_no_files(folders, tmp_path, monkeypatch):
     (folder / "adapter_config.json").write_text(json.dumps(config | strange | {"adapter_path": "../other"}))
     opened, load = [], mx.load
     monkeypatch.setattr(mx, "load", lambda path, *a, **k: opened.append(Path(path)) or load(path, *a, **k))
-    checkpoint.open_model(None, str(folder))
+    loading.open_model(None, str(folder))
     assert opened and {path.parent for path in opened} == {folder, folders["bert"]}
 
 
@@ -134,16 +133,16 @@ def test_a_model_s_own_code_is_never_run(folders, tmp_path):
     own = {"auto_map": {name: "modeling_own.Own" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}}
     for name in ("config.json", "tokenizer_config.json"):
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own))
-    from chat.template import ChatTokenizer
-    from tokens import load_tokenizer
+    from mlx_retrieval.models.tokenizer import load_tokenizer
+    from mlx_retrieval.training.chat.template import ChatTokenizer
 
-    checkpoint.build(str(folder))
+    loading.build(str(folder))
     load_tokenizer(folder)
     ChatTokenizer(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "modeling_own.py"}))
     with pytest.raises(UserError, match="asks to run code of its own"):
-        checkpoint.build(str(folder))
+        loading.build(str(folder))
     assert not trace.exists()
 
 

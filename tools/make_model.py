@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from backend import mx, nn
+from mlx_retrieval.backend import mx, nn
 
 import numpy as np
 from make_data import SEED, Topic, pretraining_texts

@@ -1,0 +1,157 @@
+"""What is trained: LoRA or DoRA layers (mlx-lm's own), or the layers themselves.
+
+`adapt` prepares a frozen backbone and returns what mlx-lm calls `adapter_config.json`, from which `attach` does the
+same again before saved weights are loaded.
+"""
+
+import base64
+import re
+from collections.abc import Sequence
+
+from mlx_retrieval.backend import mx, nn
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_retrieval.backbones.base import Backbone
+from mlx_retrieval.utils.errors import UserError
+
+LINEAR = (nn.Linear, nn.QuantizedLinear)
+ROUTERS = ("gate", "router")  # the names that mlx-lm's mixtures of experts give to the layer that picks experts
+
+
+def linear_names(backbone: Backbone, num_layers: int = -1) -> list[str]:
+    """Names of the linear layers within a block, such as `self_attn.q_proj`, of the last N blocks together."""
+    names: dict[str, None] = {}
+    for layer in backbone.layers[-max(num_layers, 0) :]:
+        names |= {name: None for name, module in layer.named_modules() if _is_linear(module)}
+    return list(names)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, LINEAR) or type(module).__name__ in ("SwitchLinear", "QuantizedSwitchLinear")
+
+
+def matching(names: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """The `names` that a key equals, ends (`q_proj`), or matches whole as a regular expression."""
+    found = []
+    for name in names:
+        for key in keys:
+            try:
+                hit = name == key or name.endswith("." + key) or re.fullmatch(key, name) is not None
+            except re.error as error:
+                raise UserError(f"--lora-keys {key}: not a name nor a regular expression ({error})") from error
+            if hit:
+                found.append(name)
+                break
+    return found
+
+
+def adapt(
+    backbone: Backbone,
+    train_type: str = "lora",
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    keys: Sequence[str] = (),
+    num_layers: int = -1,
+) -> dict:
+    """Make part of a frozen backbone trainable.
+
+    Args:
+        train_type: `lora`, `dora`, or `full` (the blocks' own weights; embeddings and final norm too if all blocks).
+        rank, alpha, dropout: of the low-rank update, which is scaled by alpha / rank.
+        keys: linear layers within a block, as names or regular expressions; none = all of them (as QLoRA found to be
+            needed, Dettmers et al. 2023) but the routers of mixtures of experts, whose balance a small data set spoils.
+        num_layers: the last N blocks; -1 = all.
+
+    Returns the dictionary for `adapter_config.json`. UserError where nothing would be trained.
+    """
+    total = len(backbone.layers)
+    if num_layers > total or num_layers < -1 or num_layers == 0:
+        raise UserError(f"--num-layers {num_layers}: the model has {total} layers (-1 = all)")
+    names = linear_names(backbone, num_layers)
+    chosen = matching(names, keys) if keys else [name for name in names if name.rsplit(".", 1)[-1] not in ROUTERS]
+    if not chosen:
+        raise UserError(f"--lora-keys {' '.join(keys)} match nothing; a block of this model has {', '.join(names)}")
+    config = {
+        "fine_tune_type": train_type,
+        "num_layers": num_layers,
+        "lora_parameters": {"rank": rank, "scale": alpha / rank, "dropout": dropout, "keys": chosen},
+    }
+    attach(backbone, config)
+    return config
+
+
+def attach(backbone: Backbone, config: dict) -> None:
+    """Give a frozen backbone the trainable parts that `adapter_config.json` describes, freshly initialised."""
+    backbone.freeze()
+    count = config["num_layers"]
+    if config["fine_tune_type"] == "full":
+        _unfreeze(backbone, count)
+        return
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    use_dora = config["fine_tune_type"] == "dora"
+    try:
+        linear_to_lora_layers(backbone.adapted, count, config["lora_parameters"], use_dora=use_dora)
+    except ValueError as error:  # mixtures of experts have no DoRA
+        raise UserError(f"--train-type {config['fine_tune_type']}: {error}") from error
+
+
+# --- adapters inside the weights ----------------------------------------------------------------------------------
+
+
+def _unfreeze(backbone: Backbone, count: int) -> None:
+    if _is_quantised(backbone):
+        raise UserError("--train-type full: quantised weights cannot be trained; use lora or dora")
+    if count == -1:
+        backbone.trunk.unfreeze()  # not the language model's head, which would have no gradient
+    for layer in backbone.layers[-max(count, 0) :]:
+        layer.unfreeze()
+
+
+def _is_quantised(backbone: Backbone) -> bool:
+    return any(name.endswith(".scales") for name, _ in tree_flatten(backbone.trunk.parameters()))
+
+
+def fingerprint(backbone: Backbone) -> dict[str, str]:
+    """Marks of a base model's weights, by which an adapter knows the base it was trained on; see `differing`.
+
+    `norms` holds numbers that survive quantisation; `matrices` tells two models of one architecture apart and is left
+    out where the base is quantised. Both are float32 in base64, taken from all over the depth of the blocks.
+    """
+    samples: dict[str, list[mx.array]] = {"norms": [], "matrices": []}
+    quantised = _is_quantised(backbone)
+    for layer in backbone.layers:
+        for name, value in sorted(tree_flatten(layer.parameters())):
+            if "norm" in name.lower():
+                samples["norms"].append(value.reshape(-1)[:8])
+            elif name.endswith(".weight") and value.ndim == 2 and not quantised:
+                samples["matrices"].append(value[0, :8])
+    marks = {"architecture": f"{backbone.config['model_type']} {backbone.hidden_size} {len(backbone.layers)}"}
+    for kind, values in samples.items():
+        if values:
+            spread = sorted({round(i) for i in np.linspace(0, len(values) - 1, 16)})
+            numbers = mx.concatenate([values[i].astype(mx.float32) for i in spread])
+            marks[kind] = base64.b64encode(np.array(numbers)).decode("ascii")
+    return marks
+
+
+def differing(saved: dict[str, str], found: dict[str, str]) -> list[str]:
+    """The kinds of marks by which two fingerprints, as far as both have them, are of different models.
+
+    Numbers may differ by what rounding to bfloat16 or float16, or to one after the other, does to them.
+    """
+    both = sorted(saved.keys() & found.keys())
+    return [kind for kind in both if saved[kind] != found[kind] and not _near(saved[kind], found[kind])]
+
+
+def _near(saved: str, found: str) -> bool:
+    """Whether two marks hold nearly the same numbers; an architecture's holds none."""
+    try:
+        a, b = (np.frombuffer(base64.b64decode(text), np.float32) for text in (saved, found))
+    except ValueError:  # not what `fingerprint` writes
+        return False
+    # 2**-7 is the distance of neighbours in bfloat16; tiny numbers have fewer digits in float16.
+    return a.shape == b.shape and np.allclose(a, b, rtol=2**-7, atol=1e-5 * np.abs(a).mean())

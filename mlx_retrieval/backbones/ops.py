@@ -1,0 +1,121 @@
+"""Attention, activation and adapted linear layers in forms that are quick on CPUs; elsewhere they are mlx's own.
+
+On CPUs, mlx computes softmax and tanh one number at a time. Written out in multiplications, additions and exponentials,
+`mx.compile` fuses them into loops that g++ vectorises (see `backend.KERNELS`). Equal up to float32 rounding.
+"""
+
+import math
+
+from mlx_retrieval.backend import mx, nn
+
+from mlx_retrieval import backend
+
+HIDDEN = -1e30  # score of a key that must not be seen
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None = None, *, real: mx.array = None
+) -> mx.array:
+    """softmax(scale q k^T) v, as `mx.fast.scaled_dot_product_attention` gives it.
+
+    Args:
+        q: (R, heads, Q, d). k, v: (R, kv heads, K, d); every kv head serves heads / kv heads query heads.
+        mask: bool, True = seen, broadcasts to (R, heads, Q, K); or "causal". A query that sees nothing gets an
+            arbitrary finite state.
+        real: (R, K) bool, instead of `mask`: which keys are no padding; every row has one, its first.
+
+    Returns (R, heads, Q, d). No gradient flows to the mask.
+    """
+    written_out = backend.FUSED and q.dtype == k.dtype == v.dtype == mx.float32
+    if not written_out or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
+        mask = real[:, None, None, :] if real is not None else mask
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    rows, heads, queries, d = q.shape
+    kv_heads, keys = k.shape[1:3]
+    seen = None
+    if mask is not None:
+        seen = mx.tri(queries, keys, keys - queries, mx.bool_) if isinstance(mask, str) else mask
+        seen = _transposed(seen, kv_heads, heads // kv_heads, queries)
+    one = mx.ones((1, 1, 1, 1))
+    if real is not None:
+        # Padding takes the first key's place, so that no maximum changes, and brings nothing: neither value nor count.
+        real = real[:, None, :, None]
+        k, v, one = mx.where(real, k, k[:, :, :1]), mx.where(real, v, 0.0), real.astype(mx.float32)
+    v = mx.concatenate([v, mx.broadcast_to(one, (rows, kv_heads, keys, 1))], axis=-1)
+    q = mx.contiguous(q.reshape(rows, kv_heads, heads // kv_heads * queries, d))
+    out = _weighted_sums(scale, seen)(q, mx.contiguous(k), v)[0]  # the last column is the sum of weights
+    return (out[..., :-1] / out[..., -1:]).reshape(rows, heads, queries, -1)
+
+
+def _weighted_sums(scale: float, seen: mx.array | None) -> mx.custom_function:
+    """(q, k, v) -> values summed by their weights, not normalised, and the weights.
+
+    Everything is held as (keys, queries), in both directions: maxima over keys then run along memory, and the gradient
+    of the scores, which is the weights' times the weights, meets them in the same order.
+    """
+
+    @mx.custom_function
+    def sums(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        scores = k @ mx.swapaxes(q, -1, -2)
+        if seen is not None:
+            scores = mx.where(seen, scores, HIDDEN)
+        weights = mx.exp(scale * (scores - scores.max(axis=-2, keepdims=True)))
+        return mx.swapaxes(weights, -1, -2) @ v, weights
+
+    @sums.vjp
+    def sums_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+        (q, k, v), slopes, weights = primals, mx.contiguous(cotangents[0]), outputs[1]
+        scores = scale * (weights * (v @ mx.swapaxes(slopes, -1, -2)))
+        if seen is not None:  # a query that sees nothing weighs all keys alike, which no score can change
+            scores = mx.where(seen, scores, 0.0)
+        return mx.swapaxes(scores, -1, -2) @ k, scores @ q, weights @ slopes
+
+    return sums
+
+
+def _transposed(mask: mx.array, kv_heads: int, group: int, queries: int) -> mx.array:
+    """A mask that broadcasts to (R, heads, Q, K), as one that broadcasts to (R, kv heads, K, group * Q)."""
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    r, h, _, keys = mask.shape
+    mask = mx.broadcast_to(mask, (r, h, queries, keys))
+    if h > 1:
+        mask = mask.reshape(r, kv_heads, group * queries, keys)
+    elif group > 1:
+        mask = mx.tile(mask, (1, 1, group, 1))
+    return mx.contiguous(mx.swapaxes(mask, -1, -2))
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh form of gelu (`gelu_new`, `gelu_pytorch_tanh`), by 0.5 (1 + tanh u) = sigmoid(2u). Any shape."""
+    if not backend.FUSED:
+        return nn.gelu_approx(x)
+    c = 2 * math.sqrt(2 / math.pi)
+    return x * mx.sigmoid(x * (c + (0.044715 * c) * (x * x)))
+
+
+@mx.custom_function
+def merged_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """x (..., in) through a linear layer whose adapter is already in its weight: x merged^T.
+
+    Args:
+        merged: (out, in), the base's weight + (a b)^T; gets no gradient.
+        a, b: (in, r) and (r, out), the adapter (b with its scale), which get theirs as if x a b had been added.
+    """
+    return x @ merged.T
+
+
+@mx.custom_function
+def known_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array, product: mx.array) -> mx.array:
+    """`merged_linear` where its `product` (..., out) was computed before: only the gradient is left to compute."""
+    return product
+
+
+def _merged_linear_vjp(primals: tuple, cotangent: mx.array, _) -> tuple:
+    x, merged, a, b, *product = primals
+    rows, slopes = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    constant = (mx.zeros_like(array) for array in (merged, *product))
+    return cotangent @ merged, next(constant), rows.T @ (slopes @ b.T), (rows @ a).T @ slopes, *constant
+
+
+merged_linear.vjp(_merged_linear_vjp)
+known_linear.vjp(_merged_linear_vjp)

@@ -1,0 +1,209 @@
+"""The encoders of T5, T5 v1.1, mT5 and umT5, with the parameter names of their Hugging Face checkpoints.
+
+Raffel et al. 2020 (arXiv 1910.10683), Xue et al. 2021 (mT5, arXiv 2010.11934), Chung et al. 2023 (umT5, arXiv
+2304.09151). Where two tokens stand to each other is told to attention alone, as a bias on its scores; there is no
+other bias, scores are not scaled, and norms leave the mean as it is (Zhang and Sennrich 2019, arXiv 1910.07467).
+"""
+
+import math
+import re
+from pathlib import Path
+
+from mlx_retrieval.backend import mx, nn
+
+import numpy as np
+
+from mlx_retrieval.backbones.base import Backbone, real_tokens
+from mlx_retrieval.backbones.bert import ACTIVATIONS
+from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.utils.errors import UserError
+
+MODEL_TYPES = ("t5", "mt5", "umt5")
+SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+
+
+def feed_forward(config: dict) -> tuple[bool, str]:
+    """(gated, name of the activation), from `feed_forward_proj` such as `relu` or `gated-gelu`."""
+    said = config.get("feed_forward_proj", "relu" if config["model_type"] == "t5" else "gated-gelu")
+    gate, _, activation = said.rpartition("-")
+    if said == "gated-gelu":
+        activation = "gelu_new"  # v1.1 was trained with the tanh form, whatever the name says
+    return config.get("is_gated_act", gate == "gated"), config.get("dense_act_fn", activation)
+
+
+def buckets(distances: np.ndarray, count: int, farthest: int) -> np.ndarray:
+    """The bucket of every distance (key's position - query's): int64 of the same shape, from 0 to count - 1.
+
+    Half of the buckets are for keys to the right. Of either half, one half holds a single distance each, the other
+    logarithmically growing ranges; the last of these has no end. Computed in float32, in which the models were trained.
+    """
+    half = count // 2
+    exact = half // 2
+    steps = np.abs(distances)
+    growth = np.log(np.maximum(steps, 1).astype(np.float32) / exact) / math.log(farthest / exact) * (half - exact)
+    ranges = np.minimum(exact + growth.astype(np.int64), half - 1)
+    return np.where(distances > 0, half, 0) + np.where(steps < exact, steps, ranges)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
+    """Unscaled attention of q, k, v (R, heads, L, d) with `bias` (R, heads, L, L) on its scores -> (R, heads, L, d)."""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: dict, has_bias: bool):
+        super().__init__()
+        size, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+        self.q = nn.Linear(size, inner, bias=False)
+        self.k = nn.Linear(size, inner, bias=False)
+        self.v = nn.Linear(size, inner, bias=False)
+        self.o = nn.Linear(inner, size, bias=False)
+        self._heads = config["num_heads"]
+        self._buckets = config.get("relative_attention_num_buckets", 32)
+        self._farthest = config.get("relative_attention_max_distance", 128)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(self._buckets, self._heads)
+
+    def position_bias(self, length: int) -> mx.array:
+        """(heads, L, L): what is added to the score of a query (rows) and a key (columns), by their distance."""
+        distances = np.arange(1 - length, length)
+        table = self.relative_attention_bias(mx.array(buckets(distances, self._buckets, self._farthest)))
+        positions = mx.arange(length)
+        return table.T[:, positions - positions[:, None] + (length - 1)]
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        rows, length, _ = x.shape
+
+        def split(y: mx.array) -> mx.array:  # (R, L, heads * d) -> (R, heads, L, d)
+            return y.reshape(rows, length, self._heads, -1).transpose(0, 2, 1, 3)
+
+        out = attend(split(self.q(x)), split(self.k(x)), split(self.v(x)), bias)
+        return self.o(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+
+class Dense(nn.Module):
+    """The feed-forward part: `wi` and `wo`, or gated `wi_0`, `wi_1` and `wo`."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        gated, activation = feed_forward(config)
+        for name in ("wi_0", "wi_1") if gated else ("wi",):
+            self[name] = nn.Linear(config["d_model"], config["d_ff"], bias=False)
+        self.wo = nn.Linear(config["d_ff"], config["d_model"], bias=False)
+        self._gated, self._activation = gated, ACTIVATIONS[activation]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._gated:
+            return self.wo(self._activation(self.wi_0(x)) * self.wi_1(x))
+        return self.wo(self._activation(self.wi(x)))
+
+
+class Sublayer(nn.Module):
+    """A norm and, under its checkpoint's name, what is computed of the normed states."""
+
+    def __init__(self, config: dict, name: str, module: nn.Module):
+        super().__init__()
+        self[name] = module
+        self.layer_norm = nn.RMSNorm(config["d_model"], eps=config.get("layer_norm_epsilon", 1e-6))
+
+
+class Block(nn.Module):
+    def __init__(self, config: dict, has_bias: bool):
+        super().__init__()
+        self.layer = [
+            Sublayer(config, "SelfAttention", SelfAttention(config, has_bias)),
+            Sublayer(config, "DenseReluDense", Dense(config)),
+        ]
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        attention, dense = self.layer
+        x = _finite(x + attention.SelfAttention(attention.layer_norm(x), bias))
+        return _finite(x + dense.DenseReluDense(dense.layer_norm(x)))
+
+
+def _finite(x: mx.array) -> mx.array:
+    """T5's states, trained in bfloat16, outgrow float16; as large as it goes they are still near their direction."""
+    if x.dtype != mx.float16:
+        return x
+    return mx.clip(x, mx.finfo(mx.float16).min, mx.finfo(mx.float16).max)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: dict):
+        super().__init__()
+        every = config["model_type"] == "umt5"  # every block has a bias of its own; else the first block's is for all
+        self.block = [Block(config, every or i == 0) for i in range(config["num_layers"])]
+        self.final_layer_norm = nn.RMSNorm(config["d_model"], eps=config.get("layer_norm_epsilon", 1e-6))
+
+
+class T5(Backbone):
+    """Bidirectional by nature; `bidirectional=False` is refused when it is loaded."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        self.bidirectional = True
+        self.shared = nn.Embedding(config["vocab_size"], config["d_model"])
+        self.encoder = Encoder(config)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.encoder.block
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config["d_model"]
+
+    @property
+    def max_positions(self) -> int:
+        """No limit: all far distances share a bucket. `n_positions` of some configs is how long pretraining's were."""
+        return 1 << 20
+
+    def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
+        real = real_tokens(ids, lengths)[:, None, None, :]
+        x = self.shared(ids)
+        bias = None
+        for block in self.layers:
+            attention = block.layer[0].SelfAttention
+            if "relative_attention_bias" in attention:
+                # Padding is told with the bias, since attention takes one or the other. (R, heads, L, L)
+                bias = attention.position_bias(ids.shape[1]).astype(x.dtype)
+                bias = mx.where(real, bias, mx.finfo(x.dtype).min)
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Keep the encoder alone, and bring the names of checkpoints saved in other wholes or parts to T5's own."""
+    clean = {}
+    for name, value in weights.items():
+        name = re.sub(r"^(transformer|model|t5)\.", "", name)
+        if re.match(r"(decoder|lm_head|classification_head|classifier|qa_outputs)\.", name):
+            continue
+        if re.match(r"(embed_tokens|block|final_layer_norm)\.", name):  # the stack saved by itself
+            name = f"encoder.{name}"
+        clean[name] = value
+    embeddings = {name: clean.pop(name) for name in list(clean) if name.startswith("encoder.embed_tokens.")}
+    # Where both names are there, they are one and the same embedding.
+    return {name.replace("encoder.embed_tokens.", "shared."): value for name, value in embeddings.items()} | clean
+
+
+def _check(folder: Path, config: dict) -> None:
+    """UserError for settings that are missing or not supported."""
+    where = folder / "config.json"
+    if missing := [name for name in SIZES if not config.get(name)]:
+        raise UserError(f"{where}: no {', '.join(missing)}")
+    activation = feed_forward(config)[1]
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{where}: activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+
+
+def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional: bool = True) -> T5:
+    """Build the encoder and load `weights` into it; every missing, extra or misshapen tensor is told at once."""
+    if not bidirectional:
+        raise UserError(f"{folder}: {config['model_type']} is an encoder here and cannot be made causal")
+    _check(folder, config)
+    model = T5(config)
+    weights = sanitize(weights)
+    load_strictly(model, weights, folder, config.get("quantization"))
+    return model

@@ -1,0 +1,116 @@
+"""What this machine computes with: BLAS, device, dtype, memory. Import it before any `mlx` module.
+
+On Linux CPUs the mlx wheel carries a reference BLAS of a few GFLOP/s. Loading a real one with global symbols before
+`mlx.core` makes float32 matrix products about thirty times faster, so this module does that as it is imported; and it
+lets g++ vectorise the kernels that `mx.compile` hands it. On macOS and CUDA there is nothing to do.
+
+    python -c "import backend; print(backend.describe())"
+
+`MLX_RETRIEVAL_PLAIN=1` in the environment turns off whatever is done for CPUs beyond the BLAS (vectorised kernels,
+compiled passes, worker threads, merged weights), for comparison: losses and vectors are the same up to rounding.
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import warnings
+
+from mlx_retrieval.backend import blas, cpu_kernels, lazy_imports
+
+
+def _load_blas() -> str | None:
+    """Load a fast BLAS, so that mlx's own calls resolve to it. Returns its name."""
+    if "mlx.core" in sys.modules:
+        warnings.warn("mlx was imported before backend: a fast BLAS can no longer be loaded", stacklevel=3)
+        return None
+    if (name := blas.load()) is None:
+        warnings.warn(
+            "no fast BLAS found: matrix products will be about 30 times slower than need be "
+            "(pip install mkl, or install the system's OpenBLAS)",
+            stacklevel=3,
+        )
+    return name
+
+
+def _tune_malloc() -> None:
+    """Keep freed arrays in the process: returning them to the kernel costs page faults at every step (glibc only)."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # musl and other C libraries have no mallopt
+        return
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+    libc.mallopt(m_arena_max, 1)  # the arenas of other threads give memory back whatever the threshold
+    libc.mallopt(m_mmap_threshold, 32 << 20)
+    libc.mallopt(m_trim_threshold, 1 << 30)
+
+
+def _has_cuda_wheel() -> bool:
+    names = (dist.name or "" for dist in importlib.metadata.distributions())
+    return any(name.startswith("mlx-cuda") for name in names)
+
+
+BLAS: str | None = None
+PLAIN = os.environ.get("MLX_RETRIEVAL_PLAIN", "0") not in ("", "0")
+KERNELS = False  # whether g++ makes vectorised kernels of what `mx.compile` fuses
+if platform.system() == "Linux" and not _has_cuda_wheel():
+    BLAS = _load_blas()
+    _tune_malloc()
+    KERNELS = not PLAIN and cpu_kernels.install()
+
+lazy_imports.defer("torch", "wandb")  # before what imports them
+# float32 is float32, as in torch: where there are units for it, mlx rounds factors of products to 10 bits otherwise.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
+import mlx.nn as nn  # noqa: E402, F401  (other modules write `from backend import mx, nn`)
+
+IS_GPU = mx.default_device() == mx.Device(mx.gpu)
+IS_CUDA = IS_GPU and platform.system() == "Linux"
+if not IS_GPU:
+    # Freed arrays are kept for the next step; without a limit they grew to gigabytes that no peak figure shows.
+    mx.set_cache_limit(256 << 20)
+
+# Whether what `mx.compile` fuses is written out, adapters are merged and worker threads used: pays on CPUs only.
+FUSED = not IS_GPU and not PLAIN
+# Whether passes are compiled.
+COMPILED = FUSED
+# Micro-batches computed side by side, each on a thread of its own: element-wise functions use one core each. One more
+# than there are cores fills the moments in which a thread waits for its next operation.
+WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
+# Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
+MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
+# What one more micro-batch costs, in tokens: below this, less padding is not worth it. MiniLM on a CPU: about 30; on an
+# H100, where every operation of it is launched and few tokens leave most of the card idle, 17 took twice as long as 6.
+MICRO_BATCH_OVERHEAD = 2_048 if IS_CUDA else 32
+# Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes their graphs.
+LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
+
+
+def default_dtype(checkpoint: mx.Dtype) -> mx.Dtype:
+    """The dtype to compute in: the checkpoint's on a GPU, float32 on CPUs (bfloat16 is 40 times slower there)."""
+    return checkpoint if IS_GPU else mx.float32
+
+
+def device_name() -> str:
+    """For instance `Apple M3 Max GPU` or `Intel(R) Xeon(R) Processor CPU`."""
+    return f"{mx.device_info().get('device_name', 'unknown')} {'GPU' if IS_GPU else 'CPU'}"
+
+
+def describe() -> str:
+    """One line for the top of every run: device, BLAS, dtype advice, versions."""
+    parts = [f"mlx {importlib.metadata.version('mlx')}", device_name()]
+    if not IS_GPU and platform.system() == "Linux":
+        parts.append(f"BLAS {BLAS or 'reference (slow)'}")
+        parts.append(f"{os.cpu_count()} cores")
+        if not KERNELS:
+            parts.append("kernels not vectorised" + ("" if shutil.which("g++") else " (no g++)"))
+    return ", ".join(parts)
+
+
+def peak_memory() -> int:
+    """Most bytes that mlx arrays held since the start or the last `mx.reset_peak_memory()`."""
+    return mx.get_peak_memory()

@@ -1,0 +1,1 @@
+"""Read data: rows and their formats, sources, evaluation folders; knows no models."""

@@ -1,0 +1,136 @@
+"""Read evaluation folders in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv."""
+
+import functools
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlx_retrieval.utils.errors import UserError
+
+Texts = dict[str, tuple[str, str]]  # id -> (title, text)
+Qrels = dict[str, dict[str, int]]  # query id -> document id -> judgement
+
+
+def document_text(title: str | None, text: str) -> str:
+    """A document as models are given it, and as mteb has it: title and text, joined by a space."""
+    return f"{title or ''} {text}".strip()
+
+
+def check_folders(names: Sequence[str]) -> list[str]:
+    """Read the folders among `names`, and give back the others, which are MTEB's tasks.
+
+    Raises UserError for the first folder that is not sound.
+    """
+    others = []
+    for name in names:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            read_folder(folder)
+        elif len(folder.parts) > 1 or folder.exists():  # no task of MTEB is called like that
+            raise UserError(f"{name}: no such folder")
+        else:
+            others.append(name)
+    return others
+
+
+def read_folder(folder: Path) -> tuple[Texts, Texts, Qrels]:
+    """Documents, judged queries and judgements, sorted by id: the order of the files must not decide ties.
+
+    Read once a process as long as the files stay as they are. Raises UserError for what is not sound.
+    """
+    return _read(*_state(folder))
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("file:line", text) of the lines that are not blank."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:  # the latter two: a broken .gz
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_texts(folder: Path, stem: str) -> Texts:
+    """The rows of `stem`.jsonl or `stem`.jsonl.gz."""
+    path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{folder / stem}.jsonl: no such file (nor .jsonl.gz); an evaluation folder needs it")
+    rows: Texts = {}
+    for where, line in lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: broken JSON ({error.msg} at character {error.pos + 1})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a {type(row).__name__}, not an object with _id and text")
+        name, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text")
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+            raise UserError(f'{where}: "_id" is missing or no text')
+        if not isinstance(text, str) or not isinstance(title, str):
+            raise UserError(f'{where}: "{"text" if isinstance(title, str) else "title"}" is missing or no text')
+        if str(name) in rows:
+            raise UserError(f"{where}: the id {name} occurs twice")
+        rows[str(name)] = (title, text)
+    if not rows:
+        raise UserError(f"{path}: empty")
+    return rows
+
+
+def _qrels_file(folder: Path) -> Path:
+    found = sorted((folder / "qrels").glob("*.tsv"))
+    for name in ("test.tsv", "dev.tsv"):
+        if (folder / "qrels" / name) in found:
+            return folder / "qrels" / name
+    if len(found) != 1:
+        names = f" among {', '.join(p.name for p in found)}" if found else ""
+        raise UserError(f"{folder / 'qrels' / 'test.tsv'}: no such file, nor dev.tsv or a single other .tsv{names}")
+    return found[0]
+
+
+def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
+    """The judgements of the queries that have a positive one: without one there is nothing to find."""
+    qrels: Qrels = {}
+    header_possible = True
+    for where, line in lines(path):
+        fields = [field.strip() for field in line.split("\t")]
+        if len(fields) != 3:
+            raise UserError(f"{where}: {len(fields)} fields between tabs, not 3: query id, document id, judgement")
+        query, document, judgement = fields
+        is_integer = re.fullmatch(r"[+-]?\d{1,9}", judgement)
+        if header_possible and not is_integer and query not in queries:
+            header_possible = False
+            continue
+        header_possible = False
+        if not is_integer:
+            raise UserError(f"{where}: the judgement {judgement!r} is not an integer")
+        if query not in queries:
+            raise UserError(f"{where}: the query {query} is not in the queries file")
+        if document not in corpus:
+            raise UserError(f"{where}: the document {document} is not in the corpus")
+        if qrels.setdefault(query, {}).setdefault(document, int(judgement)) != int(judgement):
+            raise UserError(f"{where}: query {query} and document {document} were judged otherwise further up")
+    qrels = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
+    if not qrels:
+        raise UserError(f"{path}: no query has a positive judgement, so there is nothing to measure")
+    return qrels
+
+
+def _state(folder: Path) -> tuple[Path, tuple]:
+    """The folder and what tells whether its files have changed."""
+    folder = folder.resolve()
+    files = sorted(p for pattern in ("*.jsonl*", "qrels/*.tsv") for p in folder.glob(pattern))
+    return folder, tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(folder: Path, state: tuple) -> tuple[Texts, Texts, Qrels]:
+    corpus, queries = read_texts(folder, "corpus"), read_texts(folder, "queries")
+    qrels = _read_qrels(_qrels_file(folder), queries, corpus)
+    return dict(sorted(corpus.items())), {q: queries[q] for q in sorted(qrels)}, qrels

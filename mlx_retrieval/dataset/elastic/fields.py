@@ -1,0 +1,53 @@
+"""How a row of training data is made of an index's document: `--es-fields query=query,document=title+snippet`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_retrieval.utils.errors import UserError
+
+SINGLE = ("query", "document", "positive", "anchor", "rank", "label")  # where a list of one is that one
+KEYS = (*SINGLE, "negative", "negatives", "documents", "scores")
+
+Fields = dict[str, tuple[str, ...]]  # a row's key -> the fields that it is made of
+
+
+def parse(text: str) -> Fields:
+    """Read `key=field+field,key=field`. UserError where it is none, or where the keys make no row."""
+    fields: Fields = {}
+    for part in text.split(","):
+        key, equals, names = (piece.strip() for piece in part.partition("="))
+        if not equals or not all(name.strip() for name in names.split("+")):
+            raise UserError(f"--es-fields: {part.strip()!r} is not of the form key=field or key=field+field")
+        if key not in KEYS:
+            raise UserError(f"--es-fields: no key {key!r} in a row; there are {', '.join(KEYS)}")
+        if key in fields:
+            raise UserError(f"--es-fields: {key} twice")
+        fields[key] = tuple(name.strip() for name in names.split("+"))
+    return fields
+
+
+def row_of(source: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """The row that a document gives: its fields, texts of several joined by line breaks; what it lacks is left out."""
+    row = {}
+    for key, names in fields.items():
+        value = value_at(source, names[0]) if len(names) == 1 else joined(source, names)
+        if value is not None:
+            row[key] = value[0] if key in SINGLE and isinstance(value, list) and len(value) == 1 else value
+    return row
+
+
+def joined(source: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The text of several fields, and of lists in them, by line breaks; what a document lacks is left out."""
+    values = [value for name in names if (value := value_at(source, name)) is not None]
+    texts = [str(text) for value in values for text in (value if isinstance(value, list) else [value])]
+    return "\n".join(text for text in texts if text.strip())
+
+
+def value_at(source: Mapping[str, Any], name: str) -> Any:
+    """A field's value by its dotted name; None where there is none."""
+    value: Any = source.get(name)  # a name with dots may stand there as it is
+    if value is None:
+        value = source
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,140 @@
+"""Parse one row of training data into an example."""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_ROW_BYTES = 500_000  # a longer line is a file that lacks its line breaks, not a training example
+FORMATS = {
+    "document": ("query", "document"),
+    "positive": ("query", "positive"),
+    "anchor": ("anchor", "positive"),
+    "documents": ("query", "documents"),
+    "label": ("query", "document"),
+}
+NEGATIVES = ("negatives", "negative")
+MAX_RANK = 2**31 - 1
+
+
+class Example(NamedTuple):
+    """One row: a query, its positive, its own hard negatives, and the rank of the positive (1 = best)."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+    rank: int
+    scores: tuple[float, ...] = ()  # a teacher's, of the positive and the negatives; none = it has not judged
+
+
+class RowError(ValueError):
+    """Why one row cannot be used."""
+
+
+def row_format(row: dict) -> str:
+    """Which of the formats a row has, by its keys."""
+    if "anchor" in row:
+        return "anchor"
+    if "query" in row and "documents" in row:
+        return "documents"
+    if "query" in row and "document" in row:
+        return "label" if "label" in row else "document"
+    if "query" in row and "positive" in row:
+        return "positive"
+    if "query" in row:
+        raise RowError("no positive: a row with a query needs a document or a positive")
+    raise RowError(
+        f"keys {', '.join(sorted(row)) or '(none)'} fit no format (query and document; query and positive; "
+        "anchor, positive and negative)"
+    )
+
+
+def _text(row: dict, key: str) -> str:
+    if key not in row:
+        raise RowError(f"no {key}")
+    if not isinstance(row[key], str):
+        raise RowError(f"{key} is not a text")
+    if not row[key].strip():
+        raise RowError(f"{key} is empty")
+    return row[key]
+
+
+def decode(line: bytes) -> dict:
+    """The JSON object of one line; RowError says why there is none."""
+    if len(line) > MAX_ROW_BYTES:
+        raise RowError(f"the line has more than {MAX_ROW_BYTES:,} bytes; are line breaks missing?")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1})") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise RowError(f"broken JSON ({error})") from error
+    except RecursionError as error:
+        raise RowError("JSON nested too deeply") from error
+    if not isinstance(row, dict):
+        raise RowError("not a JSON object")
+    return row
+
+
+def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
+    """One line's example and its format; RowError says what is wrong with it."""
+    return example_of(decode(line), expected)
+
+
+def example_of(row: dict, expected: str | None = None) -> tuple[Example, str]:
+    """As `parse`, of a row that is decoded."""
+    kind = row_format(row)
+    if expected is not None and kind != expected:
+        found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (kind, expected))
+        raise RowError(f"has the format {found}, but the rows before have {before}")
+    if kind == "documents":
+        return _judged(row), kind
+    query, positive = (_text(row, key) for key in FORMATS[kind])
+    negatives: list[str] = []
+    for key in NEGATIVES:
+        negatives += _texts(row, key)
+    if kind == "anchor" and not negatives:
+        raise RowError("no negative")
+    if kind == "label":
+        label = row["label"]
+        if not isinstance(label, (int, float)) or not 0 <= label <= 1:
+            raise RowError(f"label {repr(label)[:20]} is not a number from 0 to 1")
+        return Example(query, positive, (), 1, (float(label),)), kind
+    rank = row.get("rank", 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
+    return Example(query, positive, tuple(negatives), rank, _scores(row, 1 + len(negatives))), kind
+
+
+def _texts(row: dict, key: str) -> list[str]:
+    value = row.get(key, [])
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise RowError(f"{key} must be a text or a list of texts, none of them empty")
+    return value
+
+
+def _scores(row: dict, count: int) -> tuple[float, ...]:
+    """A teacher's scores of a row's documents; () where it has none."""
+    scores = row.get("scores")
+    if scores is None:
+        return ()
+    numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores)
+    if not numbers or len(scores) != count or not np.isfinite(scores).all():
+        raise RowError(f"scores must be {count} finite numbers, one for each document")
+    return tuple(map(float, scores))
+
+
+def _judged(row: dict) -> Example:
+    """A query with documents that a teacher has scored: the best is the positive, the others are negatives."""
+    documents = _texts(row, "documents")
+    if len(documents) < 2:
+        raise RowError("documents must be at least two texts")
+    if not (scores := _scores(row, len(documents))):
+        raise RowError("no scores")
+    order = sorted(range(len(documents)), key=lambda i: -scores[i])
+    best, *rest = (documents[i] for i in order)
+    return Example(_text(row, "query"), best, tuple(rest), 1, tuple(scores[i] for i in order))

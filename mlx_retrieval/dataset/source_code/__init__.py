@@ -1,0 +1,1 @@
+"""Read source code: definitions, docstrings, file trees."""

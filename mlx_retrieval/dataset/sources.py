@@ -1,0 +1,176 @@
+"""What `--data` names, as one source of rows: files, folders, hub data sets, an Elasticsearch index, or a mixture.
+
+    pairs.jsonl folder/ rows.parquet        read together, as one set
+    hf://owner/name[/config][:split]        through the datasets library; the split is train if none is named
+    es://index, https://host:9200/index     streamed, see elastic/
+    a.jsonl:2 b.jsonl:1                     mixed by weight: of three examples, two are of a.jsonl
+
+A source has what `data_loader.Batches` asks for: see `rows.Rows`, which is one.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from mlx_retrieval.dataset.elastic import fields, server
+from mlx_retrieval.dataset.elastic.rows import ElasticRows
+from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.rows import Rows, find_files
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils.errors import UserError
+
+WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
+LARGEST = 1000  # of the whole numbers that stand for weights
+
+
+def weight_of(source: str) -> tuple[str, Fraction | None]:
+    """A source without its weight, and that; a port is no weight."""
+    found = WEIGHT.search(source)
+    if not found or (source.startswith("http") and urlsplit(source).path in ("", "/")):
+        return source, None
+    if (weight := Fraction(found[1])) == 0:
+        raise UserError(f"--data {source}: a weight of 0")
+    return source[: found.start()], weight
+
+
+def names(data: Sequence[str]) -> list[str]:
+    """The sources that `--data` names, without weights."""
+    return [weight_of(source)[0] for source in data]
+
+
+def local(data: Sequence[str]) -> list[str]:
+    """Those that are files or folders."""
+    return [name for name in names(data) if "://" not in name]
+
+
+def open_source(settings: Settings) -> "Rows | ElasticRows | Mixed":
+    """The rows of a run. UserError for any mistake, in the first row that cannot be used, too."""
+    parts = [weight_of(source) for source in settings.data]
+    if len(parts) == 1 or not (
+        any(weight for _, weight in parts) or any(server.is_address(source) for source, _ in parts)
+    ):
+        return _open([source for source, _ in parts], settings)
+    opened = [_open([source], settings) for source, _ in parts]
+    return Mixed(opened, [weight or Fraction(1) for _, weight in parts])
+
+
+def _open(sources: Sequence[str], settings: Settings) -> "Rows | ElasticRows":
+    if not server.is_address(sources[0]):
+        return Rows(find_files(sources), settings.skip_bad_rows)
+    query = None
+    if settings.es_query:
+        try:
+            query = json.loads(settings.es_query)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--es-query: broken JSON ({error.msg} at character {error.pos + 1})") from error
+        if not isinstance(query, dict):
+            raise UserError("--es-query: a JSON object is needed, as Elasticsearch takes it")
+    return ElasticRows(server.parse(sources[0]), fields.parse(settings.es_fields), query, settings.skip_bad_rows)
+
+
+class Mixed:
+    """Several sources, of whose examples each gives its share; each goes through its own epochs.
+
+    Args:
+        sources: of one kind of rows each; rows with labels do not mix with others.
+        weights: how many examples of each, in proportion.
+
+    The pattern repeats, so a source's place follows from the place in the mixture. A row's number is its number in its
+    source times the number of sources, plus which source that is.
+    """
+
+    def __init__(self, sources: Sequence[Any], weights: Sequence[Fraction]):
+        self.sources = list(sources)
+        kinds = {source.kind for source in sources}
+        if "label" in kinds and len(kinds) > 1:
+            raise UserError(f"{', '.join(self.names)}: rows with a label do not mix with others")
+        total = sum(weights)
+        shares = [(weight / total).limit_denominator(LARGEST) for weight in weights]
+        common = np.lcm.reduce([share.denominator for share in shares])
+        self.counts = np.array([max(1, round(share * int(common))) for share in shares])
+        length = int(self.counts.sum())
+        # Every source evenly over the pattern: example j of n stands near (j + 1/2) / n of it.
+        places = [((j + 0.5) / n, s) for s, n in enumerate(self.counts.tolist()) for j in range(n)]
+        self.pattern = np.array([s for _, s in sorted(places)])
+        self._before = np.zeros((length + 1, len(sources)), np.int64)  # of each source, before a place in the pattern
+        np.add.at(self._before, (np.arange(1, length + 1), self.pattern), 1)
+        self._before = self._before.cumsum(axis=0)
+
+    @property
+    def kind(self) -> str:
+        return self.sources[0].kind
+
+    @property
+    def has_negatives(self) -> bool:
+        return any(source.has_negatives for source in self.sources)
+
+    @property
+    def has_scores(self) -> bool:
+        return all(source.has_scores for source in self.sources)
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        low, high = zip(*(source.score_range for source in self.sources), strict=True)
+        return min(low), max(high)
+
+    @property
+    def without_positive(self) -> str:
+        return next(filter(None, (source.without_positive for source in self.sources)), "")
+
+    @property
+    def skipped(self) -> list[str]:
+        return [line for source in self.sources for line in source.skipped]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for source in self.sources for name in source.names]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, i: int) -> Example:
+        place, which = divmod(i, len(self.sources))
+        return self.sources[which][place]
+
+    def where(self, i: int) -> str:
+        """The row's place in its source."""
+        place, which = divmod(i, len(self.sources))
+        return self.sources[which].where(place)
+
+    def taken(self, position: int) -> list[int]:
+        """How many examples of each source come before a position."""
+        rounds, place = divmod(position, len(self.pattern))
+        return (rounds * self.counts + self._before[place]).tolist()
+
+    def numbers(self, seed: int, position: int) -> Iterator[int]:
+        """The endless sequence of row numbers from a position on."""
+        drawn = [source.numbers(seed, at) for source, at in zip(self.sources, self.taken(position), strict=True)]
+        place = position % len(self.pattern)
+        while True:
+            which = int(self.pattern[place])
+            if (number := next(drawn[which], None)) is None:  # it was closed
+                return
+            yield number * len(self.sources) + which
+            place = (place + 1) % len(self.pattern)
+
+    def cursor(self, position: int) -> dict:
+        """What `restore` needs besides the position."""
+        return {str(s): source.cursor(at) for s, (source, at) in enumerate(self._places(position))}
+
+    def restore(self, cursor: dict, position: int) -> None:
+        """Go on as the process did that gave the cursor."""
+        for s, (source, at) in enumerate(self._places(position)):
+            source.restore(cursor[str(s)], at)
+
+    def _places(self, position: int) -> list[tuple[Any, int]]:
+        return list(zip(self.sources, self.taken(position), strict=True))
+
+    def close(self) -> None:
+        """Stop what is being read."""
+        for source in self.sources:
+            source.close()

@@ -1,0 +1,1 @@
+"""Compute figures with their intervals: folders, MTEB, rerankers, indices."""

@@ -1,0 +1,133 @@
+"""What an evaluation found, how sure the difference of two is, and the tables of both.
+
+from comparison import compare
+for metric, before, after, difference, low, high in compare(one, another): ...
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_retrieval.inference.quantization import CALIBRATED, row_bytes
+from mlx_retrieval.utils.errors import UserError
+
+# mteb's names and the field's spelling, in the order of the tables; the first is what "best" means in training.
+METRICS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "Recall@100", "precision_at_1": "P@1"}
+Scores = dict[str, float]  # metric -> figure
+Form = tuple[str, int]  # precision and dimensions of stored vectors
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model.
+
+    tasks: task -> metric -> figure, rounded to 5 digits. A task of several subsets gives one entry each.
+    per_query: task -> metric -> query id -> that query's score; their mean is the task's figure before rounding.
+    unreachable: hub tasks that could not be loaded -> one line saying why and what to do.
+    """
+
+    model: str
+    tasks: dict[str, Scores]
+    per_query: dict[str, dict[str, Scores]]
+    unreachable: dict[str, str]
+
+    def average(self) -> Scores:
+        """Every metric's mean over the evaluated tasks; {} where there is none. See `unreachable` for the others."""
+        return {m: float(np.mean([s[m] for s in self.tasks.values()])) for m in METRICS} if self.tasks else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--output` writes; "unreachable" only where some task was."""
+        record: dict[str, Any] = {"model": self.model, "tasks": self.tasks}
+        return record | {"unreachable": self.unreachable} if self.unreachable else record
+
+
+def compare(
+    before: Evaluation, after: Evaluation, resamples: int = 10_000, seed: int = 0
+) -> list[tuple[str, float, float, float, float, float]]:
+    """(metric, before, after, difference, low, high) for every metric: the mean over the tasks that both hold.
+
+    low and high bound the difference's 95 % interval: the 2.5th and 97.5th percentile over `resamples` draws of as many
+    queries as there are, with replacement, the same ones for both models (paired bootstrap; Efron and Tibshirani 1993,
+    chapter 13). Several tasks: drawn within each task, then averaged.
+    Raises UserError where they have no task in common, or a task has other queries.
+    """
+    if not (names := [name for name in before.tasks if name in after.tasks]):
+        raise UserError("the two evaluations have no task in common")
+    rng = np.random.default_rng(seed)
+    draws = np.zeros((resamples, len(METRICS)))
+    for name in names:
+        old, new = before.per_query[name], after.per_query[name]
+        ids = sorted(old["ndcg_at_10"])
+        if ids != sorted(new["ndcg_at_10"]):
+            raise UserError(f"{name}: the two evaluations asked different queries")
+        differences = np.array([[new[metric][i] - old[metric][i] for metric in METRICS] for i in ids])  # (n, metrics)
+        count = len(ids)
+        chunk = max(1, 2_000_000 // count)  # resamples at once: some 65 MB
+        for first in range(0, resamples, chunk):
+            rows = min(chunk, resamples - first)
+            drawn = rng.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+            times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+            draws[first : first + rows] += times @ differences / (count * len(names))
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    rows = []
+    for column, metric in enumerate(METRICS):
+        old, new = (float(np.mean([e.tasks[name][metric] for name in names])) for e in (before, after))
+        rows.append((metric, old, new, new - old, float(low[column]), float(high[column])))
+    return rows
+
+
+def print_table(evaluation: Evaluation) -> None:
+    """Print the figures of every task, and their average where there are several."""
+    from mlx_retrieval.utils.console import print_rows
+
+    figures = list(evaluation.tasks.items())
+    if len(figures) > 1:
+        figures.append(("average", evaluation.average()))
+    rows = [(name, *(f"{scores[metric]:.4f}" for metric in METRICS)) for name, scores in figures]
+    rows += [(f"{name} (unreachable)", *"-" * len(METRICS)) for name in evaluation.unreachable]
+    print_rows(evaluation.model, ("task", *METRICS.values()), rows)
+
+
+def print_comparison(before: Evaluation, after: Evaluation) -> None:
+    """Print the figures of two evaluations, and how sure their difference is."""
+    from mlx_retrieval.utils.console import print_rows
+
+    common = [name for name in before.tasks if name in after.tasks]
+    queries = sum(len(before.per_query[name]["ndcg_at_10"]) for name in common)
+    rows = [
+        (METRICS[metric], f"{old:.4f}", f"{new:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]")
+        for metric, old, new, difference, low, high in compare(before, after)
+    ]
+    columns = ("metric", "before", "after", "difference", "95 % interval")
+    print_rows(f"{', '.join(common)}: {queries:,} queries", columns, rows)
+
+
+def compare_stored(whole: Evaluation, stored: dict[Form, Evaluation]) -> list[dict[str, Any]]:
+    """What each form takes and gives, as `--output` writes it; difference and interval are to `whole`."""
+    records = []
+    for (precision, dimensions), result in stored.items():
+        _, _, score, difference, low, high = compare(whole, result)[0]
+        record = {"precision": precision, "dimensions": dimensions, "bytes": row_bytes(precision, dimensions)}
+        record |= {"ndcg_at_10": score, "difference": difference, "low": low, "high": high, "tasks": result.tasks}
+        records.append(record)
+    return records
+
+
+def print_stored(records: Sequence[dict[str, Any]]) -> None:
+    """Print the table of what `compare_stored` gives."""
+    from mlx_retrieval.utils.console import print_rows
+
+    rows = []
+    for r in records:
+        score, change = f"{r['ndcg_at_10']:.4f}", f"{r['difference']:+.4f}"
+        interval = f"[{r['low']:+.4f}, {r['high']:+.4f}]"
+        rows.append((r["precision"], f"{r['dimensions']}", f"{r['bytes']:,}", score, change, interval))
+    columns = ("stored as", "dims", "bytes a vector", METRICS["ndcg_at_10"], "difference", "95 % interval")
+    title = "difference: to whole float32 vectors. "
+    if any(r["precision"] in CALIBRATED for r in records):
+        title += "int8, uint8: ranges from the corpus, queries stay float32. "
+    if any(r["precision"].endswith("binary") for r in records):
+        title += "binary: queries too, Hamming distance."
+    print_rows(title.strip(), columns, rows)

@@ -1,0 +1,127 @@
+"""Write an embedding or late-interaction model for other libraries."""
+
+from pathlib import Path
+
+from mlx_retrieval.exporters.job import FORMATS, Export
+from mlx_retrieval.utils.errors import UserError
+
+
+class Writer:
+    """Fills a folder with a model, and checks it. `lines` gets what is to be said of it.
+
+    Args:
+        model, config, base: as `checkpoint.open_model` returns them. The model is changed, and empty in the end.
+    """
+
+    def __init__(self, job: Export, model: "RetrievalModel", config: "RetrievalConfig", base: Path):  # noqa: F821
+        self.job, self.model, self.config, self.base = job, model, config, base
+        self.tokenizer = config.override(query_expansion=0).tokenizer(base)  # which the tokenizer's files know not of
+        self.kind = model.backbone.config["model_type"]
+        self.limit = max(config.max_length, config.query_max_length)
+        self.for_sentence_transformers = job.format == FORMATS[0] or job.gguf_ready
+        self.lines: list[tuple[str, str]] = []
+        if job.gguf_ready and config.task == "late":
+            raise UserError("--gguf-ready: llama.cpp gives one vector a text, and this model gives one a token")
+
+    def fill(self, folder: Path) -> None:
+        """Write everything, and compare with the model as it was. UserError where anything is not as it should be."""
+        from mlx_retrieval.backbones import ENCODERS
+        from mlx_retrieval.exporters import parity
+
+        self._in_float32()
+        expected = theirs = self._vectors(self.config)
+        one_limit = self.for_sentence_transformers and self.config.task != "late"
+        if one_limit and self.config.query_max_length != self.config.max_length:
+            theirs = self._vectors(self.config.override(max_length=self.limit))
+            self._say("lengths", f"sentence-transformers has one limit: {self.limit} tokens, of queries too")
+        self._write(folder)
+        reader = "embed.load"
+        if self.job.quantize:
+            whole, reader = expected, "embed.load, to the quantised model in memory"
+            self._in_float32()
+            expected = self._vectors(self.config)
+            worst, mean = parity.compare(expected, whole)
+            self._say("check", f"quantised, to the whole model: worst cosine {worst:.4f}, mean {mean:.4f}")
+        parity.release(self.model)
+        self._say("check", parity.check_own(folder, expected, self.limit, reader))
+        if self.job.format == "mlx" and self.kind not in ENCODERS:
+            self._say("check", parity.check_mlx_lm(folder))
+        if self.for_sentence_transformers and self.job.skip_library_check:
+            self._say("check", "sentence-transformers: left out, as --skip-library-check says")
+        elif self.for_sentence_transformers:
+            self._say("check", parity.check_sentence_transformers(folder, theirs, self.limit))
+
+    def _say(self, what: str, text: str) -> None:
+        self.lines.append((what, text))
+
+    def _in_float32(self) -> None:
+        from mlx_retrieval.backend import mx
+
+        from mlx_retrieval.backbones import set_dtype
+
+        set_dtype(self.model.backbone, mx.float32)
+
+    def _vectors(self, config: "RetrievalConfig") -> dict:  # noqa: F821
+        """What the model, as it is now, makes of the check's texts under `config`."""
+        from mlx_retrieval.exporters import parity
+        from mlx_retrieval.inference.embedder import Model
+
+        model = Model(self.model, config, config.tokenizer(self.base), "in memory")
+        return parity.vectors(model.encode, config.prompts, self.limit)
+
+    def _write(self, folder: Path) -> None:
+        from mlx_retrieval.backend import mx
+
+        from mlx_retrieval.exporters import (
+            config_json,
+            gguf,
+            model_card,
+            pylate_files,
+            sentence_transformers_files,
+            tokenizer,
+            weights,
+        )
+        from mlx_retrieval.models import pylate_files as models_pylate_files
+
+        job, config, backbone = self.job, self.config, self.model.backbone
+        trained = weights.merge(backbone)
+        self._say("merged", f"{job.adapter}: {len(trained):,} tensors" if job.adapter else "nothing: a base model")
+        stored = weights.stored_dtype(self.base)
+        one_dtype = job.dtype or job.gguf_ready or job.format == "mlx"
+        dtype = (getattr(mx, job.dtype) if job.dtype else stored) if one_dtype else None
+        name = job.dtype or str(stored).rpartition(".")[-1]
+        settings = config_json.make(self.base, backbone, job.format, name if one_dtype else None)
+        if job.format == "mlx":
+            weights.cast(backbone, dtype)
+            if job.quantize:
+                settings["quantization"] = weights.quantise(backbone, job.quantize)
+                settings["quantization_config"] = settings["quantization"]
+                name = f"{job.quantize} bits in groups of {settings['quantization']['group_size']}, scales {name}"
+            weights.write(folder, weights.mlx_tensors(backbone), "mlx")
+        else:
+            drop = config_json.dropped(self.kind, job.format)
+            weights.write(folder, weights.stored_tensors(self.base, backbone, trained, dtype, drop), "pt")
+        config.dense = [layer | {"path": layer["path"] or models_pylate_files.PROJECTION} for layer in config.dense]
+        for layer, described in zip(self.model.head.dense, config.dense, strict=True):
+            values = {f"linear.{key}": v.astype(dtype or mx.float32) for key, v in layer.linear.parameters().items()}
+            weights.write(sentence_transformers_files.write_dense(folder, described), values, "pt")
+        self._say("weights", name)
+
+        config.write(folder)
+        if self.for_sentence_transformers and config.task == "late":
+            frame = [*self.tokenizer.opening, *self.tokenizer.closing]
+            for note in pylate_files.write(folder, config, frame, backbone.hidden_size):
+                self._say("layout", note)
+        elif self.for_sentence_transformers:
+            rows = max(settings.get("vocab_size", 0), self.tokenizer.tokenizer.get_vocab_size())
+            sentence_transformers_files.write(folder, config, self.tokenizer, backbone.hidden_size, rows)
+        config_json.write(folder, settings)  # transformers looks into it for the tokenizer
+        self._say("tokenizer", tokenizer.write(self.base, folder, self.tokenizer, self.limit))
+        if job.gguf_ready:
+            for note in gguf.settle_gguf(settings, folder, config, self.tokenizer):
+                self._say("llama.cpp", note)
+            config_json.write(folder, settings)
+        adapter = Path(job.adapter).expanduser() if job.adapter else None
+        base = job.model or config.base_model
+        card = model_card.write(config, base, adapter, job.format, name, Path(job.output).name)
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,262 @@
+"""The README.md of an exported folder: base model, data, settings, figures before and after, how to load it.
+
+    card = write(config, adapter=Path("adapters/best"), form="sentence-transformers", dtype="bfloat16")
+
+What a run folder no longer holds is left out. Used by export.py; tested by `python -m pytest tests/test_model_card.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_retrieval.backbones.hub import read_json
+from mlx_retrieval.exporters import reranker_card
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.training.curves import is_number, metric_name, read_metrics
+from mlx_retrieval.utils.errors import UserError
+
+SETTINGS = (  # of a run, that say what was done; the others say where and how fast
+    "loss",
+    "temperature",
+    "beta",
+    "positive_aware",
+    "positive_aware_margin",
+    "matryoshka_dims",
+    "train_type",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_keys",
+    "num_layers",
+    "batch_size",
+    "steps",
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+POOLING = {
+    "mean": "the mean of the token states",
+    "cls": "the state of the first token",
+    "last": "the state of the last token",
+    "max": "the largest value of each dimension over the token states",
+}
+
+
+def write(
+    config: RetrievalConfig,
+    base: str,
+    adapter: Path | None,
+    form: str,
+    dtype: str,
+    name: str,
+    answers: Sequence[int] | None = None,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        config: of the exported model. base: the base model's name.
+        adapter: folder that was merged; None: the base model itself.
+        form: one of export.FORMATS. dtype: how the weights are stored, in words.
+        name: of the exported folder. answers: see `rerankers.card.use`.
+    """
+    settings, step, figures = _settings(adapter), _step(adapter), _figures(adapter)
+    parts = [_front_matter(base, form, config.task == "rerank"), f"# {name}\n"]
+    made = f"`{_public(base)}`" if adapter is None else f"a fine-tuned `{_public(base)}`"
+    does = "Embeds queries and documents for retrieval"
+    does = "Scores how well documents answer a query" if config.task == "rerank" else does
+    parts.append(f"{does}: {made}, exported by mlx-retrieval.\n")
+    parts.append(_described(config, dtype))
+    if adapter is not None:
+        parts.append("## Training\n")
+        data = settings.get("data")
+        told = [f"Data: {', '.join(f'`{Path(str(file)).name}`' for file in data)}."] if data else []
+        told += [f"{step:,} steps."] if step is not None else []
+        parts.append((" ".join(told) or "The run's folder no longer says how it was trained.") + "\n")
+        rows = [(key, settings.get(key)) for key in SETTINGS]
+        rows = [(key.replace("_", "-"), _shown(value)) for key, value in rows if value not in (None, [], "")]
+        if rows:
+            parts.append(_table(("setting", "value"), rows))
+    if figures:
+        parts += ["## Figures\n", _comparison(figures)]
+    parts += ["## Use\n", _use(config, form, name, answers)]
+    parts.append("## Licence\n\nThat of the base model; whoever publishes this folder has to see to it.\n")
+    if config.reranker in reranker_card.LICENCES:
+        parts.append(reranker_card.LICENCES[config.reranker] + "\n")
+    return "\n".join(parts)
+
+
+# --- what the run says ----------------------------------------------------------------------------------------------
+
+
+def _settings(adapter: Path | None) -> dict[str, Any]:
+    """The run's settings, from beside the adapter or from the run's folder."""
+    import yaml
+
+    for folder in (adapter, adapter.parent) if adapter else ():
+        path = folder / "config.yaml"
+        if path.is_file():
+            try:
+                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+                raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+            return values if isinstance(values, dict) else {}
+    return {}
+
+
+def _step(adapter: Path | None) -> int | None:
+    path = adapter / "trainer_state.json" if adapter else None
+    return read_json(path).get("step") if path and path.is_file() else None
+
+
+def _figures(adapter: Path | None) -> dict[str, dict[str, dict[str, float]]]:
+    """{"before", "after": {task, or "average": {metric: figure}}} of the step that the adapter was saved at."""
+    if adapter is None:
+        return {}
+    run, step, found = adapter.parent, _step(adapter), {}
+    for record in read_metrics(run / "metrics.jsonl"):
+        if record["type"] == "eval" and record["step"] in (0, step):
+            when = "before" if record["step"] == 0 else "after"
+            found[when] = {"average": record.get("metrics") or {}, **(record.get("tasks") or {})}
+    if "before" not in found and (run / "before.json").is_file():
+        found["before"] = read_json(run / "before.json").get("tasks") or {}
+    return found
+
+
+# --- parts of the card ----------------------------------------------------------------------------------------------
+
+
+def _front_matter(base: str, form: str, reranks: bool) -> str:
+    library = {"hf": "transformers"}.get(form, form)
+    pipeline = "text-ranking" if reranks else "sentence-similarity"
+    tags = list(reranker_card.TAGS) if reranks else [pipeline, "feature-extraction", "retrieval", "mlx-retrieval"]
+    tags = [form, *tags] if form != "hf" else tags
+    lines = ["---", "tags:", *(f"- {tag}" for tag in tags)]
+    if not Path(base).expanduser().is_absolute():  # the hub refuses what is no name of a model
+        lines.append(f"base_model: {json.dumps(base)}")
+    return "\n".join([*lines, f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", ""])
+
+
+def _public(base: str) -> str:
+    """A hub name as it is; of a folder of this machine only its name."""
+    return Path(base).name if Path(base).expanduser().is_absolute() else base
+
+
+def _described(config: RetrievalConfig, dtype: str) -> str:
+    if config.task == "rerank":
+        return _table(("", ""), reranker_card.rows(config, dtype))
+    counted = []
+    if config.pooling in ("mean", "max"):
+        counted += [] if config.pool_special else ["without the tokenizer's own tokens"]
+        counted += [] if config.pool_prompt else ["without the prompt's"]
+    lengths = f"{config.query_max_length:,} of a query, {config.max_length:,} of a document"
+    vector = f"{config.dimensions} dimensions, {'unit length' if config.normalize else 'compared by dot products'}"
+    pooling = ", ".join([POOLING[config.pooling], *counted])
+    if config.task == "late":
+        vector = f"one for every token, {vector}"
+        pooling = f"none: MaxSim, the {config.maxsim} over a query's tokens of the nearest document token"
+    rows = [
+        ("vector", vector),
+        ("pooling", pooling),
+        ("attention", "every token sees the whole text" if config.bidirectional else "tokens see what is before them"),
+        ("longest text", f"{lengths}, in tokens"),
+        ("weights", dtype),
+    ]
+    if config.dense:
+        sizes = [config.dense[0]["in_features"], *(layer["out_features"] for layer in config.dense)]
+        rows.insert(2, ("dense layers", " to ".join(map(str, sizes))))
+    if config.matryoshka_dims:
+        rows.insert(1, ("also trained for", f"the first {', '.join(map(str, config.matryoshka_dims))} dimensions"))
+    prompts = [(name, f"`{json.dumps(prompt, ensure_ascii=False)}`") for name, prompt in config.prompts.items()]
+    return (
+        _table(("", ""), rows)
+        + "\nEvery text is put after the prompt of what it is:\n\n"
+        + _table(("kind of text", "prompt"), prompts)
+    )
+
+
+def _use(config: RetrievalConfig, form: str, name: str, answers: Sequence[int] | None) -> str:
+    if config.task == "rerank":
+        return "\n".join(reranker_card.use(config, form, name, answers))
+    blocks = []
+    if form == "sentence-transformers" and config.task == "late":
+        blocks.append(
+            f"""With sentence-transformers 6, or PyLate (`pylate.models.ColBERT("{name}")`):
+
+```python
+from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder("{name}")
+queries = model.encode_query(["where are the keys?"])
+documents = model.encode_document(["The keys are in the drawer."])
+print(model.similarity(queries, documents))
+```
+"""
+        )
+    elif form == "sentence-transformers":
+        blocks.append(
+            f"""With sentence-transformers, 5.3 or newer:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+queries = model.encode_query(["where are the keys?"])
+documents = model.encode_document(["The keys are in the drawer."])
+print(model.similarity(queries, documents))
+```
+"""
+        )
+    if config.task == "late":
+        imports = "from embed import load\nfrom late_index import LateIndex"
+        score = "LateIndex(documents).search(queries, top_k=10)"
+    else:
+        imports, score = "from embed import load", "queries @ documents.T"
+    blocks.append(
+        f"""With mlx-retrieval, from its folder:
+
+```python
+{imports}
+
+model = load("{name}")
+queries = model.encode(["where are the keys?"], prompt="query")
+documents = model.encode(["The keys are in the drawer."], prompt="document")
+print({score})
+```
+"""
+    )
+    return "\n".join(blocks)
+
+
+def _comparison(figures: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A table of every task's figures before and after, the average last."""
+    before, after = figures.get("before", {}), figures.get("after", {})
+    tasks = [task for task in {**before, **after} if task != "average"]
+    rows = []
+    # The average of a single task is that task, and perhaps the validation loss.
+    for task in [*tasks, "average"]:
+        for metric in {**before.get(task, {}), **after.get(task, {})}:
+            if task == "average" and len(tasks) == 1 and metric in {**before, **after}[tasks[0]]:
+                continue
+            shown = (_figure(found.get(task, {}).get(metric)) for found in (before, after))
+            rows.append((task, metric_name(metric), *shown))
+    return _table(("task", "metric", "before", "after"), rows)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if is_number(value) else "-"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    escaped = [tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
+    lines = [head, tuple("---" for _ in head), *escaped]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,183 @@
+"""From a trained backbone to weights that other libraries read: merged, dequantised, renamed, in shards.
+
+    trained = merge(backbone)                                    # adapters become part of the weights
+    write(folder, stored_tensors(base, backbone, trained), "pt")     # under the names that the base model has
+    write(folder, mlx_tensors(backbone, mx.bfloat16), "mlx")         # under mlx-lm's names
+
+Used by export.py; tested by `python -m pytest tests/test_export.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_retrieval.backend import mx, nn
+
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from mlx_retrieval.backbones import ENCODERS, Backbone
+from mlx_retrieval.backbones.hub import read_weights, save_tensors, tensor_table, weight_files
+from mlx_retrieval.utils.errors import UserError
+
+SHARD_BYTES = 5_000_000_000
+GROUP_SIZES = (64, 32)  # of quantised numbers that share a scale, the preferred first
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # as safetensors spell them
+SWITCHES = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx-lm's stacks of experts
+
+
+def merge(backbone: Backbone) -> set[str]:
+    """Add adapters to the weights that they adapt, and dequantise what is quantised, in place, in float32.
+
+    Returns the names of the parameters that training changed. Nothing is computed before it is written or used.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    adapted = backbone.adapted
+    layers = [(name, module) for name, module in adapted.named_modules() if hasattr(module, "fuse")]
+    trained = {f"{name}.weight" for name, _ in layers}
+    if not layers:  # full training, or a base model
+        trained = {name for name, _ in tree_flatten(adapted.trainable_parameters())}
+    for _, layer in layers:
+        layer.set_dtype(mx.float32)  # rounded once, when it is written
+    adapted.update_modules(tree_unflatten([(name, layer.fuse(dequantize=True)) for name, layer in layers]))
+    dequantize_model(adapted)
+    adapted.freeze()
+    return trained
+
+
+def stored_dtype(folder: Path) -> mx.Dtype:
+    """The dtype of most of a checkpoint's floating-point numbers; of a quantised one, of its scales."""
+    sizes: dict[str, int] = {}
+    for file in weight_files(folder):
+        for entry in tensor_table(file).values():
+            if entry["dtype"] in FLOATS:
+                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + entry["data_offsets"][1]
+                sizes[entry["dtype"]] -= entry["data_offsets"][0]
+    return FLOATS[max(sizes, key=sizes.__getitem__)] if sizes else mx.float32
+
+
+# --- under the base model's names -----------------------------------------------------------------------------------
+
+
+def stored_tensors(
+    folder: Path, backbone: Backbone, trained: set[str], dtype: mx.Dtype | None = None, drop: Sequence[str] = ()
+) -> dict[str, mx.array]:
+    """The base checkpoint's own tensors, those that were trained replaced and those that were quantised made whole.
+
+    Args:
+        folder: of the base model. backbone: the same model, after `merge`; trained: what `merge` returned.
+        dtype: of floating-point tensors; None: each keeps its own, a quantised one gets its scales'.
+        drop: beginnings of names that are left out.
+
+    Raises UserError where a trained parameter is no tensor of the checkpoint, so that mlx alone could read the result.
+    """
+    merged = dict(tree_flatten(backbone.adapted.parameters()))
+    tensors = read_weights(folder)
+    _refuse_stacks(backbone, tensors)
+    found, placed = {}, set()
+    for name, value in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        scales = tensors.get(f"{stem}.scales")
+        if name.startswith(tuple(drop)) or (scales is not None and kind in ("scales", "biases")):
+            continue
+        own = _parameter(backbone, name, merged)
+        packed = scales is not None and kind == "weight"
+        if packed and own is None:
+            raise UserError(f"{folder}: {name} is quantised but no part of the model: use --format mlx")
+        result = value
+        if packed or (own in trained and merged[own].shape == value.shape):
+            result = merged[own].astype(scales.dtype if packed else value.dtype)
+            placed.add(own)
+        if dtype is not None and mx.issubdtype(result.dtype, mx.floating):
+            result = result.astype(dtype)
+        found[name] = result
+    if lost := sorted(trained - placed):
+        raise UserError(
+            f"{len(lost)} trained parameters are no tensors of {folder} (mlx-lm keeps them in another form): "
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. Use --format mlx"
+        )
+    return found
+
+
+def _parameter(backbone: Backbone, name: str, parameters: dict[str, mx.array]) -> str | None:
+    """What the backbone calls the checkpoint's tensor `name`; None where it has none."""
+    if encoder := ENCODERS.get(backbone.config["model_type"]):
+        return next(iter(encoder.sanitize({name: None})), None)
+    moved = name.replace("model.language_model.", "language_model.model.", 1)
+    return next((n for n in (name, f"model.{name}", moved) if n in parameters), None)
+
+
+def _refuse_stacks(backbone: Backbone, tensors: dict[str, mx.array]) -> None:
+    """A checkpoint that mlx-lm wrote has its experts stacked, as no other library reads them."""
+    for path, module in backbone.adapted.named_modules():
+        if type(module).__name__ in SWITCHES and f"{path}.weight" in tensors:
+            raise UserError(f"the base model's experts are stacked as mlx-lm has them ({path}): use --format mlx")
+
+
+# --- under mlx's names ----------------------------------------------------------------------------------------------
+
+
+def cast(backbone: Backbone, dtype: mx.Dtype) -> None:
+    """Cast floating-point parameters to `dtype`, but those that mlx-lm says must stay precise."""
+    stays = getattr(backbone.adapted, "cast_predicate", lambda _: True)
+
+    def one(name: str, value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and stays(name) else value
+
+    backbone.adapted.update(tree_map_with_path(one, backbone.adapted.parameters()))
+
+
+def quantise(backbone: Backbone, bits: int) -> dict:
+    """Quantise linear layers and embeddings in place; returns what config.json says of it.
+
+    Layers that mlx-lm's model says are too delicate stay as they are or get more bits. Raises UserError where no group
+    size divides the widths.
+    """
+    model = backbone.adapted
+    wanted = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "to_quantized")}
+    chosen = {name: wanted(name, module) for name, module in layers.items()}
+    widths = {name: layers[name].weight.shape[-1] for name, how in chosen.items() if how is True}
+    linear = {name: width for name, width in widths.items() if not isinstance(layers[name], nn.Embedding)}
+    group = next((g for g in GROUP_SIZES if all(width % g == 0 for width in linear.values())), None)
+    if group is None:
+        name, width = next((name, width) for name, width in linear.items() if width % GROUP_SIZES[-1])
+        raise UserError(f"--quantize {bits}: {name} takes {width} numbers, no multiple of {GROUP_SIZES[-1]}")
+    # A narrow table, such as T5's of a bias a head, stays whole.
+    chosen |= {name: False for name, width in widths.items() if width % group}
+    nn.quantize(model, group, bits, class_predicate=lambda path, _: chosen.get(path, False))
+    return {"group_size": group, "bits": bits} | {n: how for n, how in chosen.items() if isinstance(how, dict)}
+
+
+def mlx_tensors(backbone: Backbone) -> dict[str, mx.array]:
+    """Every parameter under the name that the backbone gives it."""
+    return dict(tree_flatten(backbone.adapted.parameters()))
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, tensors: dict[str, mx.array], form: str) -> int:
+    """Write `tensors` as one file or as shards with an index, `form` as `save_tensors` has it; returns their bytes.
+
+    `tensors` is emptied meanwhile: only one shard at a time need be in memory.
+    """
+    total = sum(value.nbytes for value in tensors.values())
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(tensors):
+        if shards[-1] and filled + tensors[name].nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensors[name].nbytes
+    index = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_tensors(folder / file, {name: tensors.pop(name) for name in names}, form)
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        described = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        text = json.dumps(described, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return total

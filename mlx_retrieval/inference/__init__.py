@@ -1,0 +1,1 @@
+"""Use a model: embed, rerank, quantise, check, serve."""

@@ -1,0 +1,166 @@
+"""The one thread in which a server's models compute, and what waits for it.
+
+thread = ModelThread(reranker, model, batch=256)
+thread.start()
+scores = thread.submit(Job(documents, query="kidney stones")).result()     # float32 (N,)
+vectors = thread.submit(Job(texts, prompt="document")).result()            # float32 (N, D)
+
+What waits and is of one kind is computed in one call. Requests larger than a call are cut and take turns with others,
+except for listwise rerankers, where the score of a document depends on those beside it.
+"""
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mlx_retrieval import backend  # noqa: F401  (before anything that may import mlx)
+
+if TYPE_CHECKING:
+    from mlx_retrieval.inference.embedder import Model
+
+STUCK_S = 30  # how long `close` waits for a call that does not end
+
+
+class Reranker(Protocol):
+    """What scores documents; rerank.py's."""
+
+    name: str
+    kind: str
+
+    def score_groups(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[np.ndarray]:
+        """Scores, float32 (N,), of each (query, N documents), in the documents' order."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Texts to score for `query` or, without one, to embed under the prompt called `prompt`."""
+
+    texts: Sequence[str]
+    query: str | None = None
+    prompt: str | None = None
+    dimensions: int | None = None
+    whole: bool = False  # not to be cut
+    answer: Future = field(default_factory=Future)  # an array of a row a text; cancelled once nobody waits for it
+    tokens: int = 0  # of the texts embedded so far
+    begun: int = 0  # texts that were taken to be computed
+    rows: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def kind(self) -> tuple:
+        """Jobs of one kind can be computed together."""
+        return self.query is None, self.prompt, self.dimensions
+
+    def cut(self, most: int) -> Sequence[str]:
+        """The next texts."""
+        piece = self.texts if self.whole else self.texts[self.begun : self.begun + most]
+        self.begun += len(piece)
+        return piece
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take the results of a piece, in the texts' order; the last ones make the answer."""
+        self.rows.append(rows)
+        if sum(map(len, self.rows)) == len(self.texts):
+            with contextlib.suppress(InvalidStateError):  # nobody waits any more
+                self.answer.set_result(np.concatenate(self.rows))
+
+    def fail(self, error: BaseException) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.answer.set_exception(error)
+
+
+Pieces = list[tuple[Job, Sequence[str]]]  # of jobs of one kind
+
+
+class ModelThread:
+    """Computes jobs, the oldest first, in a thread of its own: MLX's state belongs to a thread.
+
+    Args:
+        batch: texts in one call, at most, but for a request that must not be cut.
+    """
+
+    def __init__(self, reranker: Reranker | None, model: "Model | None", batch: int):
+        self.reranker, self.model, self.batch = reranker, model, batch
+        self._jobs: list[Job] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> Future:
+        """Let a job wait for its turn; cancelling its answer takes it out again."""
+        job.whole = job.query is not None and self.reranker.kind == "listwise"
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.answer
+
+    def close(self) -> None:
+        """Let the call that is being computed end, and cancel what waits."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(STUCK_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closing)
+                if self._closing:
+                    break
+                pieces = self._next()
+            if pieces:
+                self._work(pieces)
+            del pieces  # large texts should not live until the next request
+        for job in self._jobs:
+            job.answer.cancel()
+
+    def _next(self) -> Pieces:
+        """Pieces of the oldest job and of others of its kind; a job that has more goes to the end."""
+        self._jobs = [job for job in self._jobs if not job.answer.done()]  # cancelled or failed
+        room, pieces, waiting, again = self.batch, [], [], []
+        for job in self._jobs:
+            too_large = job.whole and pieces and len(job.texts) > room
+            if room <= 0 or too_large or job.kind != self._jobs[0].kind:
+                waiting.append(job)
+                continue
+            pieces.append((job, job.cut(room)))
+            room -= len(pieces[-1][1])
+            if job.begun < len(job.texts):
+                again.append(job)
+        self._jobs = waiting + again
+        return pieces
+
+    def _work(self, pieces: Pieces) -> None:
+        try:
+            results = self._compute(pieces)
+        except BaseException as error:  # it belongs to whoever waits for the answer
+            if len(pieces) == 1:
+                pieces[0][0].fail(error)
+            else:  # one of them is to blame, and the others should not notice
+                for piece in pieces:
+                    self._work([piece])
+            return
+        for (job, _), rows in zip(pieces, results, strict=True):
+            job.add(rows)
+
+    def _compute(self, pieces: Pieces) -> list[np.ndarray]:
+        first, counts = pieces[0][0], [len(texts) for _, texts in pieces]
+        if first.query is not None:
+            results = self.reranker.score_groups([(job.query, texts) for job, texts in pieces])
+        else:
+            together = [text for _, texts in pieces for text in texts]
+            vectors = self.model.encode(together, prompt=first.prompt, show_progress=False, dimensions=first.dimensions)
+            results = np.split(vectors, np.cumsum(counts[:-1]))
+        if [len(rows) for rows in results] != counts or not all(np.isfinite(rows).all() for rows in results):
+            raise ArithmeticError("what the model computed is not finite numbers, a row for each text")
+        if first.query is None:
+            for job, texts in pieces:
+                job.tokens += int(self.model.tokenizer(texts, first.prompt).lengths.sum())
+        return results

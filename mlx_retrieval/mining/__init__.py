@@ -1,0 +1,1 @@
+"""Make training data from what is at hand: hard negatives, teachers, code pairs."""

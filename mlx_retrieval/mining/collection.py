@@ -1,0 +1,206 @@
+"""What mine.py reads and writes: rows, a corpus, distinct texts on disk.
+
+python mine.py negatives --data pairs.jsonl --corpus corpus.jsonl --model M --output mined.jsonl
+
+A text is in memory only while it is used. What stays there is about 200 bytes a document, most of them a hash by which
+its duplicates are known, until all are read.
+"""
+
+import hashlib
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_retrieval.dataset.row_formats import Example, RowError, decode, example_of, row_format
+from mlx_retrieval.dataset.rows import lines_of, open_rows
+from mlx_retrieval.dataset.text_files import read_texts
+from mlx_retrieval.utils.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+MINED = ("document", "positive", "anchor")  # formats of rows that negatives are mined for
+SCORED = (*MINED, "documents")  # ... and that a teacher scores
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(
+    files: Sequence[Path], formats: Sequence[str], skipped: list[str] | None = None
+) -> Iterator[tuple[dict[str, Any], Example]]:
+    """(the row as it stands in its file, what rows.py makes of it) of every row, in order.
+
+    Scores that rows have are not looked at. Bad rows raise UserError, or are put into `skipped` where that is a list.
+    """
+    expected = None
+    for file in files:
+        with open_rows(file) as handle:
+            for number, (line, _) in enumerate(lines_of(handle), start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = decode(line)
+                    kind = row_format(row)
+                    if kind not in formats:
+                        raise RowError(f"has the key {kind}: {_UNFIT[kind]}")
+                    plain = {key: value for key, value in row.items() if key != "scores"}
+                    if kind == "documents" and isinstance(row["documents"], list):  # equal scores: the order stays
+                        plain["scores"] = [0.0] * len(row["documents"])
+                    example, expected = example_of(plain, expected)
+                except RowError as error:
+                    if skipped is None:
+                        where = f"{file}:{number}: {error}"
+                        raise UserError(f"{where} (--skip-bad-rows leaves such rows out)") from error
+                    skipped.append(f"{file}:{number}: {error}")
+                    continue
+                yield row, example
+
+
+_UNFIT = {
+    "label": "rows of labels name no positive",
+    "documents": "rows that a teacher has judged have their negatives",
+}
+
+
+def corpus_file(name: str) -> Path:
+    """The file of documents that `--corpus` names: itself, or the corpus.jsonl of a folder in BEIR layout."""
+    path = Path(name).expanduser()
+    file = path / "corpus.jsonl" if path.is_dir() else path
+    if file.suffix == ".gz" or (not file.is_file() and file.with_name(f"{file.name}.gz").is_file()):
+        raise UserError(f"--corpus {name}: unpack it first (gunzip)")
+    if not file.is_file():
+        raise UserError(f"--corpus {name}: " + ("the folder has no corpus.jsonl" if path.is_dir() else "no such file"))
+    return file
+
+
+def read_corpus(file: Path, field: str | None = None) -> Iterator[str]:
+    """The documents of a file, as `embed.read_texts` reads it, but for blank ones; UserError where there is none."""
+    count = 0
+    for text in read_texts(file, field):
+        if text.strip():
+            count += 1
+            yield text
+    if not count:
+        raise UserError(f"--corpus {file}: no document in it")
+
+
+# --- texts on disk ----------------------------------------------------------------------------------------------------
+
+
+class TextFile:
+    """Distinct texts in a temporary file; in memory is only where each begins, and while they come, a hash of each.
+
+    Two texts are the same where they differ in nothing but case and white space: the first of them is kept.
+    """
+
+    def __init__(self, folder: Path):
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._starts, self._numbers, self._digest = array("Q", [0]), dict[bytes, int](), hashlib.sha256()
+
+    def add(self, text: str) -> int:
+        """The number of a text; a new one gets the next."""
+        number = self._numbers.setdefault(_key(text), len(self))
+        if number == len(self):
+            data = text.encode("utf-8", "surrogatepass")
+            self._file.write(data)
+            self._starts.append(self._starts[-1] + len(data))
+            self._digest.update(b"%d " % len(data) + data)
+        return number
+
+    def find(self, text: str) -> int | None:
+        """The number of a text that was added."""
+        return self._numbers.get(_key(text))
+
+    def close(self) -> str:
+        """No more texts come: forget their hashes, and return one of all of them."""
+        self._file.flush()
+        self._numbers.clear()
+        return self._digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def read(self, numbers: Iterable[int]) -> list[str]:
+        """Texts by their numbers, once `close` was called."""
+        starts, handle = self._starts, self._file.fileno()
+        parts = (os.pread(handle, starts[i + 1] - starts[i], starts[i]) for i in numbers)
+        return [part.decode("utf-8", "surrogatepass") for part in parts]
+
+
+def _key(text: str) -> bytes:
+    """12 bytes: of a hundred million texts, two different ones share them with a probability of 1 in 10 trillion."""
+    same = " ".join(text.split()).casefold()
+    return hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+@dataclass
+class Collection:
+    """Distinct queries and documents, and which belong together. Pairs are int64: query << 32 | document, sorted."""
+
+    queries: TextFile
+    documents: TextFile
+    row_query: np.ndarray  # (R,) uint32 of each row
+    row_positive: np.ndarray  # (R,) uint32
+    known: np.ndarray  # (K,) pairs of queries and positives, of any row
+    barred: np.ndarray  # (B,) pairs that are never mined: those, and documents that are the query itself
+    read: int  # texts of documents, duplicates included
+    corpus: np.ndarray  # (N,) uint32: the document of each text of the corpus
+    marks: dict[str, str]  # hashes
+
+    @staticmethod
+    def part(pairs: np.ndarray, first: int, last: int) -> np.ndarray:
+        """The pairs of queries `first` to `last` - 1."""
+        return pairs[slice(*np.searchsorted(pairs, (first << 32, last << 32)))]
+
+    @property
+    def row_pairs(self) -> np.ndarray:
+        """(R,) int: where in `known` each row's pair is."""
+        return np.searchsorted(self.known, _pairs(self.row_query, self.row_positive))
+
+
+def _pairs(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    return (np.asarray(queries, np.int64) << 32) | np.asarray(documents, np.int64)
+
+
+def collect(
+    rows: Iterable[tuple[dict[str, Any], Example]],
+    corpus: Iterable[str],
+    folder: Path,
+) -> Collection:
+    """Read everything once, into temporary files in `folder`. Documents are the corpus's, then those of all rows."""
+    queries, documents, read = TextFile(folder), TextFile(folder), 0
+    row_query, row_positive, of_corpus = array("I"), array("I"), array("I")
+    for text in corpus:
+        of_corpus.append(documents.add(text))
+    read += len(of_corpus)
+    for _, example in rows:
+        row_query.append(queries.add(example.query))
+        row_positive.append(documents.add(example.positive))
+        for text in example.negatives:
+            documents.add(text)
+        read += 1 + len(example.negatives)
+    if not row_query:
+        raise UserError("--data: no row in it")
+    query_hash = queries.close()
+    itself = [(i, documents.find(text)) for i, text in enumerate(_each(queries))]
+    itself = np.array([pair for pair in itself if pair[1] is not None], np.int64).reshape(-1, 2)
+    known = np.unique(_pairs(row_query, row_positive))
+    barred = np.union1d(known, _pairs(*itself.T))
+    marks = {"corpus": documents.close(), "queries": query_hash, "positives": hashlib.sha256(known).hexdigest()}
+    of_rows = (np.frombuffer(each, np.uint32) for each in (row_query, row_positive))
+    return Collection(queries, documents, *of_rows, known, barred, read, np.array(of_corpus, np.uint32), marks)
+
+
+def _each(texts: TextFile) -> Iterator[str]:
+    for i in range(len(texts)):
+        yield from texts.read([i])
+
+
+# --- output -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Assemble backbone, head and tokenizer into a retrieval model; batch and run it."""

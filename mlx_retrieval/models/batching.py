@@ -1,0 +1,121 @@
+"""How texts of different lengths go through the backbone: sorted by length, cut under a token budget, padded.
+
+Training and `Model.encode` share it. It is only a matter of speed: no result depends on it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+
+from mlx_retrieval import backend
+
+
+class MicroBatch(NamedTuple):
+    """R right-padded texts of at most L tokens, as the backbone sees them."""
+
+    ids: mx.array  # (R, L) int32
+    lengths: mx.array  # (R,) int32: real tokens of each row
+    start: mx.array  # (R,) int32: first token that pooling counts
+    end: mx.array  # (R,) int32: one past the last
+    second: mx.array | None = (
+        None  # (R,) int32: where the second text of a pair begins, for models that tell them apart
+    )
+    past: list[tuple[mx.array, mx.array]] | None = None  # of every layer, keys and values of tokens before these rows
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of N texts, one after another, and which of their tokens pooling counts."""
+
+    ids: np.ndarray  # (sum of lengths,) int32
+    lengths: np.ndarray  # (N,) int32
+    start: np.ndarray  # (N,) int32, within the text
+    end: np.ndarray  # (N,) int32, within the text
+    seen: np.ndarray | None = None  # (N,) int32: tokens that the others attend to, from the first on; None: all
+    second: np.ndarray | None = None  # (N,) int32: where the second text of a pair begins; None: they are no pairs
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(N + 1,) int64: where each text begins in `ids`."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    def part(self, first: int, last: int) -> "Texts":
+        """Texts `first` to `last` - 1."""
+        offsets = self.offsets
+        rest = (self.lengths, self.start, self.end, self.seen, self.second)
+        columns = (None if column is None else column[first:last] for column in rest)
+        return Texts(self.ids[offsets[first] : offsets[last]], *columns)
+
+    def without(self, tokens: list[int], width: int) -> np.ndarray:
+        """(N, width) bool: False where a text has one of these tokens."""
+        row = np.repeat(np.arange(len(self)), self.lengths)
+        column = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
+        hit = np.isin(self.ids, tokens) & (column < width)
+        kept = np.ones((len(self), width), bool)
+        kept[row[hit], column[hit]] = False
+        return kept
+
+    @staticmethod
+    def join(parts: list["Texts"]) -> "Texts":
+        """The texts of all `parts`, in order."""
+        columns = [(p.ids, p.lengths, p.start, p.end, p.lengths if p.seen is None else p.seen) for p in parts]
+        return Texts(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def padded(lengths: np.ndarray) -> np.ndarray:
+    """Lengths rounded up to the device's grid of shapes."""
+    return -(-lengths // backend.LENGTH_GRID) * backend.LENGTH_GRID
+
+
+def plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Cut texts into micro-batches of similar length, with the least padding.
+
+    Sorted by length, the cuts are those of least total cost (dynamic programming), where a micro-batch costs its
+    tokens, padding included, and a constant for being one more.
+
+    Args:
+        lengths: (N,) tokens of each text.
+        budget: most tokens, padding included, of one micro-batch; a longer text is a micro-batch by itself.
+
+    Returns index arrays that together hold 0..N-1 once, longest texts first (so that a lack of memory shows at once).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    widths = padded(lengths[order])
+    count, overhead = len(order), min(backend.MICRO_BATCH_OVERHEAD, budget / 8)
+    cost, cut, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
+    for end in range(1, count + 1):
+        while first < end - 1 and (end - first) * widths[first] > budget:
+            first += 1
+        costs = cost[first:end] + (end - np.arange(first, end)) * widths[first:end] + overhead
+        best = int(costs.argmin())
+        cost[end], cut[end] = costs[best], first + best
+    parts, end = [], count
+    while end:
+        parts.append(order[cut[end] : end])
+        end = cut[end]
+    return parts[::-1]
+
+
+def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0) -> MicroBatch:
+    """The texts at `index` as right-padded rows for the backbone."""
+    lengths = texts.lengths[index]
+    ids = np.full((len(index), padded(lengths.max())), pad_id, dtype=np.int32)
+    offsets = texts.offsets
+    for row, i in enumerate(index):
+        ids[row, : texts.lengths[i]] = texts.ids[offsets[i] : offsets[i + 1]]
+    seen = lengths if texts.seen is None else texts.seen[index]
+    second = None if texts.second is None else mx.array(texts.second[index])
+    return MicroBatch(mx.array(ids), mx.array(seen), mx.array(texts.start[index]), mx.array(texts.end[index]), second)
+
+
+def micro_batches(texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:
+    """Every micro-batch of `plan`, as (index, padded rows)."""
+    for index in plan(texts.lengths, budget):
+        yield index, pad_rows(texts, index, pad_id)

@@ -1,0 +1,184 @@
+"""Load a retrieval model from a base folder, an adapter or a full checkpoint."""
+
+import json
+from pathlib import Path
+
+from mlx_retrieval.backend import mx, nn
+
+from mlx.utils import tree_flatten
+
+from mlx_retrieval.backbones import Backbone, load_backbone, lora, resolve
+from mlx_retrieval.backbones.hub import (
+    check_fit,
+    inside,
+    load_strictly,
+    read_json,
+    read_safetensors,
+    read_weights,
+    save_tensors,
+    toolkit_relative,
+)
+from mlx_retrieval.models import retrieval_config
+from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.utils.errors import UserError
+
+ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
+
+
+def build(
+    model: str, projection: int = 0, reranker: str | None = None, **flags
+) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+    """An untrained retrieval model from a base model's name; `flags` (those not None) win over what it says itself.
+
+    `projection`: give a late model a fresh layer that makes token vectors of so many dimensions; 0 = none.
+    `reranker`: with task="rerank", the kind that it is to be; None = what it is by its files.
+
+    Returns the model, frozen but for a fresh layer; its RetrievalConfig; and the base model's folder.
+    """
+    folder = resolve(model)
+    backbone = load_backbone(folder, flags.pop("bidirectional", None))
+    said = retrieval_config.of_base_model(folder, backbone.config, flags.get("task"), reranker)
+    config = said.override(**flags)
+    if said.dense and config.task != said.task:
+        raise UserError(f"{model}: its layers are those of a model for --task {said.task}, not {config.task}")
+    _fit_lengths(config, backbone.max_positions, flags)
+    config.base_model = toolkit_relative(model)
+    config.base_fingerprint = lora.fingerprint(backbone)
+    config.bidirectional = backbone.bidirectional
+    if projection:
+        if config.task != "late" or config.dense:
+            raise UserError("--projection-dim is for --task late, and for a model that has no projection of its own")
+        size = {"in_features": backbone.hidden_size, "out_features": projection}
+        config.dense = [{"path": "", **size, "bias": False, "activation": "Identity"}]
+    if config.task != "rerank":
+        config.dimensions = config.dense[-1]["out_features"] if config.dense else backbone.hidden_size
+    return _assemble(backbone, config, folder), config, folder
+
+
+def _assemble(backbone: Backbone, config: RetrievalConfig, folder: Path) -> RetrievalModel:
+    """Backbone and head, with the dense layers that the base model's folder has; frozen but for those it has not."""
+    if config.task == "rerank":
+        from mlx_retrieval.models import rerankers
+
+        return RetrievalModel(backbone, rerankers.head(config.reranker, backbone, folder))
+    head = config.head()
+    model = RetrievalModel(backbone, head)
+    model.freeze()
+    for layer, described in zip(head.dense, config.dense, strict=True):
+        if not described["path"]:
+            layer.unfreeze()
+            continue
+        path = inside(folder, described["path"], retrieval_config.FILE)
+        weights = {name: value.astype(mx.float32) for name, value in read_weights(path).items()}
+        load_strictly(layer, weights, path)
+    return model
+
+
+def _fit_lengths(config: RetrievalConfig, positions: int, flags: dict) -> None:
+    """Limit lengths to the positions that the model has; UserError where a flag asked for more."""
+    for name in ("max_length", "query_max_length"):
+        if getattr(config, name) > positions:
+            if flags.get(name):
+                raise UserError(f"--{name.replace('_', '-')}: the model has {positions} positions")
+            setattr(config, name, positions)
+
+
+def kind_of(name: str) -> str:
+    """What a model is by its files, or else by its name: "reranker", late-interaction models too, or "embedder".
+
+    Yes/no rerankers are language models whose files say nothing of it; "rerank" in the folder's name does.
+    """
+    from mlx_retrieval.backbones import resolve
+    from mlx_retrieval.backbones.hub import read_config, tensor_table, weight_files
+    from mlx_retrieval.models import pylate_files, retrieval_config, sentence_transformers_files
+
+    path = Path(name).expanduser()
+    folder = path if is_adapter(path) else resolve(name)
+    if (folder / retrieval_config.FILE).is_file():
+        return "embedder" if retrieval_config.RetrievalConfig.read(folder).task == "embed" else "reranker"
+    says = sentence_transformers_files.optional_json(folder / sentence_transformers_files.SETTINGS).get(
+        "model_type", ""
+    )
+    if pylate_files.is_late(folder) or says == "CrossEncoder":
+        return "reranker"
+    if (folder / sentence_transformers_files.MODULES).is_file():
+        return "embedder"
+    if any("SequenceClassification" in kind for kind in read_config(folder).get("architectures") or ()):
+        return "reranker"
+    names = {tensor for file in weight_files(folder) for tensor in tensor_table(file)}
+    if "score.weight" in names or any(tensor.startswith("projector.") for tensor in names):
+        return "reranker"
+    return "reranker" if "rerank" in folder.resolve().name.lower() or "rerank" in name.lower() else "embedder"
+
+
+def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+    """A model ready for use: a base model, or an adapter folder on its base.
+
+    Args:
+        model: base model; None = the one that the adapter was trained on.
+        adapter: a saved folder such as `adapters/final`.
+        flags: fields of RetrievalConfig (max_length, ...) that win over what is saved.
+
+    Returns as `build`. UserError where the adapter belongs to another base model or its tensors do not fit.
+    """
+    if adapter is None:
+        return build(model, **flags)
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{adapter}: no such adapter folder")
+    config = RetrievalConfig.read(folder)
+    config = config.override(**flags)
+    base = resolve(model or config.base_model)
+    backbone = load_backbone(base, config.bidirectional)
+    _fit_lengths(config, backbone.max_positions, flags)
+    if wrong := lora.differing(config.base_fingerprint, lora.fingerprint(backbone)):
+        raise UserError(
+            f"{adapter} was trained on {config.base_model}, and {model or config.base_model} is another model "
+            f"(its {', '.join(wrong)} differ)"
+        )
+    loaded = _assemble(backbone, config, base)
+    load_adapter(loaded, folder)
+    return loaded, config, base
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether this is a saved adapter's folder, perhaps a damaged one; exported models are none."""
+    return any((folder / name).is_file() for name in (ADAPTERS, ADAPTER_CONFIG))
+
+
+def load_adapter(model: RetrievalModel, folder: Path) -> dict:
+    """Attach and load the adapter in `folder`; returns its adapter_config. All that does not fit is told at once."""
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    try:
+        lora.attach(model.backbone, adapter_config)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: not as this toolkit writes it ({error!r})") from error
+    load_weights(model, folder)
+    model.eval()
+    return adapter_config
+
+
+def load_weights(model: RetrievalModel, folder: Path) -> None:
+    """Load a saved folder's tensors into the trainable parts of a model that has the same adapter attached."""
+    load_trainable(model.backbone.adapted, read_safetensors(folder / ADAPTERS), folder)
+    if (folder / HEADS).is_file():
+        load_strictly(model.head, read_safetensors(folder / HEADS), folder)
+    elif model.head.trainable_parameters() and tree_flatten(model.head.trainable_parameters()):
+        raise UserError(f"{folder}: no {HEADS}, which holds the layers that this model has beside its base")
+
+
+def load_trainable(module: nn.Module, weights: dict[str, mx.array], origin: Path) -> None:
+    """`load_strictly`, for the trainable parameters alone, in the dtype that the module has on this device."""
+    wanted = dict(tree_flatten(module.trainable_parameters()))
+    check_fit(wanted, weights, origin)
+    module.load_weights([(name, weights[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
+
+
+def save_model(folder: Path, model: RetrievalModel, adapter_config: dict, config: RetrievalConfig) -> None:
+    """Write what use of the model needs into `folder`."""
+    save_tensors(folder / ADAPTERS, dict(tree_flatten(model.backbone.adapted.trainable_parameters())))
+    if heads := dict(tree_flatten(model.head.trainable_parameters())):
+        save_tensors(folder / HEADS, heads)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
+    config.write(folder)

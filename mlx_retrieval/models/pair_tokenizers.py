@@ -1,0 +1,222 @@
+"""A query and its documents as token sequences, in the format of each kind of reranker.
+
+    sequences = tokenizer([("query", ["document", "document"])])
+    sequences.texts                  what goes through the backbone
+    sequences.text, sequences.place  of every document: its text, and the position there at which its score stands
+
+Formats: Qwen3-Reranker (Zhang et al. 2025, arXiv 2506.05176), cross-encoders (Nogueira and Cho 2019, arXiv
+1901.04085), jina-reranker-v3 (Wang et al. 2025, arXiv 2509.25085). Users' texts never become special tokens.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_retrieval.backbones.hub import read_config
+from mlx_retrieval.models.batching import Texts
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.utils.errors import UserError
+
+Group = tuple[str, Sequence[str]]  # a query and its documents
+
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+PASSAGE_END, QUERY_END = "<|embed_token|>", "<|rerank_token|>"
+LIST_SYSTEM = (
+    "system\nYou are a search relevance expert who can determine a ranking of the passages based on how relevant they "
+    "are to the query. If the query is a question, how relevant a passage is depends on how well it answers the "
+    "question. If not, try to analyze the intent of the query and assess how well each passage satisfies the intent. "
+    "If an instruction is provided, you should follow the instruction when determining the ranking."
+)
+LIST_USER = (
+    "user\nI will provide you with {count} passages, each indicated by a numerical identifier. Rank the passages based "
+    "on their relevance to query: {query}\n{instruct}"
+)
+PASSAGES = 64  # of one pass of a listwise reranker
+
+
+class Sequences(NamedTuple):
+    """N token sequences, and where in them the D documents of all groups, one group after another, are scored."""
+
+    texts: Texts
+    text: np.ndarray  # (D,) int32: the sequence of each document
+    place: np.ndarray  # (D,) int32: the position of its score in the sequence's representation
+    cut: int  # documents that were too long
+
+
+def body(instruction: str, query: str, document: str) -> str:
+    """What Qwen3-Reranker is asked about a pair, between PREFIX and SUFFIX."""
+    return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+
+
+def _texts(sequences: Sequence[list[int]], second: Sequence[int] | None = None) -> Texts:
+    lengths = np.array([len(ids) for ids in sequences], np.int32)
+    flat = np.array([token for ids in sequences for token in ids], np.int32)
+    pairs = None if second is None else np.array(second, np.int32)
+    return Texts(flat, lengths, np.zeros_like(lengths), lengths.copy(), None, pairs)
+
+
+class PairTokenizer:
+    """Base of all: the tokenizer of the model in `folder`, and most tokens of a sequence."""
+
+    def __init__(self, folder: Path, max_length: int):
+        self.texts = TextTokenizer(folder, {}, {"text": max_length}, pool_special=True)
+        self.tokenizer, self.pad_id, self.max_length = self.texts.tokenizer, self.texts.pad_id, max_length
+
+    def _room(self, frame: int) -> int:
+        if (room := self.max_length - frame) < 2:
+            raise UserError(f"max length {self.max_length} leaves no room: the prompt alone takes {frame} tokens")
+        return room
+
+
+class YesNoTokenizer(PairTokenizer):
+    """Qwen3-Reranker's prompt. Only the body is cut, at the end of the document; the suffix always stands."""
+
+    def __init__(self, folder: Path, max_length: int, instruction: str = INSTRUCTION):
+        super().__init__(folder, max_length)
+        self.instruction = instruction
+        plain = self.texts.tokenizer.encode
+        self.prefix = [*self.texts.opening, *plain(PREFIX, add_special_tokens=False).ids]
+        self.suffix = plain(SUFFIX, add_special_tokens=False).ids
+        self.answers = [self._answer("no"), self._answer("yes")]
+        if self.answers[0] == self.answers[1]:
+            raise UserError(
+                f"{folder}: the tokenizer begins yes and no with the same token, so they can not be judged by"
+            )
+        self.room = self._room(len(self.prefix) + len(self.suffix))
+
+    def _answer(self, word: str) -> int:
+        """The token of an answer; its first one, in vocabularies that have no such token."""
+        token = self.tokenizer.token_to_id(word)
+        return self.tokenizer.encode(word, add_special_tokens=False).ids[0] if token is None else token
+
+    def __call__(self, groups: Sequence[Group]) -> Sequences:
+        asked = [body(self.instruction, query, document) for query, documents in groups for document in documents]
+        bodies = list(self.texts.bodies(asked, room=self.room))
+        cut = sum(len(ids) > self.room for ids in bodies)
+        count = np.arange(len(bodies), dtype=np.int32)
+        sequences = [[*self.prefix, *ids[: self.room], *self.suffix] for ids in bodies]
+        return Sequences(_texts(sequences), count, np.zeros_like(count), cut)
+
+
+class CrossEncoderTokenizer(PairTokenizer):
+    """Query and document as the tokenizer itself frames a pair: `[CLS] q [SEP] d [SEP]`, `<s> q </s></s> d </s>`.
+
+    What is too long is cut as transformers' `longest_first` does: the longer text, mostly the document, at its end.
+    """
+
+    def __init__(self, folder: Path, max_length: int):
+        super().__init__(folder, max_length)
+        self.frame, self.has_types = self._frame()
+        # Other models have no types of tokens, whatever their tokenizer says.
+        self.has_types &= read_config(folder).get("type_vocab_size", 0) > 1
+        self.room = self._room(sum(map(len, self.frame)))
+
+    def _frame(self) -> tuple[list[list[int]], bool]:
+        """What stands before, between and after two texts, and whether the second one has a type of its own."""
+        whole = self.tokenizer.encode("a", "a")
+        sequence = whole.sequence_ids
+        first, second = ([i for i, n in enumerate(sequence) if n == number] for number in (0, 1))
+        ids = whole.ids
+        frame = [ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]]
+        return frame, whole.type_ids[second[0]] == 1
+
+    def _lengths(self, query: int, document: int) -> tuple[int, int]:
+        """How many tokens of each are kept."""
+        short, long = sorted((query, document))
+        long = max(short, self.room - short)
+        if short + long > self.room:
+            short, long = self.room // 2, self.room - self.room // 2
+        return (short, long) if query <= document else (long, short)
+
+    def __call__(self, groups: Sequence[Group]) -> Sequences:
+        queries = list(self.texts.bodies([query for query, _ in groups]))
+        documents = iter(self.texts.bodies([document for _, group in groups for document in group]))
+        before, between, after = self.frame
+        sequences, second, cut = [], [], 0
+        for query, (_, group) in zip(queries, groups, strict=True):
+            for _ in group:
+                document = next(documents)
+                q, d = self._lengths(len(query), len(document))
+                cut += d < len(document)
+                opening = [*before, *query[:q], *between]
+                second.append(len(opening))
+                sequences.append([*opening, *document[:d], *after])
+        count = np.arange(len(sequences), dtype=np.int32)
+        return Sequences(_texts(sequences, second if self.has_types else None), count, np.zeros_like(count), cut)
+
+
+class ListTokenizer(PairTokenizer):
+    """jina-reranker-v3's prompt: up to PASSAGES documents of one query in a sequence, the rest in further ones.
+
+    Args:
+        max_length: most tokens of a document; query_max_length: of a query; most: of a whole sequence.
+    """
+
+    def __init__(self, folder: Path, max_length: int, query_max_length: int, most: int, instruction: str = ""):
+        super().__init__(folder, max_length)
+        self.query_max_length, self.most, self.instruction = query_max_length, most, instruction
+        self.marks = [self.tokenizer.token_to_id(mark) for mark in (PASSAGE_END, QUERY_END)]
+        if None in self.marks:
+            raise UserError(
+                f"{folder}: the tokenizer lacks {PASSAGE_END} or {QUERY_END}, so it is no listwise reranker's"
+            )
+
+    def _cut(self, texts: Sequence[str], limit: int) -> tuple[list[str], int]:
+        """The texts without the marks, each with at most `limit` tokens, and how many were cut."""
+        texts = [text.replace(PASSAGE_END, "").replace(QUERY_END, "") for text in texts]
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        long = [len(e) > limit for e in encoded]
+        ends = [e.offsets[limit - 1][1] if is_long else None for e, is_long in zip(encoded, long, strict=True)]
+        return [text[:end] for text, end in zip(texts, ends, strict=True)], sum(long)
+
+    def _block(self, query: str, pieces: list[list[int]], count: int) -> list[int]:
+        """The sequence of `count` passages, given the ids of each from the passage before to its own end."""
+        plain, passage_end, query_end = self._plain, *self.marks
+        instruct = f"<instruct>\n{self.instruction}\n</instruct>\n" if self.instruction else ""
+        (head,) = self.texts.bodies([LIST_USER.format(count=count, query=query, instruct=instruct) + pieces[0]])
+        ids = [*plain("<|im_start|>" + LIST_SYSTEM + "<|im_end|>\n<|im_start|>"), *head, passage_end]
+        for piece in pieces[1:]:
+            ids += [*piece, passage_end]
+        (tail,) = self.texts.bodies([f"\n</passage>\n<query>\n{query}"])
+        closing = plain("\n</query><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        return [*ids, *tail, query_end, *closing]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, groups: Sequence[Group]) -> Sequences:
+        queries, _ = self._cut([query for query, _ in groups], self.query_max_length)
+        sequences: list[list[int]] = []
+        text, place, cut = [], [], 0
+        for query, (_, group) in zip(queries, groups, strict=True):
+            documents, too_long = self._cut(group, self.max_length)
+            cut += too_long
+            for block in self._blocks(query, documents):
+                ids = np.array(block, np.int32)
+                ends = np.flatnonzero(ids == self.marks[0])
+                text += [len(sequences)] * len(ends)
+                place += ends.tolist()
+                sequences.append(block)
+        return Sequences(_texts(sequences), np.array(text, np.int32), np.array(place, np.int32), cut)
+
+    def _blocks(self, query: str, documents: list[str]) -> list[list[int]]:
+        blocks, first = [], 0
+        lengths = [len(ids) + 16 for ids in self.texts.bodies(documents)]  # and the tags around each
+        while first < len(documents):
+            room, last = self.most - 2 * self.query_max_length - 256, first
+            while last < len(documents) and last - first < PASSAGES and (last == first or room >= lengths[last]):
+                room -= lengths[last]
+                last += 1
+            marked = [f'<passage id="{i}">\n{text}' for i, text in enumerate(documents[first:last])]
+            pieces = [marked[0], *self.texts.bodies([f"\n</passage>\n{text}" for text in marked[1:]])]
+            blocks.append(self._block(query, pieces, last - first))
+            first = last
+        return blocks

@@ -1,0 +1,151 @@
+"""What a model's folder says of being a reranker: which kind, how its scores are meant, its head's weights.
+
+kind_of(folder, config)            "qwen3", "cross-encoder" or "listwise"
+describe(folder, config, kind)     the fields of a RetrievalConfig
+head(kind, backbone, folder)       the head, with the weights that the folder has
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mlx_retrieval.backend import mx, nn
+
+from mlx.utils import tree_flatten
+
+from mlx_retrieval.backbones import ENCODERS, Backbone
+from mlx_retrieval.backbones.hub import (
+    check_fit,
+    load_strictly,
+    read_safetensors,
+    read_weights,
+    tensor_table,
+    weight_files,
+)
+from mlx_retrieval.models.heads import ListHead, ScoreHead, YesNoHead
+from mlx_retrieval.models.pair_tokenizers import INSTRUCTION, CrossEncoderTokenizer, ListTokenizer, YesNoTokenizer
+from mlx_retrieval.utils.errors import UserError
+
+KINDS = ("qwen3", "cross-encoder", "listwise")
+
+PROJECTOR = "projector.safetensors"  # of jina-reranker-v3's MLX conversion
+DIMENSIONS = 512  # that a fresh projector of a listwise reranker gives
+LENGTHS = {"qwen3": 512, "cross-encoder": 512, "listwise": 2048}  # tokens: of a sequence; of a document
+LIST_QUERY, LIST_MOST = 512, 131_072  # tokens of a listwise reranker's query, and of a whole sequence
+
+# A classifier's tensors in Hugging Face's checkpoints -> their names in ScoreHead.
+_BERT = {"pooler.dense": "dense", "classifier": "out"}
+_ROBERTA = {"classifier.dense": "dense", "classifier.out_proj": "out"}
+_MODERNBERT = {"head.dense": "dense", "head.norm": "norm", "classifier": "out"}
+_SCORE = {"score": "out"}  # of decoders: the last token's
+TENSORS = {"bert": _BERT, "modernbert": _MODERNBERT} | dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA)
+
+
+def kind_of(folder: Path, config: dict) -> str:
+    """The kind of reranker that a model is, or would be if it were trained as one."""
+    if config["model_type"] in ENCODERS:
+        return "cross-encoder"
+    names = {name for file in weight_files(folder) for name in tensor_table(file)}
+    if (folder / PROJECTOR).is_file() or any(name.startswith("projector.") for name in names):
+        return "listwise"
+    return "cross-encoder" if "score.weight" in names else "qwen3"
+
+
+def describe(folder: Path, config: dict, kind: str | None = None) -> dict[str, Any]:
+    """Fields of the RetrievalConfig that a folder asks for; `kind` None = as `kind_of` finds."""
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"--reranker-type {kind}: known are {', '.join(KINDS)}, and late models as they are")
+    kind = kind or kind_of(folder, config)
+    if kind != "cross-encoder" and config["model_type"] in ENCODERS:
+        raise UserError(f"--reranker-type {kind} needs a language model, and {folder} is an encoder")
+    said = {"task": "rerank", "reranker": kind, "max_length": LENGTHS[kind], "query_max_length": LENGTHS[kind]}
+    if kind == "qwen3":
+        return said | {"activation": "sigmoid", "instruction": INSTRUCTION}
+    if kind == "listwise":
+        return said | {"query_max_length": LIST_QUERY}
+    named = config.get("sentence_transformers", {}).get("activation_fn") or config.get(
+        "sbert_ce_default_activation_function", ""
+    )
+    has_head = any(name.startswith("out.") for name in classifier(folder, config))
+    # A fresh head learns from labels by cross-entropy, so that its sigmoid is a probability.
+    return said | {"activation": "sigmoid" if "Sigmoid" in named or not has_head else ""}
+
+
+def tokenizer(folder: Path, config) -> YesNoTokenizer | CrossEncoderTokenizer | ListTokenizer:
+    """What turns groups into sequences, under the RetrievalConfig `config`."""
+    if config.reranker == "qwen3":
+        return YesNoTokenizer(folder, config.max_length, config.instruction)
+    if config.reranker == "cross-encoder":
+        return CrossEncoderTokenizer(folder, config.max_length)
+    return ListTokenizer(folder, config.max_length, config.query_max_length, LIST_MOST, config.instruction)
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+def head(kind: str, backbone: Backbone, folder: Path) -> nn.Module:
+    """The head of a reranker in `folder`, frozen but for parts that the folder has no weights of: those are fresh."""
+    if kind == "qwen3":
+        answers = YesNoTokenizer(folder, backbone.max_positions).answers
+        return YesNoHead(lambda states: backbone.logits_of(answers, states))
+    if kind == "listwise":
+        return _list_head(backbone, folder)
+    config = backbone.config
+    made = _score_head(config, backbone.hidden_size)
+    weights = classifier(folder, config)
+    wanted = dict(tree_flatten(made.parameters()))
+    if (out := weights.get("out.weight")) is not None and out.shape[0] != 1:
+        raise UserError(f"{folder}: a classifier of {out.shape[0]} labels; a reranker has one")
+    check_fit({name: wanted[name] for name in wanted if name in weights}, weights, folder)
+    made.freeze()
+    for name, value in wanted.items():
+        if name not in weights:
+            weights[name] = value if value.ndim == 1 else 0.02 * mx.random.normal(value.shape)
+            _part(made, name).unfreeze()
+    load_strictly(made, {name: weights[name].astype(mx.float32) for name in wanted}, folder)
+    return made
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    return module[name.split(".")[0]]
+
+
+def _score_head(config: dict, size: int) -> ScoreHead:
+    names = TENSORS.get(config["model_type"])
+    if names is _MODERNBERT:
+        norm = {"norm_eps": config.get("norm_eps", 1e-5), "norm_bias": config.get("norm_bias", False)}
+        return ScoreHead(
+            size, config.get("classifier_pooling", "cls"), "GELU", config.get("classifier_bias", False), **norm
+        )
+    if names:
+        return ScoreHead(size)
+    decoder = config["model_type"] not in ENCODERS
+    return ScoreHead(size, "last" if decoder else "mean", activation="", out_bias=not decoder)
+
+
+def classifier(folder: Path, config: dict) -> dict[str, mx.array]:
+    """The tensors of a folder that belong to a ScoreHead, by their names there; some or none may be missing."""
+    names = TENSORS.get(config["model_type"], _SCORE)
+    found = {}
+    for name, value in read_weights(folder).items():
+        stem, _, kind = re.sub(r"^(bert|roberta|model)\.", "", name).rpartition(".")
+        if stem in names:
+            found[f"{names[stem]}.{kind}"] = value
+    return found
+
+
+def _list_head(backbone: Backbone, folder: Path) -> ListHead:
+    """jina-reranker-v3's projector, or a fresh one."""
+    weights = read_safetensors(folder / PROJECTOR) if (folder / PROJECTOR).is_file() else read_weights(folder)
+    names = {"projector.0.weight": "inner.weight", "projector.2.weight": "outer.weight"}
+    names |= {"linear1.weight": "inner.weight", "linear2.weight": "outer.weight"}
+    found = {names[name]: value.astype(mx.float32) for name, value in weights.items() if name in names}
+    inner, dimensions = backbone.hidden_size // 2, DIMENSIONS
+    if len(found) == 2:
+        inner, dimensions = (found[name].shape[0] for name in ("inner.weight", "outer.weight"))
+    marks = ListTokenizer(folder, LENGTHS["listwise"], LIST_QUERY, LIST_MOST).marks
+    made = ListHead(backbone.hidden_size, inner, dimensions, *marks)
+    if found:
+        load_strictly(made, found, folder)
+        made.freeze()
+    return made

@@ -1,0 +1,123 @@
+"""How sentence-transformers' folders describe a model: modules, pooling, dense layers, prompts and lengths.
+
+Files and keys are those of versions 2 to 5, which 6 reads as well; what 6 itself writes is read too.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_retrieval.backbones.hub import inside, read_json
+from mlx_retrieval.models.heads import ACTIVATIONS, POOLING
+from mlx_retrieval.utils.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+MODULES, SENTENCE, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+LENGTHENED = "mean_sqrt_len_tokens"
+SIMILARITIES = ("cosine", "dot", "dot_score")
+POOLING_FLAGS = {  # the key is pooling_mode_ and this name
+    "mean_tokens": "mean",
+    "mean_sqrt_len_tokens": "mean",  # differs in length alone, so that it is the same at unit length
+    "cls_token": "cls",
+    "max_tokens": "max",
+    "lasttoken": "last",
+}
+
+
+def modules_of(folder: Path) -> list[tuple[str, str]]:
+    """(kind, path) of every module that `modules.json` names; UserError for a path that leads out of the folder."""
+    try:
+        found = [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in read_json(folder / MODULES)]
+        return [(kind, inside(folder, path, MODULES).relative_to(folder).as_posix()) for kind, path in found]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / MODULES}: not a list of modules with type and path ({error!r})") from error
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Fields of `RetrievalConfig` from `modules.json` and the files it names. UserError for what is not known here."""
+    modules = modules_of(folder)
+    kinds = [kind for kind, _ in modules if kind != "Dropout"]  # which does nothing in use
+    known = ("Transformer", "Pooling", "Dense", "Normalize")
+    if unknown := set(kinds) - set(known):
+        raise UserError(f"{folder}: {MODULES} names {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    in_order = sorted(kinds, key=known.index)
+    if kinds != in_order or kinds.count("Transformer") != 1 or kinds.count("Pooling") > 1:
+        raise UserError(f"{folder}: {MODULES} puts its modules as {', '.join(kinds)}; known: {', '.join(known)}")
+    paths = {kind: Path(path).name for kind, path in modules}
+    similarity = optional_json(folder / SETTINGS).get("similarity_fn_name") or "cosine"
+    if similarity not in SIMILARITIES:
+        known = ", ".join(SIMILARITIES)
+        raise UserError(f"{folder / SETTINGS}: similarity {similarity} is not supported; known: {known}")
+    # Lengths do not matter to a cosine, so that unit vectors and dot products give it.
+    normalize = "Normalize" in kinds or similarity == "cosine"
+    pooling, pool_prompt = _pooling(
+        optional_json(folder / paths.get("Pooling", "1_Pooling") / "config.json"), normalize
+    )
+    sentence = optional_json(folder / SENTENCE)
+    fields = {
+        "pooling": pooling,
+        "pool_prompt": pool_prompt,
+        "normalize": normalize,
+        "lowercase": bool(sentence.get("do_lower_case", False)),
+        "dense": [dense(folder, Path(path).name) for kind, path in modules if kind == "Dense"],
+    }
+    if limit := longest(folder, sentence):
+        fields["max_length"] = fields["query_max_length"] = limit
+    return fields | prompts(optional_json(folder / SETTINGS))
+
+
+def longest(folder: Path, sentence: dict) -> int | None:
+    """Most tokens of a text; None where the folder does not say.
+
+    From version 6 on the limit is the tokenizer's; one that has none says so with an absurdly large number.
+    """
+    limit = sentence.get("max_seq_length") or optional_json(folder / "tokenizer_config.json").get("model_max_length")
+    return int(limit) if limit and limit < 1_000_000 else None
+
+
+def optional_json(path: Path) -> dict:
+    """The file's content, {} where it is missing: a model need not have any of these files."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _pooling(settings: dict, normalize: bool) -> tuple[str, bool]:
+    """(mode, prompt counts) of a Pooling module's config."""
+    flag = "pooling_mode_"
+    flagged = [key.removeprefix(flag) for key, value in settings.items() if key.startswith(flag) and value]
+    said = settings.get("pooling_mode") or flagged
+    modes = [POOLING_FLAGS.get(mode, mode) for mode in ([said] if isinstance(said, str) else said)] or ["mean"]
+    if len(modes) != 1 or modes[0] not in POOLING or (said in (LENGTHENED, [LENGTHENED]) and not normalize):
+        raise UserError(f"pooling by {' and '.join(modes)} is not supported; known: {', '.join(POOLING)}")
+    return modes[0], bool(settings.get("include_prompt", True))
+
+
+def dense(folder: Path, path: str, of_tokens: bool = False) -> dict[str, Any]:
+    """A Dense module as `RetrievalConfig.dense` holds it: of the pooled vector, or of every token's."""
+    file = folder / path / "config.json"
+    settings = read_json(file)
+    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{file}: activation {activation} is not supported; known: {', '.join(ACTIVATIONS)}")
+    usual = "token_embeddings" if of_tokens else "sentence_embedding"
+    where = {settings.get(f"module_{end}_name") or usual for end in ("input", "output")}
+    if where != {usual} or settings.get("use_residual"):
+        what = "every token's" if of_tokens else "the pooled"
+        raise UserError(f"{file}: only a layer on {what} vector, without residual, can be loaded")
+    try:
+        size = {name: int(settings[name]) for name in ("in_features", "out_features")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: no in_features or out_features") from error
+    return {"path": path, **size, "bias": bool(settings.get("bias", True)), "activation": activation}
+
+
+def prompts(settings: dict) -> dict[str, Any]:
+    """The prompts of queries and documents, under the names that sentence-transformers looks for, and all others."""
+    prompts = dict(settings.get("prompts") or {})
+    default = prompts.get(settings.get("default_prompt_name"), "")
+    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
+    others = {name: text for name, text in prompts.items() if name not in ("query", "document")}
+    return {"query_prompt": prompts.get("query", default), "document_prompt": document, "task_prompts": others}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------

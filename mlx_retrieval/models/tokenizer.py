@@ -1,0 +1,217 @@
+"""Texts to token ids: prompts, truncation and special tokens, in one place for training, evaluation and use.
+
+A text becomes `opening + prompt and text + closing`. Opening and closing are what the tokenizer itself adds (`[CLS]`,
+`<bos>`, `[SEP]`, ...), plus an end-of-sequence token where the model is to see one. Truncation shortens the text and
+keeps the closing. Special tokens come from the tokenizer and from prompts only: the same characters in a user's text
+are tokenised as ordinary characters.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mlx_retrieval.backbones.hub import read_json
+from mlx_retrieval.models.batching import Texts
+from mlx_retrieval.utils.errors import UserError
+
+UNUSED = re.compile(r"[<\[]unused\d+[>\]]")  # tokens kept free for prompts, as Gemma and BERT have them
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's fast tokenizer; slow formats are converted by transformers."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.model", "vocab.json", "spiece.model")):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+    else:
+        raise UserError(f"{folder}: no tokenizer found (tokenizer.json, vocab.txt, tokenizer.model)")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    _check_vocabulary(folder, tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """UserError where a text could become a token that the model has no vector for: mlx reads past the end, or crashes.
+
+    Special tokens may lie beyond, as Gemma 3's for images does: no text becomes one.
+    """
+    size = vocabulary_size(folder)
+    added = [token for token, about in tokenizer.get_added_tokens_decoder().items() if not about.special]
+    last = max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, 0)
+    if size <= last:
+        raise UserError(f"{folder}: the tokenizer has tokens up to {last}, but the model only {size} (config.json)")
+
+
+def vocabulary_size(folder: Path) -> float:
+    """How many tokens the model in `folder` has vectors for, by its config.json; infinite where that says nothing."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    known = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    return max((number for number in known if isinstance(number, int)), default=math.inf)
+
+
+def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
+    """Id of a token by its role (`eos_token`, `pad_token`), as the folder's tokenizer files name it."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / file
+        entry = read_json(path).get(name) if path.is_file() else None
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if content is not None and (token := tokenizer.token_to_id(content)) is not None:
+            return token
+    path = folder / "config.json"
+    token = read_json(path).get(f"{name}_id") if path.is_file() else None
+    return token[0] if isinstance(token, list) else token
+
+
+def well_formed(text: str) -> str:
+    """The text with its lone surrogates, which no tokenizer takes, replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+class TextTokenizer:
+    """Turns texts into `Texts` under one set of prompts and limits.
+
+    Args:
+        folder: the model's folder, with its tokenizer files.
+        prompts: text put before queries and documents, by name; special tokens in it are recognised.
+        max_lengths: most tokens of a text of each name, special tokens included.
+        append_eos: close with the end-of-sequence token where the tokenizer adds no closing of its own.
+        pool_special: whether pooling counts the opening and closing tokens; pool_prompt: the prompt's.
+        lowercase: lower-case texts first (an old sentence-transformers setting).
+        query_expansion: fill queries with mask tokens up to so many tokens (ColBERT); attend_expansion: whether the
+            other tokens attend to those.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prompts: dict[str, str],
+        max_lengths: dict[str, int],
+        append_eos: bool = False,
+        pool_special: bool = True,
+        pool_prompt: bool = True,
+        lowercase: bool = False,
+        query_expansion: int = 0,
+        attend_expansion: bool = False,
+    ):
+        self.tokenizer = load_tokenizer(folder)
+        self.prompts, self.max_lengths = prompts, max_lengths
+        self.pool_special, self.pool_prompt, self.lowercase = pool_special, pool_prompt, lowercase
+        self.opening, self.closing = self._frame()
+        eos = named_token(folder, self.tokenizer, "eos_token")
+        if append_eos and eos is None:
+            raise UserError(f"{folder}: the tokenizer names no eos_token, but the model is to see one")
+        if append_eos and not self.closing:
+            self.closing = [eos]
+        pad = named_token(folder, self.tokenizer, "pad_token")
+        size = vocabulary_size(folder)
+        self.pad_id = pad if pad is not None and pad < size else 0  # any will do; some have none of the model's
+        self.query_expansion, self.attend_expansion = query_expansion, attend_expansion
+        self._mask = named_token(folder, self.tokenizer, "mask_token")
+        if query_expansion and self._mask is None:
+            raise UserError(f"{folder}: the tokenizer names no mask_token, which query expansion needs")
+        self._reserved = self._reserved_tokens()
+        words = sorted(self._reserved.values(), key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, words)))
+
+        own = [self.opening, self.closing, *map(self._plain, prompts.values()), [self._mask] * bool(query_expansion)]
+        if beyond := [token for ids in own for token in ids if token >= size]:
+            raise UserError(f"{folder}: special tokens or prompts need {beyond[0]}, the model has {size} (config.json)")
+        frame = len(self.opening) + len(self.closing)
+        for name, limit in max_lengths.items():
+            needed = frame + len(self._plain(self.prompts.get(name, ""))) + 1
+            if limit < needed:
+                raise UserError(
+                    f"max length {limit} leaves no room for the text of a {name}: prompt and special tokens alone "
+                    f"take {needed - 1} tokens"
+                )
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
+        full = self.tokenizer.encode("a").ids
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        return [], []
+
+    def _reserved_tokens(self) -> dict[int, str]:
+        """Id and spelling of every token that a user's text may not become: special, unused ones and the prompts'.
+
+        The unknown token is left out, since it is what the tokenizer itself makes of a rare character. So are words
+        that a vocabulary merely adds, such as HTML tags.
+        """
+        prompts = " ".join(self.prompts.values())
+        unknown = self._plain("\N{EGYPTIAN HIEROGLYPH A001}")
+        reserved = {}
+        for token, added in self.tokenizer.get_added_tokens_decoder().items():
+            word = added.content
+            if token not in unknown and (added.special or UNUSED.fullmatch(word) or (word.strip() and word in prompts)):
+                reserved[token] = word
+        return reserved
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    def _disarmed(self, prompt: str, text: str, head: int) -> list[int]:
+        """Ids of prompt and text where the text spells reserved tokens: each is cut after its first character."""
+        cuts = [match.start() + 1 for match in self._spelled.finditer(text)]
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        ids = self._plain(prompt + pieces[0])
+        for piece in pieces[1:]:
+            ids += self._plain(piece)
+        # A spelling that only the tokenizer's normalizer makes equal (`<EOS>`) is left out.
+        return ids[:head] + [token for token in ids[head:] if token not in self._reserved]
+
+    def __call__(self, texts: Sequence[str], name: str | None = None) -> Texts:
+        """Token ids of `texts` under the prompt and limit called `name` ("query", "document"; None: no prompt)."""
+        prompt = self.prompts.get(name, "") if name else ""
+        limit = self.max_lengths[name] if name in self.max_lengths else max(self.max_lengths.values())
+        room = limit - len(self.opening) - len(self.closing)
+        prompt_ids = self._plain(prompt)
+        skipped = 0 if self.pool_prompt else len(prompt_ids)
+
+        flat: list[int] = []
+        lengths, start, end, seen = (np.empty(len(texts), np.int32) for _ in range(4))
+        for i, ids in enumerate(self.bodies(texts, prompt, room)):
+            ids = [*self.opening, *ids[:room], *self.closing] or [self.pad_id]
+            first = len(self.opening) + skipped if skipped or not self.pool_special else 0
+            last = len(ids) if self.pool_special else len(ids) - len(self.closing)
+            lengths[i] = len(ids)
+            # An empty text has nothing to pool but its special tokens.
+            start[i], end[i] = (first, last) if first < last else (0, len(ids))
+            seen[i] = len(ids)
+            if name == "query" and len(ids) < self.query_expansion:
+                ids += [self._mask] * (self.query_expansion - len(ids))
+                lengths[i] = end[i] = len(ids)
+                seen[i] = len(ids) if self.attend_expansion else seen[i]
+            flat += ids
+        return Texts(np.array(flat, np.int32), lengths, start, end, seen)
+
+    def bodies(self, texts: Sequence[str], prompt: str = "", room: int | None = None) -> Iterator[list[int]]:
+        """Ids of prompt and text, nothing before or after them; those beyond `room` are not looked at and any.
+
+        Reserved tokens may stand in the prompt; where a text spells them, they are ordinary characters.
+        """
+        texts = [well_formed(text.lower() if self.lowercase else text) for text in texts]
+        encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts], add_special_tokens=False)
+        head = max((i + 1 for i, token in enumerate(self._plain(prompt)) if token in self._reserved), default=0)
+        reserved = frozenset(self._reserved)
+        for text, encoding in zip(texts, encoded, strict=True):
+            ids = encoding.ids
+            yield ids if reserved.isdisjoint(ids[head:room]) else self._disarmed(prompt, text, head)
+
+    def ids_of(self, words: Sequence[str]) -> list[int]:
+        """Ids of those words that are a token by themselves."""
+        return [token for word in words if (token := self.tokenizer.token_to_id(word)) is not None]

@@ -1,0 +1,1 @@
+"""Find documents in a corpus: indices, chunks, BM25, fusion, late interaction."""

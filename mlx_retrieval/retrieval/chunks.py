@@ -1,0 +1,290 @@
+"""Cut files into the pieces that search finds: functions and classes, sections of markdown, paragraphs.
+
+from chunks import cut
+for chunk in cut("src/main.py", text):
+    print(chunk.line, chunk.end_line, chunk.kind, chunk.name)
+
+No line of a file that holds anything is left out. A chunk's text is the file's lines from `line` to `end_line`, both
+counted from 1; `context` is a line from further up (the head of its class or section) that is embedded with it.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from mlx_retrieval.dataset.source_code.definitions import grammar, name_of
+from mlx_retrieval.dataset.source_code.languages import Language, language_of
+
+if TYPE_CHECKING:
+    from tree_sitter import Node
+
+MAX_CHARACTERS = 2_000  # of a chunk: about 500 tokens
+OVERLAP = 200  # characters, in whole lines, that two parts of what was too long have in common
+HEAD = 200  # characters of each line of context
+FEWEST_LINES = 3  # code between functions is a chunk of its own from so many lines that hold something
+
+_COMMENTS = ("comment", "line_comment", "block_comment", "multiline_comment")
+_FUNCTION = re.compile(r"function|method|constructor|init_|macro|declarator|assignment|field_definition")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*")
+_FENCE = re.compile(r" {0,3}(```+|~~~+)")
+_MARKDOWN = (".md", ".markdown", ".mdx")
+_WORD = re.compile(r"[^\W_]+")
+_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
+_IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
+
+
+class Chunk(NamedTuple):
+    """A piece of a file."""
+
+    line: int
+    end_line: int
+    language: str  # as code_pairs.languages names it; "markdown", "text"
+    kind: str  # function, class, module, section, text, document
+    name: str  # qualified, "" = none
+    context: str  # "" = none
+    text: str
+
+    @property
+    def embedded(self) -> str:
+        """What the model reads."""
+        return f"{self.context}\n{self.text}" if self.context else self.text
+
+
+def words(text: str) -> list[str]:
+    """What BM25 compares: the words, in lower case, and besides the parts of readLine, read_line and HTTPServer2.
+
+    Characters that are written without spaces come in overlapping pairs. None of the words holds anything but letters
+    and digits, so no search engine can take one for an operator.
+    """
+    found: list[str] = []
+    for run in re.findall(r"\w+", text):
+        pieces = [piece.lower() for piece in _WORD.findall(run)]
+        if len(pieces) > 1:
+            found.append("".join(pieces))
+        for word, piece in zip(_WORD.findall(run), pieces, strict=True):
+            parts = [part.lower() for part in _split(word)]
+            found += parts if parts == [piece] else [piece, *parts]
+    return found
+
+
+def _split(word: str) -> Iterator[str]:
+    at = 0
+    for match in _IDEOGRAPHS.finditer(word):
+        yield from _PART.findall(word[at : match.start()])
+        run, at = match[0], match.end()
+        yield from [run[i : i + 2] for i in range(len(run) - 1)] or [run]
+    yield from _PART.findall(word[at:])
+
+
+def cut(path: str, text: str, limit: int = MAX_CHARACTERS, overlap: int = OVERLAP) -> list[Chunk]:
+    """The chunks of a file, in its order.
+
+    Args:
+        path: its suffix tells the language; no file is read.
+        text: with `\\n` line ends.
+        limit: most characters of a chunk's text.
+        overlap: most characters that parts of the same function or section share.
+    """
+    cutter = _Cutter(text, limit, overlap)
+    language = language_of(path.rpartition("/")[2], text.encode())
+    if language is not None and has_grammar(language):
+        return list(cutter.code(language))
+    if path.lower().endswith(_MARKDOWN):
+        return list(cutter.markdown())
+    name = language.name if language is not None else "text"
+    return list(cutter.parts(0, len(cutter.lines), name, "text"))
+
+
+def has_grammar(language: Language) -> bool:
+    """Whether functions of this language can be found; without its grammar a file is cut as text."""
+    modules = ("tree_sitter", language.package.replace("-", "_"))
+    return bool(language.package) and all(importlib.util.find_spec(module) is not None for module in modules)
+
+
+def missing_grammar(path: str) -> str:
+    """The package whose grammar would cut this file by functions, but is not installed; "" = none."""
+    language = language_of(path.rpartition("/")[2])
+    return language.package if language is not None and language.package and not has_grammar(language) else ""
+
+
+class _Span:
+    """Rows `start` to before `end` of a definition, the row `head` that names it, and the definitions inside it."""
+
+    def __init__(self, start: int, end: int, head: int, name: str, kind: str):
+        self.start, self.end, self.head, self.name, self.kind = start, end, head, name, kind
+        self.inside: list[_Span] = []
+
+
+class _Cutter:
+    """One file; rows are counted from 0."""
+
+    def __init__(self, text: str, limit: int, overlap: int):
+        self.text, self.lines, self.limit, self.overlap = text, text.split("\n"), limit, overlap
+
+    # --- by lines ---
+
+    def parts(
+        self, start: int, end: int, language: str, kind: str, name: str = "", heads: Sequence[int] = ()
+    ) -> Iterator[Chunk]:
+        """Rows `start` to before `end`, in as many chunks as it takes; blank rows at a chunk's edges are left out.
+
+        The rows `heads` are the context of chunks that begin further down.
+        """
+
+        def chunk(first: int, last: int, text: str) -> Chunk:
+            context = "\n".join(self.lines[row].strip()[:HEAD] for row in heads if row < first)
+            return Chunk(first + 1, last, language, kind, name, context, text)
+
+        while (start := self._forward(start, end)) < end:
+            stop, size = start, -1
+            while stop < end and (size := size + 1 + len(self.lines[stop])) <= self.limit:
+                stop += 1
+            if stop == start:  # a row that is too long by itself
+                yield from (chunk(start, start + 1, piece) for piece in _pieces(self.lines[start], self.limit))
+                start += 1
+                continue
+            is_last = self._forward(stop, end) >= end
+            if not is_last:
+                stop = self._end_of_paragraph(start, stop)
+            last = self._backward(start, stop)
+            yield chunk(start, last, "\n".join(self.lines[start:last]))
+            if is_last:
+                return
+            start = self._with_overlap(start, stop)
+
+    def _end_of_paragraph(self, start: int, stop: int) -> int:
+        """`stop`, or a blank row before it where that leaves the chunk at least half full."""
+        size = sum(len(line) + 1 for line in self.lines[start:stop])
+        for row in range(stop, start + 1, -1):
+            if not self.lines[row].strip() or not self.lines[row - 1].strip():
+                return row
+            size -= len(self.lines[row - 1]) + 1
+            if size < self.limit // 2:
+                break
+        return stop
+
+    def _with_overlap(self, start: int, stop: int) -> int:
+        """Where the chunk after the rows `start` to `stop` begins."""
+        row, size = stop, 0
+        while row - 1 > start and (size := size + len(self.lines[row - 1]) + 1) <= self.overlap:
+            row -= 1
+        return row
+
+    def _forward(self, row: int, end: int) -> int:
+        while row < end and not self.lines[row].strip():
+            row += 1
+        return row
+
+    def _backward(self, start: int, row: int) -> int:
+        while row > start and not self.lines[row - 1].strip():
+            row -= 1
+        return row
+
+    def _filled(self, start: int, end: int) -> int:
+        return sum(bool(line.strip()) for line in self.lines[start:end])
+
+    # --- markdown ---
+
+    def markdown(self) -> Iterator[Chunk]:
+        """By sections, whose headings name them; a `#` in a fenced block is none."""
+        sections: list[tuple[int, list[str]]] = [(0, [])]
+        fence = ""
+        for row, line in enumerate(self.lines):
+            if match := _FENCE.match(line):
+                if not fence:
+                    fence = match[1]
+                elif match[1].startswith(fence) and not line.strip().strip(fence[0]):
+                    fence = ""
+            elif not fence and (match := _HEADING.fullmatch(line)):
+                above = [*sections[-1][1], *[""] * 6][: len(match[1]) - 1]
+                sections.append((row, [*above, match[2] or ""]))
+        ends = [row for row, _ in sections[1:]] + [len(self.lines)]
+        for (start, trail), end in zip(sections, ends, strict=True):
+            yield from self.parts(start, end, "markdown", "section", " > ".join(filter(None, trail)), (start,))
+
+    # --- code ---
+
+    def code(self, language: Language) -> Iterator[Chunk]:
+        """By functions and classes, with the comments above them; of classes that are too long, by their methods."""
+        spans = _spans(self.text.encode(), language)
+        yield from self._region(_Span(0, len(self.lines), 0, "", "module"), spans, language.name, ())
+
+    def _region(self, around: _Span, spans: Sequence[_Span], language: str, heads: tuple[int, ...]) -> Iterator[Chunk]:
+        """The rows of `around`, of which `spans` are parts, one after the other."""
+        pieces: list[_Span] = []
+        pending = around.start
+        for span in spans:
+            if self._filled(pending, span.start) >= FEWEST_LINES:
+                pieces.append(_Span(pending, span.start, around.head, around.name, around.kind))
+                pending = span.start
+            span.start, pending = pending, span.end  # lines too few to stand alone belong to what follows them
+            pieces.append(span)
+        if pieces and self._filled(pending, around.end) < FEWEST_LINES:
+            pieces[-1].end = around.end
+        else:
+            pieces.append(_Span(pending, around.end, around.head, around.name, around.kind))
+        for piece in pieces:
+            own = (*heads, piece.head) if piece in spans else heads
+            size = sum(len(line) + 1 for line in self.lines[piece.start : piece.end]) - 1
+            if size > self.limit and piece.inside and piece.kind != "function":
+                yield from self._region(piece, piece.inside, language, own)
+            else:
+                yield from self.parts(piece.start, piece.end, language, piece.kind, piece.name, own)
+
+
+def _spans(source: bytes, language: Language) -> list[_Span]:
+    """The definitions that lie in no other one; those inside them are in `inside`."""
+    from tree_sitter import QueryCursor
+
+    parser, query = grammar(language)
+    found = QueryCursor(query).captures(parser.parse(source).root_node)
+    nodes = {node for capture in ("definition", "scope") for node in found.get(capture, ())}
+    top: list[_Span] = []
+    open_spans: list[_Span] = []
+    for node in sorted(nodes, key=lambda node: (node.start_byte, -node.end_byte)):
+        outer = node
+        while outer.parent is not None and outer.parent.type in language.wrappers:
+            outer = outer.parent
+        last = outer.end_point.row + (outer.end_point.column > 0)
+        while open_spans and open_spans[-1].end <= outer.start_point.row:
+            open_spans.pop()
+        name = name_of(node, source)
+        around = open_spans[-1] if open_spans else None
+        if around is not None and around.name:
+            name = f"{around.name}.{name}"
+        kind = "function" if _FUNCTION.search(node.type) else "class"
+        span = _Span(_first_row(outer, language), last, node.start_point.row, name.removesuffix(".?"), kind)
+        beside = around.inside if around is not None else top
+        if around is not None and last > around.end:  # on the last row of one, and longer
+            around.end = last
+        elif beside and span.start < beside[-1].end:  # shares a row with the one before: a row belongs to one chunk
+            beside[-1].end = max(beside[-1].end, last)
+        else:
+            beside.append(span)
+            open_spans.append(span)
+    return top
+
+
+def _first_row(node: "Node", language: Language) -> int:
+    """Where the comments and attributes directly above a definition begin."""
+    first, before = node.start_point.row, node.prev_sibling
+    while before is not None and (before.type in _COMMENTS or before.type in language.between):
+        last = before.end_point.row - (before.end_point.column == 0)  # Rust's line comments hold their line's end
+        further = before.prev_sibling
+        beside = further is not None and further.end_point.row == before.start_point.row and further.end_point.column
+        if first - last > 1 or beside:
+            break
+        first, before = before.start_point.row, further
+    return first
+
+
+def _pieces(line: str, limit: int) -> Iterator[str]:
+    """A long line, cut at blanks where there are any."""
+    line = line.strip()
+    while len(line) > limit:
+        at = line.rfind(" ", limit // 2, limit) + 1 or limit
+        yield line[:at].strip()
+        line = line[at:].strip()
+    if line:
+        yield line

@@ -1,0 +1,254 @@
+"""Bring an index up to date with a folder: what changed is embedded, what vanished is removed, the rest stays.
+
+from search_update import update
+summary = update(Path("src"), Path(".index"), model)
+print(summary.files, summary.chunks, summary.left_out)
+
+A kill at any moment costs at most the batch that was under way: a batch's chunks are stored before the records of
+their files, and chunks without a record are removed by the next run.
+"""
+
+import hashlib
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from mlx_retrieval.dataset import beir
+from mlx_retrieval.dataset.source_code import file_tree
+from mlx_retrieval.dataset.source_code.file_tree import File
+from mlx_retrieval.inference import embedder, fingerprint
+from mlx_retrieval.retrieval import base, chunks, lance_index
+from mlx_retrieval.retrieval.base import About, Record
+from mlx_retrieval.retrieval.chunks import Chunk
+from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.utils import locks
+from mlx_retrieval.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_retrieval.inference.embedder import Model
+
+BATCH = 512  # chunks that are embedded and stored together
+
+
+@dataclass
+class Summary:
+    """What `update` did. Files that were left out count in `left_out` alone."""
+
+    files: int = 0
+    chunks: int = 0
+    embedded: int = 0  # chunks, by this run
+    changed: int = 0  # files, new ones among them
+    unchanged: int = 0
+    removed: int = 0
+    size: int = 0  # of the index, in bytes
+    seconds: float = 0.0
+    left_out: Counter[str] = field(default_factory=Counter)  # reason -> files
+    without_grammar: Counter[str] = field(default_factory=Counter)  # package -> files cut as text for want of it
+
+
+class Source(Protocol):
+    """What is indexed."""
+
+    files: list[File]
+    left_out: Counter[str]
+
+    def read(self, file: File) -> tuple[list[Chunk], str, str]:
+        """(chunks, sha256, why the file is left out or "")."""
+
+
+class Tree:
+    """A folder of source code and texts."""
+
+    def __init__(self, root: Path, about: About, max_file_size: int, exclude: Sequence[str], index: Path):
+        found = file_tree.walk(root, max_file_size, exclude, skip=[index])
+        self.files, self.left_out, self.root, self.about = found.files, found.left_out, root, about
+
+    def read(self, file: File) -> tuple[list[Chunk], str, str]:
+        text, reason, data = file_tree.read_text(self.root / file.path)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if reason:
+            return [], sha256, reason
+        return chunks.cut(file.path, text, self.about.max_characters, self.about.overlap), sha256, ""
+
+
+class Corpus:
+    """corpus.jsonl of a folder in BEIR layout: a document is a file, and a chunk."""
+
+    def __init__(self, root: Path):
+        self.left_out: Counter[str] = Counter()
+        self.texts: dict[str, str] = {}
+        for name, (title, text) in beir.read_texts(root, "corpus").items():
+            if whole := beir.document_text(title, text):
+                self.texts[name] = whole.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
+            else:
+                self.left_out[file_tree.EMPTY] += 1
+        self.files = [File(name, len(text), _stamp(text)) for name, text in sorted(self.texts.items())]
+
+    def read(self, file: File) -> tuple[list[Chunk], str, str]:
+        text = self.texts[file.path]
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        return [Chunk(1, text.count("\n") + 1, "text", "document", "", "", text)], sha256, ""
+
+
+def _stamp(text: str) -> int:
+    """63 bits of a text's hash, in place of the time of its last change."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def is_corpus(root: Path) -> bool:
+    """Whether a folder is in BEIR layout."""
+    return any((root / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz"))
+
+
+def update(
+    root: Path,
+    folder: Path,
+    model: "Model",
+    max_characters: int = chunks.MAX_CHARACTERS,
+    overlap: int = chunks.OVERLAP,
+    max_file_size: int = file_tree.MAX_FILE_SIZE,
+    exclude: Sequence[str] = (),
+    rebuild: bool = False,
+) -> Summary:
+    """Make the index in `folder`, or bring it up to date with what is in `root`.
+
+    Args:
+        root: source code and texts, or a BEIR corpus.
+        model: what embeds; an index of another model, folder or chunk size is refused unless `rebuild`.
+        max_characters, overlap: see chunks.cut. max_file_size, exclude: see search_files.walk.
+        rebuild: begin anew whatever is there.
+
+    Raises UserError also where another process is at it, or there is nothing to index.
+    """
+    began = time.monotonic()
+    root = root.expanduser().resolve()
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    inside = folder.resolve().is_relative_to(root)
+    about = About(
+        root=os.path.relpath(root, folder.resolve()) if inside else str(root),
+        is_corpus=is_corpus(root),
+        model=_name(model),
+        fingerprint=fingerprint.fingerprint(model),
+        dimensions=model.dimensions,
+        max_characters=max_characters,
+        overlap=overlap,
+        maxsim=model.config.maxsim if model.late else "",
+        impute=model.config.impute if model.late else 0,
+    )
+    source = Corpus(root) if about.is_corpus else Tree(root, about, max_file_size, exclude, folder)
+    if not source.files:
+        reasons = "".join(f", {count} {reason}" for reason, count in source.left_out.items())
+        raise UserError(f"{root}: nothing to index{reasons}")
+    lance_index.check_folder(folder)
+    with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
+        exists = (folder / base.FILE).is_file()
+        index = Index.open(folder) if exists and not rebuild else Index.create(folder, about)
+        _check(index, about)
+        summary = _bring_up_to_date(index, source, model)
+    summary.size, summary.seconds = index.size(), time.monotonic() - began
+    return summary
+
+
+def _name(model: "Model") -> str:
+    from mlx_retrieval.backbones.hub import toolkit_relative
+
+    return toolkit_relative(model.name)
+
+
+def _check(index: Index, wanted: About) -> None:
+    """UserError naming all in which an index differs from what is wanted now."""
+    have = index.about
+    differences = []
+    if index.root != (index.folder.resolve() / wanted.root).resolve():
+        differences.append(f"of {index.root}")
+    if have.fingerprint != wanted.fingerprint:
+        differences.append(
+            f"with another model ({have.model})"
+            if have.model != wanted.model
+            else f"with {have.model} as it was before its files changed"
+        )
+    if (have.max_characters, have.overlap) != (wanted.max_characters, wanted.overlap):
+        differences.append(f"with --chunk-size {have.max_characters} --overlap {have.overlap}")
+    if have.is_corpus != wanted.is_corpus:
+        differences.append("of a BEIR corpus" if have.is_corpus else "of files")
+    if differences:
+        raise UserError(
+            f"--index {index.folder} was made {' and '.join(differences)}: --rebuild makes it anew, "
+            "or name another folder with --index"
+        )
+
+
+def _bring_up_to_date(index: Index, source: Source, model: "Model") -> Summary:
+    summary = Summary(left_out=Counter(source.left_out))
+    records = index.records()
+    index.remove_orphans(records)
+    pending = [file for file in source.files if not _is_same(file, records.get(file.path))]
+    gone = sorted(set(records) - {file.path for file in source.files})
+    if pending or gone or not index.about.complete:
+        index.about.complete, index.about.model = False, _name(model)
+        index.write()
+        index.remove(gone)
+        summary.removed = sum(not records.pop(path).left_out for path in gone)
+        _embed(index, source, model, pending, records, summary)
+        index.finish()
+    indexed = [record for record in records.values() if not record.left_out]
+    summary.files, summary.chunks = len(indexed), sum(record.chunks for record in indexed)
+    summary.unchanged = summary.files - summary.changed
+    summary.left_out += Counter(record.left_out for record in records.values() if record.left_out)
+    if isinstance(source, Tree):
+        lacking = (chunks.missing_grammar(record.path) for record in indexed)
+        summary.without_grammar = Counter(package for package in lacking if package)
+    return summary
+
+
+def _embed(
+    index: Index, source: Source, model: "Model", pending: Sequence[File], records: dict[str, Record], summary: Summary
+) -> None:
+    """Read, embed and store files in batches; `records` and `summary` follow."""
+    known, touched = set(records), []
+    batch: list[tuple[Record, list[Chunk]]] = []
+    with _bar(len(pending)) as advance:
+        for number, file in enumerate(pending, start=1):
+            cut, sha256, reason = source.read(file)
+            before, record = records.get(file.path), Record(*file, sha256, len(cut), reason)
+            records[file.path] = record
+            if before is not None and before.sha256 == sha256:  # only the time is another
+                touched.append(record)
+            else:
+                summary.changed += not reason
+                batch.append((record, cut))
+            count = sum(record.chunks for record, _ in batch)
+            if batch and (count >= BATCH or len(batch) >= BATCH or number == len(pending)):
+                texts = [chunk.embedded for _, cut in batch for chunk in cut]
+                index.add(batch, embedder.embed(model, texts, "document"), known)
+                summary.embedded += count
+                batch = []
+            advance(number, summary.embedded)
+    if touched:
+        index.record(touched)
+
+
+def _is_same(file: File, record: Record | None) -> bool:
+    return record is not None and (record.size, record.stamp) == (file.size, file.mtime)
+
+
+@contextmanager
+def _bar(total: int):
+    """A progress bar on standard error, where that is a terminal."""
+    if not sys.stderr.isatty() or not total:
+        yield lambda files, chunks: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = ("embedding", BarColumn(), MofNCompleteColumn(), "files,", TextColumn("{task.fields[chunks]:,} chunks"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, chunks=0)
+        yield lambda files, chunks: progress.update(task, completed=files, chunks=chunks)

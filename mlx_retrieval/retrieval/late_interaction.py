@@ -1,0 +1,112 @@
+"""Search by late interaction: which documents' token vectors answer a query's best.
+
+Every document is scored while the corpus has at most EXHAUSTIVE_TOKENS token vectors. In larger ones the CANDIDATES
+whose mean vector is nearest to the query's are scored; `LateIndex.how` says which.
+"""
+
+from collections.abc import Sequence
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+
+from mlx_retrieval.models import maxsim
+from mlx_retrieval.models.maxsim import score
+
+EXHAUSTIVE_TOKENS = 20_000_000
+CANDIDATES = 1_000
+TOKENS_AT_ONCE = 1 << 16  # of documents, padding included
+QUERIES_AT_ONCE = 64
+
+
+class LateIndex:
+    """The token vectors of a corpus.
+
+    Args:
+        vectors: (L_i, d) float32 of every document; queries are given in the same way.
+        how: over a query's tokens, mean or sum.
+        impute: see `maxsim.maxsim`; the tokens of all scored documents are what a query token retrieves from.
+    """
+
+    def __init__(self, vectors: Sequence[np.ndarray], how: str = "mean", impute: int = 0):
+        self.vectors, self.reduction, self.impute = vectors, how, impute
+        self.lengths = np.array([len(v) for v in vectors])
+        self.exhaustive = int(self.lengths.sum()) <= EXHAUSTIVE_TOKENS
+        if not self.exhaustive:
+            self.means = np.stack([v.sum(axis=0) / max(1, len(v)) for v in vectors])
+
+    @property
+    def how(self) -> str:
+        """How it searches, in words."""
+        count = f"{len(self.vectors):,} documents, {int(self.lengths.sum()):,} token vectors"
+        if self.exhaustive:
+            return f"{count}: all scored by MaxSim"
+        return f"{count}: the {CANDIDATES:,} nearest by mean vector scored by MaxSim"
+
+    def search(self, queries: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
+        """(document, score) of the `top_k` best documents of every query, best first; equal scores by number."""
+        found = []
+        everything = np.arange(len(self.vectors))
+        if self.exhaustive:
+            for first in range(0, len(queries), QUERIES_AT_ONCE):
+                block = queries[first : first + QUERIES_AT_ONCE]
+                found += [_best(everything, row, top_k) for row in self._scores(block, everything)]
+            return found
+        for query in queries:
+            near = np.argsort(-(self.means @ query.mean(axis=0)), kind="stable")[:CANDIDATES]
+            tokens = np.concatenate([self.vectors[i] for i in near])
+            found.append(_best(near, score(query, tokens, self.lengths[near], self.reduction, self.impute), top_k))
+        return found
+
+    def _scores(self, queries: Sequence[np.ndarray], documents: np.ndarray) -> np.ndarray:
+        """(queries, documents) float32."""
+        padded = _pad(queries)
+        tokens = maxsim.counted(padded)
+        best = np.empty((*padded.shape[:2], len(documents)), np.float32)
+        nearest: list[mx.array] = []  # of every query token, over all documents, for imputation
+        for part in self._parts(documents):
+            vectors = _pad([self.vectors[i] for i in documents[part]])
+            best[:, :, part] = np.array(maxsim.nearest(padded, vectors)[0])
+            if self.impute:
+                nearest.append(_top(padded, vectors, self.impute))
+                nearest = [_highest(mx.concatenate(nearest, axis=-1), self.impute)]
+                mx.eval(nearest)
+        similarities = mx.array(best)
+        if nearest:
+            similarities = mx.maximum(similarities, nearest[0].min(axis=-1)[..., None])
+        return np.array(maxsim.reduce(similarities, tokens, self.reduction))
+
+    def _parts(self, documents: np.ndarray) -> list[np.ndarray]:
+        """Documents of similar length, as positions in `documents`, a bounded number of tokens at once."""
+        lengths = np.maximum(self.lengths[documents], 1)
+        order = np.argsort(-lengths, kind="stable")
+        parts, first = [], 0
+        while first < len(order):
+            count = max(1, TOKENS_AT_ONCE // int(lengths[order[first]]))
+            parts.append(order[first : first + count])
+            first += count
+        return parts
+
+
+def _top(queries: mx.array, documents: mx.array, k: int) -> mx.array:
+    """(Q, Lq, at most k): the highest similarities of every query token to all tokens of these documents."""
+    real = mx.array(np.flatnonzero(np.array(maxsim.counted(documents)).ravel()))
+    return _highest(queries @ documents.reshape(-1, documents.shape[-1])[real].T, k)
+
+
+def _highest(values: mx.array, k: int) -> mx.array:
+    return mx.topk(values, min(k, values.shape[-1]), axis=-1)
+
+
+def _pad(vectors: Sequence[np.ndarray]) -> mx.array:
+    """(N, longest, d), zero where a text has no more tokens."""
+    longest = max(1, *(len(v) for v in vectors))
+    padded = np.zeros((len(vectors), longest, vectors[0].shape[1]), np.float32)
+    for row, v in zip(padded, vectors, strict=True):
+        row[: len(v)] = v
+    return mx.array(padded)
+
+
+def _best(documents: np.ndarray, scores: np.ndarray, top_k: int) -> list[tuple[int, float]]:
+    order = np.lexsort((documents, -scores))[:top_k]
+    return [(int(documents[i]), float(scores[i])) for i in order]

@@ -1,0 +1,1 @@
+"""Train: settings, run, trainer, gradient cache, objectives, several machines, checkpoints, reports."""

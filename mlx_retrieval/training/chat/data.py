@@ -1,0 +1,299 @@
+"""Conversations on disk -> token ids and masks -> batches of about equal lengths.
+
+Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl` and `valid.jsonl`:
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}    tools are optional
+    {"prompt": "...", "completion": "..."}
+    {"text": "..."}
+
+Every row is checked and tokenised once, before training. An epoch is a seeded permutation, sorted by length within
+pools of some batches and cut into batches, which come in seeded order; batch k is computed from k alone, so a run
+continues anywhere. No row is dropped: an epoch's last batch may be smaller.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+
+from mlx_retrieval.dataset.row_formats import RowError, decode
+from mlx_retrieval.dataset.rows import find_files, lines_of, open_rows
+from mlx_retrieval.dataset.sources import local
+from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
+from mlx_retrieval.utils.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+FORMATS = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}
+POOL = 50  # batches that are sorted by length together
+GRID = 16  # padded lengths are multiples of this, so that few shapes are compiled
+CHUNK = 512  # conversations that are tokenised at once
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def row_format(row: dict) -> str | None:
+    """Which of the formats a row has, by its keys; None where it is no conversation."""
+    if "messages" in row:
+        return "messages"
+    if "prompt" in row and "completion" in row:
+        return "prompt"
+    return "text" if "text" in row and not {"query", "anchor"} & row.keys() else None
+
+
+def is_chat(sources: Sequence[str]) -> bool:
+    """Whether the first row of what `--data` names is a conversation. Of what cannot be read the run will complain."""
+    if "://" in sources[0]:
+        return False
+    file = find_files(local(sources[:1]))[0]
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+            row = next((line for line, _ in lines_of(handle) if line.strip()), b"{}")
+        return row_format(decode(row)) is not None
+    except (RowError, OSError, EOFError, zlib.error):
+        return False
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{name} is not a text")
+    if not value.strip():
+        raise RowError(f"{name} is empty")
+    return value
+
+
+def messages_of(row: dict) -> list[dict]:
+    """The checked messages of a row; RowError says what is wrong with them."""
+    if "messages" not in row:
+        contents = {"user": _text(row["prompt"], "prompt"), "assistant": _text(row["completion"], "completion")}
+        return [{"role": role, "content": content} for role, content in contents.items()]
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise RowError("messages is not a list of objects with role and content")
+    for number, message in enumerate(messages, start=1):
+        if (role := message.get("role")) not in ROLES:
+            raise RowError(f"message {number}: role {repr(role)[:30]} is none of {', '.join(ROLES)}")
+        if role == "assistant" and message.get("tool_calls"):  # calls may come without words
+            continue
+        _text(message.get("content"), f"message {number} ({role}): content")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise RowError("no message of the assistant's: nothing to learn")
+    return messages
+
+
+def _render(row: dict, kind: str | None, tokenizer: ChatTokenizer, mask_prompt: bool) -> Rendered:
+    found = row_format(row)
+    if found is None:
+        keys = ", ".join(sorted(row)) or "(none)"
+        raise RowError(f"keys {keys} fit no conversation (messages; prompt and completion; text)")
+    if found != kind:
+        raise RowError(f"has the format {FORMATS[found]}, but the rows before have {FORMATS[kind]}")
+    if kind == "text":
+        text = _text(row["text"], "text")
+        return Rendered(text, [(0, len(text))], plain=True)
+    tools = row.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise RowError("tools is not a list")
+    return tokenizer.render(messages_of(row), tools, mask_prompt)
+
+
+class Conversations:
+    """The tokenised rows of some files.
+
+    Args:
+        files: JSON lines, gzip-compressed where the name ends in `.gz`.
+        limit: cut conversations after this many tokens.
+        mask_prompt: train on the assistant's turns only.
+        skip_bad: leave out rows that cannot be used; they are in `skipped`, as "file:line: reason".
+
+    `ids[i]` (N,) int32; `said[i]` (N,) bool, the tokens that are trained on; `lengths` (rows,). Besides: `cut`, how
+    many were longer than the limit; `longest` of them all, before that; `empty`, how many were left out because
+    nothing to train on is within the limit; `last_only`, of how many only the last turn is trained on.
+
+    Raises UserError with file, line and reason at the first bad row, or where no row is left.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        tokenizer: ChatTokenizer,
+        limit: int,
+        mask_prompt: bool = False,
+        skip_bad: bool = False,
+    ):
+        self.ids: list[np.ndarray] = []
+        self.said: list[np.ndarray] = []
+        self.skipped: list[str] = []
+        self.cut = self.longest = self.empty = self.last_only = 0
+        self._tokenizer, self._limit = tokenizer, limit
+        self._places: list[str] = []
+        kind: str | None = None
+        waiting: list[tuple[str, Rendered]] = []
+        for file in files:
+            for place, row in self._rows(file, skip_bad):
+                try:
+                    expected = kind or row_format(row)
+                    if expected == "text" and mask_prompt:
+                        raise UserError(f"{place}: --mask-prompt is for conversations; a row with text has no prompt")
+                    waiting.append((place, _render(row, expected, tokenizer, mask_prompt)))
+                    kind = expected
+                except RowError as error:
+                    self._refuse(place, error, skip_bad)
+                if len(waiting) == CHUNK:
+                    self._add(waiting, skip_bad)
+                    waiting = []
+        self._add(waiting, skip_bad)
+        if not self.ids:
+            left_out = f": nothing to train on is within --max-length {limit}" if self.empty else ""
+            raise UserError(f"{', '.join(map(str, files))}: no usable row{left_out}")
+        self.lengths = np.array([len(ids) for ids in self.ids], np.int64)
+
+    def _rows(self, file: Path, skip_bad: bool) -> Iterator[tuple[str, dict]]:
+        with open_rows(file) as handle:
+            for number, (line, _) in enumerate(lines_of(handle), start=1):
+                if line.strip():
+                    place = f"{file}:{number}"
+                    try:
+                        yield place, decode(line)
+                    except RowError as error:
+                        self._refuse(place, error, skip_bad)
+
+    def _refuse(self, place: str, error: RowError, skip_bad: bool) -> None:
+        if not skip_bad:
+            raise UserError(f"{place}: {error} (--skip-bad-rows leaves such rows out)") from error
+        self.skipped.append(f"{place}: {error}")
+
+    def _add(self, waiting: list[tuple[str, Rendered]], skip_bad: bool) -> None:
+        tokens = self._tokenizer.tokens([rendered for _, rendered in waiting]) if waiting else []
+        for (place, rendered), (ids, said) in zip(waiting, tokens, strict=True):
+            if unknown := self._tokenizer.unknown(ids):  # mlx would crash, or read past the end
+                self._refuse(place, RowError(f"the model has no vector for the token {unknown}"), skip_bad)
+                continue
+            self.longest = max(self.longest, len(ids))
+            self.cut += len(ids) > self._limit
+            ids, said = ids[: self._limit], said[: self._limit]
+            if not said[1:].any():  # nothing predicts the first token
+                self.empty += 1
+                continue
+            self.last_only += not rendered.whole
+            self.ids.append(ids)
+            self.said.append(said)
+            self._places.append(place)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def where(self, i: int) -> str:
+        """The row's place as file:line."""
+        return self._places[i]
+
+    @property
+    def mark(self) -> int:
+        """A number that other conversations, or others in their masks, will hardly have."""
+        mark = 0
+        for ids, said in zip(self.ids, self.said, strict=True):
+            mark = zlib.crc32(said.tobytes(), zlib.crc32(ids.tobytes(), mark))
+        return mark
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch, or a part of one, as the loss takes it."""
+
+    ids: mx.array  # (R, L + 1) int32, right-padded
+    counted: mx.array  # (R, L) bool: whether ids[:, 1:] is trained on there
+    share: mx.array  # float32 scalar: what the sum of losses is divided by
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        return self.ids, self.counted, self.share
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a batch holds."""
+
+    tokens: int  # real ones, no padding
+    trained: int  # predicted and counted in the loss
+    padded: int  # tokens that go through the model, padding included
+
+
+class ChatBatches:
+    """An endless, seeded sequence of batches; `per_epoch` of them hold every conversation once.
+
+    Args:
+        size: conversations a batch; more than there are is as many as there are.
+        parts: cut every batch into so many parts, whose mean loss is the batch's; a batch of fewer conversations has
+            empty ones, which cost next to nothing.
+        pad_id: what stands behind the end of shorter conversations; nothing depends on it.
+    """
+
+    def __init__(self, rows: Conversations, size: int, seed: int = 0, parts: int = 1, pad_id: int = 0):
+        self.rows, self.size, self.seed, self.parts, self.pad_id = rows, min(size, len(rows)), seed, parts, pad_id
+        self.per_epoch = -(-len(rows) // self.size)
+        self._epoch, self._batches = -1, []
+
+    def epoch(self, number: int) -> list[np.ndarray]:
+        """The batches of an epoch, each as row numbers, shortest first."""
+        if number != self._epoch:
+            rng = np.random.default_rng([self.seed, number])
+            order = rng.permutation(len(self.rows))
+            batches = []
+            for first in range(0, len(order), POOL * self.size):
+                pool = order[first : first + POOL * self.size]
+                pool = pool[np.argsort(self.rows.lengths[pool], kind="stable")]
+                batches += [pool[i : i + self.size] for i in range(0, len(pool), self.size)]
+            self._epoch, self._batches = number, [batches[i] for i in rng.permutation(len(batches))]
+        return self._batches
+
+    def numbers(self, k: int) -> np.ndarray:
+        """The rows of batch k, counted from 0."""
+        return self.epoch(k // self.per_epoch)[k % self.per_epoch]
+
+    def longest(self) -> np.ndarray:
+        """The rows of the largest batch that there can be."""
+        return np.argsort(self.rows.lengths, kind="stable")[-self.size :]
+
+    def largest_part(self) -> tuple[int, int]:
+        """(rows, tokens of a row with padding) of the largest part that there can be."""
+        part = self._cut(self.longest())[-1]
+        return len(part), self._width(part)
+
+    def counts(self, numbers: np.ndarray) -> Counts:
+        """What a batch of these rows holds."""
+        padded = sum(len(part) * self._width(part) for part in self._cut(numbers))
+        trained = sum(int(self.rows.said[i][1:].sum()) for i in numbers)
+        return Counts(int(self.rows.lengths[numbers].sum()), trained, padded)
+
+    def make(self, numbers: np.ndarray) -> list[Part]:
+        """The parts of a batch of these rows."""
+        share = self.counts(numbers).trained / self.parts
+        empty = self.parts - min(self.parts, len(numbers))
+        made = [self._part(part, share) for part in self._cut(numbers)]
+        nothing = Part(mx.zeros((1, 2), mx.int32), mx.zeros((1, 1), mx.bool_), mx.array(1.0))
+        return made + [nothing] * empty
+
+    def _cut(self, numbers: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(numbers, min(self.parts, len(numbers)))
+
+    def _width(self, numbers: np.ndarray) -> int:
+        """Positions L at which something is predicted, padding included."""
+        longest = int(self.rows.lengths[numbers].max()) - 1
+        return max(min(-(-longest // GRID) * GRID, self.rows._limit - 1), 1)
+
+    def _part(self, numbers: np.ndarray, share: float) -> Part:
+        width = self._width(numbers)
+        ids = np.full((len(numbers), width + 1), self.pad_id, np.int32)
+        counted = np.zeros((len(numbers), width), bool)
+        for row, i in enumerate(numbers):
+            length = self.rows.lengths[i]
+            ids[row, :length], counted[row, : length - 1] = self.rows.ids[i], self.rows.said[i][1:]
+        return Part(mx.array(ids), mx.array(counted), mx.array(share, mx.float32))

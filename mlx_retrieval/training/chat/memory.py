@@ -1,0 +1,98 @@
+"""How much memory a chat run will take, said before it begins: an estimate from shapes, not a measurement.
+
+    estimate(shape_of(backbone), Work(rows=4, width=512, layers=16)).total
+
+Beside the weights and what the optimizer keeps, a step keeps for the gradient what each trained block computes for
+each token, and the logits. The factors were fitted to peaks of Llamas with random weights on a CPU in float32, which
+they meet within some 10 %; a GPU that does not write attention's scores down takes less. `benchmarks/chat_memory.py`
+prints estimates beside measured peaks.
+"""
+
+from dataclasses import dataclass
+
+from mlx.utils import tree_flatten
+
+from mlx_retrieval.backbones.base import Backbone
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides how much memory it takes. Sizes in numbers, `weights` and `trained` in bytes."""
+
+    weights: int
+    trained: int  # of the weights, those that are trained
+    width: int  # of a number that is computed, in bytes
+    hidden: int
+    inner: int  # of the feed-forward part
+    heads: int
+    attention: int  # all heads together
+    keys: int  # keys and values together
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest part of a batch, and how it is trained."""
+
+    rows: int
+    width: int  # tokens of a row, padding included
+    layers: int  # blocks that keep what they compute for the gradient
+    grad_checkpoint: bool = False
+    parts: int = 1  # micro-batches a step
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes."""
+
+    weights: int
+    training: int  # gradient and moments of what is trained
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.training + self.activations
+
+
+def shape_of(backbone: Backbone) -> Shape:
+    """The shape of a model that `models.lora.adapt` has prepared."""
+    config = backbone.config.get("text_config", backbone.config)
+    parameters = dict(tree_flatten(backbone.parameters()))
+    trained = dict(tree_flatten(backbone.trainable_parameters()))
+    hidden = backbone.hidden_size
+    heads = config.get("num_attention_heads") or 1
+    size = config.get("head_dim") or hidden // heads
+    experts = config.get("num_experts_per_tok") or 0
+    inner = config.get("intermediate_size") or 4 * hidden
+    if experts and config.get("moe_intermediate_size"):
+        inner = experts * config["moe_intermediate_size"]
+    norms = [value for name, value in parameters.items() if "norm" in name]
+    return Shape(
+        weights=sum(value.nbytes for value in parameters.values()),
+        trained=sum(value.nbytes for value in trained.values()),
+        width=norms[0].itemsize if norms else 4,
+        hidden=hidden,
+        inner=inner if isinstance(inner, int) else max(inner),
+        heads=heads,
+        attention=heads * size,
+        keys=2 * (config.get("num_key_value_heads") or heads) * size,
+        vocabulary=config["vocab_size"],
+    )
+
+
+def estimate(shape: Shape, work: Work) -> Estimate:
+    """What a run will take at most. It grows with all that `Work` counts, and checkpointing never adds to it."""
+    tokens = work.rows * work.width
+    scores = work.rows * shape.heads * work.width**2
+    token = 7 * shape.hidden + 2.5 * shape.attention + shape.keys + 6.5 * shape.inner
+    block = tokens * token + 0.7 * scores
+    logits = 4 * tokens * shape.vocabulary  # themselves, their exponentials and gradients
+    kept = work.layers * block + 2 * scores + logits
+    if work.grad_checkpoint:  # what comes into the blocks; the inside of one of them, and its gradient or the logits
+        inside = 8 * tokens * shape.inner + 3 * scores
+        kept = min(kept, work.layers * 7 * tokens * shape.hidden + block + max(logits, inside))
+    return Estimate(
+        weights=shape.weights,
+        training=shape.trained * (4 if work.parts > 1 else 3),
+        activations=round(shape.width * kept),
+    )

@@ -1,0 +1,243 @@
+"""A chat run: checked and wired by `prepare`, carried out by train.py.
+
+python train.py --model mlx-community/Llama-3.2-3B-Instruct-4bit --batch-size 4 --iters 222 --num-layers 1 \\
+    --grad-checkpoint --steps-per-eval 222 --val-batches 2 --steps-per-report 10 --save-every 222
+python train.py --task chat --data conversations --mask-prompt --epochs 3 --output adapters/chat
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_retrieval.backend import cpu_kernels
+
+from mlx.utils import tree_flatten
+
+from mlx_retrieval import backend
+from mlx_retrieval.backbones import ENCODERS, count_parameters, hub, load_backbone, lora, resolve
+from mlx_retrieval.backbones.decoder import Decoder, normalised
+from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
+from mlx_retrieval.backbones.hub import read_config
+from mlx_retrieval.dataset.rows import find_files, find_validation
+from mlx_retrieval.models import loading
+from mlx_retrieval.training.chat.data import ChatBatches, Conversations
+from mlx_retrieval.training.chat.memory import Estimate, Work, estimate, shape_of
+from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
+from mlx_retrieval.training.chat.trainer import ChatTrainer
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.errors import UserError
+
+MAX_LENGTH = 2048  # where --max-length is not given
+
+
+@dataclass
+class ChatRun:
+    """A run that has not begun; nothing is written yet."""
+
+    settings: Settings
+    folder: Path
+    trainer: ChatTrainer
+    headline: list[tuple[str, str]]
+    template: str  # ChatML that stands in for a template; "" = the tokenizer has one
+    estimate: Estimate
+
+    def recall(self) -> None:
+        """Before a run goes on: the trainer's state has it all."""
+
+    def print_results(self) -> None:
+        """The table of the end: the losses were reported, and chat runs have no more."""
+
+    def results(self) -> dict:
+        """What `results.json` holds: losses on the validation conversations, speed, memory."""
+        state = self.trainer.state
+        losses = {"before": state.before, "after": state.after}
+        skipped = {"skipped_batches": state.skipped_batches} if self.settings.skip_bad_batches else {}
+        return {
+            **{when: loss if loss is None else {"validation_loss": loss} for when, loss in losses.items()},
+            "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            "peak_memory_bytes": backend.peak_memory(),
+            "estimated_memory_bytes": self.estimate.total,
+            **skipped,
+        }
+
+    def next_lines(self) -> list[tuple[str, str]]:
+        """What to try with the trained adapter."""
+        model, final, state = self.settings.model, self.folder / "final", self.trainer.state
+        speed = state.tokens / state.seconds if state.seconds else 0
+        lines = [
+            ("speed", f"{speed:,.0f} tokens/s, peak memory {backend.peak_memory() / 1e9:.2f} GB "
+                      f"(estimated {self.estimate.total / 1e9:.2f})"),
+            ("next", f'mlx_lm.generate --model {model} --adapter-path {final} --prompt "..."'),
+            ("fuse", f"mlx_lm.fuse --model {model} --adapter-path {final} --save-path fused"),
+        ]  # fmt: skip
+        if self.template:
+            lines.append(("template", f"copy {final / TEMPLATE_FILE} into the model's folder (and the fused one): "
+                                      "its tokenizer has none, and mlx-lm looks for it there"))  # fmt: skip
+        return lines
+
+    def dry_run(self) -> dict:
+        """Measure a step on the largest batch that there can be, and say what the run would take."""
+        seconds, counts = self.trainer.measure_step()
+        plan = {
+            "tokens": counts.tokens,
+            "seconds_per_step": seconds,
+            "tokens_per_second": counts.tokens / seconds,
+            "peak_memory_bytes": backend.peak_memory(),
+            "estimated_memory_bytes": self.estimate.total,
+        }
+        print_lines(
+            [
+                ("largest", f"{counts.tokens:,} tokens, {1 - counts.tokens / counts.padded:.1%} padding"),
+                ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s"),
+                ("peak", f"{plan['peak_memory_bytes'] / 1e9:.2f} GB"),
+                ("dry run", "nothing was trained or written"),
+            ]
+        )
+        return plan
+
+
+def prepare(settings: Settings) -> ChatRun:
+    """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
+    settings.check_task("chat")
+    files, held_out = find_files(settings.data), find_validation(settings.data)
+    base = resolve(settings.model)
+    if (kind := read_config(base)["model_type"]) in ENCODERS:
+        raise UserError(f"--task chat needs a language model, and {settings.model} is a {kind}")
+    tokenizer = ChatTokenizer(base)
+    backbone = load_backbone(base, bidirectional=False)
+    if (settings.max_length or 0) > backbone.max_positions:
+        raise UserError(f"--max-length {settings.max_length}: the model has {backbone.max_positions} positions")
+    settings.max_length = settings.max_length or min(MAX_LENGTH, backbone.max_positions)
+
+    def read(paths: list[Path]) -> Conversations:
+        return Conversations(paths, tokenizer, settings.max_length, settings.mask_prompt, settings.skip_bad_rows)
+
+    rows, valid = read(files), read(held_out) if held_out else None
+    size = min(settings.batch_size, len(rows))
+    parts = min(settings.gradient_accumulation_steps or 1, size)
+    batches = ChatBatches(rows, size, settings.seed, parts, tokenizer.pad_id)
+    validation = ChatBatches(valid, settings.batch_size, settings.seed, 1, tokenizer.pad_id) if valid else None
+    length = settle_length(settings, batches.per_epoch)
+    adapter_config = adapt(backbone, settings)
+    everything, trainable = count_parameters(backbone)
+    settings.settle(everything)
+
+    def save_model(target: Path) -> None:
+        weights = dict(tree_flatten(backbone.adapted.trainable_parameters()))
+        hub.save_tensors(target / loading.ADAPTERS, weights)
+        text = json.dumps(adapter_config, indent=2) + "\n"
+        (target / loading.ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        if tokenizer.template:
+            (target / TEMPLATE_FILE).write_text(tokenizer.template, encoding="utf-8")
+        settings.write(target / "config.yaml")
+
+    folder = Path(settings.output).expanduser()
+    trainer = ChatTrainer(backbone, batches, validation, settings, folder, save_model)
+    expected = expect(backbone, batches, settings)
+    layers = "" if settings.num_layers == -1 else f" of the last {settings.num_layers} of {len(backbone.layers)} layers"
+    headline = [
+        ("device", backend.describe()),
+        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({settings.trained}{layers})"),
+        ("text", describe(settings, tokenizer)),
+        ("data", f"{len(rows):,} conversations of {rows.lengths.mean():,.0f} tokens on average, longest "
+                 f"{rows.longest:,}; batch {size}, {length}, learning rate {settings.learning_rate:g}"),
+        ("validation", f"{len(valid):,} conversations" if valid else "none: no valid.jsonl beside the training data"),
+        ("memory", f"about {expected.total / 1e9:.2f} GB, an estimate: weights {expected.weights / 1e9:.2f}, "
+                   f"optimizer {expected.training / 1e9:.2f}, a step on the longest {expected.activations / 1e9:.2f}"),
+    ]  # fmt: skip
+    if backend.KERNELS and cpu_kernels.cold():
+        headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
+    headline += warnings(settings, rows, valid) + rope_warning(base)
+    return ChatRun(settings, folder, trainer, headline, tokenizer.template, expected)
+
+
+def adapt(backbone: Decoder, settings: Settings) -> dict:
+    """Make trainable what is to be trained; returns what `adapter_config.json` holds."""
+    seed(settings.seed)  # fresh LoRA weights
+    config = lora.adapt(backbone, **settings.adapter)
+    if settings.train_type == "full" and settings.num_layers == -1:
+        backbone.adapted.unfreeze()  # the vocabulary's head too
+    if settings.grad_checkpoint:
+        checkpoint_blocks(backbone)
+    return config
+
+
+def settle_length(settings: Settings, per_epoch: int) -> str:
+    """Compute steps from epochs or epochs from steps, by ceiling division; returns both in words.
+
+    `per_epoch`: steps that go through the data once. UserError where both are given and disagree.
+    """
+    epochs = settings.epochs
+    if settings.steps == 0:
+        settings.steps = epochs * per_epoch
+    elif epochs is None:
+        epochs = -(-settings.steps // per_epoch)
+    elif -(-settings.steps // per_epoch) != epochs:
+        raise UserError(
+            f"--iters {settings.steps} and --epochs {epochs} disagree: an epoch is {per_epoch} iters, so that would be "
+            f"{-(-settings.steps // per_epoch)} epochs; give one of them"
+        )
+    settings.epochs = None  # from here on the number of steps says it
+    said = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    began = "" if settings.steps == epochs * per_epoch else ", the last of them in part"
+    return f"{settings.steps:,} iters = {said} of {per_epoch:,}{began}"
+
+
+def expect(backbone: Decoder, batches: ChatBatches, settings: Settings) -> Estimate:
+    """The memory of a step on the largest batch."""
+    rows, width = batches.largest_part()
+    layers = len(backbone.layers) if settings.num_layers == -1 else settings.num_layers
+    return estimate(shape_of(backbone), Work(rows, width, layers, settings.grad_checkpoint, batches.parts))
+
+
+def describe(settings: Settings, tokenizer: ChatTokenizer) -> str:
+    """What becomes of a conversation, in words."""
+    form = "the tokenizer's chat template" if tokenizer.own_template else "ChatML, as the tokenizer has no template"
+    said = "the assistant's turns" if settings.mask_prompt else "all tokens"
+    return f"{form}, trained on {said}, {settings.max_length:,} tokens at most"
+
+
+def warnings(settings: Settings, rows: Conversations, valid: Conversations | None) -> list[tuple[str, str]]:
+    """What is done otherwise than the user may think, each once."""
+    lines = []
+    if settings.batch_size > len(rows):
+        lines.append(
+            f"--batch-size {settings.batch_size} is more than the {len(rows)} conversations: a batch holds all"
+        )
+    for name, some in (("", rows), (" for validation", valid)):
+        if some is None:
+            continue
+        if some.cut:
+            lines.append(
+                f"{some.cut} conversations{name} are longer than {settings.max_length} tokens and are cut there"
+            )
+        if some.empty:
+            lines.append(f"{some.empty} conversations{name} are left out: nothing to train on before they are cut")
+        if some.last_only:
+            lines.append(
+                f"{some.last_only} conversations{name} are trained on their last turn only: the chat template renders "
+                "earlier ones otherwise when more follows"
+            )
+        if some.skipped:
+            lines.append(f"{len(some.skipped)} bad rows{name} are left out: " + "; ".join(some.skipped[:20]))
+    return [("warning", line) for line in lines]
+
+
+def rope_warning(base: Path) -> list[tuple[str, str]]:
+    """A line where mlx-lm by itself would read another RoPE from config.json than the model was trained with."""
+    from mlx_lm.utils import _get_classes
+
+    config = read_config(base)
+    changes = {name: value for name, value in normalised(config).items() if name != "text_config"}
+    _, arguments = _get_classes(config)
+    try:
+        missed = {k: v for k, v in changes.items() if getattr(arguments.from_dict(config), k, v) != v}
+    except TypeError:  # without them, mlx-lm cannot build it at all
+        missed = changes
+    if not missed:
+        return []
+    line = (
+        f"put {json.dumps(missed)[1:-1]} into {base / 'config.json'} before mlx_lm.generate: mlx-lm does not read it "
+    )
+    return [("warning", line + "where it stands, and would compute otherwise than is trained here")]

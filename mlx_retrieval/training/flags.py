@@ -1,0 +1,147 @@
+"""Settings from flags and YAML files: one flag, and one key, for every field of `config.Settings`.
+
+settings, given = from_flags("Train a retrieval model.")         # `given`: what the file or a flag says, by field
+settings = Settings(**read_yaml(Path("adapters/config.yaml")))
+
+A YAML file (`--config`) wins over defaults, flags win over the file.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, flag, for_task
+from mlx_retrieval.utils.errors import UserError
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _aliases(f: dataclasses.Field) -> tuple[str, ...]:
+    """Other flags for the same setting."""
+    return f.metadata.get("aliases", ())
+
+
+def _kind(f: dataclasses.Field) -> tuple[type, bool]:
+    """(type of a value, whether it is a list) of a field annotated `T`, `T | None` or `list[T]`."""
+    kind = f.type
+    if isinstance(kind, types.UnionType):
+        kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    if typing.get_origin(kind) is list:
+        return typing.get_args(kind)[0], True
+    return kind, False
+
+
+def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with one flag for every field; a flag that is not given leaves no trace, so that YAML can fill in."""
+    out = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    out.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in dataclasses.fields(Settings):
+        if (name := f.metadata["group"]) not in groups:
+            groups[name] = out.add_argument_group(name)
+        kind, many = _kind(f)
+        default = f.default_factory() if many else f.default
+        shown = " ".join(map(str, default)) if many else default
+        note = "" if shown in (None, "", False) else f" (default: {shown})"
+        arguments = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + note}
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction if default is None else "store_true"
+        else:
+            words = f.metadata.get("words", ())
+            arguments |= {"type": _or_word(kind, words), "choices": f.metadata.get("choices")}
+            arguments |= {"nargs": "*" if many else None}
+            shape = "|".join(({int: "N", float: "X", str: "TEXT"}[kind], *words))
+            arguments["metavar"] = None if "choices" in f.metadata else shape
+        groups[name].add_argument(flag(f.name), *_aliases(f), **arguments)
+    return out
+
+
+def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
+    """What reads a value of a type, or one of a few words in its place."""
+    if not words:
+        return kind
+
+    def read(text: str):
+        return text if text in words else kind(text)
+
+    read.__name__ = kind.__name__  # in argparse's message
+    return read
+
+
+def read_yaml(path: Path) -> dict:
+    """The settings in a YAML file; UserError for unknown keys (with the near ones) and values of a wrong type."""
+    import difflib
+
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
+        raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    except RecursionError as error:
+        raise UserError(f"--config {path}: nested too deeply") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: not a list of `key: value`")
+    fields = {name: f for f in dataclasses.fields(Settings) for name in (f.name, *map(_name, _aliases(f)))}
+    clean = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise UserError(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        clean[fields[name].name] = _checked(fields[name], value, f"--config {path}: {key}")
+    return clean
+
+
+def _checked(f: dataclasses.Field, value, where: str):
+    """A YAML value as the field's type."""
+    kind, many = _kind(f)
+    if many:
+        if not isinstance(value, list):
+            value = [value]
+        return [_scalar(kind, item, where) for item in value]
+    if (value is None and f.default is None) or (isinstance(value, str) and value in f.metadata.get("words", ())):
+        return value
+    value = _scalar(kind, value, where)
+    if "choices" in f.metadata and value not in f.metadata["choices"]:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(f.metadata['choices'])}")
+    return value
+
+
+def _scalar(kind: type, value, where: str):
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as a text
+            return float(value)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{where}: {repr(value)[:40]} is not a number") from error
+    if type(value) is not kind:
+        raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
+    return value
+
+
+def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
+    """Settings from defaults, the YAML file and flags, and the ones that were given (file or flag) as a dict."""
+    flags = vars(parser(description, epilog).parse_args(argv))
+    path = flags.pop("config", None)
+    given = (read_yaml(Path(path)) if path else {}) | flags
+    if not given.keys() & {"task", "data", "resume"} and _speaks_of_chat(given, argv):
+        given["data"] = TASK_DEFAULTS["chat"]["data"]
+    return for_task(given.get("task"), given), given
+
+
+def _speaks_of_chat(given: dict, argv: Sequence[str] | None) -> bool:
+    """Whether a setting is given that only chat has, or one by the name that mlx-lm's users know."""
+    fields = dataclasses.fields(Settings)
+    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    known = {alias for f in fields for alias in _aliases(f)}
+    return bool(words & known) or any(f.metadata.get("tasks") == CHAT and f.name in given for f in fields)

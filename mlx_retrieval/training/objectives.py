@@ -1,0 +1,195 @@
+"""What is learned from a batch, by task: representations and a Batch -> a loss. Wires loss.py and maxsim.py to both."""
+
+from collections.abc import Callable
+from functools import partial
+
+from mlx_retrieval.backend import mx
+
+import loss
+from data_loader import Batch, Batches
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.models import maxsim
+from mlx_retrieval.models.pair_tokenizers import PairTokenizer
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.training import rerank_batches
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.utils.errors import UserError
+
+GROUP_LOSSES = {
+    "yes_no": loss.binary_cross_entropy,
+    "bce": loss.binary_cross_entropy,
+    "list_softmax": loss.list_softmax,
+    "ranknet": loss.ranknet,
+    "margin_mse": loss.margin_mse,
+}
+LOSSES = (*loss.NAMES, "xtr", "kl_distill", *GROUP_LOSSES)
+
+
+class Objective:
+    """Base of both: the named loss over the scores of a batch's queries and documents.
+
+    Called with representations (N, ...) of a batch's N texts, queries first, it returns a float32 scalar.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def loss_of(self, batch: Batch, queries: mx.array, documents: mx.array, compare: Callable) -> mx.array:
+        """The loss; `compare(queries, documents)` gives their scores (Q, C)."""
+        settings = self.settings
+        pairs = loss.Pairs(
+            query=mx.array(batch.query),
+            document=mx.array(batch.document),
+            weight=loss.rank_weights(mx.array(batch.rank)),
+            relevant=mx.array(batch.relevant),
+        )
+        scores = compare(queries, documents)
+        rows = scores[pairs.query]  # (B, C)
+        judged, teacher = mx.array(batch.judged), mx.array(batch.scores)
+        if settings.loss == "kl_distill":
+            temperatures = settings.temperature, settings.teacher_temperature
+            total = loss.kl_distill(rows, judged, teacher, pairs.weight, *temperatures)
+        elif settings.loss == "margin_mse":
+            student = mx.take_along_axis(rows, mx.maximum(judged, 0), axis=1) / settings.temperature
+            total = loss.margin_mse(student, teacher, judged >= 0)
+        else:
+            name = "info_nce" if settings.loss == "xtr" else settings.loss
+            total = loss.contrastive(
+                queries,
+                documents,
+                pairs,
+                name,
+                settings.temperature,
+                settings.beta,
+                settings.positive_aware,
+                settings.positive_aware_margin,
+                compare=lambda q, d: scores if q is queries and d is documents else compare(q, d),
+            )
+        if settings.margin_weight:
+            allowed = ~pairs.relevant[pairs.query]
+            total += settings.margin_weight * loss.margin(rows, pairs.document, allowed, pairs.weight, settings.margin)
+        return total
+
+
+class EmbedObjective(Objective):
+    """One vector a text (N, D), over several dimensions if asked for."""
+
+    def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
+        queries, documents = representations[: batch.queries], representations[batch.queries :]
+        compute = partial(self.loss_of, batch, compare=loss.dot)
+        if not self.settings.matryoshka_dims:
+            return compute(queries, documents)
+        dims = sorted({*self.settings.matryoshka_dims, queries.shape[-1]})
+        return loss.matryoshka(compute, queries, documents, dims)
+
+
+class LateObjective(Objective):
+    """Token vectors (N, L, d), compared by MaxSim, or as XTR does in training.
+
+    Args:
+        skipped: ids of tokens that do not count in documents.
+        how: mean or sum over a query's tokens.
+    """
+
+    def __init__(self, settings: Settings, skipped: list[int], how: str):
+        super().__init__(settings)
+        self.skipped, self.how = skipped, how
+
+    def _sides(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Token vectors of queries (Q, Lq, d) and of documents (C, L, d), each as long as its longest."""
+        lengths = batch.texts.lengths
+        queries, documents = representations[: batch.queries], representations[batch.queries :]
+        queries = queries[:, : int(lengths[: batch.queries].max())]
+        documents = documents[:, : int(lengths[batch.queries :].max())]
+        if self.skipped:
+            kept = mx.array(batch.texts.without(self.skipped, documents.shape[1])[batch.queries :])
+            documents = mx.where(kept[..., None], documents, 0.0)
+        return queries, documents
+
+    def _scores(self, best: mx.array, queries: mx.array, documents: mx.array) -> mx.array:
+        tokens = maxsim.counted(queries)
+        if self.settings.loss == "xtr":
+            least = maxsim.kth_similarity(queries, documents, self.settings.xtr_k)
+            return maxsim.reduce_retrieved(best, tokens, least)
+        return maxsim.reduce(best, tokens, self.how)
+
+    def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
+        queries, documents = self._sides(representations, batch)
+
+        def compare(queries: mx.array, documents: mx.array) -> mx.array:
+            return self._scores(maxsim.token_max(queries, documents)[0], queries, documents)
+
+        return self.loss_of(batch, queries, documents, compare)
+
+    def gradient(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+        """The loss, and its gradient by the representations (N, L, d), in the memory of one tile of similarities."""
+        (queries, documents), back = self._sides(representations, batch), mx.zeros_like(representations)
+        mx.eval(queries, documents)
+        best, place = maxsim.nearest(queries, documents)
+
+        def loss_of(best: mx.array) -> mx.array:
+            return self.loss_of(batch, queries, documents, lambda q, d: self._scores(best, q, d))
+
+        total, gradient = mx.value_and_grad(loss_of)(best)
+        for_queries, for_documents = maxsim.nearest_gradient(queries, documents, place, gradient)
+        back[: batch.queries, : queries.shape[1]] = for_queries
+        back[batch.queries :, : documents.shape[1]] = for_documents
+        return total, back
+
+
+class RerankObjective:
+    """Scores of a query's documents (representations (N, 1), or (N, L, 1) of sequences with many) against labels."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def __call__(self, representations: mx.array, batch: GroupBatch) -> mx.array:
+        text, place, real = mx.array(batch.text), mx.array(batch.place), mx.array(batch.text >= 0)
+        rows = representations.reshape(len(representations), -1)
+        scores = rows[mx.maximum(text, 0), place] / self.settings.temperature  # (G, K)
+        labels = mx.array(batch.labels)
+        if self.settings.loss == "kl_distill":
+            judged = mx.where(real, mx.arange(scores.shape[1]), -1)
+            return loss.kl_distill(scores, judged, labels, None, 1.0, self.settings.teacher_temperature)
+        return GROUP_LOSSES[self.settings.loss](scores, labels, real)
+
+
+def make(
+    settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Rows
+) -> "Objective | RerankObjective":
+    """The objective of a run. UserError where the settings do not fit the task or the data."""
+    if config.task == "rerank":
+        return RerankObjective(settings)
+    if settings.loss in ("kl_distill", "margin_mse"):
+        if not rows.has_scores:
+            needed = "every row needs scores, a teacher's, of its positive and negatives"
+            raise UserError(f"--loss {settings.loss}: {needed}")
+    elif settings.loss in GROUP_LOSSES:
+        raise UserError(f"--loss {settings.loss} is for --task rerank")
+    if config.task == "embed":
+        if settings.loss == "xtr":
+            raise UserError("--loss xtr compares tokens; it needs --task late")
+        if settings.matryoshka_dims and not config.normalize:
+            raise UserError("--matryoshka-dims needs vectors of unit length, and this model's are compared as they are")
+        return EmbedObjective(settings)
+    if settings.matryoshka_dims or settings.loss == "nt_xent":
+        raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")
+    return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim)
+
+
+def make_batches(
+    settings: Settings,
+    config: RetrievalConfig,
+    rows: Rows,
+    tokenizer: TextTokenizer | PairTokenizer,
+    size: int,
+    seed: int = 0,
+) -> Batches:
+    """The batches that the objective of a run takes. UserError where a reranker's loss can not use these rows."""
+    if config.task != "rerank":
+        return Batches(rows, tokenizer, size, seed)
+    rerank_batches.check(rows, settings)
+    make = GroupMaker(rows, settings.random_negatives, config.reranker == "listwise", settings.seed)
+    return Batches(rows, tokenizer, size, seed, make, GroupBatch)

@@ -1,0 +1,341 @@
+"""What a run tells while it goes: progress bar, `metrics.jsonl`, `curves.png`, Weights & Biases if asked.
+
+    with Reporter(folder, total_steps=1000) as report:
+        report.step({"step": 1, "loss": 1.23, "learning_rate": 2e-5, "tokens_per_second": 5123.0})
+
+The trainer is its user; see it work: `python -m pytest tests/test_reporting.py`.
+"""
+
+import functools
+import importlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.text import Text
+
+from mlx_retrieval.training.curves import MAIN_METRIC, draw_curves, is_number, metric_name, read_metrics
+from mlx_retrieval.utils.console import console
+from mlx_retrieval.utils.errors import UserError
+
+
+class Silence:
+    """A reporter, see reporting.py, that reports nothing."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
+# What can go wrong in drawing a picture; none of it is worth a training run.
+DRAWING_ERRORS = (ImportError, OSError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
+SECRET_KEY = re.compile(r"(api|access|private).?key|passw|secret|credential|(token|pwd|auth)$", re.IGNORECASE)
+
+
+class Reporter:
+    """Progress of one training run, on screen and on disk; a context manager.
+
+    `folder` receives `metrics.jsonl` and `curves.png` (and `wandb/`). With `first_step = k > 0` the run goes
+    on: records of steps after k, left by an interrupted run, are cut off. A terminal shows a two-line bar;
+    elsewhere every tenth of the steps is a plain line. `settings` go to W&B only, without keys and passwords.
+
+    Raises UserError on entering where W&B is asked for but not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        first_step: int = 0,
+        settings: dict[str, Any] | None = None,
+        wandb: bool = False,
+        wandb_project: str = "mlx-retrieval",
+        run_name: str | None = None,
+    ):
+        self.folder, self.total_steps, self.first_step = Path(folder), total_steps, first_step
+        self.settings, self.run_name = settings or {}, run_name
+        self.wandb_project = wandb_project if wandb else None
+        self._step, self._status, self._shown = first_step, "training", {}
+        self._best: tuple[float, int] | None = None  # nDCG@10 and its step
+        self._average: dict[str, tuple[float, float]] = {}
+        self._warm: tuple[float, int] | None = None  # the end of this run's first step, which compiles
+        self._run: Any = None  # the W&B run
+        self._undrawn = False
+        self._unwritten = b""
+
+    def __enter__(self) -> "Reporter":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:  # closed in reverse order, whatever raises: bar, file, picture, W&B
+            if self.wandb_project is not None:
+                self._start_wandb(self.wandb_project)
+                stack.push(lambda kind, *_: self._finish_wandb(kind is not None))
+            stack.callback(lambda: self._undrawn and self.draw())
+            self._begin_file()
+            self._started = self._stepped = time.monotonic()
+            self._file = stack.enter_context(open(self.folder / METRICS_FILE, "ab", buffering=0))
+            self._plain = not console().is_terminal or console().is_dumb_terminal
+            if not self._plain:
+                stack.enter_context(Live(self, console=console(), refresh_per_second=4))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        finished = kind is None and self._step >= self.total_steps
+        self._status = "done" if finished else "interrupted" if kind is KeyboardInterrupt else "stopped"
+        self._stack.__exit__(kind, error, trace)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Report one optimizer step. Shown are step, loss, learning_rate, tokens_per_second (useful tokens),
+        peak_memory_bytes, grad_norm, padding (a fraction) and epoch; anything else is only written down."""
+        record = _clean(record)
+        before, self._step, self._status = self._step, record["step"], "training"
+        self._stepped = time.monotonic()
+        self._warm = self._warm or (self._stepped, self._step)
+        self._shown |= record
+        for key in ("loss", "tokens_per_second"):
+            self._shown[key] = self._smooth(key, record.get(key))
+        self._record({"type": "train", **record}, {f"train/{key}": value for key, value in record.items()})
+        tenths = [10 * step // max(self.total_steps, 1) for step in (before, self._step)]
+        first_or_last = before == self.first_step or self._step >= self.total_steps
+        if self._plain and (first_or_last or tenths[0] != tenths[1]):
+            self.message("  ".join(["step" + self._counts(), *self._figures()[:4], *self._times()]))
+
+    def evaluation(
+        self, step: int, metrics: dict[str, float], per_task: dict[str, dict[str, float]] | None = None
+    ) -> None:
+        """Report an evaluation after `step` steps (0: untrained), the mean over tasks and each task's, and draw it."""
+        metrics, tasks = _clean(metrics), _clean(per_task or {})
+        values = {f"eval/{key}": value for key, value in metrics.items()} | {"train/step": step}
+        for task, scores in tasks.items():
+            values |= {f"eval/{task}/{key}": value for key, value in scores.items()}
+        self._record({"type": "eval", "step": step, "metrics": metrics, "tasks": tasks}, values)
+        better, self._status = self._note_evaluation(step, metrics), "training"
+        shown = [f"{metric_name(key)} {value:.4f}" for key, value in metrics.items() if is_number(value)]
+        self.message(f"eval {step}: " + "  ".join(shown) + (", best" if better else ""))
+        if step:  # one point is no curve, and matplotlib takes its time
+            self.draw()
+
+    def status(self, text: str) -> None:
+        """Show in the bar what goes on now, for instance "evaluating", until the next report; "" clears it."""
+        self._status = text or "training"
+
+    def message(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self._print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """Print a warning, above the bar where there is one."""
+        self._print(Text.assemble(("warning: ", "yellow"), text))
+
+    @staticmethod
+    def _print(text: Text) -> None:
+        with suppress(OSError):  # a log on a full disk, a pipe that nobody reads any more: no reason to end a run
+            console().print(text)
+
+    def draw(self) -> None:
+        """Draw `curves.png` from the metrics so far. A failure is only a warning: it must not end the run."""
+        self._undrawn = False
+        try:
+            draw_curves(self.folder / METRICS_FILE, self.folder / CURVES_FILE)
+        except DRAWING_ERRORS as error:
+            self.warn(f"{CURVES_FILE} could not be drawn: {error}")
+
+    # --- the metrics file ---
+
+    def _begin_file(self) -> None:
+        """Begin a new file, or cut the old one back to `first_step`; atomically, as a kill may come."""
+        file = self.folder / METRICS_FILE
+        kept = [r for r in read_metrics(file) if r["step"] <= self.first_step] if self.first_step else []
+        for record in kept:
+            if record["type"] == "eval":
+                self._note_evaluation(record["step"], record.get("metrics", {}))
+        draft = file.with_suffix(".tmp")
+        try:
+            draft.write_text("".join(json.dumps(_clean(r)) + "\n" for r in kept), encoding="utf-8")
+            os.replace(draft, file)
+        except OSError as error:
+            raise UserError(f"could not write {file}: {error.strerror}") from error
+        if not self.first_step:
+            (self.folder / CURVES_FILE).unlink(missing_ok=True)
+
+    def _record(self, record: dict[str, Any], wandb_values: dict[str, Any]) -> None:
+        self._write(json.dumps(record, allow_nan=False) + "\n")
+        self._undrawn = True
+        if self._run is not None:
+            try:
+                self._run.log({key: value for key, value in wandb_values.items() if is_number(value)})
+            except self._wandb_errors as error:
+                self.warn(f"W&B failed, its record ends here: {error}")
+                self._run = None
+
+    def _write(self, text: str) -> None:
+        """Append to the metrics file. What a full disk has no room for waits for the next record: a run outlives it."""
+        first = not self._unwritten
+        self._unwritten += text.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if first:
+                self.warn(f"{METRICS_FILE} could not be written: {error.strerror}; it waits for room")
+
+    def _note_evaluation(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Keep the newest and the best; True where this one beats an earlier one."""
+        self._shown |= {key: metrics.get(key) for key in (MAIN_METRIC, "validation_loss")}
+        score, before = metrics.get(MAIN_METRIC), self._best
+        if not is_number(score):
+            return False
+        if before is None or score > before[0]:
+            self._best = (score, step)
+            self._shown["best"] = f"{score:.4f} at {step}"
+        return before is not None and score > before[0]
+
+    # --- the screen ---
+
+    def __rich_console__(self, out: Console, options: ConsoleOptions) -> Iterator[Text]:
+        width = options.max_width
+        right = "  ".join([self._counts(), *self._times()])
+        if (space := width - 12 - len(right)) < 8:
+            right = self._counts()
+            space = max(width - 12 - len(right), 0)
+        done = round(space * min(self._step / max(self.total_steps, 1), 1.0))
+        full, empty = "#-" if options.ascii_only else "━─"
+        bar = (full * done, "cyan"), (empty * (space - done), "bright_black")
+        second = ""
+        for figure in self._figures():
+            if len(second) + 2 + len(figure) > width:
+                break
+            second += "  " + figure if second else figure
+        for line in (Text.assemble((f"{self._status:<11.11} ", "bold"), *bar, right), Text(second)):
+            line.truncate(width)
+            yield line
+
+    def _figures(self) -> list[str]:
+        """What is known, most wanted first; the bar shows as many as there is room for."""
+        formats = {
+            "loss": "loss {:#.4g}",
+            "learning_rate": "lr {:.2e}",
+            "tokens_per_second": "{:,.0f} tok/s",
+            "peak_memory_gb": "peak {:.1f} GB",
+            MAIN_METRIC: "nDCG@10 {:.4f}",
+            "validation_loss": "validation loss {:#.4g}",
+            "best": "best {}",
+            "grad_norm": "grad norm {:.3g}",
+            "padding": "padding {:.1%}",
+            "epoch": "epoch {:.2f}",
+        }
+        values = self._shown | {"peak_memory_gb": self._shown.get("peak_memory_bytes", 0) / 1e9 or None}
+        return [text.format(values[key]) for key, text in formats.items() if values.get(key) is not None]
+
+    def _counts(self) -> str:
+        percent = 100 * min(self._step, self.total_steps) // max(self.total_steps, 1)
+        return f" {self._step:>{len(str(self.total_steps))}}/{self.total_steps} {percent:3d}%"
+
+    def _times(self) -> list[str]:
+        """Time so far, and time left at the mean pace since the first step, evaluations included."""
+        now, left = time.monotonic(), "-:--"
+        if self._step >= self.total_steps:
+            left = "0:00"
+        elif self._warm is not None and self._step > self._warm[1]:
+            pace = (self._stepped - self._warm[0]) / (self._step - self._warm[1])
+            left = _clock(pace * (self.total_steps - self._step) - (now - self._stepped))
+        return [f"{_clock(now - self._started)} elapsed", f"{left} left"]
+
+    def _smooth(self, key: str, value: float | None) -> float | None:
+        """Exponential mean over about five steps, without the bias towards its start."""
+        total, weight = self._average.get(key, (0.0, 0.0))
+        if value is not None:
+            total, weight = self._average[key] = 0.8 * total + 0.2 * value, 0.8 * weight + 0.2
+        return total / weight if weight else None
+
+    # --- Weights & Biases ---
+
+    def _start_wandb(self, project: str) -> None:
+        """Start a W&B run that neither asks nor hangs: offline where nobody is logged in or none answers."""
+        try:
+            wandb = importlib.import_module("wandb")
+            settings = wandb.Settings(
+                init_timeout=20,
+                finish_timeout=30,
+                console="off",
+                silent=True,
+                reinit="create_new",
+                x_disable_meta=True,  # it holds the command line, where passwords may stand
+            )
+        # AttributeError: no package but a mere folder wandb/, such as its runs leave behind.
+        except (ImportError, AttributeError) as error:
+            raise UserError("W&B is asked for but not installed: pip install wandb") from error
+        self._wandb_errors = (wandb.errors.Error, OSError)
+        config = _without_secrets(_clean(self.settings))
+        start = functools.partial(
+            wandb.init, project=project, name=self.run_name, config=config, dir=self.folder, settings=settings
+        )
+        mode = os.environ.get("WANDB_MODE")
+        try:
+            if mode not in ("offline", "disabled"):
+                wandb.setup(wandb.Settings(silent=True))
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            self._run = start(mode=mode)
+        except (wandb.errors.CommError, wandb.errors.UsageError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            self.warn(f"W&B keeps its record offline: {reason}")
+            self._run = start(mode=(mode := "offline"))
+        self._run.define_metric("train/step")
+        self._run.define_metric("*", step_metric="train/step")
+        self._run.define_metric(f"eval/{MAIN_METRIC}", step_metric="train/step", summary="max")
+        upload = f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
+        self.message(f"W&B {self._run.url if mode == 'online' else upload if mode == 'offline' else mode}")
+
+    def _finish_wandb(self, failed: bool) -> None:
+        """Write the summary and wait for uploads, 30 s at most; what is left can be sent by `wandb sync`."""
+        try:
+            if self._run is not None and self._best:
+                self._run.summary.update({f"best_{MAIN_METRIC}": self._best[0], "best_step": self._best[1]})
+            if self._run is not None:
+                self._run.finish(exit_code=int(failed))
+        except self._wandb_errors as error:
+            self.warn(f"W&B could not be closed: {error}")
+
+
+# --- small things ---
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(max(int(seconds), 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _clean(value: Any) -> Any:
+    """A copy that JSON can hold: arrays as numbers or lists, non-finite numbers as null, the rest as text."""
+    if hasattr(value, "tolist"):  # numpy's and mlx's arrays and scalars
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _without_secrets(value: Any) -> Any:
+    """A copy without keys that name a secret, and without the user and password of addresses."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items() if not SECRET_KEY.search(key)}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return re.sub(r"(?<=://)[^/@\s]+@", "", value) if isinstance(value, str) else value

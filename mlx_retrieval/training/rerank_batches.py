@@ -1,0 +1,113 @@
+"""From rows to batches of groups: a query, its documents, and a label or a teacher's score of each.
+
+{"query": ..., "document": ..., "label": 1}             label: from 0 to 1; a group of one document
+{"query": ..., "positive": ..., "negatives": [...]}     label 1, and 0 for each negative; triplets likewise
+{"query": ..., "documents": [...], "scores": [...]}     graded; positive and negatives may have scores as well
+
+`rows.Rows` reads them; `make` is what `data_loader.Batches` makes its batches with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.models.batching import Texts
+from mlx_retrieval.models.pair_tokenizers import PairTokenizer
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils.errors import UserError
+
+LOSSES = ("yes_no", "bce", "list_softmax", "ranknet", "margin_mse", "kl_distill")
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """G groups of at most K documents each, as token sequences. Documents that a group lacks are -1 in `text`."""
+
+    texts: Texts  # N sequences
+    text: np.ndarray  # (G, K) int32: the sequence in which a document stands
+    place: np.ndarray  # (G, K) int32: the position of its score in that sequence's representation
+    labels: np.ndarray  # (G, K) float32
+    rows: np.ndarray  # (G,) int64: where groups came from, for messages
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the batch, no padding."""
+        return int(self.texts.lengths.sum())
+
+    def rows_with(self, text: int) -> np.ndarray:
+        """The source row of a sequence."""
+        return self.rows[(self.text == text).any(axis=1)]
+
+
+class GroupMaker:
+    """Makes batches of groups.
+
+    Args:
+        rows: those that the examples are of; `random_negatives`: how many documents of the batch's other rows each
+            query gets as negatives besides its own.
+        shuffled: put a group's documents in a random order, always the same for the same rows and batch: a listwise
+            reranker sees where a document stands.
+    """
+
+    def __init__(self, rows: Rows, random_negatives: int = 0, shuffled: bool = False, seed: int = 0):
+        self.rows, self.random_negatives, self.shuffled, self.seed = rows, random_negatives, shuffled, seed
+
+    def group(self, examples: Sequence[Example], i: int) -> tuple[list[str], list[float]]:
+        """Documents and labels of example i of a batch."""
+        example = examples[i]
+        if self.rows.kind == "label":
+            return [example.positive], list(example.scores)
+        documents = [example.positive, *example.negatives]
+        labels = list(example.scores) or [1.0] + [0.0] * len(example.negatives)
+        relevant = {e.positive for e in examples if e.query == example.query} | set(documents)
+        others = (examples[(i + step) % len(examples)].positive for step in range(1, len(examples)))
+        drawn = list(dict.fromkeys(text for text in others if text not in relevant))[: self.random_negatives]
+        return documents + drawn, labels + [0.0] * len(drawn)
+
+    def __call__(self, examples: Sequence[Example], rows: Sequence[int], tokenizer: PairTokenizer) -> GroupBatch:
+        groups, labels = [], []
+        rng = np.random.default_rng([self.seed, *rows])
+        for i, example in enumerate(examples):
+            documents, judged = self.group(examples, i)
+            if self.shuffled:
+                order = rng.permutation(len(documents))
+                documents, judged = [documents[j] for j in order], [judged[j] for j in order]
+            groups.append((example.query, documents))
+            labels.append(judged)
+        sequences = tokenizer(groups)
+        real = np.arange(max(map(len, labels)))[None, :] < np.array([len(judged) for judged in labels])[:, None]
+        text, place = np.full(real.shape, -1, np.int32), np.zeros(real.shape, np.int32)
+        text[real], place[real] = sequences.text, sequences.place
+        padded = np.zeros(real.shape, np.float32)
+        padded[real] = [label for judged in labels for label in judged]
+        return GroupBatch(sequences.texts, text, place, padded, np.array(rows, np.int64))
+
+
+def check(rows: Rows, settings: Settings) -> None:
+    """UserError where the rows do not give what the loss needs."""
+    loss, low, high = settings.loss, *rows.score_range
+    where = ", ".join(rows.names)
+    if loss not in LOSSES:
+        raise UserError(f"--loss {loss} compares vectors; rerankers learn by {', '.join(LOSSES)}")
+    alone = rows.kind == "label" or not (rows.has_negatives or settings.random_negatives)
+    if alone and rows.kind != "label":
+        raise UserError(
+            f"{where}: the rows have neither labels nor negatives, so there is nothing to tell apart; "
+            "--random-negatives 4 takes other rows' documents"
+        )
+    if alone and loss not in ("yes_no", "bce"):
+        raise UserError(f"--loss {loss} compares the documents of a group, and the rows of {where} are single pairs")
+    if loss in ("kl_distill", "margin_mse") and not rows.has_scores:
+        raise UserError(f"--loss {loss}: every row of {where} needs scores, a teacher's, of its positive and negatives")
+    if loss in ("yes_no", "bce") and not 0 <= low <= high <= 1:
+        raise UserError(
+            f"--loss {loss} takes labels from 0 to 1, and the scores in {where} go from {low:g} to {high:g}: "
+            "ranknet, margin_mse and kl_distill take any"
+        )
+    if loss == "list_softmax" and low < 0:
+        raise UserError(f"--loss list_softmax takes scores from 0 on, and {where} has {low:g}")
+    if loss == "list_softmax" and rows.without_positive:
+        raise UserError(f"{rows.without_positive}: the group has no positive, all its scores are 0: nothing to learn")

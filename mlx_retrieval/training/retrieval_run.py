@@ -1,0 +1,249 @@
+"""A run that trains a retrieval model, embed, late or rerank: checked and wired by `prepare`, carried out by train.py.
+
+run = prepare(settings)                             # nothing is written yet
+run.trainer.update(run.trainer.batches.batch(0), 1)
+"""
+
+import dataclasses
+import json
+import string
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_retrieval.backend import cpu_kernels, mx
+
+from mlx_retrieval import backend
+from mlx_retrieval.backbones import count_parameters, lora
+from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
+from mlx_retrieval.dataset.rows import Rows, find_validation
+from mlx_retrieval.dataset.sources import local, open_source
+from mlx_retrieval.evaluation.reranking import evaluate_reranker
+from mlx_retrieval.evaluation.results import Evaluation, print_comparison, print_table
+from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
+from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.models import loading
+from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.training import distributed, memory
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.objectives import make as make_objective
+from mlx_retrieval.training.objectives import make_batches
+from mlx_retrieval.training.trainer import Trainer
+from mlx_retrieval.utils import files
+from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.errors import UserError
+
+
+class Evaluations:
+    """Evaluates the model as it stands, and keeps the first and the newest result for the final table.
+
+    `evaluate` gives the result.
+    """
+
+    def __init__(self, evaluate: Callable[[], Evaluation], folder: Path):
+        self.evaluate, self.file = evaluate, folder / "before.json"
+        self.before = self.after = None
+
+    def __call__(self, step: int) -> Evaluation:
+        result = self.evaluate()
+        if step == 0:
+            self.before = result
+            files.write_file(self.file, json.dumps(dataclasses.asdict(result)))
+        else:
+            self.after = result
+        return result
+
+    def recall_before(self) -> None:
+        """A resumed run's result from before training, as it was saved then."""
+        if self.file.is_file():
+            self.before = Evaluation(**json.loads(self.file.read_text(encoding="utf-8")))
+
+
+@dataclass
+class Run:
+    """A run that is wired and checked, but has not begun; nothing is written yet."""
+
+    settings: Settings
+    folder: Path
+    trainer: Trainer
+    evaluations: Evaluations | None
+    retrieval: RetrievalConfig
+    headline: list[tuple[str, str]]
+
+    def recall(self) -> None:
+        """Before a run goes on: what it found out before it was stopped."""
+        if self.evaluations:
+            self.evaluations.recall_before()
+
+    def results(self) -> dict:
+        """What `results.json` holds: metrics before and after, averaged over the tasks."""
+        results = {"before": None, "after": None}
+        if done := self.evaluations:
+            results = {
+                when: result.average() if result else None
+                for when, result in (("before", done.before), ("after", done.after))
+            }
+            newest = done.after or done.before  # neither, where a run stops before its first evaluation
+            if newest and newest.unreachable:
+                results["unreachable"] = newest.unreachable  # the averages are without these tasks
+        if self.settings.skip_bad_batches:
+            results["skipped_batches"] = self.trainer.state.skipped_batches
+        return results
+
+    def print_results(self) -> None:
+        """The table of the end."""
+        if self.evaluations and self.evaluations.after:
+            if self.evaluations.before:
+                print_comparison(self.evaluations.before, self.evaluations.after)
+            else:
+                print_table(self.evaluations.after)
+
+    def next_lines(self) -> list[tuple[str, str]]:
+        """What to try with the trained model."""
+        final = self.folder / "final"
+        if self.retrieval.task == "rerank":
+            return [("next", f'python rerank.py --model {final} --query "..." --documents eval-data/corpus.jsonl')]
+        return [("next", f"python embed.py --model {final} --input eval-data/corpus.jsonl --output vectors.npy")]
+
+    def dry_run(self) -> dict:
+        """Measure one step on the first batch, and say what the whole run would take; nothing is changed."""
+        trainer, settings = self.trainer, self.settings
+        batch = trainer.batches.batch(0)
+        trainer.gradient(batch, 1)  # the first call also compiles and allocates
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        result, _ = trainer.gradient(batch, 1)
+        seconds = time.perf_counter() - began
+        peak = backend.peak_memory()
+        texts, longest = len(batch.texts), int(batch.texts.lengths.max())
+        plan = {
+            "texts": texts,
+            "tokens": batch.tokens,
+            "padding": 1 - batch.tokens / result.padded_tokens,
+            "micro_batches": result.micro_batches,
+            "seconds_per_step": seconds,
+            "tokens_per_second": batch.tokens / seconds,
+            "seconds": seconds * settings.steps,
+            "peak_memory_bytes": peak,
+            "loss": result.loss.item(),
+        }
+        minutes, rest = divmod(round(plan["seconds"]), 60)
+        print_lines(
+            [
+                ("first batch", f"{texts} distinct texts, {batch.tokens:,} tokens, longest {longest}"),
+                ("plan", f"{result.micro_batches} micro-batches, {plan['padding']:.1%} padding"),
+                ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s, loss {plan['loss']:.4f}"),
+                ("memory", f"{peak / 1e9:.2f} GB at most"),
+                ("all steps", f"{minutes} min {rest} s for {settings.steps:,} steps, without evaluations"),
+                ("dry run", "nothing was trained or written"),
+            ]
+        )
+        return plan
+
+
+def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+    """The model that is to be trained, as `checkpoint.build` gives it."""
+    return loading.build(
+        settings.model,
+        projection=settings.projection_dim,
+        reranker=settings.reranker_type,
+        task=settings.task,
+        pooling=settings.pooling,
+        query_prompt=settings.query_prompt,
+        document_prompt=settings.document_prompt,
+        bidirectional=settings.bidirectional,
+        max_length=settings.max_length,
+        query_max_length=settings.query_max_length or settings.query_expansion,  # ColBERT cuts where it fills
+        matryoshka_dims=settings.matryoshka_dims or None,
+        maxsim=settings.maxsim,
+        skiplist=list(string.punctuation) if settings.skip_punctuation else None,
+        query_expansion=settings.query_expansion,
+        attend_expansion=settings.attend_expansion,
+        impute=settings.impute,
+        instruction=settings.instruction,
+    )
+
+
+def evaluation_of(
+    settings: Settings,
+    model: RetrievalModel,
+    retrieval: RetrievalConfig,
+    tokenizer: TextTokenizer,
+) -> Callable[[], Evaluation]:
+    """What evaluates the model as it stands at the moment of a call."""
+    if retrieval.task == "rerank":
+        reranker = Reranker.of(model, retrieval, tokenizer, settings.model)
+        return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth)[1]
+    in_use = Model(model, retrieval, tokenizer, settings.model)
+    return lambda: evaluate(in_use, settings.eval_tasks)
+
+
+def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
+    """What becomes of a text, in words."""
+    lengths = f"{retrieval.query_max_length} tokens of a query, {retrieval.max_length} of a document"
+    if retrieval.task == "rerank":
+        if retrieval.reranker != "listwise":
+            lengths = f"{retrieval.max_length} tokens of query and document together"
+        return f"{retrieval.reranker} reranker, {settings.loss}, {lengths}"
+    if retrieval.task == "late":
+        return f"a vector of {retrieval.dimensions} dimensions for every token, MaxSim ({retrieval.maxsim}), {lengths}"
+    return f"{retrieval.pooling} pooling, {lengths}"
+
+
+def prepare(settings: Settings) -> Run:
+    """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
+    folder = Path(settings.output).expanduser()
+    rows = open_source(settings)
+    seed(settings.seed)  # a fresh projection
+    model, retrieval, base = build_model(settings)
+    settings.check_task(retrieval.task)
+    if too_long := [d for d in settings.matryoshka_dims if d > retrieval.dimensions]:
+        raise UserError(f"--matryoshka-dims {too_long[0]}: the model's vectors have {retrieval.dimensions} dimensions")
+    seed(settings.seed)  # fresh LoRA weights
+    adapter_config = lora.adapt(model.backbone, **settings.adapter)
+    if retrieval.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
+        model.head.unfreeze()
+    everything, trainable = count_parameters(model)
+    settings.settle(everything, retrieval.reranker)
+    if settings.grad_checkpoint:
+        checkpoint_blocks(model.backbone)
+    tokenizer = retrieval.tokenizer(base)
+    objective = make_objective(settings, retrieval, tokenizer, rows)
+    batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed)
+    validation = None
+    if held_out := find_validation(local(settings.data)):
+        held_out_rows = Rows(held_out, settings.skip_bad_rows)
+        size = min(settings.batch_size, len(held_out_rows))
+        validation = make_batches(settings, retrieval, held_out_rows, tokenizer, size)
+
+    def save_model(target: Path) -> None:
+        loading.save_model(target, model, adapter_config, retrieval)
+        settings.write(target / "config.yaml")
+
+    evaluations = None
+    if settings.eval_tasks and distributed.first():
+        evaluations = Evaluations(evaluation_of(settings, model, retrieval, tokenizer), folder)
+    trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
+    if evaluations:
+        load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
+    skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
+    headline = [
+        ("device", backend.describe()),
+        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({settings.trained})"),
+        ("text", describe(settings, retrieval)),
+        ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "
+                 f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
+                 f"learning rate {settings.learning_rate:g}"),
+    ]  # fmt: skip
+    if settings.micro_batch_tokens == "auto":
+        headline.append(("memory", str(memory.fit(trainer))))
+    if distributed.size() > 1:
+        headline.append(("ranks", f"{distributed.size()} processes share the passes of every batch"))
+    if backend.KERNELS and cpu_kernels.cold():
+        headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
+    headline += [("left out", line) for line in rows.skipped[:20]]
+    return Run(settings, folder, trainer, evaluations, retrieval, headline)

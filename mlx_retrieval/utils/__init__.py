@@ -1,0 +1,1 @@
+"""Share errors, files, locks, console and progress; imports no mlx."""

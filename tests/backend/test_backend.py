@@ -1,0 +1,136 @@
+"""The BLAS is there before mlx, its threads give the same bits every time, and memory is not hoarded.
+
+python -m pytest tests/backend/test_backend.py
+"""
+
+import sys
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+
+from mlx_retrieval import backend
+
+linux_cpu = pytest.mark.skipif(sys.platform != "linux" or backend.IS_GPU, reason="about BLAS on Linux CPUs")
+
+
+@linux_cpu
+def test_a_fast_blas_is_loaded_and_said(run_python):
+    done = run_python("from mlx_retrieval import backend; print(backend.describe())")
+    assert done.returncode == 0 and f"BLAS {backend.BLAS}" in done.stdout and backend.BLAS
+
+
+@linux_cpu
+def test_without_a_blas_there_is_a_warning_and_no_failure(run_python):
+    code = (
+        "import ctypes.util, importlib.metadata as m; real = m.files\n"
+        "m.files = lambda name: [] if name in ('mkl', 'scipy-openblas32') else real(name)\n"
+        "ctypes.util.find_library = lambda name: None\n"
+        "from mlx_retrieval import backend\n"
+        "print(backend.describe(), (backend.mx.ones((2, 2)) @ backend.mx.ones((2, 2))).sum().item())"
+    )
+    done = run_python(code)
+    assert done.returncode == 0 and "reference (slow)" in done.stdout and "8.0" in done.stdout
+    assert "no fast BLAS found" in done.stderr
+
+
+@linux_cpu
+@pytest.mark.parametrize("name", ["MKL", "OpenBLAS"])
+def test_either_blas_can_be_asked_for_and_computes(monkeypatch, run_python, name):
+    """Every kind of product that mlx hands to a BLAS, also from threads side by side, against float64."""
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", name)
+    code = (
+        "import threading, numpy as np; from mlx_retrieval import backend; from mlx_retrieval.backend import blas, mx\n"
+        "a, b = np.random.default_rng(0).standard_normal((2, 300, 300)); expected = a @ b; wrong = []\n"
+        "def products():\n"
+        "    with mx.stream(mx.new_stream(mx.cpu)):\n"
+        "        for kind in (mx.float32, mx.float64, mx.complex64):\n"
+        "            found = np.array(mx.array(a, kind) @ mx.array(b, kind).T.T)\n"
+        "            wrong.append(np.abs(found - expected).max() > 1e-4)\n"
+        "    mx.clear_streams()\n"
+        "for side_by_side in (1, 3):\n"
+        "    threads = [threading.Thread(target=products) for _ in range(side_by_side)]\n"
+        "    with blas.one_thread():\n"
+        "        for thread in threads: thread.start()\n"
+        "        for thread in threads: thread.join()\n"
+        "print(backend.BLAS, len(wrong), any(wrong))"
+    )
+    done = run_python(code)
+    if name not in done.stdout:
+        pytest.skip(f"no {name} here")
+    assert done.returncode == 0 and done.stdout.split()[-2:] == ["12", "False"], done.stderr
+
+
+@linux_cpu
+def test_openblas_computes_on_all_cores_but_where_threads_do_side_by_side(monkeypatch, run_python):
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", "OpenBLAS")
+    code = (
+        "import ctypes; from mlx_retrieval import backend; from mlx_retrieval.backend import blas\n"
+        "path = blas._installed('scipy-openblas32', 'libscipy_openblas.so')\n"
+        "count = ctypes.CDLL(path).scipy_openblas_get_num_threads if path else blas.cores\n"
+        "before = count()\n"
+        "with blas.one_thread(): within = count()\n"
+        "print(before == count() == blas.cores(), within, path is None)"
+    )
+    done = run_python(code)
+    if done.stdout.endswith("True\n"):
+        pytest.skip("PyPI's OpenBLAS is not installed")
+    assert done.stdout.split() == ["True", "1", "False"], done.stderr
+
+
+@linux_cpu
+def test_without_a_compiler_it_is_another_blas(monkeypatch, run_python, tmp_path):
+    """PyPI's OpenBLAS needs a few compiled lines, which are kept."""
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", "OpenBLAS")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code = "from mlx_retrieval import backend; print(backend.BLAS)"
+    compiled = run_python(code).stdout
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "OpenBLAS" not in run_python(code).stdout
+    if "OpenBLAS" not in compiled:
+        pytest.skip("no OpenBLAS here")
+    assert len(list(tmp_path.rglob("blas.so"))) == 1
+
+
+@linux_cpu
+def test_importing_mlx_first_is_told(run_python):
+    done = run_python("import mlx.core; from mlx_retrieval import backend; print(backend.BLAS)")
+    assert done.returncode == 0 and "mlx was imported before backend" in done.stderr and "None" in done.stdout
+
+
+@linux_cpu
+def test_mkl_s_threads_do_not_spin(monkeypatch, run_python):
+    """MKL waits with TBB, not OpenMP, unless the user says otherwise; children inherit nothing."""
+    monkeypatch.setenv("MLX_RETRIEVAL_BLAS", "MKL")
+    code = (
+        "import os; from mlx_retrieval import backend; from mlx_retrieval.backend import mx\n"
+        "a = mx.ones((512, 512)); mx.eval(a @ a); maps = open('/proc/self/maps').read()\n"
+        "print('tbb_thread' in maps, 'intel_thread' in maps, 'MKL_THREADING_LAYER' in os.environ)"
+    )
+    code += "; print(backend.BLAS)"
+    *found, name = run_python(code).stdout.split()
+    if name != "MKL":
+        pytest.skip("no MKL here")
+    assert found == ["True", "False", "False"]
+
+
+def test_matrix_products_are_the_same_bits_every_time():
+    """Resuming bit for bit rests on it; shapes as in LoRA's forward and backward passes."""
+    rng = np.random.default_rng(0)
+    for m, k, n in [(2048, 384, 16), (384, 2048, 16), (16, 2048, 384), (64, 10_000, 64), (512, 384, 1536)]:
+        a, b = (mx.array(rng.standard_normal(shape, dtype=np.float32)) for shape in ((m, k), (k, n)))
+        assert len({np.array(a @ b).tobytes() for _ in range(10)}) == 1
+
+
+def test_freed_arrays_are_not_hoarded():
+    """Regression: the cache of freed arrays grew to 4 GB over a few dozen steps of varying shapes."""
+    if backend.IS_GPU:
+        pytest.skip("mlx's own limit holds on GPUs")
+    for length in range(200, 260):
+        mx.eval(mx.ones((length, 64, 1024)) + 1)
+    assert mx.get_cache_memory() <= 256 << 20
+
+
+def test_dtype_is_float32_on_cpus_and_the_checkpoint_s_on_gpus():
+    assert backend.default_dtype(mx.bfloat16) == (mx.bfloat16 if backend.IS_GPU else mx.float32)

@@ -1,0 +1,309 @@
+"""What is asked of Elasticsearch and what is made of its answers, against a stub: contracts, no proof of the server.
+
+python -m pytest tests/dataset/test_elastic_calls.py
+"""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+
+import pytest
+
+from mlx_retrieval.dataset.elastic import documents, fields
+from mlx_retrieval.dataset.elastic import rows as elastic_rows
+from mlx_retrieval.dataset.elastic import server as connection
+from mlx_retrieval.dataset.elastic.documents import Documents
+from mlx_retrieval.dataset.elastic.rows import ElasticRows
+from mlx_retrieval.dataset.row_formats import example_of
+from mlx_retrieval.utils import errors
+
+
+class Stub:
+    """A server that answers as `answers(method, path, body)` says: (status, JSON); it notes what it was asked."""
+
+    def __init__(self):
+        self.asked, self.answers, self.headers = [], None, {"X-Elastic-Product": "Elasticsearch"}
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do(self):
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+                path = self.path.partition("?")[0]
+                stub.asked.append((self.command, path, body, {k.lower(): v for k, v in self.headers.items()}))
+                status, answer = stub.answers(self.command, path, body)
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                for name, value in {**stub.headers, "Content-Type": "application/json"}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = do_PUT = do_DELETE = do  # noqa: N815  (http.server's names)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = connection.Address(f"http://127.0.0.1:{self.server.server_port}", "docs")
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    for name in ("ES_NODE", "ES_INDEX", "ES_API_KEY", "ES_USER", "ES_PASSWORD", "ES_CA_CERTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(connection.random, "random", lambda: 0.0)
+    made = Stub()
+    yield made
+    made.server.shutdown()
+
+
+class Shard:
+    """Answers of an index with documents of these sources; views have numbers, and those in `lost` are gone."""
+
+    def __init__(self, sources):
+        self.sources, self.views, self.lost = sources, 0, set()
+
+    def __call__(self, method, path, body):
+        if path == "/docs/_pit":
+            self.views += 1
+            return 200, {"id": f"view {self.views}"}
+        if path == "/_pit":
+            return 200, {"succeeded": True}
+        if path == "/docs/_field_caps":
+            return 200, {"fields": {name: {} for source in self.sources for name in source}}
+        if body["pit"]["id"] in self.lost:
+            cause = {"type": "search_context_missing_exception", "reason": "No search context found"}
+            return 404, {"error": {"root_cause": [cause], "type": "search_phase_execution_exception"}, "status": 404}
+        bounds = [f["range"]["_seq_no"] for f in body["query"]["bool"]["filter"] if "range" in f]
+        low, high = (bounds[0].get("gte", 0), bounds[0].get("lt", 1 << 40)) if bounds else (0, 1 << 40)
+        numbers = [n for n in range(len(self.sources)) if low <= n < high]
+        total = {"count": len(numbers), "max": max(numbers, default=None), "sum": sum(numbers)}
+        if "aggs" in body:
+            kind = body["aggs"]["all"]
+            if "stats" in kind:
+                return 200, {"pit_id": body["pit"]["id"], "aggregations": {"all": total}}
+            width = kind["histogram"]["interval"]
+            keys = sorted({n // width * width for n in numbers})
+            buckets = [{"key": k, "doc_count": sum(k <= n < k + width for n in numbers)} for k in keys]
+            return 200, {"aggregations": {"all": {"buckets": buckets}}}
+        after = body.get("search_after", [-1])[0]
+        hits = [
+            {"_index": "docs", "_id": str(n), "_source": self.sources[n], "sort": [n, n]} for n in numbers if n > after
+        ]
+        return 200, {"pit_id": body["pit"]["id"] + "'", "hits": {"hits": hits[: body["size"]]}}
+
+
+def rows_of(stub, count=40, **options):
+    stub.answers = Shard([{"query": f"q{i}", "title": f"t{i}", "snippet": "s"} for i in range(count)])
+    return ElasticRows(stub.address, fields.parse("query=query,document=title+snippet,rank=rank"), **options)
+
+
+def test_views_change_their_names_and_pages_follow(stub, monkeypatch):
+    stub.answers = Shard([{"text": f"t{i}"} for i in range(2500)])
+    documents = Documents(stub.address, ["text"])
+    assert [hit["_id"] for hit in documents.read(0, 2500)] == [str(i) for i in range(2500)]
+    searches = [body for _, path, body, _ in stub.asked if path == "/_search"]
+    assert [s["pit"]["id"] for s in searches] == ["view 1", "view 1'", "view 1''"]
+    assert [s.get("search_after") for s in searches] == [None, [999, 999], [1999, 1999]]
+    assert all(s["_source"] == ["text"] and s["track_total_hits"] is False for s in searches)
+    documents.close()
+    assert stub.asked[-1][:3] == ("DELETE", "/_pit", {"id": "view 1'''"})
+
+
+def test_a_range_of_a_lost_view_is_read_anew(stub):
+    stub.answers = shard = Shard([{"text": f"t{i}"} for i in range(1500)])
+    documents = Documents(stub.address, ["text"])
+    shard.lost.add("view 1'")  # between the first page and the second
+    assert [hit["_id"] for hit in documents.read(0, 1500)] == [str(i) for i in range(1500)]
+    assert shard.views == 2
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_server_that_is_busy_is_asked_again(stub, status):
+    rows = rows_of(stub)
+    answer, left = stub.answers, [3]
+
+    def busy(method, path, body):
+        left[0] -= 1
+        return (status, {"error": "busy", "status": status}) if left[0] >= 0 else answer(method, path, body)
+
+    stub.answers = busy
+    before = len(stub.asked)
+    assert rows.documents.survey().count == 40
+    assert len(stub.asked) == before + 4
+
+
+def test_patience_has_an_end_and_pauses_grow(stub):
+    rows = rows_of(stub)
+    stub.answers = lambda *_: (503, {"error": "away", "status": 503})
+    rows.documents.server.patience = 2.0
+    before, began = len(stub.asked), time.monotonic()
+    with pytest.raises(errors.UserError, match=r"no answer from Elasticsearch in \d s \(503"):
+        rows.documents.survey()
+    assert time.monotonic() - began < 10
+    assert len(stub.asked) - before <= 4  # after 0, 0.25, 0.75 and 1.75 s: no storm
+
+
+def test_who_waits_can_be_called_off(stub):
+    rows = rows_of(stub)
+    stub.answers = lambda *_: (503, {"error": "away", "status": 503})
+    threading.Timer(0.5, rows.documents.server.close).start()
+    with pytest.raises(connection.Closed):
+        rows.documents.survey()
+
+
+@pytest.mark.parametrize(
+    "status, answer, message",
+    [
+        (400, {"error": {"type": "media_type_header_exception", "reason": "Accept version"}}, "major version"),
+        (406, {"error": "Content-Type header is not supported"}, "major version"),
+        (401, {"error": {"type": "security_exception"}}, "is needed"),
+        (403, {"error": {"type": "security_exception"}}, "may not do this with docs"),
+        (404, {"error": {"type": "index_not_found_exception"}}, "no index docs"),
+        (400, {"error": {"root_cause": [{"reason": "failed to parse query"}]}}, "failed to parse query"),
+    ],
+)
+def test_refusals_are_told_and_not_repeated(stub, status, answer, message):
+    stub.answers = lambda *_: (status, answer)
+    with pytest.raises(errors.UserError, match=message) as told:
+        ElasticRows(stub.address, fields.parse("query=q,document=d"))
+    assert len(stub.asked) == 1 and "\n" not in str(told.value)
+
+
+def test_what_is_not_elasticsearch_is_refused(stub):
+    stub.headers = {}
+    stub.answers = lambda *_: (200, {"fields": {}})
+    with pytest.raises(errors.UserError, match="OpenSearch is not supported"):
+        ElasticRows(stub.address, fields.parse("query=q,document=d"))
+
+
+def test_keys_go_into_headers_only(stub, monkeypatch):
+    monkeypatch.setenv("ES_API_KEY", "secret-key")
+    rows_of(stub)
+    assert {headers["authorization"] for *_, headers in stub.asked} == {"ApiKey secret-key"}
+    assert {headers["accept"] for *_, headers in stub.asked} == {
+        "application/vnd.elasticsearch+json; compatible-with=8"
+    }
+    monkeypatch.setenv("ES_USER", "someone")
+    with pytest.raises(errors.UserError, match="which of them"):
+        rows_of(stub)
+
+
+@pytest.mark.parametrize(
+    "source, environment, expected",
+    [
+        ("es://docs", {}, ("http://localhost:9200", "docs")),
+        ("es://docs", {"ES_NODE": "https://far:9243"}, ("https://far:9243", "docs")),
+        ("es://docs", {"ES_NODE": "https://far"}, ("https://far:443", "docs")),
+        ("es://", {"ES_INDEX": "named"}, ("http://localhost:9200", "named")),
+        ("http://host/docs", {}, ("http://host:9200", "docs")),
+        ("https://host:9200/behind/proxy/docs", {}, ("https://host:9200/behind/proxy", "docs")),
+        ("https://host:9200", {"ES_INDEX": "named"}, ("https://host:9200", "named")),
+    ],
+)
+def test_addresses(monkeypatch, source, environment, expected):
+    for name in ("ES_NODE", "ES_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert connection.parse(source) == expected
+
+
+@pytest.mark.parametrize(
+    "source, environment, message",
+    [
+        ("es://", {}, "no index is named"),
+        ("https://me:secret@host:9200/docs", {}, "belong into ES_USER and ES_PASSWORD"),
+        ("es://docs", {"ES_NODE": "https://me:secret@host:9200"}, "belong into ES_USER and ES_PASSWORD"),
+        ("es://docs", {"ES_NODE": "localhost:9200"}, "ES_NODE: an address such as"),
+        ("es://docs", {"ES_NODE": "http://host:many"}, "ES_NODE: an address such as"),
+    ],
+)
+def test_addresses_that_are_none(monkeypatch, source, environment, message):
+    for name in ("ES_NODE", "ES_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(errors.UserError, match=message) as told:
+        connection.parse(source)
+    assert "secret" not in str(told.value)
+
+
+def test_a_wrong_authority_file_is_told(stub, monkeypatch, tmp_path):
+    monkeypatch.setenv("ES_CA_CERTS", str(tmp_path / "some.pem"))
+    for text in (None, "no certificate"):
+        if text:
+            (tmp_path / "some.pem").write_text(text)
+        with pytest.raises(errors.UserError, match=r"ES_CA_CERTS: .*some\.pem: no certificates"):
+            connection.Server(stub.address)
+
+
+def test_nobody_answers(monkeypatch):
+    monkeypatch.setattr(connection, "FIRST_PATIENCE", 0.5)
+    with pytest.raises(errors.UserError, match="no answer from Elasticsearch"):
+        ElasticRows(connection.parse("http://127.0.0.1:9/docs"), fields.parse("query=q,document=d"))
+
+
+# --- fields ---
+
+
+def test_rows_are_made_of_fields():
+    mapping = fields.parse("query=q, document=title+meta.text,rank=place")
+    source = {"q": ["what"], "title": "A", "meta": {"text": "B"}, "place": 3, "other": 1}
+    assert fields.row_of(source, mapping) == {"query": "what", "document": "A\nB", "rank": 3}
+    assert fields.row_of({"q": "what", "title": "", "meta.text": "B"}, mapping) == {"query": "what", "document": "B"}
+    assert fields.joined({"a": ["x", "y"], "b": 3}, ["a", "b", "c"]) == "x\ny\n3"
+    lists = fields.parse("query=q,positive=p,negatives=n,scores=s")
+    row = fields.row_of({"q": "a", "p": "b", "n": ["c"], "s": [1.0, 0.5]}, lists)
+    assert example_of(row)[0] == ("a", "b", ("c",), 1, (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("query", "not of the form"),
+        ("query=", "not of the form"),
+        ("query=a++b", "not of the form"),
+        ("question=q", "no key 'question'"),
+        ("query=a,query=b", "query twice"),
+    ],
+)
+def test_mappings_that_are_none(text, message):
+    with pytest.raises(errors.UserError, match=message):
+        fields.parse(text)
+
+
+def test_a_mapping_that_makes_no_row(stub):
+    stub.answers = Shard([{"q": "x"}])
+    with pytest.raises(errors.UserError, match="--es-fields: no positive"):
+        ElasticRows(stub.address, fields.parse("query=q"))
+
+
+def test_nothing_to_read_is_no_mistake_of_the_reader(stub):
+    """As where all documents have their vectors; Elasticsearch refuses a histogram of intervals of 0."""
+    stub.answers = Shard([{"text": "t"}])
+    documents = Documents(stub.address, ["text"])
+    stub.answers.sources = []
+    assert documents.ranges(documents.survey()) == []
+    assert not any("histogram" in body.get("aggs", {}).get("all", {}) for _, _, body, _ in stub.asked)
+
+
+def test_no_more_than_a_few_blocks_are_held(stub, monkeypatch):
+    monkeypatch.setattr(documents, "RANGE", 8)
+    monkeypatch.setattr(elastic_rows, "BLOCK", 4)
+    rows, held, seen = rows_of(stub, 1000), 0, set()
+    for n in islice(rows.numbers(0, 0), 1000):
+        held = max(held, sum(len(documents) for _, documents in rows._recent))
+        seen.add(rows.where(n))
+    assert len(seen) == 1000 and 32 <= held <= 3 * 2 * 32
+
+
+def test_an_index_of_which_nothing_is_usable(stub):
+    rows = rows_of(stub, skip_bad=True)
+    stub.answers.sources = [{"query": "", "title": "", "snippet": ""}] * 40
+    with pytest.raises(errors.UserError, match="no usable document"):
+        next(rows.numbers(0, 0))

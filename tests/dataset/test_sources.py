@@ -1,0 +1,139 @@
+"""What `--data` names: files of several forms, hub data sets, and mixtures by weight.
+
+python -m pytest tests/dataset/test_sources.py
+"""
+
+import json
+from collections import Counter
+from fractions import Fraction
+from itertools import islice
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from mlx_retrieval.dataset import sources
+from mlx_retrieval.dataset.rows import Rows, find_files
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils import errors
+
+
+def written(path, name, count, extra=None):
+    rows = [{"query": f"{name} q{i}", "document": f"{name} d{i}", **(extra or {})} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [written(tmp_path / f"{name}.jsonl", name, count) for name, count in (("a", 30), ("b", 7), ("c", 11))]
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("a.jsonl", ("a.jsonl", None)),
+        ("a.jsonl:2", ("a.jsonl", Fraction(2))),
+        ("a.jsonl:0.25", ("a.jsonl", Fraction(1, 4))),
+        ("es://docs", ("es://docs", None)),
+        ("es://docs:3", ("es://docs", Fraction(3))),
+        ("https://host:9200", ("https://host:9200", None)),
+        ("https://host:9200/docs", ("https://host:9200/docs", None)),
+        ("https://host:9200/docs:2", ("https://host:9200/docs", Fraction(2))),
+        ("hf://owner/name:train", ("hf://owner/name:train", None)),
+        ("hf://owner/name:train:2", ("hf://owner/name:train", Fraction(2))),
+    ],
+)
+def test_weights(source, expected):
+    assert sources.weight_of(source) == expected
+
+
+def test_a_weight_of_nothing_is_refused():
+    with pytest.raises(errors.UserError, match="a weight of 0"):
+        sources.weight_of("a.jsonl:0")
+
+
+def test_every_source_gives_its_share(files):
+    mixed = sources.open_source(Settings(data=[f"{files[0]}:2", f"{files[1]}:1", f"{files[2]}:0.5"]))
+    drawn = [mixed.where(n).split("/")[-1][0] for n in islice(mixed.numbers(0, 0), 700)]
+    assert Counter(drawn) == {"a": 400, "b": 200, "c": 100}
+    # Evenly: no stretch of 7 has more than its share of any.
+    assert all(Counter(drawn[i : i + 7]) == {"a": 4, "b": 2, "c": 1} for i in range(0, 700, 7))
+
+
+def test_each_source_goes_through_its_own_epochs(files):
+    mixed = sources.open_source(Settings(data=[f"{files[0]}:3", f"{files[1]}:1"]))
+    drawn = [mixed.where(n) for n in islice(mixed.numbers(5, 0), 400)]
+    for name, rows in (("a.jsonl", 30), ("b.jsonl", 7)):
+        mine = [place for place in drawn if name in place]
+        epochs = [mine[i : i + rows] for i in range(0, len(mine) - rows, rows)]
+        assert all(len(set(epoch)) == rows for epoch in epochs) and len(epochs) > 5
+        assert len(set(map(tuple, epochs))) == len(epochs)
+
+
+@pytest.mark.parametrize("position", [0, 1, 6, 7, 100, 333])
+def test_a_mixture_continues_anywhere(files, position):
+    data = [f"{files[0]}:2", f"{files[1]}:1", f"{files[2]}:0.5"]
+    straight = list(islice(sources.open_source(Settings(data=data)).numbers(1, 0), 400))
+    again = sources.open_source(Settings(data=data))
+    assert list(islice(again.numbers(1, position), 400 - position)) == straight[position:]
+    assert sum(again.taken(position)) == position
+
+
+def test_rows_keep_their_texts_and_places(files):
+    mixed = sources.open_source(Settings(data=[f"{files[0]}:1", f"{files[1]}:1"]))
+    for n in islice(mixed.numbers(0, 0), 20):
+        number = int(mixed[n].query.rpartition("q")[2])
+        assert mixed.where(n).endswith(f"{mixed[n].query[0]}.jsonl:{number + 1}")
+    assert len(mixed) == 37 and mixed.kind == "document" and not mixed.has_negatives
+
+
+def test_without_weights_files_are_one_set(files):
+    assert isinstance(sources.open_source(Settings(data=files)), Rows)
+    assert len(sources.open_source(Settings(data=files))) == 48
+
+
+def test_labels_do_not_mix_with_other_rows(files, tmp_path):
+    labelled = written(tmp_path / "labels.jsonl", "l", 5, {"label": 1})
+    with pytest.raises(errors.UserError, match="rows with a label do not mix"):
+        sources.open_source(Settings(data=[f"{files[0]}:1", f"{labelled}:1"]))
+
+
+def test_parquet(tmp_path):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": [f"n{i}", "m"], "id": i} for i in range(2500)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = Rows(find_files([str(tmp_path / "rows.parquet")]))
+    assert len(read) == 2500 and read.kind == "positive" and read.has_negatives
+    assert read[2400] == ("q2400", "p2400", ("n2400", "m"), 1, ())
+    assert read.where(2400).endswith("rows.parquet:2401")
+
+
+def test_parquet_that_is_none(tmp_path):
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    with pytest.raises(errors.UserError, match=r"rows\.parquet: "):
+        Rows(find_files([str(tmp_path / "rows.parquet")]))
+
+
+def test_a_data_set_of_the_hubs_form(tmp_path, monkeypatch):
+    """A local folder stands for the hub's, whose names have the same form."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    table = pa.Table.from_pylist([{"query": f"q{i}", "document": f"d{i}"} for i in range(12)])
+    parquet.write_table(table, tmp_path / "owner" / "name" / "test-00000.parquet")
+    read = sources.open_source(Settings(data=["hf://owner/name:test"]))
+    assert [read[i].query for i in range(12)] == [f"q{i}" for i in range(12)]
+    assert read.where(3) == "hf://owner/name:test:4"
+    with pytest.raises(errors.UserError, match="hf://owner/name: .*train"):
+        sources.open_source(Settings(data=["hf://owner/name"]))
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://a//b", "hf://a/b/c/d"])
+def test_names_that_are_none(name):
+    with pytest.raises(errors.UserError, match="a data set's name is needed"):
+        Rows(find_files([name]))
+
+
+def test_es_queries_that_are_none():
+    for query in ("{", "[1]"):
+        with pytest.raises(errors.UserError, match="--es-query"):
+            sources.open_source(Settings(data=["es://docs"], es_query=query))

@@ -1,0 +1,183 @@
+"""The figures of a search: by hand for small rankings, equal to eval.py's for a BEIR folder.
+
+python -m pytest tests/evaluation/test_index_search.py
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+import search
+from mlx_retrieval.evaluation import index_search, retrieval
+from mlx_retrieval.evaluation.index_search import Query, Target, differences, evaluate, rank, read_queries
+from mlx_retrieval.evaluation.results import compare
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.retrieval.base import Hit
+from mlx_retrieval.retrieval.searcher import Searcher
+from mlx_retrieval.utils.errors import UserError
+
+TOPICS = ("boiler drips", "bike chain", "kettle hiss", "lamp flickers", "radio hums", "door creaks")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def beir(tmp_path_factory) -> Path:
+    """24 documents, 12 queries; some judged 2."""
+    root = tmp_path_factory.mktemp("beir") / "task"
+    corpus = [{"_id": f"d{i}", "title": "", "text": f"{TOPICS[i % 6]} in case {i}"} for i in range(24)]
+    queries = [{"_id": f"q{i}", "text": f"my {TOPICS[i % 6]} again, case {i}"} for i in range(12)]
+    write_jsonl(root / "corpus.jsonl", corpus)
+    write_jsonl(root / "queries.jsonl", queries)
+    (root / "qrels").mkdir()
+    judged = "".join(f"q{i}\td{i}\t{1 + i % 2}\nq{i}\td{i + 6}\t1\nq{i}\td{(i + 1) % 24}\t0\n" for i in range(12))
+    (root / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return root
+
+
+@pytest.fixture(scope="module")
+def searcher(beir, small) -> Searcher:
+    index = beir.parent / "index"
+    assert search.main(["index", str(beir), "--model-path", small, "--index", str(index)]) == 0
+    return Searcher(index)
+
+
+class Fixed:
+    """An index whose answers are written down."""
+
+    def __init__(self, bm25: list[Hit], semantic: list[Hit]):
+        self._bm25, self._semantic = bm25, semantic
+
+    def bm25(self, query: str, top: int) -> list[Hit]:
+        return self._bm25
+
+    def semantic(self, vector, top: int) -> list[Hit]:
+        return self._semantic
+
+
+def hit(path: str, line: int, end_line: int) -> Hit:
+    return Hit(f"{path}:{line}", path, line, end_line, "", "", "", "", 0.0)
+
+
+def test_figures_by_hand(small):
+    model = embedder.load(small)
+    wrong, half, answer = hit("b.py", 1, 9), hit("a.py", 1, 10), hit("a.py", 8, 20)
+    index = Fixed([wrong, half, answer], [answer, wrong])
+    queries = [Query("by line", {Target("a.py", 15): 1}), Query("by file", {Target("a.py"): 1})]
+    queries.append(Query("never", {Target("c.py"): 1}))
+    figures = {mode: result.per_query["queries"] for mode, result in evaluate(index, model, queries).items()}
+    first, second, third = (figures["bm25"]["ndcg_at_10"][f"q{i}"] for i in range(3))
+    assert (first, second, third) == pytest.approx((1 / math.log2(4), 1 / math.log2(3), 0))
+    assert figures["bm25"]["mrr_at_10"] == pytest.approx({"q0": 1 / 3, "q1": 1 / 2, "q2": 0})
+    assert figures["bm25"]["precision_at_1"] == {"q0": 0, "q1": 0, "q2": 0}
+    assert figures["semantic"]["precision_at_1"] == {"q0": 1, "q1": 1, "q2": 0}
+    # Fused: answer 1/63 + 1/61, wrong 1/61 + 1/62, half 1/62.
+    assert figures["hybrid"]["mrr_at_10"] == pytest.approx({"q0": 1 / 2, "q1": 1 / 2, "q2": 0})
+    averages = {mode: result.tasks["queries"]["mrr_at_10"] for mode, result in evaluate(index, model, queries).items()}
+    assert averages == pytest.approx({"bm25": 5 / 18, "semantic": 2 / 3, "hybrid": 1 / 3})
+    assert evaluate(Fixed([], []), model, queries)["hybrid"].tasks["queries"]["ndcg_at_10"] == 0
+
+
+def test_several_chunks_of_an_answer_count_once():
+    """Of a line in two overlapping chunks, and of a file in many: otherwise nDCG could not reach 1."""
+    hits = [hit("a.py", 1, 10), hit("a.py", 8, 20), hit("b.py", 1, 5)]
+    assert rank(hits, Query("q", {Target("a.py", 9): 1})) == {"answer a.py:9": 0.0, "chunk b.py:1": -1.0}
+    assert rank(hits, Query("q", {Target("a.py"): 1})) == {"answer a.py": 0.0, "chunk b.py:1": -1.0}
+    both = rank(hits, Query("q", {Target("a.py", 15): 1, Target("b.py"): 1}))
+    assert both == {"chunk a.py:1": 0.0, "answer a.py:15": -1.0, "answer b.py": -2.0}
+
+
+def test_semantic_figures_are_those_of_eval(searcher, beir):
+    """mteb searches exhaustively with the same model over the same folder."""
+    results = evaluate(searcher.index, searcher.model, read_queries(beir))
+    expected = retrieval.evaluate(searcher.model, [str(beir)])
+    scores, wanted = results["semantic"].per_query["queries"], expected.per_query["task"]
+    for metric in index_search.SHOWN:
+        assert sorted(scores[metric].values()) == pytest.approx(sorted(wanted[metric].values()), abs=1e-6)
+    assert results["bm25"].tasks["queries"]["precision_at_1"] == 1.0  # "case 7" is in one document alone
+
+
+def test_differences_are_those_of_compare(searcher, beir):
+    results = evaluate(searcher.index, searcher.model, read_queries(beir))
+    compared = differences(results)
+    for mode in ("semantic", "hybrid"):
+        for metric, old, new, change, low, high in compare(results["bm25"], results[mode]):
+            assert compared[mode][metric] == (change, low, high) and change == pytest.approx(new - old)
+            assert low <= change <= high
+
+
+def test_the_command_evaluates(searcher, beir, tmp_path, capsys):
+    rows = [{"query": "boiler drips in case 0", "path": "d0"}, {"query": "case 7", "relevant": ["d7", "gone"]}]
+    queries, output = write_jsonl(tmp_path / "queries.jsonl", rows), tmp_path / "figures.json"
+    flags = ["--index", str(searcher.index.folder), "--output", str(output)]
+    assert search.main(["eval", queries, *flags]) == 0
+    told = capsys.readouterr()
+    assert "1 of the answers are not in" in told.err and "2 queries" in told.out
+    assert [line.split()[0] for line in told.out.splitlines() if line.startswith((" P@1", " MRR", " nDCG"))] == [
+        "P@1", "MRR@10", "nDCG@10", "P@1", "MRR@10", "nDCG@10",
+    ]  # fmt: skip
+    found = json.loads(output.read_text())
+    assert found["queries"] == 2 and found["bm25"]["precision_at_1"] == 1.0
+    assert found["bm25"]["ndcg_at_10"] == pytest.approx((1 + 1 / (1 + 1 / math.log2(3))) / 2)
+    assert set(found["to_bm25"]["hybrid"]["mrr_at_10"]) == {"difference", "low", "high"}
+    assert search.main(["eval", str(beir), *flags]) == 0
+    assert "12 queries" in capsys.readouterr().out and json.loads(output.read_text())["queries"] == 12
+
+
+def test_ids_with_colons_are_no_lines(searcher):
+    class Known:
+        def records(self):
+            return {name: type("R", (), {"left_out": ""}) for name in ("d:2", "a.py")}
+
+    queries = [Query("q", {Target("d", 2): 1}), Query("q", {Target("a.py", 3): 1}), Query("q", {Target("b", 1): 1})]
+    resolved, missing = index_search.resolve(queries, Known())
+    assert [list(query.targets) for query in resolved] == [[Target("d:2")], [Target("a.py", 3)], [Target("b", 1)]]
+    assert missing == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "broken JSON"),
+        ("[]", '"query" is missing'),
+        ('{"query": " ", "path": "a"}', '"query" is missing'),
+        ('{"query": "q"}', 'neither "path" nor "relevant"'),
+        ('{"query": "q", "relevant": []}', 'neither "path" nor "relevant"'),
+        ('{"query": "q", "relevant": [1]}', 'neither "path" nor "relevant"'),
+        ('{"query": "q", "path": "a", "line": 0}', '"line" 0 is no line number'),
+        ('{"query": "q", "path": "a", "line": true}', '"line" True is no line number'),
+        ("", "no query in it"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    path = tmp_path / "queries.jsonl"
+    path.write_text('\n{"query": "good", "path": "a"}\n' * bool(row) + row + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        read_queries(path)
+    assert f"{path}:3: " in str(caught.value) or not row
+
+
+def test_folder_is_read_again_when_a_file_changes(beir, tmp_path):
+    """Regression: its first state was kept as long as the process lived."""
+    folder = shutil.copytree(beir, tmp_path / "copy")
+    count = len(read_queries(folder))
+    lines = (folder / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
+    (folder / "qrels" / "test.tsv").write_text("".join(lines[:-3]))
+    assert len(read_queries(folder)) == count - 1  # a query has three lines
+
+
+def test_rows_become_queries(tmp_path):
+    rows = [{"query": "a", "path": "x.py"}, {"query": "b", "path": "x.py", "line": 3, "path_of": "unknown keys"}]
+    rows.append({"query": "c", "relevant": ["x.py:7", "d1", "odd:0"]})
+    assert read_queries(write_jsonl(tmp_path / "q.jsonl", rows)) == [
+        Query("a", {Target("x.py"): 1}),
+        Query("b", {Target("x.py", 3): 1}),
+        Query("c", {Target("x.py", 7): 1, Target("d1"): 1, Target("odd:0"): 1}),
+    ]

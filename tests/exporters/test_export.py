@@ -1,0 +1,560 @@
+"""Exported folders: the vectors of the unmerged model, whoever loads them; and no folder where anything is wrong.
+
+python -m pytest tests/exporters/test_export.py
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+import random_models
+import test_encoders
+from test_checkpoint import trained
+
+import export
+from mlx_retrieval import backbones
+from mlx_retrieval.backbones.decoder import Decoder
+from mlx_retrieval.exporters import job, parity, sentence_transformers_files, weights
+from mlx_retrieval.exporters import tokenizer as exporters_tokenizer
+from mlx_retrieval.exporters.job import Export
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.utils.errors import UserError
+
+GEMMA_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: ", "STS": "same: "}
+QWEN_PROMPTS = {"query": "Instruct: find the passages that answer the question\nQuery:", "document": ""}
+WORDS = "what is a kidney stone and how is it treated the cat sat on the mat which animal did sit there"
+# A training type for each kind of model, so that all are seen.
+KINDS = {
+    "bert": "lora",
+    "xlm-roberta": "dora",
+    "modernbert": "full",
+    "t5": "dora",
+    "gemma3_text": "lora",
+    "qwen3": "lora",
+    "llama": "full",
+    "bidirectional": "lora",
+}
+POSITIONS = 700
+
+
+def some_texts(count: int = 50, longest: int = 600) -> list[str]:
+    """Texts of 1 to about `longest` tokens of the toy tokenizer, which knows these words."""
+    lengths = np.geomspace(1, longest, count).astype(int)
+    words = WORDS.split()
+    return [" ".join(words[(i * i + 5 * n) % len(words)] for i in range(n)) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, toy_tokenizer_folder) -> dict[str, Path]:
+    """Random base models; three that describe themselves are saved by the installed sentence-transformers."""
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+    from tokenizers import Tokenizer, processors
+    from torch.nn import Identity, Tanh
+
+    root = tmp_path_factory.mktemp("bases")
+    plain, framed = (shutil.copytree(toy_tokenizer_folder, root / name) for name in ("plain", "framed"))
+    whole = Tokenizer.from_file(str(framed / "tokenizer.json"))
+    special = [("<bos>", 2), ("<eos>", 1)]
+    whole.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    whole.save(str(framed / "tokenizer.json"))
+    for folder in (plain, framed):
+        roles = json.loads((folder / "tokenizer_config.json").read_text())
+        roles |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages }}"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+
+    def described(name: str, trunk: Path, prompts: dict, pooling: str, *layers: Dense) -> Path:
+        transformer = Transformer(str(trunk), max_seq_length=512)
+        parts = [transformer, Pooling(64, pooling), *layers, Normalize()]
+        model = library.SentenceTransformer(modules=parts, device="cpu", prompts=prompts)
+        model.save(str(root / name), create_model_card=False)
+        return root / name
+
+    def saved(kind: str, tokenizer: Path = framed, name: str = "", **changes) -> Path:
+        return random_models.save(kind, root / f"{name or kind}-trunk", tokenizer=tokenizer, **changes)
+
+    window = {"sliding_window": 16, "max_position_embeddings": POSITIONS}
+    gemma = saved("gemma3_text", bare=True, use_bidirectional_attention=True, **window)
+    t5, modern = (test_encoders.save(kind, root / f"{kind}-trunk", d_kv=16) for kind in ("t5", "modernbert"))
+    for folder in (t5, modern):
+        shutil.copytree(framed, folder, dirs_exist_ok=True)
+    flat = {"bias": False, "activation_function": Identity()}
+    return {
+        "bert": saved("bert", max_position_embeddings=POSITIONS),
+        # Its positions begin behind the id of padding, which is 0 in the toy tokenizer.
+        "xlm-roberta": saved("xlm-roberta", max_position_embeddings=POSITIONS, pad_token_id=0),
+        "modernbert": modern,
+        "t5": described("t5", t5, {}, "mean", Dense(64, 32, activation_function=Tanh())),
+        "gemma3_text": described("gemma", gemma, GEMMA_PROMPTS, "mean", Dense(64, 96, **flat), Dense(96, 64, **flat)),
+        "qwen3": described("qwen", saved("qwen3", bare=True), QWEN_PROMPTS, "lasttoken"),
+        "llama": saved("llama", plain, tie_word_embeddings=False),
+        "bidirectional": saved("gemma3_text", plain, "bidirectional", **window),
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models are so small that torch's threads cost seven times what they save."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick_check(monkeypatch) -> None:
+    """Export's own check looks at fewer and shorter texts than it does for users."""
+    monkeypatch.setattr(parity, "COUNTS", (1, 4, 25))
+    monkeypatch.setattr(parity, "LONGEST", 30)
+
+
+@pytest.fixture(scope="module")
+def adapters(bases, tmp_path_factory) -> dict[str, Path]:
+    """An adapter of every base, far from its base."""
+    root = tmp_path_factory.mktemp("runs")
+    flags = {"xlm-roberta": {"pooling": "cls"}, "bidirectional": {"bidirectional": True}}
+    flags["llama"] = {"query_prompt": "what: ", "document_prompt": "it: "}
+    return {
+        kind: trained(bases[kind], root / kind / "final", how, **flags.get(kind, {}))[1] for kind, how in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def vectors(adapters):
+    """`vectors(kind)`: the unmerged model's, by the prompt's name; None: without one."""
+    made = {}
+
+    def of(kind: str) -> dict[str | None, np.ndarray]:
+        if kind not in made:
+            model, by_prompt = embedder.load(adapters[kind]), {}
+            made[kind] = {}
+            for name, prompt in {None: "", **model.config.prompts}.items():
+                if prompt not in by_prompt:
+                    by_prompt[prompt] = model.encode(some_texts(), name)
+                made[kind][name] = by_prompt[prompt]
+        return made[kind]
+
+    return of
+
+
+def worst(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum(axis=1).min())
+
+
+def done(output: Path, **flags) -> Path:
+    flags.setdefault("skip_library_check", True)
+    return export.export(
+        Export(output=str(output), **{k: str(v) if isinstance(v, Path) else v for k, v in flags.items()})
+    )
+
+
+def sentence_transformer(folder: Path):
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+
+
+def settings(folder: Path, file: str = "config.json") -> dict:
+    return json.loads((folder / file).read_text(encoding="utf-8"))
+
+
+def written(folder: Path) -> dict[str, str]:
+    """A digest of every file in a folder, by its path."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+# --- the same vectors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentence_transformers_and_embed_give_the_unmerged_models_vectors(bases, adapters, vectors, tmp_path, kind):
+    expected = vectors(kind)
+    few = some_texts()[::7]
+    assert worst(expected[None][::7], embedder.load(bases[kind]).encode(few)) < 0.9  # training changed something
+    folder = done(tmp_path / "out", adapter=adapters[kind])
+    theirs, ours, seen = sentence_transformer(folder), embedder.load(folder), set()
+    assert ours.config.prompts.keys() == expected.keys() - {None}
+    for name, wanted in expected.items():
+        # All texts under every prompt that is another text, a few where two prompts are the same.
+        every = 7 if id(wanted) in seen else 1
+        seen.add(id(wanted))
+        found = theirs.encode(some_texts()[::every], prompt_name=name, batch_size=8)
+        assert worst(found, wanted[::every]) >= 0.9999
+        assert worst(ours.encode(few, name), wanted[::7]) >= 0.9999
+    if len({text for text in ours.config.prompts.values() if text}) > 1:
+        assert worst(expected["query"], expected["document"]) < 0.99  # the prompts count
+    assert not any("lm_head" in name for name in mx.load(str(folder / "model.safetensors")))
+    assert settings(folder, "retrieval_config.json")["base_model"] == str(bases[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mlx_folders(adapters, vectors, tmp_path, kind):
+    """mlx-lm gives the same states where it knows the architecture and it is causal; embed.load the same vectors."""
+    folder = done(tmp_path / "out", adapter=adapters[kind], format="mlx")
+    model = embedder.load(folder)
+    assert worst(model.encode(some_texts(), "query"), vectors(kind)["query"]) >= 0.9999
+    if kind in ("qwen3", "llama"):
+        import mlx_lm
+
+        loaded, tokenizer = mlx_lm.load(str(folder))
+        ids, lengths = random_models.texts((29, 29))
+        states = model.model.backbone.hidden_states(ids, lengths)
+        np.testing.assert_allclose(np.array(loaded.model(ids)), np.array(states), atol=1e-4)
+        expected = model.tokenizer(["the cat sat"]).ids.tolist()
+        assert tokenizer._tokenizer("the cat sat")["input_ids"] == expected
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gemma3_text"])
+def test_hf_folders_keep_the_whole_model(bases, adapters, vectors, tmp_path, kind):
+    folder = done(tmp_path / "out", adapter=adapters[kind], format="hf")
+    assert worst(embedder.load(folder).encode(some_texts(), "query"), vectors(kind)["query"]) >= 0.9999
+    assert settings(folder)["architectures"] == settings(bases[kind])["architectures"]
+    before, after = (mx.load(str(where / "model.safetensors")) for where in (bases[kind], folder))
+    assert {n: (v.shape, v.dtype) for n, v in before.items()} == {n: (v.shape, v.dtype) for n, v in after.items()}
+    assert not (folder / "modules.json").exists()
+
+
+def test_a_bidirectional_model_that_was_trained_causal(bases, tmp_path):
+    """It stays causal, with the window that its base has as a causal model."""
+    _, adapter = trained(bases["gemma3_text"], tmp_path / "run" / "final", bidirectional=False)
+    folder, few = done(tmp_path / "out", adapter=adapter), some_texts()[::5]
+    model = embedder.load(adapter)
+    assert not model.config.bidirectional and not embedder.load(folder).config.bidirectional
+    assert worst(sentence_transformer(folder).encode(few, prompt_name="STS"), model.encode(few, "STS")) >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole", "without"),
+    [("t5", "T5ForConditionalGeneration", ("decoder.", "lm_head.")), ("modernbert", "ModernBertForMaskedLM", ())],
+)
+@pytest.mark.parametrize("form", ["sentence-transformers", "hf"])
+def test_checkpoints_of_more_than_the_encoder(bases, tmp_path, kind, whole, without, form):
+    """Other names than the encoder alone has; what sentence-transformers has no use for is left out."""
+    base = test_encoders.save(kind, tmp_path / "base", whole, **({"d_kv": 16} if kind == "t5" else {}))
+    shutil.copytree(bases["bert"].parent / "framed", base, dirs_exist_ok=True)
+    _, adapter = trained(base, tmp_path / "run" / "final", "full")
+    folder = done(tmp_path / "out", adapter=adapter, format=form)
+    before, after = (set(mx.load(str(where / "model.safetensors"))) for where in (base, folder))
+    if form == "hf":
+        assert after == before and settings(folder)["architectures"] == [whole]
+        return
+    assert after == {name for name in before if not name.startswith(without)}
+    assert settings(folder)["architectures"] == ["T5EncoderModel" if kind == "t5" else whole]
+    expected = embedder.load(adapter).encode(some_texts()[::7])
+    assert worst(sentence_transformer(folder).encode(some_texts()[::7]), expected) >= 0.9999
+
+
+@pytest.mark.parametrize("form", ["sentence-transformers", "mlx"])
+def test_a_quantised_base_is_made_whole(bases, tmp_path, form):
+    whole = random_models.save("qwen3", tmp_path / "whole", tokenizer=bases["bert"].parent / "framed")
+    quantised = random_models.quantised(whole, tmp_path / "4-bit", mx.float32)
+    _, adapter = trained(quantised, tmp_path / "run" / "final", pooling="last")
+    expected = embedder.load(adapter).encode(some_texts(), "query")
+    folder = done(tmp_path / "out", adapter=adapter, format=form)
+    assert "quantization" not in settings(folder) and "quantization_config" not in settings(folder)
+    assert not any("scales" in name for name in mx.load(str(folder / "model.safetensors")))
+    if form == "mlx":
+        found = embedder.load(folder).encode(some_texts(), "query")
+    else:
+        found = sentence_transformer(folder).encode(some_texts(), prompt_name="query")
+    assert worst(found, expected) >= 0.9999
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["qwen3", "t5"])
+def test_quantised_export(adapters, vectors, tmp_path, capsys, kind, bits):
+    """Near the whole model, small on disk, and read by mlx-lm."""
+    whole = done(tmp_path / "whole", adapter=adapters[kind], format="mlx")
+    folder = done(tmp_path / "out", adapter=adapters[kind], format="mlx", quantize=bits)
+    assert settings(folder)["quantization"] == {"group_size": 32, "bits": bits}
+    sizes = [(where / "model.safetensors").stat().st_size for where in (whole, folder)]
+    assert sizes[1] < sizes[0] * (0.25 if bits == 4 else 0.4)
+    model = embedder.load(folder)
+    cosines = (model.encode(some_texts()) * vectors(kind)[None]).sum(axis=1)
+    assert cosines.mean() > {4: 0.7, 8: 0.99}[bits]
+    assert "quantised, to the whole model: worst cosine" in capsys.readouterr().out
+    if kind == "qwen3":
+        import mlx_lm
+
+        loaded, _ = mlx_lm.load(str(folder))
+        ids, lengths = random_models.texts((29, 29))
+        theirs = Decoder(loaded, settings(folder))
+        backbones.set_dtype(theirs, None)
+        own = model.model.backbone.hidden_states(ids, lengths)
+        np.testing.assert_allclose(np.array(theirs.hidden_states(ids, lengths)), np.array(own), atol=1e-4)
+
+
+def test_base_models_and_other_copies_of_the_base(bases, adapters, vectors, tmp_path):
+    folder = done(tmp_path / "base", model=bases["bert"])
+    plain = embedder.load(bases["bert"]).encode(some_texts(8), "query")
+    assert worst(embedder.load(folder).encode(some_texts(8), "query"), plain) >= 0.9999
+    copy = shutil.copytree(bases["bert"], tmp_path / "copy")
+    folder = done(tmp_path / "adapted", model=copy, adapter=adapters["bert"])
+    assert worst(embedder.load(folder).encode(some_texts(), "query"), vectors("bert")["query"]) >= 0.9999
+
+
+@pytest.mark.parametrize("form", job.FORMATS)
+def test_exporting_an_exported_folder_changes_nothing(adapters, tmp_path, form):
+    """But the card, which names another base."""
+    first = done(tmp_path / "first", adapter=adapters["bidirectional"], format=form)
+    second = done(tmp_path / "second", model=first, format=form)
+    a, b = written(first), written(second)
+    assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == {
+        "README.md",
+        "retrieval_config.json",
+    }
+    a, b = (settings(folder, "retrieval_config.json") for folder in (first, second))
+    assert {key for key in a if a[key] != b[key]} <= {"base_model", "base_fingerprint"}
+
+
+def test_queries_of_another_length(bases, tmp_path, capsys):
+    """sentence-transformers has one limit, the larger; embed.py keeps both."""
+    _, adapter = trained(bases["bert"], tmp_path / "run" / "final", max_length=300, query_max_length=20)
+    folder = done(tmp_path / "out", adapter=adapter, skip_library_check=False)
+    assert "one limit: 300 tokens" in capsys.readouterr().out
+    assert settings(folder, "sentence_bert_config.json")["max_seq_length"] == 300
+    model = embedder.load(folder)
+    assert (model.config.max_length, model.config.query_max_length) == (300, 20)
+
+
+# --- how it is written ----------------------------------------------------------------------------------------------
+
+
+def test_shards(adapters, vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    folder = done(tmp_path / "out", adapter=adapters["bert"])
+    index = settings(folder, "model.safetensors.index.json")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2 and {file.name for file in shards} == set(index["weight_map"].values())
+    whole = {name: value for file in shards for name, value in mx.load(str(file)).items()}
+    assert whole.keys() == index["weight_map"].keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
+    for held in (list(mx.load(str(file)).values()) for file in shards):  # as small as asked, but no tensor is cut
+        assert len(held) == 1 or sum(value.nbytes for value in held) <= 100_000
+    found = sentence_transformer(folder).encode(some_texts(), prompt_name="query")
+    assert worst(found, vectors("bert")["query"]) >= 0.9999
+
+
+@pytest.mark.parametrize(("asked", "stored"), [(None, mx.bfloat16), ("float32", mx.float32), ("float16", mx.float16)])
+@pytest.mark.parametrize("form", ["mlx", "sentence-transformers"])
+def test_dtype(bases, tmp_path, form, asked, stored):
+    """The base model's own, or as asked; config.json and files agree."""
+    base = random_models.recast(bases["bert"], tmp_path / "bfloat16", mx.bfloat16)
+    base = random_models.changed(base, tmp_path / "base", dtype="bfloat16")
+    _, adapter = trained(base, tmp_path / "run" / "final")
+    folder = done(tmp_path / "out", adapter=adapter, format=form, dtype=asked)
+    tensors = mx.load(str(folder / "model.safetensors")).values()
+    assert {value.dtype for value in tensors} == {stored}
+    assert settings(folder)["dtype"] == (asked or "bfloat16")
+
+
+def test_a_pad_token_is_named_where_the_tokenizer_has_none(bases, tmp_path):
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    roles = {k: v for k, v in settings(base, "tokenizer_config.json").items() if k != "pad_token"}
+    (base / "tokenizer_config.json").write_text(json.dumps(roles))
+    folder = done(tmp_path / "out", model=base, skip_library_check=False)
+    assert settings(folder, "tokenizer_config.json")["pad_token"] == "<eos>"
+
+
+def test_a_class_that_makes_other_tokens_is_replaced(bases, tmp_path, capsys):
+    """transformers' Gemma tokenizer builds itself of the vocabulary and would split words otherwise."""
+    base = shutil.copytree(bases["bert"], tmp_path / "base")
+    file = base / "tokenizer.json"
+    content = settings(base, "tokenizer.json")
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, content["normalizer"]]}
+    file.write_text(json.dumps(content))
+    roles = settings(base, "tokenizer_config.json") | {"tokenizer_class": "GemmaTokenizer"}
+    (base / "tokenizer_config.json").write_text(json.dumps(roles))
+    folder = done(tmp_path / "out", model=base, skip_library_check=False)
+    assert settings(folder, "tokenizer_config.json")["tokenizer_class"] == exporters_tokenizer.GENERIC
+    assert "since GemmaTokenizer makes other tokens" in capsys.readouterr().out
+
+
+def test_an_empty_text_is_the_mean_of_its_special_tokens(adapters, tmp_path):
+    """Which otherwise weigh nothing where pooling leaves them out."""
+    folder = done(tmp_path / "out", adapter=adapters["bidirectional"])
+    assert (folder / "1_WordWeights").is_dir()
+    theirs = sentence_transformer(folder).encode([""])
+    assert worst(theirs, embedder.load(adapters["bidirectional"]).encode([""])) >= 0.9999
+
+
+# --- the check, and what is refused ---------------------------------------------------------------------------------
+
+
+def test_a_failed_check_leaves_nothing(adapters, tmp_path, monkeypatch, capsys):
+    own, flags = weights.merge, ["--adapter", str(adapters["bert"]), "--output", str(tmp_path / "out")]
+
+    def spoiled(backbone):
+        names = own(backbone)
+        layer = backbone.layers[1].attention.self.query
+        layer.weight = layer.weight[::-1]
+        return names
+
+    monkeypatch.setattr(weights, "merge", spoiled)
+    assert export.main(flags) == 2
+    assert "export.py: the check failed: embed.load gives a vector of cosine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_check_leaves_what_was_there(adapters, bases, tmp_path, monkeypatch):
+    folder = done(tmp_path / "out", model=bases["bert"])
+    before = written(folder)
+    monkeypatch.setattr(parity, "LEAST_COSINE", 1.1)
+    with pytest.raises(UserError, match="the check failed"):
+        done(folder, adapter=adapters["bert"], overwrite=True)
+    assert written(folder) == before and [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("spoil", [{"pooling": "cls"}, {"query_prompt": ""}, {"pool_special": True}])
+def test_the_check_sees_what_sentence_transformers_makes_of_the_folder(adapters, tmp_path, monkeypatch, spoil):
+    """Files that only it reads, and embed.load does not."""
+    own = sentence_transformers_files.write
+
+    def spoiled(folder, config, *rest):
+        own(folder, dataclasses.replace(config, **spoil), *rest)
+
+    monkeypatch.setattr(sentence_transformers_files, "write", spoiled)
+    with pytest.raises(UserError, match="the check failed: SentenceTransformer .* gives a vector of cosine"):
+        done(tmp_path / "out", adapter=adapters["llama"], skip_library_check=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_vectors_that_are_not_finite_fail(adapters, tmp_path, monkeypatch):
+    own = weights.mlx_tensors
+
+    def spoiled(backbone):
+        return own(backbone) | {"embeddings.LayerNorm.weight": mx.full((64,), mx.nan)}
+
+    monkeypatch.setattr(weights, "mlx_tensors", spoiled)
+    with pytest.raises(UserError, match="not finite"):
+        done(tmp_path / "out", adapter=adapters["bert"], format="mlx")
+
+
+def test_folders_that_are_not_empty(bases, tmp_path):
+    folder = done(tmp_path / "out", model=bases["bert"])
+    before = written(folder)
+    with pytest.raises(UserError, match="not empty; --overwrite replaces it"):
+        done(folder, model=bases["bert"])
+    (folder / "old.txt").write_text("of an earlier export")
+    done(folder, model=bases["bert"], overwrite=True)
+    assert written(folder) == before
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(UserError, match="replaces exported folders only"):
+        done(tmp_path / "photos", model=bases["bert"], overwrite=True)
+    (tmp_path / "empty").mkdir()
+    done(tmp_path / "empty", model=bases["bert"])
+
+
+def test_the_source_is_never_replaced(bases, adapters, tmp_path):
+    base = shutil.copytree(bases["bert"], tmp_path / "models" / "base")
+    for output in (base, base.parent):
+        with pytest.raises(UserError, match="the model that is exported is in there"):
+            done(output, model=base, overwrite=True)
+    with pytest.raises(UserError, match="the model that is exported is in there"):
+        done(adapters["bert"].parent, adapter=adapters["bert"], overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "say what to export: --adapter adapters/best, or --model"),
+        (["--adapter", "missing"], "missing: no such adapter folder"),
+        (["--adapter", "{run}"], "a run was saved there, so export {run}/final"),
+        (["--adapter", "{adapter}", "--model", "{other}"], "is another model"),
+        (["--adapter", "{adapter}", "--quantize", "4"], "--quantize writes what only mlx reads: use --format mlx"),
+        (["--adapter", "{adapter}", "--format", "mlx", "--gguf-ready"], "--gguf-ready goes with"),
+        (["--model", "nowhere"], "--model nowhere: no folder"),
+    ],
+)
+def test_bad_input(bases, adapters, tmp_path, capsys, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    places = {"run": adapters["bert"].parent, "adapter": adapters["bert"], "other": bases["llama"]}
+    flags = [flag.format(**places) for flag in flags]
+    assert export.main([*flags, "--output", str(tmp_path / "out")]) == 2
+    assert told.format(**places) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_maximum_over_the_texts_own_tokens_has_no_module(bases, tmp_path):
+    _, adapter = trained(bases["llama"], tmp_path / "run" / "final", pooling="max")
+    with pytest.raises(UserError, match="out of a maximum: use --format mlx or hf"):
+        done(tmp_path / "out", adapter=adapter)
+    done(tmp_path / "out", adapter=adapter, format="hf")
+
+
+def test_prompts_with_the_tokenizers_own_tokens_have_no_module(bases, tmp_path):
+    _, adapter = trained(bases["llama"], tmp_path / "run" / "final", query_prompt="<eos>what:")
+    with pytest.raises(UserError, match="the prompt 'query' has tokens that the tokenizer puts around texts"):
+        done(tmp_path / "out", adapter=adapter)
+
+
+def test_widths_that_no_group_divides(bases, tmp_path):
+    base = random_models.save(
+        "bert", tmp_path / "base", tokenizer=bases["bert"].parent / "framed", intermediate_size=72
+    )
+    with pytest.raises(UserError, match=r"--quantize 4: encoder\.layer\.\d\.output\.dense takes 72 numbers"):
+        done(tmp_path / "out", model=base, format="mlx", quantize=4)
+
+
+def test_trained_parameters_without_a_place_are_told(bases, adapters, tmp_path, monkeypatch):
+    """As with experts that mlx-lm stacks and GPT-2's transposed matrices."""
+    monkeypatch.setattr(weights, "_parameter", lambda backbone, name, _: None if "layers.1" in name else name)
+    with pytest.raises(UserError, match=r"trained parameters are no tensors of .*layers\.1\..*Use --format mlx"):
+        done(tmp_path / "out", adapter=adapters["llama"])
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def test_gguf_ready_encoder(adapters, vectors, tmp_path, capsys):
+    folder = done(tmp_path / "out", adapter=adapters["bert"], gguf_ready=True, dtype="float16")
+    assert settings(folder)["architectures"] == ["BertModel"]
+    assert settings(folder / "1_Pooling")["pooling_mode_mean_tokens"] is True
+    assert {value.dtype for value in mx.load(str(folder / "model.safetensors")).values()} == {mx.float16}
+    assert f"python convert_hf_to_gguf.py {folder}" in capsys.readouterr().out
+
+
+def test_gguf_ready_last_token_decoder(adapters, tmp_path, capsys):
+    folder = done(tmp_path / "out", adapter=adapters["qwen3"], gguf_ready=True, format="hf")
+    assert settings(folder)["architectures"] == ["Qwen3ForCausalLM"]
+    assert settings(folder / "1_Pooling")["pooling_mode_lasttoken"] is True
+    told = capsys.readouterr().out
+    assert "--pooling last" in told and "prompts are not in a GGUF" in told
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("llama", "its mean counts the tokens that the tokenizer puts around a text"),
+        ("t5", "of dense layers it has only EmbeddingGemma's two"),
+        ("gemma3_text", "full attention in every sixth layer"),
+    ],
+)
+def test_what_a_gguf_would_compute_otherwise_is_refused(adapters, tmp_path, kind, why):
+    with pytest.raises(UserError, match=why):
+        done(tmp_path / "out", adapter=adapters[kind], gguf_ready=True)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_did_and_how_near_it_came(adapters, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()  # the whole check
+    flags = ["--adapter", str(adapters["bert"]), "--output", str(tmp_path / "out")]
+    assert export.main(flags) == 0
+    told = capsys.readouterr().out
+    for part in ("embed.load: worst cosine 1.0000", "SentenceTransformer 6", "worst cosine 1.0000", "float32", " MB"):
+        assert part in told
+    assert f"python eval.py --model {tmp_path / 'out'}" in told
+    assert (tmp_path / "out" / "README.md").is_file()

@@ -1,0 +1,96 @@
+"""Models that need no time and know no meaning, and a server of them: for the tests of serve.py and serve_queue.py."""
+
+import contextlib
+import json
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import numpy as np
+from starlette.testclient import TestClient
+
+from mlx_retrieval.inference import server
+from mlx_retrieval.inference.server import Limits
+from mlx_retrieval.utils.errors import UserError
+
+DOCUMENTS = ["a hard piece of material", "a bike with a chain", "", "été 🚲", "a boiler"]
+
+
+def score(query: str, document: str) -> float:
+    """Any number that is always the same."""
+    return zlib.crc32(f"{query}|{document}".encode()) / 2**32
+
+
+class Slow:
+    """Something that computes; it can be held up, and tells what it was given."""
+
+    def __init__(self):
+        self.calls, self.entered, self.gate = [], threading.Semaphore(0), threading.Event()
+        self.gate.set()
+
+    def compute(self, call: list, texts: list[str]) -> None:
+        self.calls.append(call)
+        self.entered.release()
+        assert self.gate.wait(20)
+        if "mistake" in texts:
+            raise UserError("this text is a mistake")
+        if "crash" in texts:
+            raise RuntimeError("secret details")
+
+
+class Reranker(Slow):
+    name, kind = "a-reranker", "qwen3"
+
+    def score_groups(self, groups):
+        self.compute(list(groups), [text for query, texts in groups for text in (query, *texts)])
+        scores = [np.array([score(query, text) for text in texts], np.float32) for query, texts in groups]
+        for (_, texts), row in zip(groups, scores, strict=True):
+            row[[text == "nan" for text in texts]] = np.nan
+        return scores
+
+
+class Model(Slow):
+    name, late, dimensions = "a-model", False, 4
+    config = SimpleNamespace(prompts={"query": "q: ", "document": ""})
+
+    def tokenizer(self, texts, prompt=None):
+        return SimpleNamespace(lengths=np.array([len(text.split()) + 1 for text in texts], np.int32))
+
+    def encode(self, texts, prompt=None, show_progress=None, dimensions=None):
+        self.compute([prompt, dimensions, *texts], texts)
+        if prompt not in self.config.prompts:
+            raise UserError(f"prompt {prompt!r} is unknown; known: query, document")
+        if dimensions is not None and dimensions > self.dimensions:
+            raise UserError(f"dimensions {dimensions}: the model has {self.dimensions}")
+        rows = [[score(f"{prompt}{i}", text) for i in range(self.dimensions)] for text in texts]
+        return np.array(rows, np.float32).reshape(-1, self.dimensions)[:, :dimensions]
+
+
+@contextlib.contextmanager
+def served(reranker=None, model=None, key: str | None = None, **limits) -> Iterator[TestClient]:
+    app = server.create_app(reranker, model, key, Limits(**limits))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def rerank(client, query="kidney", documents=DOCUMENTS, **rest):
+    return client.post("/v1/rerank", json={"query": query, "documents": documents, **rest})
+
+
+def refused(response, status: int, *words: str) -> str:
+    """The message of an error, which has the one shape that errors have."""
+    assert response.status_code == status, response.text
+    body = json.loads(response.content)
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type"}
+    message = body["error"]["message"]
+    assert "\n" not in message and "Traceback" not in message and all(word in message for word in words), message
+    return message
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.002)

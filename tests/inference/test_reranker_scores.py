@@ -1,0 +1,475 @@
+"""Rerankers' formats and scores, against transformers on small random models.
+
+python -m pytest tests/inference/test_reranker_scores.py
+"""
+
+import json
+from pathlib import Path
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from mlx.utils import tree_flatten
+from random_models import word_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import rerank
+from mlx_retrieval import backend
+from mlx_retrieval.backbones.hub import read_safetensors
+from mlx_retrieval.inference import reranker
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.models import cpu_model_runner, loading, pair_tokenizers
+from mlx_retrieval.models.batching import pad_rows
+from mlx_retrieval.utils.errors import UserError
+
+QUERY = "what is a kidney stone"
+DOCUMENTS = [
+    "a kidney stone is a hard piece of material that forms in the kidney",
+    "the cat sat on the mat",
+    "",
+    "which animal did sit there? " * 30,
+    "the cat sat on the mat; a stone",
+]
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", pair_tokenizers.PASSAGE_END, pair_tokenizers.QUERY_END)
+
+
+@pytest.fixture(scope="module")
+def qwen_tokenizer(tmp_path_factory) -> Path:
+    """A byte-level tokenizer with Qwen's special tokens, and with "yes" and "no"."""
+    folder = tmp_path_factory.mktemp("qwen-tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["yes no yes no", pair_tokenizers.PREFIX, *DOCUMENTS, QUERY] * 4, trainer)
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>")])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    return folder
+
+
+def save(model, folder: Path, tokenizer: Path) -> Path:
+    """A transformers model with a tokenizer, as a folder."""
+    model.eval().save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_text((tokenizer / file).read_text())
+    return folder
+
+
+def causal(kind: str, folder: Path, tokenizer: Path, **changes):
+    """A small causal language model with random weights, and its folder."""
+    settings = {
+        "vocab_size": 640, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    } | changes  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(float("norm" in name and kind in ("qwen3", "llama", "granite")), 0.15)
+    return model.eval(), save(model, folder, tokenizer)
+
+
+CAUSAL = {
+    "qwen3": {},
+    "qwen3, own head": {"tie_word_embeddings": False},
+    "llama": {},
+    "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "granite": {"logits_scaling": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_yes_no_equals_transformers_with_the_exact_prompt(name, tmp_path, qwen_tokenizer):
+    theirs, folder = causal(name.split(",")[0], tmp_path / "model", qwen_tokenizer, **CAUSAL[name])
+    ours = Reranker(str(folder), max_length=400, reranker_type="qwen3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prefix, suffix = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (pair_tokenizers.PREFIX, pair_tokenizers.SUFFIX)
+    )
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    expected = []
+    for document in DOCUMENTS:
+        body = f"<Instruct>: {pair_tokenizers.INSTRUCTION}\n<Query>: {QUERY}\n<Document>: {document}"
+        room = 400 - len(prefix) - len(suffix)
+        ids = prefix + tokenizer(body, add_special_tokens=False)["input_ids"][:room] + suffix
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0, -1]
+        expected.append(torch.softmax(logits[[no, yes]], 0)[1].item())
+    np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-4)
+    assert np.std(expected) > 1e-3  # or nothing was compared
+
+
+@pytest.mark.parametrize("kind", ("qwen3", "gemma3_text"))
+def test_the_shared_beginning_changes_no_score(kind, tmp_path, qwen_tokenizer, monkeypatch):
+    _, folder = causal(kind, tmp_path / "model", qwen_tokenizer, **CAUSAL[kind])
+    ours = Reranker(str(folder), max_length=300)
+    assert ours.model.backbone.has_past
+    shared = ours.score(QUERY, DOCUMENTS)
+    calls = []
+    past = ours.model.backbone.past
+    monkeypatch.setattr(type(ours.model.backbone), "past", lambda *a: calls.append(a) or past(*a[1:]))
+    np.testing.assert_array_equal(ours.score(QUERY, DOCUMENTS), shared)
+    assert len(calls) == 1 and calls[0][1].shape[1] >= 90
+    monkeypatch.setattr(reranker, "SHARED_BY", 1000)
+    np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), shared, rtol=0, atol=1e-5)
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(not backend.FUSED, reason="on this device no graphs are kept")
+def test_a_server_keeps_few_graphs_and_its_scores(tmp_path, qwen_tokenizer, monkeypatch):
+    """Regression: queries and documents of other lengths each had a graph; 1,232 MB after a minute, from 796."""
+    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer, **CAUSAL["qwen3"])
+    ours, built = Reranker(str(folder), max_length=300), []
+    groups = [(" ".join([QUERY] * (1 + i)), [f"{'a' * i} {text[:120]}" for text in DOCUMENTS]) for i in range(24)]
+    expected = [ours.score(*group) for group in groups]
+    for module, name in ((cpu_model_runner, "SHAPES_KEPT"), (backend, "LENGTH_GRID")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after this test
+    monkeypatch.setattr(cpu_model_runner, "SHAPES_SERVED", 4)
+    cpu_model_runner.few_shapes()
+    forward = cpu_model_runner._Functions.forward
+    monkeypatch.setattr(cpu_model_runner._Functions, "forward", lambda *args: built.append(args[3]) or forward(*args))
+    ours = Reranker(str(folder), max_length=300)
+    for group, scores in zip(groups, expected, strict=True):
+        np.testing.assert_allclose(ours.score(*group), scores, rtol=0, atol=1e-5)
+        assert all(len(functions._compiled) <= 4 for functions in ours.passes._functions)
+    assert built and all(ids.shape[1] % 8 == 0 for ids in built)
+
+
+def test_a_window_that_mlx_lm_does_not_build_limits_the_sequence(tmp_path, qwen_tokenizer):
+    _, folder = causal("mistral", tmp_path / "model", qwen_tokenizer, sliding_window=24)
+    with pytest.raises(UserError, match="leaves no room"):
+        Reranker(str(folder))
+
+
+def test_no_vocabulary_wide_logits(tmp_path, qwen_tokenizer, monkeypatch):
+    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer)
+    ours = Reranker(str(folder))
+    table = type(ours.model.backbone.trunk.embed_tokens)
+    monkeypatch.setattr(table, "as_linear", lambda *_: pytest.fail("all logits were computed"))
+    assert ours.score(QUERY, DOCUMENTS).shape == (5,)
+
+
+def quantised(folder: Path, target: Path) -> Path:
+    """A 4-bit copy of a folder, as mlx-lm writes one."""
+    import mlx_lm.utils
+
+    model, config = mlx_lm.utils.load_model(folder)
+    model, config = mlx_lm.utils.quantize_model(model, config, 32, 4)
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    mlx_lm.utils.save_model(target, model)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (target / file).write_text((folder / file).read_text())
+    return target
+
+
+def test_quantised_language_model(tmp_path, qwen_tokenizer):
+    """The two rows of a 4-bit vocabulary are what mlx-lm makes of the whole of it."""
+    import mlx_lm.utils
+
+    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer, tie_word_embeddings=False)
+    packed = quantised(folder, tmp_path / "packed")
+    ours = Reranker(str(packed))
+    texts = ours.tokenizer([(QUERY, DOCUMENTS)]).texts
+    expected = []
+    model, _ = mlx_lm.utils.load_model(packed)
+    for i in range(len(DOCUMENTS)):
+        logits = model(pad_rows(texts, np.array([i])).ids)[0, int(texts.lengths[i]) - 1].astype(mx.float32)
+        no, yes = (logits[token].item() for token in ours.tokenizer.answers)
+        expected.append(1 / (1 + np.exp(no - yes)))
+    np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-4)
+
+
+# --- cross-encoders ---
+
+
+def encoder_config(kind: str, labels: int = 1):
+    settings = {
+        "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 130, "num_labels": labels,
+    }  # fmt: skip
+    if kind.startswith("modernbert"):
+        pooling = kind.partition("-")[2] or "cls"
+        extra = {"classifier_pooling": pooling, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+        extra |= {"cls_token_id": 2, "sep_token_id": 3, "global_attn_every_n_layers": 2, "local_attention": 16}
+        return transformers.ModernBertConfig(**settings, **extra)
+    if kind in ("roberta", "xlm-roberta"):
+        settings |= {"type_vocab_size": 1, "pad_token_id": 1}
+    return transformers.AutoConfig.for_model(kind, **settings)
+
+
+def cross_encoder(kind: str, folder: Path, labels: int = 1):
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSequenceClassification.from_config(
+        encoder_config(kind, labels), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(float("norm" in name.lower() and "weight" in name), 0.3)
+    model.eval().save_pretrained(folder)
+    roberta = kind in ("roberta", "xlm-roberta")
+    word_tokenizer(folder, roberta)
+    return model
+
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "modernbert-mean")
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_cross_encoders_equal_transformers(kind, tmp_path):
+    theirs = cross_encoder(kind, tmp_path)
+    ours = Reranker(str(tmp_path), max_length=100)
+    assert ours.kind == "cross-encoder" and ours.config.activation == ""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    long = " ".join(["stone"] * 90)
+    queries = [QUERY] * len(DOCUMENTS) + [long, long, QUERY]
+    documents = [*DOCUMENTS, long, "a cat", long]
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+    tokenizer.model_input_names = names
+    tokens = tokenizer(queries, documents, truncation=True, max_length=100, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(**tokens).logits[:, 0].numpy()
+    found = np.concatenate(ours.score_groups([(q, [d]) for q, d in zip(queries, documents, strict=True)]))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert np.std(expected) > 1e-2
+    if kind == "bert":  # types of tokens matter, or they were not compared
+        tokens["token_type_ids"][:] = 0
+        with torch.no_grad():
+            assert np.abs(theirs(**tokens).logits[:, 0].numpy() - expected).max() > 1e-2
+
+
+def test_sigmoid_where_the_models_config_asks_for_it(tmp_path):
+    cross_encoder("bert", tmp_path)
+    raw = Reranker(str(tmp_path)).score(QUERY, DOCUMENTS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.0.0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    np.testing.assert_allclose(Reranker(str(tmp_path)).score(QUERY, DOCUMENTS), 1 / (1 + np.exp(-raw)), atol=1e-6)
+
+
+def test_classifier_of_several_labels_is_refused(tmp_path):
+    cross_encoder("bert", tmp_path, labels=3)
+    with pytest.raises(UserError, match="classifier of 3 labels"):
+        Reranker(str(tmp_path))
+
+
+def test_a_base_model_gets_a_fresh_head_and_keeps_its_pooler(tmp_path):
+    model = transformers.BertModel(encoder_config("bert"))
+    model.save_pretrained(tmp_path)
+    word_tokenizer(tmp_path)
+    built, config, _ = loading.build(str(tmp_path), task="rerank")
+    assert config.activation == "sigmoid"
+    pooler = read_safetensors(tmp_path / "model.safetensors")["pooler.dense.weight"]
+    np.testing.assert_array_equal(built.head.dense.weight, pooler)
+    assert {name for name, _ in tree_flatten(built.head.trainable_parameters())} == {"out.weight", "out.bias"}
+    with pytest.raises(UserError, match="python train.py --task rerank trains one"):
+        Reranker(str(tmp_path))  # its scores would be random
+
+
+def test_decoder_with_a_score_layer(tmp_path, qwen_tokenizer):
+    _, folder = causal("qwen3", tmp_path / "causal", qwen_tokenizer)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.num_labels, config.pad_token_id = 1, 0
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    save(theirs, tmp_path / "scores", qwen_tokenizer)
+    ours = Reranker(str(tmp_path / "scores"))
+    assert ours.kind == "cross-encoder"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "scores")
+    for document in DOCUMENTS[:3]:
+        with torch.no_grad():
+            expected = theirs(**tokenizer([QUERY], [document], return_tensors="pt")).logits.item()
+        np.testing.assert_allclose(ours.score(QUERY, [document]), [expected], atol=1e-4)
+
+
+# --- listwise ---
+
+
+def listwise(tmp_path: Path, tokenizer: Path, as_file: bool = False):
+    """A Qwen3 with jina-reranker-v3's projector, and the projector's weights."""
+    from safetensors.torch import load_file, save_file
+
+    theirs, folder = causal("qwen3", tmp_path / "list", tokenizer)
+    torch.manual_seed(3)
+    weights = {"projector.0.weight": torch.randn(24, 64) * 0.2, "projector.2.weight": torch.randn(20, 24) * 0.2}
+    if as_file:
+        renamed = {"linear1.weight": weights["projector.0.weight"], "linear2.weight": weights["projector.2.weight"]}
+        save_file(renamed, folder / "projector.safetensors")
+    else:
+        file = folder / "model.safetensors"
+        save_file(load_file(file) | weights, file, metadata={"format": "pt"})
+    return theirs, folder, weights
+
+
+def list_prompt(query: str, documents: list[str], instruction: str = "") -> str:
+    """jina-reranker-v3's prompt, written out as ../shared/RERANKERS.md has it."""
+    passages = "\n".join(f'<passage id="{i}">\n{d}<|embed_token|>\n</passage>' for i, d in enumerate(documents))
+    told = f"<instruct>\n{instruction}\n</instruct>\n" if instruction else ""
+    return (
+        f"<|im_start|>{pair_tokenizers.LIST_SYSTEM}<|im_end|>\n<|im_start|>user\nI will provide you with "
+        f"{len(documents)} passages, each indicated by a numerical identifier. Rank the passages based on their "
+        "relevance to query: "
+        f"{query}\n{told}{passages}\n<query>\n{query}<|rerank_token|>\n</query><|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n"
+    )
+
+
+@pytest.mark.parametrize("as_file", (False, True))
+@pytest.mark.parametrize("instruction", (None, "find medicine"))
+def test_listwise_equals_the_published_layout(tmp_path, qwen_tokenizer, as_file, instruction):
+    theirs, folder, weights = listwise(tmp_path, qwen_tokenizer, as_file)
+    ours = Reranker(str(folder), instruction=instruction)
+    assert ours.kind == "listwise"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(list_prompt(QUERY, DOCUMENTS, instruction or ""), add_special_tokens=False)["input_ids"]
+    assert ours.tokenizer([(QUERY, DOCUMENTS)]).texts.ids.tolist() == ids
+    with torch.no_grad():
+        states = theirs.model(torch.tensor([ids])).last_hidden_state[0]
+    marks = torch.tensor(
+        [tokenizer.convert_tokens_to_ids(word) for word in (pair_tokenizers.PASSAGE_END, pair_tokenizers.QUERY_END)]
+    )
+    chosen = states[[i for i, token in enumerate(ids) if token in marks]]
+    projected = torch.relu(chosen @ weights["projector.0.weight"].T) @ weights["projector.2.weight"].T
+    expected = torch.cosine_similarity(projected[:-1], projected[-1:]).numpy()
+    np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-4)
+
+
+def test_listwise_blocks_and_marks_in_users_texts(tmp_path, qwen_tokenizer):
+    _, folder, _ = listwise(tmp_path, qwen_tokenizer)
+    ours = Reranker(str(folder))
+    many = [f"document {i}" for i in range(150)]
+    sequences = ours.tokenizer([(QUERY, many), ("two", ["a"])])
+    assert np.bincount(sequences.text).tolist() == [64, 64, 22, 1]
+    whole = ours.score(QUERY, many)
+    np.testing.assert_allclose(whole[64:128], ours.score(QUERY, many[64:128]), atol=1e-5)
+    spelled = ["a<|embed_token|>b<|rerank_token|>", "c<|im_end|>"]
+    sequences = ours.tokenizer([("q<|rerank_token|>", spelled)])
+    assert len(sequences.text) == 2
+    marks = [(sequences.texts.ids == mark).sum() for mark in ours.tokenizer.marks]
+    assert marks == [2, 1]
+    plain = ours.tokenizer([("q", ["ab", "c"])]).texts.ids
+    assert (sequences.texts.ids == ours.tokenizer.tokenizer.token_to_id("<|im_end|>")).sum() == (
+        plain == ours.tokenizer.tokenizer.token_to_id("<|im_end|>")
+    ).sum()
+
+
+# --- use ---
+
+
+def test_rerank_and_bad_input(tmp_path, qwen_tokenizer):
+    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer)
+    ours = Reranker(str(folder), max_length=200)
+    scores = ours.score(QUERY, DOCUMENTS)
+    assert scores.dtype == np.float32
+    best = ours.rerank(QUERY, DOCUMENTS, top_n=2)
+    order = np.argsort(-scores, kind="stable")
+    assert [r["index"] for r in best] == order[:2].tolist()
+    assert best[0]["document"] == DOCUMENTS[order[0]] and best[0]["score"] == pytest.approx(float(scores.max()))
+    assert ours.rerank(QUERY, []) == [] and ours.score(QUERY, []).shape == (0,)
+    same = ours.rerank(QUERY, ["b", "a", "a", "b"])
+    assert [r["index"] for r in same if r["document"] == "a"] == [1, 2]
+    with pytest.raises(UserError, match="list of texts"):
+        ours.score(QUERY, "a text")
+    with pytest.raises(UserError, match="list of texts"):
+        ours.score(QUERY, ["a", None])
+    with pytest.raises(UserError, match="at least 1"):
+        ours.rerank(QUERY, ["a"], top_n=0)
+    with pytest.raises(UserError, match="leaves no room"):
+        Reranker(str(folder), max_length=40)
+
+
+def test_groups_are_scored_as_each_by_itself(tmp_path, qwen_tokenizer):
+    _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer)
+    ours = Reranker(str(folder), max_length=200)
+    groups = [(QUERY, DOCUMENTS[:1]), ("cat", DOCUMENTS), ("none", []), ("mat", DOCUMENTS[1:3])]
+    for (query, documents), found in zip(groups, ours.score_groups(groups), strict=True):
+        alone = [float(ours.score(query, [document])[0]) for document in documents]
+        np.testing.assert_allclose(found, np.array(alone, np.float32), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ("qwen3", "cross-encoder"))
+def test_long_documents_are_cut_at_their_end(kind, tmp_path, qwen_tokenizer):
+    if kind == "qwen3":
+        causal("qwen3", tmp_path / "model", qwen_tokenizer)
+    else:
+        cross_encoder("bert", tmp_path / "model")
+    ours = Reranker(str(tmp_path / "model"), max_length=120 if kind == "cross-encoder" else 160)
+    sequences = ours.tokenizer([(QUERY, ["stone " * 300, "stone"])])
+    assert sequences.cut == 1 and sequences.texts.lengths[0] == ours.config.max_length
+    long, short = (sequences.texts.part(i, i + 1).ids.tolist() for i in (0, 1))
+    end = len(ours.tokenizer.suffix) if kind == "qwen3" else len(ours.tokenizer.frame[2])
+    assert long[-end:] == short[-end:]
+    np.testing.assert_allclose(ours.score(QUERY, ["stone " * 300]), ours.score(QUERY, ["stone " * 900]), atol=1e-6)
+    assert ours.cut == 2
+
+
+def test_ten_thousand_documents(tmp_path):
+    cross_encoder("bert", tmp_path)
+    ours = Reranker(str(tmp_path), max_length=32)
+    documents = [f"stone {i % 7}" for i in range(10_000)]
+    scores = ours.score(QUERY, documents)
+    assert scores.shape == (10_000,)
+    np.testing.assert_allclose(scores, np.tile(scores[:7], 1429)[:10_000], atol=1e-5)
+
+
+def test_models_that_are_no_rerankers(small, tmp_path):
+    from mlx_retrieval.backbones import lora
+
+    model, config, _ = loading.build(small)
+    adapter = lora.adapt(model.backbone)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    loading.save_model(folder, model, adapter, config)
+    with pytest.raises(UserError, match="one vector a text"):
+        Reranker(str(folder))
+    with pytest.raises(UserError, match="needs a language model"):
+        cross_encoder("bert", tmp_path / "bert")
+        Reranker(str(tmp_path / "bert"), reranker_type="qwen3")
+    with pytest.raises(UserError, match="lacks <.embed_token.>"):
+        Reranker(small, reranker_type="listwise")
+
+
+def test_late_models_rerank_too(minilm, tmp_path):
+    from mlx_retrieval.backbones import lora
+    from mlx_retrieval.inference.embedder import load
+    from mlx_retrieval.models import maxsim
+    from mlx_retrieval.retrieval.late_interaction import _pad
+
+    model, config, _ = loading.build(str(minilm), task="late")
+    adapter = lora.adapt(model.backbone)
+    folder = tmp_path / "late"
+    folder.mkdir()
+    loading.save_model(folder, model, adapter, config)
+    ours, other = Reranker(str(folder)), load(folder)
+    assert ours.kind == "late"
+    documents = [text for text in DOCUMENTS if text]
+    vectors = other.encode([QUERY], "query"), other.encode(documents, "document")
+    expected = np.array(maxsim.maxsim(*map(_pad, vectors), config.maxsim))[0]
+    np.testing.assert_allclose(ours.score(QUERY, documents), expected, atol=1e-5)
+
+
+def test_command(tmp_path, capsys):
+    cross_encoder("bert", tmp_path / "model")
+    file = tmp_path / "docs.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS if text))
+    command = ["--model", str(tmp_path / "model"), "--query", QUERY, "--documents", str(file)]
+    assert rerank.main([*command, "--top-n", "2", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = Reranker(str(tmp_path / "model")).rerank(QUERY, [text for text in DOCUMENTS if text], 2)
+    assert [row["index"] for row in rows] == [row["index"] for row in expected]
+    assert rerank.main(command) == 0 and "#" in capsys.readouterr().out
+    file.write_text("")
+    assert rerank.main(command) == 2 and "no document" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rerank.main(["--model", "x"])
+    assert "--query" in capsys.readouterr().err

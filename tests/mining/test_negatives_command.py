@@ -1,0 +1,423 @@
+"""mine.py negatives and mine.py score: what they write and tell, killed runs, refusals; a teacher's scores.
+
+python -m pytest tests/mining/test_negatives_command.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_hard_negatives import TEXTS
+from test_reranker_scores import cross_encoder
+
+import mine
+from mlx_retrieval.dataset import rows as row_files
+from mlx_retrieval.inference import embedder, reranker
+from mlx_retrieval.mining import cache, collection, hard_negatives, teacher
+from mlx_retrieval.mining import output as mining_output
+from mlx_retrieval.mining.cache import Work
+from mlx_retrieval.models import loading
+
+ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in TEXTS]
+
+
+def run(*arguments) -> int:
+    return mine.main(["negatives", *map(str, arguments)])
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def pairs(write_rows) -> Path:
+    return write_rows(ROWS, "pairs.jsonl")
+
+
+def test_mined_rows_are_training_data_and_scores_are_cosines(small, pairs, tmp_path, capsys):
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "mined.jsonl"
+    corpus.write_text(
+        "".join(json.dumps({"_id": str(i), "title": "on", "text": f"{t}."}) + "\n" for i, t in enumerate(TEXTS))
+    )
+    flags = ("--relative-margin", "off", "--take", 3, "--skip", 1, "--scores")
+    assert run("--data", pairs, "--corpus", corpus, "--model", small, "--output", output, *flags) == 0
+    rows, model = read(output), embedder.load(small)
+    loaded = row_files.Rows([output])
+    assert loaded.has_negatives and loaded.has_scores
+    documents = [f"on {text}." for text in TEXTS] + TEXTS
+    vectors = dict(zip(documents, model.encode(documents, "document"), strict=True))
+    for i, (row, before) in enumerate(zip(rows, ROWS, strict=True)):
+        query = model.encode(before["query"], "query")
+        scores = {text: float(query @ vectors[text]) for text in documents if text != before["positive"]}
+        best = sorted(scores.values(), reverse=True)[1:4]
+        assert list(row) == ["query", "positive", "negatives", "scores"]
+        np.testing.assert_allclose([scores[text] for text in row["negatives"]], best, atol=1e-5)
+        np.testing.assert_allclose(row["scores"], [float(query @ vectors[row["positive"]]), *best], atol=1e-5)
+        assert loaded[i].negatives == tuple(row["negatives"]) and loaded[i].scores == tuple(row["scores"])
+    told = capsys.readouterr().out
+    assert "8, 8 distinct queries" in told and "16 distinct of 16" in told and "positives" in told
+    assert "skip: the first of what is left" in told and "negatives   24\n" in told
+    assert f"python train.py --data {output}" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "mined.jsonl", "pairs.jsonl"]
+
+
+def test_other_keys_and_all_formats(tmp_path, write_rows):
+    flags = ("--relative-margin", "off", "--take", 1)
+    for name, row in {
+        "rank": {"query": "cat", "document": TEXTS[1], "rank": 3, "path": "a.py"},
+        "own": {"query": "cat", "positive": TEXTS[1], "negatives": [TEXTS[5], TEXTS[7]], "scores": [1, 2, 3]},
+        "anchor": {"anchor": "cat", "positive": TEXTS[1], "negative": TEXTS[5]},
+    }.items():
+        other = {"query": "kidney", "document": TEXTS[5]}
+        data = write_rows([row, other] if name == "rank" else [row], f"{name}.jsonl")
+        assert run("--data", data, "--output", tmp_path / "out.jsonl", "--overwrite", *flags) == 0
+        found = read(tmp_path / "out.jsonl")[0]
+        assert (found["query"], found["positive"], found["negatives"]) == ("cat", TEXTS[1], [TEXTS[5]])
+        assert found.get("rank") == row.get("rank") and found.get("path") == row.get("path") and "scores" not in found
+        assert row_files.Rows([tmp_path / "out.jsonl"])[0].rank == row.get("rank", 1)
+
+
+def test_flags_have_their_effect(small, pairs, tmp_path, capsys):
+    output = tmp_path / "mined.jsonl"
+    work = ("--work", tmp_path / "work")
+
+    def mined(*flags) -> list[tuple]:
+        arguments = ("--data", pairs, "--output", output, "--overwrite", *work, *flags)
+        assert run("--model", small, *arguments) == 0
+        return [tuple(row["negatives"]) for row in read(output)]
+
+    off = ("--relative-margin", "off")
+    plain = mined(*off)
+    assert all(len(row) == 4 for row in plain)
+    assert mined(*off, "--num-negatives", 2) == [row[:2] for row in plain]
+    assert [row[:2] for row in mined(*off, "--range-min", 2)] == [row[2:] for row in plain]
+    assert mined("--absolute-margin", "0", *off) == mined("--relative-margin", "0")
+    assert mined("--absolute-margin", "0", *off) != plain
+    assert mined(*off, "--sampling", "random", "--seed", 1) != plain
+    assert mined(*off, "--by", "both") != mined(*off, "--by", "bm25")
+    assert mined(*off, "--max-length", 5) != plain
+    capsys.readouterr()
+    assert run("--model", small, "--data", pairs, "--output", output, "--overwrite", *work, "--max-score=-2") == 2
+    told = capsys.readouterr()
+    assert "no negative was found" in told.err and "max score: above --max-score" in told.out
+    assert (tmp_path / "work").is_dir()
+
+
+def test_a_reranker_judges_and_late_models_are_refused_as_retrievers(pairs, tmp_path, capsys, monkeypatch):
+    cross_encoder("bert", tmp_path / "judge")
+    output = tmp_path / "mined.jsonl"
+    flags = ("--reranker", tmp_path / "judge", "--relative-margin", "off", "--scores", "--take", 2)
+    assert run("--data", pairs, "--output", output, *flags) == 0
+    judge = reranker.Reranker(str(tmp_path / "judge"))
+    rows = read(output)
+    assert any(row["negatives"] for row in rows)
+    for row in rows:
+        scores = judge.score(row["query"], [row["positive"], *row["negatives"]])
+        np.testing.assert_allclose(row["scores"], scores, atol=1e-5)
+        assert row["scores"][1:] == sorted(row["scores"][1:], reverse=True)
+    monkeypatch.setattr(embedder, "load", lambda *_, **__: SimpleNamespace(late=True))
+    assert run("--data", pairs, "--output", output, "--overwrite", "--model", "late-model") == 2
+    assert "a late-interaction model" in capsys.readouterr().err
+
+
+def test_bad_rows_can_be_left_out(tmp_path, write_rows, capsys):
+    data = write_rows([*ROWS, b"{broken", {"query": "a", "positive": "b", "negatives": 3}], "bad.jsonl")
+    assert run("--data", data, "--output", tmp_path / "out.jsonl") == 2
+    assert "bad.jsonl:9: broken JSON" in capsys.readouterr().err
+    assert run("--data", data, "--output", tmp_path / "out.jsonl", "--skip-bad-rows") == 0
+    assert len(read(tmp_path / "out.jsonl")) == len(ROWS)
+    assert "2 bad rows left out, the first: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data", "nowhere.jsonl"), "--data nowhere.jsonl: no such file"),
+        (("--corpus", "nowhere.jsonl"), "--corpus nowhere.jsonl: no such file"),
+        (("--corpus", "folder"), "the folder has no corpus.jsonl"),
+        (("--corpus", "packed.jsonl.gz"), "unpack it first"),
+        (("--corpus", "empty.jsonl"), "no document in it"),
+        (("--corpus", "other.jsonl"), "other.jsonl:1: no text under"),
+        (("--take", "0"), "--take 0: at least 1"),
+        (("--model", "./nowhere"), "no folder"),
+        (("--reranker", "./nowhere"), "no folder"),
+        (("--by", "both"), "--by both: needs --model"),
+        (("--output", "old.jsonl"), "the file exists (--overwrite replaces it)"),
+        (("--output", "no/where.jsonl"), "not a file in a folder that exists"),
+        (("--data", "labels.jsonl"), "labels.jsonl:1: has the key label"),
+        (("--data", "judged.jsonl"), "judged.jsonl:1: has the key documents"),
+        (("--data", "mixed.jsonl"), "mixed.jsonl:2: has the format"),
+        (("--data", "empty.jsonl"), "--data: no row in it"),
+        (("--work", "folder"), "holds other files"),
+        (("--work", "old.jsonl"), "not a folder"),
+        (("--data", "one.jsonl"), "no negative was found"),
+    ],
+)
+def test_what_is_refused(flags, message, tmp_path, write_rows, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(ROWS, "pairs.jsonl")
+    write_rows([{"query": "a", "document": "b", "label": 1}], "labels.jsonl")
+    write_rows([{"query": "a", "documents": ["b", "c"], "scores": [1, 0]}], "judged.jsonl")
+    write_rows([{"query": "a", "positive": "b"}, {"query": "a", "document": "c"}], "mixed.jsonl")
+    write_rows([{"query": "a", "positive": "b"}], "one.jsonl")
+    write_rows([{"query": "a"}], "old.jsonl")
+    write_rows([{"words": "a"}], "other.jsonl")
+    write_rows([], "empty.jsonl")
+    (tmp_path / "packed.jsonl.gz").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("precious")
+    before = sorted(tmp_path.iterdir())
+    settings = {"--data": "pairs.jsonl", "--output": "new.jsonl"} | dict([flags])
+    assert run(*(part for pair in settings.items() for part in pair)) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and told.startswith("mine.py: ")
+    work = tmp_path / ".new.jsonl.work"
+    assert sorted(path for path in tmp_path.iterdir() if path != work) == before
+    assert work.exists() == (message == "no negative was found")  # the search is kept, as filters may be changed
+
+
+def test_numbers_that_are_none_and_vectors_that_are_not_finite(small, pairs, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        run("--data", pairs, "--output", tmp_path / "x.jsonl", "--relative-margin", "much")
+    monkeypatch.setattr(embedder.Model, "encode", lambda self, texts, *_, **__: np.full((len(texts), 32), np.nan))
+    assert run("--data", pairs, "--model", small, "--output", tmp_path / "x.jsonl") == 2
+    assert "are not finite" in capsys.readouterr().err
+
+
+# --- killed and continued ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that eight rows are several."""
+    for module, name, size in ((hard_negatives, "QUERIES", 3), (cache, "DOCUMENTS_AT_ONCE", 3)):
+        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(teacher, "ROWS", dict.fromkeys(teacher.KINDS, 3))
+
+
+class Stop:
+    """`function`, which stops at a call and counts the texts that it was given."""
+
+    def __init__(self, function, at: int | None, error: type[BaseException] = KeyboardInterrupt):
+        self.function, self.at, self.error, self.calls, self.texts = function, at, error, 0, 0
+
+    def __call__(self, model, texts, *rest):
+        if self.calls == self.at:
+            raise self.error
+        self.calls += 1
+        self.texts += len(texts)
+        return self.function(model, texts, *rest)
+
+
+@pytest.mark.parametrize("at", (0, 1, 2, 3, 4, 5))
+def test_resume_gives_the_identical_file(at, small, small_blocks, pairs, tmp_path, capsys, monkeypatch):
+    flags = ("--data", pairs, "--model", small, "--scores", "--sampling", "random", "--relative-margin", "off")
+    plain = embedder.embed
+    whole = Stop(plain, None)
+    monkeypatch.setattr(embedder, "embed", whole)
+    assert run(*flags, "--output", tmp_path / "whole.jsonl") == 0
+    assert whole.calls == 6  # documents and queries of 3, 3 and 2 texts
+
+    stopped = Stop(plain, at)
+    monkeypatch.setattr(embedder, "embed", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        run(*flags, "--output", tmp_path / "mined.jsonl")
+    assert "the same command continues" in capsys.readouterr().err
+    assert not (tmp_path / "mined.jsonl").exists() and (tmp_path / ".mined.jsonl.work").is_dir()
+
+    with open(tmp_path / ".mined.jsonl.work" / cache.VECTORS, "ab") as file:
+        file.write(b"a vector that was not finished"[: 30 * (at < 3)])
+    rest = Stop(plain, None)
+    monkeypatch.setattr(embedder, "embed", rest)
+    assert run(*flags, "--output", tmp_path / "mined.jsonl") == 0
+    assert f"continued, {max(0, at - 3)} blocks" in capsys.readouterr().err
+    assert stopped.texts + rest.texts == whole.texts
+    assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / ".mined.jsonl.work").exists()
+
+
+def test_resume_after_other_settings_or_texts_begins_anew(small, small_blocks, pairs, tmp_path, capsys, monkeypatch):
+    work, output = tmp_path / "work", tmp_path / "mined.jsonl"
+    calls = Stop(embedder.embed, None)
+    monkeypatch.setattr(embedder, "embed", calls)
+
+    def texts(*flags) -> tuple[int, str]:
+        """How many were embedded, and what was told."""
+        before = calls.texts
+        arguments = ("--data", pairs, "--work", work, "--output", output, "--overwrite", "--relative-margin", "off")
+        assert run(*arguments, "--model", small, *flags) == 0
+        return calls.texts - before, capsys.readouterr().err
+
+    assert texts() == (16, "")
+    assert texts() == (0, f"mine.py: {work}: continued, 3 blocks are finished\n")
+    assert texts("--take", 2) == (8, f"mine.py: {work}: begun anew, changed since: take\n")  # documents stay
+    count, told = texts("--max-length", 6)
+    assert (count, told) == (16, f"mine.py: {work}: begun anew, changed since: take, model\n")
+    with open(pairs, "a") as file:
+        file.write(json.dumps({"query": "new", "positive": "new too"}) + "\n")
+    count, told = texts("--max-length", 6)
+    assert count == 18 and "changed since: corpus, queries, positives" in told
+    (work / "block-000001.npz").write_bytes(b"broken")
+    assert texts("--max-length", 6)[0] == 3  # that block's queries
+    (work / cache.ABOUT).write_text("{broken")
+    assert texts("--max-length", 6)[0] == 18
+
+
+def test_a_full_disk_is_one_line(small, pairs, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "block")
+
+    monkeypatch.setattr(Work, "keep", full)
+    assert run("--data", pairs, "--model", small, "--output", tmp_path / "x.jsonl", "--relative-margin", "off") == 2
+    assert capsys.readouterr().err.endswith("mine.py: block: No space left on device\n")
+
+
+def test_data_that_change_in_between(pairs, tmp_path, capsys, monkeypatch):
+    for change in (ROWS[:-1], [*ROWS, ROWS[0]], [ROWS[1], *ROWS[1:]]):
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        done = hard_negatives.mine
+
+        def changing(*arguments, change=change, done=done):
+            pairs.write_text("".join(json.dumps(row) + "\n" for row in change))
+            return done(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hard_negatives, "mine", changing)
+            assert run("--data", pairs, "--output", tmp_path / "x.jsonl", "--work", tmp_path / "work") == 2
+        assert "the file was changed during the run" in capsys.readouterr().err
+        assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_one_run_at_a_time(pairs, tmp_path, capsys):
+    work = tmp_path / "work"
+    with cache.work_folder(tmp_path / "y.jsonl", str(work)):
+        assert run("--data", pairs, "--output", tmp_path / "x.jsonl", "--work", work) == 2
+    assert "another process is mining there" in capsys.readouterr().err
+
+
+# --- a teacher --------------------------------------------------------------------------------------------------------
+
+
+def score(*arguments) -> int:
+    return mine.main(["score", *map(str, arguments)])
+
+
+SCORED = [
+    {
+        "query": "what is a stone",
+        "positive": TEXTS[0],
+        "negatives": [TEXTS[4], TEXTS[1]],
+        "negative": TEXTS[6],
+        "rank": 2,
+    },
+    {"query": "what is a cat", "positive": TEXTS[1], "negatives": [], "scores": [7], "path": "a"},
+    *({"query": f"animal {i}", "positive": TEXTS[i], "negatives": [TEXTS[i - 1]]} for i in range(5)),
+]
+
+
+def test_an_embedders_scores(small, small_blocks, tmp_path, write_rows, capsys):
+    data, output = write_rows(SCORED, "mined.jsonl"), tmp_path / "scored.jsonl"
+    assert score("--data", data, "--teacher", small, "--output", output) == 0
+    model, rows = embedder.load(small), read(output)
+    loaded = row_files.Rows([output])
+    assert loaded.has_scores
+    for i, (row, before) in enumerate(zip(rows, SCORED, strict=True)):
+        documents = [loaded[i].positive, *loaded[i].negatives]
+        expected = model.encode(documents, "document") @ model.encode(row["query"], "query")
+        np.testing.assert_allclose(row["scores"], expected, atol=1e-5)
+        assert row == before | {"scores": row["scores"]} and loaded[i].scores == tuple(row["scores"])
+    told = capsys.readouterr().out
+    assert f"{small}, embedder" in told and "7 rows, 15 scores" in told
+    beaten = sum(max(row["scores"]) > row["scores"][0] for row in rows)
+    assert f"{beaten} rows have a negative that scores above the positive" in told
+    assert not (tmp_path / ".scored.jsonl.work").exists()
+
+
+def test_a_rerankers_scores_and_rows_of_documents(tmp_path, write_rows, capsys):
+    cross_encoder("bert", tmp_path / "judge")
+    rows = [{"query": "cat", "documents": TEXTS[:3]}, {"query": "mat", "documents": TEXTS[3:5], "scores": [2, 1]}]
+    data, output = write_rows(rows, "rows.jsonl"), tmp_path / "scored.jsonl"
+    assert score("--data", data, "--teacher", tmp_path / "judge", "--output", output) == 0
+    judge = reranker.Reranker(str(tmp_path / "judge"))
+    for row, before in zip(read(output), rows, strict=True):
+        np.testing.assert_allclose(row["scores"], judge.score(row["query"], before["documents"]), atol=1e-5)
+        assert row["documents"] == before["documents"]
+    example = row_files.Rows([output])[0]
+    assert example.scores == tuple(sorted(example.scores, reverse=True))
+    assert ", reranker" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", (0, 1, 2))
+def test_resume_of_scoring_gives_the_identical_file(at, small, small_blocks, tmp_path, write_rows, monkeypatch):
+    data = write_rows(SCORED, "mined.jsonl")
+    flags = ("--data", data, "--teacher", small, "--output")
+    assert score(*flags, tmp_path / "whole.jsonl") == 0
+    plain = teacher.Teacher._by_vectors
+    with monkeypatch.context() as patch:
+        stop = Stop(plain, at)
+        patch.setattr(teacher.Teacher, "_by_vectors", lambda self, groups: stop(self, groups))
+        with pytest.raises(SystemExit, match="130"):
+            score(*flags, tmp_path / "scored.jsonl")
+    assert not (tmp_path / "scored.jsonl").exists()
+    count = Stop(plain, None)
+    monkeypatch.setattr(teacher.Teacher, "_by_vectors", lambda self, groups: count(self, groups))
+    assert score(*flags, tmp_path / "scored.jsonl") == 0
+    assert count.calls == 3 - at
+    assert (tmp_path / "scored.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_what_kind_a_teacher_is(small, tmp_path, minilm):
+    cross_encoder("bert", tmp_path / "cross")
+    assert loading.kind_of(str(tmp_path / "cross")) == "reranker"
+    assert loading.kind_of(small) == loading.kind_of(str(minilm)) == "embedder"
+    shutil.copytree(small, tmp_path / "Some-Reranker-0.6B")
+    assert loading.kind_of(str(tmp_path / "Some-Reranker-0.6B")) == "reranker"
+    for task, kind in (("embed", "embedder"), ("late", "reranker"), ("rerank", "reranker")):
+        folder = tmp_path / task
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "retrieval_config.json").write_text(json.dumps({"task": task, "reranker": "qwen3"}))
+        assert loading.kind_of(str(folder)) == kind
+    folder = tmp_path / "colbert"
+    folder.mkdir()
+    (folder / "config_sentence_transformers.json").write_text('{"model_type": "ColBERT"}')
+    assert loading.kind_of(str(folder)) == "reranker"
+
+
+def test_the_kind_of_teacher_can_be_told(small, tmp_path, write_rows, capsys):
+    data = write_rows(SCORED, "rows.jsonl")
+    flags = ("--data", data, "--teacher", small, "--output", tmp_path / "out.jsonl")
+    assert score(*flags, "--teacher-kind", "reranker") == 0  # probabilities of "yes"
+    assert f"{small}, reranker" in capsys.readouterr().out
+    assert all(0 < x < 1 for row in read(tmp_path / "out.jsonl") for x in row["scores"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        ([{"query": "a", "positive": "b"}], (), "no row has negatives"),
+        ([{"query": "a", "document": "b", "label": 1}], (), "has the key label"),
+        ([{"query": "a", "documents": ["b"]}], (), "documents must be at least two texts"),
+        (SCORED, ("--teacher", "./nowhere"), "no folder"),
+    ],
+)
+def test_what_score_refuses(rows, flags, message, small, tmp_path, write_rows, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_rows(rows, "rows.jsonl")
+    arguments = {"--teacher": small} | ({flags[0]: flags[1]} if flags else {})
+    result = score("--data", data, "--output", "out.jsonl", *(part for pair in arguments.items() for part in pair))
+    told = capsys.readouterr().err
+    assert result == 2 and message in told and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_half_a_surrogate_pair_can_be_written(tmp_path):
+    assert mining_output.write_rows(tmp_path / "a.jsonl", [{"query": "\ud800 a"}, {"query": "ü"}]) == 2
+    assert read(tmp_path / "a.jsonl") == [{"query": "\ud800 a"}, {"query": "ü"}]
+    texts = collection.TextFile(tmp_path)
+    assert [texts.add(text) for text in ("\ud800 a", "ü", "Ü ")] == [0, 1, 1]
+    texts.close()
+    assert texts.read([1, 0]) == ["ü", "\ud800 a"]

@@ -1,0 +1,216 @@
+"""Compiled passes on worker threads give what the model gives, whatever happens around them.
+
+python -m pytest tests/models/test_model_runner.py
+"""
+
+import itertools
+import json
+import time
+
+from mlx_retrieval.backend import mx, nn
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_retrieval import backend
+from mlx_retrieval.backbones import lora, merged_lora
+from mlx_retrieval.backbones.gradient_checkpointing import seed
+from mlx_retrieval.models import cpu_model_runner, model_runner
+from mlx_retrieval.models.batching import MicroBatch
+from mlx_retrieval.models.loading import build
+from mlx_retrieval.models.model_runner import Passes, shares
+from mlx_retrieval.utils.errors import UserError
+
+compiled = pytest.mark.skipif(not backend.FUSED, reason="on this device passes are computed as they come")
+
+
+def micro_batch(rows: int, length: int, start: int = 0) -> MicroBatch:
+    rng = np.random.default_rng([rows, length, start])
+    lengths = rng.integers(3, length + 1, rows).astype(np.int32)
+    ids = rng.integers(10, 400, (rows, length)).astype(np.int32)
+    return MicroBatch(mx.array(ids), mx.array(lengths), mx.array(np.ones_like(lengths)), mx.array(lengths - 1))
+
+
+@pytest.fixture
+def model(small):
+    """With LoRA whose matrices are both non-zero."""
+    model = build(small)[0]
+    lora.adapt(model.backbone, rank=4)
+    mx.random.seed(1)
+    model.update(tree_map(lambda v: v + 0.05 * mx.random.normal(v.shape), model.trainable_parameters()))
+    model.train()
+    return model
+
+
+@pytest.fixture
+def rows() -> list[MicroBatch]:
+    return [micro_batch(*shape) for shape in ((4, 30), (9, 7), (2, 64), (40, 12), (1, 5))]
+
+
+def gradient(model, rows, cotangents) -> dict:
+    value = nn.value_and_grad(model, lambda: sum((model(r) * c).sum() for r, c in zip(rows, cotangents, strict=True)))
+    return value()[1]
+
+
+def assert_close(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    found, expected = dict(tree_flatten(found)), dict(tree_flatten(expected))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        largest = float(mx.abs(value).max())
+        np.testing.assert_allclose(np.array(found[name]), np.array(value), atol=tolerance * largest, err_msg=name)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_passes_are_the_model_s(monkeypatch, model, rows, merged):
+    """With adapters merged into the weights, and without."""
+    monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1 if merged else 1 << 30)
+    of, seeds = Passes(model), np.zeros(len(rows), int)
+    cotangents = [mx.random.normal(model(part).shape) for part in rows]
+    mx.eval(cotangents)
+    for _ in range(2):  # and again after the weights have changed
+        found = list(of.representations(rows, seeds))
+        for part, vectors in zip(rows, found, strict=True):
+            np.testing.assert_allclose(np.array(vectors), np.array(model(part)), atol=1e-6)
+        assert_close(of.gradient(rows, seeds, cotangents), gradient(model, rows, cotangents))
+        model.update(tree_map(lambda v: v * 1.5, model.trainable_parameters()))
+
+
+@compiled
+@pytest.mark.parametrize("room", [0, 200_000, 1 << 30])
+def test_products_of_the_forward_pass_spare_the_second_and_change_no_bit(monkeypatch, model, rows, room):
+    """None, some or all micro-batches keep theirs; what was kept is given back as it is used."""
+    monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1)
+    monkeypatch.setattr(model_runner, "KEPT_BYTES", room)
+    of, seeds, kept = Passes(model), np.arange(len(rows)), {}
+    plain = list(of.representations(rows, seeds))
+    noted = list(of.representations(rows, seeds, kept))
+    assert all(mx.array_equal(a, b) for a, b in zip(plain, noted, strict=True))
+    tokens = sum(rows[i].ids.size for i in kept)
+    assert sum(array.nbytes for arrays in kept.values() for array in arrays) == tokens * merged_lora.product_size(
+        of._adapters
+    )
+    assert {0: len(kept) == 0, 200_000: 0 < len(kept) < len(rows), 1 << 30: len(kept) == len(rows)}[room]
+    cotangents = [mx.ones(part.shape) for part in plain]
+    expected, found = of.gradient(rows, seeds, cotangents), of.gradient(rows, seeds, cotangents, kept)
+    pairs = zip(tree_flatten(found), tree_flatten(expected), strict=True)
+    assert not kept and all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_the_same_bits_every_time(model, rows):
+    of, seeds = Passes(model), np.arange(len(rows))
+    cotangents = [mx.ones((part.ids.shape[0], 1)) for part in rows]
+    runs = [tree_flatten(of.gradient(rows, seeds, cotangents)) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(run, runs[0], strict=True))
+
+
+def test_the_model_is_as_before_and_can_be_used_between(model, rows):
+    before = dict(tree_flatten(model.parameters()))
+    expected, of = np.array(model(rows[0])), Passes(model)
+    for i, _ in enumerate(of.representations(rows)):
+        if i == 1:
+            np.testing.assert_allclose(np.array(model(rows[0])), expected, atol=1e-6)
+    after = dict(tree_flatten(model.parameters()))
+    assert all(after[name] is value or mx.array_equal(after[name], value) for name, value in before.items())
+
+
+def test_dropout_only_while_training_and_by_its_seed(small, rows):
+    model = build(small)[0]
+    lora.adapt(model.backbone, rank=4, dropout=0.4)
+    model.update(tree_map(lambda v: v + 0.05, model.trainable_parameters()))
+    of = Passes(model)
+
+    def run(training: bool, number: int) -> np.ndarray:
+        model.train(training)
+        return np.concatenate([np.array(v) for v in of.representations(rows, [number] * len(rows))])
+
+    still = run(False, 0)
+    assert np.array_equal(still, run(False, 1))
+    assert np.array_equal(run(True, 3), run(True, 3))
+    assert not np.allclose(run(True, 3), run(True, 4)) and not np.allclose(run(True, 3), still)
+    assert np.array_equal(run(False, 3), still)
+    seed(3)
+    np.testing.assert_allclose(run(True, 3)[:4], np.array((model.train(), seed(3), model(rows[0]))[-1]), atol=1e-6)
+
+
+@compiled
+def test_graphs_of_many_shapes_are_not_kept_for_ever(monkeypatch, model):
+    """The last used stay: a shape is met again without a new graph, and what was dropped is built again."""
+    one = cpu_model_runner._workers()[:1]
+    monkeypatch.setattr(model_runner, "_workers", lambda: one)
+    monkeypatch.setattr(backend, "WORKERS", 1)
+    monkeypatch.setattr(cpu_model_runner, "SHAPES_KEPT", 3)
+    of, built = Passes(model), []
+    forward = cpu_model_runner._Functions.forward
+    monkeypatch.setattr(cpu_model_runner._Functions, "forward", lambda *args: (built.append(1), forward(*args))[1])
+    for length, graphs in ((4, 1), (5, 2), (6, 3), (4, 3), (7, 4), (4, 4), (6, 4), (5, 5), (7, 6)):
+        (found,) = of.representations([micro_batch(2, length)])
+        np.testing.assert_allclose(np.array(found), np.array(model(micro_batch(2, length))), atol=1e-6)
+        assert len(built) == graphs and len(of._functions[0]._compiled) == min(graphs, 3)
+
+
+@compiled
+def test_an_error_in_a_worker_reaches_the_caller(monkeypatch, model, rows):
+    of = Passes(model)
+
+    def fail(*_):
+        raise UserError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model.head), "__call__", fail)
+        with pytest.raises(UserError, match="no"):
+            list(of.representations(rows))
+    found = list(of.representations(rows))  # and the worker lives on, with the model's own weights
+    np.testing.assert_allclose(np.array(found[0]), np.array(model(rows[0])), atol=1e-6)
+
+
+@compiled
+def test_an_error_leaves_no_worker_behind(monkeypatch, model, rows):
+    """Regression: the next worker was still building its graph, so that the model held tracers, not its weights."""
+    calls = itertools.count()
+
+    def fail(*_):
+        time.sleep(0.3 if next(calls) else 0)
+        raise UserError("no")
+
+    monkeypatch.setattr(type(model.head), "__call__", fail)
+    for use in (lambda of: list(of.representations(rows)), lambda of: of.gradient(rows, range(5), [mx.zeros(1)] * 5)):
+        calls = itertools.count()
+        with pytest.raises(UserError, match="no"):
+            use(Passes(model))
+        begun = next(calls)
+        for _ in range(20):
+            mx.eval(model.parameters())
+            time.sleep(0.01)
+        assert next(calls) == begun + 1
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 5))
+def test_shares_hold_everything_once_and_are_even(sizes, count):
+    rows = [MicroBatch(np.empty((1, size)), None, None, None) for size in sizes]
+    parts = shares(rows, count)
+    assert len(parts) == count and sorted(i for part in parts for i in part) == list(range(len(sizes)))
+    work = [sum(sizes[i] for i in part) for part in parts]
+    assert max(work) - min(work) <= max(sizes)
+
+
+def test_the_loss_curve_does_not_depend_on_optimisations(tmp_path, run_python):
+    """Twelve steps of the embedded default with everything that is done for CPUs, and with none of it."""
+    code = (
+        "import os, sys; os.environ['MLX_RETRIEVAL_PLAIN'] = sys.argv[1]\n"
+        "import train\n"
+        "flags = '--steps 12 --batch-size 24 --skip-eval-init --eval-steps 0 --save-steps 0 --output'\n"
+        "sys.exit(train.main([*flags.split(), sys.argv[2]]))"
+    )
+    curves = []
+    for plain in "01":
+        output = tmp_path / f"plain-{plain}"
+        done = run_python(code, plain, output)
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        curves.append([record["loss"] for record in records if "loss" in record])
+    assert len(curves[0]) == 12 and curves[0][-1] < 0.9 * curves[0][0]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)

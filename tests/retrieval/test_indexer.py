@@ -1,0 +1,298 @@
+"""Indexing: only what changed is embedded, what vanished is gone, and a kill at any moment costs nothing but a batch.
+
+python -m pytest tests/retrieval/test_indexer.py
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_retrieval.dataset.source_code import file_tree
+from mlx_retrieval.inference import embedder, fingerprint
+from mlx_retrieval.retrieval import base, indexer
+from mlx_retrieval.retrieval.indexer import update
+from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.utils.errors import UserError
+
+FILES = {
+    "src/lines.py": "import io\nimport os\nimport sys\n\ndef readLine(file):\n    return file.readline()\n",
+    "src/area.py": "class Shape:\n    def area(self):\n        return self.width * self.height\n",
+    "notes.md": "# Boiler\nIt drips and hisses.\n\n# Bike\nThe chain squeaks.\n",
+    "it's odd.txt": "a name with a quote\n",
+    "photo.png": b"\x89PNG\0\0",
+    "latin.txt": "é".encode("latin-1"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(small):
+    return embedder.load(small)
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    root = tmp_path / "tree"
+    for name, content in FILES.items():
+        write(root / name, content)
+    return root
+
+
+def write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def rows(folder: Path) -> tuple[list[tuple], np.ndarray]:
+    """Everything that is in an index, in the order of places."""
+    index = Index.open(folder)
+    assert index.about.complete and index.remove_orphans(index.records()) == 0
+    found = sorted(index.chunks.search().limit(None).to_list(), key=lambda row: (row["path"], row["id"]))
+    fields = ("id", "path", "line", "end_line", "language", "kind", "name", "context", "text", "tokens", "file_hash")
+    return [tuple(row[name] for name in fields) for row in found], np.array([row["vector"] for row in found])
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    """The same rows, vectors, records and BM25 scores."""
+    (texts, vectors), (wanted, wanted_vectors) = rows(folder), rows(expected)
+    assert texts == wanted and np.abs(vectors - wanted_vectors).max() < 1e-5
+    indices = [Index.open(folder), Index.open(expected)]
+    records = [{path: record.sha256 for path, record in index.records().items()} for index in indices]
+    assert records[0] == records[1]
+    for query in ("read line", "shape area width", "the chain of a boiler"):
+        hits = [[(hit.id, round(hit.score, 4)) for hit in index.bm25(query, 10)] for index in indices]
+        assert hits[0] == hits[1] and hits[0]
+
+
+def test_a_tree_is_indexed(tree, model, tmp_path):
+    summary = update(tree, tmp_path / "index", model)
+    assert (summary.files, summary.chunks, summary.embedded, summary.changed) == (4, 6, 6, 4)
+    assert (summary.unchanged, summary.removed) == (0, 0)
+    assert summary.left_out == {file_tree.BINARY: 1, file_tree.NOT_UTF8: 1}
+    assert summary.size == sum(f.stat().st_size for f in (tmp_path / "index").rglob("*") if f.is_file()) > 0
+    texts, vectors = rows(tmp_path / "index")
+    places = {(row[1], row[2], row[3], row[6]) for row in texts}
+    assert ("src/lines.py", 5, 6, "readLine") in places and ("notes.md", 4, 5, "Bike") in places
+    expected = model.encode([row[8] for row in texts], prompt="document")
+    assert np.abs(vectors - expected).max() < 1e-5
+
+
+def test_only_what_changed_is_embedded(tree, model, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    embedded: list[str] = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda texts, **kw: (embedded.extend(texts), encode(texts, **kw))[1])
+
+    summary = update(tree, index, model)
+    assert embedded == [] and (summary.unchanged, summary.embedded, summary.chunks) == (4, 0, 6)
+    assert summary.left_out == {file_tree.BINARY: 1, file_tree.NOT_UTF8: 1}  # told again, though not read again
+
+    os.utime(tree / "notes.md", ns=(1, 1))  # only the time is another
+    assert update(tree, index, model).embedded == 0 and embedded == []
+    assert Index.open(index).records()["notes.md"].stamp == 1
+
+    write(tree / "notes.md", "# Boiler\nIt is quiet.\n")
+    (tree / "it's odd.txt").unlink()
+    (tree / "src/area.py").rename(tree / "src/shape.py")
+    write(tree / "photo.png", "now a text\n")
+    summary = update(tree, index, model)
+    assert embedded == ["# Boiler\nIt is quiet.", "now a text", FILES["src/area.py"].rstrip()]
+    assert (summary.changed, summary.unchanged, summary.removed, summary.files) == (3, 1, 2, 4)
+    assert Index.open(index).bm25("hisses squeaks quote", 10) == []  # what it held before
+    assert len(rows(index)[0]) == summary.chunks == 5
+    write(tree / ".gitignore", "notes.md\n.gitignore\n")
+    assert update(tree, index, model).removed == 1
+    assert {row[1] for row in rows(index)[0]} == {"src/lines.py", "src/shape.py", "photo.png"}
+
+
+def test_increments_end_where_one_run_does(tree, model, tmp_path):
+    write(tree / "gone.txt", "boiler chain line area\n" * 5)
+    (tree / "notes.md").rename(tmp_path / "notes.md")
+    update(tree, tmp_path / "index", model)
+    (tree / "gone.txt").unlink()
+    update(tree, tmp_path / "index", model)
+    (tmp_path / "notes.md").rename(tree / "notes.md")
+    for i in range(3):
+        write(tree / "area.txt", f"the width of an area {i}\n")
+        update(tree, tmp_path / "index", model)
+    update(tree, tmp_path / "whole", model)
+    assert_same(tmp_path / "index", tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import embed
+from mlx_retrieval.retrieval import indexer
+from mlx_retrieval.retrieval.lance_index import Index
+root, index, small, moment, count = sys.argv[1:]
+indexer.BATCH = 1
+def die_after(name, when):
+    original, calls = getattr(Index, name), []
+    def method(self, *args, **kwargs):
+        calls.append(name)
+        if when == "before" and len(calls) == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, *args, **kwargs)
+        if when == "after" and len(calls) == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+    setattr(Index, name, method)
+die_after(*moment.split())
+indexer.update(Path(root), Path(index), embed.load(small))
+print("not killed")
+"""
+
+
+@pytest.mark.parametrize(("moment", "count"), [("record before", 3), ("record after", 3), ("finish before", 1)])
+def test_a_killed_run_goes_on(tree, model, small, tmp_path, run_python, moment, count):
+    """Between a batch's chunks and its records, between batches, and before the end."""
+    index = tmp_path / "index"
+    killed = run_python(KILLED, tree, index, small, moment, count)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr  # the third batch is the first with two chunks
+    half = Index.open(index)
+    assert not half.about.complete and 0 < half.chunks.count_rows() <= 6
+    stored = {path for path, record in half.records().items() if not record.left_out}
+    summary = update(tree, index, model)
+    assert summary.unchanged == len(stored) and summary.changed == 4 - len(stored)
+    update(tree, tmp_path / "whole", model)
+    assert_same(index, tmp_path / "whole")
+
+
+def test_a_run_killed_while_it_replaces_goes_on(tree, model, small, tmp_path, run_python):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    write(tree / "notes.md", "# Boiler\nanother text\n")
+    write(tree / "src/area.py", "def area():\n    return 3\n")
+    assert run_python(KILLED, tree, index, small, "record before", 1).returncode == -signal.SIGKILL
+    assert update(tree, index, model).changed == 2
+    update(tree, tmp_path / "whole", model)
+    assert_same(index, tmp_path / "whole")
+
+
+def test_a_corpus_is_indexed_by_documents(model, tmp_path):
+    root = tmp_path / "corpus"
+    documents = [{"_id": "d1", "title": "Boiler", "text": "drips"}, {"_id": "d:2", "title": "", "text": "Bike\nchain"}]
+    documents.append({"_id": "empty", "title": "", "text": " "})
+    write(root / "corpus.jsonl", "".join(json.dumps(row) + "\n" for row in documents))
+    write(root / "queries.jsonl", "not indexed\n")
+    summary = update(root, tmp_path / "index", model)
+    assert (summary.files, summary.chunks, summary.left_out) == (2, 2, {file_tree.EMPTY: 1})
+    assert [(row[1], row[5], row[8]) for row in rows(tmp_path / "index")[0]] == [
+        ("d1", "document", "Boiler drips"),
+        ("d:2", "document", "Bike\nchain"),
+    ]
+    documents[0]["text"] = "sighs"  # as long as before
+    write(root / "corpus.jsonl", "".join(json.dumps(row) + "\n" for row in documents))
+    summary = update(root, tmp_path / "index", model)
+    assert (summary.embedded, summary.unchanged) == (1, 1)
+    assert rows(tmp_path / "index")[0][0][8] == "Boiler sighs"
+
+
+def test_an_index_within_its_folder_may_move_with_it(tree, model, tmp_path):
+    update(tree, tree / ".index", model)
+    assert update(tree, tree / ".index", model).files == 4  # the index itself is not indexed
+    tree.rename(tmp_path / "moved")
+    summary = update(tmp_path / "moved", tmp_path / "moved/.index", model)
+    assert (summary.unchanged, summary.embedded) == (4, 0)
+    assert Index.open(tmp_path / "moved/.index").root == tmp_path / "moved"
+
+
+def test_other_models_settings_and_folders_are_refused(tree, model, small, tmp_path):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    with pytest.raises(UserError, match="--chunk-size 2000 --overlap 200: --rebuild"):
+        update(tree, index, model, max_characters=500, overlap=50)
+    with pytest.raises(UserError, match=f"of {tree}: --rebuild"):
+        update(tree / "src", index, model)
+    shorter = embedder.load(small, max_length=16)
+    with pytest.raises(UserError, match="as it was before its files changed: --rebuild"):
+        update(tree, index, shorter)
+    other = shutil.copytree(small, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"note": "another file"}))
+    with pytest.raises(UserError, match=r"with another model \(.*small-gemma\): --rebuild"):
+        update(tree, index, embedder.load(other))
+    assert update(tree, index, embedder.load(other), rebuild=True).embedded == 6
+    moved = shutil.copytree(other, tmp_path / "elsewhere")
+    assert update(tree, index, embedder.load(moved)).embedded == 0  # the same files in another place
+
+
+def test_folders_with_anything_else_are_left_alone(tree, model, tmp_path):
+    write(tmp_path / "mine/thesis.txt", "years of work")
+    for rebuild in (False, True):
+        with pytest.raises(UserError, match="holds something else"):
+            update(tree, tmp_path / "mine", model, rebuild=rebuild)
+    write(tmp_path / "file", "x")
+    with pytest.raises(UserError, match="holds something else"):
+        update(tree, tmp_path / "file", model)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="nothing to index"):
+        update(tmp_path / "none", tmp_path / "index", model)
+
+
+def test_a_damaged_index_is_told_and_rebuilt(tree, model, tmp_path):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    whole = (index / base.FILE).read_text()
+    for text in ("{", "[]", '{"version": 1}', json.dumps(json.loads(whole) | {"version": 0})):
+        (index / base.FILE).write_text(text)
+        with pytest.raises(UserError, match="--rebuild renews it"):
+            update(tree, index, model)
+    (index / base.FILE).write_text(whole)
+    shutil.rmtree(index / "chunks.lance")
+    with pytest.raises(UserError, match="damaged .* --rebuild renews it"):
+        update(tree, index, model)
+    assert update(tree, index, model, rebuild=True).embedded == 6
+    (index / base.FILE).unlink()  # a kill in the middle of making it
+    assert update(tree, index, model).embedded == 6
+
+
+def test_one_process_at_a_time(tree, model, tmp_path):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    with open(index / base.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is indexing"):
+            update(tree, index, model)
+    assert update(tree, index, model).unchanged == 4
+
+
+def test_vectors_that_are_not_finite_are_refused(tree, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "encode", lambda texts, **_: np.full((len(texts), model.dimensions), np.nan, np.float32))
+    with pytest.raises(UserError, match="vectors of 6 of 6 texts are not finite"):
+        update(tree, tmp_path / "index", model)
+
+
+def test_the_fingerprint_sees_changes_even_in_sampled_files(small, tmp_path, monkeypatch):
+    folder = shutil.copytree(small, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    whole, model = weights.read_bytes(), embedder.load(folder)
+    assert fingerprint.fingerprint(model) == fingerprint.fingerprint(embedder.load(small))
+    middle = len(whole) // 2
+
+    def changes(length: int) -> bool:
+        weights.write_bytes(whole)
+        before = fingerprint.fingerprint(model)
+        weights.write_bytes(
+            whole[:middle] + bytes(b ^ 1 for b in whole[middle : middle + length]) + whole[middle + length :]
+        )
+        return fingerprint.fingerprint(model) != before
+
+    assert changes(1)
+    monkeypatch.setattr(fingerprint, "READ_WHOLE", 1_000)
+    monkeypatch.setattr(fingerprint, "BLOCK", 100)
+    assert changes(len(whole) // fingerprint.BLOCKS + 100) and not changes(0)
+
+
+def test_batches_do_not_decide_what_is_indexed(tree, model, tmp_path, monkeypatch):
+    update(tree, tmp_path / "whole", model)
+    monkeypatch.setattr(indexer, "BATCH", 1)
+    update(tree, tmp_path / "index", model)
+    assert_same(tmp_path / "index", tmp_path / "whole")

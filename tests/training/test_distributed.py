@@ -1,0 +1,329 @@
+"""Two ranks train as one: real processes over the ring on loopback, and the pure parts of ranks.py.
+
+python -m pytest tests/training/test_distributed.py
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+
+import train
+from mlx_retrieval.training import distributed, run
+from mlx_retrieval.training.checkpoint import last_step
+from mlx_retrieval.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
+CASES = {
+    "embed": [],
+    # Dropout is drawn by micro-batch, so one rank and two agree where their plans do: four parts, here.
+    "dropout": ["--gradient-accumulation-steps", "4", "--lora-dropout", "0.2"],
+    "late": ["--task", "late", "--projection-dim", "8"],
+    "rerank": ["--task", "rerank", "--loss", "list_softmax"],
+    "full": ["--train-type", "full", "--learning-rate", "5e-5"],
+}
+# A rank that runs commands one after the other, each in a folder of its own: argv[1] has both, for each rank.
+# In step 3 of a run whose folder is called "signalled", rank 1 gets a signal.
+DRIVER = """
+import json, os, signal, sys
+import train
+from mlx_retrieval.training import distributed, run, trainer
+from mlx.utils import tree_flatten
+distributed.wait_for_first = lambda: None  # rank 0 goes on with the next command
+carry_out, update, kept, done = run.carry_out, trainer.Trainer.update, [], []
+def signalled(self, batch, step):
+    if self.folder.name == "signalled" and step == 3 and not distributed.first():
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(self, batch, step)
+trainer.Trainer.update = signalled
+train.carry_out = lambda run: (kept.append(run.trainer), carry_out(run))[1]
+for folder, argv in json.loads(sys.argv[1])[int(os.environ["MLX_RANK"])]:
+    kept.clear()
+    os.chdir(folder)
+    try:
+        code = train.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    digests = [distributed.digest(dict(tree_flatten(t.model.trainable_parameters()))) for t in kept]
+    told = [f"{digest} at {t.state.step}" for digest, t in zip(digests, kept, strict=True)]
+    done.append([code, *told])
+print("OUTCOME " + json.dumps(done), flush=True)
+"""
+# A rank that runs the command argv[3:]; in step 4 rank argv[1] gets the signal argv[2].
+VICTIM = """
+import os, sys
+import train, trainer
+update = trainer.Trainer.update
+def stricken(self, batch, step):
+    if step == 4 and os.environ["MLX_RANK"] == sys.argv[1]:
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return update(self, batch, step)
+trainer.Trainer.update = stricken
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+def write(file: Path, rows: Sequence[dict]) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def make_rows(count: int = 60) -> list[dict]:
+    """Rows with hard negatives, texts of 1 to 60 words."""
+    rng = np.random.default_rng(0)
+
+    def text(i: int, longest: int) -> str:
+        return f"{i} " + " ".join(rng.choice(WORDS, rng.integers(1, longest)))
+
+    return [{"query": text(i, 12), "positive": text(i, 60), "negatives": [text(i + 99, 60)]} for i in range(count)]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def launch(hosts: Path, code: str, *arguments: str) -> list[subprocess.Popen]:
+    """Two ranks, started by hand so that each one's exit code is seen."""
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLX_HOSTFILE": str(hosts)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    line = [sys.executable, "-c", code, *arguments]
+    return [subprocess.Popen(line, env=environment | {"MLX_RANK": rank}, **pipes) for rank in "01"]
+
+
+def collect(processes: list[subprocess.Popen], seconds: float = 120) -> list[SimpleNamespace]:
+    """(code, out, err) of each, without what mlx's ring says; one that hangs is killed and fails the test."""
+    found = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=seconds)
+            err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("[ring]"))
+            found.append(SimpleNamespace(code=process.returncode, out=out, err=err))
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
+class Work:
+    """Folders and commands of this module's runs, and how the launches ended."""
+
+    def __init__(self, root: Path, model: str):
+        self.root, self.model = root, model
+        self.rows = make_rows()
+        self.data = write(root / "train.jsonl", self.rows)
+
+    def argv(self, name: str, *more: str, data: Path | str | None = None) -> list[str]:
+        values = {"model": self.model, "data": data or self.data, "output": self.root / name, "batch-size": 12}
+        values |= {"steps": 4, "learning-rate": 1e-3, "lora-rank": 4, "save-steps": 2, "rank-timeout": 120}
+        flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
+        return [*flags, "--eval-tasks", "--skip-eval-init", *more]
+
+    def resume(self, name: str) -> list[str]:
+        return ["--resume", "--output", str(self.root / name)]
+
+    def weights(self, name: str, which: str = "final") -> np.ndarray:
+        files = sorted((self.root / name / which).glob("*.safetensors"))
+        tensors = [mx.load(str(file)) for file in files if file.name != "optimizer.safetensors"]
+        return np.concatenate([np.array(v).reshape(-1) for part in tensors for _, v in sorted(part.items())])
+
+    def losses(self, name: str) -> list[float]:
+        records = [json.loads(line) for line in (self.root / name / "metrics.jsonl").read_text().splitlines()]
+        return [record["loss"] for record in records if record["type"] == "train"]
+
+    def saved(self, name: str) -> int:
+        return json.loads((last_step(self.root / name) / "trainer_state.json").read_text())["step"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, small) -> Work:
+    """Everything that takes processes, in as few of them as can be: most of their time is Python starting."""
+    work = Work(tmp_path_factory.mktemp("ranks"), small)
+    root, argv = work.root, work.argv
+    split = write(root / "split" / "train.jsonl", work.rows[:48]).parent
+    write(split / "valid.jsonl", work.rows[48:])
+    assert train.main(argv("by-one", "--stop-after", "2")) == 0
+    batches = run.prepare(train.from_flags("", "", argv("none"))[0]).trainer.batches
+    changed = batches.row_numbers(2)[3]  # which the first batch does not have
+    rows = [row | {"query": "another"} if i == changed else row for i, row in enumerate(work.rows)]
+    elsewhere = write(root / "elsewhere" / "train.jsonl", rows).parent
+
+    patient = ["--early-stopping", "1", "--eval-steps", "1", "--learning-rate", "1e-9"]
+    here = str(root)
+    work.commands = {name: argv(name, *flags) for name, flags in CASES.items()} | {
+        "stopped": argv("by-two", "--stop-after", "2"),
+        "resumed": work.resume("by-two"),
+        "taken over": work.resume("by-one"),
+        "stopped, for one": argv("by-two-and-one", "--stop-after", "2"),
+        "no gain": argv("patience", *patient, data=split),
+        "signalled": argv("signalled"),
+        "dry run": argv("dry", "--dry-run"),
+    }
+    lines = {name: [(here, command)] * 2 for name, command in work.commands.items()} | {
+        # The settings name the same file, but what is in it differs from machine to machine.
+        "unequal": [(str(folder), argv("unequal", data="train.jsonl")) for folder in (root, elsewhere)],
+        "chat": [(here, argv("no", "--task", "chat"))] * 2,
+        "seed": [(here, argv("no", "--seed", seed)) for seed in "01"],
+        "file": [(here, argv("no", data=name)) for name in ("train.jsonl", "missing.jsonl")],
+        "finished": [(here, work.resume("by-two"))] * 2,
+    }
+    both = collect(launch(root / "hosts.json", DRIVER, json.dumps(list(zip(*lines.values(), strict=True)))))
+    done = [line for ended in both for line in ended.out.splitlines() if line.startswith("OUTCOME ")]
+    assert len(done) == 2, [ended.err for ended in both]
+    told = [json.loads(line.removeprefix("OUTCOME ")) for line in done]
+    work.outcomes, work.ended = dict(zip(lines, zip(*told, strict=True), strict=True)), {"cases": both}
+
+    def strike(name: str, victim: int, number: int, *more: str) -> list[str]:
+        return [str(victim), str(int(number)), *argv(name, *more)]
+
+    halted = launch(root / "h.json", VICTIM, *strike("halted", 1, signal.SIGSTOP, "--rank-timeout", "15"))
+    (root / "victim.py").write_text(VICTIM)
+    line = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", "ring", "-p", free_port()]
+    line += [sys.executable, root / "victim.py", *strike("killed", 1, signal.SIGKILL)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)  # the launcher reads its input
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    work.ended["killed"] = collect([subprocess.Popen(list(map(str, line)), env=environment, text=True, **pipes)])
+    work.ended["killed-first"] = collect(launch(root / "k.json", VICTIM, *strike("killed-first", 0, signal.SIGKILL)))
+    try:
+        work.ended["halted"] = collect(halted[:1])
+    finally:
+        halted[1].kill()
+        halted[1].communicate()
+    return work
+
+
+# --- two ranks are one ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_what_one_trains(work, name):
+    """Adapters within 1e-5, and losses; both ranks end with the same bits."""
+    first, second = work.outcomes[name]
+    assert first == second and first[0] == 0 and first[1].endswith(" at 4")
+    assert train.main(work.argv(f"{name}-alone", *CASES[name])) == 0
+    expected = work.weights(f"{name}-alone")
+    assert np.abs(work.weights(name) - expected).max() < 1e-5
+    np.testing.assert_allclose(work.losses(name), work.losses(f"{name}-alone"), rtol=1e-5)
+    assert np.abs(expected - work.weights(f"{name}-alone", "step-000002")).max() > 2e-5  # it moves farther than that
+
+
+def test_only_the_first_rank_speaks(work):
+    out, silent = (ended.out for ended in work.ended["cases"])
+    assert out.count("2 processes share") >= len(work.commands) and "step 4/4" in out
+    assert all(line.startswith("OUTCOME") for line in silent.splitlines())
+
+
+def test_runs_are_continued_by_any_number_of_ranks(work):
+    """Rank 0's folder is enough: settings, weights, optimizer and state reach the others from it."""
+    for name in ("stopped", "resumed", "taken over", "stopped, for one"):
+        first, second = work.outcomes[name]
+        assert first == second and first[0] == 0, name
+    np.testing.assert_array_equal(work.weights("by-two"), work.weights("embed"))
+    assert train.main(work.resume("by-two-and-one")) == 0
+    for name in ("by-one", "by-two-and-one"):
+        assert np.abs(work.weights(name) - work.weights("embed")).max() < 1e-5
+        assert len(work.losses(name)) == 4
+
+
+def test_all_stop_where_the_first_saw_no_gain(work):
+    first, second = work.outcomes["no gain"]
+    assert first == second and first[0] == 0 and first[1].endswith(" at 2")
+    assert (work.root / "patience" / "final").is_dir()
+
+
+# --- what cannot go on ends, and says so ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, words", [
+    ("chat", "--task chat works in one process only"),
+    ("seed", "at the settings: seed is 0 on rank 0 and 1 on rank 1"),
+    ("file", "missing.jsonl"),
+    ("finished", "is finished"),
+])  # fmt: skip
+def test_a_mistake_of_one_is_told_by_all(work, name, words):
+    assert [outcome[0] for outcome in work.outcomes[name]] == [2, 2]
+    assert all(words in ended.err for ended in work.ended["cases"])
+    assert not (work.root / "no").exists()
+
+
+def test_unequal_data_end_in_the_step_that_meets_them(work):
+    """The files differ in a row of the third batch only. Regression: the ring takes whatever comes, or hangs."""
+    assert [outcome[0] for outcome in work.outcomes["unequal"]] == [2, 2]
+    for ended in work.ended["cases"]:
+        assert "do not agree, at step 3: the batch is " in ended.err
+    assert "the state after step 2 is saved" in work.ended["cases"][0].err and work.saved("unequal") == 2
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(work):
+    first, second = work.outcomes["signalled"]
+    assert first == second and first[0] == 128 + signal.SIGTERM and first[1].endswith(" at 3")
+    assert work.saved("signalled") == 3 and "step 3 is saved. Continue: " in work.ended["cases"][0].out
+
+
+def test_a_lost_rank_ends_the_others_with_what_is_saved(work):
+    """Under mlx.launch, which ends with 0 all the same and sends SIGTERM to those that are left."""
+    (launcher,) = work.ended["killed"]
+    (told,) = [line for line in launcher.err.splitlines() if line.startswith("train.py")]
+    assert "another rank was lost, at step 4" in told and "the state after step 3 is saved" in told
+    assert told.endswith(f"python train.py --resume --output {work.root / 'killed'}")
+    assert "rank 0 exited with code 3" in launcher.err and launcher.code == 0
+    assert work.saved("killed") == 3 and not (work.root / "killed" / "final").exists()
+    assert train.main(work.resume("killed")) == 0 and len(work.losses("killed")) == 4
+
+
+def test_without_the_first_rank_the_last_checkpoint_remains(work):
+    dead, second = work.ended["killed-first"]
+    assert dead.code == -signal.SIGKILL and second.code == distributed.LOST_CODE and work.saved("killed-first") == 2
+    assert len(second.err.splitlines()) == 1 and "another rank was lost, at step 4" in second.err
+
+
+def test_a_rank_that_hangs_is_given_up(work):
+    (first,) = work.ended["halted"]
+    assert first.code == distributed.LOST_CODE and work.saved("halted") == 3
+    (line,) = first.err.splitlines()
+    assert "said nothing for 15 seconds" in line and "the state after step 3 is saved" in line
+
+
+# --- pure parts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_alone_exchanges_nothing(monkeypatch):
+    monkeypatch.setattr(mx, "distributed", None)
+    distributed.start()
+    assert distributed.size() == 1 and distributed.first() and distributed.name() == ""
+    assert distributed.gather("x", b"data") == [b"data"] and distributed.most("x", 3, 4) == [3, 4]
+    distributed.agree("x", {"a": 1})
+    tree = {"a": mx.ones(3)}
+    assert distributed.arrays_of_first(tree) is tree and distributed.of_first("x", lambda: tree) is tree
+    with pytest.raises(UserError, match="as it was"), distributed.together("x"):
+        raise UserError("as it was")
+    distributed.leave()
+
+
+def test_digests_tell_arrays_apart():
+    arrays = {"a": mx.arange(10_000.0), "b": np.arange(3), "c": 7}
+    same = {"c": 7, "b": np.arange(3), "a": mx.arange(10_000.0)}
+    assert distributed.digest(arrays) == distributed.digest(same)
+    others = [{"a": mx.arange(10_000.0).astype(mx.float16)}, {"a": mx.arange(10_000.0).reshape(100, 100)}]
+    others += [{"a": mx.arange(10_000.0) * 2}, {"b": np.arange(4)}, {"c": 8}, {"d": 1}]
+    assert len({distributed.digest(arrays | other) for other in [{}, *others]}) == len(others) + 1
+
+
+def test_large_messages_are_cut_by_type_and_size(monkeypatch):
+    monkeypatch.setattr(distributed, "MESSAGE", 10)
+    tree = {"a": mx.zeros(4), "b": mx.zeros((2, 3)), "c": [mx.zeros(1), mx.zeros(99)], "d": mx.zeros(2, mx.int32)}
+    lots = [[key for key, _ in lot] for lot in distributed._lots(tree)]
+    assert lots == [["a", "b"], ["c.0"], ["c.1"], ["d"]]

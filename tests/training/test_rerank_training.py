@@ -1,0 +1,368 @@
+"""Training rerankers: rows to groups, losses over groups, exact micro-batches, adapters that score as trained ones do.
+
+python -m pytest tests/training/test_rerank_training.py
+"""
+
+import json
+from pathlib import Path
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from test_reranker_scores import (  # noqa: F401  (fixtures)
+    DOCUMENTS,
+    QUERY,
+    causal,
+    cross_encoder,
+    listwise,
+    quantised,
+    qwen_tokenizer,
+)
+
+import loss
+import train
+from data_loader import pack, unpack
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.models import pair_tokenizers
+from mlx_retrieval.models.pair_tokenizers import CrossEncoderTokenizer
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.utils.errors import UserError
+
+KINDS = ("qwen3", "cross-encoder", "listwise")
+ANSWERS = ("a kidney stone is hard material", "the cat sat on the mat", "which animal did sit there")
+ASKED = ("what is a kidney stone", "the cat", "animal?")
+
+# --- losses ---
+
+
+@pytest.fixture
+def scored():
+    """Scores, labels and which of them count: groups of 4, 2, 1 and 3 documents."""
+    rng = np.random.default_rng(0)
+    real = np.arange(4)[None] < np.array([4, 2, 1, 3])[:, None]
+    scores = np.where(real, rng.normal(size=(4, 4)) * 2, 77.0).astype(np.float32)
+    labels = np.array([[1, 0, 0.5, 0], [0, 1, 9, 9], [1, 9, 9, 9], [0, 0, 0, 9]], np.float32)
+    return scores, labels, real
+
+
+def reference(name: str, scores, labels, real) -> torch.Tensor:
+    """Each loss as its paper has it, group by group."""
+    total, count = 0.0, 0
+    for row, judged, here in zip(scores, torch.tensor(labels), torch.tensor(real), strict=True):
+        s, y = row[here], judged[here]
+        if name == "binary_cross_entropy":
+            total = total + torch.nn.functional.binary_cross_entropy_with_logits(s, y, reduction="sum")
+            count += len(s)
+        elif name == "list_softmax" and y.sum() > 0:
+            total, count = total + torch.nn.functional.cross_entropy(s[None], (y / y.sum())[None]), count + 1
+        elif name == "ranknet":
+            pairs = [(i, j) for i in range(len(s)) for j in range(len(s)) if y[i] > y[j]]
+            costs = [
+                torch.nn.functional.binary_cross_entropy_with_logits(s[i] - s[j], torch.ones(())) for i, j in pairs
+            ]
+            total, count = (total + sum(costs) / len(costs), count + 1) if pairs else (total, count)
+        elif name == "margin_mse" and len(s) > 1:
+            best = int(y.argmax())
+            rest = [i for i in range(len(s)) if i != best]
+            margins, wanted = s[best] - s[rest], y[best] - y[rest]
+            total, count = total + torch.nn.functional.mse_loss(margins, wanted), count + 1
+    return total / count
+
+
+@pytest.mark.parametrize("name", ("binary_cross_entropy", "list_softmax", "ranknet", "margin_mse"))
+def test_losses_over_groups(name, scored):
+    """Value and gradient against torch; what is no document changes nothing."""
+    scores, labels, real = scored
+    theirs = torch.tensor(scores, requires_grad=True)
+    expected = reference(name, theirs, labels, real)
+    expected.backward()
+    function = getattr(loss, name)
+    found, gradient = mx.value_and_grad(lambda s: function(s, mx.array(labels), mx.array(real)))(mx.array(scores))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(np.array(gradient), theirs.grad.numpy(), atol=1e-6)
+
+
+def test_groups_with_nothing_to_compare_cost_nothing():
+    scores, labels = mx.array([[2.0, 1.0]]), mx.array([[0.0, 0.0]])
+    real = mx.array([[True, True]])
+    for function in (loss.list_softmax, loss.ranknet):
+        value, gradient = mx.value_and_grad(lambda s, f=function: f(s, labels, real))(scores)
+        assert value.item() == 0 and not np.array(gradient).any()
+
+
+# --- rows ---
+
+
+def graded_rows() -> list[dict]:
+    return [
+        {"query": ASKED[i % 3], "positive": ANSWERS[i % 3], "negatives": [ANSWERS[(i + 1) % 3], ANSWERS[(i + 2) % 3]]}
+        for i in range(12)
+    ]
+
+
+def test_every_format_becomes_a_group(write_rows, tmp_path):
+    cross_encoder("bert", tmp_path / "model")
+    tokenizer = CrossEncoderTokenizer(tmp_path / "model", 100)
+
+    def batch_of(rows, **how) -> GroupBatch:
+        read = Rows([write_rows(rows)])
+        return GroupMaker(read, **how)([read[i] for i in range(len(read))], range(len(read)), tokenizer)
+
+    labelled = batch_of([{"query": "a", "document": "b", "label": 0.5}, {"query": "a", "document": "c", "label": True}])
+    assert labelled.labels.tolist() == [[0.5], [1.0]] and labelled.text.tolist() == [[0], [1]]
+    triplets = batch_of([{"anchor": "a", "positive": "b", "negative": "c"}])
+    assert triplets.labels.tolist() == [[1, 0]]
+    mixed = batch_of([graded_rows()[0], {"query": "the cat", "positive": "mat", "negatives": ["a"]}])
+    assert mixed.labels.tolist() == [[1, 0, 0], [1, 0, 0]] and mixed.text.tolist() == [[0, 1, 2], [3, 4, -1]]
+    scored = batch_of([{"query": "a", "documents": ["b", "c", "d"], "scores": [0.1, 3, -2]}])
+    np.testing.assert_allclose(scored.labels, [[3, 0.1, -2]])
+    plain = [{"query": f"q{i % 3}", "positive": ANSWERS[i]} for i in range(3)] + [{"query": "q0", "positive": "mat"}]
+    drawn = batch_of(plain, random_negatives=2)
+    assert drawn.labels.tolist() == [[1, 0, 0]] * 4  # q0's other positive is no negative of it
+    again = unpack({k: np.array(v) for k, v in pack(drawn).items()}, GroupBatch)
+    np.testing.assert_array_equal(again.texts.second, drawn.texts.second)
+    assert again.tokens == drawn.tokens and drawn.rows_with(4).tolist() == [1]
+
+
+def test_listwise_order_is_shuffled_and_repeats(write_rows, tmp_path, qwen_tokenizer):  # noqa: F811
+    _, folder, _ = listwise(tmp_path, qwen_tokenizer)
+    tokenizer = Reranker(str(folder)).tokenizer
+    rows = Rows([write_rows(graded_rows())])
+    examples = [rows[i] for i in range(12)]
+    first, second = (GroupMaker(rows, shuffled=True)(examples, range(12), tokenizer) for _ in range(2))
+    np.testing.assert_array_equal(first.labels, second.labels)
+    assert len(np.unique(first.labels.argmax(axis=1))) == 3 and (first.labels.sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "a", "document": "b", "label": 1.5}, "label 1.5 is not a number from 0 to 1"),
+        ({"query": "a", "document": "b", "label": "yes"}, "label 'yes' is not a number from 0 to 1"),
+        ({"query": "a", "document": "", "label": 1}, "document is empty"),
+        ({"query": "a", "documents": ["b"], "scores": [1]}, "at least two"),
+        ({"query": "a", "documents": ["b", "c"], "scores": [1]}, "2 finite numbers"),
+    ],
+)
+def test_bad_rows(write_rows, row, message):
+    with pytest.raises(UserError, match=message):
+        Rows([write_rows([row])])
+
+
+# --- training ---
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, qwen_tokenizer) -> dict[str, str]:  # noqa: F811
+    """A small random model of each kind."""
+    folder = tmp_path_factory.mktemp("rerankers")
+    causal("qwen3", folder / "qwen3", qwen_tokenizer)
+    cross_encoder("bert", folder / "cross-encoder")
+    listwise(folder, qwen_tokenizer)
+    return {
+        "qwen3": str(folder / "qwen3"),
+        "cross-encoder": str(folder / "cross-encoder"),
+        "listwise": str(folder / "list"),
+    }
+
+
+@pytest.fixture
+def settings(bases, tmp_path, write_rows):
+    """Settings of a small run of a kind of reranker, changed by keyword."""
+
+    def make(kind: str, rows=None, **changes) -> Settings:
+        data = write_rows(rows or graded_rows())
+        defaults = {"model": bases[kind], "task": "rerank", "data": [str(data)], "batch_size": 6, "steps": 4}
+        defaults |= {"eval_tasks": [], "lora_rank": 4, "save_steps": 0, "output": str(tmp_path / "run")}
+        return Settings(**defaults | {"max_length": 120 if kind == "cross-encoder" else 300} | changes)
+
+    return make
+
+
+def everything(run) -> dict:
+    return dict(tree_flatten(run.trainer.model.trainable_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("qwen3", "yes_no"),
+        ("listwise", "list_softmax"),
+        *(("cross-encoder", name) for name in ("bce", "list_softmax", "ranknet", "margin_mse", "kl_distill")),
+    ],
+)
+def test_micro_batches_change_nothing(kind, name, settings):
+    """Loss and gradient of 1, 3 and 12 micro-batches: no group's loss is split."""
+    rows = [row | {"scores": [0.9, 0.1, 0.3]} for row in graded_rows()]
+    found = []
+    for parts in (1, 3, 12):
+        run = training_run.prepare(settings(kind, rows, loss=name, gradient_accumulation_steps=parts))
+        batch = run.trainer.batches.batch(0)
+        run.trainer.update(run.trainer.batches.batch(1), 1)  # fresh LoRA has half of its gradients at zero
+        result, _ = run.trainer.gradient(batch, 2)
+        found.append((result.micro_batches, result.loss.item(), dict(tree_flatten(result.gradient))))
+    assert found[0][0] == 1 and found[1][0] >= 3
+    for _, value, gradient in found[1:]:
+        assert value == pytest.approx(found[0][1], abs=1e-5)
+        for key, expected in found[0][2].items():
+            np.testing.assert_allclose(np.array(gradient[key]), np.array(expected), atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_learns_and_the_adapter_scores_as_the_trained_model(kind, settings, tmp_path, monkeypatch):
+    """Loss falls, `Reranker` of the saved folder gives the scores of the model in memory, positives come first."""
+    changes = {"steps": 25, "learning_rate": 3e-3, "lora_rank": 8}
+    if kind == "listwise":  # its random model has to learn to look at the passages at all
+        monkeypatch.setattr(pair_tokenizers, "LIST_SYSTEM", "system\n")
+        changes = {"steps": 90, "learning_rate": 2e-3, "lora_rank": 16, "batch_size": 12}
+    chosen = settings(kind, seed=1, **changes)
+    train.train(chosen)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
+    final = tmp_path / "run" / "final"
+    reranker = Reranker(str(final))
+    assert reranker.kind == kind and reranker.config.task == "rerank"
+    for query, answer in zip(ASKED, ANSWERS, strict=True):
+        assert reranker.rerank(query, ANSWERS, 1)[0]["document"] == answer
+    again = Reranker(chosen.model, adapter=str(final))
+    np.testing.assert_array_equal(again.score(QUERY, DOCUMENTS), reranker.score(QUERY, DOCUMENTS))
+    assert (final / "heads.safetensors").is_file() == (kind != "qwen3")
+    (final / "heads.safetensors").unlink(missing_ok=True)
+    if kind == "cross-encoder":
+        before = Reranker(chosen.model)
+        assert np.abs(before.score(QUERY, DOCUMENTS) - reranker.score(QUERY, DOCUMENTS)).max() > 1e-3
+
+
+def test_scores_in_training_are_those_in_use(settings):
+    """The score that the loss sees is the one that `Reranker` gives (before its sigmoid)."""
+    for kind in KINDS:
+        run = training_run.prepare(
+            settings(kind, loss="margin_mse", rows=[r | {"scores": [3, 1, 2]} for r in graded_rows()])
+        )
+        batch, trainer = run.trainer.batches.batch(0), run.trainer
+        trainer.model.eval()
+        result = trainer.gradient_of(batch, 0).representations
+        rows = np.array(result).reshape(len(batch.texts), -1)
+        reranker = Reranker.of(trainer.model, run.retrieval, trainer.batches.tokenizer, "trained")
+        example = trainer.batches.rows[int(batch.rows[0])]
+        documents = [example.positive, *example.negatives]
+        scores = reranker.score(example.query, documents)
+        if run.retrieval.activation:
+            scores = np.log(scores / (1 - scores))
+        mine = rows[batch.text[0], batch.place[0]]
+        order = np.argsort(-batch.labels[0]) if kind == "listwise" else np.arange(3)  # labels 3, 2, 1
+        if kind == "listwise":  # where a passage stands matters there
+            assert mine.shape == (3,) and np.abs(mine).max() <= 1 + 1e-5
+            continue
+        np.testing.assert_allclose(mine[order], scores, atol=1e-4)
+
+
+def test_resume_is_exact(settings, tmp_path):
+    whole = training_run.prepare(settings("cross-encoder", lora_dropout=0.1, output=str(tmp_path / "whole")))
+    for step in range(4):
+        whole.trainer.update(whole.trainer.batches.batch(step), step + 1)
+    train.train(settings("cross-encoder", lora_dropout=0.1, stop_after=2))
+    train.train(train.resumed_settings({"resume": True, "output": str(tmp_path / "run")}))
+    from mlx_retrieval.backbones.hub import read_safetensors
+
+    saved = read_safetensors(tmp_path / "run" / "final" / "heads.safetensors")
+    head = dict(tree_flatten(whole.trainer.model.head.trainable_parameters()))
+    for name, value in saved.items():
+        np.testing.assert_array_equal(np.array(value), np.array(head[name]))
+
+
+def test_evaluation_while_training(settings, tmp_path):
+    """BM25's ranking is reranked before, during and after; results.json has the figures."""
+    folder = tmp_path / "task"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate((*ANSWERS, *DOCUMENTS[:2])))
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{i}", "text": text}) + "\n" for i, text in enumerate(ASKED))
+    )
+    (folder / "qrels" / "test.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(3)))
+    results = train.train(settings("cross-encoder", eval_tasks=[str(folder)], steps=10, learning_rate=3e-3))
+    assert 0 <= results["before"]["ndcg_at_10"] <= 1 and results["after"]["ndcg_at_10"] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({}, [{"query": f"q{i}", "positive": f"d{i}"} for i in range(8)], "neither labels nor negatives"),
+        ({"loss": "info_nce"}, None, "compares vectors"),
+        ({"loss": "ranknet"}, [{"query": "q", "document": "d", "label": 1}] * 8, "single pairs"),
+        ({"loss": "margin_mse"}, None, "needs scores"),
+        ({"loss": "bce"}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "labels from 0 to 1"),
+        ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [0, 0]}] * 8, "no positive"),
+        ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [1, -1]}] * 8, "from 0 on"),
+        ({"pooling": "mean"}, None, "--pooling is for --task embed"),
+        ({"matryoshka_dims": [8]}, None, "--matryoshka-dims is for --task embed"),
+        ({"reranker_type": "qwen3"}, None, "needs a language model"),
+        ({"max_length": 500}, None, "the model has 130 positions"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, changes, rows, message):
+    with pytest.raises(UserError, match=message):
+        training_run.prepare(settings("cross-encoder", rows, **changes))
+
+
+def test_validation_rows_are_checked_as_well(settings, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded_rows()))
+    valid = [row | {"scores": [2.0, 1.0, 0.5]} for row in graded_rows()]
+    (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
+    with pytest.raises(UserError, match="labels from 0 to 1"):
+        training_run.prepare(settings("cross-encoder", data=[str(folder)]))
+
+
+def test_labels_and_rerank_flags_are_for_rerankers(settings, small):
+    labelled = [{"query": "q", "document": f"d{i}", "label": 1} for i in range(8)]
+    with pytest.raises(UserError, match="label are for --task rerank"):
+        training_run.prepare(settings("cross-encoder", labelled, model=small, task="embed"))
+    with pytest.raises(UserError, match="--random-negatives is for --task rerank"):
+        training_run.prepare(settings("cross-encoder", model=small, task="embed", random_negatives=2))
+    with pytest.raises(UserError, match="--loss bce is for --task rerank"):
+        training_run.prepare(settings("cross-encoder", model=small, task="embed", loss="bce"))
+
+
+def test_random_negatives_and_full_training(settings):
+    rows = [{"query": f"query {i} cat", "positive": f"{'stone ' * (i % 5)}{i}"} for i in range(12)]
+    run = training_run.prepare(settings("cross-encoder", rows, random_negatives=3, train_type="full"))
+    metrics = run.trainer.update(run.trainer.batches.batch(0), 1)
+    assert np.isfinite(metrics["loss"]) and "head.dense.weight" in everything(run)
+    assert "embeddings.word_embeddings.weight" in " ".join(everything(run))
+
+
+@pytest.mark.parametrize("train_type", ("lora", "dora"))
+def test_quantised_judges_are_trained_and_used(settings, bases, tmp_path, train_type):
+    """QLoRA: the 4-bit base stays, the adapter learns, and is loaded again."""
+    packed = quantised(Path(bases["qwen3"]), tmp_path / "packed")
+    train.train(settings("qwen3", model=str(packed), train_type=train_type, steps=3, learning_rate=1e-2))
+    before, after = Reranker(str(packed)), Reranker(str(tmp_path / "run" / "final"))
+    assert np.abs(after.score(QUERY, DOCUMENTS) - before.score(QUERY, DOCUMENTS)).max() > 1e-3
+
+
+def test_profile(settings, tmp_path):
+    found = train.train(settings("cross-encoder", profile=1))
+    assert {"data", "forward", "loss", "backward", "optimizer", "step"} <= set(found)
+    assert not (tmp_path / "run").exists()
+
+
+def test_command(settings, tmp_path, capsys):
+    """The README's line, with a small model."""
+    chosen = settings("qwen3")
+    command = ["--task", "rerank", "--model", chosen.model, "--data", chosen.data[0], "--batch-size", "4"]
+    command += ["--steps", "2", "--max-length", "300", "--output", str(tmp_path / "cli"), "--eval-tasks"]
+    assert train.main(command) == 0
+    out = capsys.readouterr().out
+    assert "qwen3 reranker, yes_no, 300 tokens" in out and "python rerank.py --model" in out
+    assert "loss: yes_no" in (tmp_path / "cli" / "config.yaml").read_text()
+    assert Path(tmp_path / "cli" / "final" / "adapters.safetensors").is_file()

@@ -1,0 +1,235 @@
+"""The step is exact whatever the micro-batches, and a run that is stopped and continued is the same run.
+
+python -m pytest tests/training/test_trainer.py
+"""
+
+import json
+from pathlib import Path
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+import train
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.checkpoint import last_step
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.gradient_cache import join
+from mlx_retrieval.training.reporting import Reporter
+from mlx_retrieval.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """Sixty rows with hard negatives, texts of 1 to 60 words, some documents and queries twice."""
+    rng = np.random.default_rng(0)
+
+    def text(i: int, longest: int) -> str:
+        return f"{i} " + " ".join(rng.choice(WORDS, rng.integers(1, longest)))
+
+    documents = [text(i, 60) for i in range(50)]
+    queries = [text(i, 12) for i in range(55)]
+    made = [
+        {
+            "query": queries[i % 55],
+            "positive": documents[i % 50],
+            "negatives": [documents[(i * 7 + 3) % 50], text(99 + i, 60)],
+            "scores": rng.normal(size=3).tolist(),
+        }
+        for i in range(60)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(file)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, rows: str, small: str):
+    """Settings of a small run, changed by keyword."""
+
+    def make(**changes) -> Settings:
+        defaults = {"model": small, "data": [rows], "batch_size": 16, "steps": 6, "eval_tasks": [], "lora_rank": 4}
+        return Settings(**defaults | {"output": str(tmp_path / "run"), "save_steps": 0, "warmup": 0.0} | changes)
+
+    return make
+
+
+def flat(gradient: dict) -> np.ndarray:
+    return np.concatenate([np.array(v).reshape(-1) for _, v in sorted(tree_flatten(gradient))])
+
+
+def prepared(settings: Settings):
+    """A prepared run whose LoRA matrices are both non-zero, so that every gradient is."""
+    run = training_run.prepare(settings)
+    mx.random.seed(1)
+    parameters = run.trainer.model.trainable_parameters()
+    run.trainer.model.update(tree_map(lambda v: v + 0.02 * mx.random.normal(v.shape), parameters))
+    return run.trainer
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"loss": "symmetric_info_nce"}, {"loss": "nt_xent"}, {"loss": "hard_negative_info_nce"},
+    {"positive_aware": "perc"}, {"matryoshka_dims": [8, 16]}, {"pooling": "last"}, {"bidirectional": True},
+    {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"loss": "margin_mse"}, {"task": "late"},
+    {"task": "late", "maxsim": "sum"},
+    {"task": "late", "loss": "xtr", "xtr_k": 50, "projection_dim": 8, "margin_weight": 0.5},
+    {"task": "late", "loss": "kl_distill", "skip_punctuation": True},
+    {"train_type": "dora"}, {"train_type": "full", "num_layers": 2}, {"grad_checkpoint": True},
+], ids=str)  # fmt: skip
+def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, changes):
+    trainer = prepared(settings(**changes))
+    batch = trainer.batches.batch(0)
+    step, results = trainer.gradient_of, {}
+    for parts in (1, 4, 16):
+        step.accumulation = parts
+        result = step(batch, seed=0)
+        assert (result.micro_batches == 1) == (parts == 1) and result.micro_batches >= parts
+        results[parts] = result.loss.item(), flat(result.gradient)
+    for parts in (4, 16):
+        assert results[parts][0] == pytest.approx(results[1][0], rel=1e-5)
+        difference = np.linalg.norm(results[parts][1] - results[1][1]) / np.linalg.norm(results[1][1])
+        assert difference < 1e-5, difference
+    assert np.linalg.norm(results[1][1]) > 0
+
+
+def test_there_are_never_fewer_micro_batches_than_asked_for(settings):
+    trainer = prepared(settings(batch_size=4))
+    batch = trainer.batches.batch(0)  # about a dozen texts, of very different lengths
+    for wanted in (2, 3, 5, 8, len(batch.texts), 99):
+        trainer.gradient_of.accumulation = wanted
+        rows, order = trainer.gradient_of._cut(batch)
+        assert len(rows) >= min(wanted, len(batch.texts)) and sorted(order) == list(range(len(batch.texts)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_the_same_in_both_passes(settings, checkpointing):
+    """The cached gradient is the derivative of the loss that was reported: a central difference agrees."""
+    trainer = prepared(settings(lora_dropout=0.3, gradient_accumulation_steps=4, grad_checkpoint=checkpointing))
+    batch, model = trainer.batches.batch(0), trainer.model
+    model.train()
+    start = dict(tree_flatten(model.trainable_parameters()))
+    result = trainer.gradient_of(batch, seed=3)
+    assert trainer.gradient_of(batch, seed=3).loss.item() == result.loss.item()
+    assert trainer.gradient_of(batch, seed=4).loss.item() != result.loss.item()
+    gradient = dict(tree_flatten(result.gradient))
+    norm = np.sqrt(sum(v.square().sum().item() for v in gradient.values()))
+    losses = []
+    for sign in (1, -1):
+        size = sign * 5e-4 / norm
+        model.load_weights([(name, start[name] + size * gradient[name]) for name in start], strict=False)
+        losses.append(trainer.gradient_of(batch, seed=3).loss.item())
+    assert (losses[0] - losses[1]) / 1e-3 == pytest.approx(norm, rel=0.01)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_has_room_at_once_goes_through_once(settings, monkeypatch, dropout):
+    """Where passes are not compiled: several micro-batches under one gradient, equal to gradient caching."""
+    monkeypatch.setattr("backend.COMPILED", False)
+    trainer = prepared(settings(lora_dropout=dropout))
+    trainer.model.train()
+    step, batch = trainer.gradient_of, trainer.batches.batch(0)
+    monkeypatch.setattr("backend.MICRO_BATCH_TOKENS", 1 << 20)
+    once = step(batch, seed=3)
+    assert once.micro_batches > 1 and step.clock.seconds.keys() == {"forward, loss, backward"}
+    monkeypatch.setattr(step.objective, "gradient", mx.value_and_grad(step.objective), raising=False)
+    twice = step(batch, seed=3)  # an objective with a gradient of its own
+    assert twice.micro_batches == once.micro_batches and "backward" in step.clock.seconds
+    assert once.loss.item() == pytest.approx(twice.loss.item(), rel=1e-5)
+    assert once.representations.shape == twice.representations.shape
+    largest = np.abs(flat(twice.gradient)).max()
+    np.testing.assert_allclose(flat(once.gradient), flat(twice.gradient), atol=1e-5 * largest)
+
+
+def test_join_puts_rows_back_in_order_and_pads_token_vectors():
+    parts = [mx.array([[3.0], [1.0]]), mx.array([[2.0], [0.0]])]
+    assert join(parts, np.array([3, 1, 2, 0])).tolist() == [[0.0], [1.0], [2.0], [3.0]]
+    tokens = [mx.ones((1, 3, 2)), 2 * mx.ones((2, 1, 2))]
+    joined = join(tokens, np.array([1, 2, 0]))
+    assert joined.shape == (3, 3, 2) and joined[0, :, 0].tolist() == [2, 0, 0] and joined[1, :, 0].tolist() == [1, 1, 1]
+
+
+def test_the_learning_rate_is_the_one_that_is_applied(settings, tmp_path):
+    """The first update applies the first rate, not 0, and what is reported is what was used."""
+    trainer = training_run.prepare(settings(warmup=2.0, learning_rate=0.5)).trainer
+    before = flat(trainer.model.trainable_parameters())
+    record = trainer.update(trainer.batches.batch(0), 1)
+    moved = np.abs(flat(trainer.model.trainable_parameters()) - before).max()
+    assert record["learning_rate"] == 0.25
+    assert moved == pytest.approx(0.25, rel=1e-2)  # AdamW's first step is the learning rate, with bias correction
+
+
+def test_learning_makes_the_loss_fall_and_vectors_stay_finite(settings):
+    trainer = training_run.prepare(settings(learning_rate=5e-3)).trainer
+    losses = [trainer.update(trainer.batches.batch(0), step)["loss"] for step in range(1, 9)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_sick_numbers_stop_the_run_after_saving_and_name_the_examples(settings, tmp_path, where, monkeypatch):
+    s = settings(save_steps=0)
+    run = training_run.prepare(s)
+    trainer, bad = run.trainer, run.trainer.batches.row_numbers(2)[5]
+    original = trainer.gradient_of.objective
+
+    def sick(representations, batch):
+        if bad not in batch.rows:
+            return original(representations, batch)
+        return original(representations, batch) * (mx.array(float("nan")) if where == "loss" else 1.0) + (
+            mx.sqrt((representations * 0).sum()) if where == "gradient" else 0.0
+        )
+
+    trainer.gradient_of.objective = sick
+    training_run.begin(run)
+    with pytest.raises(UserError, match="not finite") as error, Reporter(run.folder, s.steps) as report:
+        trainer.run(report)
+    assert f"rows.jsonl:{bad + 1}" in str(error.value) or "more" in str(error.value)
+    steps = json.loads((last_step(run.folder) / "trainer_state.json").read_text())["step"]
+    assert f"step {steps + 1}: " in str(error.value) and steps <= 2 and "--skip-bad-batches" in str(error.value)
+
+
+def test_a_sick_text_is_named_by_its_row(settings):
+    trainer = training_run.prepare(settings()).trainer
+    batch = trainer.batches.batch(0)
+    text = int(batch.query[4])
+    original = trainer.model.head
+
+    class Sick(type(original)):
+        def __call__(self, states, rows):
+            out = super().__call__(states, rows)
+            target = mx.array(batch.texts.ids[batch.texts.offsets[text] : batch.texts.offsets[text + 1]])
+            width = min(rows.ids.shape[1], target.size)
+            hit = (rows.lengths == target.size) & (rows.ids[:, :width] == target[:width]).all(axis=1)
+            return mx.where(hit[:, None], float("nan"), out)
+
+    trainer.model.head = Sick(original.pooling)
+    with pytest.raises(UserError) as error:
+        trainer.update(batch, 1)
+    named = [line for line in str(error.value).splitlines() if "rows.jsonl" in line]
+    expected = {trainer.batches.rows.where(int(row)) for row in batch.rows_with(text)}
+    assert {line.strip() for line in named} == expected
+
+
+def test_validation_loss_of_a_folder_decides_what_is_best(settings, tmp_path, rows):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = Path(rows).read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:40]))
+    (folder / "valid.jsonl").write_text("".join(lines[40:]))
+    train.train(settings(data=[str(folder)], eval_steps=2, steps=4))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["metrics"]["validation_loss"] for r in records if r["type"] == "eval"}
+    assert list(losses) == [0, 2, 4]
+    state = json.loads((tmp_path / "run" / "final" / "trainer_state.json").read_text())
+    assert state["best_step"] == min((loss, step) for step, loss in losses.items() if step)[1]
+
+
+def test_one_candidate_a_query_is_refused(settings, tmp_path):
+    file = tmp_path / "plain.jsonl"
+    file.write_text('{"query": "a", "document": "b"}\n{"query": "c", "document": "d"}\n')
+    with pytest.raises(UserError, match="one candidate"):
+        training_run.prepare(settings(data=[str(file)], batch_size=1))
