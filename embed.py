@@ -111,10 +111,9 @@ def embed_index(args: argparse.Namespace) -> str:
     """Embed the documents of the Elasticsearch index `--to`, and write the vectors there; returns what to tell."""
     from mlx_retrieval.dataset.elastic import fields
     from mlx_retrieval.retrieval.elastic_index import write_vectors
-    from mlx_retrieval.training.config import Settings
     from mlx_retrieval.utils.progress import progress_bar
 
-    made_of = fields.parse(args.es_fields or Settings().es_fields)
+    made_of = fields.parse(args.es_fields or fields.DEFAULT)
     texts = made_of.get("document") or made_of.get("positive")
     if not texts:
         raise UserError("--es-fields: document=FIELD+FIELD names what is embedded")

@@ -54,7 +54,7 @@ def fill(running: elasticsearch_server.Running, file: Path) -> int:
 
 def drain(settings: Settings) -> float:
     """Documents a second into batches of token ids, over one epoch."""
-    rows = sources.open_source(settings)
+    rows = sources.open_source(settings.data, settings.es_fields)
     batches = Batches(rows, load(minilm(), max_length=settings.max_length).tokenizer, settings.batch_size)
     count = len(rows) // settings.batch_size
     began = time.perf_counter()

@@ -21,7 +21,6 @@ from mlx_retrieval.dataset.elastic import fields, server
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import Rows, find_files
-from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.errors import UserError
 
 WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
@@ -48,29 +47,40 @@ def local(data: Sequence[str]) -> list[str]:
     return [name for name in names(data) if "://" not in name]
 
 
-def open_source(settings: Settings) -> "Rows | ElasticRows | Mixed":
-    """The rows of a run. UserError for any mistake, in the first row that cannot be used, too."""
-    parts = [weight_of(source) for source in settings.data]
+def open_source(
+    data: Sequence[str], es_fields: str = fields.DEFAULT, es_query: str | None = None, skip_bad: bool = False
+) -> "Rows | ElasticRows | Mixed":
+    """Open the rows that `--data` names.
+
+    Args:
+        data: files, folders, hub data sets and Elasticsearch indices, each with a weight or without.
+        es_fields: the keys of a row and the Elasticsearch fields they are made of (`--es-fields`).
+        es_query: a JSON query that documents must match (`--es-query`); None = all documents.
+        skip_bad: leave out rows that cannot be used, instead of raising.
+
+    Raises UserError for a wrong argument and, unless `skip_bad`, for the first row that cannot be used.
+    """
+    parts = [weight_of(source) for source in data]
     if len(parts) == 1 or not (
         any(weight for _, weight in parts) or any(server.is_address(source) for source, _ in parts)
     ):
-        return _open([source for source, _ in parts], settings)
-    opened = [_open([source], settings) for source, _ in parts]
+        return _open([source for source, _ in parts], es_fields, es_query, skip_bad)
+    opened = [_open([source], es_fields, es_query, skip_bad) for source, _ in parts]
     return Mixed(opened, [weight or Fraction(1) for _, weight in parts])
 
 
-def _open(sources: Sequence[str], settings: Settings) -> "Rows | ElasticRows":
+def _open(sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad: bool) -> "Rows | ElasticRows":
     if not server.is_address(sources[0]):
-        return Rows(find_files(sources), settings.skip_bad_rows)
+        return Rows(find_files(sources), skip_bad)
     query = None
-    if settings.es_query:
+    if es_query:
         try:
-            query = json.loads(settings.es_query)
+            query = json.loads(es_query)
         except json.JSONDecodeError as error:
             raise UserError(f"--es-query: broken JSON ({error.msg} at character {error.pos + 1})") from error
         if not isinstance(query, dict):
             raise UserError("--es-query: a JSON object is needed, as Elasticsearch takes it")
-    return ElasticRows(server.parse(sources[0]), fields.parse(settings.es_fields), query, settings.skip_bad_rows)
+    return ElasticRows(server.parse(sources[0]), fields.parse(es_fields), query, skip_bad)
 
 
 class Mixed:

@@ -16,7 +16,6 @@ from mlx_retrieval.mining import collection, hard_negatives, teacher
 from mlx_retrieval.mining import output as mining_output
 from mlx_retrieval.mining.cache import add_files, print_scores, resumable, tell_begun, work_folder
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
-from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -140,7 +139,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     corpus = "JSON lines or .txt, a BEIR folder, or es://INDEX, which then finds by words (default: only the rows')"
     out.add_argument("--corpus", metavar="FILE", help=corpus)
     made_of = "with es://: document=FIELD+FIELD says what is read (default: title+snippet)"
-    out.add_argument("--es-fields", default=Settings().es_fields, metavar="TEXT", help=made_of)
+    out.add_argument("--es-fields", default=fields.DEFAULT, metavar="TEXT", help=made_of)
     out.add_argument("--field", metavar="KEY", help="key of the text in --corpus (default: title and text, ...)")
     out.add_argument("--model", help="embedding model: adapter folder, base model's folder, or hub name")
     out.add_argument("--max-length", type=int, metavar="N", help="cut documents after N tokens (default: as saved)")

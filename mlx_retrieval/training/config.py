@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.utils.errors import UserError
 
 # The names stand here as well as in loss.py and heads.py, so that `--help` needs not load mlx; a test compares them.
@@ -92,7 +93,7 @@ class Settings:
     )
     es_fields: str = option(
         "data",
-        "query=query,document=title+snippet,rank=rank",
+        fields.DEFAULT,
         "es://: keys of a row and the fields they are made of; several are joined by line breaks",
         tasks=RETRIEVAL,
     )

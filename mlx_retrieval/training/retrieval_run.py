@@ -197,7 +197,7 @@ def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
 def prepare(settings: Settings) -> Run:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     folder = Path(settings.output).expanduser()
-    rows = open_source(settings)
+    rows = open_source(settings.data, settings.es_fields, settings.es_query, settings.skip_bad_rows)
     seed(settings.seed)  # a fresh projection
     model, retrieval, base = build_model(settings)
     settings.check_task(retrieval.task)

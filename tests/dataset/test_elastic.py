@@ -28,7 +28,6 @@ from mlx_retrieval.dataset.elastic.rows import BLOCK, ElasticRows
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import elastic_index
 from mlx_retrieval.retrieval import searcher as retrieval_searcher
-from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils import errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
@@ -268,11 +267,11 @@ def test_training_stopped_and_resumed_is_the_same_training(login, small, tmp_pat
 def test_an_index_mixes_with_a_file(login, small, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"query": f"f{i}", "document": f"d{i}"}) + "\n" for i in range(50)))
-    source = sources.open_source(Settings(data=[f"es://{small}:3", f"{file}:1"]))
+    source = sources.open_source([f"es://{small}:3", f"{file}:1"])
     drawn = [source.where(n) for n in islice(source.numbers(0, 0), 80)]
     assert sum("rows.jsonl" in place for place in drawn) == 20
     cursor = json.loads(json.dumps(source.cursor(40)))
-    again = sources.open_source(Settings(data=[f"es://{small}:3", f"{file}:1"]))
+    again = sources.open_source([f"es://{small}:3", f"{file}:1"])
     again.restore(cursor, 40)
     assert [again.where(n) for n in islice(again.numbers(0, 40), 40)] == drawn[40:]
 

@@ -14,7 +14,6 @@ from pyarrow import parquet
 
 from mlx_retrieval.dataset import sources
 from mlx_retrieval.dataset.rows import Rows, find_files
-from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils import errors
 
 
@@ -54,7 +53,7 @@ def test_a_weight_of_nothing_is_refused():
 
 
 def test_every_source_gives_its_share(files):
-    mixed = sources.open_source(Settings(data=[f"{files[0]}:2", f"{files[1]}:1", f"{files[2]}:0.5"]))
+    mixed = sources.open_source([f"{files[0]}:2", f"{files[1]}:1", f"{files[2]}:0.5"])
     drawn = [mixed.where(n).split("/")[-1][0] for n in islice(mixed.numbers(0, 0), 700)]
     assert Counter(drawn) == {"a": 400, "b": 200, "c": 100}
     # Evenly: no stretch of 7 has more than its share of any.
@@ -62,7 +61,7 @@ def test_every_source_gives_its_share(files):
 
 
 def test_each_source_goes_through_its_own_epochs(files):
-    mixed = sources.open_source(Settings(data=[f"{files[0]}:3", f"{files[1]}:1"]))
+    mixed = sources.open_source([f"{files[0]}:3", f"{files[1]}:1"])
     drawn = [mixed.where(n) for n in islice(mixed.numbers(5, 0), 400)]
     for name, rows in (("a.jsonl", 30), ("b.jsonl", 7)):
         mine = [place for place in drawn if name in place]
@@ -74,14 +73,14 @@ def test_each_source_goes_through_its_own_epochs(files):
 @pytest.mark.parametrize("position", [0, 1, 6, 7, 100, 333])
 def test_a_mixture_continues_anywhere(files, position):
     data = [f"{files[0]}:2", f"{files[1]}:1", f"{files[2]}:0.5"]
-    straight = list(islice(sources.open_source(Settings(data=data)).numbers(1, 0), 400))
-    again = sources.open_source(Settings(data=data))
+    straight = list(islice(sources.open_source(data).numbers(1, 0), 400))
+    again = sources.open_source(data)
     assert list(islice(again.numbers(1, position), 400 - position)) == straight[position:]
     assert sum(again.taken(position)) == position
 
 
 def test_rows_keep_their_texts_and_places(files):
-    mixed = sources.open_source(Settings(data=[f"{files[0]}:1", f"{files[1]}:1"]))
+    mixed = sources.open_source([f"{files[0]}:1", f"{files[1]}:1"])
     for n in islice(mixed.numbers(0, 0), 20):
         number = int(mixed[n].query.rpartition("q")[2])
         assert mixed.where(n).endswith(f"{mixed[n].query[0]}.jsonl:{number + 1}")
@@ -89,14 +88,14 @@ def test_rows_keep_their_texts_and_places(files):
 
 
 def test_without_weights_files_are_one_set(files):
-    assert isinstance(sources.open_source(Settings(data=files)), Rows)
-    assert len(sources.open_source(Settings(data=files))) == 48
+    assert isinstance(sources.open_source(files), Rows)
+    assert len(sources.open_source(files)) == 48
 
 
 def test_labels_do_not_mix_with_other_rows(files, tmp_path):
     labelled = written(tmp_path / "labels.jsonl", "l", 5, {"label": 1})
     with pytest.raises(errors.UserError, match="rows with a label do not mix"):
-        sources.open_source(Settings(data=[f"{files[0]}:1", f"{labelled}:1"]))
+        sources.open_source([f"{files[0]}:1", f"{labelled}:1"])
 
 
 def test_parquet(tmp_path):
@@ -120,11 +119,11 @@ def test_a_data_set_of_the_hubs_form(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     table = pa.Table.from_pylist([{"query": f"q{i}", "document": f"d{i}"} for i in range(12)])
     parquet.write_table(table, tmp_path / "owner" / "name" / "test-00000.parquet")
-    read = sources.open_source(Settings(data=["hf://owner/name:test"]))
+    read = sources.open_source(["hf://owner/name:test"])
     assert [read[i].query for i in range(12)] == [f"q{i}" for i in range(12)]
     assert read.where(3) == "hf://owner/name:test:4"
     with pytest.raises(errors.UserError, match="hf://owner/name: .*train"):
-        sources.open_source(Settings(data=["hf://owner/name"]))
+        sources.open_source(["hf://owner/name"])
 
 
 @pytest.mark.parametrize("name", ["hf://", "hf://a//b", "hf://a/b/c/d"])
@@ -136,4 +135,4 @@ def test_names_that_are_none(name):
 def test_es_queries_that_are_none():
     for query in ("{", "[1]"):
         with pytest.raises(errors.UserError, match="--es-query"):
-            sources.open_source(Settings(data=["es://docs"], es_query=query))
+            sources.open_source(["es://docs"], es_query=query)

@@ -8,6 +8,8 @@ from mlx_retrieval.utils.errors import UserError
 SINGLE = ("query", "document", "positive", "anchor", "rank", "label")  # where a list of one is that one
 KEYS = (*SINGLE, "negative", "negatives", "documents", "scores")
 
+DEFAULT = "query=query,document=title+snippet,rank=rank"  # of --es-fields
+
 Fields = dict[str, tuple[str, ...]]  # a row's key -> the fields that it is made of
 
 
