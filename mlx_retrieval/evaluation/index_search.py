@@ -126,7 +126,7 @@ def evaluate(index: Index, model: "Model", queries: Sequence[Query], weight: flo
     rankings: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in MODES}
     for name, query, vector in zip(names, queries, vectors, strict=True):
         found = {"bm25": index.bm25(query.text, DEPTH), "semantic": index.semantic(vector, DEPTH)}
-        found["hybrid"] = base.fuse(found["bm25"], found["semantic"], weight)[:DEPTH]
+        found["hybrid"] = base.fuse_hits(found["bm25"], found["semantic"], weight)[:DEPTH]
         for mode, hits in found.items():
             rankings[mode][name] = rank(hits, query)
     results = {}

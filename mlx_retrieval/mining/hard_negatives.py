@@ -16,6 +16,7 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 
+from mlx_retrieval.retrieval.base import reciprocal_rank_fusion
 from mlx_retrieval.retrieval.topk import DOCUMENTS, NO_DOCUMENT, QUERIES, best_first, merge
 from mlx_retrieval.utils.errors import UserError
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mlx_retrieval.utils.progress import Progress
 
 JUDGED_QUERIES = 128  # that are searched at once and finished together with a reranker as the judge, QUERIES without
-RRF_K = 60  # Cormack, Clarke and Büttcher 2009
 BY, SAMPLING = ("model", "bm25", "both"), ("top", "random")
 
 REASONS = {
@@ -162,14 +162,11 @@ def by_words(
     return Ranking(numbers, scores, np.concatenate(pairs))
 
 
-def fuse(rankings: Sequence[np.ndarray], k: int, rrf_k: int = RRF_K) -> np.ndarray:
-    """(Q, k) documents by reciprocal rank fusion of rankings (Q, any); equal ones by number."""
+def fuse_rankings(rankings: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """Return the best `k` documents (Q, k) by reciprocal rank fusion of rankings (Q, any); equal scores by number."""
     fused = np.full((len(rankings[0]), k), NO_DOCUMENT, np.int64)
     for row in range(len(fused)):
-        scores: dict[int, float] = {}
-        for ranking in rankings:
-            for rank, number in enumerate(ranking[row][ranking[row] >= 0].tolist(), start=1):
-                scores[number] = scores.get(number, 0.0) + 1 / (rrf_k + rank)
+        scores = reciprocal_rank_fusion([ranking[row][ranking[row] >= 0].tolist() for ranking in rankings])
         best = sorted(scores, key=lambda number: (-scores[number], number))[:k]
         fused[row, : len(best)] = best
     return fused
@@ -240,7 +237,7 @@ def mine_block(first: int, last: int, collection: "Collection", sources: Sources
     found = np.any([(r.barred > r.scores[rows, -1]) & (r.barred != 0) for r in rankings], axis=0)
     numbers, scores, pairs = rankings[0]
     if len(rankings) > 1:
-        numbers = fuse([ranking.numbers for ranking in rankings], rules.depth)
+        numbers = fuse_rankings([ranking.numbers for ranking in rankings], rules.depth)
     if sources.judge:
         scores, pairs = judged(texts, numbers, rows, barred, collection, sources.judge)
         order = np.lexsort((np.broadcast_to(np.arange(numbers.shape[1]), numbers.shape), -scores), axis=1)

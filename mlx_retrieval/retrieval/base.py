@@ -1,13 +1,14 @@
 """Share types and rank fusion between the search indices."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 RANKS = 1_000  # that a search gives for each query; as many as mteb asks for
 FILE, LOCK, VERSION = "index.json", ".lock", 1
 RRF_K = 60  # Cormack, Clarke and Büttcher 2009
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -54,19 +55,35 @@ class Hit:
     score: float
 
 
-def fuse(bm25: Sequence[Hit], semantic: Sequence[Hit], weight: float = 0.5, k: int = RRF_K) -> list[Hit]:
-    """Reciprocal rank fusion: `weight / (k + rank) + (1 - weight) / (k + rank)` of the semantic and BM25 ranks.
+def reciprocal_rank_fusion(
+    rankings: Sequence[Sequence[Key]], weights: Sequence[float] | None = None, k: int = RRF_K
+) -> dict[Key, float]:
+    """Return the fused score of every key: the sum of `weight / (k + rank)` over the rankings that hold it.
 
-    Ranks count from 1, and what a ranking lacks gets nothing from it. At a weight of 0 or 1 only one ranking is left.
+    Cormack, Clarke and Büttcher 2009. Ranks count from 1. A ranking of weight 0 adds nothing, not even its keys.
+
+    Args:
+        rankings: keys, best first; each key at most once a ranking.
+        weights: one a ranking; None = 1 each.
     """
-    scores: dict[str, float] = {}
+    scores: dict[Key, float] = {}
+    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
+        for rank, key in enumerate(ranking if weight else (), start=1):
+            scores[key] = scores.get(key, 0.0) + weight / (k + rank)
+    return scores
+
+
+def fuse_hits(bm25: Sequence[Hit], semantic: Sequence[Hit], weight: float = 0.5) -> list[Hit]:
+    """Fuse the hits of both searches by reciprocal rank, best first.
+
+    `weight` is the share of the semantic ranks, from 0 to 1; at 0 or 1 only the hits of one search are left.
+    """
     hits = {hit.id: hit for hit in (*bm25, *semantic)}
-    for ranking, share in ((semantic, weight), (bm25, 1 - weight)):
-        for rank, hit in enumerate(ranking if share else (), start=1):
-            scores[hit.id] = scores.get(hit.id, 0.0) + share / (k + rank)
-    return _sorted(dataclasses.replace(hits[name], score=score) for name, score in scores.items())
+    rankings = [[hit.id for hit in ranking] for ranking in (semantic, bm25)]
+    scores = reciprocal_rank_fusion(rankings, (weight, 1 - weight))
+    return sort_hits(dataclasses.replace(hits[name], score=score) for name, score in scores.items())
 
 
-def _sorted(hits: Iterable[Hit]) -> list[Hit]:
-    """Best first; equal scores by place, so that answers repeat."""
+def sort_hits(hits: Iterable[Hit]) -> list[Hit]:
+    """Return hits best first; equal scores in the order of path, line and id, so that results are reproducible."""
     return sorted(hits, key=lambda hit: (-hit.score, hit.path, hit.line, hit.id))

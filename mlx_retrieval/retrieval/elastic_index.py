@@ -17,7 +17,7 @@ import numpy as np
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.fields import joined
 from mlx_retrieval.dataset.elastic.server import Server, parse
-from mlx_retrieval.retrieval.base import About, Hit, fuse
+from mlx_retrieval.retrieval.base import About, Hit, fuse_hits
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -198,4 +198,4 @@ class ElasticIndex:
     def hybrid(self, query: str, vector: np.ndarray, top: int, weight: float = 0.5) -> list[Hit]:
         """Both, fused here by reciprocal ranks."""
         depth = max(top, DEPTH)
-        return fuse(self.bm25(query, depth), self.semantic(vector, depth), weight)[:top]
+        return fuse_hits(self.bm25(query, depth), self.semantic(vector, depth), weight)[:top]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, About, Hit, Record, _sorted, fuse
+from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, About, Hit, Record, fuse_hits, sort_hits
 from mlx_retrieval.retrieval.chunks import Chunk, words
 from mlx_retrieval.utils.errors import UserError
 
@@ -208,7 +208,7 @@ class Index:
         self.chunks.checkout_latest()
         found = self.chunks.search(MatchQuery(terms, "tokens"), query_type="fts")
         rows = found.select(["id", *HIT_COLUMNS, "_score"]).limit(top).to_list()
-        return _sorted(_hit(row, row["_score"]) for row in rows)
+        return sort_hits(_hit(row, row["_score"]) for row in rows)
 
     def semantic(self, vector: np.ndarray, top: int) -> list[Hit]:
         """By the query's vector (D,), scored by the dot product: the cosine.
@@ -221,7 +221,7 @@ class Index:
             return self._by_tokens(vector, top)
         found = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
         rows = found.select(["id", *HIT_COLUMNS, "_distance"]).limit(top).to_list()
-        return _sorted(_hit(row, 1 - row["_distance"]) for row in rows)
+        return sort_hits(_hit(row, 1 - row["_distance"]) for row in rows)
 
     def _by_tokens(self, tokens: np.ndarray, top: int) -> list[Hit]:
         from mlx_retrieval.models.maxsim import score
@@ -236,12 +236,12 @@ class Index:
         stored = np.concatenate(stored).reshape(-1, tokens.shape[1])
         scores = score(tokens, stored, lengths, self.about.maxsim, self.about.impute)
         rows = rows.drop_columns("token_vectors").to_pylist()
-        return _sorted(_hit(row, float(found)) for row, found in zip(rows, scores, strict=True))[:top]
+        return sort_hits(_hit(row, float(found)) for row, found in zip(rows, scores, strict=True))[:top]
 
     def hybrid(self, query: str, vector: np.ndarray, top: int, weight: float = 0.5) -> list[Hit]:
         """Both, fused by their ranks among the first 100 of each, or `top` where that is more."""
         pool = max(100, top)
-        return fuse(self.bm25(query, pool), self.semantic(vector, pool), weight)[:top]
+        return fuse_hits(self.bm25(query, pool), self.semantic(vector, pool), weight)[:top]
 
 
 def check_folder(folder: Path) -> None:

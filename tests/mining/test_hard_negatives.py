@@ -130,8 +130,8 @@ def test_bm25_as_in_evaluation():
 def test_fusion_by_hand():
     one, other = np.array([[1, 2, 3]]), np.array([[3, 4, NO_DOCUMENT]])
     # 3: 1/63 + 1/61; 1: 1/61; 2 and 4: 1/62 each
-    assert hard_negatives.fuse([one, other], 5).tolist() == [[3, 1, 2, 4, NO_DOCUMENT]]
-    assert hard_negatives.fuse([one, other], 2).tolist() == [[3, 1]]
+    assert hard_negatives.fuse_rankings([one, other], 5).tolist() == [[3, 1, 2, 4, NO_DOCUMENT]]
+    assert hard_negatives.fuse_rankings([one, other], 2).tolist() == [[3, 1]]
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------

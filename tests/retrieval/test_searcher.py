@@ -14,7 +14,7 @@ import pytest
 import search
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import base, lance_index
-from mlx_retrieval.retrieval.base import About, Hit, Record, fuse
+from mlx_retrieval.retrieval.base import About, Hit, Record, fuse_hits, reciprocal_rank_fusion
 from mlx_retrieval.retrieval.chunks import Chunk, words
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.searcher import Searcher
@@ -59,22 +59,30 @@ def hit(name: str, score: float = 0.0) -> Hit:
 
 def test_fusion_by_hand():
     bm25, semantic = [hit("a"), hit("b"), hit("c")], [hit("c"), hit("a"), hit("d")]
-    scores = {found.id: found.score for found in fuse(bm25, semantic)}
+    scores = {found.id: found.score for found in fuse_hits(bm25, semantic)}
     expected = {"a": 0.5 / 61 + 0.5 / 62, "b": 0.5 / 62, "c": 0.5 / 63 + 0.5 / 61, "d": 0.5 / 63}
     assert scores == pytest.approx(expected, rel=1e-12)
-    assert [found.id for found in fuse(bm25, semantic)] == ["a", "c", "b", "d"]
-    heavy = {found.id: found.score for found in fuse(bm25, semantic, weight=0.8)}
+    assert [found.id for found in fuse_hits(bm25, semantic)] == ["a", "c", "b", "d"]
+    heavy = {found.id: found.score for found in fuse_hits(bm25, semantic, weight=0.8)}
     assert heavy["c"] == pytest.approx(0.2 / 63 + 0.8 / 61) and heavy["d"] > heavy["b"]
+
+
+def test_fusion_of_any_rankings():
+    """Search and mining share the function: ids or numbers, any count of rankings, and no trace of a weight of 0."""
+    assert reciprocal_rank_fusion([[7, 3], [3], []]) == {7: 1 / 61, 3: 1 / 62 + 1 / 61}
+    assert reciprocal_rank_fusion([["a"], ["b"]], (0.0, 0.5)) == {"b": 0.5 / 61}
+    with pytest.raises(ValueError):
+        reciprocal_rank_fusion([["a"], ["b"]], (0.5,))
 
 
 def test_at_the_ends_of_the_weight_one_ranking_is_left():
     bm25, semantic = [hit("a"), hit("b")], [hit("c"), hit("b")]
-    assert [found.id for found in fuse(bm25, semantic, weight=0)] == ["a", "b"]
-    assert [found.id for found in fuse(bm25, semantic, weight=1)] == ["c", "b"]
+    assert [found.id for found in fuse_hits(bm25, semantic, weight=0)] == ["a", "b"]
+    assert [found.id for found in fuse_hits(bm25, semantic, weight=1)] == ["c", "b"]
 
 
 def test_equal_scores_are_ordered_by_place():
-    assert [found.id for found in fuse([hit("b")], [hit("a")])] == ["a", "b"]
+    assert [found.id for found in fuse_hits([hit("b")], [hit("a")])] == ["a", "b"]
 
 
 # --- modes ----------------------------------------------------------------------------------------------------------
@@ -147,8 +155,8 @@ def test_hybrid_fuses_both(searcher, indexed, capsys):
     query = "read the boiler"
     bm25, semantic = (searcher.search(query, mode, top=100) for mode in ("bm25", "semantic"))
     for weight in (0.0, 0.3, 1.0):
-        assert searcher.search(query, "hybrid", weight=weight) == fuse(bm25, semantic, weight)
-    assert searcher.search(query, "hybrid", top=1) == fuse(bm25, semantic)[:1]
+        assert searcher.search(query, "hybrid", weight=weight) == fuse_hits(bm25, semantic, weight)
+    assert searcher.search(query, "hybrid", top=1) == fuse_hits(bm25, semantic)[:1]
     assert searcher.search(query) == semantic[:10]  # the default
     assert search.main(["search", query, "--index", str(indexed[1]), "--weight", "0.3"]) == 2
     assert "--weight is for --hybrid" in capsys.readouterr().err
