@@ -195,7 +195,7 @@ def accumulate(trainer: Trainer, batch: Batch) -> None:
     rows, _ = differentiator._cut(batch)
     slopes = [mx.full((len(part.ids), BERT["hidden_size"]), 0.01) for part in rows]
     mx.eval(slopes)  # the threads that take them have streams of their own
-    gradient = differentiator.passes.gradient(rows, range(len(rows)), slopes)
+    gradient = differentiator.runner.gradient(rows, range(len(rows)), slopes)
     clipped, norm = optim.clip_grad_norm(gradient, trainer.settings.max_grad_norm)
     mx.eval(clipped, norm)
     trainer.optimizer.update(trainer.model, clipped)

@@ -26,7 +26,7 @@ from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import Texts, pad_rows, plan
-from mlx_retrieval.models.model_runner import Passes
+from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.utils.errors import UserError
 
 LONGEST = 1024  # tokens that are embedded; a model's own limit counts where only tokens are looked at
@@ -89,7 +89,7 @@ def training(model: embedder.Model) -> tuple[bool | None, str]:
     try:
         model.model.train()
         with _without_dropout(model.model) as dropout:
-            parts = Passes(model.model).representations(rows, range(len(rows)))
+            parts = make_runner(model.model).representations(rows, range(len(rows)))
             trained = [vector for part in parts for vector in np.array(part)]
     finally:
         model.model.eval()

@@ -10,8 +10,8 @@ from mlx_retrieval import backend
 from mlx_retrieval.inference.quantization import check, quantise, truncate
 from mlx_retrieval.models.batching import Texts, micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.model_runner import Passes
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
@@ -33,7 +33,7 @@ class Model:
         base: Path | None = None,
     ):
         self.model, self.config, self.tokenizer, self.name, self.base = model, config, tokenizer, name, base
-        self.passes = Passes(model)
+        self.runner = make_runner(model)
 
     @property
     def late(self) -> bool:
@@ -44,6 +44,10 @@ class Model:
     def dimensions(self) -> int:
         """Length of a vector."""
         return self.config.dimensions
+
+    def limit_shapes(self) -> None:
+        """Meet fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
+        self.runner.limit_shapes()
 
     def encode(
         self,
@@ -92,8 +96,8 @@ class Model:
             for first in range(0, len(texts), CHUNK):
                 tokens = self.tokenizer(texts[first : first + CHUNK], prompt)
                 budget = batch_tokens or backend.MICRO_BATCH_TOKENS
-                cut = list(micro_batches(tokens, budget, self.tokenizer.pad_id))
-                parts = self.passes.representations([rows for _, rows in cut])
+                cut = list(micro_batches(tokens, budget, self.tokenizer.pad_id, self.runner.length_grid))
+                parts = self.runner.representations([rows for _, rows in cut])
                 for (index, _), part in zip(cut, parts, strict=True):
                     if self.late:
                         for i, vectors in zip(

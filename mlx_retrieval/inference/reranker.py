@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_retrieval import backend
 from mlx_retrieval.models.batching import Texts, micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.model_runner import Passes
+from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,14 +80,19 @@ class Reranker:
             from mlx_retrieval.inference import embedder
 
             self.late = embedder.Model(model, config, tokenizer, name, base)
+            self.runner = self.late.runner
         else:
-            self.passes = Passes(model)
+            self.runner = make_runner(model)
         self.cut = 0  # documents that were too long, so far
 
     @property
     def kind(self) -> str:
         """One of `rerankers.KINDS`, or "late"."""
         return self.config.reranker or "late"
+
+    def limit_shapes(self) -> None:
+        """Meet fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
+        self.runner.limit_shapes()
 
     # --- scores ---
 
@@ -166,8 +171,9 @@ class Reranker:
 
     def _representations(self, texts: Texts, past: list | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(index, representations) of micro-batches, as they are computed."""
-        cut = list(micro_batches(texts, backend.MICRO_BATCH_TOKENS, self.tokenizer.pad_id))
-        parts = self.passes.representations([rows._replace(past=past) for _, rows in cut])
+        grid = self.runner.length_grid
+        cut = list(micro_batches(texts, backend.MICRO_BATCH_TOKENS, self.tokenizer.pad_id, grid))
+        parts = self.runner.representations([rows._replace(past=past) for _, rows in cut])
         return ((index, np.array(part)) for (index, _), part in zip(cut, parts, strict=True))
 
     def _shared(self, texts: Texts) -> tuple[Texts, list | None]:
@@ -179,7 +185,7 @@ class Reranker:
         least = min(map(len, rows)) - 1  # every row keeps a token, at which its score stands
         same = np.all([row[:least] == rows[0][:least] for row in rows], axis=0)
         count = least if same.all() else int(same.argmin())
-        count -= count % backend.LENGTH_GRID  # like every length
+        count -= count % self.runner.length_grid  # like every length
         if count < SHARED_FROM:
             return texts, None
         past = self.model.backbone.past(mx.array(rows[0][None, :count]))

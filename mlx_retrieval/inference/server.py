@@ -32,7 +32,6 @@ from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from mlx_retrieval.inference.server_queue import Job, ModelThread, Reranker
-from mlx_retrieval.models import cpu_model_runner
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -320,7 +319,9 @@ def run(
     """
     app = create_app(reranker, model, api_key)
     listener = _listen(host, port)
-    cpu_model_runner.few_shapes()
+    for part in (reranker, model):
+        if part is not None:
+            part.limit_shapes()
     # What this thread left uncomputed, as weights are until they are first used, no other thread can compute.
     if reranker is not None:
         reranker.score_groups([("first", ["text"])])

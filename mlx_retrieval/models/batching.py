@@ -3,7 +3,7 @@
 Training and `Model.encode` share it. It is only a matter of speed: no result depends on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,12 +69,13 @@ class Texts:
         return Texts(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-def padded(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded up to the device's grid of shapes."""
-    return -(-lengths // backend.LENGTH_GRID) * backend.LENGTH_GRID
+def padded(lengths: np.ndarray, grid: int | None = None) -> np.ndarray:
+    """Round lengths up to multiples of `grid`; None = the device's, `backend.LENGTH_GRID`."""
+    grid = grid or backend.LENGTH_GRID
+    return -(-lengths // grid) * grid
 
 
-def plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+def plan(lengths: np.ndarray, budget: int, grid: int | None = None) -> list[np.ndarray]:
     """Cut texts into micro-batches of similar length, with the least padding.
 
     Sorted by length, the cuts are those of least total cost (dynamic programming), where a micro-batch costs its
@@ -83,11 +84,12 @@ def plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     Args:
         lengths: (N,) tokens of each text.
         budget: most tokens, padding included, of one micro-batch; a longer text is a micro-batch by itself.
+        grid: see `padded`.
 
     Returns index arrays that together hold 0..N-1 once, longest texts first (so that a lack of memory shows at once).
     """
     order = np.argsort(-lengths, kind="stable")
-    widths = padded(lengths[order])
+    widths = padded(lengths[order], grid)
     count, overhead = len(order), min(backend.MICRO_BATCH_OVERHEAD, budget / 8)
     cost, cut, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
     for end in range(1, count + 1):
@@ -103,10 +105,10 @@ def plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return parts[::-1]
 
 
-def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0) -> MicroBatch:
+def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0, grid: int | None = None) -> MicroBatch:
     """The texts at `index` as right-padded rows for the backbone."""
     lengths = texts.lengths[index]
-    ids = np.full((len(index), padded(lengths.max())), pad_id, dtype=np.int32)
+    ids = np.full((len(index), padded(lengths.max(), grid)), pad_id, dtype=np.int32)
     offsets = texts.offsets
     for row, i in enumerate(index):
         ids[row, : texts.lengths[i]] = texts.ids[offsets[i] : offsets[i + 1]]
@@ -115,7 +117,22 @@ def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0) -> MicroBatch:
     return MicroBatch(mx.array(ids), mx.array(seen), mx.array(texts.start[index]), mx.array(texts.end[index]), second)
 
 
-def micro_batches(texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:
-    """Every micro-batch of `plan`, as (index, padded rows)."""
-    for index in plan(texts.lengths, budget):
-        yield index, pad_rows(texts, index, pad_id)
+def micro_batches(
+    texts: Texts, budget: int, pad_id: int = 0, grid: int | None = None
+) -> Iterator[tuple[np.ndarray, MicroBatch]]:
+    """Yield every micro-batch of `plan`, as (index, padded rows)."""
+    for index in plan(texts.lengths, budget, grid):
+        yield index, pad_rows(texts, index, pad_id, grid)
+
+
+def shares(micro_batches: Sequence[MicroBatch], count: int) -> list[list[int]]:
+    """Return the numbers of the micro-batches that each of `count` workers computes.
+
+    Work is as equal as possible, and the same micro-batches are always shared out in the same way.
+    """
+    work, chosen = [0] * count, [[] for _ in range(count)]
+    for i in sorted(range(len(micro_batches)), key=lambda i: -micro_batches[i].ids.size):
+        least = work.index(min(work))
+        work[least] += micro_batches[i].ids.size
+        chosen[least].append(i)
+    return chosen

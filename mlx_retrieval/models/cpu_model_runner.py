@@ -1,41 +1,38 @@
-"""Run micro-batches on CPUs: compiled functions, worker threads, merged adapters."""
+"""Run micro-batches on CPUs: compiled functions, several worker threads, LoRA adapters merged into their weights.
+
+mlx's element-wise functions use one core each, so several micro-batches are computed side by side, each on a thread
+with a stream of its own.
+"""
 
 import functools
+import itertools
 import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
-from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend import blas, mx, nn
+
+from mlx.utils import tree_map
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import gradient_checkpointing, merged_lora
-from mlx_retrieval.models.batching import MicroBatch
+from mlx_retrieval.models.batching import MicroBatch, shares
 from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts
 from mlx_retrieval.utils.errors import UserError
 
-# Compiled passes that a worker keeps, each with the graph of one shape: 700 bytes an operation, half a megabyte for
-# three layers. What was used longest ago makes room. With lengths on a grid of 4 training meets few more shapes; a
-# server keeps fewer, as it meets new ones always.
-SHAPES_KEPT = 128
-SHAPES_SERVED, SERVED_GRID = 24, 8
-# Bytes of products that a step keeps from its forward passes for its gradients, however large the batch: see `Kept`.
-KEPT_BYTES = 384 << 20
-# Models hold tracers instead of weights while a graph is built, and mlx's random state is one for all.
+# Compiled functions that a worker keeps, each with the graph of one shape: 700 bytes an operation, half a megabyte for
+# three layers. The least recently used one makes room. With lengths on a grid of 4, training meets few more shapes; a
+# server keeps fewer, as it always meets new ones.
+SHAPES_KEPT, SHAPES_SERVED = 128, 24
+# Bytes of products that a step saves from its forward passes for its gradient, however large the batch.
+SAVED_BYTES = 384 << 20
+# While a graph is built the model holds tracers instead of weights; and mlx's random state is shared by all threads.
 _building = threading.Lock()
-# Of micro-batches, by number: the matrix products of their forward pass, which the pass for the gradient then need not
-# repeat. Emptied as they are used.
-Kept = dict[int, list[mx.array]]
-
-
-def few_shapes() -> None:
-    """For a process that answers requests: its memory must not grow with every length and number of texts it meets."""
-    global SHAPES_KEPT
-    SHAPES_KEPT = SHAPES_SERVED
-    backend.LENGTH_GRID = max(backend.LENGTH_GRID, SERVED_GRID)
 
 
 class Worker:
@@ -43,23 +40,24 @@ class Worker:
 
     def __init__(self):
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="passes", daemon=True).start()
+        threading.Thread(target=self._serve, name="model runner", daemon=True).start()
 
     def submit(self, task: Callable) -> Future:
-        answer: Future = Future()
-        self._tasks.put((task, answer))
-        return answer
+        """Queue a function without arguments; the Future holds its result or its error."""
+        future: Future = Future()
+        self._tasks.put((task, future))
+        return future
 
     def _serve(self) -> None:
         with mx.stream(mx.new_stream(mx.default_device())):
             while True:
-                task, answer = self._tasks.get()
+                task, future = self._tasks.get()
                 try:
-                    if answer.set_running_or_notify_cancel():
-                        answer.set_result(task())
-                except BaseException as error:  # it belongs to whoever waits for the answer
-                    answer.set_exception(error)
-                del task, answer  # what they hold should not live until the next task comes
+                    if future.set_running_or_notify_cancel():
+                        future.set_result(task())
+                except BaseException as error:  # raised where the result is awaited
+                    future.set_exception(error)
+                del task, future  # what they hold should not live until the next task comes
 
 
 @functools.cache
@@ -68,18 +66,18 @@ def _workers() -> list[Worker]:
 
 
 @contextmanager
-def _at_work(answers: Collection[Future]) -> Iterator[None]:
-    """Whoever leaves, if by an error, leaves no worker behind: while it builds a graph, the model holds its tracers."""
+def _finishing(futures: Collection[Future]) -> Iterator[None]:
+    """On exit, cancel or wait for all tasks: a worker that still builds a graph would leave tracers in the model."""
     try:
         yield
     finally:
-        for answer in answers:
-            answer.cancel()
-        wait(answers)
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def _evaluate(arrays: mx.array | dict) -> None:
-    """`mx.eval`, where a kernel that cannot be compiled is the user's business: mostly a full disk."""
+    """Evaluate, and turn a kernel that cannot be compiled into a UserError: mostly the disk is full."""
     try:
         mx.eval(arrays)
     except RuntimeError as error:
@@ -89,56 +87,62 @@ def _evaluate(arrays: mx.array | dict) -> None:
         raise UserError(f"{folder}: a kernel could not be compiled there ({reason}). Is the disk full?") from error
 
 
-class _Functions:
-    """The compiled passes of one model on one worker."""
+class CompiledFunctions:
+    """The compiled functions of one model on one worker: one for each shape of micro-batch, at most `shapes_kept`."""
 
     def __init__(self, model: RetrievalModel, adapters: list[nn.Module]):
-        self.model, self.adapters = model, adapters
-        self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # last used last
+        self.model, self.adapters, self.shapes_kept = model, adapters, SHAPES_KEPT
+        self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # most recently used last
 
-    def __call__(self, kind: str, rows: MicroBatch, seed: int | None, *arrays) -> mx.array | dict:
-        """Build the graph of one pass; nothing is computed yet. `arrays`: see `forward` and `gradient`."""
+    def __call__(self, kind: str, micro_batch: MicroBatch, seed: int | None, *arrays) -> mx.array | list | dict:
+        """Build the graph of one pass without computing it.
+
+        Args:
+            kind: "forward", "forward_saving" or "gradient", the method to compile.
+            seed: of dropout; None = do not seed.
+            arrays: that method's arguments between `weights` and `micro_batch`.
+        """
         random = self.model.training and any(isinstance(m, nn.Dropout) and m._p_1 < 1 for m in self.model.modules())
-        given = tuple(len(each) for each in arrays if isinstance(each, list))
-        function = self._function(kind, rows, mx.random.state if random else [], given)
+        counts = tuple(len(each) for each in arrays if isinstance(each, list))
+        function = self._function(kind, micro_batch, mx.random.state if random else [], counts)
         if seed is not None:
             gradient_checkpointing.seed(seed)
-        result = function(self.model.parameters(), *arrays, *rows)
+        result = function(self.model.parameters(), *arrays, *micro_batch)
         if random:
             gradient_checkpointing.seed(seed or 0)  # the state that the graph leaves behind belongs to this thread
         return result
 
-    def _function(self, kind: str, rows: MicroBatch, state: list, given: tuple[int, ...]) -> Callable:
-        """The compiled pass for rows of these shapes, with or without what may be `given`."""
-        past = rows.past[0][0].shape if rows.past else None
-        key = (kind, self.model.training, given, rows.ids.shape, past)
+    def _function(self, kind: str, micro_batch: MicroBatch, state: list, counts: tuple[int, ...]) -> Callable:
+        """Return the function compiled for these shapes and numbers (`counts`) of merged weights and products."""
+        past = micro_batch.past[0][0].shape if micro_batch.past else None
+        key = (kind, self.model.training, counts, micro_batch.ids.shape, past)
         if key not in self._compiled:
             self._compiled[key] = mx.compile(getattr(self, kind), inputs=state, outputs=state)
         self._compiled.move_to_end(key)
-        while len(self._compiled) > SHAPES_KEPT:
+        while len(self._compiled) > self.shapes_kept:
             self._compiled.popitem(last=False)
         return self._compiled[key]
 
-    def forward(self, weights: dict, merged: list[mx.array], *rows: mx.array) -> mx.array:
-        return self._with(weights, merged, merged_lora.Products(), lambda: self.model(MicroBatch(*rows)))
+    def forward(self, weights: dict, merged: list[mx.array], *micro_batch: mx.array) -> mx.array:
+        return self._with(weights, merged, merged_lora.Products(), lambda: self.model(MicroBatch(*micro_batch)))
 
-    def forward_keeping(self, weights: dict, merged: list[mx.array], *rows: mx.array) -> list[mx.array]:
+    def forward_saving(self, weights: dict, merged: list[mx.array], *micro_batch: mx.array) -> list[mx.array]:
         products = merged_lora.Products()
-        return [self._with(weights, merged, products, lambda: self.model(MicroBatch(*rows))), *products.noted]
+        return [self._with(weights, merged, products, lambda: self.model(MicroBatch(*micro_batch))), *products.noted]
 
     def gradient(
-        self, weights: dict, merged: list, trained: dict, cotangent: mx.array, known: list, *rows: mx.array
+        self, weights: dict, merged: list, trained: dict, cotangent: mx.array, products: list, *micro_batch: mx.array
     ) -> dict:
         def value(trained: dict) -> mx.array:
             self.model.update(trained)
-            return (self.model(MicroBatch(*rows)) * cotangent).sum()
+            return (self.model(MicroBatch(*micro_batch)) * cotangent).sum()
 
-        return self._with(weights, merged, merged_lora.Products(known), lambda: mx.grad(value)(trained))
+        return self._with(weights, merged, merged_lora.Products(products), lambda: mx.grad(value)(trained))
 
     def _with(
         self, weights: dict, merged: list[mx.array], products: merged_lora.Products, function: Callable
     ) -> mx.array | dict:
-        """Call it while the model holds these weights, so that a compiled graph has them as inputs, not inside."""
+        """Call `function` while the model holds `weights`, so that a compiled graph has them as inputs, not inside."""
         own = self.model.parameters()
         self.model.update(weights)
         try:
@@ -146,3 +150,114 @@ class _Functions:
                 return function()
         finally:
             self.model.update(own)
+
+
+class CpuModelRunner(ModelRunner):
+    """Compute representations and gradients with compiled functions on worker threads; see `ModelRunner`."""
+
+    compiled = True
+
+    def __init__(self, model: RetrievalModel):
+        super().__init__(model)
+        self.workers = backend.WORKERS
+        self._adapters = merged_lora.mergeable(model)
+        # A worker can compute nothing that another thread left uncomputed, such as constants made with the model.
+        mx.eval([[v for v in (*m.values(), *vars(m).values()) if isinstance(v, mx.array)] for m in model.modules()])
+        self._functions = [CompiledFunctions(model, self._adapters) for _ in range(self.workers)]
+
+    def limit_shapes(self) -> None:
+        super().limit_shapes()
+        for functions in self._functions:
+            functions.shapes_kept = SHAPES_SERVED
+
+    def representations(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        seeds: Sequence[int] | None = None,
+        saved: SavedProducts | None = None,
+    ) -> Iterator[mx.array]:
+        """See `ModelRunner`; `saved` takes products up to SAVED_BYTES."""
+        merged = self._merged(sum(micro_batch.ids.size for micro_batch in micro_batches))
+        saving = self._worth_saving(micro_batches) if merged and saved is not None else ()
+
+        def task(functions: CompiledFunctions, i: int) -> mx.array:
+            with _building:
+                kind = "forward_saving" if i in saving else "forward"
+                result = functions(kind, micro_batches[i], None if seeds is None else int(seeds[i]), merged)
+            _evaluate(result)
+            if i in saving:
+                result, *saved[i] = result
+            return result
+
+        with blas.one_thread():
+            futures = {}
+            for worker, functions, share in self._spread(micro_batches):
+                for i in share:
+                    futures[i] = worker.submit(functools.partial(task, functions, i))
+            with _finishing(futures.values()):
+                for i in range(len(micro_batches)):
+                    yield futures[i].result()
+                    del futures[i]
+
+    def gradient(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        seeds: Sequence[int],
+        cotangents: Sequence[mx.array],
+        saved: SavedProducts | None = None,
+    ) -> dict:
+        saved = {} if saved is None else saved
+        merged = self._merged(sum(micro_batch.ids.size for micro_batch in micro_batches))
+        trained = self.model.trainable_parameters()
+        mx.eval(cotangents)
+
+        def task(functions: CompiledFunctions, share: list[int]) -> dict | None:
+            total = None
+            for i in sorted(share, key=lambda i: i not in saved):  # first those whose products take memory
+                products = saved.pop(i, [])
+                with _building:
+                    seed = int(seeds[i])
+                    gradient = functions("gradient", micro_batches[i], seed, merged, trained, cotangents[i], products)
+                total = gradient if total is None else tree_map(mx.add, total, gradient)
+                del products
+                _evaluate(total)
+            return total
+
+        with blas.one_thread():
+            futures = [
+                worker.submit(functools.partial(task, functions, share))
+                for worker, functions, share in self._spread(micro_batches)
+            ]
+            with _finishing(futures):
+                sums = [gradient for future in futures if (gradient := future.result()) is not None]
+        total = functools.reduce(functools.partial(tree_map, mx.add), sums)
+        mx.eval(total)
+        return total
+
+    def held_bytes(self, tokens: int) -> int:
+        """Return the bytes of merged weights, and of products saved of `tokens` tokens, at most."""
+        saved = min(SAVED_BYTES, tokens * merged_lora.product_size(self._adapters))
+        return sum(layer.linear.weight.nbytes for layer in self._adapters) + saved
+
+    def _spread(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Worker, CompiledFunctions, list[int]]]:
+        """Yield each worker, its functions, and the numbers of its micro-batches."""
+        return zip(_workers(), self._functions, shares(micro_batches, self.workers), strict=True)
+
+    def _worth_saving(self, micro_batches: Sequence[MicroBatch]) -> set[int]:
+        """Return the micro-batches whose products fit into SAVED_BYTES, about equally many of each worker."""
+        size, room, chosen = merged_lora.product_size(self._adapters), SAVED_BYTES, set()
+        for turn in itertools.zip_longest(*shares(micro_batches, self.workers)):
+            for i in turn:
+                if i is not None and (needed := micro_batches[i].ids.size * size) <= room:
+                    room -= needed
+                    chosen.add(i)
+        return chosen
+
+    def _merged(self, tokens: int) -> list[mx.array]:
+        """Return weights with their adapters added, or [] where merging would cost more than it saves."""
+        mx.eval(self.model.parameters())  # see `__init__`
+        if tokens < backend.MICRO_BATCH_TOKENS:
+            return []
+        merged = [merged_lora.merge(layer) for layer in self._adapters]
+        mx.eval(merged)
+        return merged

@@ -11,9 +11,9 @@ import numpy as np
 from data_loader import Batch
 from mlx_retrieval import backend
 from mlx_retrieval.backbones.gradient_checkpointing import seed as seed_dropout
-from mlx_retrieval.models.batching import MicroBatch, pad_rows, plan
+from mlx_retrieval.models.batching import MicroBatch, pad_rows, plan, shares
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.model_runner import Passes, shares
+from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.clock import Clock
 from mlx_retrieval.utils.errors import UserError
@@ -68,7 +68,7 @@ class Differentiator:
     def __init__(
         self, model: RetrievalModel, objective: Objective, accumulation: int = 0, budget: int = 0, pad_id: int = 0
     ):
-        self.model, self.objective, self.passes, self.clock = model, objective, Passes(model), Clock()
+        self.model, self.objective, self.runner, self.clock = model, objective, make_runner(model), Clock()
         self.accumulation, self.budget, self.pad_id = accumulation, budget, pad_id
 
     def _budget(self, batch: Batch) -> float:
@@ -104,7 +104,7 @@ class Differentiator:
             )
         # What has room at once needs no second pass; but an objective with a gradient of its own saves memory by it.
         room = padded <= self._budget(batch) and not hasattr(self.objective, "gradient")
-        if not self.passes.compiled and (len(rows) == 1 or (room and distributed.size() == 1)):
+        if not self.runner.compiled and (len(rows) == 1 or (room and distributed.size() == 1)):
             loss, gradient, parts = self._plain(rows, seeds, batch, order)
         else:
             loss, gradient, parts = self._cached(rows, seeds, batch, order)
@@ -127,9 +127,9 @@ class Differentiator:
         # 1. Representations of all micro-batches, without a gradient; of several ranks, each computes its share.
         whose = shares(rows, distributed.size()) if distributed.size() > 1 else [range(len(rows))]
         mine = whose[distributed.rank()]
-        my_rows, my_seeds, kept = [rows[i] for i in mine], [seeds[i] for i in mine], {}
+        my_rows, my_seeds, saved = [rows[i] for i in mine], [seeds[i] for i in mine], {}
         with self.clock("forward"):
-            parts = list(self.passes.representations(my_rows, my_seeds, kept))
+            parts = list(self.runner.representations(my_rows, my_seeds, saved))
         if distributed.size() > 1:
             with self.clock("exchange"):
                 parts = distributed.exchange(parts, distributed.shapes_of(parts[0], rows), whose)
@@ -142,7 +142,7 @@ class Differentiator:
             mx.eval(loss, cotangents)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
         with self.clock("backward"):
-            gradient = self.passes.gradient(my_rows, my_seeds, cotangents, kept)
+            gradient = self.runner.gradient(my_rows, my_seeds, cotangents, saved)
         if distributed.size() > 1:
             with self.clock("exchange"):
                 gradient = distributed.total(gradient)
@@ -151,4 +151,4 @@ class Differentiator:
     def loss(self, batch: Batch) -> float:
         """The loss alone, without dropout or gradient."""
         rows, order = self._cut(batch)
-        return self.objective(join(list(self.passes.representations(rows)), order), batch).item()
+        return self.objective(join(list(self.runner.representations(rows)), order), batch).item()

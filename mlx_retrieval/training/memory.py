@@ -113,9 +113,9 @@ def fit(trainer: "Trainer") -> Fit:  # noqa: F821  (trainer.py stands above this
     width = int(texts.lengths[widest])
     token, always = max(0, two - one) / width, max(0, 2 * one - two)
     kept = 2 * many * outcome  # representations and their gradients
-    workers = backend.WORKERS if step.passes.compiled else 1
+    workers = step.runner.workers
     tokens = max(batch.tokens for batch in samples)
-    held = step.passes.held_bytes(tokens)
+    held = step.runner.held_bytes(tokens)
 
     def estimate(budget: int) -> int:
         return int(active + kept + held + workers * (always + token * max(budget, width)))
@@ -133,8 +133,8 @@ def _cost(step: "Differentiator", rows) -> tuple[int, int]:  # noqa: F821
     """Bytes that the passes of a micro-batch take at their peak, and those of one row's representation."""
     active = mx.get_active_memory()
     mx.reset_peak_memory()
-    parts = list(step.passes.representations([rows], [0]))
-    step.passes.gradient([rows], [0], [mx.zeros_like(parts[0])])
+    parts = list(step.runner.representations([rows], [0]))
+    step.runner.gradient([rows], [0], [mx.zeros_like(parts[0])])
     return mx.get_peak_memory() - active, parts[0].nbytes // len(parts[0])
 
 

@@ -49,7 +49,7 @@ def _sides(gradient_of: "Differentiator", batch: "Batch") -> tuple[float, float]
         rows = [rows for _, rows in micro_batches(part, backend.MICRO_BATCH_TOKENS, gradient_of.pad_id)]
         for _ in range(2):  # the first compiles
             began = time.perf_counter()
-            list(gradient_of.passes.representations(rows))
+            list(gradient_of.runner.representations(rows))
             taken = time.perf_counter() - began
         seconds.append(taken)
     return seconds[0] / sum(seconds), seconds[1] / sum(seconds)

@@ -23,7 +23,7 @@ from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.model_runner import Passes
+from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.utils.errors import UserError
 
 LAYERS = 4
@@ -506,7 +506,7 @@ def test_training_passes(whole):
     assert len(rows) > 1
     cotangents = [mx.random.normal((len(part.lengths), 64), key=mx.random.key(i)) for i, part in enumerate(rows)]
     mx.eval(rows, cotangents)
-    found = dict(tree_flatten(Passes(model).gradient(rows, [0] * len(rows), cotangents)))
+    found = dict(tree_flatten(make_runner(model).gradient(rows, [0] * len(rows), cotangents)))
 
     def loss() -> mx.array:
         return sum((model(part) * cotangent).sum() for part, cotangent in zip(rows, cotangents, strict=True))

@@ -121,7 +121,7 @@ def test_truncation_comes_before_quantisation(model):
 
 
 def test_precision_that_cannot_be_had_is_told_before_embedding(model, monkeypatch):
-    monkeypatch.setattr(model.passes, "representations", lambda rows: pytest.fail("it embeds"))
+    monkeypatch.setattr(model.runner, "representations", lambda rows: pytest.fail("it embeds"))
     for message, options in (
         ("precision 'int4' is unknown", {"precision": "int4"}),
         (

@@ -133,16 +133,15 @@ def test_a_server_keeps_few_graphs_and_its_scores(tmp_path, qwen_tokenizer, monk
     ours, built = Reranker(str(folder), max_length=300), []
     groups = [(" ".join([QUERY] * (1 + i)), [f"{'a' * i} {text[:120]}" for text in DOCUMENTS]) for i in range(24)]
     expected = [ours.score(*group) for group in groups]
-    for module, name in ((cpu_model_runner, "SHAPES_KEPT"), (backend, "LENGTH_GRID")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # restored after this test
     monkeypatch.setattr(cpu_model_runner, "SHAPES_SERVED", 4)
-    cpu_model_runner.few_shapes()
-    forward = cpu_model_runner._Functions.forward
-    monkeypatch.setattr(cpu_model_runner._Functions, "forward", lambda *args: built.append(args[3]) or forward(*args))
+    functions = cpu_model_runner.CompiledFunctions
+    forward = functions.forward
+    monkeypatch.setattr(functions, "forward", lambda *args: built.append(args[3]) or forward(*args))
     ours = Reranker(str(folder), max_length=300)
+    ours.limit_shapes()
     for group, scores in zip(groups, expected, strict=True):
         np.testing.assert_allclose(ours.score(*group), scores, rtol=0, atol=1e-5)
-        assert all(len(functions._compiled) <= 4 for functions in ours.passes._functions)
+        assert all(len(functions._compiled) <= 4 for functions in ours.runner._functions)
     assert built and all(ids.shape[1] % 8 == 0 for ids in built)
 
 

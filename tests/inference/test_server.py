@@ -280,7 +280,7 @@ def test_what_cannot_be_served():
 def test_a_server_meets_few_shapes(monkeypatch, capfd):
     """Before anything is computed; see the test of what it does in test_reranker_scores.py."""
     done = []
-    monkeypatch.setattr(server.cpu_model_runner, "few_shapes", lambda: done.append("few"))
+    monkeypatch.setattr(Reranker, "limit_shapes", lambda self: done.append("few"))
     monkeypatch.setattr(Reranker, "score_groups", lambda self, groups: done.append("scored"))
     monkeypatch.setattr(server.uvicorn.Server, "run", lambda self, sockets: [s.close() for s in sockets])
     server.run(Reranker(), None, port=0)

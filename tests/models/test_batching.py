@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_retrieval import backend
-from mlx_retrieval.models.batching import Texts, micro_batches, pad_rows, padded, plan
+from mlx_retrieval.models.batching import MicroBatch, Texts, micro_batches, pad_rows, padded, plan, shares
 
 
 def texts_of(lengths) -> Texts:
@@ -150,3 +150,18 @@ def test_joined_texts():
     assert both.ids.tolist() == [1, 2, 3, 4, 5, 1] and both.lengths.tolist() == [2, 3, 1]
     assert both.offsets.tolist() == [0, 2, 5, 6] and len(both) == 3
     assert both.ids.dtype == both.start.dtype == both.end.dtype == both.lengths.dtype == np.int32
+
+
+def test_a_grid_other_than_the_device_s():
+    texts = Texts(np.zeros(22, np.int32), np.array([13, 9]), np.zeros(2, np.int32), np.array([13, 9]))
+    (index, rows), *others = micro_batches(texts, budget=1000, grid=8)
+    assert not others and rows.ids.shape == (2, 16) and index.tolist() == [0, 1]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 5))
+def test_shares_hold_everything_once_and_are_even(sizes, count):
+    rows = [MicroBatch(np.empty((1, size)), None, None, None) for size in sizes]
+    chosen = shares(rows, count)
+    assert len(chosen) == count and sorted(i for share in chosen for i in share) == list(range(len(sizes)))
+    work = [sum(sizes[i] for i in share) for share in chosen]
+    assert max(work) - min(work) <= max(sizes)

@@ -11,17 +11,17 @@ from mlx_retrieval.backend import mx, nn
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import lora, merged_lora
-from mlx_retrieval.backbones.gradient_checkpointing import seed
-from mlx_retrieval.models import cpu_model_runner, model_runner
+from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
+from mlx_retrieval.models import cpu_model_runner
 from mlx_retrieval.models.batching import MicroBatch
+from mlx_retrieval.models.cpu_model_runner import CpuModelRunner
 from mlx_retrieval.models.loading import build
-from mlx_retrieval.models.model_runner import Passes, shares
+from mlx_retrieval.models.model_runner import ModelRunner
+from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.utils.errors import UserError
 
 compiled = pytest.mark.skipif(not backend.FUSED, reason="on this device passes are computed as they come")
@@ -67,14 +67,14 @@ def assert_close(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
 def test_passes_are_the_model_s(monkeypatch, model, rows, merged):
     """With adapters merged into the weights, and without."""
     monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1 if merged else 1 << 30)
-    of, seeds = Passes(model), np.zeros(len(rows), int)
+    runner, seeds = make_runner(model), np.zeros(len(rows), int)
     cotangents = [mx.random.normal(model(part).shape) for part in rows]
     mx.eval(cotangents)
     for _ in range(2):  # and again after the weights have changed
-        found = list(of.representations(rows, seeds))
+        found = list(runner.representations(rows, seeds))
         for part, vectors in zip(rows, found, strict=True):
             np.testing.assert_allclose(np.array(vectors), np.array(model(part)), atol=1e-6)
-        assert_close(of.gradient(rows, seeds, cotangents), gradient(model, rows, cotangents))
+        assert_close(runner.gradient(rows, seeds, cotangents), gradient(model, rows, cotangents))
         model.update(tree_map(lambda v: v * 1.5, model.trainable_parameters()))
 
 
@@ -83,34 +83,34 @@ def test_passes_are_the_model_s(monkeypatch, model, rows, merged):
 def test_products_of_the_forward_pass_spare_the_second_and_change_no_bit(monkeypatch, model, rows, room):
     """None, some or all micro-batches keep theirs; what was kept is given back as it is used."""
     monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1)
-    monkeypatch.setattr(model_runner, "KEPT_BYTES", room)
-    of, seeds, kept = Passes(model), np.arange(len(rows)), {}
-    plain = list(of.representations(rows, seeds))
-    noted = list(of.representations(rows, seeds, kept))
+    monkeypatch.setattr(cpu_model_runner, "SAVED_BYTES", room)
+    runner, seeds, saved = make_runner(model), np.arange(len(rows)), {}
+    plain = list(runner.representations(rows, seeds))
+    noted = list(runner.representations(rows, seeds, saved))
     assert all(mx.array_equal(a, b) for a, b in zip(plain, noted, strict=True))
-    tokens = sum(rows[i].ids.size for i in kept)
-    assert sum(array.nbytes for arrays in kept.values() for array in arrays) == tokens * merged_lora.product_size(
-        of._adapters
+    tokens = sum(rows[i].ids.size for i in saved)
+    assert sum(array.nbytes for arrays in saved.values() for array in arrays) == tokens * merged_lora.product_size(
+        runner._adapters
     )
-    assert {0: len(kept) == 0, 200_000: 0 < len(kept) < len(rows), 1 << 30: len(kept) == len(rows)}[room]
+    assert {0: len(saved) == 0, 200_000: 0 < len(saved) < len(rows), 1 << 30: len(saved) == len(rows)}[room]
     cotangents = [mx.ones(part.shape) for part in plain]
-    expected, found = of.gradient(rows, seeds, cotangents), of.gradient(rows, seeds, cotangents, kept)
+    expected, found = runner.gradient(rows, seeds, cotangents), runner.gradient(rows, seeds, cotangents, saved)
     pairs = zip(tree_flatten(found), tree_flatten(expected), strict=True)
-    assert not kept and all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
+    assert not saved and all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
 
 
 def test_the_same_bits_every_time(model, rows):
-    of, seeds = Passes(model), np.arange(len(rows))
+    runner, seeds = make_runner(model), np.arange(len(rows))
     cotangents = [mx.ones((part.ids.shape[0], 1)) for part in rows]
-    runs = [tree_flatten(of.gradient(rows, seeds, cotangents)) for _ in range(3)]
+    runs = [tree_flatten(runner.gradient(rows, seeds, cotangents)) for _ in range(3)]
     for run in runs[1:]:
         assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(run, runs[0], strict=True))
 
 
 def test_the_model_is_as_before_and_can_be_used_between(model, rows):
     before = dict(tree_flatten(model.parameters()))
-    expected, of = np.array(model(rows[0])), Passes(model)
-    for i, _ in enumerate(of.representations(rows)):
+    expected, runner = np.array(model(rows[0])), make_runner(model)
+    for i, _ in enumerate(runner.representations(rows)):
         if i == 1:
             np.testing.assert_allclose(np.array(model(rows[0])), expected, atol=1e-6)
     after = dict(tree_flatten(model.parameters()))
@@ -121,11 +121,11 @@ def test_dropout_only_while_training_and_by_its_seed(small, rows):
     model = build(small)[0]
     lora.adapt(model.backbone, rank=4, dropout=0.4)
     model.update(tree_map(lambda v: v + 0.05, model.trainable_parameters()))
-    of = Passes(model)
+    runner = make_runner(model)
 
     def run(training: bool, number: int) -> np.ndarray:
         model.train(training)
-        return np.concatenate([np.array(v) for v in of.representations(rows, [number] * len(rows))])
+        return np.concatenate([np.array(v) for v in runner.representations(rows, [number] * len(rows))])
 
     still = run(False, 0)
     assert np.array_equal(still, run(False, 1))
@@ -140,21 +140,23 @@ def test_dropout_only_while_training_and_by_its_seed(small, rows):
 def test_graphs_of_many_shapes_are_not_kept_for_ever(monkeypatch, model):
     """The last used stay: a shape is met again without a new graph, and what was dropped is built again."""
     one = cpu_model_runner._workers()[:1]
-    monkeypatch.setattr(model_runner, "_workers", lambda: one)
+    monkeypatch.setattr(cpu_model_runner, "_workers", lambda: one)
     monkeypatch.setattr(backend, "WORKERS", 1)
     monkeypatch.setattr(cpu_model_runner, "SHAPES_KEPT", 3)
-    of, built = Passes(model), []
-    forward = cpu_model_runner._Functions.forward
-    monkeypatch.setattr(cpu_model_runner._Functions, "forward", lambda *args: (built.append(1), forward(*args))[1])
+    runner, built = make_runner(model), []
+    forward = cpu_model_runner.CompiledFunctions.forward
+    monkeypatch.setattr(
+        cpu_model_runner.CompiledFunctions, "forward", lambda *args: (built.append(1), forward(*args))[1]
+    )
     for length, graphs in ((4, 1), (5, 2), (6, 3), (4, 3), (7, 4), (4, 4), (6, 4), (5, 5), (7, 6)):
-        (found,) = of.representations([micro_batch(2, length)])
+        (found,) = runner.representations([micro_batch(2, length)])
         np.testing.assert_allclose(np.array(found), np.array(model(micro_batch(2, length))), atol=1e-6)
-        assert len(built) == graphs and len(of._functions[0]._compiled) == min(graphs, 3)
+        assert len(built) == graphs and len(runner._functions[0]._compiled) == min(graphs, 3)
 
 
 @compiled
 def test_an_error_in_a_worker_reaches_the_caller(monkeypatch, model, rows):
-    of = Passes(model)
+    runner = make_runner(model)
 
     def fail(*_):
         raise UserError("no")
@@ -162,8 +164,8 @@ def test_an_error_in_a_worker_reaches_the_caller(monkeypatch, model, rows):
     with monkeypatch.context() as patched:
         patched.setattr(type(model.head), "__call__", fail)
         with pytest.raises(UserError, match="no"):
-            list(of.representations(rows))
-    found = list(of.representations(rows))  # and the worker lives on, with the model's own weights
+            list(runner.representations(rows))
+    found = list(runner.representations(rows))  # and the worker lives on, with the model's own weights
     np.testing.assert_allclose(np.array(found[0]), np.array(model(rows[0])), atol=1e-6)
 
 
@@ -177,10 +179,11 @@ def test_an_error_leaves_no_worker_behind(monkeypatch, model, rows):
         raise UserError("no")
 
     monkeypatch.setattr(type(model.head), "__call__", fail)
-    for use in (lambda of: list(of.representations(rows)), lambda of: of.gradient(rows, range(5), [mx.zeros(1)] * 5)):
+    cotangents = [mx.zeros(1)] * 5
+    for use in (lambda of: list(of.representations(rows)), lambda of: of.gradient(rows, range(5), cotangents)):
         calls = itertools.count()
         with pytest.raises(UserError, match="no"):
-            use(Passes(model))
+            use(make_runner(model))
         begun = next(calls)
         for _ in range(20):
             mx.eval(model.parameters())
@@ -188,13 +191,23 @@ def test_an_error_leaves_no_worker_behind(monkeypatch, model, rows):
         assert next(calls) == begun + 1
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 5))
-def test_shares_hold_everything_once_and_are_even(sizes, count):
-    rows = [MicroBatch(np.empty((1, size)), None, None, None) for size in sizes]
-    parts = shares(rows, count)
-    assert len(parts) == count and sorted(i for part in parts for i in part) == list(range(len(sizes)))
-    work = [sum(sizes[i] for i in part) for part in parts]
-    assert max(work) - min(work) <= max(sizes)
+def test_the_device_and_checkpointing_choose_the_runner(monkeypatch, model):
+    """Metal and CUDA take the plain runner, and so do checkpointed blocks, whose dropout a graph would freeze."""
+    assert type(make_runner(model)) is (CpuModelRunner if backend.COMPILED else ModelRunner)
+    checkpoint_blocks(model.backbone)
+    assert type(make_runner(model)) is ModelRunner
+    monkeypatch.setattr(backend, "COMPILED", False)
+    assert type(make_runner(model)) is ModelRunner
+
+
+@compiled
+def test_fewer_shapes_are_this_runner_s_alone(model):
+    """Regression: a server's limit on shapes was set for the whole process, training in a notebook included."""
+    runner, other, grid = make_runner(model), make_runner(model), backend.LENGTH_GRID
+    runner.limit_shapes()
+    assert (runner.length_grid, other.length_grid, backend.LENGTH_GRID) == (8, grid, grid)
+    assert {functions.shapes_kept for functions in runner._functions} == {24}
+    assert {functions.shapes_kept for functions in other._functions} == {128}
 
 
 def test_the_loss_curve_does_not_depend_on_optimisations(tmp_path, run_python):

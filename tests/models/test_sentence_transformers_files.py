@@ -24,7 +24,7 @@ from mlx_retrieval.backbones import lora
 from mlx_retrieval.inference import checks, embedder
 from mlx_retrieval.models import loading, sentence_transformers_files
 from mlx_retrieval.models.batching import micro_batches
-from mlx_retrieval.models.model_runner import Passes
+from mlx_retrieval.models.runners import make_runner
 
 GEMMA_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: ", "STS": "same: "}
 QWEN_PROMPTS = {"query": "Instruct: find the passages that answer the question\nQuery:", "document": ""}
@@ -138,7 +138,7 @@ def test_gradients_go_through_frozen_dense_layers(models):
     rows = [rows for _, rows in micro_batches(tokens, 1000, 0)]
     (cotangent,) = (mx.random.normal((len(part.lengths), 64), key=mx.random.key(3)) for part in rows)
     mx.eval(rows, cotangent)
-    found = Passes(model).gradient(rows, [0], [cotangent])
+    found = make_runner(model).gradient(rows, [0], [cotangent])
     found = dict(tree_flatten(found))
 
     theirs = SentenceTransformer(str(folder), device="cpu")
