@@ -5,6 +5,7 @@ python -m pytest            all tests, in a few minutes on two cores
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import hypothesis
+import numpy as np
 import pytest
 
 from mlx_retrieval import backend  # noqa: F401  (before anything that may import mlx)
@@ -96,6 +98,70 @@ def small(tmp_path_factory) -> str:
     from small_gemma import make_small_gemma
 
     return make_small_gemma(tmp_path_factory.mktemp("models") / "small-gemma")
+
+
+@pytest.fixture(scope="session")
+def base_folders(tmp_path_factory, toy_tokenizer_folder) -> dict[str, Path]:
+    """Random base models with a tokenizer, and a quantised one."""
+    import random_models
+
+    root = tmp_path_factory.mktemp("bases")
+    tokenizer = shutil.copytree(toy_tokenizer_folder, root / "tokenizer")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # so that mlx-lm can load it whatever the architecture
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    folders = {
+        kind: random_models.save(kind, root / kind, tokenizer=tokenizer) for kind in ("gemma3_text", "qwen3", "bert")
+    }
+    return folders | {"4-bit": random_models.quantised(folders["qwen3"], root / "4-bit")}
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(tmp_path_factory) -> Path:
+    """Folder of a byte-level tokenizer with Qwen's special tokens."""
+    from random_rerankers import make_qwen_tokenizer
+
+    return make_qwen_tokenizer(tmp_path_factory.mktemp("qwen-tokenizer"))
+
+
+WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """Sixty rows with hard negatives, texts of 1 to 60 words, some documents and queries twice."""
+    rng = np.random.default_rng(0)
+
+    def text(i: int, longest: int) -> str:
+        return f"{i} " + " ".join(rng.choice(WORDS, rng.integers(1, longest)))
+
+    documents = [text(i, 60) for i in range(50)]
+    queries = [text(i, 12) for i in range(55)]
+    made = [
+        {
+            "query": queries[i % 55],
+            "positive": documents[i % 50],
+            "negatives": [documents[(i * 7 + 3) % 50], text(99 + i, 60)],
+            "scores": rng.normal(size=3).tolist(),
+        }
+        for i in range(60)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(file)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, rows: str, small: str):
+    """Settings of a small run, changed by keyword."""
+
+    def make(**changes):
+        from mlx_retrieval.training.config import Settings
+
+        defaults = {"model": small, "data": [rows], "batch_size": 16, "steps": 6, "eval_tasks": [], "lora_rank": 4}
+        return Settings(**defaults | {"output": str(tmp_path / "run"), "save_steps": 0, "warmup": 0.0} | changes)
+
+    return make
 
 
 @pytest.fixture

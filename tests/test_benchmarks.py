@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from test_trainer import rows, settings  # noqa: F401  (fixtures)
-
 from mlx_retrieval import backend  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -19,7 +17,7 @@ import train_speed
 from mlx_retrieval.training import run
 
 
-def test_synthetic_batches_can_be_trained_on(settings):  # noqa: F811
+def test_synthetic_batches_can_be_trained_on(settings):
     """Regression: they lacked what a batch has since there are teachers."""
     trainer, batch = run.prepare(settings()).trainer, growth.synthetic(4, 8)
     batch.texts.ids[:] %= 100  # the small model's vocabulary is smaller than MiniLM's

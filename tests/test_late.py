@@ -12,7 +12,7 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
-import test_encoders
+import random_encoders
 import torch
 from mlx.utils import tree_map
 
@@ -37,7 +37,7 @@ TEXTS = ["a", "the boiler drips, and hisses; all night!", "", "bike " * 30, "ét
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory, toy_tokenizer_folder) -> Path:
     """A random T5 encoder with a tokenizer."""
-    folder = test_encoders.save("t5", tmp_path_factory.mktemp("models") / "t5")
+    folder = random_encoders.save("t5", tmp_path_factory.mktemp("models") / "t5")
     shutil.copytree(toy_tokenizer_folder, folder, dirs_exist_ok=True)
     return folder
 

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_rerank_training import ANSWERS, ASKED
-from test_reranker_scores import (  # noqa: F401  (fixtures)
-    DOCUMENTS,
-    QUERY,
-    causal,
-    cross_encoder,
-    listwise,
-    qwen_tokenizer,
-)
+from random_rerankers import ANSWERS, ASKED, DOCUMENTS, QUERY, causal, cross_encoder, listwise
 
 import train
 from mlx_cross_encoder import (
@@ -40,7 +32,7 @@ MODE = {"RERANKER_MODE": "mlx"}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, qwen_tokenizer) -> Path:  # noqa: F811
+def models(tmp_path_factory, qwen_tokenizer) -> Path:
     """A folder in which hub names are folders of small random models."""
     folder = tmp_path_factory.mktemp("hub")
     for name in (QWEN, MINILM):

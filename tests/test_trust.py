@@ -3,7 +3,6 @@
 python -m pytest tests/test_trust.py           pickles are refused in tests/backbones/test_hub.py
 """
 
-# ruff: noqa: F811  (fixtures)
 import ast
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from mlx_retrieval.backend import mx
 
 import pytest
-from test_checkpoint import folders, trained  # noqa: F401  (a fixture, and what makes an adapter)
+from trained_models import trained
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones.hub import inside, weight_files
@@ -42,9 +41,9 @@ def test_what_lies_inside():
 
 
 @pytest.mark.parametrize("name", [name for name in OUTSIDE if name != ""])
-def test_an_index_of_weights_names_files_of_its_folder(folders, tmp_path, name):
-    folder = shutil.copytree(folders["bert"], tmp_path / "model")
-    shutil.copytree(folders["bert"], tmp_path / "other")
+def test_an_index_of_weights_names_files_of_its_folder(base_folders, tmp_path, name):
+    folder = shutil.copytree(base_folders["bert"], tmp_path / "model")
+    shutil.copytree(base_folders["bert"], tmp_path / "other")
     index = {"weight_map": {"a": "model.safetensors", "b": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"index.json: (.* is no path within|no index of)"):
@@ -53,8 +52,8 @@ def test_an_index_of_weights_names_files_of_its_folder(folders, tmp_path, name):
 
 @pytest.mark.parametrize("layout", [sentence_transformers_files, pylate_files])
 @pytest.mark.parametrize("name", OUTSIDE[:4])
-def test_modules_are_those_of_the_folder(folders, tmp_path, layout, name):
-    folder = shutil.copytree(folders["bert"], tmp_path / "model")
+def test_modules_are_those_of_the_folder(base_folders, tmp_path, layout, name):
+    folder = shutil.copytree(base_folders["bert"], tmp_path / "model")
     dense = {"in_features": 64, "out_features": 8, "bias": False}
     for place in (tmp_path, tmp_path / "other"):
         place.mkdir(exist_ok=True)
@@ -68,9 +67,9 @@ def test_modules_are_those_of_the_folder(folders, tmp_path, layout, name):
 
 
 @pytest.mark.parametrize("name", OUTSIDE[:5])
-def test_layers_of_an_adapter_are_those_of_its_base(folders, tmp_path, name):
+def test_layers_of_an_adapter_are_those_of_its_base(base_folders, tmp_path, name):
     """Reading is refused, and so is an export, which would write there."""
-    _, folder = trained(folders["bert"], tmp_path / "final")
+    _, folder = trained(base_folders["bert"], tmp_path / "final")
     config = json.loads((folder / FILE).read_text())
     layer = {"path": name, "in_features": 64, "out_features": 8, "bias": False, "activation": "Identity"}
     (folder / FILE).write_text(json.dumps(config | {"dense": [layer]}))
@@ -84,9 +83,9 @@ def test_layers_of_an_adapter_are_those_of_its_base(folders, tmp_path, name):
     assert not (tmp_path / "other").exists()
 
 
-def test_an_adapter_config_names_no_files(folders, tmp_path, monkeypatch):
+def test_an_adapter_config_names_no_files(base_folders, tmp_path, monkeypatch):
     """What mlx-lm or PEFT might write beside it (model, data, paths) is never opened."""
-    _, folder = trained(folders["bert"], tmp_path / "final")
+    _, folder = trained(base_folders["bert"], tmp_path / "final")
     config = json.loads((folder / "adapter_config.json").read_text())
     strange = {
         "model": "/etc",
@@ -98,7 +97,7 @@ def test_an_adapter_config_names_no_files(folders, tmp_path, monkeypatch):
     opened, load = [], mx.load
     monkeypatch.setattr(mx, "load", lambda path, *a, **k: opened.append(Path(path)) or load(path, *a, **k))
     loading.open_model(None, str(folder))
-    assert opened and {path.parent for path in opened} == {folder, folders["bert"]}
+    assert opened and {path.parent for path in opened} == {folder, base_folders["bert"]}
 
 
 # --- code -----------------------------------------------------------------------------------------------------------
@@ -126,9 +125,9 @@ def test_nothing_is_loaded_that_could_run_code():
     assert not found
 
 
-def test_a_model_s_own_code_is_never_run(folders, tmp_path):
+def test_a_model_s_own_code_is_never_run(base_folders, tmp_path):
     """auto_map of config and tokenizer, and mlx-lm's model_file, name a Python file that would leave a trace."""
-    folder, trace = shutil.copytree(folders["qwen3"], tmp_path / "model"), tmp_path / "it-ran"
+    folder, trace = shutil.copytree(base_folders["qwen3"], tmp_path / "model"), tmp_path / "it-ran"
     (folder / "modeling_own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
     own = {"auto_map": {name: "modeling_own.Own" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}}
     for name in ("config.json", "tokenizer_config.json"):

@@ -11,6 +11,7 @@ from mlx_retrieval.backend import mx, nn
 import numpy as np
 import pytest
 import random_models
+from backbone_checks import alone, assert_close, rows_of
 from mlx.utils import tree_flatten
 from random_models import DECODERS, ENCODERS, KINDS, WINDOW, texts
 
@@ -39,22 +40,6 @@ def reference(folder: Path, ids: mx.array, lengths: mx.array, mask=None) -> list
     with torch.no_grad():
         states = model(input_ids=torch.tensor(np.array(ids)), attention_mask=attention).last_hidden_state
     return [states[row, :length].numpy() for row, length in enumerate(lengths.tolist())]
-
-
-def rows_of(backbone, ids: mx.array, lengths: mx.array) -> list[np.ndarray]:
-    states = np.array(backbone.hidden_states(ids, lengths))
-    return [states[row, :length] for row, length in enumerate(lengths.tolist())]
-
-
-def alone(backbone, ids: mx.array, lengths: mx.array) -> list[np.ndarray]:
-    return [rows_of(backbone, ids[i : i + 1, :n], lengths[i : i + 1])[0] for i, n in enumerate(lengths.tolist())]
-
-
-def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> None:
-    assert len(found) == len(expected)
-    for row, other in zip(found, expected, strict=True):
-        assert row.shape == other.shape
-        np.testing.assert_allclose(row, other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)

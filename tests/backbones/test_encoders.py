@@ -13,10 +13,18 @@ from mlx_retrieval.backend import mx, nn
 import numpy as np
 import pytest
 import random_models
+from backbone_checks import (
+    alone,
+    assert_checkpointing_changes_nothing,
+    assert_close,
+    direction,
+    gradient,
+    rows_of,
+    trainable,
+)
 from mlx.utils import tree_flatten
-from random_models import VOCABULARY, texts
-from test_decoder import alone, assert_close, rows_of
-from test_lora import assert_checkpointing_changes_nothing, direction, gradient, shake, trainable
+from random_encoders import LAYERS, SETTINGS, auto_class, save
+from random_models import VOCABULARY, shake, texts
 
 from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora, t5
 from mlx_retrieval.inference import embedder
@@ -26,57 +34,17 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.utils.errors import UserError
 
-LAYERS = 4
 LENGTHS = (150, 60, 9, 1)  # beyond the window of 16 tokens, beyond T5's farthest bucket, and much padding
 
-_MODERN = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": LAYERS}
-_MODERN |= {"local_attention": 16, "max_position_embeddings": 256, "vocab_size": VOCABULARY}
-_MODERN |= {f"{role}_token_id": i for i, role in enumerate(("pad", "eos", "bos", "cls", "sep"))}
-_T5 = {"d_model": 64, "d_kv": 12, "d_ff": 96, "num_heads": 4, "num_layers": LAYERS, "vocab_size": VOCABULARY}
-SETTINGS = {
-    "modernbert": _MODERN,
-    "modernbert-biased": _MODERN | {"attention_bias": True, "mlp_bias": True, "norm_bias": True},
-    "t5": _T5,
-    "t5-v1.1": _T5 | {"feed_forward_proj": "gated-gelu"},
-    "mt5": _T5,
-    "umt5": _T5,
-}
 KINDS = tuple(SETTINGS)
 MODERN, T5 = KINDS[:2], KINDS[2:]
-
-
-def save(kind: str, folder: Path, whole: str = "", **changes) -> Path:
-    """Have transformers write a random encoder, or the model class `whole` around it."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[kind.split("-")[0]](**SETTINGS[kind] | changes)
-    model = getattr(transformers, whole)(config) if whole else _auto(config.model_type).from_config(config)
-    for name, parameter in model.named_parameters():
-        fresh = torch.randn_like(parameter)
-        if "norm" in name.lower():
-            parameter.data += fresh * 0.2
-        else:  # T5 does not scale scores; with small queries they leave room for the bias to show
-            parameter.data = fresh * (0.5 if "relative" in name else 0.05 if name.endswith(".q.weight") else 0.15)
-    model.save_pretrained(folder)
-    return folder
-
-
-def _auto(model_type: str):
-    """AutoModel would make T5 with its decoder."""
-    import transformers
-
-    return transformers.AutoModel if model_type == "modernbert" else transformers.AutoModelForTextEncoding
 
 
 def torch_model(folder: Path):
     import torch
 
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    return _auto(model_type).from_pretrained(folder, dtype=torch.float32).eval()
+    return auto_class(model_type).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def torch_states(model, ids: mx.array, lengths: mx.array):

@@ -12,8 +12,9 @@ from mlx_retrieval.backend import mx, nn
 import numpy as np
 import pytest
 import random_models
+from backbone_checks import assert_checkpointing_changes_nothing, direction, gradient, pooled_loss, trainable
 from mlx.utils import tree_flatten, tree_unflatten
-from random_models import LAYERS, texts
+from random_models import LAYERS, shake, texts
 
 from mlx_retrieval.backbones import Backbone, count_parameters, gradient_checkpointing, load_backbone, lora
 from mlx_retrieval.backbones.decoder import Decoder
@@ -28,37 +29,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     made = {kind: random_models.save(kind, root / kind) for kind in KINDS}
     return made | {"4-bit": random_models.quantised(made["qwen3"], root / "4-bit")}
-
-
-def trainable(backbone: Backbone) -> dict[str, mx.array]:
-    return dict(tree_flatten(backbone.adapted.trainable_parameters()))
-
-
-def shake(module: nn.Module, seed: int = 0) -> None:
-    """Give every trainable parameter a random value near its own, so that no part of an adapter is without effect."""
-    keys = mx.random.split(mx.random.key(seed), 1 << 10)
-    values = [
-        (name, value + 0.2 * mx.random.normal(value.shape, value.dtype, key=key))
-        for (name, value), key in zip(tree_flatten(module.trainable_parameters()), keys, strict=False)
-    ]
-    module.update(tree_unflatten(values))
-
-
-def pooled_loss(backbone: Backbone, ids: mx.array, lengths: mx.array) -> mx.array:
-    """Mean of the real tokens' states of each row against a fixed direction."""
-    states = backbone.hidden_states(ids, lengths)
-    real = (mx.arange(ids.shape[1]) < lengths[:, None])[..., None]
-    means = (states * real).sum(axis=1) / lengths[:, None]
-    return (means * direction(means.shape)).sum()
-
-
-def direction(shape) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(9))
-
-
-def gradient(backbone: Backbone, *batch: mx.array) -> tuple[float, dict[str, mx.array]]:
-    loss, tree = nn.value_and_grad(backbone, lambda *batch: pooled_loss(backbone, *batch))(*batch)
-    return loss.item(), dict(tree_flatten(tree))
 
 
 # --- what is trainable ----------------------------------------------------------------------------------------------
@@ -294,25 +264,6 @@ def test_quantised_base_trains(folders, train_type):
 
 
 # --- gradient checkpointing -----------------------------------------------------------------------------------------
-
-
-def assert_checkpointing_changes_nothing(load, train_type: str, *batch: mx.array) -> None:
-    """`load` gives the same backbone every time."""
-    results = []
-    for checkpointed in (False, True):
-        backbone = load()
-        gradient_checkpointing.seed(0)
-        lora.adapt(backbone, train_type, rank=4)
-        shake(backbone)
-        if checkpointed:
-            gradient_checkpointing.checkpoint_blocks(backbone)
-        backbone.train()
-        results.append(gradient(backbone, *batch))
-    (loss, grads), (loss_again, grads_again) = results
-    assert loss == pytest.approx(loss_again, rel=1e-6)
-    assert list(grads) == list(grads_again)
-    for name, value in grads.items():
-        assert mx.abs(value - grads_again[name]).max() <= 1e-5 * mx.maximum(mx.abs(value).max(), 1e-3), name
 
 
 @pytest.mark.parametrize("bidirectional", [None, True])

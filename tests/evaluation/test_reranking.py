@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_retrieval
+from beir_folders import WordCounts, write_folder
 from mteb_folder import mteb_task
-from test_retrieval import NANO, WordCounts, write_folder
 
 import eval as evaluation
 from mlx_retrieval.evaluation import reranking
@@ -30,7 +29,7 @@ from mlx_retrieval.retrieval.bm25 import bm25
 from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-words, no_hub = test_retrieval.words, test_retrieval.no_hub  # fixtures
+NANO = "NanoMSMARCORetrieval"
 
 
 class Judge:

@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from beir_folders import WordCounts, write_folder
 from mteb_folder import mteb_task
 
 import eval as evaluation
@@ -33,25 +33,6 @@ MEDQUAD = ROOT.parent / "shared" / "data" / "medquad" / "dev"
 NANO = "NanoMSMARCORetrieval"
 
 
-class WordCounts:
-    """Unit vectors of hashed word counts; with `break_at`, the vector of that text's number is not finite."""
-
-    def __init__(self, seed: int = 0, dimensions: int = 256, name: str = "toy", break_at: int | None = None):
-        self.seed, self.dimensions, self.name, self.break_at = seed, dimensions, name, break_at
-        self.calls: list[tuple[str | None, list[str]]] = []
-
-    def encode(self, texts, prompt=None, show_progress=False):
-        self.calls.append((prompt, texts))
-        vectors = np.zeros((len(texts), self.dimensions), np.float32)
-        for row, text in enumerate(texts):
-            for word in text.lower().split():
-                vectors[row, zlib.crc32(f"{self.seed} {word}".encode()) % self.dimensions] += 1
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-        if self.break_at is not None and prompt == "document":
-            vectors[self.break_at] = np.nan
-        return vectors
-
-
 class Table:
     """Vectors given by hand: text -> vector."""
 
@@ -62,18 +43,6 @@ class Table:
 
     def encode(self, texts, prompt=None, show_progress=False):
         return np.array([self.vectors[text] for text in texts], np.float32)
-
-
-def write_folder(folder: Path, corpus, queries, qrels: str | None, qrels_name: str = "test.tsv") -> Path:
-    """`corpus` and `queries`: rows, or the file's text."""
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for stem, rows in (("corpus", corpus), ("queries", queries)):
-        if rows is not None:
-            text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{stem}.jsonl").write_text(text, encoding="utf-8")
-    if qrels is not None:
-        (folder / "qrels" / qrels_name).write_text(qrels, encoding="utf-8")
-    return folder
 
 
 FRUIT = {
@@ -90,20 +59,6 @@ FRUIT = {
 @pytest.fixture
 def fruit(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "fruit", **FRUIT)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> Path:
-    """150 documents and 40 queries of random words: rankings that are neither perfect nor hopeless."""
-    rng = np.random.default_rng(5)
-    vocabulary = [f"w{i}" for i in range(300)]
-    corpus = [{"_id": f"d{i}", "text": " ".join(rng.choice(vocabulary, 20))} for i in range(150)]
-    queries, qrels = [], ""
-    for i in range(40):
-        words = corpus[i]["text"].split()
-        queries.append({"_id": f"q{i}", "text": " ".join([*rng.choice(words, 2), *rng.choice(vocabulary, 3)])})
-        qrels += f"q{i}\td{i}\t2\nq{i}\td{i + 40}\t1\nq{i}\td{i + 80}\t0\n"
-    return write_folder(tmp_path_factory.mktemp("data") / "words", corpus, queries, qrels)
 
 
 # --- figures ---
@@ -374,19 +329,6 @@ def test_bad_bytes(tmp_path):
 def test_wrong_task_names(name, message):
     with pytest.raises(UserError, match=message):
         evaluate(WordCounts(), [name])
-
-
-@pytest.fixture
-def no_hub(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    mteb_tasks._hub_answers.cache_clear()
-    mteb_tasks._load.cache_clear()
-    yield tmp_path / "cache"
-    mteb_tasks._hub_answers.cache_clear()
-    mteb_tasks._load.cache_clear()
 
 
 def test_unreachable_task_is_told_in_one_line(no_hub, fruit, capfd):

@@ -4,7 +4,6 @@ python -m pytest tests/exporters/test_export.py
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,16 +12,16 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
+import random_encoders
 import random_models
-import test_encoders
-from test_checkpoint import trained
+from exported import file_digests, read_json, run_export
+from trained_models import trained
 
 import export
 from mlx_retrieval import backbones
 from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.exporters import job, parity, sentence_transformers_files, weights
 from mlx_retrieval.exporters import tokenizer as exporters_tokenizer
-from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.utils.errors import UserError
 
@@ -81,7 +80,7 @@ def bases(tmp_path_factory, toy_tokenizer_folder) -> dict[str, Path]:
 
     window = {"sliding_window": 16, "max_position_embeddings": POSITIONS}
     gemma = saved("gemma3_text", bare=True, use_bidirectional_attention=True, **window)
-    t5, modern = (test_encoders.save(kind, root / f"{kind}-trunk", d_kv=16) for kind in ("t5", "modernbert"))
+    t5, modern = (random_encoders.save(kind, root / f"{kind}-trunk", d_kv=16) for kind in ("t5", "modernbert"))
     for folder in (t5, modern):
         shutil.copytree(framed, folder, dirs_exist_ok=True)
     flat = {"bias": False, "activation_function": Identity()}
@@ -96,17 +95,6 @@ def bases(tmp_path_factory, toy_tokenizer_folder) -> dict[str, Path]:
         "llama": saved("llama", plain, tie_word_embeddings=False),
         "bidirectional": saved("gemma3_text", plain, "bidirectional", **window),
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models are so small that torch's threads cost seven times what they save."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -149,28 +137,11 @@ def worst(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum(axis=1).min())
 
 
-def done(output: Path, **flags) -> Path:
-    flags.setdefault("skip_library_check", True)
-    return export.export(
-        Export(output=str(output), **{k: str(v) if isinstance(v, Path) else v for k, v in flags.items()})
-    )
-
-
 def sentence_transformer(folder: Path):
     import torch
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
-
-
-def settings(folder: Path, file: str = "config.json") -> dict:
-    return json.loads((folder / file).read_text(encoding="utf-8"))
-
-
-def written(folder: Path) -> dict[str, str]:
-    """A digest of every file in a folder, by its path."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 # --- the same vectors -----------------------------------------------------------------------------------------------
@@ -181,7 +152,7 @@ def test_sentence_transformers_and_embed_give_the_unmerged_models_vectors(bases,
     expected = vectors(kind)
     few = some_texts()[::7]
     assert worst(expected[None][::7], embedder.load(bases[kind]).encode(few)) < 0.9  # training changed something
-    folder = done(tmp_path / "out", adapter=adapters[kind])
+    folder = run_export(tmp_path / "out", adapter=adapters[kind])
     theirs, ours, seen = sentence_transformer(folder), embedder.load(folder), set()
     assert ours.config.prompts.keys() == expected.keys() - {None}
     for name, wanted in expected.items():
@@ -194,13 +165,13 @@ def test_sentence_transformers_and_embed_give_the_unmerged_models_vectors(bases,
     if len({text for text in ours.config.prompts.values() if text}) > 1:
         assert worst(expected["query"], expected["document"]) < 0.99  # the prompts count
     assert not any("lm_head" in name for name in mx.load(str(folder / "model.safetensors")))
-    assert settings(folder, "retrieval_config.json")["base_model"] == str(bases[kind])
+    assert read_json(folder, "retrieval_config.json")["base_model"] == str(bases[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mlx_folders(adapters, vectors, tmp_path, kind):
     """mlx-lm gives the same states where it knows the architecture and it is causal; embed.load the same vectors."""
-    folder = done(tmp_path / "out", adapter=adapters[kind], format="mlx")
+    folder = run_export(tmp_path / "out", adapter=adapters[kind], format="mlx")
     model = embedder.load(folder)
     assert worst(model.encode(some_texts(), "query"), vectors(kind)["query"]) >= 0.9999
     if kind in ("qwen3", "llama"):
@@ -216,9 +187,9 @@ def test_mlx_folders(adapters, vectors, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "gemma3_text"])
 def test_hf_folders_keep_the_whole_model(bases, adapters, vectors, tmp_path, kind):
-    folder = done(tmp_path / "out", adapter=adapters[kind], format="hf")
+    folder = run_export(tmp_path / "out", adapter=adapters[kind], format="hf")
     assert worst(embedder.load(folder).encode(some_texts(), "query"), vectors(kind)["query"]) >= 0.9999
-    assert settings(folder)["architectures"] == settings(bases[kind])["architectures"]
+    assert read_json(folder)["architectures"] == read_json(bases[kind])["architectures"]
     before, after = (mx.load(str(where / "model.safetensors")) for where in (bases[kind], folder))
     assert {n: (v.shape, v.dtype) for n, v in before.items()} == {n: (v.shape, v.dtype) for n, v in after.items()}
     assert not (folder / "modules.json").exists()
@@ -227,7 +198,7 @@ def test_hf_folders_keep_the_whole_model(bases, adapters, vectors, tmp_path, kin
 def test_a_bidirectional_model_that_was_trained_causal(bases, tmp_path):
     """It stays causal, with the window that its base has as a causal model."""
     _, adapter = trained(bases["gemma3_text"], tmp_path / "run" / "final", bidirectional=False)
-    folder, few = done(tmp_path / "out", adapter=adapter), some_texts()[::5]
+    folder, few = run_export(tmp_path / "out", adapter=adapter), some_texts()[::5]
     model = embedder.load(adapter)
     assert not model.config.bidirectional and not embedder.load(folder).config.bidirectional
     assert worst(sentence_transformer(folder).encode(few, prompt_name="STS"), model.encode(few, "STS")) >= 0.9999
@@ -240,16 +211,16 @@ def test_a_bidirectional_model_that_was_trained_causal(bases, tmp_path):
 @pytest.mark.parametrize("form", ["sentence-transformers", "hf"])
 def test_checkpoints_of_more_than_the_encoder(bases, tmp_path, kind, whole, without, form):
     """Other names than the encoder alone has; what sentence-transformers has no use for is left out."""
-    base = test_encoders.save(kind, tmp_path / "base", whole, **({"d_kv": 16} if kind == "t5" else {}))
+    base = random_encoders.save(kind, tmp_path / "base", whole, **({"d_kv": 16} if kind == "t5" else {}))
     shutil.copytree(bases["bert"].parent / "framed", base, dirs_exist_ok=True)
     _, adapter = trained(base, tmp_path / "run" / "final", "full")
-    folder = done(tmp_path / "out", adapter=adapter, format=form)
+    folder = run_export(tmp_path / "out", adapter=adapter, format=form)
     before, after = (set(mx.load(str(where / "model.safetensors"))) for where in (base, folder))
     if form == "hf":
-        assert after == before and settings(folder)["architectures"] == [whole]
+        assert after == before and read_json(folder)["architectures"] == [whole]
         return
     assert after == {name for name in before if not name.startswith(without)}
-    assert settings(folder)["architectures"] == ["T5EncoderModel" if kind == "t5" else whole]
+    assert read_json(folder)["architectures"] == ["T5EncoderModel" if kind == "t5" else whole]
     expected = embedder.load(adapter).encode(some_texts()[::7])
     assert worst(sentence_transformer(folder).encode(some_texts()[::7]), expected) >= 0.9999
 
@@ -260,8 +231,8 @@ def test_a_quantised_base_is_made_whole(bases, tmp_path, form):
     quantised = random_models.quantised(whole, tmp_path / "4-bit", mx.float32)
     _, adapter = trained(quantised, tmp_path / "run" / "final", pooling="last")
     expected = embedder.load(adapter).encode(some_texts(), "query")
-    folder = done(tmp_path / "out", adapter=adapter, format=form)
-    assert "quantization" not in settings(folder) and "quantization_config" not in settings(folder)
+    folder = run_export(tmp_path / "out", adapter=adapter, format=form)
+    assert "quantization" not in read_json(folder) and "quantization_config" not in read_json(folder)
     assert not any("scales" in name for name in mx.load(str(folder / "model.safetensors")))
     if form == "mlx":
         found = embedder.load(folder).encode(some_texts(), "query")
@@ -274,9 +245,9 @@ def test_a_quantised_base_is_made_whole(bases, tmp_path, form):
 @pytest.mark.parametrize("kind", ["qwen3", "t5"])
 def test_quantised_export(adapters, vectors, tmp_path, capsys, kind, bits):
     """Near the whole model, small on disk, and read by mlx-lm."""
-    whole = done(tmp_path / "whole", adapter=adapters[kind], format="mlx")
-    folder = done(tmp_path / "out", adapter=adapters[kind], format="mlx", quantize=bits)
-    assert settings(folder)["quantization"] == {"group_size": 32, "bits": bits}
+    whole = run_export(tmp_path / "whole", adapter=adapters[kind], format="mlx")
+    folder = run_export(tmp_path / "out", adapter=adapters[kind], format="mlx", quantize=bits)
+    assert read_json(folder)["quantization"] == {"group_size": 32, "bits": bits}
     sizes = [(where / "model.safetensors").stat().st_size for where in (whole, folder)]
     assert sizes[1] < sizes[0] * (0.25 if bits == 4 else 0.4)
     model = embedder.load(folder)
@@ -288,41 +259,41 @@ def test_quantised_export(adapters, vectors, tmp_path, capsys, kind, bits):
 
         loaded, _ = mlx_lm.load(str(folder))
         ids, lengths = random_models.texts((29, 29))
-        theirs = Decoder(loaded, settings(folder))
+        theirs = Decoder(loaded, read_json(folder))
         backbones.set_dtype(theirs, None)
         own = model.model.backbone.hidden_states(ids, lengths)
         np.testing.assert_allclose(np.array(theirs.hidden_states(ids, lengths)), np.array(own), atol=1e-4)
 
 
 def test_base_models_and_other_copies_of_the_base(bases, adapters, vectors, tmp_path):
-    folder = done(tmp_path / "base", model=bases["bert"])
+    folder = run_export(tmp_path / "base", model=bases["bert"])
     plain = embedder.load(bases["bert"]).encode(some_texts(8), "query")
     assert worst(embedder.load(folder).encode(some_texts(8), "query"), plain) >= 0.9999
     copy = shutil.copytree(bases["bert"], tmp_path / "copy")
-    folder = done(tmp_path / "adapted", model=copy, adapter=adapters["bert"])
+    folder = run_export(tmp_path / "adapted", model=copy, adapter=adapters["bert"])
     assert worst(embedder.load(folder).encode(some_texts(), "query"), vectors("bert")["query"]) >= 0.9999
 
 
 @pytest.mark.parametrize("form", job.FORMATS)
 def test_exporting_an_exported_folder_changes_nothing(adapters, tmp_path, form):
     """But the card, which names another base."""
-    first = done(tmp_path / "first", adapter=adapters["bidirectional"], format=form)
-    second = done(tmp_path / "second", model=first, format=form)
-    a, b = written(first), written(second)
+    first = run_export(tmp_path / "first", adapter=adapters["bidirectional"], format=form)
+    second = run_export(tmp_path / "second", model=first, format=form)
+    a, b = file_digests(first), file_digests(second)
     assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == {
         "README.md",
         "retrieval_config.json",
     }
-    a, b = (settings(folder, "retrieval_config.json") for folder in (first, second))
+    a, b = (read_json(folder, "retrieval_config.json") for folder in (first, second))
     assert {key for key in a if a[key] != b[key]} <= {"base_model", "base_fingerprint"}
 
 
 def test_queries_of_another_length(bases, tmp_path, capsys):
     """sentence-transformers has one limit, the larger; embed.py keeps both."""
     _, adapter = trained(bases["bert"], tmp_path / "run" / "final", max_length=300, query_max_length=20)
-    folder = done(tmp_path / "out", adapter=adapter, skip_library_check=False)
+    folder = run_export(tmp_path / "out", adapter=adapter, skip_library_check=False)
     assert "one limit: 300 tokens" in capsys.readouterr().out
-    assert settings(folder, "sentence_bert_config.json")["max_seq_length"] == 300
+    assert read_json(folder, "sentence_bert_config.json")["max_seq_length"] == 300
     model = embedder.load(folder)
     assert (model.config.max_length, model.config.query_max_length) == (300, 20)
 
@@ -332,8 +303,8 @@ def test_queries_of_another_length(bases, tmp_path, capsys):
 
 def test_shards(adapters, vectors, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
-    folder = done(tmp_path / "out", adapter=adapters["bert"])
-    index = settings(folder, "model.safetensors.index.json")
+    folder = run_export(tmp_path / "out", adapter=adapters["bert"])
+    index = read_json(folder, "model.safetensors.index.json")
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2 and {file.name for file in shards} == set(index["weight_map"].values())
     whole = {name: value for file in shards for name, value in mx.load(str(file)).items()}
@@ -352,37 +323,37 @@ def test_dtype(bases, tmp_path, form, asked, stored):
     base = random_models.recast(bases["bert"], tmp_path / "bfloat16", mx.bfloat16)
     base = random_models.changed(base, tmp_path / "base", dtype="bfloat16")
     _, adapter = trained(base, tmp_path / "run" / "final")
-    folder = done(tmp_path / "out", adapter=adapter, format=form, dtype=asked)
+    folder = run_export(tmp_path / "out", adapter=adapter, format=form, dtype=asked)
     tensors = mx.load(str(folder / "model.safetensors")).values()
     assert {value.dtype for value in tensors} == {stored}
-    assert settings(folder)["dtype"] == (asked or "bfloat16")
+    assert read_json(folder)["dtype"] == (asked or "bfloat16")
 
 
 def test_a_pad_token_is_named_where_the_tokenizer_has_none(bases, tmp_path):
     base = shutil.copytree(bases["llama"], tmp_path / "base")
-    roles = {k: v for k, v in settings(base, "tokenizer_config.json").items() if k != "pad_token"}
+    roles = {k: v for k, v in read_json(base, "tokenizer_config.json").items() if k != "pad_token"}
     (base / "tokenizer_config.json").write_text(json.dumps(roles))
-    folder = done(tmp_path / "out", model=base, skip_library_check=False)
-    assert settings(folder, "tokenizer_config.json")["pad_token"] == "<eos>"
+    folder = run_export(tmp_path / "out", model=base, skip_library_check=False)
+    assert read_json(folder, "tokenizer_config.json")["pad_token"] == "<eos>"
 
 
 def test_a_class_that_makes_other_tokens_is_replaced(bases, tmp_path, capsys):
     """transformers' Gemma tokenizer builds itself of the vocabulary and would split words otherwise."""
     base = shutil.copytree(bases["bert"], tmp_path / "base")
     file = base / "tokenizer.json"
-    content = settings(base, "tokenizer.json")
+    content = read_json(base, "tokenizer.json")
     content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, content["normalizer"]]}
     file.write_text(json.dumps(content))
-    roles = settings(base, "tokenizer_config.json") | {"tokenizer_class": "GemmaTokenizer"}
+    roles = read_json(base, "tokenizer_config.json") | {"tokenizer_class": "GemmaTokenizer"}
     (base / "tokenizer_config.json").write_text(json.dumps(roles))
-    folder = done(tmp_path / "out", model=base, skip_library_check=False)
-    assert settings(folder, "tokenizer_config.json")["tokenizer_class"] == exporters_tokenizer.GENERIC
+    folder = run_export(tmp_path / "out", model=base, skip_library_check=False)
+    assert read_json(folder, "tokenizer_config.json")["tokenizer_class"] == exporters_tokenizer.GENERIC
     assert "since GemmaTokenizer makes other tokens" in capsys.readouterr().out
 
 
 def test_an_empty_text_is_the_mean_of_its_special_tokens(adapters, tmp_path):
     """Which otherwise weigh nothing where pooling leaves them out."""
-    folder = done(tmp_path / "out", adapter=adapters["bidirectional"])
+    folder = run_export(tmp_path / "out", adapter=adapters["bidirectional"])
     assert (folder / "1_WordWeights").is_dir()
     theirs = sentence_transformer(folder).encode([""])
     assert worst(theirs, embedder.load(adapters["bidirectional"]).encode([""])) >= 0.9999
@@ -407,12 +378,12 @@ def test_a_failed_check_leaves_nothing(adapters, tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_check_leaves_what_was_there(adapters, bases, tmp_path, monkeypatch):
-    folder = done(tmp_path / "out", model=bases["bert"])
-    before = written(folder)
+    folder = run_export(tmp_path / "out", model=bases["bert"])
+    before = file_digests(folder)
     monkeypatch.setattr(parity, "LEAST_COSINE", 1.1)
     with pytest.raises(UserError, match="the check failed"):
-        done(folder, adapter=adapters["bert"], overwrite=True)
-    assert written(folder) == before and [file.name for file in tmp_path.iterdir()] == ["out"]
+        run_export(folder, adapter=adapters["bert"], overwrite=True)
+    assert file_digests(folder) == before and [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("spoil", [{"pooling": "cls"}, {"query_prompt": ""}, {"pool_special": True}])
@@ -425,7 +396,7 @@ def test_the_check_sees_what_sentence_transformers_makes_of_the_folder(adapters,
 
     monkeypatch.setattr(sentence_transformers_files, "write", spoiled)
     with pytest.raises(UserError, match="the check failed: SentenceTransformer .* gives a vector of cosine"):
-        done(tmp_path / "out", adapter=adapters["llama"], skip_library_check=False)
+        run_export(tmp_path / "out", adapter=adapters["llama"], skip_library_check=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -437,32 +408,32 @@ def test_vectors_that_are_not_finite_fail(adapters, tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "mlx_tensors", spoiled)
     with pytest.raises(UserError, match="not finite"):
-        done(tmp_path / "out", adapter=adapters["bert"], format="mlx")
+        run_export(tmp_path / "out", adapter=adapters["bert"], format="mlx")
 
 
 def test_folders_that_are_not_empty(bases, tmp_path):
-    folder = done(tmp_path / "out", model=bases["bert"])
-    before = written(folder)
+    folder = run_export(tmp_path / "out", model=bases["bert"])
+    before = file_digests(folder)
     with pytest.raises(UserError, match="not empty; --overwrite replaces it"):
-        done(folder, model=bases["bert"])
+        run_export(folder, model=bases["bert"])
     (folder / "old.txt").write_text("of an earlier export")
-    done(folder, model=bases["bert"], overwrite=True)
-    assert written(folder) == before
+    run_export(folder, model=bases["bert"], overwrite=True)
+    assert file_digests(folder) == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
     with pytest.raises(UserError, match="replaces exported folders only"):
-        done(tmp_path / "photos", model=bases["bert"], overwrite=True)
+        run_export(tmp_path / "photos", model=bases["bert"], overwrite=True)
     (tmp_path / "empty").mkdir()
-    done(tmp_path / "empty", model=bases["bert"])
+    run_export(tmp_path / "empty", model=bases["bert"])
 
 
 def test_the_source_is_never_replaced(bases, adapters, tmp_path):
     base = shutil.copytree(bases["bert"], tmp_path / "models" / "base")
     for output in (base, base.parent):
         with pytest.raises(UserError, match="the model that is exported is in there"):
-            done(output, model=base, overwrite=True)
+            run_export(output, model=base, overwrite=True)
     with pytest.raises(UserError, match="the model that is exported is in there"):
-        done(adapters["bert"].parent, adapter=adapters["bert"], overwrite=True)
+        run_export(adapters["bert"].parent, adapter=adapters["bert"], overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -489,14 +460,14 @@ def test_bad_input(bases, adapters, tmp_path, capsys, monkeypatch, flags, told):
 def test_a_maximum_over_the_texts_own_tokens_has_no_module(bases, tmp_path):
     _, adapter = trained(bases["llama"], tmp_path / "run" / "final", pooling="max")
     with pytest.raises(UserError, match="out of a maximum: use --format mlx or hf"):
-        done(tmp_path / "out", adapter=adapter)
-    done(tmp_path / "out", adapter=adapter, format="hf")
+        run_export(tmp_path / "out", adapter=adapter)
+    run_export(tmp_path / "out", adapter=adapter, format="hf")
 
 
 def test_prompts_with_the_tokenizers_own_tokens_have_no_module(bases, tmp_path):
     _, adapter = trained(bases["llama"], tmp_path / "run" / "final", query_prompt="<eos>what:")
     with pytest.raises(UserError, match="the prompt 'query' has tokens that the tokenizer puts around texts"):
-        done(tmp_path / "out", adapter=adapter)
+        run_export(tmp_path / "out", adapter=adapter)
 
 
 def test_widths_that_no_group_divides(bases, tmp_path):
@@ -504,31 +475,31 @@ def test_widths_that_no_group_divides(bases, tmp_path):
         "bert", tmp_path / "base", tokenizer=bases["bert"].parent / "framed", intermediate_size=72
     )
     with pytest.raises(UserError, match=r"--quantize 4: encoder\.layer\.\d\.output\.dense takes 72 numbers"):
-        done(tmp_path / "out", model=base, format="mlx", quantize=4)
+        run_export(tmp_path / "out", model=base, format="mlx", quantize=4)
 
 
 def test_trained_parameters_without_a_place_are_told(bases, adapters, tmp_path, monkeypatch):
     """As with experts that mlx-lm stacks and GPT-2's transposed matrices."""
     monkeypatch.setattr(weights, "_parameter", lambda backbone, name, _: None if "layers.1" in name else name)
     with pytest.raises(UserError, match=r"trained parameters are no tensors of .*layers\.1\..*Use --format mlx"):
-        done(tmp_path / "out", adapter=adapters["llama"])
+        run_export(tmp_path / "out", adapter=adapters["llama"])
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 
 
 def test_gguf_ready_encoder(adapters, vectors, tmp_path, capsys):
-    folder = done(tmp_path / "out", adapter=adapters["bert"], gguf_ready=True, dtype="float16")
-    assert settings(folder)["architectures"] == ["BertModel"]
-    assert settings(folder / "1_Pooling")["pooling_mode_mean_tokens"] is True
+    folder = run_export(tmp_path / "out", adapter=adapters["bert"], gguf_ready=True, dtype="float16")
+    assert read_json(folder)["architectures"] == ["BertModel"]
+    assert read_json(folder / "1_Pooling")["pooling_mode_mean_tokens"] is True
     assert {value.dtype for value in mx.load(str(folder / "model.safetensors")).values()} == {mx.float16}
     assert f"python convert_hf_to_gguf.py {folder}" in capsys.readouterr().out
 
 
 def test_gguf_ready_last_token_decoder(adapters, tmp_path, capsys):
-    folder = done(tmp_path / "out", adapter=adapters["qwen3"], gguf_ready=True, format="hf")
-    assert settings(folder)["architectures"] == ["Qwen3ForCausalLM"]
-    assert settings(folder / "1_Pooling")["pooling_mode_lasttoken"] is True
+    folder = run_export(tmp_path / "out", adapter=adapters["qwen3"], gguf_ready=True, format="hf")
+    assert read_json(folder)["architectures"] == ["Qwen3ForCausalLM"]
+    assert read_json(folder / "1_Pooling")["pooling_mode_lasttoken"] is True
     told = capsys.readouterr().out
     assert "--pooling last" in told and "prompts are not in a GGUF" in told
 
@@ -543,7 +514,7 @@ def test_gguf_ready_last_token_decoder(adapters, tmp_path, capsys):
 )
 def test_what_a_gguf_would_compute_otherwise_is_refused(adapters, tmp_path, kind, why):
     with pytest.raises(UserError, match=why):
-        done(tmp_path / "out", adapter=adapters[kind], gguf_ready=True)
+        run_export(tmp_path / "out", adapter=adapters[kind], gguf_ready=True)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

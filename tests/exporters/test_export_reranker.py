@@ -16,17 +16,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_export import done, one_thread, settings, written  # noqa: F401  (a fixture that all tests here use)
-from test_rerank_training import graded_rows
-from test_reranker_scores import (  # noqa: F401  (a fixture)
-    DOCUMENTS,
-    QUERY,
-    causal,
-    cross_encoder,
-    encoder_config,
-    listwise,
-    qwen_tokenizer,
-)
+from exported import file_digests, read_json, run_export
+from random_rerankers import DOCUMENTS, QUERY, causal, cross_encoder, encoder_config, graded_rows, listwise
 
 import export
 from mlx_retrieval.backbones.hub import read_safetensors
@@ -65,7 +56,7 @@ def quick_check(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory, qwen_tokenizer) -> dict[str, Path]:  # noqa: F811
+def bases(tmp_path_factory, qwen_tokenizer) -> dict[str, Path]:
     """A random model of each kind; `bare` is a BERT without a head, `trunk` a Qwen3 without its language model."""
     root = tmp_path_factory.mktemp("bases")
     found = {kind: root / kind for kind in (*ENCODERS, "bare", "trunk")}
@@ -153,7 +144,7 @@ def test_cross_encoders(bases, adapters, tmp_path, kind, activation):
     ours = Reranker(str(adapter))
     assert ours.config.activation == activation
     expected = scores(ours)
-    folder = done(tmp_path / "out", adapter=adapter)
+    folder = run_export(tmp_path / "out", adapter=adapter)
     assert (
         np.abs(expected - scores(Reranker(str(bases[kind]), max_length=60))).max() > 0.01
     )  # training changed something
@@ -176,11 +167,11 @@ def test_cross_encoders(bases, adapters, tmp_path, kind, activation):
 def test_a_head_that_the_base_does_not_have(bases, adapters, tmp_path, name):
     """A masked language model's own head is left out; so is what full training of all weights makes."""
     adapter = adapters("bare", **({"train_type": "full", "learning_rate": 0.01} if name == "full" else {}))
-    folder = done(tmp_path / "out", adapter=adapter)
+    folder = run_export(tmp_path / "out", adapter=adapter)
     expected = scores(Reranker(str(adapter)))
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(library_scores(folder), expected, rtol=0, atol=EXACT)
-    assert settings(folder)["architectures"] == ["BertForSequenceClassification"]
+    assert read_json(folder)["architectures"] == ["BertForSequenceClassification"]
     assert not any(tensor.startswith("cls.") for tensor in read_safetensors(folder / "model.safetensors"))
 
 
@@ -205,12 +196,12 @@ def test_a_decoder_with_a_score_layer(bases, adapters, tmp_path):
     )
     run.trainer.update(run.trainer.batches.batch(0), 1)
     files.write_folder(tmp_path / "adapter", run.trainer.save_model)
-    folder = done(tmp_path / "out", adapter=tmp_path / "adapter", skip_library_check=False)
+    folder = run_export(tmp_path / "out", adapter=tmp_path / "adapter", skip_library_check=False)
     expected = scores(Reranker(str(tmp_path / "adapter")))
     np.testing.assert_allclose(library_scores(folder), expected, rtol=0, atol=EXACT)
-    assert settings(folder)["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert read_json(folder)["architectures"] == ["Qwen3ForSequenceClassification"]
     assert not (folder / "chat_template.jinja").exists()
-    own = done(tmp_path / "own", adapter=tmp_path / "adapter", format="mlx")
+    own = run_export(tmp_path / "own", adapter=tmp_path / "adapter", format="mlx")
     np.testing.assert_allclose(scores(Reranker(str(own))), expected, rtol=0, atol=EXACT)
 
 
@@ -226,7 +217,7 @@ def test_judges_in_every_library(bases, adapters, tmp_path, name):
     adapter = adapters(name)
     ours = Reranker(str(adapter))
     expected = scores(ours)
-    folder = done(tmp_path / "out", adapter=adapter)
+    folder = run_export(tmp_path / "out", adapter=adapter)
     base = Reranker(str(bases[name]), max_length=300)
     assert np.abs(expected - scores(base)).max() > 0.01  # training changed something
     np.testing.assert_allclose(library_scores(folder), expected, rtol=0, atol=EXACT)
@@ -246,7 +237,7 @@ def test_prompts_token_by_token(adapters, tmp_path):
     adapter = shutil.copytree(adapters("qwen3"), tmp_path / "adapter")
     said = 'find "medicine" {{ messages }} \\ 薬 🚲\n'
     RetrievalConfig.read(adapter).override(instruction=said).write(adapter)
-    folder = done(tmp_path / "out", adapter=adapter)
+    folder = run_export(tmp_path / "out", adapter=adapter)
     model = CrossEncoder(str(folder), device="cpu", local_files_only=True)
     for instruction in (said, "another one"):
         ours = Reranker(str(adapter), instruction=instruction)
@@ -295,8 +286,8 @@ def test_vocabularies_without_the_prompts_tokens(tmp_path, manner):
     """What ends a document and what begins behind it would be one token; the tokenizer is told to cut there."""
     plain, kind = merging_tokenizer(manner, tmp_path / "tokenizer"), "gemma3_text" if manner == "gemma" else "llama"
     _, base = causal(kind, tmp_path / "base", plain, **JUDGES[kind])
-    folder = done(tmp_path / "out", model=base, task="rerank")
-    assert "Split" in json.dumps(settings(folder, "tokenizer.json")["pre_tokenizer"]["pretokenizers"][:2])
+    folder = run_export(tmp_path / "out", model=base, task="rerank")
+    assert "Split" in json.dumps(read_json(folder, "tokenizer.json")["pre_tokenizer"]["pretokenizers"][:2])
     ours, again = (Reranker(str(where), max_length=512) for where in (base, folder))
     for query, document in (*PAIRS, *((QUERY, text) for text in SPELLED)):
         wanted = ours.tokenizer([(query, [document])]).texts.ids.tolist()
@@ -311,14 +302,14 @@ def test_listwise(bases, adapters, tmp_path, capsys, monkeypatch):
     groups = [(QUERY, [*DOCUMENTS, LONG]), ("the cat", SPELLED), (LONG, DOCUMENTS[:2])]
     expected = np.concatenate(ours.score_groups(groups))
     assert np.abs(expected - np.concatenate(Reranker(str(bases["listwise"])).score_groups(groups))).max() > 0.01
-    folder = done(tmp_path / "out", adapter=adapter)
+    folder = run_export(tmp_path / "out", adapter=adapter)
     assert "sentence-transformers has no listwise rerankers" in capsys.readouterr().out
     again = Reranker(str(folder))
     assert again.kind == "listwise"
     np.testing.assert_allclose(np.concatenate(again.score_groups(groups)), expected, rtol=0, atol=EXACT)
     tensors = read_safetensors(folder / "model.safetensors")
     assert tensors["projector.0.weight"].shape == (24, 64) and tensors["projector.2.weight"].shape == (20, 24)
-    mlx = done(tmp_path / "mlx", adapter=adapter, format="mlx")
+    mlx = run_export(tmp_path / "mlx", adapter=adapter, format="mlx")
     np.testing.assert_allclose(np.concatenate(Reranker(str(mlx)).score_groups(groups)), expected, rtol=0, atol=EXACT)
     assert set(read_safetensors(mlx / "projector.safetensors")) == {"linear1.weight", "linear2.weight"}
     import mlx_lm
@@ -332,8 +323,8 @@ def test_listwise(bases, adapters, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("name", "bits"), [("qwen3", 4), ("qwen3", 8), ("bare", 8), ("listwise", 4)])
 def test_quantised(adapters, tmp_path, capsys, name, bits):
     adapter = adapters(name)
-    folder = done(tmp_path / "out", adapter=adapter, format="mlx", quantize=bits)
-    assert settings(folder)["quantization"]["bits"] == bits
+    folder = run_export(tmp_path / "out", adapter=adapter, format="mlx", quantize=bits)
+    assert read_json(folder)["quantization"]["bits"] == bits
     told = capsys.readouterr().out
     assert "quantised, to the whole model: worst difference" in told
     ours = Reranker(str(folder))
@@ -351,7 +342,7 @@ def test_hf_and_mlx_folders(adapters, tmp_path, name):
     adapter = adapters(name) if name == "qwen3" else adapters(name, train_type="lora")
     expected = scores(Reranker(str(adapter)))
     for form in ("hf", "mlx"):
-        folder = done(tmp_path / form, adapter=adapter, format=form)
+        folder = run_export(tmp_path / form, adapter=adapter, format=form)
         np.testing.assert_allclose(scores(Reranker(str(folder))), expected, rtol=0, atol=EXACT)
         assert not (folder / "modules.json").exists()
     np.testing.assert_allclose(library_scores(tmp_path / "hf"), expected, rtol=0, atol=EXACT)
@@ -361,7 +352,7 @@ def test_hf_and_mlx_folders(adapters, tmp_path, name):
 def test_dtype(adapters, tmp_path, capsys, dtype):
     """Off by as much as rounded weights may be; what reads the folder agrees as exactly as always."""
     adapter = adapters("qwen3")
-    folder = done(tmp_path / "out", adapter=adapter, dtype=dtype, skip_library_check=False)
+    folder = run_export(tmp_path / "out", adapter=adapter, dtype=dtype, skip_library_check=False)
     told = capsys.readouterr().out
     most, exact = {"bfloat16": "1e-01", "float16": "2e-02"}[dtype], f"{reranker_parity.EXACT:.0e}"
     assert re.search(rf"rerank.Reranker: worst difference \S+ of at most {most}", told)
@@ -369,7 +360,7 @@ def test_dtype(adapters, tmp_path, capsys, dtype):
     assert {str(v.dtype) for v in read_safetensors(folder / "model.safetensors").values()} == {f"mlx.core.{dtype}"}
 
 
-def test_a_quantised_base_is_made_whole(bases, adapters, tmp_path, qwen_tokenizer):  # noqa: F811
+def test_a_quantised_base_is_made_whole(bases, adapters, tmp_path, qwen_tokenizer):
     import mlx_lm.utils
 
     model, config = mlx_lm.utils.load_model(bases["qwen3, own head"])
@@ -380,10 +371,10 @@ def test_a_quantised_base_is_made_whole(bases, adapters, tmp_path, qwen_tokenize
     mlx_lm.utils.save_model(packed, model)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(qwen_tokenizer / file, packed / file)
-    folder = done(tmp_path / "out", model=packed, task="rerank", skip_library_check=False)
+    folder = run_export(tmp_path / "out", model=packed, task="rerank", skip_library_check=False)
     ours = Reranker(str(packed), max_length=512)
     np.testing.assert_allclose(library_scores(folder), scores(ours), rtol=0, atol=EXACT)
-    assert "quantization" not in settings(folder)
+    assert "quantization" not in read_json(folder)
 
 
 # --- used again -----------------------------------------------------------------------------------------------------
@@ -393,7 +384,7 @@ def test_a_quantised_base_is_made_whole(bases, adapters, tmp_path, qwen_tokenize
 def test_training_goes_on_from_an_exported_folder(adapters, tmp_path, name):
     """Which is a base like others: its scores at first, other ones after, and it can be exported again."""
     adapter = adapters(name) if name != "bert" else adapters("bert", train_type="lora")
-    folder = done(tmp_path / "first", adapter=adapter)
+    folder = run_export(tmp_path / "first", adapter=adapter)
     before = Reranker(str(folder)).score(QUERY, DOCUMENTS)
     limit = RetrievalConfig.read(folder).max_length
     run = training_run.prepare(
@@ -417,16 +408,18 @@ def test_training_goes_on_from_an_exported_folder(adapters, tmp_path, name):
     files.write_folder(tmp_path / "adapter", run.trainer.save_model)
     expected = Reranker(str(tmp_path / "adapter")).score(QUERY, DOCUMENTS)
     assert np.abs(expected - before).max() > 1e-3
-    second = done(tmp_path / "second", adapter=tmp_path / "adapter")
+    second = run_export(tmp_path / "second", adapter=tmp_path / "adapter")
     np.testing.assert_allclose(Reranker(str(second)).score(QUERY, DOCUMENTS), expected, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "bert", "listwise"])
 def test_exporting_an_exported_folder_changes_nothing(adapters, tmp_path, name):
     """But the card and the base model's name. An exported folder says itself that it reranks."""
-    first = done(tmp_path / "first", adapter=adapters(name) if name != "bert" else adapters("bert", train_type="lora"))
-    second = done(tmp_path / "second", model=first)
-    a, b = written(first), written(second)
+    first = run_export(
+        tmp_path / "first", adapter=adapters(name) if name != "bert" else adapters("bert", train_type="lora")
+    )
+    second = run_export(tmp_path / "second", model=first)
+    a, b = file_digests(first), file_digests(second)
     different = {file for file in a.keys() | b.keys() if a.get(file) != b.get(file)}
     assert different == {"README.md", "retrieval_config.json"}
 
@@ -459,7 +452,7 @@ def test_the_check_sees_what_only_sentence_transformers_reads(adapters, tmp_path
     monkeypatch.setattr(exporters_reranker, "ACTIVATIONS", other)
     adapter = adapters(name) if name == "qwen3" else adapters(name, train_type="lora")
     with pytest.raises(UserError, match=r"the check failed: CrossEncoder 6\S+ gives a score"):
-        done(tmp_path / "out", adapter=adapter, skip_library_check=False)
+        run_export(tmp_path / "out", adapter=adapter, skip_library_check=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -467,8 +460,8 @@ def test_a_prompt_that_no_template_gives(adapters, tmp_path, monkeypatch):
     """Then mlx-lm's form keeps the template that the base has."""
     monkeypatch.setattr(reranker_tokenizer, "SUFFIX", pair_tokenizers.SUFFIX + "!")
     with pytest.raises(UserError, match="no chat template gives the prompt's tokens .* use --format mlx"):
-        done(tmp_path / "out", adapter=adapters("qwen3"))
-    folder = done(tmp_path / "mlx", adapter=adapters("qwen3"), format="mlx")
+        run_export(tmp_path / "out", adapter=adapters("qwen3"))
+    folder = run_export(tmp_path / "mlx", adapter=adapters("qwen3"), format="mlx")
     assert not (folder / "chat_template.jinja").exists()
     np.testing.assert_allclose(scores(Reranker(str(folder))), scores(Reranker(str(adapters("qwen3")))), atol=EXACT)
 

@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import mx, nn
+
+from mlx.utils import tree_flatten, tree_unflatten
 
 DECODERS = ("gemma3_text", "qwen3", "llama", "llama3", "mistral")
 ENCODERS = ("bert", "roberta", "xlm-roberta")
@@ -111,6 +113,16 @@ def rope_as_mlx_lm_reads_it(folder: Path) -> dict:
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     theta = {"qwen3": {"rope_theta": 1e6}, "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4}}
     return theta[kind] | {"sliding_window_pattern": 2}
+
+
+def shake(module: nn.Module, seed: int = 0) -> None:
+    """Give every trainable parameter a random value near its own, so that no part of an adapter is without effect."""
+    keys = mx.random.split(mx.random.key(seed), 1 << 10)
+    values = [
+        (name, value + 0.2 * mx.random.normal(value.shape, value.dtype, key=key))
+        for (name, value), key in zip(tree_flatten(module.trainable_parameters()), keys, strict=False)
+    ]
+    module.update(tree_unflatten(values))
 
 
 def texts(lengths: tuple[int, ...] = (29, 5, 17, 1), seed: int = 0) -> tuple[mx.array, mx.array]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_texts import EDGE_CASES
 
 import embed
 import eval as evaluation
@@ -18,8 +19,6 @@ from mlx_retrieval.inference.embedder import load
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.errors import UserError
 
-TEXTS = ["a", "the boiler drips and hisses all night long", "", "bike " * 90, "the boiler drips", "été 🚲 <eos> [SEP]"]
-
 
 @pytest.fixture(scope="module")
 def model(small):
@@ -27,24 +26,24 @@ def model(small):
 
 
 def test_encode_keeps_order_type_and_unit_length(model):
-    vectors = model.encode(TEXTS, prompt="document")
+    vectors = model.encode(EDGE_CASES, prompt="document")
     assert vectors.shape == (6, 32) and vectors.dtype == np.float32 and model.dimensions == 32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    backwards = model.encode(TEXTS[::-1], prompt="document")[::-1]
+    backwards = model.encode(EDGE_CASES[::-1], prompt="document")[::-1]
     assert np.abs(vectors - backwards).max() < 1e-5
-    alone = np.stack([model.encode(text, prompt="document") for text in TEXTS])
+    alone = np.stack([model.encode(text, prompt="document") for text in EDGE_CASES])
     assert np.abs(vectors - alone).max() < 1e-5
 
 
 def test_encode_does_not_depend_on_the_token_budget(model):
-    whole = model.encode(TEXTS * 20, batch_tokens=1_000_000)
-    assert np.abs(whole - model.encode(TEXTS * 20, batch_tokens=50)).max() < 1e-5
+    whole = model.encode(EDGE_CASES * 20, batch_tokens=1_000_000)
+    assert np.abs(whole - model.encode(EDGE_CASES * 20, batch_tokens=50)).max() < 1e-5
 
 
 def test_encode_in_chunks(model, monkeypatch):
-    whole = model.encode(TEXTS)
+    whole = model.encode(EDGE_CASES)
     monkeypatch.setattr(embedder, "CHUNK", 4)
-    assert np.abs(whole - model.encode(TEXTS)).max() < 1e-5
+    assert np.abs(whole - model.encode(EDGE_CASES)).max() < 1e-5
 
 
 def test_prompts_differ_and_are_named(model):
@@ -62,15 +61,15 @@ def test_odd_input(model):
 
 
 def test_matryoshka_dimensions(model):
-    short, whole = model.encode(TEXTS, dimensions=8), model.encode(TEXTS)
+    short, whole = model.encode(EDGE_CASES, dimensions=8), model.encode(EDGE_CASES)
     assert short.shape == (6, 8) and np.allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
     assert np.allclose(short, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6)
     with pytest.raises(UserError, match="dimensions 33"):
-        model.encode(TEXTS, dimensions=33)
+        model.encode(EDGE_CASES, dimensions=33)
 
 
 def test_progress_bar_on_request(model, capsys):
-    model.encode(TEXTS, show_progress=True)
+    model.encode(EDGE_CASES, show_progress=True)
     assert "6/6" in capsys.readouterr().err
 
 

@@ -17,18 +17,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import uvicorn
-from conftest import ROOT
 from served import DOCUMENTS, Model, Reranker, Slow, refused, rerank, score, served, wait_until
 
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference import server as inference_server
 from mlx_retrieval.inference.server import Limits
 from mlx_retrieval.inference.server_queue import Job, ModelThread
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 # --- batching -------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_texts import SENTENCES
 
 from mlx_retrieval.dataset import row_formats
 from mlx_retrieval.mining import collection, hard_negatives, output
@@ -21,16 +22,6 @@ from mlx_retrieval.retrieval.topk import NO_DOCUMENT
 from mlx_retrieval.utils.errors import UserError
 
 NONE = np.zeros(0, np.int64)
-TEXTS = [
-    "a kidney stone is a hard piece of material that forms in the kidney",
-    "the cat sat on the mat",
-    "which animal did sit there",
-    "hard material forms on the mat",
-    "a stone for the animal",
-    "the kidney of the cat",
-    "a piece of the mat",
-    "how is it treated",
-]
 
 
 def ranked(queries, documents, k, barred=(), block=hard_negatives.DOCUMENTS):
@@ -118,11 +109,11 @@ def test_keys_sort_as_scores_and_come_back(scores):
 
 def test_bm25_as_in_evaluation():
     queries = ["kidney of the cat", "treated mat", "zebra"]
-    expected = bm25({str(i): text for i, text in enumerate(TEXTS)}, {q: q for q in queries})
-    found = hard_negatives.by_words(queries, bm25_scores(TEXTS), 8, NONE, NONE)
+    expected = bm25({str(i): text for i, text in enumerate(SENTENCES)}, {q: q for q in queries})
+    found = hard_negatives.by_words(queries, bm25_scores(SENTENCES), 8, NONE, NONE)
     assert [[str(i) for i in row[row >= 0]] for row in found.numbers] == list(expected.values())
     first = int(expected[queries[0]][0])
-    without = hard_negatives.by_words(queries[:1], bm25_scores(TEXTS), 8, np.array([0]), np.array([first]))
+    without = hard_negatives.by_words(queries[:1], bm25_scores(SENTENCES), 8, np.array([0]), np.array([first]))
     assert without.numbers[0].tolist() == [*found.numbers[0, 1:], NO_DOCUMENT]
     assert without.barred[0] == found.scores[0, 0]
 
@@ -330,15 +321,15 @@ def test_the_judge_decides_order_and_filters(tmp_path):
 
 
 def test_bm25_and_both_are_filtered_by_the_models_scores(tmp_path):
-    rows = [{"query": "cat mat", "positive": TEXTS[1]}]
+    rows = [{"query": "cat mat", "positive": SENTENCES[1]}]
     rng = np.random.default_rng(1)
-    table = Table((text, np.float32(rng.normal(size=4))) for text in ["cat mat", *TEXTS])
+    table = Table((text, np.float32(rng.normal(size=4))) for text in ["cat mat", *SENTENCES])
     for by in ("bm25", "both"):
-        found = gather(rows, TEXTS)
-        sources = table.sources(found)._replace(words=bm25_scores(TEXTS))
+        found = gather(rows, SENTENCES)
+        sources = table.sources(found)._replace(words=bm25_scores(SENTENCES))
         (tmp_path / by).mkdir()
         mined = hard_negatives.mine(found, sources, Rules(by=by, take=3), Work(tmp_path / by))
         expected = [float(table["cat mat"] @ table[text]) for text in found.documents.read(mined.numbers[0])]
         np.testing.assert_allclose(mined.scores[0], expected, rtol=1e-6)
-        np.testing.assert_allclose(mined.known, [table["cat mat"] @ table[TEXTS[1]]], rtol=1e-6)
+        np.testing.assert_allclose(mined.known, [table["cat mat"] @ table[SENTENCES[1]]], rtol=1e-6)
     assert mined.counts[2] == 1  # the known positive shares two words, and was found

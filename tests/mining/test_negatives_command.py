@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_hard_negatives import TEXTS
-from test_reranker_scores import cross_encoder
+from random_rerankers import cross_encoder
+from sample_texts import SENTENCES
 
 import mine
 from mlx_retrieval.dataset import rows as row_files
@@ -21,7 +21,7 @@ from mlx_retrieval.mining import output as mining_output
 from mlx_retrieval.mining.cache import Work
 from mlx_retrieval.models import loading
 
-ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in TEXTS]
+ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in SENTENCES]
 
 
 def run(*arguments) -> int:
@@ -40,14 +40,14 @@ def pairs(write_rows) -> Path:
 def test_mined_rows_are_training_data_and_scores_are_cosines(small, pairs, tmp_path, capsys):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "mined.jsonl"
     corpus.write_text(
-        "".join(json.dumps({"_id": str(i), "title": "on", "text": f"{t}."}) + "\n" for i, t in enumerate(TEXTS))
+        "".join(json.dumps({"_id": str(i), "title": "on", "text": f"{t}."}) + "\n" for i, t in enumerate(SENTENCES))
     )
     flags = ("--relative-margin", "off", "--take", 3, "--skip", 1, "--scores")
     assert run("--data", pairs, "--corpus", corpus, "--model", small, "--output", output, *flags) == 0
     rows, model = read(output), embedder.load(small)
     loaded = row_files.Rows([output])
     assert loaded.has_negatives and loaded.has_scores
-    documents = [f"on {text}." for text in TEXTS] + TEXTS
+    documents = [f"on {text}." for text in SENTENCES] + SENTENCES
     vectors = dict(zip(documents, model.encode(documents, "document"), strict=True))
     for i, (row, before) in enumerate(zip(rows, ROWS, strict=True)):
         query = model.encode(before["query"], "query")
@@ -67,15 +67,20 @@ def test_mined_rows_are_training_data_and_scores_are_cosines(small, pairs, tmp_p
 def test_other_keys_and_all_formats(tmp_path, write_rows):
     flags = ("--relative-margin", "off", "--take", 1)
     for name, row in {
-        "rank": {"query": "cat", "document": TEXTS[1], "rank": 3, "path": "a.py"},
-        "own": {"query": "cat", "positive": TEXTS[1], "negatives": [TEXTS[5], TEXTS[7]], "scores": [1, 2, 3]},
-        "anchor": {"anchor": "cat", "positive": TEXTS[1], "negative": TEXTS[5]},
+        "rank": {"query": "cat", "document": SENTENCES[1], "rank": 3, "path": "a.py"},
+        "own": {
+            "query": "cat",
+            "positive": SENTENCES[1],
+            "negatives": [SENTENCES[5], SENTENCES[7]],
+            "scores": [1, 2, 3],
+        },
+        "anchor": {"anchor": "cat", "positive": SENTENCES[1], "negative": SENTENCES[5]},
     }.items():
-        other = {"query": "kidney", "document": TEXTS[5]}
+        other = {"query": "kidney", "document": SENTENCES[5]}
         data = write_rows([row, other] if name == "rank" else [row], f"{name}.jsonl")
         assert run("--data", data, "--output", tmp_path / "out.jsonl", "--overwrite", *flags) == 0
         found = read(tmp_path / "out.jsonl")[0]
-        assert (found["query"], found["positive"], found["negatives"]) == ("cat", TEXTS[1], [TEXTS[5]])
+        assert (found["query"], found["positive"], found["negatives"]) == ("cat", SENTENCES[1], [SENTENCES[5]])
         assert found.get("rank") == row.get("rank") and found.get("path") == row.get("path") and "scores" not in found
         assert row_files.Rows([tmp_path / "out.jsonl"])[0].rank == row.get("rank", 1)
 
@@ -308,13 +313,13 @@ def score(*arguments) -> int:
 SCORED = [
     {
         "query": "what is a stone",
-        "positive": TEXTS[0],
-        "negatives": [TEXTS[4], TEXTS[1]],
-        "negative": TEXTS[6],
+        "positive": SENTENCES[0],
+        "negatives": [SENTENCES[4], SENTENCES[1]],
+        "negative": SENTENCES[6],
         "rank": 2,
     },
-    {"query": "what is a cat", "positive": TEXTS[1], "negatives": [], "scores": [7], "path": "a"},
-    *({"query": f"animal {i}", "positive": TEXTS[i], "negatives": [TEXTS[i - 1]]} for i in range(5)),
+    {"query": "what is a cat", "positive": SENTENCES[1], "negatives": [], "scores": [7], "path": "a"},
+    *({"query": f"animal {i}", "positive": SENTENCES[i], "negatives": [SENTENCES[i - 1]]} for i in range(5)),
 ]
 
 
@@ -338,7 +343,10 @@ def test_an_embedders_scores(small, small_blocks, tmp_path, write_rows, capsys):
 
 def test_a_rerankers_scores_and_rows_of_documents(tmp_path, write_rows, capsys):
     cross_encoder("bert", tmp_path / "judge")
-    rows = [{"query": "cat", "documents": TEXTS[:3]}, {"query": "mat", "documents": TEXTS[3:5], "scores": [2, 1]}]
+    rows = [
+        {"query": "cat", "documents": SENTENCES[:3]},
+        {"query": "mat", "documents": SENTENCES[3:5], "scores": [2, 1]},
+    ]
     data, output = write_rows(rows, "rows.jsonl"), tmp_path / "scored.jsonl"
     assert score("--data", data, "--teacher", tmp_path / "judge", "--output", output) == 0
     judge = reranker.Reranker(str(tmp_path / "judge"))

@@ -11,11 +11,11 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
+import random_encoders
 import random_models
-import test_encoders
 from mlx.utils import tree_flatten
-from test_checkpoint import shake
-from test_embedder import TEXTS
+from random_models import shake
+from sample_texts import EDGE_CASES
 
 import embed
 import export
@@ -59,7 +59,7 @@ def test_models_that_do_not_normalise(models, tmp_path, similarity):
     (folder / "config_sentence_transformers.json").write_text(json.dumps(said | {"similarity_fn_name": similarity}))
     theirs, ours = SentenceTransformer(str(folder), device="cpu"), embedder.load(folder)
     assert ours.config.normalize == (similarity != "dot")
-    texts = [text for text in TEXTS if text.strip() and "<" not in text]
+    texts = [text for text in EDGE_CASES if text.strip() and "<" not in text]
     expected = theirs.encode(texts, prompt_name="query", normalize_embeddings=ours.config.normalize)
     np.testing.assert_allclose(ours.encode(texts, "query"), expected, rtol=1e-4, atol=2e-5)
     if similarity == "dot":
@@ -101,7 +101,7 @@ def models(tmp_path_factory, tokenizer) -> dict[str, Path]:
 
     gemma = random_models.save("gemma3_text", root / "gemma", bare=True, use_bidirectional_attention=True)
     qwen = random_models.save("qwen3", root / "qwen", bare=True)
-    t5 = test_encoders.save("t5", root / "t5-trunk")
+    t5 = random_encoders.save("t5", root / "t5-trunk")
     plain = {"bias": False, "activation_function": Identity()}
     return {
         "gemma3_text": save("g", gemma, GEMMA_PROMPTS, "mean", Dense(64, 96, **plain), Dense(96, 64, **plain)),
@@ -116,7 +116,7 @@ def test_vectors_are_those_of_sentence_transformers(models, kind):
 
     theirs, ours = SentenceTransformer(str(models[kind]), device="cpu"), embedder.load(models[kind])
     assert ours.dimensions == {"gemma3_text": 64, "qwen3": 64, "t5": 24}[kind]
-    texts = [text for text in TEXTS if text.strip() and "<" not in text] + ["kidney stone " * 200]
+    texts = [text for text in EDGE_CASES if text.strip() and "<" not in text] + ["kidney stone " * 200]
     prompts = {"gemma3_text": GEMMA_PROMPTS, "qwen3": QWEN_PROMPTS, "t5": {"query": ""}}[kind]
     for name in prompts:
         expected = theirs.encode(texts, prompt_name=name)

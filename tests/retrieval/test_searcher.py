@@ -364,7 +364,7 @@ def test_a_reranker_orders_the_first_hits_anew(indexed):
 
 
 def test_the_command_reranks(indexed, tmp_path, capsys):
-    from test_reranker_scores import cross_encoder
+    from random_rerankers import cross_encoder
 
     cross_encoder("bert", tmp_path / "model")
     _, index = indexed

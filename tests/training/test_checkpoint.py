@@ -1,10 +1,9 @@
-"""Saved folders: exact round trips, all-or-nothing writing, recovery, and errors that tell everything at once.
+"""Saved base_folders: exact round trips, all-or-nothing writing, recovery, and errors that tell everything at once.
 
 python -m pytest tests/training/test_checkpoint.py
 """
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +14,9 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 import random_models
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from random_models import texts
+from trained_models import trained
 
 from mlx_retrieval.backbones import hub, load_backbone, lora
 from mlx_retrieval.models import loading
@@ -27,42 +27,10 @@ from mlx_retrieval.training.checkpoint import OPTIMIZER, STATE
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
-KINDS = ("gemma3_text", "qwen3", "bert")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, toy_tokenizer_folder) -> dict[str, Path]:
-    """Random base models with a tokenizer, and a quantised one."""
-    root = tmp_path_factory.mktemp("bases")
-    tokenizer = shutil.copytree(toy_tokenizer_folder, root / "tokenizer")
-    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # so that mlx-lm can load it whatever the architecture
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
-    made = {kind: random_models.save(kind, root / kind, tokenizer=tokenizer) for kind in KINDS}
-    return made | {"4-bit": random_models.quantised(made["qwen3"], root / "4-bit")}
-
 
 def batch() -> MicroBatch:
     ids, lengths = texts()
     return MicroBatch(ids, lengths, mx.zeros_like(lengths), lengths)
-
-
-def shake(module: nn.Module, seed: int = 1) -> None:
-    """Random trainable parameters, as after some training."""
-    mx.random.seed(seed)
-    values = [(k, v + 0.2 * mx.random.normal(v.shape, v.dtype)) for k, v in tree_flatten(module.trainable_parameters())]
-    module.update(tree_unflatten(values))
-
-
-def trained(base: Path, target: Path, train_type: str = "lora", **flags):
-    """A model with random trained parts, and the folder it is saved in."""
-    keywords = {name: flags.pop(name) for name in ("keys", "num_layers") if name in flags}
-    model, config, _ = loading.build(str(base), **flags)
-    adapter_config = lora.adapt(model.backbone, train_type, rank=4, alpha=6.0, **keywords)
-    shake(model)
-    model.eval()
-    files.write_folder(target, lambda folder: loading.save_model(folder, model, adapter_config, config))
-    return model, target
 
 
 def tensors(path: Path) -> dict[str, mx.array]:
@@ -75,20 +43,22 @@ def rewrite(path: Path, changed: dict[str, mx.array]) -> None:
     mx.save_safetensors(str(path), changed, metadata={"format": "mlx"})
 
 
+KINDS = ("gemma3_text", "qwen3", "bert")
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train_type", ["lora", "dora", "full"])
 @pytest.mark.parametrize("kind", [*KINDS, "4-bit"])
-def test_an_opened_model_is_the_saved_one_bit_for_bit(folders, tmp_path, kind, train_type):
+def test_an_opened_model_is_the_saved_one_bit_for_bit(base_folders, tmp_path, kind, train_type):
     if kind == "4-bit":
         train_type = {"full": "lora"}.get(train_type, train_type)
     flags = {"bidirectional": True, "pooling": "last"} if kind == "gemma3_text" else {}
-    model, folder = trained(folders[kind], tmp_path / "run" / "final", train_type, **flags)
-    before = loading.build(str(folders[kind]), **flags)[0](batch())
+    model, folder = trained(base_folders[kind], tmp_path / "run" / "final", train_type, **flags)
+    before = loading.build(str(base_folders[kind]), **flags)[0](batch())
     expected = model(batch())
     assert mx.abs(expected - before).max() > 1e-3
-    for base in (None, str(folders[kind])):  # the base is found by itself, or named
+    for base in (None, str(base_folders[kind])):  # the base is found by itself, or named
         opened, config, _ = loading.open_model(base, str(folder))
         np.testing.assert_array_equal(np.array(opened(batch())), np.array(expected))
         assert config.bidirectional == model.backbone.bidirectional
@@ -98,14 +68,14 @@ def test_an_opened_model_is_the_saved_one_bit_for_bit(folders, tmp_path, kind, t
 
 @pytest.mark.parametrize("train_type", ["lora", "dora", "full"])
 @pytest.mark.parametrize("kind", ["gemma3_text", "qwen3", "4-bit"])
-def test_mlx_lm_loads_a_saved_adapter(folders, tmp_path, kind, train_type):
+def test_mlx_lm_loads_a_saved_adapter(base_folders, tmp_path, kind, train_type):
     import mlx_lm
 
     if (kind, train_type) == ("4-bit", "full"):
         train_type = "lora"
-    model, folder = trained(folders[kind], tmp_path / "final", train_type)
-    changes = random_models.rope_as_mlx_lm_reads_it(folders[kind])
-    loaded, _ = mlx_lm.load(str(folders[kind]), adapter_path=str(folder), model_config=changes)
+    model, folder = trained(base_folders[kind], tmp_path / "final", train_type)
+    changes = random_models.rope_as_mlx_lm_reads_it(base_folders[kind])
+    loaded, _ = mlx_lm.load(str(base_folders[kind]), adapter_path=str(folder), model_config=changes)
     loaded.set_dtype(mx.float32)
     ids, lengths = texts((29, 29))  # no padding: its states are arbitrary
     states = model.backbone.hidden_states(ids, lengths)
@@ -114,30 +84,30 @@ def test_mlx_lm_loads_a_saved_adapter(folders, tmp_path, kind, train_type):
     np.testing.assert_allclose(np.array(loaded(ids)), np.array(model.backbone.adapted(ids)), atol=2e-5)
 
 
-def test_adapters_fit_the_quantised_base_and_the_whole_one(folders, tmp_path):
+def test_adapters_fit_the_quantised_base_and_the_whole_one(base_folders, tmp_path):
     """Trained on 4 bits, used on the whole model, and the other way round."""
     for kind, other in (("4-bit", "qwen3"), ("qwen3", "4-bit")):
-        model, folder = trained(folders[kind], tmp_path / kind)
-        opened, _, base = loading.open_model(str(folders[other]), str(folder))
-        assert base == folders[other]
+        model, folder = trained(base_folders[kind], tmp_path / kind)
+        opened, _, base = loading.open_model(str(base_folders[other]), str(folder))
+        assert base == base_folders[other]
         mine, theirs = (dict(tree_flatten(m.backbone.adapted.trainable_parameters())) for m in (model, opened))
         assert all(mx.array_equal(mine[name], theirs[name]) for name in mine | theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_another_base_is_refused(folders, tmp_path, kind):
-    _, folder = trained(folders[kind], tmp_path / "final")
+def test_an_adapter_of_another_base_is_refused(base_folders, tmp_path, kind):
+    _, folder = trained(base_folders[kind], tmp_path / "final")
     other = random_models.save(kind, tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"final was trained on .*, and .*other is another model \(its matrices, norms"):
         loading.open_model(str(other), str(folder))
-    wrong_kind = next(folders[k] for k in KINDS if k != kind)
+    wrong_kind = next(base_folders[k] for k in KINDS if k != kind)
     with pytest.raises(UserError, match="architecture"):
         loading.open_model(str(wrong_kind), str(folder))
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_everything_that_does_not_fit_is_told_at_once(folders, tmp_path, train_type):
-    _, folder = trained(folders["qwen3"], tmp_path / "final", train_type, num_layers=1)
+def test_everything_that_does_not_fit_is_told_at_once(base_folders, tmp_path, train_type):
+    _, folder = trained(base_folders["qwen3"], tmp_path / "final", train_type, num_layers=1)
     found = tensors(folder / ADAPTERS)
     names = sorted(name for name in found if "proj" in name)
     found["misspelt.lora_a"] = found.pop(names[0])
@@ -166,30 +136,30 @@ def test_everything_that_does_not_fit_is_told_at_once(folders, tmp_path, train_t
         (shutil.rmtree, "no such adapter folder"),
     ],
 )
-def test_spoilt_adapter_folders(folders, tmp_path, spoil, message):
-    _, folder = trained(folders["bert"], tmp_path / "final")
+def test_spoilt_adapter_folders(base_folders, tmp_path, spoil, message):
+    _, folder = trained(base_folders["bert"], tmp_path / "final")
     spoil(folder)
     with pytest.raises(UserError, match=message):
-        loading.open_model(str(folders["bert"]), str(folder))
+        loading.open_model(str(base_folders["bert"]), str(folder))
 
 
-def test_lengths_are_limited_to_the_positions_of_the_model(folders, tmp_path):
-    _, folder = trained(folders["bert"], tmp_path / "final")
+def test_lengths_are_limited_to_the_positions_of_the_model(base_folders, tmp_path):
+    _, folder = trained(base_folders["bert"], tmp_path / "final")
     for adapter in (None, str(folder)):
-        config = loading.open_model(str(folders["bert"]), adapter)[1]
+        config = loading.open_model(str(base_folders["bert"]), adapter)[1]
         assert (config.max_length, config.query_max_length) == (64, 64)
-        config = loading.open_model(str(folders["bert"]), adapter, max_length=20)[1]
+        config = loading.open_model(str(base_folders["bert"]), adapter, max_length=20)[1]
         assert (config.max_length, config.query_max_length) == (20, 20)
         with pytest.raises(UserError, match="--max-length: the model has 64 positions"):
-            loading.open_model(str(folders["bert"]), adapter, max_length=65)
+            loading.open_model(str(base_folders["bert"]), adapter, max_length=65)
 
 
-def test_full_weights_take_the_dtype_of_the_model(folders, tmp_path):
+def test_full_weights_take_the_dtype_of_the_model(base_folders, tmp_path):
     """Trained in bfloat16 on a GPU, used in float32 on a CPU: all weights of a model have one dtype."""
-    _, folder = trained(folders["qwen3"], tmp_path / "final", "full", num_layers=1)
+    _, folder = trained(base_folders["qwen3"], tmp_path / "final", "full", num_layers=1)
     rewrite(folder / ADAPTERS, {name: value.astype(mx.bfloat16) for name, value in tensors(folder / ADAPTERS).items()})
     opened, _, _ = loading.open_model(None, str(folder))
-    wanted = {value.dtype for _, value in tree_flatten(load_backbone(folders["qwen3"]).parameters())}
+    wanted = {value.dtype for _, value in tree_flatten(load_backbone(base_folders["qwen3"]).parameters())}
     assert {value.dtype for _, value in tree_flatten(opened.parameters())} == wanted
 
 
@@ -449,8 +419,8 @@ def prepared(base: Path, train_type: str, dtype: mx.Dtype = mx.float32, **keywor
     ("kind", "train_type", "keywords"),
     [("bert", "lora", {}), ("qwen3", "full", {}), ("gemma3_text", "dora", {"num_layers": 2, "keys": ["q_proj"]})],
 )
-def test_training_continues_bit_for_bit(folders, tmp_path, kind, train_type, keywords, dtype):
-    model, config, adapter_config, optimizer = prepared(folders[kind], train_type, dtype, **keywords)
+def test_training_continues_bit_for_bit(base_folders, tmp_path, kind, train_type, keywords, dtype):
+    model, config, adapter_config, optimizer = prepared(base_folders[kind], train_type, dtype, **keywords)
     step(model, optimizer)
     step(model, optimizer)
     assert {value.dtype for _, value in tree_flatten(model.trainable_parameters())} == {dtype}
@@ -463,7 +433,7 @@ def test_training_continues_bit_for_bit(folders, tmp_path, kind, train_type, key
     state = {name: np.array(v.astype(mx.float32)) for name, v in tree_flatten(optimizer.state)}
     step(model, optimizer)
 
-    again, _, _, fresh = prepared(folders[kind], train_type, dtype, **keywords)
+    again, _, _, fresh = prepared(base_folders[kind], train_type, dtype, **keywords)
     loading.load_weights(again, tmp_path / "step-000002")
     assert checkpoint.load_training(tmp_path / "step-000002", fresh) == {"step": 2}
     restored = dict(tree_flatten(fresh.state))
@@ -476,9 +446,9 @@ def test_training_continues_bit_for_bit(folders, tmp_path, kind, train_type, key
         assert all(one[n].dtype == other[n].dtype and mx.array_equal(one[n], other[n]) for n in one)
 
 
-def test_an_optimizer_state_that_does_not_fit_is_refused(folders, tmp_path):
+def test_an_optimizer_state_that_does_not_fit_is_refused(base_folders, tmp_path):
     """A state that is not there would quietly begin at zero."""
-    model, _, _, optimizer = prepared(folders["bert"], "lora")
+    model, _, _, optimizer = prepared(base_folders["bert"], "lora")
     step(model, optimizer)
     checkpoint.save_training(tmp_path, optimizer, {"step": 1})
     found = tensors(tmp_path / OPTIMIZER)
@@ -486,7 +456,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(folders, tmp_path):
     found.pop(name)
     rewrite(tmp_path / OPTIMIZER, found)
     with pytest.raises(UserError, match=f"optimizer.safetensors: 1 tensors do not fit the model:\n  missing {name}"):
-        checkpoint.load_training(tmp_path, prepared(folders["bert"], "lora")[-1])
+        checkpoint.load_training(tmp_path, prepared(base_folders["bert"], "lora")[-1])
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

@@ -3,14 +3,12 @@
 python -m pytest tests/training/test_memory.py
 """
 
-# ruff: noqa: F811  (fixtures)
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
 import pytest
 from mlx.utils import tree_flatten
-from test_trainer import rows, settings  # noqa: F401  (fixtures)
 
 import train
 from mlx_retrieval import backend

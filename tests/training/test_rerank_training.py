@@ -12,15 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from test_reranker_scores import (  # noqa: F401  (fixtures)
-    DOCUMENTS,
-    QUERY,
-    causal,
-    cross_encoder,
-    listwise,
-    quantised,
-    qwen_tokenizer,
-)
+from random_rerankers import ANSWERS, ASKED, DOCUMENTS, QUERY, causal, cross_encoder, graded_rows, listwise, quantised
 
 import loss
 import train
@@ -35,8 +27,6 @@ from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.utils.errors import UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
-ANSWERS = ("a kidney stone is hard material", "the cat sat on the mat", "which animal did sit there")
-ASKED = ("what is a kidney stone", "the cat", "animal?")
 
 # --- losses ---
 
@@ -99,13 +89,6 @@ def test_groups_with_nothing_to_compare_cost_nothing():
 # --- rows ---
 
 
-def graded_rows() -> list[dict]:
-    return [
-        {"query": ASKED[i % 3], "positive": ANSWERS[i % 3], "negatives": [ANSWERS[(i + 1) % 3], ANSWERS[(i + 2) % 3]]}
-        for i in range(12)
-    ]
-
-
 def test_every_format_becomes_a_group(write_rows, tmp_path):
     cross_encoder("bert", tmp_path / "model")
     tokenizer = CrossEncoderTokenizer(tmp_path / "model", 100)
@@ -130,7 +113,7 @@ def test_every_format_becomes_a_group(write_rows, tmp_path):
     assert again.tokens == drawn.tokens and drawn.rows_with(4).tolist() == [1]
 
 
-def test_listwise_order_is_shuffled_and_repeats(write_rows, tmp_path, qwen_tokenizer):  # noqa: F811
+def test_listwise_order_is_shuffled_and_repeats(write_rows, tmp_path, qwen_tokenizer):
     _, folder, _ = listwise(tmp_path, qwen_tokenizer)
     tokenizer = Reranker(str(folder)).tokenizer
     rows = Rows([write_rows(graded_rows())])
@@ -159,7 +142,7 @@ def test_bad_rows(write_rows, row, message):
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory, qwen_tokenizer) -> dict[str, str]:  # noqa: F811
+def bases(tmp_path_factory, qwen_tokenizer) -> dict[str, str]:
     """A small random model of each kind."""
     folder = tmp_path_factory.mktemp("rerankers")
     causal("qwen3", folder / "qwen3", qwen_tokenizer)

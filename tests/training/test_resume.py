@@ -3,7 +3,6 @@
 python -m pytest tests/training/test_resume.py
 """
 
-# ruff: noqa: F811  (fixtures)
 import errno
 import json
 import os
@@ -18,7 +17,6 @@ from mlx_retrieval.backend import mx
 
 import pytest
 from mlx.utils import tree_map
-from test_trainer import rows, settings  # noqa: F401  (fixtures)
 
 import train
 from mlx_retrieval import backend

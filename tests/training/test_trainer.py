@@ -21,42 +21,6 @@ from mlx_retrieval.training.reporting import Reporter
 from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> str:
-    """Sixty rows with hard negatives, texts of 1 to 60 words, some documents and queries twice."""
-    rng = np.random.default_rng(0)
-
-    def text(i: int, longest: int) -> str:
-        return f"{i} " + " ".join(rng.choice(WORDS, rng.integers(1, longest)))
-
-    documents = [text(i, 60) for i in range(50)]
-    queries = [text(i, 12) for i in range(55)]
-    made = [
-        {
-            "query": queries[i % 55],
-            "positive": documents[i % 50],
-            "negatives": [documents[(i * 7 + 3) % 50], text(99 + i, 60)],
-            "scores": rng.normal(size=3).tolist(),
-        }
-        for i in range(60)
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return str(file)
-
-
-@pytest.fixture
-def settings(tmp_path: Path, rows: str, small: str):
-    """Settings of a small run, changed by keyword."""
-
-    def make(**changes) -> Settings:
-        defaults = {"model": small, "data": [rows], "batch_size": 16, "steps": 6, "eval_tasks": [], "lora_rank": 4}
-        return Settings(**defaults | {"output": str(tmp_path / "run"), "save_steps": 0, "warmup": 0.0} | changes)
-
-    return make
 
 
 def flat(gradient: dict) -> np.ndarray:

@@ -1,0 +1,37 @@
+"""What all tests of evaluation share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from beir_folders import write_folder
+
+from mlx_retrieval.evaluation import mteb_tasks
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory) -> Path:
+    """150 documents and 40 queries of random words: rankings that are neither perfect nor hopeless."""
+    rng = np.random.default_rng(5)
+    vocabulary = [f"w{i}" for i in range(300)]
+    corpus = [{"_id": f"d{i}", "text": " ".join(rng.choice(vocabulary, 20))} for i in range(150)]
+    queries, qrels = [], ""
+    for i in range(40):
+        words = corpus[i]["text"].split()
+        queries.append({"_id": f"q{i}", "text": " ".join([*rng.choice(words, 2), *rng.choice(vocabulary, 3)])})
+        qrels += f"q{i}\td{i}\t2\nq{i}\td{i + 40}\t1\nq{i}\td{i + 80}\t0\n"
+    return write_folder(tmp_path_factory.mktemp("data") / "words", corpus, queries, qrels)
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """An empty cache and no network: what mteb is asked for cannot be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    mteb_tasks._hub_answers.cache_clear()
+    mteb_tasks._load.cache_clear()
+    yield tmp_path / "cache"
+    mteb_tasks._hub_answers.cache_clear()
+    mteb_tasks._load.cache_clear()
