@@ -31,7 +31,7 @@ class Reranker:
     Args:
         model: adapter folder, base model's folder, or hub name.
         adapter: an adapter folder to put on the base model `model`.
-        reranker_type: the kind, where the files do not tell; see `rerankers.layout.kind_of`.
+        reranker_type: the kind, where the files do not tell; see `rerankers.reranker_kind`.
         max_length: tokens of query and document together (listwise: of a document); None = as the model was saved.
         instruction: what a qwen3 or listwise model is to judge by, in place of its own.
 
@@ -52,7 +52,7 @@ class Reranker:
         if adapter is None and loading.is_adapter(Path(model).expanduser()):
             base, adapter = None, model
         flags: dict[str, Any] = {"max_length": max_length, "instruction": instruction}
-        if adapter is None and not _is_late(base):
+        if adapter is None and loading.detect_kind(base) != "late":
             flags |= {"task": "rerank", "reranker": reranker_type}
         parts = loading.open_model(base, str(adapter) if adapter else None, **flags)
         if adapter is None and tree_flatten(parts[0].head.trainable_parameters()):
@@ -193,17 +193,6 @@ class Reranker:
         lengths = texts.lengths - count
         rest = np.concatenate([row[count:] for row in rows])
         return Texts(rest, lengths, np.zeros_like(lengths), lengths.copy()), past
-
-
-def _is_late(model: str) -> bool:
-    """Whether a base model's folder is one of a vector a token."""
-    from mlx_retrieval.backbones import resolve
-    from mlx_retrieval.models import pylate_files, retrieval_config
-
-    folder = resolve(model)
-    if (folder / retrieval_config.FILE).is_file():
-        return retrieval_config.RetrievalConfig.read(folder).task == "late"
-    return pylate_files.is_late(folder)
 
 
 def _parts(groups: Sequence["Group"], most: int, alone: int) -> Iterator[list["Group"]]:

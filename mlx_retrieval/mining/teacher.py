@@ -24,7 +24,7 @@ from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.mining import collection
 from mlx_retrieval.mining import output as mining_output
 from mlx_retrieval.mining.cache import Work, add_files, print_scores, resumable, tell_begun, work_folder
-from mlx_retrieval.models.loading import kind_of
+from mlx_retrieval.models.loading import detect_kind
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -44,7 +44,7 @@ class Teacher:
 
     Args:
         name: adapter folder, base model's folder, or hub name.
-        kind: one of KINDS; None = as `kind_of` finds.
+        kind: one of KINDS; None = by `loading.detect_kind`.
         max_length: see rerank.Reranker and embed.load.
         reranker_type: the kind of reranker, where the files do not tell.
     """
@@ -54,7 +54,8 @@ class Teacher:
     ):
         from mlx_retrieval.inference import fingerprint
 
-        self.kind = kind or ("reranker" if reranker_type else kind_of(name))
+        by_files = "embedder" if not reranker_type and detect_kind(name) == "embed" else "reranker"
+        self.kind = kind or by_files
         if self.kind == "reranker":
             from mlx_retrieval.inference.reranker import Reranker
 

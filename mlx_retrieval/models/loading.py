@@ -2,28 +2,35 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from mlx_retrieval.backend import mx, nn
 
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.backbones import Backbone, load_backbone, lora, resolve
+from mlx_retrieval.backbones import ENCODERS, Backbone, load_backbone, lora, resolve
 from mlx_retrieval.backbones.hub import (
     check_fit,
     inside,
     load_strictly,
+    read_config,
     read_json,
     read_safetensors,
     read_weights,
     save_tensors,
+    tensor_table,
     toolkit_relative,
+    weight_files,
 )
-from mlx_retrieval.models import retrieval_config
+from mlx_retrieval.models import pylate_files, rerankers, retrieval_config, sentence_transformers_files
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.tokenizer import load_tokenizer
 from mlx_retrieval.utils.errors import UserError
 
 ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
+# What a model gives: a vector a text, a vector a token, or a score a query and document.
+Kind = Literal["embed", "late", "rerank"]
 
 
 def build(
@@ -38,10 +45,10 @@ def build(
     """
     folder = resolve(model)
     backbone = load_backbone(folder, flags.pop("bidirectional", None))
-    said = retrieval_config.of_base_model(folder, backbone.config, flags.get("task"), reranker)
-    config = said.override(**flags)
-    if said.dense and config.task != said.task:
-        raise UserError(f"{model}: its layers are those of a model for --task {said.task}, not {config.task}")
+    base_config = base_model_config(folder, backbone.config, flags.get("task"), reranker)
+    config = base_config.override(**flags)
+    if base_config.dense and config.task != base_config.task:
+        raise UserError(f"{model}: its layers are those of a model for --task {base_config.task}, not {config.task}")
     _fit_lengths(config, backbone.max_positions, flags)
     config.base_model = toolkit_relative(model)
     config.base_fingerprint = lora.fingerprint(backbone)
@@ -59,8 +66,6 @@ def build(
 def _assemble(backbone: Backbone, config: RetrievalConfig, folder: Path) -> RetrievalModel:
     """Backbone and head, with the dense layers that the base model's folder has; frozen but for those it has not."""
     if config.task == "rerank":
-        from mlx_retrieval.models import rerankers
-
         return RetrievalModel(backbone, rerankers.head(config.reranker, backbone, folder))
     head = config.head()
     model = RetrievalModel(backbone, head)
@@ -84,32 +89,63 @@ def _fit_lengths(config: RetrievalConfig, positions: int, flags: dict) -> None:
             setattr(config, name, positions)
 
 
-def kind_of(name: str) -> str:
-    """What a model is by its files, or else by its name: "reranker", late-interaction models too, or "embedder".
+def base_model_config(
+    folder: Path, model_config: dict, task: str | None = None, reranker: str | None = None
+) -> RetrievalConfig:
+    """Return the RetrievalConfig that a base model's files ask for, or else the one that suits its architecture.
 
-    Yes/no rerankers are language models whose files say nothing of it; "rerank" in the folder's name does.
+    A folder that `export.py` wrote has our own file; others may have sentence-transformers' or PyLate's. Without any
+    of these, encoders get the mean over all tokens; decoders get the mean over the text's own tokens, an `<eos>` at
+    the end, and Gemma's reserved tokens as prompts if the vocabulary has them.
+
+    Args:
+        model_config: its config.json.
+        task: with "rerank", the config is that of a reranker: see `rerankers.describe`.
+        reranker: with the task "rerank", the kind of reranker; None = by its files.
     """
-    from mlx_retrieval.backbones import resolve
-    from mlx_retrieval.backbones.hub import read_config, tensor_table, weight_files
-    from mlx_retrieval.models import pylate_files, retrieval_config, sentence_transformers_files
+    if (folder / retrieval_config.FILE).is_file():
+        config = RetrievalConfig.read(folder)
+        if task != "rerank" or config.task == "rerank":
+            return config
+    if task == "rerank":
+        return RetrievalConfig(**rerankers.describe(folder, model_config, reranker))
+    if (folder / sentence_transformers_files.MODULES).is_file():
+        files = pylate_files if pylate_files.is_late(folder) else sentence_transformers_files
+        return RetrievalConfig(**files.read(folder))
+    if model_config["model_type"] in ENCODERS:
+        return RetrievalConfig()
+    config = RetrievalConfig(pool_special=False, append_eos=True)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.token_to_id("<unused0>") is not None and tokenizer.token_to_id("<unused1>") is not None:
+        config.query_prompt, config.document_prompt = "<unused0>", "<unused1>"
+    return config
 
+
+def detect_kind(name: str) -> Kind:
+    """Return whether a model embeds, embeds token by token (late interaction) or reranks, by its files or its name.
+
+    Yes/no rerankers are language models whose files say nothing of it; they are recognised by "rerank" in their name.
+
+    Args:
+        name: adapter folder, base model's folder, or hub name.
+    """
     path = Path(name).expanduser()
     folder = path if is_adapter(path) else resolve(name)
     if (folder / retrieval_config.FILE).is_file():
-        return "embedder" if retrieval_config.RetrievalConfig.read(folder).task == "embed" else "reranker"
-    says = sentence_transformers_files.optional_json(folder / sentence_transformers_files.SETTINGS).get(
-        "model_type", ""
-    )
-    if pylate_files.is_late(folder) or says == "CrossEncoder":
-        return "reranker"
+        return RetrievalConfig.read(folder).task
+    if pylate_files.is_late(folder):
+        return "late"
+    settings = sentence_transformers_files.optional_json(folder / sentence_transformers_files.SETTINGS)
+    if settings.get("model_type") == "CrossEncoder":
+        return "rerank"
     if (folder / sentence_transformers_files.MODULES).is_file():
-        return "embedder"
-    if any("SequenceClassification" in kind for kind in read_config(folder).get("architectures") or ()):
-        return "reranker"
-    names = {tensor for file in weight_files(folder) for tensor in tensor_table(file)}
-    if "score.weight" in names or any(tensor.startswith("projector.") for tensor in names):
-        return "reranker"
-    return "reranker" if "rerank" in folder.resolve().name.lower() or "rerank" in name.lower() else "embedder"
+        return "embed"
+    if any("SequenceClassification" in each for each in read_config(folder).get("architectures") or ()):
+        return "rerank"
+    tensors = {tensor for file in weight_files(folder) for tensor in tensor_table(file)}
+    if "score.weight" in tensors or any(tensor.startswith("projector.") for tensor in tensors):
+        return "rerank"
+    return "rerank" if "rerank" in folder.resolve().name.lower() or "rerank" in name.lower() else "embed"
 
 
 def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:

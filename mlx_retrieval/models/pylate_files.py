@@ -4,14 +4,11 @@ what its MultiVectorEncoder itself writes.
 
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.models import sentence_transformers_files
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 KINDS = ("ColBERT", "MultiVectorEncoder")  # model_type of PyLate's and of sentence-transformers' folders
 PROJECTION = "1_Dense"

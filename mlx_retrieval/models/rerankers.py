@@ -1,6 +1,6 @@
 """What a model's folder says of being a reranker: which kind, how its scores are meant, its head's weights.
 
-kind_of(folder, config)            "qwen3", "cross-encoder" or "listwise"
+reranker_kind(folder, config)      "qwen3", "cross-encoder" or "listwise"
 describe(folder, config, kind)     the fields of a RetrievalConfig
 head(kind, backbone, folder)       the head, with the weights that the folder has
 """
@@ -23,7 +23,13 @@ from mlx_retrieval.backbones.hub import (
     weight_files,
 )
 from mlx_retrieval.models.heads import ListHead, ScoreHead, YesNoHead
-from mlx_retrieval.models.pair_tokenizers import INSTRUCTION, CrossEncoderTokenizer, ListTokenizer, YesNoTokenizer
+from mlx_retrieval.models.pair_tokenizers import (
+    INSTRUCTION,
+    CrossEncoderTokenizer,
+    ListTokenizer,
+    PairTokenizer,
+    YesNoTokenizer,
+)
 from mlx_retrieval.utils.errors import UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
@@ -41,7 +47,7 @@ _SCORE = {"score": "out"}  # of decoders: the last token's
 TENSORS = {"bert": _BERT, "modernbert": _MODERNBERT} | dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA)
 
 
-def kind_of(folder: Path, config: dict) -> str:
+def reranker_kind(folder: Path, config: dict) -> str:
     """The kind of reranker that a model is, or would be if it were trained as one."""
     if config["model_type"] in ENCODERS:
         return "cross-encoder"
@@ -52,10 +58,10 @@ def kind_of(folder: Path, config: dict) -> str:
 
 
 def describe(folder: Path, config: dict, kind: str | None = None) -> dict[str, Any]:
-    """Fields of the RetrievalConfig that a folder asks for; `kind` None = as `kind_of` finds."""
+    """Fields of the RetrievalConfig that a folder asks for; `kind` None = as `reranker_kind` finds."""
     if kind is not None and kind not in KINDS:
         raise UserError(f"--reranker-type {kind}: known are {', '.join(KINDS)}, and late models as they are")
-    kind = kind or kind_of(folder, config)
+    kind = kind or reranker_kind(folder, config)
     if kind != "cross-encoder" and config["model_type"] in ENCODERS:
         raise UserError(f"--reranker-type {kind} needs a language model, and {folder} is an encoder")
     said = {"task": "rerank", "reranker": kind, "max_length": LENGTHS[kind], "query_max_length": LENGTHS[kind]}
@@ -71,13 +77,20 @@ def describe(folder: Path, config: dict, kind: str | None = None) -> dict[str, A
     return said | {"activation": "sigmoid" if "Sigmoid" in named or not has_head else ""}
 
 
-def tokenizer(folder: Path, config) -> YesNoTokenizer | CrossEncoderTokenizer | ListTokenizer:
-    """What turns groups into sequences, under the RetrievalConfig `config`."""
-    if config.reranker == "qwen3":
-        return YesNoTokenizer(folder, config.max_length, config.instruction)
-    if config.reranker == "cross-encoder":
-        return CrossEncoderTokenizer(folder, config.max_length)
-    return ListTokenizer(folder, config.max_length, config.query_max_length, LIST_MOST, config.instruction)
+def tokenizer(folder: Path, kind: str, max_length: int, query_max_length: int, instruction: str) -> PairTokenizer:
+    """Return the tokenizer that turns groups of a query and its documents into sequences.
+
+    Args:
+        kind: one of KINDS.
+        max_length: most tokens of a sequence; listwise: of a document.
+        query_max_length: listwise: most tokens of a query.
+        instruction: of qwen3 and listwise rerankers; see `RetrievalConfig.instruction`.
+    """
+    if kind == "qwen3":
+        return YesNoTokenizer(folder, max_length, instruction)
+    if kind == "cross-encoder":
+        return CrossEncoderTokenizer(folder, max_length)
+    return ListTokenizer(folder, max_length, query_max_length, LIST_MOST, instruction)
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What makes a backbone a retrieval model: pooling, prompts, lengths. One place, read by training, evaluation and use.
+"""Settings that make a backbone a retrieval model: pooling, prompts, lengths and the like.
 
-A model that says itself how it pools and prompts (sentence-transformers' files) is believed; flags win over it; what
-was used is saved as `retrieval_config.json` beside the weights and read back from there.
+They are saved as `retrieval_config.json` beside the weights, and training, evaluation, inference and export all read
+them from there. `loading.base_model_config` makes them for a base model that has no such file.
 """
 
 import dataclasses
@@ -9,11 +9,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_retrieval.backbones import ENCODERS
 from mlx_retrieval.backbones.hub import read_json
-from mlx_retrieval.models import pylate_files, sentence_transformers_files
+from mlx_retrieval.models import rerankers
 from mlx_retrieval.models.heads import POOLING, Dense, EmbeddingHead, LateHead
-from mlx_retrieval.models.tokenizer import TextTokenizer, load_tokenizer
+from mlx_retrieval.models.pair_tokenizers import PairTokenizer
+from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
 FILE = "retrieval_config.json"
@@ -56,12 +56,12 @@ class RetrievalConfig:
         """Every prompt by its name; "query" and "document" first."""
         return {"query": self.query_prompt, "document": self.document_prompt} | self.task_prompts
 
-    def tokenizer(self, folder: Path) -> "TextTokenizer | PairTokenizer":  # noqa: F821
-        """The tokenizer of the model in `folder` under this config's prompts and limits; a reranker's takes groups."""
+    def tokenizer(self, folder: Path) -> TextTokenizer | PairTokenizer:
+        """Return the tokenizer of the model in `folder`, with this config's prompts and limits; a reranker's takes
+        groups of a query and its documents."""
         if self.task == "rerank":
-            from mlx_retrieval.models import rerankers
-
-            return rerankers.tokenizer(folder, self)
+            limits = (self.max_length, self.query_max_length)
+            return rerankers.tokenizer(folder, self.reranker, *limits, self.instruction)
         return TextTokenizer(
             folder,
             prompts=self.prompts,
@@ -105,33 +105,3 @@ class RetrievalConfig:
         if config.pooling not in POOLING:
             raise UserError(f"pooling {config.pooling!r} is unknown; known: {', '.join(POOLING)}")
         return config
-
-
-def of_base_model(
-    folder: Path, model_config: dict, task: str | None = None, reranker: str | None = None
-) -> RetrievalConfig:
-    """What a model's folder says of itself, or what suits its kind where it says nothing.
-
-    With the task "rerank", that is what `rerankers.describe` finds, for the kind `reranker` if one is named. Otherwise,
-    a folder that `export.py` wrote has our own file, others may have sentence-transformers'. Without either: encoders
-    get the mean over all tokens; decoders the mean over the text's own tokens, an `<eos>` at the end, and
-    Gemma's reserved tokens as prompts where the vocabulary has them.
-    """
-    if (folder / FILE).is_file():
-        said = RetrievalConfig.read(folder)
-        if task != "rerank" or said.task == "rerank":
-            return said
-    if task == "rerank":
-        from mlx_retrieval.models import rerankers
-
-        return RetrievalConfig(**rerankers.describe(folder, model_config, reranker))
-    if (folder / sentence_transformers_files.MODULES).is_file():
-        layout = pylate_files if pylate_files.is_late(folder) else sentence_transformers_files
-        return RetrievalConfig(**layout.read(folder))
-    if model_config["model_type"] in ENCODERS:
-        return RetrievalConfig()
-    config = RetrievalConfig(pool_special=False, append_eos=True)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.token_to_id("<unused0>") is not None and tokenizer.token_to_id("<unused1>") is not None:
-        config.query_prompt, config.document_prompt = "<unused0>", "<unused1>"
-    return config

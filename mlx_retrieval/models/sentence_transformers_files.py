@@ -4,14 +4,11 @@ Files and keys are those of versions 2 to 5, which 6 reads as well; what 6 itsel
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_retrieval.backbones.hub import inside, read_json
 from mlx_retrieval.models.heads import ACTIVATIONS, POOLING
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 MODULES, SENTENCE, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 LENGTHENED = "mean_sqrt_len_tokens"
@@ -118,6 +115,3 @@ def prompts(settings: dict) -> dict[str, Any]:
     document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
     others = {name: text for name, text in prompts.items() if name not in ("query", "document")}
     return {"query_prompt": prompts.get("query", default), "document_prompt": document, "task_prompts": others}
-
-
-# --- writing --------------------------------------------------------------------------------------------------------

@@ -379,20 +379,20 @@ def test_resume_of_scoring_gives_the_identical_file(at, small, small_blocks, tmp
 
 def test_what_kind_a_teacher_is(small, tmp_path, minilm):
     cross_encoder("bert", tmp_path / "cross")
-    assert loading.kind_of(str(tmp_path / "cross")) == "reranker"
-    assert loading.kind_of(small) == loading.kind_of(str(minilm)) == "embedder"
+    assert loading.detect_kind(str(tmp_path / "cross")) == "rerank"
+    assert loading.detect_kind(small) == loading.detect_kind(str(minilm)) == "embed"
     shutil.copytree(small, tmp_path / "Some-Reranker-0.6B")
-    assert loading.kind_of(str(tmp_path / "Some-Reranker-0.6B")) == "reranker"
-    for task, kind in (("embed", "embedder"), ("late", "reranker"), ("rerank", "reranker")):
+    assert loading.detect_kind(str(tmp_path / "Some-Reranker-0.6B")) == "rerank"
+    for task in ("embed", "late", "rerank"):
         folder = tmp_path / task
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
         (folder / "retrieval_config.json").write_text(json.dumps({"task": task, "reranker": "qwen3"}))
-        assert loading.kind_of(str(folder)) == kind
+        assert loading.detect_kind(str(folder)) == task
     folder = tmp_path / "colbert"
     folder.mkdir()
     (folder / "config_sentence_transformers.json").write_text('{"model_type": "ColBERT"}')
-    assert loading.kind_of(str(folder)) == "reranker"
+    assert loading.detect_kind(str(folder)) == "late"
 
 
 def test_the_kind_of_teacher_can_be_told(small, tmp_path, write_rows, capsys):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlx_retrieval.models.heads import ACTIVATIONS, POOLING
-from mlx_retrieval.models.retrieval_config import FILE, RetrievalConfig, of_base_model
+from mlx_retrieval.models.loading import base_model_config
+from mlx_retrieval.models.retrieval_config import FILE, RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
 
 BERT, DECODER = {"model_type": "bert"}, {"model_type": "gemma3_text"}
@@ -55,7 +56,7 @@ def flags(*on: str) -> dict:
 
 
 def test_minilm_is_believed(minilm):
-    config = of_base_model(minilm, BERT)
+    config = base_model_config(minilm, BERT)
     assert config == RetrievalConfig(pooling="mean", max_length=256, query_max_length=256)
     assert config.pool_special and config.pool_prompt and not config.append_eos
     tokenizer = config.tokenizer(minilm)
@@ -74,15 +75,15 @@ def test_minilm_is_believed(minilm):
     ],
 )
 def test_both_layouts_of_pooling(write_model, flag, named, mode):
-    old = of_base_model(write_model(OLD, flags(flag)), BERT)
-    new = of_base_model(write_model(NEW, {"embedding_dimension": 8, "pooling_mode": named}), BERT)
-    listed = of_base_model(write_model(NEW, {"embedding_dimension": 8, "pooling_mode": [named]}), BERT)
+    old = base_model_config(write_model(OLD, flags(flag)), BERT)
+    new = base_model_config(write_model(NEW, {"embedding_dimension": 8, "pooling_mode": named}), BERT)
+    listed = base_model_config(write_model(NEW, {"embedding_dimension": 8, "pooling_mode": [named]}), BERT)
     assert old.pooling == new.pooling == listed.pooling == mode
     assert old.pool_prompt and new.pool_prompt
 
 
 def test_pooling_without_a_flag_is_the_mean(write_model):
-    assert of_base_model(write_model(OLD, flags()), BERT).pooling == "mean"
+    assert base_model_config(write_model(OLD, flags()), BERT).pooling == "mean"
 
 
 @pytest.mark.parametrize(
@@ -97,29 +98,29 @@ def test_pooling_without_a_flag_is_the_mean(write_model):
 def test_other_pooling_is_refused(write_model, pooling, told):
     """Not taken for the mean: the vectors would be others than the model's."""
     with pytest.raises(UserError, match=f"pooling by {told} is not supported; known: mean, cls, last, max"):
-        of_base_model(write_model(OLD, pooling), BERT)
+        base_model_config(write_model(OLD, pooling), BERT)
 
 
 def test_prompt_left_out_of_pooling(write_model):
     folder = write_model(OLD, flags("mean_tokens") | {"include_prompt": False})
-    assert not of_base_model(folder, BERT).pool_prompt
+    assert not base_model_config(folder, BERT).pool_prompt
 
 
 def test_pooling_folder_of_another_name(write_model):
-    assert of_base_model(write_model(OLD, flags("cls_token"), path="pool"), BERT).pooling == "cls"
+    assert base_model_config(write_model(OLD, flags("cls_token"), path="pool"), BERT).pooling == "cls"
 
 
 @pytest.mark.parametrize("names", [("query", "document"), ("query", "passage")])
 def test_prompts(write_model, names):
     prompts = dict(zip(names, ("search: ", "text: "), strict=True)) | {"clustering": "cluster: "}
     folder = write_model(OLD, flags("mean_tokens"), config_sentence_transformers={"prompts": prompts})
-    config = of_base_model(folder, BERT)
+    config = base_model_config(folder, BERT)
     assert (config.query_prompt, config.document_prompt) == ("search: ", "text: ")
 
 
 @pytest.mark.parametrize("said", [{}, {"prompts": {}}, {"prompts": None}])
 def test_no_prompts(write_model, said):
-    config = of_base_model(write_model(OLD, flags("mean_tokens"), config_sentence_transformers=said), BERT)
+    config = base_model_config(write_model(OLD, flags("mean_tokens"), config_sentence_transformers=said), BERT)
     assert (config.query_prompt, config.document_prompt) == ("", "")
 
 
@@ -135,19 +136,19 @@ def test_no_prompts(write_model, said):
 )
 def test_longest_text(write_model, sentence, tokenizer, limit):
     folder = write_model(NEW, {"pooling_mode": "mean"}, sentence_bert_config=sentence, tokenizer_config=tokenizer)
-    config = of_base_model(folder, BERT)
+    config = base_model_config(folder, BERT)
     assert config.max_length == config.query_max_length == limit
 
 
 def test_lowercase(write_model):
     folder = write_model(OLD, flags("mean_tokens"), sentence_bert_config={"do_lower_case": True})
-    assert of_base_model(folder, BERT).lowercase
+    assert base_model_config(folder, BERT).lowercase
 
 
 @pytest.mark.parametrize("kind", ["WordEmbeddings", "CLIPModel"])
 def test_unknown_modules_are_refused(write_model, kind):
     with pytest.raises(UserError, match=rf"modules\.json names {kind}; known: Transformer, Pooling, Dense, Normalize"):
-        of_base_model(write_model([*OLD, f"sentence_transformers.models.{kind}"], flags("mean_tokens")), BERT)
+        base_model_config(write_model([*OLD, f"sentence_transformers.models.{kind}"], flags("mean_tokens")), BERT)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +163,14 @@ def test_unknown_modules_are_refused(write_model, kind):
 )
 def test_modules_in_another_order_are_refused(write_model, kinds):
     with pytest.raises(UserError, match=f"puts its modules as {', '.join(kinds)}"):
-        of_base_model(write_model([f"sentence_transformers.models.{kind}" for kind in kinds]), BERT)
+        base_model_config(write_model([f"sentence_transformers.models.{kind}" for kind in kinds]), BERT)
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"type": "Transformer"}]', '[{"type": 1, "path": ""}]', "7"])
 def test_broken_lists_of_modules_are_refused(tmp_path, content):
     (tmp_path / "modules.json").write_text(content)
     with pytest.raises(UserError, match=r"modules\.json"):
-        of_base_model(tmp_path, BERT)
+        base_model_config(tmp_path, BERT)
 
 
 DENSE = {"in_features": 8, "out_features": 4, "bias": False}
@@ -191,7 +192,7 @@ def write_dense(write_model, **changes) -> Path:
 def test_dense_layers(write_model, activation):
     folder = write_dense(write_model, activation_function=f"torch.nn.modules.activation.{activation}")
     layer = {"path": "2_Dense", "in_features": 8, "out_features": 4, "bias": False, "activation": activation}
-    config = of_base_model(folder, BERT)
+    config = base_model_config(folder, BERT)
     assert config.dense == [layer]
     head = config.head()
     assert head.dense[0].linear.weight.shape == (4, 8) and "bias" not in head.dense[0].linear
@@ -209,13 +210,13 @@ def test_dense_layers(write_model, activation):
 )
 def test_other_dense_layers_are_refused(write_model, changes, told):
     with pytest.raises(UserError, match=told):
-        of_base_model(write_dense(write_model, **changes), BERT)
+        base_model_config(write_dense(write_model, **changes), BERT)
 
 
 def test_prompts_of_tasks(write_model):
     """As EmbeddingGemma has them: kept by name, and the tokenizer knows them."""
     prompts = {"query": "q: ", "document": "d: ", "Clustering": "task: clustering | query: "}
-    config = of_base_model(
+    config = base_model_config(
         write_model(OLD, flags("mean_tokens"), config_sentence_transformers={"prompts": prompts}), BERT
     )
     assert config.prompts == prompts and config.task_prompts == {"Clustering": "task: clustering | query: "}
@@ -228,7 +229,7 @@ def test_prompts_of_tasks(write_model):
 def test_the_default_prompt_stands_in(write_model, prompts, expected):
     """sentence-transformers puts it before every text that has no prompt of its own."""
     settings = {"prompts": prompts, "default_prompt_name": "any"}
-    config = of_base_model(write_model(OLD, flags("mean_tokens"), config_sentence_transformers=settings), BERT)
+    config = base_model_config(write_model(OLD, flags("mean_tokens"), config_sentence_transformers=settings), BERT)
     assert (config.query_prompt, config.document_prompt) == expected
 
 
@@ -236,7 +237,7 @@ def test_broken_file_is_named(write_model):
     folder = write_model(OLD, flags("mean_tokens"))
     (folder / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
-        of_base_model(folder, BERT)
+        base_model_config(folder, BERT)
 
 
 def test_what_sentence_transformers_itself_writes(minilm, tmp_path):
@@ -246,7 +247,7 @@ def test_what_sentence_transformers_itself_writes(minilm, tmp_path):
     model = library.SentenceTransformer(str(minilm), device="cpu", prompts=prompts)
     model.max_seq_length = 100
     model.save(str(tmp_path / "saved"), create_model_card=False)
-    config = of_base_model(tmp_path / "saved", BERT)
+    config = base_model_config(tmp_path / "saved", BERT)
     assert config == RetrievalConfig(
         max_length=100, query_max_length=100, query_prompt="query: ", document_prompt="passage: "
     )
@@ -267,13 +268,13 @@ def test_what_sentence_transformers_itself_writes(minilm, tmp_path):
 def test_encoders(minilm, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(minilm / name, tmp_path)
-    assert of_base_model(tmp_path, BERT) == RetrievalConfig()
-    assert of_base_model(tmp_path, {"model_type": "xlm-roberta"}).pooling == "mean"
+    assert base_model_config(tmp_path, BERT) == RetrievalConfig()
+    assert base_model_config(tmp_path, {"model_type": "xlm-roberta"}).pooling == "mean"
 
 
 def test_decoders(toy_tokenizer_folder):
     """Gemma: its reserved tokens are the prompts, `<eos>` closes, the mean is over prompt and text."""
-    config = of_base_model(toy_tokenizer_folder, DECODER)
+    config = base_model_config(toy_tokenizer_folder, DECODER)
     assert (config.query_prompt, config.document_prompt) == ("<unused0>", "<unused1>")
     assert config.pooling == "mean" and config.append_eos and not config.pool_special and config.pool_prompt
     texts = config.tokenizer(toy_tokenizer_folder)(["cat"], "query")
@@ -288,7 +289,7 @@ def test_decoders_without_reserved_tokens(toy_tokenizer_folder, tmp_path):
         settings["model"]["vocab"][f"other{i}"] = settings["model"]["vocab"].pop(f"<unused{i}>")
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
     shutil.copy(toy_tokenizer_folder / "tokenizer_config.json", tmp_path)
-    config = of_base_model(tmp_path, DECODER)
+    config = base_model_config(tmp_path, DECODER)
     assert (config.query_prompt, config.document_prompt) == ("", "") and config.append_eos
 
 
