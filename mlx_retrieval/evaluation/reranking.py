@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,21 +24,13 @@ from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.evaluation.results import Evaluation, Scores, print_comparison
 from mlx_retrieval.evaluation.retrieval import Encoder, Searcher
 from mlx_retrieval.evaluation.tasks import Corpus, Rankings
+from mlx_retrieval.inference.reranker import Scorer
 from mlx_retrieval.retrieval.base import RANKS
 from mlx_retrieval.retrieval.bm25 import Found, bm25
 from mlx_retrieval.utils.errors import UserError
 
 DEPTH = 100
 QUERIES_AT_ONCE = 16
-
-
-class Scorer(Protocol):
-    """All that evaluation needs of a reranker; `rerank.Reranker` is one."""
-
-    name: str
-
-    def score_groups(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[np.ndarray]:
-        """A score for every document of every (query, documents): (documents,) float32 each, higher is better."""
 
 
 # --- first stage ---

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from mlx_retrieval import backend
+from mlx_retrieval.backbones import resolve
+from mlx_retrieval.inference import fingerprint
 from mlx_retrieval.inference.quantization import check, quantise, truncate
+from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import Texts, micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -44,6 +47,11 @@ class Model:
     def dimensions(self) -> int:
         """Length of a vector."""
         return self.config.dimensions
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides this model's vectors; see `fingerprint.fingerprint`."""
+        adapter = None if self.base is None else Path(self.name).expanduser()
+        return fingerprint.fingerprint(self.config, self.base or resolve(self.name), adapter)
 
     def limit_shapes(self) -> None:
         """Meet fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
@@ -120,7 +128,7 @@ class Model:
         return [row[kept] for row, kept in zip(part, counts, strict=True)]
 
 
-def embed(model: "Model", texts: Sequence[str], prompt: str) -> np.ndarray | list[np.ndarray]:
+def embed(model: Model, texts: Sequence[str], prompt: str) -> np.ndarray | list[np.ndarray]:
     """(N, D) float32; of a late-interaction model (L, D) for each text. UserError where some are not finite."""
     vectors = model.encode(texts, prompt=prompt, show_progress=False)
     if broken := sum(not np.isfinite(vector).all() for vector in vectors):
@@ -163,8 +171,6 @@ def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Mo
 
     Raises UserError where anything is missing or does not fit.
     """
-    from mlx_retrieval.models import loading
-
     base: str | None = str(path)
     if adapter is None and loading.is_adapter(Path(path).expanduser()):
         base, adapter = None, path

@@ -1,40 +1,36 @@
-"""Where models and the search index meet: vectors of texts, and what tells whether a model is still the same.
-
-from search_model import embed, fingerprint
-vectors = embed(model, ["where are gradients cached"], "query")
-"""
+"""A hash that tells whether a model is still the one that made an index or a cached result."""
 
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.models import loading
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 
-READ_WHOLE = 64 << 20  # bytes; of larger files the fingerprint takes BLOCKS blocks of BLOCK bytes, spread over them
+READ_WHOLE = 64 << 20  # bytes; of a larger file, BLOCKS blocks of BLOCK bytes are read, spread evenly over it
 BLOCKS, BLOCK = 64, 256 << 10
 
 
-def fingerprint(model: "Model") -> str:
-    """A hash of all that decides a model's vectors: weights, adapter, tokenizer, prompts, pooling, lengths.
+def fingerprint(config: RetrievalConfig, base: Path, adapter: Path | None = None) -> str:
+    """Return a hash (64 hexadecimal digits) of everything that decides a model's results.
 
-    Large files are sampled, as reading gigabytes would take longer than a search: training changes all of a file.
+    That is weights, adapter, tokenizer, prompts, pooling and lengths. Large files are sampled: reading gigabytes would
+    take longer than a search, and training changes all of a file.
+
+    Args:
+        base: the base model's folder.
+        adapter: the adapter's folder; None = there is none.
     """
-    from mlx_retrieval.backbones import resolve
-    from mlx_retrieval.models import loading
-
-    settings = dataclasses.asdict(model.config) | {"base_model": ""}  # folders may move
+    settings = dataclasses.asdict(config) | {"base_model": ""}  # folders may move
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    base = model.base or resolve(model.name)
     patterns = ("*.safetensors", "*/*.safetensors", "config.json", "tokenizer.json")
     files = [file for pattern in patterns for file in sorted(base.glob(pattern))]
-    if model.base is not None:
+    if adapter is not None:
         names = (loading.ADAPTERS, loading.ADAPTER_CONFIG, loading.HEADS)
-        files += [path for name in names if (path := Path(model.name).expanduser() / name).is_file()]
+        files += [path for name in names if (path := adapter / name).is_file()]
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

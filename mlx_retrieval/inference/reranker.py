@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from mlx_retrieval.backend import mx
 
@@ -10,19 +10,29 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_retrieval import backend
+from mlx_retrieval.backbones import resolve
+from mlx_retrieval.inference import embedder, fingerprint
+from mlx_retrieval.models import loading, maxsim
 from mlx_retrieval.models.batching import Texts, micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.pair_tokenizers import Group, PairTokenizer, Sequences
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.runners import make_runner
+from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_retrieval.inference.embedder import Model
-    from mlx_retrieval.models.pair_tokenizers import Group, Sequences
-    from mlx_retrieval.models.retrieval_config import RetrievalConfig
 
 SEQUENCES = 4_096  # that are tokenised and sorted by length together
 SHARED_BY = 4  # documents of a query, from which on what their sequences begin with is computed once
 SHARED_FROM = 16  # tokens: a shorter common beginning is not worth computing apart
+
+
+class Scorer(Protocol):
+    """A model that scores documents for queries, which is all that evaluation needs; `Reranker` is one."""
+
+    name: str
+
+    def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        """Return, for each (query, N documents), (N,) float32 scores in the documents' order; higher is better."""
 
 
 class Reranker:
@@ -46,8 +56,6 @@ class Reranker:
         max_length: int | None = None,
         instruction: str | None = None,
     ):
-        from mlx_retrieval.models import loading
-
         base: str | None = str(model)
         if adapter is None and loading.is_adapter(Path(model).expanduser()):
             base, adapter = None, model
@@ -65,7 +73,13 @@ class Reranker:
             raise UserError(f"--reranker-type {reranker_type}: {self.name} is of the kind {self.kind}")
 
     @classmethod
-    def of(cls, model: RetrievalModel, config: "RetrievalConfig", tokenizer: Any, name: str) -> "Reranker":
+    def of(
+        cls,
+        model: RetrievalModel,
+        config: RetrievalConfig,
+        tokenizer: PairTokenizer | TextTokenizer,
+        name: str,
+    ) -> "Reranker":
         """A reranker of a model that is loaded, such as the one that is being trained."""
         reranker = cls.__new__(cls)
         reranker._take(model, config, tokenizer, name)
@@ -75,10 +89,8 @@ class Reranker:
         if config.task not in ("rerank", "late"):
             raise UserError(f"{name}: a model of one vector a text; rerankers read query and document together")
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
-        self.late: Model | None = None
+        self.late: embedder.Model | None = None
         if config.task == "late":
-            from mlx_retrieval.inference import embedder
-
             self.late = embedder.Model(model, config, tokenizer, name, base)
             self.runner = self.late.runner
         else:
@@ -89,6 +101,13 @@ class Reranker:
     def kind(self) -> str:
         """One of `rerankers.KINDS`, or "late"."""
         return self.config.reranker or "late"
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides this reranker's scores; see `fingerprint.fingerprint`.
+
+        An adapter is hashed by its own folder: its config holds a fingerprint of the base model's weights.
+        """
+        return fingerprint.fingerprint(self.config, resolve(self.name))
 
     def limit_shapes(self) -> None:
         """Meet fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
@@ -111,7 +130,7 @@ class Reranker:
         """(N,) float32 in the documents' order: qwen3 and most cross-encoders from 0 to 1, listwise a cosine."""
         return self.score_groups([(query, documents)])[0]
 
-    def score_groups(self, groups: Sequence["Group"]) -> list[np.ndarray]:
+    def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """Scores of several queries' documents, computed together: an array as `score` gives it for each group."""
         for query, documents in groups:
             if isinstance(documents, str) or not all(isinstance(text, str) for text in (query, *documents)):
@@ -130,18 +149,16 @@ class Reranker:
             whole = 1 / (1 + np.exp(-whole))
         return np.split(whole.astype(np.float32), np.cumsum(lengths)[:-1])
 
-    def _late(self, groups: Sequence["Group"]) -> np.ndarray:
-        from mlx_retrieval.models.maxsim import score
-
+    def _late(self, groups: Sequence[Group]) -> np.ndarray:
         queries = self.late.encode([query for query, _ in groups], "query", False)
         found = []
         for query, (_, documents) in zip(queries, groups, strict=True):
             vectors = self.late.encode(documents, "document", False)
             lengths = np.array([len(v) for v in vectors])
-            found.append(score(query, np.concatenate(vectors), lengths, self.config.maxsim, self.config.impute))
+            found.append(maxsim.score(query, np.concatenate(vectors), lengths, self.config.maxsim, self.config.impute))
         return np.concatenate(found)
 
-    def _listwise(self, groups: Sequence["Group"]) -> np.ndarray:
+    def _listwise(self, groups: Sequence[Group]) -> np.ndarray:
         sequences = self._tokens(groups)
         found = np.empty(len(sequences.text), np.float32)
         for index, part in self._representations(sequences.texts):
@@ -151,7 +168,7 @@ class Reranker:
             found[mine] = part[row[sequences.text[mine]], sequences.place[mine], 0]
         return found
 
-    def _pairs(self, groups: Sequence["Group"]) -> np.ndarray:
+    def _pairs(self, groups: Sequence[Group]) -> np.ndarray:
         shares = self.kind == "qwen3" and self.model.backbone.has_past
         found = []
         for part in _parts(groups, SEQUENCES, alone=SHARED_BY if shares else SEQUENCES):
@@ -164,7 +181,7 @@ class Reranker:
             found.append(scores)
         return np.concatenate(found)
 
-    def _tokens(self, groups: Sequence["Group"]) -> "Sequences":
+    def _tokens(self, groups: Sequence[Group]) -> Sequences:
         sequences = self.tokenizer(groups)
         self.cut += sequences.cut
         return sequences
@@ -195,7 +212,7 @@ class Reranker:
         return Texts(rest, lengths, np.zeros_like(lengths), lengths.copy()), past
 
 
-def _parts(groups: Sequence["Group"], most: int, alone: int) -> Iterator[list["Group"]]:
+def _parts(groups: Sequence[Group], most: int, alone: int) -> Iterator[list[Group]]:
     """Groups in lots of at most `most` documents, larger groups in several; those of `alone` or more by themselves."""
     lot, count = [], 0
     for query, documents in groups:

@@ -21,7 +21,7 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import uvicorn
@@ -31,11 +31,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, mo
 from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from mlx_retrieval.inference.server_queue import Job, ModelThread, Reranker
+from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.inference.server_queue import Job, ModelThread
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_retrieval.inference.embedder import Model
 
 SHUTDOWN_S = 10  # how long requests may go on after Ctrl-C
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's escapes can make halves of pairs, which no encoding can write
@@ -195,7 +194,7 @@ class Guard:
 class Service:
     """The endpoints, and what the model's thread computes for them."""
 
-    def __init__(self, reranker: Reranker | None, model: "Model | None", limits: Limits):
+    def __init__(self, reranker: Reranker | None, model: Model | None, limits: Limits):
         self.reranker, self.model, self.limits = reranker, model, limits
 
     @contextlib.asynccontextmanager
@@ -275,7 +274,7 @@ async def _left(request: Request) -> None:
 
 
 def create_app(
-    reranker: Reranker | None, model: "Model | None", api_key: str | None = None, limits: Limits = LIMITS
+    reranker: Reranker | None, model: Model | None, api_key: str | None = None, limits: Limits = LIMITS
 ) -> FastAPI:
     """The app of a reranker, an embedding model or both. Its lifespan starts and ends the model's thread.
 
@@ -305,7 +304,7 @@ def create_app(
 
 def run(
     reranker: Reranker | None,
-    model: "Model | None",
+    model: Model | None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,

@@ -14,26 +14,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mlx_retrieval import backend  # noqa: F401  (before anything that may import mlx)
-
-if TYPE_CHECKING:
-    from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.inference.reranker import Reranker
 
 STUCK_S = 30  # how long `close` waits for a call that does not end
-
-
-class Reranker(Protocol):
-    """What scores documents; rerank.py's."""
-
-    name: str
-    kind: str
-
-    def score_groups(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[np.ndarray]:
-        """Scores, float32 (N,), of each (query, N documents), in the documents' order."""
 
 
 @dataclass(eq=False)
@@ -83,7 +70,7 @@ class ModelThread:
         batch: texts in one call, at most, but for a request that must not be cut.
     """
 
-    def __init__(self, reranker: Reranker | None, model: "Model | None", batch: int):
+    def __init__(self, reranker: Reranker | None, model: Model | None, batch: int):
         self.reranker, self.model, self.batch = reranker, model, batch
         self._jobs: list[Job] = []
         self._changed = threading.Condition()

@@ -26,7 +26,7 @@ RELATIVE_MARGIN = 0.05  # NV-Retriever's best
 @resumable()
 def run(args: argparse.Namespace) -> None:
     """Write the rows of `args.data` with hard negatives to `args.output`, and print what was found."""
-    from mlx_retrieval.inference import embedder, fingerprint
+    from mlx_retrieval.inference import embedder
     from mlx_retrieval.retrieval import bm25
 
     output = Path(args.output).expanduser()
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     judge = teacher.Teacher(args.reranker, "reranker", reranker_type=args.reranker_type) if args.reranker else None
     with work_folder(output, args.work) as work:
         found = collection.collect(collection.read_rows(files, collection.MINED, skipped), corpus, work.folder)
-        marks = found.marks | vars(rules) | {"model": fingerprint.fingerprint(model) if model else ""}
+        marks = found.marks | vars(rules) | {"model": model.fingerprint() if model else ""}
         marks["reranker"] = judge.mark if judge else ""
         tell_begun(work, *work.begin(marks, ("corpus", "model")), skipped)
         sources = hard_negatives.Sources(judge=judge and judge.score_groups)

@@ -52,8 +52,6 @@ class Teacher:
     def __init__(
         self, name: str, kind: str | None = None, max_length: int | None = None, reranker_type: str | None = None
     ):
-        from mlx_retrieval.inference import fingerprint
-
         by_files = "embedder" if not reranker_type and detect_kind(name) == "embed" else "reranker"
         self.kind = kind or by_files
         if self.kind == "reranker":
@@ -61,7 +59,6 @@ class Teacher:
 
             self.model: Any = Reranker(name, reranker_type=reranker_type, max_length=max_length)
             self.score_groups: Callable[[Groups], list[np.ndarray]] = self.model.score_groups
-            self.mark = fingerprint.fingerprint(_Files(self.model))
         else:
             from mlx_retrieval.inference import embedder
 
@@ -69,7 +66,7 @@ class Teacher:
             if self.model.late:
                 raise UserError(f"{name}: a late-interaction model scores as a reranker (--teacher-kind reranker)")
             self.score_groups = self._by_vectors
-            self.mark = fingerprint.fingerprint(self.model)
+        self.mark = self.model.fingerprint()
 
     @property
     def cut(self) -> int:
@@ -88,13 +85,6 @@ class Teacher:
             vectors[[place[text] for text in documents]] @ query
             for query, (_, documents) in zip(queries, groups, strict=True)
         ]
-
-
-class _Files:
-    """What `search_model.fingerprint` looks at, of a reranker."""
-
-    def __init__(self, reranker):
-        self.config, self.name, self.base = reranker.config, reranker.name, None
 
 
 @dataclass

@@ -72,13 +72,12 @@ def write_vectors(
     Returns how many were written, and how many had no text. UserError where the field belongs to another model.
     """
     from mlx_retrieval.inference.embedder import embed
-    from mlx_retrieval.inference.fingerprint import fingerprint
 
     if model.late:
         raise UserError(f"{model.name}: --to takes models of one vector a text, not late interaction")
     server = Server(parse(to))
     similarity = "cosine" if model.config.normalize else "max_inner_product"
-    mine = Vectors(model.name, fingerprint(model), model.dimensions, list(texts), similarity, "growing")
+    mine = Vectors(model.name, model.fingerprint(), model.dimensions, list(texts), similarity, "growing")
     if before := read_meta(server).get(field):
         differs = (before.fingerprint, before.texts) != (mine.fingerprint, mine.texts)
         if differs and not overwrite:

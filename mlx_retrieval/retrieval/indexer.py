@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
-from mlx_retrieval.inference import embedder, fingerprint
+from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import base, chunks, lance_index
 from mlx_retrieval.retrieval.base import About, Record
 from mlx_retrieval.retrieval.chunks import Chunk
@@ -135,7 +135,7 @@ def update(
         root=os.path.relpath(root, folder.resolve()) if inside else str(root),
         is_corpus=is_corpus(root),
         model=_name(model),
-        fingerprint=fingerprint.fingerprint(model),
+        fingerprint=model.fingerprint(),
         dimensions=model.dimensions,
         max_characters=max_characters,
         overlap=overlap,

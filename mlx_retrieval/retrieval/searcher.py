@@ -52,7 +52,6 @@ class Searcher:
     def model(self) -> "Model":
         """The model, loaded."""
         from mlx_retrieval.inference import embedder
-        from mlx_retrieval.inference.fingerprint import fingerprint
 
         name, about = self._name or self.index.about.model, self.index.about
         try:
@@ -60,7 +59,7 @@ class Searcher:
         except UserError as error:
             hint = "" if self._name else "; --model-path names the place where the index's model is now"
             raise UserError(f"{error}{hint}") from error
-        if fingerprint(model) != about.fingerprint:
+        if model.fingerprint() != about.fingerprint:
             what = f"another model than {about.model}," if self._name else "no longer the model"
             raise UserError(
                 f"{name} is {what} with which {self.index.folder} was made. To make it anew: {self.index.again(name)}"

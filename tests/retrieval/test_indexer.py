@@ -274,16 +274,16 @@ def test_the_fingerprint_sees_changes_even_in_sampled_files(small, tmp_path, mon
     folder = shutil.copytree(small, tmp_path / "model")
     weights = folder / "model.safetensors"
     whole, model = weights.read_bytes(), embedder.load(folder)
-    assert fingerprint.fingerprint(model) == fingerprint.fingerprint(embedder.load(small))
+    assert model.fingerprint() == embedder.load(small).fingerprint()
     middle = len(whole) // 2
 
     def changes(length: int) -> bool:
         weights.write_bytes(whole)
-        before = fingerprint.fingerprint(model)
+        before = model.fingerprint()
         weights.write_bytes(
             whole[:middle] + bytes(b ^ 1 for b in whole[middle : middle + length]) + whole[middle + length :]
         )
-        return fingerprint.fingerprint(model) != before
+        return model.fingerprint() != before
 
     assert changes(1)
     monkeypatch.setattr(fingerprint, "READ_WHOLE", 1_000)
