@@ -1,13 +1,13 @@
-"""Turn texts into vectors, and find out whether a model is sound.
+"""Turn texts into vectors, or check that a model is sound.
 
 from embed import load
-model = load("adapters/final")                       # an adapter on its base, a base model, or a hub name
+model = load("adapters/final")                       # an adapter on its base model, a base model, or a hub name
 vectors = model.encode(texts, prompt="query")        # numpy float32 (N, D), unit length, in the texts' order
 
 python embed.py --model adapters/final --input docs.jsonl --output vectors.npy
 python embed.py --model adapters/final --input docs.jsonl --output vectors.npy --dimensions 256 --precision int8
 python embed.py --model adapters/final --to es://docs --field vector          # into the index, for search.py --store
-python embed.py --check adapters/final               # exit code 1 where a check fails
+python embed.py --check adapters/final               # exit code 1 if a check fails
 """
 
 import argparse
@@ -15,40 +15,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset.text_files import read_texts
+from mlx_retrieval.inference import quantization
+from mlx_retrieval.inference.embedder import Model, load
+from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
 from mlx_retrieval.utils.errors import UserError
 
 __all__ = ["Model", "load"]
 
-import numpy as np
-
-from mlx_retrieval.dataset.text_files import read_texts
-from mlx_retrieval.inference.embedder import Model, load
-from mlx_retrieval.inference.quantization import (
-    CALIBRATED,
-    FEWEST_TEXTS,
-    PRECISIONS,
-    check,
-    quantise,
-    row_bytes,
-)
-from mlx_retrieval.inference.quantization import ranges as ranges_of
-
 
 def read_ranges(path: Path) -> np.ndarray:
-    """The ranges that an earlier run wrote; UserError where the file holds no such array."""
+    """Read (2, D) ranges that an earlier run wrote; UserError if the file is not a float array."""
     try:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UserError(f"--ranges {path}: {error.strerror or error}") from error
     except (ValueError, EOFError) as error:
-        raise UserError(f"--ranges {path}: no array that numpy.save wrote") from error
+        raise UserError(f"--ranges {path}: not an array written by numpy.save") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise UserError(f"--ranges {path}: no array of floating-point numbers")
+        raise UserError(f"--ranges {path}: not an array of floating-point numbers")
     return array
 
 
 def write_arrays(arrays: dict[Path, np.ndarray]) -> None:
-    """Write .npy files, all or none: first beside their places, then moved there."""
+    """Write .npy files, all or none: first under temporary names, then renamed."""
     temporary = {path: path.with_name(f".{path.name}.new") for path in arrays}
     path = None
     try:
@@ -64,103 +57,143 @@ def write_arrays(arrays: dict[Path, np.ndarray]) -> None:
 
 
 def embed_file(args: argparse.Namespace) -> str:
-    """Embed `--input` into `--output`; returns the line that says what was written."""
-    texts, bounds, output = list(read_texts(Path(args.input), args.field)), None, Path(args.output)
+    """Embed `--input` into `--output`; return the line that tells what was written."""
+    texts, ranges, output = list(read_texts(Path(args.input), args.field)), None, Path(args.output)
     if not texts:
-        raise UserError(f"{args.input}: no text in it")
+        raise UserError(f"{args.input}: contains no text")
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output}: not a file in a folder that exists")
     if args.ranges and args.precision not in CALIBRATED:
-        raise UserError(f"--ranges: --precision {args.precision} has none, only {' and '.join(CALIBRATED)}")
+        raise UserError(f"--ranges: only for --precision {' and '.join(CALIBRATED)}, not {args.precision}")
     calibrates = args.precision in CALIBRATED and not args.ranges
     if calibrates and len(texts) < FEWEST_TEXTS:
         raise UserError(
-            f"--precision {args.precision} takes the ranges of each dimension from at least {FEWEST_TEXTS} texts, and "
-            f"{args.input} has {len(texts)}: give those of the documents with --ranges FILE.npy (queries and documents "
+            f"--precision {args.precision} takes the range of each dimension from at least {FEWEST_TEXTS} texts, and "
+            f"{args.input} has {len(texts)}: pass the documents' ranges with --ranges FILE.npy (queries and documents "
             "must share them)"
         )
     if args.ranges:
-        bounds = read_ranges(Path(args.ranges))
+        ranges = read_ranges(Path(args.ranges))
     model = load(args.model, args.adapter, max_length=args.max_length)
-    check(args.precision, max(len(texts), FEWEST_TEXTS), args.dimensions or model.dimensions, bounds)
+    dimensions = args.dimensions or model.dimensions
+    quantization.check(args.precision, max(len(texts), FEWEST_TEXTS), dimensions, ranges)
     vectors = model.encode(texts, args.prompt, dimensions=args.dimensions)
     if model.late:
-        beside = output.with_name(f"{output.stem}.lengths.npy")
-        write_arrays({output: np.concatenate(vectors), beside: np.array([len(v) for v in vectors])})
+        lengths = output.with_name(f"{output.stem}.lengths.npy")
+        write_arrays({output: np.concatenate(vectors), lengths: np.array([len(v) for v in vectors])})
         count = f"{len(texts):,} texts, {sum(map(len, vectors)):,} token vectors of {model.dimensions} dimensions"
-        return f"{output}: {count}, float32, one text after another; {beside}: how many each text has"
+        return f"{output}: {count}, float32, one text after another; {lengths}: the number of vectors of each text"
     arrays, calibrated = {}, ""
     if calibrates:
-        beside = output.with_name(f"{output.stem}.ranges.npy")
-        arrays[beside] = bounds = ranges_of(vectors)
-        told = f"ranges in {beside}: give them with --ranges for queries"
-        calibrated = f"; calibrated on the {len(texts):,} texts of the input; {told}"
+        ranges_file = output.with_name(f"{output.stem}.ranges.npy")
+        arrays[ranges_file] = ranges = quantization.ranges(vectors)
+        advice = f"ranges in {ranges_file}: pass them with --ranges for queries"
+        calibrated = f"; calibrated on the {len(texts):,} texts of the input; {advice}"
     count, dimensions = vectors.shape
-    write_arrays(arrays | {output: quantise(vectors, args.precision, bounds)})
-    kinds = {
+    write_arrays(arrays | {output: quantization.quantise(vectors, args.precision, ranges)})
+    forms = {
         "float32": "float32, unit length" if model.config.normalize else "float32",
         "binary": "binary in int8",
         "ubinary": "binary in uint8",
     }
-    kind = kinds.get(args.precision, args.precision)
-    size = f"{row_bytes(args.precision, dimensions):,} bytes a vector"
-    return f"{output}: {count:,} vectors of {dimensions} dimensions, {kind}, {size}{calibrated}"
+    form = forms.get(args.precision, args.precision)
+    size = f"{quantization.row_bytes(args.precision, dimensions):,} bytes a vector"
+    return f"{output}: {count:,} vectors of {dimensions} dimensions, {form}, {size}{calibrated}"
 
 
 def embed_index(args: argparse.Namespace) -> str:
-    """Embed the documents of the Elasticsearch index `--to`, and write the vectors there; returns what to tell."""
-    from mlx_retrieval.dataset.elastic import fields
+    """Embed the documents of the Elasticsearch index `--to` into it; return the line that tells what was written."""
     from mlx_retrieval.retrieval.elastic_index import write_vectors
     from mlx_retrieval.utils.progress import progress_bar
 
-    made_of = fields.parse(args.es_fields or fields.DEFAULT)
-    texts = made_of.get("document") or made_of.get("positive")
+    row_fields = fields.parse(args.es_fields or fields.DEFAULT)
+    texts = row_fields.get("document") or row_fields.get("positive")
     if not texts:
-        raise UserError("--es-fields: document=FIELD+FIELD names what is embedded")
+        raise UserError("--es-fields: document=FIELD+FIELD must name the fields to embed")
     model, field = load(args.model, args.adapter, max_length=args.max_length), args.field or "vector"
     with progress_bar("embedding", "documents") as progress:
-        done, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress)
-    left = f"; {empty:,} without text were left out" if empty else ""
+        count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress)
+    skipped = f"; {empty:,} documents without text were skipped" if empty else ""
     search = f'python search.py search "..." --store {args.to}'
-    return f"{args.to}: {done:,} vectors of {model.dimensions} dimensions in {field}{left}. Next: {search}"
+    return f"{args.to}: {count:,} vectors of {model.dimensions} dimensions in {field}{skipped}. Next: {search}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of this command's flags."""
+    out = argparse.ArgumentParser(
+        prog="embed.py", description="Embed the texts of a file or of an Elasticsearch index, or check a model."
+    )
+    out.add_argument(
+        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder, or hub name"
+    )
+    out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
+    out.add_argument(
+        "--input",
+        metavar="FILE",
+        help='texts: JSON lines ("text", or "title" and "text", ...), or .txt with one a line',
+    )
+    out.add_argument("--output", metavar="FILE.npy", help="vectors, for numpy.load; row n belongs to text n")
+    out.add_argument(
+        "--field", metavar="KEY", help="key of the text in JSON rows; with --to: field of the vectors (default: vector)"
+    )
+    out.add_argument(
+        "--to",
+        metavar="es://INDEX",
+        help="instead of --input and --output: embed the documents of an Elasticsearch index that have no vector yet, "
+        "and write the vectors into the index",
+    )
+    default = "+".join(fields.parse(fields.DEFAULT)["document"])
+    out.add_argument(
+        "--es-fields", metavar="TEXT", help=f"with --to: the fields to embed, document=FIELD+FIELD (default: {default})"
+    )
+    out.add_argument("--overwrite", action="store_true", help="with --to: replace the vectors of another model")
+    out.add_argument(
+        "--prompt",
+        default="document",
+        metavar="NAME",
+        help="query, document, or the name of another prompt that the model has (default: document)",
+    )
+    out.add_argument(
+        "--max-length", type=int, metavar="N", help="truncate texts after N tokens (default: as the model was saved)"
+    )
+    out.add_argument(
+        "--dimensions", type=int, metavar="N", help="keep only the first N dimensions (Matryoshka; default: all)"
+    )
+    out.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="how to store the vectors (default: float32, 4 bytes a dimension); int8, uint8: 1 byte a dimension; "
+        "binary, ubinary: 1 bit a dimension",
+    )
+    out.add_argument(
+        "--ranges",
+        metavar="FILE.npy",
+        help="range of each dimension for int8 and uint8, as an earlier run wrote it (default: taken from the input, "
+        f"which must have at least {FEWEST_TEXTS} texts, and written beside the output)",
+    )
+    out.add_argument(
+        "--check",
+        metavar="MODEL",
+        help="embed nothing, but check whether this adapter or model is sound; exit code 1 if a check fails",
+    )
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Embed the texts of a file, or check a model.")
-    parser.add_argument("--model", help="adapter folder, base model's folder, or hub name")
-    parser.add_argument("--adapter", help="adapter folder to put on the base model --model")
-    parser.add_argument("--input", help="JSON lines (text, or title and text, ...) or .txt, one a line")
-    parser.add_argument("--output", help="file for numpy.load; row n belongs to text n")
-    parser.add_argument("--field", help="key of the text in JSON rows; with --to, of the vectors (default: vector)")
-    to = "embed an Elasticsearch index's documents instead, those without a vector, and write the vectors there"
-    parser.add_argument("--to", metavar="es://INDEX", help=to)
-    made_of = "with --to: document=FIELD+FIELD says what is embedded (default: title+snippet)"
-    parser.add_argument("--es-fields", metavar="TEXT", help=made_of)
-    parser.add_argument("--overwrite", action="store_true", help="with --to: replace another model's vectors")
-    prompt = "query, document, or the name of another prompt that the model has (default: document)"
-    parser.add_argument("--prompt", default="document", metavar="NAME", help=prompt)
-    parser.add_argument("--max-length", type=int, metavar="N", help="cut texts after N tokens")
-    parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N dimensions (Matryoshka)")
-    precision = "store vectors so (default: float32); int8 and uint8: a byte a dimension, binary and ubinary: a bit"
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help=precision)
-    ranges = (
-        "ranges of the dimensions for int8 and uint8, as an earlier run wrote them; without it, they are taken from "
-        f"the input (at least {FEWEST_TEXTS} texts) and written beside the output"
-    )
-    parser.add_argument("--ranges", metavar="FILE.npy", help=ranges)
-    sound = "embed nothing, but say whether this adapter or model is sound; exit code 1 names the checks that fail"
-    parser.add_argument("--check", metavar="DIR", help=sound)
-    args = parser.parse_args(argv)
+    """Run the command; return its exit code: 0, 1 if a check fails, 2 for an error the user can fix."""
+    command = parser()
+    args = command.parse_args(argv)
     needed = {"--model": args.model, "--input": args.input, "--output": args.output}
     if args.to is not None:
         if args.input is not None or args.output is not None:
-            parser.error("--to reads an index and writes into it: leave out --input and --output")
+            command.error("--to reads from and writes to an index: leave out --input and --output")
         needed = {"--model": args.model}
     if args.check is not None:
         if given := [name for name, value in needed.items() if value is not None]:
-            parser.error(f"--check DIR embeds nothing: leave out {', '.join(given)}")
+            command.error(f"--check embeds nothing: leave out {', '.join(given)}")
     elif missing := [name for name, value in needed.items() if value is None]:
-        parser.error(f"the following arguments are required: {', '.join(missing)} (or --check DIR alone)")
+        command.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
     try:
         if args.check is not None:
             return check_model(args.check, args.adapter)
@@ -172,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_model(path: str, adapter: str | None) -> int:
-    """Print what doctor.py finds; 1 where a check fails."""
+    """Print the findings of every check; return 1 if one fails, else 0."""
     from mlx_retrieval.inference import checks
 
     findings = checks.check(path, adapter)

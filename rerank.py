@@ -1,4 +1,4 @@
-"""Rank documents by how well they answer a query, with a model that reads both together.
+"""Rank documents by how well they answer a query, with a model that reads both together; or serve such a model.
 
 from rerank import Reranker
 reranker = Reranker("Qwen/Qwen3-Reranker-0.6B", adapter="adapters/best")        # or a cross-encoder, listwise, late
@@ -15,32 +15,28 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.models.rerankers import KINDS
+from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
+__all__ = ["Reranker"]
 
 
 def read_documents(path: Path, field: str | None) -> list[str]:
-    from mlx_retrieval.dataset.text_files import read_texts
-
+    """Read the documents of a file; UserError if it holds none."""
     documents = list(read_texts(path, field))
     if not documents:
-        raise UserError(f"{path}: no document in it")
+        raise UserError(f"{path}: contains no document")
     return documents
 
 
 def print_results(results: Sequence[dict[str, Any]], count: int, name: str) -> None:
-    """Print a ranking for people."""
+    """Print the ranking as a table: rank, score, number in the file, text."""
     from rich.text import Text
-
-    from mlx_retrieval.utils.console import console
 
     console().print(Text(f"{name}: {count:,} documents", style="bold"))
     for rank, result in enumerate(results, start=1):
@@ -49,49 +45,75 @@ def print_results(results: Sequence[dict[str, Any]], count: int, name: str) -> N
         console().print(line, no_wrap=True, overflow="ellipsis")
 
 
-def serve_command(args: argparse.Namespace) -> None:
-    from mlx_retrieval.inference import embedder
-    from mlx_retrieval.inference import server as inference_server
+def open_reranker(args: argparse.Namespace) -> Reranker:
+    """Load the reranker that the flags name."""
+    return Reranker(args.model, args.adapter, args.reranker_type, args.max_length, args.instruction)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer requests over HTTP until Ctrl-C."""
+    from mlx_retrieval.inference import embedder, server
 
     key = os.environ.get("RERANK_API_KEY") or None
     reranker = open_reranker(args) if args.model else None
     model = embedder.load(args.embedding_model) if args.embedding_model else None
-    inference_server.run(reranker, model, host=args.host, port=args.port, api_key=key)
-
-
-def open_reranker(args: argparse.Namespace) -> Reranker:
-    return Reranker(args.model, args.adapter, args.reranker_type, args.max_length, args.instruction)
+    server.run(reranker, model, host=args.host, port=args.port, api_key=key)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    from mlx_retrieval.training.config import RERANK_LOSSES
-
-    out = argparse.ArgumentParser(description="Rank documents for a query, or serve rerankers and embedding models.")
-    out.add_argument("--model", help="adapter folder, base model's folder, or hub name")
-    out.add_argument("--adapter", metavar="DIR", help="adapter folder to put on the base model --model")
-    kinds = "the kind of reranker, where the model's files do not tell"
-    out.add_argument("--reranker-type", choices=tuple(RERANK_LOSSES), help=kinds)
-    length = "most tokens of query and document together; documents are cut (default: as the model was saved)"
-    out.add_argument("--max-length", type=int, metavar="N", help=length)
-    out.add_argument("--instruction", metavar="TEXT", help="what a qwen3 or listwise model is to judge by")
+    """Return the parser of this command's flags."""
+    out = argparse.ArgumentParser(
+        prog="rerank.py", description="Rank documents for a query, or serve rerankers and embedding models over HTTP."
+    )
+    out.add_argument(
+        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder, or hub name"
+    )
+    out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
+    out.add_argument(
+        "--reranker-type", choices=KINDS, help="the kind of reranker (default: the kind that the model's files tell)"
+    )
+    out.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="most tokens of query and document together; longer documents are truncated (default: as the model was "
+        "saved)",
+    )
+    out.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="the instruction by which a qwen3 or listwise model judges (default: as the model was saved)",
+    )
     rank = out.add_argument_group("rank a file")
-    rank.add_argument("--query", metavar="TEXT", help="what is looked for")
-    documents = "JSON lines (text, or title and text, ...) or .txt, one a line"
-    rank.add_argument("--documents", metavar="FILE", help=documents)
+    rank.add_argument("--query", metavar="TEXT", help="the query")
+    rank.add_argument(
+        "--documents",
+        metavar="FILE",
+        help='documents: JSON lines ("text", or "title" and "text", ...), or .txt with one a line',
+    )
     rank.add_argument("--field", metavar="KEY", help="key of the text in JSON rows")
-    rank.add_argument("--top-n", type=int, default=10, metavar="N", help="most documents (default: 10)")
-    rank.add_argument("--json", action="store_true", help="print one JSON object a line, with whole documents")
+    rank.add_argument(
+        "--top-n", "--top", type=int, default=10, metavar="N", help="print the best N documents (default: 10)"
+    )
+    rank.add_argument("--json", action="store_true", help="print one JSON object a line, with the full documents")
     server = out.add_argument_group("serve")
     server.add_argument("--serve", action="store_true", help="answer /v1/rerank, /v1/embeddings and /health over HTTP")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    server.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen at (default: 8000)")
-    embedding = "answer /v1/embeddings with this adapter or model; RERANK_API_KEY, if set, is the key clients must send"
-    server.add_argument("--embedding-model", metavar="DIR", help=embedding)
+    server.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    server.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 = any free one (default: 8000)"
+    )
+    server.add_argument(
+        "--embedding-model",
+        metavar="MODEL",
+        help="answer /v1/embeddings with this adapter or model; if RERANK_API_KEY is set, clients must send it",
+    )
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, or 2 for an error the user can fix."""
     command = parser()
     args = command.parse_args(argv)
     needed = {"--model": args.model, "--query": args.query, "--documents": args.documents}
@@ -101,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.error(f"the following arguments are required: {', '.join(missing)} (or --serve)")
     try:
         if args.serve:
-            serve_command(args)
+            serve(args)
             return 0
         documents = read_documents(Path(args.documents), args.field)
         reranker = open_reranker(args)
@@ -111,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print_results(results, len(documents), reranker.name)
         if reranker.cut:
-            print(f"rerank.py: {reranker.cut:,} documents were cut at their end (--max-length)", file=sys.stderr)
+            print(f"rerank.py: {reranker.cut:,} documents were truncated at their end (--max-length)", file=sys.stderr)
     except (UserError, FloatingPointError) as error:
         print(f"rerank.py: {error}", file=sys.stderr)
         return 2

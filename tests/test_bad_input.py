@@ -159,7 +159,7 @@ def test_embed_says_what_is_wrong(finished, tmp_path, capsys):
     for content, message in (
         ("{", "docs.jsonl:1: broken JSON"),
         ("{}", "docs.jsonl:1: no text"),
-        ("", "no text in it"),
+        ("", "docs.jsonl: contains no text"),
     ):
         (tmp_path / "docs.jsonl").write_text(content)
         assert message in error("--input", str(tmp_path / "docs.jsonl"))

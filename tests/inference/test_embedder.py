@@ -12,6 +12,7 @@ from sample_texts import EDGE_CASES
 
 import embed
 import eval as evaluation
+import rerank
 import train
 from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.inference import embedder, quantization
@@ -176,10 +177,16 @@ def test_the_command_says_what_is_wrong_with_precision_and_ranges(small, tmp_pat
     np.save(tmp_path / "ids.npy", np.zeros((2, 32), np.int64))
     for message, flags in (
         ("at least 100 texts, and", ["--precision", "int8"]),
-        ("--ranges: --precision binary has none", ["--precision", "binary", "--ranges", str(ranges)]),
+        (
+            "only for --precision int8 and uint8, not binary",
+            ["--precision", "binary", "--ranges", str(ranges)],
+        ),
         ("nowhere.npy: No such file", ["--precision", "int8", "--ranges", "nowhere.npy"]),
-        ("text.npy: no array that numpy.save wrote", ["--precision", "int8", "--ranges", str(tmp_path / "text.npy")]),
-        ("no array of floating-point", ["--precision", "int8", "--ranges", str(tmp_path / "ids.npy")]),
+        (
+            "not an array written by numpy",
+            ["--precision", "int8", "--ranges", str(tmp_path / "text.npy")],
+        ),
+        ("not an array of floating-point", ["--precision", "int8", "--ranges", str(tmp_path / "ids.npy")]),
         ("ranges are (2, 16), but vectors of 32", ["--precision", "int8", "--ranges", str(ranges)]),
         ("not a file in a folder that exists", ["--output", str(tmp_path / "none" / "v.npy")]),
     ):
@@ -207,13 +214,20 @@ def test_neither_file_is_written_where_one_fails(small, tmp_path, capsys, monkey
 
 def test_missing_arguments_are_named(capsys):
     for flags, message in (
-        (["--model", "m"], "the following arguments are required: --input, --output (or --check DIR alone)"),
-        (["--check", "m", "--input", "x"], "--check DIR embeds nothing: leave out --input"),
+        (["--model", "m"], "the following arguments are required: --input, --output (or only --check MODEL)"),
+        (["--check", "m", "--input", "x"], "--check embeds nothing: leave out --input"),
         (["--model", "m", "--input", "x", "--output", "y", "--precision", "int4"], "invalid choice: 'int4'"),
     ):
         with pytest.raises(SystemExit) as exit:
             embed.main(flags)
         assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_one_word_works_in_every_command():
+    """`--model-path` is search.py's name of `--model`, and `--top` that of `--top-n`."""
+    assert embed.parser().parse_args(["--model-path", "m"]).model == "m"
+    args = rerank.parser().parse_args(["--model-path", "m", "--top", "3"])
+    assert (args.model, args.top_n) == ("m", 3)
 
 
 def test_vectors_equal_sentence_transformers_on_real_weights(minilm):
