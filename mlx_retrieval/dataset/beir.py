@@ -1,13 +1,11 @@
 """Read evaluation folders in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv."""
 
 import functools
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_retrieval.dataset.json_lines import read_lines, read_objects
 from mlx_retrieval.utils.errors import UserError
 
 Texts = dict[str, tuple[str, str]]  # id -> (title, text)
@@ -44,32 +42,14 @@ def read_folder(folder: Path) -> tuple[Texts, Texts, Qrels]:
     return _read(*_state(folder))
 
 
-def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:line", text) of the lines that are not blank."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:  # the latter two: a broken .gz
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-
-
 def read_texts(folder: Path, stem: str) -> Texts:
     """The rows of `stem`.jsonl or `stem`.jsonl.gz."""
     path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise UserError(f"{folder / stem}.jsonl: no such file (nor .jsonl.gz); an evaluation folder needs it")
     rows: Texts = {}
-    for where, line in lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: broken JSON ({error.msg} at character {error.pos + 1})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a {type(row).__name__}, not an object with _id and text")
+    for number, row in read_objects(path):
+        where = f"{path}:{number}"
         name, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text")
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise UserError(f'{where}: "_id" is missing or no text')
@@ -98,7 +78,10 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
     """The judgements of the queries that have a positive one: without one there is nothing to find."""
     qrels: Qrels = {}
     header_possible = True
-    for where, line in lines(path):
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 3:
             raise UserError(f"{where}: {len(fields)} fields between tabs, not 3: query id, document id, judgement")

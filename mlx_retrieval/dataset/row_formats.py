@@ -1,11 +1,11 @@
 """Parse one row of training data into an example."""
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 
-MAX_ROW_BYTES = 500_000  # a longer line is a file that lacks its line breaks, not a training example
+from mlx_retrieval.dataset.json_lines import MAX_ROW_BYTES, RowError, parse_object
+
 FORMATS = {
     "document": ("query", "document"),
     "positive": ("query", "positive"),
@@ -25,10 +25,6 @@ class Example(NamedTuple):
     negatives: tuple[str, ...]
     rank: int
     scores: tuple[float, ...] = ()  # a teacher's, of the positive and the negatives; none = it has not judged
-
-
-class RowError(ValueError):
-    """Why one row cannot be used."""
 
 
 def row_format(row: dict) -> str:
@@ -60,22 +56,10 @@ def _text(row: dict, key: str) -> str:
 
 
 def decode(line: bytes) -> dict:
-    """The JSON object of one line; RowError says why there is none."""
+    """Return the JSON object of one line of training data. RowError, also if the line is too long for a row."""
     if len(line) > MAX_ROW_BYTES:
         raise RowError(f"the line has more than {MAX_ROW_BYTES:,} bytes; are line breaks missing?")
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
-    except json.JSONDecodeError as error:
-        raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1})") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise RowError(f"broken JSON ({error})") from error
-    except RecursionError as error:
-        raise RowError("JSON nested too deeply") from error
-    if not isinstance(row, dict):
-        raise RowError("not a JSON object")
-    return row
+    return parse_object(line)
 
 
 def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:

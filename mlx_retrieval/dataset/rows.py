@@ -30,7 +30,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mlx_retrieval.dataset.row_formats import MAX_ROW_BYTES, Example, RowError, parse
+from mlx_retrieval.dataset.json_lines import RowError, lines_of
+from mlx_retrieval.dataset.row_formats import Example, parse
 from mlx_retrieval.utils.errors import UserError
 
 HUB = "hf://"
@@ -151,26 +152,25 @@ class Rows:
         self._counts = np.array(counts)
 
     def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> None:
-        position = 0
-        for number, (line, size) in enumerate(lines_of(handle), start=1):
-            if line.strip():
-                try:
-                    example, self.kind = parse(line, self.kind)
-                    self.has_negatives |= bool(example.negatives)
-                    self.has_scores &= bool(example.scores)
-                    if example.scores:
-                        low, high = self.score_range
-                        self.score_range = min(low, *example.scores), max(high, *example.scores)
-                        if max(example.scores) <= 0 and not self.without_positive:
-                            self.without_positive = f"{file}:{number}"
-                    starts.append(position)
-                    sizes.append(size)
-                    numbers.append(number)
-                except RowError as error:
-                    if not skip_bad:
-                        raise UserError(f"{file}:{number}: {error} (--skip-bad-rows leaves such rows out)") from error
-                    self.skipped.append(f"{file}:{number}: {error}")
-            position += size
+        for line in lines_of(handle):
+            place = f"{file}:{line.number}"
+            try:
+                example, self.kind = parse(line.data, self.kind)
+            except RowError as error:
+                if not skip_bad:
+                    raise UserError(f"{place}: {error} (--skip-bad-rows leaves such rows out)") from error
+                self.skipped.append(f"{place}: {error}")
+                continue
+            self.has_negatives |= bool(example.negatives)
+            self.has_scores &= bool(example.scores)
+            if example.scores:
+                low, high = self.score_range
+                self.score_range = min(low, *example.scores), max(high, *example.scores)
+                if max(example.scores) <= 0 and not self.without_positive:
+                    self.without_positive = place
+            starts.append(line.start)
+            sizes.append(line.size)
+            numbers.append(line.number)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -215,12 +215,3 @@ class Rows:
         """The row's place as file:line."""
         file = int(np.searchsorted(self._counts, i, side="right")) - 1
         return f"{self.files[file]}:{int(self._numbers[i])}"
-
-
-def lines_of(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Each line with its size in bytes; of an over-long line only the beginning is kept in memory."""
-    while line := handle.readline(MAX_ROW_BYTES + 1):
-        size, end = len(line), line
-        while not end.endswith(b"\n") and (end := handle.readline(MAX_ROW_BYTES)):
-            size += len(end)
-        yield line, size

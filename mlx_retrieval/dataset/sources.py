@@ -8,7 +8,6 @@
 A source has what `data_loader.Batches` asks for: see `rows.Rows`, which is one.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -19,6 +18,7 @@ import numpy as np
 
 from mlx_retrieval.dataset.elastic import fields, server
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
+from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import Rows, find_files
 from mlx_retrieval.utils.errors import UserError
@@ -75,11 +75,9 @@ def _open(sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad
     query = None
     if es_query:
         try:
-            query = json.loads(es_query)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--es-query: broken JSON ({error.msg} at character {error.pos + 1})") from error
-        if not isinstance(query, dict):
-            raise UserError("--es-query: a JSON object is needed, as Elasticsearch takes it")
+            query = parse_object(es_query)
+        except RowError as error:
+            raise UserError(f"--es-query: {error} (needed: a query of Elasticsearch as a JSON object)") from error
     return ElasticRows(server.parse(sources[0]), fields.parse(es_fields), query, skip_bad)
 
 

@@ -1,39 +1,38 @@
 """Read texts from JSON lines and plain text files."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from mlx_retrieval.dataset.json_lines import read_lines, read_values
 from mlx_retrieval.utils.errors import UserError
 
 TEXT_FIELDS = ("text", "document", "query", "positive")
 
 
 def read_texts(path: Path, field: str | None = None) -> Iterator[str]:
-    """Texts of a .txt file (one a line) or of JSON lines (`field`; default: title and text, or the first known)."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                line = line.rstrip("\n")
-                if path.suffix == ".txt":
-                    yield line
-                elif line.strip():
-                    yield _field_of(line, field, f"{path}:{number}")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from error
+    """Yield the texts of a .txt file (one a line, blank ones too) or of JSON lines, `.gz` or plain.
+
+    Args:
+        field: key of the text in a row; default: the first of TEXT_FIELDS that is there, its title put before it.
+
+    Raises UserError with file, line and reason.
+    """
+    if path.suffix == ".txt":
+        for _, line in read_lines(path):
+            yield line
+    else:
+        for number, row in read_values(path):
+            yield _text_of(row, field, f"{path}:{number}")
 
 
-def _field_of(line: str, field: str | None, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON ({error.msg} at character {error.pos + 1})") from error
+def _text_of(row: Any, field: str | None, place: str) -> str:
     if isinstance(row, str):
         return row
-    name = field or next((name for name in TEXT_FIELDS if name in row), None)
+    name = field
+    if isinstance(row, dict) and name is None:
+        name = next((name for name in TEXT_FIELDS if name in row), None)
     if not isinstance(row, dict) or name is None or not isinstance(row.get(name), str):
-        raise UserError(f"{where}: no text under {field or ' or '.join(TEXT_FIELDS)} (--field names another key)")
+        raise UserError(f"{place}: no text under {field or ' or '.join(TEXT_FIELDS)} (--field names another key)")
     title = row.get("title") if field is None else None
     return f"{title} {row[name]}" if title else row[name]

@@ -8,13 +8,13 @@ A row of queries.jsonl: {"query": ..., "path": ...} or {"query": ..., "path": ..
 "relevant": ["path", "path:line", "document id", ...]}. A folder in BEIR layout will do, too.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_retrieval.dataset import beir
+from mlx_retrieval.dataset.json_lines import read_objects
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import base
 from mlx_retrieval.retrieval.base import Hit
@@ -56,18 +56,14 @@ def read_queries(source: str | Path) -> list[Query]:
             Query(text, {Target(document): judged for document, judged in qrels[name].items() if judged > 0})
             for name, (_, text) in queries.items()
         ]
-    found = [_query(line, where) for where, line in beir.lines(path)]
+    found = [_query(row, f"{path}:{number}") for number, row in read_objects(path)]
     if not found:
         raise UserError(f"{path}: no query in it")
     return found
 
 
-def _query(line: str, where: str) -> Query:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON ({error.msg} at character {error.pos + 1})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("query"), str) or not row["query"].strip():
+def _query(row: dict[str, Any], where: str) -> Query:
+    if not isinstance(row.get("query"), str) or not row["query"].strip():
         raise UserError(f'{where}: "query" is missing or no text')
     path, number, relevant = row.get("path"), row.get("line"), row.get("relevant")
     if relevant is None and isinstance(path, str):

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_retrieval.dataset.row_formats import Example, RowError, decode, example_of, row_format
-from mlx_retrieval.dataset.rows import lines_of, open_rows
+from mlx_retrieval.dataset.json_lines import RowError, lines_of
+from mlx_retrieval.dataset.row_formats import Example, decode, example_of, row_format
+from mlx_retrieval.dataset.rows import open_rows
 from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.utils.errors import UserError
 
@@ -42,11 +43,9 @@ def read_rows(
     expected = None
     for file in files:
         with open_rows(file) as handle:
-            for number, (line, _) in enumerate(lines_of(handle), start=1):
-                if not line.strip():
-                    continue
+            for line in lines_of(handle):
                 try:
-                    row = decode(line)
+                    row = decode(line.data)
                     kind = row_format(row)
                     if kind not in formats:
                         raise RowError(f"has the key {kind}: {_UNFIT[kind]}")
@@ -56,9 +55,9 @@ def read_rows(
                     example, expected = example_of(plain, expected)
                 except RowError as error:
                     if skipped is None:
-                        where = f"{file}:{number}: {error}"
+                        where = f"{file}:{line.number}: {error}"
                         raise UserError(f"{where} (--skip-bad-rows leaves such rows out)") from error
-                    skipped.append(f"{file}:{number}: {error}")
+                    skipped.append(f"{file}:{line.number}: {error}")
                     continue
                 yield row, example
 

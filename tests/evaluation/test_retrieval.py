@@ -274,7 +274,7 @@ BAD_FOLDERS = {
     "empty queries": ({"queries": "\n"}, r"queries\.jsonl: empty"),
     "empty qrels": ({"qrels": ""}, r"test\.tsv: no query has a positive judgement"),
     "broken JSON": ({"corpus": BROKEN_JSON}, r"corpus\.jsonl:2: broken JSON"),
-    "no object": ({"corpus": "[1]\n"}, r"corpus\.jsonl:1: a list, not an object"),
+    "no object": ({"corpus": "[1]\n"}, r"corpus\.jsonl:1: not a JSON object"),
     "no id": ({"corpus": [{"text": "x"}]}, r'corpus\.jsonl:1: "_id" is missing'),
     "no text": ({"queries": [{"_id": "q1"}]}, r'queries\.jsonl:1: "text" is missing'),
     "text is a number": ({"queries": [{"_id": "q1", "text": 3}]}, r'queries\.jsonl:1: "text" is missing or no text'),
@@ -304,7 +304,7 @@ def test_bad_folder(tmp_path, case):
 def test_bad_bytes(tmp_path):
     folder = write_folder(tmp_path / "bad", **FRUIT)
     (folder / "queries.jsonl").write_bytes(b'{"_id": "q1", "text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"queries\.jsonl: not UTF-8"):
+    with pytest.raises(UserError, match=r"queries\.jsonl:1: not UTF-8 \(byte 24 of the line\)"):
         beir.check_folders([str(folder)])
     (folder / "corpus.jsonl").rename(folder / "corpus.jsonl.gz")
     with pytest.raises(UserError, match=r"corpus\.jsonl\.gz: Not a gzipped file"):

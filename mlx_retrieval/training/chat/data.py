@@ -21,8 +21,9 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 
-from mlx_retrieval.dataset.row_formats import RowError, decode
-from mlx_retrieval.dataset.rows import find_files, lines_of, open_rows
+from mlx_retrieval.dataset.json_lines import RowError, lines_of
+from mlx_retrieval.dataset.row_formats import decode
+from mlx_retrieval.dataset.rows import find_files, open_rows
 from mlx_retrieval.dataset.sources import local
 from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
 from mlx_retrieval.utils.errors import UserError
@@ -53,7 +54,7 @@ def is_chat(sources: Sequence[str]) -> bool:
     file = find_files(local(sources[:1]))[0]
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
-            row = next((line for line, _ in lines_of(handle) if line.strip()), b"{}")
+            row = next((line.data for line in lines_of(handle)), b"{}")
         return row_format(decode(row)) is not None
     except (RowError, OSError, EOFError, zlib.error):
         return False
@@ -155,13 +156,12 @@ class Conversations:
 
     def _rows(self, file: Path, skip_bad: bool) -> Iterator[tuple[str, dict]]:
         with open_rows(file) as handle:
-            for number, (line, _) in enumerate(lines_of(handle), start=1):
-                if line.strip():
-                    place = f"{file}:{number}"
-                    try:
-                        yield place, decode(line)
-                    except RowError as error:
-                        self._refuse(place, error, skip_bad)
+            for line in lines_of(handle):
+                place = f"{file}:{line.number}"
+                try:
+                    yield place, decode(line.data)
+                except RowError as error:
+                    self._refuse(place, error, skip_bad)
 
     def _refuse(self, place: str, error: RowError, skip_bad: bool) -> None:
         if not skip_bad:
