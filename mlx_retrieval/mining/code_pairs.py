@@ -21,7 +21,7 @@ from mlx_retrieval.dataset.source_code.definitions import definitions
 from mlx_retrieval.dataset.source_code.docstrings import MIN_WORDS, objection, summary
 from mlx_retrieval.dataset.source_code.languages import Definition, Language, check_grammars
 from mlx_retrieval.mining.near_duplicates import THRESHOLD, NearDuplicates
-from mlx_retrieval.mining.source_files import HEADER, MAX_LINE, Walk, read_source
+from mlx_retrieval.mining.source_files import HEADER, MAX_LINE, SourceFiles, read_source
 
 MAX_CHARACTERS = 20_000  # of a definition
 
@@ -105,11 +105,11 @@ def pairs(
     Raises UserError where a path or a grammar is missing.
     """
     rules, counts = rules or Rules(), Counts() if counts is None else counts
-    walk = Walk(paths, rules.languages, rules.include_tests)
-    counts.left_out_files += walk.left_out
-    check_grammars({file.language for file in walk.files})
+    sources = SourceFiles(paths, rules.languages, rules.include_tests)
+    counts.left_out_files += sources.left_out
+    check_grammars({file.language for file in sources.files})
     seen, queries = NearDuplicates(), set()
-    for done, file in enumerate(walk.files, start=1):
+    for done, file in enumerate(sources.files, start=1):
         text, reason = read_source(file.path)
         if reason:
             counts.left_out_files[reason] += 1
@@ -130,7 +130,7 @@ def pairs(
                     counts.pairs[file.language.name] += 1
                     yield Pair(query, found.code, file.relative, found.line, found.name, file.language.name)
         if progress is not None:
-            progress(done, len(walk.files))
+            progress(done, len(sources.files))
 
 
 def judge(found: Definition, query: str, language: Language, rules: Rules) -> str:

@@ -1,9 +1,9 @@
 """The source files below some paths: no vendored folders, builds, ignored files, tests or generated files.
 
-from code_pairs.source_files import Walk
-walk = Walk(["src"], languages=["python"])
-for file in walk.files: print(file.relative, file.language.name)
-print(walk.left_out)          # how many files each rule left out
+from mlx_retrieval.mining.source_files import SourceFiles
+sources = SourceFiles(["src"], languages=["python"])
+for file in sources.files: print(file.relative, file.language.name)
+print(sources.left_out)       # how many files each rule left out
 """
 
 import os
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_retrieval.dataset.source_code.gitignore import Rules, is_ignored, read_patterns
+from mlx_retrieval.dataset.source_code import file_tree
+from mlx_retrieval.dataset.source_code.file_tree import Entry, decode_text
 from mlx_retrieval.dataset.source_code.languages import LANGUAGES, Language, language_of
 from mlx_retrieval.utils.errors import UserError
 
@@ -36,21 +37,21 @@ GENERATED = re.compile(
 
 
 class SourceFile(NamedTuple):
-    """A file to mine, and its path as the rows tell it."""
+    """A file to mine."""
 
     path: Path
-    relative: str
+    relative: str  # its path as it stands in the mined rows
     language: Language
 
 
-class Walk:
-    """Lists `files` in the order of their relative paths, and counts in `left_out` what the rules leave out.
+class SourceFiles:
+    """The source files below some paths: `files` by relative path; `left_out` counts the others by reason.
 
-    Relative paths are relative to the one folder given, or to what several paths have in common. Rules look at what
-    lies below a given path, never at the path itself, and a file that is named itself is taken. Symbolic links below
-    are not followed.
+    Paths are relative to the one folder given, or to the folder that several paths have in common. The rules apply to
+    everything below a given path, never to the path itself: a file that is given is taken. Symbolic links below are not
+    followed.
 
-    Raises UserError where a path does not exist.
+    Raises UserError if a path does not exist.
     """
 
     def __init__(self, paths: Sequence[str | Path], languages: Sequence[str] = (), include_tests: bool = False):
@@ -63,49 +64,34 @@ class Walk:
             raise UserError(f"{', '.join(missing)}: no such file or folder")
         roots = [root.resolve() for root in roots]
         self._base = os.path.commonpath([root if root.is_dir() else root.parent for root in roots])
-        found: dict[Path, SourceFile] = {}
+        files: dict[Path, SourceFile] = {}
         for root in roots:
-            if root.is_dir():
-                self._folder(root, (), found)
-            else:
-                self._file(root, found)
-        self.files = sorted(found.values(), key=lambda file: Path(file.relative).parts)
+            below = file_tree.visit(root, self._judge, self.left_out) if root.is_dir() else None
+            for path in [root] if below is None else [entry.path for entry in below]:
+                if (language := self._language(path)) is not None:
+                    files[path] = SourceFile(path, Path(os.path.relpath(path, self._base)).as_posix(), language)
+        self.files = sorted(files.values(), key=lambda file: Path(file.relative).parts)
 
-    def _folder(self, folder: Path, ignores: Rules, found: dict) -> None:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError:
-            self.left_out["unreadable"] += 1
-            return
-        if (patterns := read_patterns(folder / ".gitignore")) is not None:
-            ignores = (*ignores, (folder, patterns))
-        for entry in entries:
-            path = Path(entry.path)
-            is_folder = entry.is_dir(follow_symlinks=False)
-            if entry.name == "__pycache__" or not (is_folder or self._may_be_source(entry.name)):
-                continue
-            if entry.is_symlink():
-                self.left_out["symbolic link"] += 1
-            elif is_ignored(path, is_folder, ignores):
-                self.left_out["ignored by .gitignore"] += 1
-            elif not is_folder:
-                if not self.include_tests and TEST_FILE.fullmatch(entry.name):
-                    self.left_out["test file"] += 1
-                else:
-                    self._file(path, found)
-            elif entry.name.startswith(".") or entry.name in OTHERS_FOLDERS or (path / "pyvenv.cfg").exists():
-                self.left_out["folder of builds or of others' code"] += 1
-            elif not self.include_tests and TEST_FOLDER.fullmatch(entry.name):
-                self.left_out["folder of tests"] += 1
-            else:
-                self._folder(path, ignores, found)
+    def _judge(self, entry: Entry) -> str | None:
+        if entry.name == "__pycache__" or not (entry.is_folder or self._may_be_source(entry.name)):
+            return None
+        if entry.is_link:
+            return file_tree.LINK
+        if entry.is_ignored:
+            return "ignored by .gitignore"
+        if not entry.is_folder:
+            return "test file" if not self.include_tests and TEST_FILE.fullmatch(entry.name) else ""
+        if entry.name.startswith(".") or entry.name in OTHERS_FOLDERS or (entry.path / "pyvenv.cfg").exists():
+            return "folder of builds or of others' code"
+        return "folder of tests" if not self.include_tests and TEST_FOLDER.fullmatch(entry.name) else ""
 
     def _may_be_source(self, name: str) -> bool:
-        """By its name; which language a header is in, its first lines tell later."""
+        """Whether a file's name is a source file's; the language of a header is found later, in its first lines."""
         language = language_of(name)
         return language is not None and (language.name in self.languages or (self._headers and name.endswith(".h")))
 
-    def _file(self, path: Path, found: dict) -> None:
+    def _language(self, path: Path) -> Language | None:
+        """Return a file's language if it is one of those to mine."""
         head = b""
         if path.suffix.lower() == ".h":
             try:
@@ -114,23 +100,19 @@ class Walk:
             except OSError:
                 pass  # reading it as a whole fails again, and is counted there
         language = language_of(path.name, head)
-        if language is not None and language.name in self.languages:
-            found[path] = SourceFile(path, Path(os.path.relpath(path, self._base)).as_posix(), language)
+        return language if language is not None and language.name in self.languages else None
 
 
 def read_source(path: Path) -> tuple[str, str]:
-    """A file's text with `\\n` line ends and "", or "" and why it is left out."""
+    """Return (text with `\\n` line ends, reason why it is left out); one of them is ""."""
     try:
         data = path.read_bytes()
     except OSError:
-        return "", "unreadable"
+        return "", file_tree.UNREADABLE
     if len(data) > MAX_BYTES:
         return "", "over 2 MB"
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return "", "not UTF-8"
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if (text := decode_text(data)) is None:
+        return "", file_tree.NOT_UTF8
     lines = text.split("\n")
     if GENERATED.search("\n".join(lines[:HEADER])) or any(len(line) > MAX_LINE for line in lines):
         return "", "generated or minified"

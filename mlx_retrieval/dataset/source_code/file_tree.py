@@ -1,14 +1,17 @@
-"""The text files of a folder as git sees them: what .gitignore names is left out, and every omission is counted.
+"""The files of a folder as git sees them: .gitignore is obeyed, and every omission is counted.
 
-from search_files import read_text, walk
-found = walk(Path("src"))
-print(len(found.files), found.left_out)       # Counter: reason -> files
-text, reason = read_text(Path("src/main.py"))
+    from mlx_retrieval.dataset.source_code.file_tree import read_text, walk
+    tree = walk(Path("src"))
+    print(len(tree.files), tree.left_out)         # Counter: reason -> files
+    text, reason, data = read_text(Path("src/main.py"))
+
+`visit` is the walker itself; `walk` lists what a search index takes, `mining/source_files.py` what code pairs are mined
+from.
 """
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +27,64 @@ LINK, SPECIAL, UNREADABLE = "symbolic link", "no regular file", "unreadable"
 TOO_LARGE, EMPTY, BINARY, NOT_UTF8 = "over --max-file-size", "empty", "binary", "not UTF-8"
 
 
+# --- the walker -------------------------------------------------------------------------------------------------------
+
+
+class Entry:
+    """A file or folder that the walker meets. Symbolic links are neither: they are not followed."""
+
+    def __init__(self, entry: os.DirEntry, rules: Rules):
+        self.path, self.name = Path(entry.path), entry.name
+        self.is_folder = entry.is_dir(follow_symlinks=False)
+        self._entry, self._rules = entry, rules
+
+    @property
+    def is_link(self) -> bool:
+        return self._entry.is_symlink()
+
+    @property
+    def is_file(self) -> bool:
+        return self._entry.is_file(follow_symlinks=False)
+
+    @property
+    def is_ignored(self) -> bool:
+        """Whether git ignores it. Patterns are matched only when this is read, as that takes most of the time."""
+        return is_ignored(self.path, self.is_folder, self._rules)
+
+    def stat(self) -> os.stat_result:
+        return self._entry.stat(follow_symlinks=False)
+
+
+def visit(
+    folder: Path, judge: Callable[[Entry], str | None], left_out: Counter[str], rules: Rules = ()
+) -> Iterator[Entry]:
+    """Yield the files below a folder, each folder's entries in the order of their names.
+
+    Args:
+        judge: returns the reason why an entry is left out, "" to take it or enter it, None to pass over it uncounted.
+        left_out: counts the reasons, and UNREADABLE for folders that cannot be read.
+        rules: the .gitignore rules from outside; those of `folder` and of the folders below it are added.
+    """
+    try:
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError:
+        left_out[UNREADABLE] += 1
+        return
+    if (patterns := read_patterns(folder / ".gitignore")) is not None:
+        rules = (*rules, (folder, patterns))
+    for entry in (Entry(entry, rules) for entry in entries):
+        if reason := judge(entry):
+            left_out[reason] += 1
+        elif reason is not None and entry.is_folder:
+            yield from visit(entry.path, judge, left_out, rules)
+        elif reason is not None:
+            yield entry
+
+
+# --- what is indexed --------------------------------------------------------------------------------------------------
+
+
 class File(NamedTuple):
     """A file that may be indexed; `path` is relative to the folder, with slashes."""
 
@@ -33,8 +94,8 @@ class File(NamedTuple):
 
 
 @dataclass
-class Found:
-    """What `walk` found; `left_out` says how many files each reason cost."""
+class FileTree:
+    """The files of a folder; `left_out` counts those that are left out, by reason."""
 
     files: list[File] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -42,78 +103,74 @@ class Found:
 
 def walk(
     root: Path, max_file_size: int = MAX_FILE_SIZE, exclude: Sequence[str] = (), skip: Sequence[Path] = ()
-) -> Found:
-    """The files below `root`, sorted by path.
+) -> FileTree:
+    """Return the files below `root`, sorted by path.
 
     Args:
         root: the .gitignore files above it, up to the top of its git repository, count as well.
         max_file_size: larger files are left out, in bytes.
         exclude: more patterns in .gitignore's language, relative to `root`.
-        skip: folders that are passed over without a word (the index itself).
+        skip: folders that are passed over and not counted (the index itself).
 
-    Raises UserError where `root` is no folder that can be read, or a pattern is none.
+    Raises UserError if `root` is not a folder that can be read, or a pattern is not valid.
     """
-    found, root = Found(), root.resolve()
+    tree, root = FileTree(), root.resolve()
     passed_over = {path.resolve() for path in skip}
     excluded = parse_patterns(exclude, "--exclude")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    _walk(root, root, rules_above(root), (max_file_size, excluded, passed_over), found)
-    found.files.sort()
-    return found
-
-
-def _walk(folder: Path, root: Path, rules: Rules, limits: tuple, found: Found) -> None:
-    max_file_size, excluded, passed_over = limits
     try:
-        with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
+        os.scandir(root).close()
     except OSError as error:
-        if folder == root:
-            raise UserError(f"{root}: {error.strerror}") from error
-        found.left_out[UNREADABLE] += 1
-        return
-    if (spec := read_patterns(folder / ".gitignore")) is not None:
-        rules = (*rules, (folder, spec))
-    for entry in entries:
-        path, is_folder = Path(entry.path), entry.is_dir(follow_symlinks=False)
-        relative = path.relative_to(root).as_posix()
-        if path in passed_over:
-            continue
+        raise UserError(f"{root}: {error.strerror}") from error
+
+    def judge(entry: Entry) -> str | None:
+        relative = entry.path.relative_to(root).as_posix()
+        if entry.path in passed_over:
+            return None
         if entry.name == ".git":
-            found.left_out[GIT] += 1
-        elif is_ignored(path, is_folder, rules):
-            found.left_out[IGNORED] += 1
-        elif excluded.match_file(relative + "/" * is_folder):
-            found.left_out[EXCLUDED] += 1
-        elif entry.is_symlink():
-            found.left_out[LINK] += 1
-        elif is_folder:
-            _walk(path, root, rules, limits, found)
-        elif not entry.is_file(follow_symlinks=False):
-            found.left_out[SPECIAL] += 1
-        elif (state := entry.stat(follow_symlinks=False)).st_size > max_file_size:
-            found.left_out[TOO_LARGE] += 1
-        elif not _is_utf8(relative):
-            found.left_out[NOT_UTF8] += 1  # the name, which no table could hold
-        else:
-            found.files.append(File(relative, state.st_size, state.st_mtime_ns))
+            return GIT
+        if entry.is_ignored:
+            return IGNORED
+        if excluded.match_file(relative + "/" * entry.is_folder):
+            return EXCLUDED
+        if entry.is_link:
+            return LINK
+        if entry.is_folder:
+            return ""
+        if not entry.is_file:
+            return SPECIAL
+        if entry.stat().st_size > max_file_size:
+            return TOO_LARGE
+        return "" if _is_utf8(relative) else NOT_UTF8  # the name, which no table could hold
+
+    for entry in visit(root, judge, tree.left_out, rules_above(root)):
+        state = entry.stat()
+        tree.files.append(File(entry.path.relative_to(root).as_posix(), state.st_size, state.st_mtime_ns))
+    tree.files.sort()
+    return tree
 
 
 def read_text(path: Path) -> tuple[str, str, bytes]:
-    """(text with `\\n` line ends, why it is left out, the file's bytes); one of text and reason is ""."""
+    """Return (text with `\\n` line ends, reason why it is left out, the file's bytes); text or reason is ""."""
     try:
         data = path.read_bytes()
     except OSError:
         return "", UNREADABLE, b""
     if b"\0" in data[:BINARY_HEAD]:
         return "", BINARY, data
+    if (text := decode_text(data)) is None:
+        return "", NOT_UTF8, data
+    return (text, "", data) if text.strip() else ("", EMPTY, data)
+
+
+def decode_text(data: bytes) -> str | None:
+    """Return UTF-8 bytes as a text with `\\n` line ends and no byte order mark; None if they are not UTF-8."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return "", NOT_UTF8, data
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return (text, "", data) if text.strip() else ("", EMPTY, data)
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _is_utf8(name: str) -> bool:
