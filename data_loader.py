@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.row_formats import Example
-from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
@@ -86,7 +86,7 @@ class Batches:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Source,
         tokenizer: TextTokenizer,
         size: int,
         seed: int = 0,
@@ -95,7 +95,7 @@ class Batches:
     ):
         if size > len(rows):
             raise UserError(f"--batch-size {size} is larger than the data: {len(rows)} rows")
-        if make is make_batch and rows.kind == "label":
+        if make is make_batch and rows.format == "label":
             raise UserError(f"{rows.names[0]}: rows with a label are for --task rerank")
         if make is make_batch and size == 1 and not rows.has_negatives:
             raise UserError("--batch-size 1: rows without negatives leave each query one candidate; nothing to learn")

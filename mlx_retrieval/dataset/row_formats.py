@@ -69,27 +69,27 @@ def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
 
 def example_of(row: dict, expected: str | None = None) -> tuple[Example, str]:
     """As `parse`, of a row that is decoded."""
-    kind = row_format(row)
-    if expected is not None and kind != expected:
-        found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (kind, expected))
+    form = row_format(row)
+    if expected is not None and form != expected:
+        found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (form, expected))
         raise RowError(f"has the format {found}, but the rows before have {before}")
-    if kind == "documents":
-        return _judged(row), kind
-    query, positive = (_text(row, key) for key in FORMATS[kind])
+    if form == "documents":
+        return _judged(row), form
+    query, positive = (_text(row, key) for key in FORMATS[form])
     negatives: list[str] = []
     for key in NEGATIVES:
         negatives += _texts(row, key)
-    if kind == "anchor" and not negatives:
+    if form == "anchor" and not negatives:
         raise RowError("no negative")
-    if kind == "label":
+    if form == "label":
         label = row["label"]
         if not isinstance(label, (int, float)) or not 0 <= label <= 1:
             raise RowError(f"label {repr(label)[:20]} is not a number from 0 to 1")
-        return Example(query, positive, (), 1, (float(label),)), kind
+        return Example(query, positive, (), 1, (float(label),)), form
     rank = row.get("rank", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
-    return Example(query, positive, tuple(negatives), rank, _scores(row, 1 + len(negatives))), kind
+    return Example(query, positive, tuple(negatives), rank, _scores(row, 1 + len(negatives))), form
 
 
 def _texts(row: dict, key: str) -> list[str]:

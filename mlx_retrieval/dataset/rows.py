@@ -1,4 +1,4 @@
-"""Rows of text on disk, checked once: what a row may be, and `Rows`, which reads them one by one.
+"""Rows of training data in files: `Rows` checks them once and reads them one by one.
 
 Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl`:
 
@@ -6,14 +6,14 @@ Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders w
     {"query": ..., "positive": ..., "negatives": [...]}   negatives are optional
     {"anchor": ..., "positive": ..., "negative": ...}
 
-`negative` and `negatives`, a text or a list of texts, are understood in all of them. `scores`, of the positive and then
-the negatives, are a teacher's, for distillation; it may also have ranked any documents:
+`negative` and `negatives`, a text or a list of texts, may stand in all of them. `scores` are a teacher's, of the
+positive and then the negatives, for distillation. A teacher may also have scored documents without a known positive:
 
     {"query": ..., "documents": [...], "scores": [...]}
 
-Rerankers also learn from single pairs, `{"query": ..., "document": ..., "label": 1}`, a label being from 0 to 1.
+Rerankers also learn from single pairs, `{"query": ..., "document": ..., "label": 1}`, with a label from 0 to 1.
 
-Every row is read and checked once before training; after that only its place in the file is kept in memory.
+Every row is read and checked once, before training. After that only its place in the file is kept in memory.
 """
 
 import gzip
@@ -38,7 +38,7 @@ HUB = "hf://"
 
 
 def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]:
-    """The files that `--data` names: files themselves, `train.jsonl[.gz]` of a folder, or a name of the hub's."""
+    """Return the files that `--data` names: a file itself, a folder's `train.jsonl[.gz]`, or an `hf://` name."""
     files: list[Path | str] = []
     for source in sources:
         if source.startswith(HUB):
@@ -47,9 +47,9 @@ def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]
         path = Path(source).expanduser()
         if path.is_dir():
             inside = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
-            if not (found := [file for file in inside if file.is_file()]):
+            if not (existing := [file for file in inside if file.is_file()]):
                 raise UserError(f"--data {source}: the folder has no {split}.jsonl")
-            files.append(found[0])
+            files.append(existing[0])
         elif path.is_file():
             files.append(path)
         else:
@@ -58,18 +58,18 @@ def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]
 
 
 def find_validation(sources: Sequence[str]) -> list[Path]:
-    """The `valid.jsonl[.gz]` of the folders that `--data` names; none is no mistake."""
+    """Return the `valid.jsonl[.gz]` of those folders that `--data` names and that have one."""
     folders = [Path(source).expanduser() for source in sources]
     names = ("valid.jsonl", "valid.jsonl.gz")
     return find_files([str(folder) for folder in folders if any((folder / name).is_file() for name in names)], "valid")
 
 
 def open_rows(file: Path | str) -> BinaryIO:
-    """Rows as JSON lines: a file itself, or a temporary one with what is packed or stored otherwise. UserError."""
+    """Open rows as JSON lines: the file itself, or a temporary file with the rows of other formats. UserError."""
     if isinstance(file, str):
-        return _written_out(_of_hub(file))
+        return _as_json_lines(_hub_rows(file))
     if file.suffix == ".parquet":
-        return _written_out(_of_parquet(file))
+        return _as_json_lines(_parquet_rows(file))
     try:
         if file.suffix != ".gz":
             return open(file, "rb")
@@ -84,7 +84,7 @@ def open_rows(file: Path | str) -> BinaryIO:
     return unpacked
 
 
-def _written_out(rows: Iterable[dict]) -> BinaryIO:
+def _as_json_lines(rows: Iterable[dict]) -> BinaryIO:
     out = tempfile.TemporaryFile()
     for row in rows:
         out.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n")
@@ -92,7 +92,7 @@ def _written_out(rows: Iterable[dict]) -> BinaryIO:
     return out
 
 
-def _of_parquet(file: Path) -> Iterator[dict]:
+def _parquet_rows(file: Path) -> Iterator[dict]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -104,8 +104,8 @@ def _of_parquet(file: Path) -> Iterator[dict]:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
 
 
-def _of_hub(source: str) -> Iterator[dict]:
-    """The rows of hf://owner/name[/config][:split], as they come from the hub."""
+def _hub_rows(source: str) -> Iterator[dict]:
+    """Yield the rows of hf://owner/name[/config][:split] as the hub streams them."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -121,24 +121,24 @@ def _of_hub(source: str) -> Iterator[dict]:
 
 
 class Rows:
-    """The checked rows of some files: `len(rows)`, `rows[i]`; texts stay on disk.
+    """A `sources.Source`: the checked rows of files. Texts stay on disk, only the place of each row is in memory.
 
     Args:
-        files: JSON lines, gzip-compressed where the name ends in `.gz`, Parquet, or names of the hub's (these three are
-            written out once to a temporary file).
-        skip_bad: leave out rows that cannot be used; they are in `skipped`, as "file:line: reason".
+        files: JSON lines, plain or `.gz`, Parquet, or `hf://` names. All but plain JSON lines are written once to a
+            temporary file.
+        skip_bad: leave out rows that cannot be used; `skipped` lists them as "file:line: reason".
 
-    Raises UserError with file, line and reason at the first bad row, or where no row is left.
+    Raises UserError with file, line and reason at the first bad row, or if no row is left.
     """
 
     def __init__(self, files: Sequence[Path | str], skip_bad: bool = False):
         self.files = list(files)
         self.skipped: list[str] = []
-        self.kind: str | None = None
+        self.format: str | None = None
         self.has_negatives = False
-        self.has_scores = True  # all of them
-        self.score_range = (0.0, 1.0)  # lowest and highest score or label
-        self.without_positive = ""  # place of the first row whose scores are all 0 or less
+        self.has_scores = True
+        self.score_range = (0.0, 1.0)
+        self.without_positive = ""
         self._handles = [open_rows(file) for file in self.files]
         starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
         for file, handle in zip(self.files, self._handles, strict=True):
@@ -147,7 +147,7 @@ class Rows:
         if not starts:
             raise UserError(f"{', '.join(map(str, self.files))}: no usable row")
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
-        # Views on the arrays: five million rows take 80 MB, their texts nothing.
+        # Views of the arrays: five million rows take 80 MB.
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
         self._counts = np.array(counts)
 
@@ -155,7 +155,7 @@ class Rows:
         for line in lines_of(handle):
             place = f"{file}:{line.number}"
             try:
-                example, self.kind = parse(line.data, self.kind)
+                example, self.format = parse(line.data, self.format)
             except RowError as error:
                 if not skip_bad:
                     raise UserError(f"{place}: {error} (--skip-bad-rows leaves such rows out)") from error
@@ -179,39 +179,36 @@ class Rows:
         file = int(np.searchsorted(self._counts, i, side="right")) - 1
         line = os.pread(self._handles[file].fileno(), int(self._sizes[i]), int(self._starts[i]))
         try:
-            return parse(line, self.kind)[0]
+            return parse(line, self.format)[0]
         except RowError as error:
             raise UserError(f"{self.where(i)}: the file was changed during the run ({error})") from error
 
     @property
     def names(self) -> list[str]:
-        """Where the rows come from, for messages."""
         return list(map(str, self.files))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """(rows,) uint32: an epoch's permutation, which depends on seed and epoch only."""
+        """Return an epoch's permutation, (rows,) uint32. It depends on seed and epoch only."""
         if self._order is None or self._order[0] != (seed, epoch):
             permutation = np.random.default_rng([seed, epoch]).permutation(np.arange(len(self), dtype=np.uint32))
             self._order = (seed, epoch), permutation
         return self._order[1]
 
     def numbers(self, seed: int, position: int) -> Iterator[int]:
-        """The endless sequence of row numbers, epoch after epoch, from a position on."""
         for place in itertools.count(position):
             epoch, place_there = divmod(place, len(self))
             yield int(self.order(seed, epoch)[place_there])
 
     def cursor(self, position: int) -> dict:
-        """What `restore` needs besides the position: nothing, all follows from that."""
+        """Return {}: the order follows from the position alone."""
         return {}
 
     def restore(self, cursor: dict, position: int) -> None:
-        """Go on as the process did that gave the cursor."""
+        """Do nothing: the order follows from the position alone."""
 
     def close(self) -> None:
-        """Nothing is read ahead here."""
+        """Do nothing: nothing is read ahead."""
 
     def where(self, i: int) -> str:
-        """The row's place as file:line."""
         file = int(np.searchsorted(self._counts, i, side="right")) - 1
         return f"{self.files[file]}:{int(self._numbers[i])}"

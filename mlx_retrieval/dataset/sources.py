@@ -1,17 +1,17 @@
-"""What `--data` names, as one source of rows: files, folders, hub data sets, an Elasticsearch index, or a mixture.
+"""Open the rows that `--data` names: files, folders, hub data sets, Elasticsearch indices, or a mixture of them.
 
     pairs.jsonl folder/ rows.parquet        read together, as one set
     hf://owner/name[/config][:split]        through the datasets library; the split is train if none is named
     es://index, https://host:9200/index     streamed, see elastic/
     a.jsonl:2 b.jsonl:1                     mixed by weight: of three examples, two are of a.jsonl
 
-A source has what `data_loader.Batches` asks for: see `rows.Rows`, which is one.
+`Source` is the interface that all of them have.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,8 +27,69 @@ WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
 LARGEST = 1000  # of the whole numbers that stand for weights
 
 
+@runtime_checkable
+class Source(Protocol):
+    """Checked rows of training data in an endless, seeded order: what `data_loader.Batches` draws from.
+
+    `rows.Rows` reads files, `elastic.rows.ElasticRows` an index, `InterleavedRows` several sources at once.
+
+    A row has a number, by which it is read and named in messages; `numbers` gives the order of the run. A run's
+    position is the count of examples drawn before. A source that cannot compute its order from the position alone saves
+    what else it needs as a cursor (JSON), so that a resumed run draws the same rows.
+    """
+
+    @property
+    def format(self) -> str | None:
+        """One of `row_formats.FORMATS`; all rows have it."""
+
+    @property
+    def has_negatives(self) -> bool:
+        """Whether any row has negatives of its own."""
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether every row has scores or a label."""
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        """Lowest and highest score or label, and at least from 0 to 1."""
+
+    @property
+    def without_positive(self) -> str:
+        """Place of the first row whose scores are all 0 or less; "" if there is none."""
+
+    @property
+    def skipped(self) -> list[str]:
+        """Rows that were left out because they cannot be used, as "place: reason"."""
+
+    @property
+    def names(self) -> list[str]:
+        """Where the rows come from, for messages."""
+
+    def __len__(self) -> int:
+        """Return the number of rows of an epoch."""
+
+    def __getitem__(self, i: int) -> Example:
+        """Return the row of a number that `numbers` gave."""
+
+    def where(self, i: int) -> str:
+        """Return the place of a row for messages, such as file:line."""
+
+    def numbers(self, seed: int, position: int) -> Iterator[int]:
+        """Yield row numbers, epoch after epoch, from a position of the run on. It ends only when `close` is called."""
+
+    def cursor(self, position: int) -> dict[str, Any]:
+        """Return what `restore` needs, besides the position, to continue there in another process."""
+
+    def restore(self, cursor: dict[str, Any], position: int) -> None:
+        """Continue at a position as the process that saved the cursor would have."""
+
+    def close(self) -> None:
+        """Stop reading ahead and release connections."""
+
+
 def weight_of(source: str) -> tuple[str, Fraction | None]:
-    """A source without its weight, and that; a port is no weight."""
+    """Return a source without its weight, and the weight or None; a port is not a weight."""
     found = WEIGHT.search(source)
     if not found or (source.startswith("http") and urlsplit(source).path in ("", "/")):
         return source, None
@@ -38,18 +99,18 @@ def weight_of(source: str) -> tuple[str, Fraction | None]:
 
 
 def names(data: Sequence[str]) -> list[str]:
-    """The sources that `--data` names, without weights."""
+    """Return the sources that `--data` names, without weights."""
     return [weight_of(source)[0] for source in data]
 
 
 def local(data: Sequence[str]) -> list[str]:
-    """Those that are files or folders."""
+    """Return the sources that are files or folders, without weights."""
     return [name for name in names(data) if "://" not in name]
 
 
 def open_source(
     data: Sequence[str], es_fields: str = fields.DEFAULT, es_query: str | None = None, skip_bad: bool = False
-) -> "Rows | ElasticRows | Mixed":
+) -> Source:
     """Open the rows that `--data` names.
 
     Args:
@@ -66,10 +127,10 @@ def open_source(
     ):
         return _open([source for source, _ in parts], es_fields, es_query, skip_bad)
     opened = [_open([source], es_fields, es_query, skip_bad) for source, _ in parts]
-    return Mixed(opened, [weight or Fraction(1) for _, weight in parts])
+    return InterleavedRows(opened, [weight or Fraction(1) for _, weight in parts])
 
 
-def _open(sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad: bool) -> "Rows | ElasticRows":
+def _open(sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad: bool) -> Source:
     if not server.is_address(sources[0]):
         return Rows(find_files(sources), skip_bad)
     query = None
@@ -81,37 +142,37 @@ def _open(sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad
     return ElasticRows(server.parse(sources[0]), fields.parse(es_fields), query, skip_bad)
 
 
-class Mixed:
-    """Several sources, of whose examples each gives its share; each goes through its own epochs.
+class InterleavedRows:
+    """Rows of several sources, mixed by weight. Each source goes through its own epochs.
 
     Args:
-        sources: of one kind of rows each; rows with labels do not mix with others.
-        weights: how many examples of each, in proportion.
+        sources: rows with labels do not mix with rows of other formats.
+        weights: the share of each source's examples, in proportion.
 
-    The pattern repeats, so a source's place follows from the place in the mixture. A row's number is its number in its
-    source times the number of sources, plus which source that is.
+    Sources take turns in a fixed pattern, so a position in the mixture gives the position in every source. The number
+    of a row is its number in its source times the count of sources, plus the index of the source.
     """
 
-    def __init__(self, sources: Sequence[Any], weights: Sequence[Fraction]):
+    def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction]):
         self.sources = list(sources)
-        kinds = {source.kind for source in sources}
-        if "label" in kinds and len(kinds) > 1:
+        formats = {source.format for source in sources}
+        if "label" in formats and len(formats) > 1:
             raise UserError(f"{', '.join(self.names)}: rows with a label do not mix with others")
         total = sum(weights)
         shares = [(weight / total).limit_denominator(LARGEST) for weight in weights]
         common = np.lcm.reduce([share.denominator for share in shares])
         self.counts = np.array([max(1, round(share * int(common))) for share in shares])
         length = int(self.counts.sum())
-        # Every source evenly over the pattern: example j of n stands near (j + 1/2) / n of it.
+        # Each source is spread evenly over the pattern: example j of n stands near (j + 1/2) / n of its length.
         places = [((j + 0.5) / n, s) for s, n in enumerate(self.counts.tolist()) for j in range(n)]
         self.pattern = np.array([s for _, s in sorted(places)])
-        self._before = np.zeros((length + 1, len(sources)), np.int64)  # of each source, before a place in the pattern
+        self._before = np.zeros((length + 1, len(sources)), np.int64)  # examples of each source before a place
         np.add.at(self._before, (np.arange(1, length + 1), self.pattern), 1)
         self._before = self._before.cumsum(axis=0)
 
     @property
-    def kind(self) -> str:
-        return self.sources[0].kind
+    def format(self) -> str:
+        return self.sources[0].format
 
     @property
     def has_negatives(self) -> bool:
@@ -146,39 +207,34 @@ class Mixed:
         return self.sources[which][place]
 
     def where(self, i: int) -> str:
-        """The row's place in its source."""
         place, which = divmod(i, len(self.sources))
         return self.sources[which].where(place)
 
     def taken(self, position: int) -> list[int]:
-        """How many examples of each source come before a position."""
+        """Return how many examples of each source come before a position."""
         rounds, place = divmod(position, len(self.pattern))
         return (rounds * self.counts + self._before[place]).tolist()
 
     def numbers(self, seed: int, position: int) -> Iterator[int]:
-        """The endless sequence of row numbers from a position on."""
         drawn = [source.numbers(seed, at) for source, at in zip(self.sources, self.taken(position), strict=True)]
         place = position % len(self.pattern)
         while True:
             which = int(self.pattern[place])
-            if (number := next(drawn[which], None)) is None:  # it was closed
+            if (number := next(drawn[which], None)) is None:  # the source was closed
                 return
             yield number * len(self.sources) + which
             place = (place + 1) % len(self.pattern)
 
     def cursor(self, position: int) -> dict:
-        """What `restore` needs besides the position."""
         return {str(s): source.cursor(at) for s, (source, at) in enumerate(self._places(position))}
 
     def restore(self, cursor: dict, position: int) -> None:
-        """Go on as the process did that gave the cursor."""
         for s, (source, at) in enumerate(self._places(position)):
             source.restore(cursor[str(s)], at)
 
-    def _places(self, position: int) -> list[tuple[Any, int]]:
+    def _places(self, position: int) -> list[tuple[Source, int]]:
         return list(zip(self.sources, self.taken(position), strict=True))
 
     def close(self) -> None:
-        """Stop what is being read."""
         for source in self.sources:
             source.close()

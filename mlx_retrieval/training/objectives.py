@@ -7,7 +7,7 @@ from mlx_retrieval.backend import mx
 
 import loss
 from data_loader import Batch, Batches
-from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models import maxsim
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -157,7 +157,7 @@ class RerankObjective:
 
 
 def make(
-    settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Rows
+    settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Source
 ) -> "Objective | RerankObjective":
     """The objective of a run. UserError where the settings do not fit the task or the data."""
     if config.task == "rerank":
@@ -182,7 +182,7 @@ def make(
 def make_batches(
     settings: Settings,
     config: RetrievalConfig,
-    rows: Rows,
+    rows: Source,
     tokenizer: TextTokenizer | PairTokenizer,
     size: int,
     seed: int = 0,

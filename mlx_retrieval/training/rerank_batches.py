@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_retrieval.dataset.row_formats import Example
-from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.training.config import Settings
@@ -52,13 +52,13 @@ class GroupMaker:
             reranker sees where a document stands.
     """
 
-    def __init__(self, rows: Rows, random_negatives: int = 0, shuffled: bool = False, seed: int = 0):
+    def __init__(self, rows: Source, random_negatives: int = 0, shuffled: bool = False, seed: int = 0):
         self.rows, self.random_negatives, self.shuffled, self.seed = rows, random_negatives, shuffled, seed
 
     def group(self, examples: Sequence[Example], i: int) -> tuple[list[str], list[float]]:
         """Documents and labels of example i of a batch."""
         example = examples[i]
-        if self.rows.kind == "label":
+        if self.rows.format == "label":
             return [example.positive], list(example.scores)
         documents = [example.positive, *example.negatives]
         labels = list(example.scores) or [1.0] + [0.0] * len(example.negatives)
@@ -86,14 +86,14 @@ class GroupMaker:
         return GroupBatch(sequences.texts, text, place, padded, np.array(rows, np.int64))
 
 
-def check(rows: Rows, settings: Settings) -> None:
+def check(rows: Source, settings: Settings) -> None:
     """UserError where the rows do not give what the loss needs."""
     loss, low, high = settings.loss, *rows.score_range
     where = ", ".join(rows.names)
     if loss not in LOSSES:
         raise UserError(f"--loss {loss} compares vectors; rerankers learn by {', '.join(LOSSES)}")
-    alone = rows.kind == "label" or not (rows.has_negatives or settings.random_negatives)
-    if alone and rows.kind != "label":
+    alone = rows.format == "label" or not (rows.has_negatives or settings.random_negatives)
+    if alone and rows.format != "label":
         raise UserError(
             f"{where}: the rows have neither labels nor negatives, so there is nothing to tell apart; "
             "--random-negatives 4 takes other rows' documents"

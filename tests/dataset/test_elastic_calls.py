@@ -17,6 +17,7 @@ from mlx_retrieval.dataset.elastic import server as connection
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.row_formats import example_of
+from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.utils import errors
 
 
@@ -290,6 +291,10 @@ def test_nothing_to_read_is_no_mistake_of_the_reader(stub):
     stub.answers.sources = []
     assert documents.ranges(documents.survey()) == []
     assert not any("histogram" in body.get("aggs", {}).get("all", {}) for _, _, body, _ in stub.asked)
+
+
+def test_an_index_is_a_source(stub):
+    assert isinstance(rows_of(stub), Source)
 
 
 def test_no_more_than_a_few_blocks_are_held(stub, monkeypatch):

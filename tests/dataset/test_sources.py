@@ -84,12 +84,18 @@ def test_rows_keep_their_texts_and_places(files):
     for n in islice(mixed.numbers(0, 0), 20):
         number = int(mixed[n].query.rpartition("q")[2])
         assert mixed.where(n).endswith(f"{mixed[n].query[0]}.jsonl:{number + 1}")
-    assert len(mixed) == 37 and mixed.kind == "document" and not mixed.has_negatives
+    assert len(mixed) == 37 and mixed.format == "document" and not mixed.has_negatives
 
 
 def test_without_weights_files_are_one_set(files):
     assert isinstance(sources.open_source(files), Rows)
     assert len(sources.open_source(files)) == 48
+
+
+def test_files_and_mixtures_are_sources(files):
+    """tests/dataset/test_elastic_calls.py checks the same of an index."""
+    for data in (files, [f"{files[0]}:1", f"{files[1]}:1"]):
+        assert isinstance(sources.open_source(data), sources.Source)
 
 
 def test_labels_do_not_mix_with_other_rows(files, tmp_path):
@@ -102,7 +108,7 @@ def test_parquet(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": [f"n{i}", "m"], "id": i} for i in range(2500)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     read = Rows(find_files([str(tmp_path / "rows.parquet")]))
-    assert len(read) == 2500 and read.kind == "positive" and read.has_negatives
+    assert len(read) == 2500 and read.format == "positive" and read.has_negatives
     assert read[2400] == ("q2400", "p2400", ("n2400", "m"), 1, ())
     assert read.where(2400).endswith("rows.parquet:2401")
 
