@@ -1,6 +1,11 @@
 """What all tests share: no network, no window, a fast BLAS, and the models and data that are at hand.
 
-python -m pytest            all tests, in a few minutes on two cores
+python -m pytest            the quick tests: every feature, in a few minutes on two cores
+python -m pytest -m slow    the rest
+python -m pytest --all      both
+
+The quick tests run models as GPUs do. Compiling the kernels of CPUs would take most of their time, so this is left to
+tests marked `compiled` and to the other two commands. A test that is named (`file.py::test`) always runs.
 """
 
 import json
@@ -18,9 +23,46 @@ import hypothesis
 import numpy as np
 import pytest
 
-from mlx_retrieval import backend  # noqa: F401  (before anything that may import mlx)
+from mlx_retrieval import backend  # (before anything that may import mlx)
 
 ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked `slow`, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _quick(config):
+        backend.COMPILED = False
+
+
+def _quick(config: pytest.Config) -> bool:
+    """Whether slow tests are left out: neither all tests nor certain ones are asked for."""
+    return not (config.getoption("--all") or config.getoption("-m") or any("::" in name for name in config.args))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _quick(config):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.stash[LEFT_OUT] = len(slow)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.stash.get(LEFT_OUT, 0):
+        count = config.stash[LEFT_OUT]
+        terminalreporter.write_line(f"{count} slow tests were left out; `python -m pytest -m slow` runs them")
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile models for tests marked `compiled`."""
+    if request.node.get_closest_marker("compiled"):
+        monkeypatch.setattr(backend, "COMPILED", backend.FUSED)
+
 
 # The same examples every time, whatever the machine's speed.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)

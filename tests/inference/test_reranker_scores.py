@@ -82,6 +82,7 @@ def test_the_shared_beginning_changes_no_score(kind, tmp_path, qwen_tokenizer, m
     assert len(calls) == 1
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(not backend.FUSED, reason="on this device no graphs are kept")
 def test_a_server_keeps_few_graphs_and_its_scores(tmp_path, qwen_tokenizer, monkeypatch):
     """Regression: queries and documents of other lengths each had a graph; 1,232 MB after a minute, from 796."""

@@ -24,6 +24,7 @@ from mlx_retrieval.models.model_runner import ModelRunner
 from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.utils.errors import UserError
 
+pytestmark = pytest.mark.compiled
 compiled = pytest.mark.skipif(not backend.FUSED, reason="on this device passes are computed as they come")
 
 
