@@ -206,9 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_model(path: str, adapter: str | None) -> int:
     """Print the findings of every check; return 1 if one fails, else 0."""
+    import data_loader
     from mlx_retrieval.inference import checks
 
-    findings = checks.check(path, adapter)
+    findings = checks.check(path, data_loader.make_batch, adapter)
     checks.print_findings(path, findings)
     if failed := [finding.name for finding in findings if finding.passed is False]:
         print(f"embed.py: FAILED: {', '.join(failed)}", file=sys.stderr)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mlx_retrieval.backend import mx
+from mlx_retrieval.backend.vectors import unit
 
 
 class Pairs(NamedTuple):
@@ -28,14 +29,6 @@ class Pairs(NamedTuple):
 def dot(queries: mx.array, documents: mx.array) -> mx.array:
     """Scores (Q, C) of vectors (Q, D) and (C, D): their dot products, in float32."""
     return queries.astype(mx.float32) @ documents.astype(mx.float32).T
-
-
-def unit(vectors: mx.array) -> mx.array:
-    """Vectors (..., D) scaled to length 1 in float32; a zero vector stays zero, with a zero gradient."""
-    vectors = vectors.astype(mx.float32)
-    squared = vectors.square().sum(axis=-1, keepdims=True)
-    # Not merely a floor under the length: that would multiply a zero vector's gradient by 1e12.
-    return vectors * mx.where(squared > 1e-24, mx.rsqrt(mx.maximum(squared, 1e-24)), 0.0)
 
 
 def rank_weights(ranks: mx.array) -> mx.array:

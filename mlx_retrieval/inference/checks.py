@@ -11,22 +11,22 @@ import dataclasses
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlx_retrieval.backend import mx, nn
 
 import numpy as np
 from mlx.utils import tree_flatten
 
-import data_loader
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import Texts, pad_rows, plan
 from mlx_retrieval.models.runners import make_runner
+from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
 LONGEST = 1024  # tokens that are embedded; a model's own limit counts where only tokens are looked at
@@ -34,6 +34,8 @@ CHANGED = 1e-6  # cosine distance above which an embedding is another one; round
 ROUNDING = {"order and batching": 1e-5}  # of float32 vectors; 1e-4 elsewhere
 HALF_PRECISION = 2e-2  # the same, where weights are bfloat16 or float16
 WORDS = ("the", "kettle", "in", "our", "kitchen", "hisses", "and", "its", "lid", "was", "loose", "before", "we", "came")
+# (examples, their row numbers, tokenizer) -> a batch with `texts`.
+MakeBatch = Callable[[Sequence[Example], Sequence[int], TextTokenizer], Any]
 # What a forward pass or a tokenizer may raise where a model is broken: the check is then failed, not the command.
 FAILURES = (UserError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -76,11 +78,11 @@ def padding(model: embedder.Model) -> tuple[bool | None, str]:
     return _equal(model, list(together), [alone[i] for i in itertools.chain(*batches)])
 
 
-def training(model: embedder.Model) -> tuple[bool | None, str]:
+def training(model: embedder.Model, make_batch: MakeBatch) -> tuple[bool | None, str]:
     """What training computes for queries and documents, `encode` gives as well: tokens and vectors."""
     queries = [f"{text}?" for text in TEXTS]
     examples = [Example(q, d, (), 1) for q, d in zip(queries, TEXTS, strict=True)]
-    batch = data_loader.make_batch(examples, range(len(examples)), model.tokenizer)
+    batch = make_batch(examples, range(len(examples)), model.tokenizer)
     used = Texts.join([model.tokenizer(queries, "query"), model.tokenizer(TEXTS, "document")])
     if not all(map(np.array_equal, dataclasses.astuple(batch.texts), dataclasses.astuple(used))):
         return False, "training makes other tokens of the same texts, or pools others of them"
@@ -209,20 +211,26 @@ CHECKS = {
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
-def check(path: str, adapter: str | None = None) -> list[Finding]:
+def check(path: str, make_batch: MakeBatch, adapter: str | None = None) -> list[Finding]:
     """Load a model as `embed.load` does and run all checks; UserError where it cannot be loaded."""
-    return examine(embedder.load(path, adapter))
+    return examine(embedder.load(path, adapter), make_batch)
 
 
-def examine(model: embedder.Model) -> list[Finding]:
-    """All checks of a model. A check that raises has failed."""
+def examine(model: embedder.Model, make_batch: MakeBatch) -> list[Finding]:
+    """Run all checks of a model. A check that raises has failed.
+
+    `make_batch` is the data loader's, which stands above this package: it tokenizes as training does.
+    """
     quick = copy.copy(model)
     quick.tokenizer = copy.copy(model.tokenizer)
     quick.tokenizer.max_lengths = {role: min(n, LONGEST) for role, n in model.tokenizer.max_lengths.items()}
     findings = []
     for name, function in CHECKS.items():
         try:
-            passed, detail = function(model if function in (truncation, injection) else quick)
+            if function is training:
+                passed, detail = training(quick, make_batch)
+            else:
+                passed, detail = function(model if function in (truncation, injection) else quick)
         except FAILURES as error:
             passed, detail = False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         findings.append(Finding(name, passed, detail))

@@ -7,8 +7,8 @@ float32. It has the parameters that mlx-lm's adapters do not know; a saved folde
 from collections.abc import Callable, Sequence
 
 from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend.vectors import unit
 
-from loss import unit
 from mlx_retrieval.models.batching import MicroBatch
 
 POOLING = ("mean", "cls", "last", "max")

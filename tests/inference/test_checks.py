@@ -33,7 +33,7 @@ def model(small) -> embedder.Model:
 
 
 def failed(model: embedder.Model) -> list[str]:
-    return [finding.name for finding in checks.examine(model) if finding.passed is False]
+    return [finding.name for finding in checks.examine(model, data_loader.make_batch) if finding.passed is False]
 
 
 def save_adapter(small: str, folder: Path, strength: float, dropout: float = 0.0) -> Path:
@@ -63,7 +63,7 @@ def test_real_weights_are_sound_within_a_minute(minilm, capsys):
 
 
 def test_the_toolkits_own_model_is_sound():
-    findings = {finding.name: finding for finding in checks.check(str(TINY))}
+    findings = {finding.name: finding for finding in checks.check(str(TINY), data_loader.make_batch)}
     assert [name for name, finding in findings.items() if not finding.passed] == [NOT_BROKEN]
     assert findings[NOT_BROKEN].passed is None
     assert "limit 1e-04" in findings["padding invariance"].detail
@@ -76,13 +76,13 @@ def test_a_sound_adapter_passes_all_checks_and_keeps_its_dropout(small, tmp_path
     folder = save_adapter(small, tmp_path / "adapter", 0.05, dropout=0.25)
     model = embedder.load(folder)
     before = model.encode(checks.TEXTS)
-    findings = {finding.name: finding for finding in checks.examine(model)}
+    findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
     assert all(finding.passed for finding in findings.values()), findings
     assert "dropout 0.25 set to 0" in findings["training and use agree"].detail
     layers = [module for module in model.model.modules() if isinstance(module, backend.nn.Dropout)]
     assert layers and all(layer._p_1 == 0.75 for layer in layers) and not model.model.training
     assert np.array_equal(model.encode(checks.TEXTS), before)
-    on_base = {finding.name: finding for finding in checks.check(small, str(folder))}
+    on_base = {finding.name: finding for finding in checks.check(small, data_loader.make_batch, str(folder))}
     assert on_base[NOT_BROKEN] == findings[NOT_BROKEN]
 
 
@@ -95,7 +95,7 @@ def test_long_limits_are_looked_at_but_not_embedded(small, monkeypatch):
         return original(self, ids, lengths)
 
     monkeypatch.setattr(kind, "hidden_states", recorded)
-    findings = {finding.name: finding for finding in checks.examine(long)}
+    findings = {finding.name: finding for finding in checks.examine(long, data_loader.make_batch)}
     assert "query 1,500, document 1,500" in findings["truncation"].detail
     assert checks.LONGEST <= max(widths) < 1100 and long.tokenizer.max_lengths["query"] == 1500
 
@@ -103,7 +103,7 @@ def test_long_limits_are_looked_at_but_not_embedded(small, monkeypatch):
 def test_late_interaction_is_checked_token_by_token(small, monkeypatch):
     model, config, folder = loading.build(small, projection=8, task="late")
     late = embedder.Model(model, config, config.tokenizer(folder), "late")
-    findings = {finding.name: finding for finding in checks.examine(late)}
+    findings = {finding.name: finding for finding in checks.examine(late, data_loader.make_batch)}
     assert [name for name, finding in findings.items() if not finding.passed] == [NOT_BROKEN], findings
     tokens = int(late.tokenizer([*checks.TEXTS], "document").lengths.sum())
     assert int(findings["order and batching"].detail.split()[4]) > 0.8 * tokens
@@ -134,7 +134,7 @@ def test_padding_that_leaks(model, monkeypatch):
         return states + 0.1 * states.mean(axis=1, keepdims=True)
 
     monkeypatch.setattr(kind, "hidden_states", leaking)
-    findings = {finding.name: finding for finding in checks.examine(model)}
+    findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
     assert findings["padding invariance"].passed is False
     assert float(findings["padding invariance"].detail.split()[2]) > 1e-4  # "worst difference 1.2e-02 of ..."
 
@@ -169,7 +169,7 @@ def test_training_that_forgets_prompts(model, monkeypatch):
         return original(examples, rows, lambda texts, name: tokenizer(texts, None))
 
     monkeypatch.setattr(data_loader, "make_batch", without)
-    findings = {finding.name: finding for finding in checks.examine(model)}
+    findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
     assert [name for name, finding in findings.items() if finding.passed is False] == ["training and use agree"]
     assert "other tokens" in findings["training and use agree"].detail
 
@@ -188,7 +188,7 @@ def test_numbers_that_are_not_finite(model, capsys, monkeypatch):
     (token,) = set(model.tokenizer(["🔥"]).ids.tolist()[-2:-1])
     table = model.model.backbone.trunk.embed_tokens
     table.weight = mx.where(mx.arange(len(table.weight))[:, None] == token, mx.nan, table.weight)
-    findings = {finding.name: finding for finding in checks.examine(model)}
+    findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
     assert [name for name, finding in findings.items() if finding.passed is False] == ["finite and unit length"]
     assert findings["finite and unit length"].detail.endswith(": emoji")
     model.model.update(tree_map(lambda v: v * mx.nan, model.model.parameters()))
@@ -241,7 +241,7 @@ def test_special_tokens_that_come_through(model, monkeypatch):
         return self._plain(prompt + text)
 
     monkeypatch.setattr(TextTokenizer, "_disarmed", naive)
-    findings = {finding.name: finding for finding in checks.examine(model)}
+    findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
     assert [name for name, finding in findings.items() if finding.passed is False] == ["special tokens not injectable"]
     assert "a text without prompt that spells '<pad>' has" in findings["special tokens not injectable"].detail
 
@@ -271,7 +271,7 @@ def test_order_that_is_lost(model, monkeypatch):
 
 def test_prompts_that_are_not_used(model):
     model.tokenizer.prompts = dict.fromkeys(model.tokenizer.prompts, "")
-    findings = {finding.name: finding for finding in checks.examine(model)}
+    findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
     assert [name for name, finding in findings.items() if finding.passed is False] == ["prompts"]
 
 
@@ -280,7 +280,7 @@ def test_errors_of_a_model_are_findings(model, monkeypatch):
         raise ValueError("[matmul] shapes (1, 3) and (4, 1)\nsecond line")
 
     monkeypatch.setattr(type(model.model.backbone), "hidden_states", broken)
-    findings = {finding.name: finding for finding in checks.examine(model)}
+    findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
     assert findings["padding invariance"] == checks.Finding(
         "padding invariance", False, "ValueError: [matmul] shapes (1, 3) and (4, 1)"
     )
@@ -292,4 +292,4 @@ def test_what_cannot_be_loaded(tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
     (tmp_path / loading.ADAPTER_CONFIG).write_text("{}")
     with pytest.raises(UserError, match=retrieval_config.FILE):
-        checks.check(str(tmp_path))
+        checks.check(str(tmp_path), data_loader.make_batch)
