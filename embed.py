@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_retrieval import backend
 from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.inference import quantization
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 __all__ = ["Model", "load"]
@@ -182,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if a check fails, 2 for an error the user can fix."""
+    backend.prepare()
     command = parser()
     args = command.parse_args(argv)
     needed = {"--model": args.model, "--input": args.input, "--output": args.output}
@@ -218,4 +221,5 @@ def check_model(path: str, adapter: str | None) -> int:
 
 
 if __name__ == "__main__":
+    imports.hide("torch", "wandb")
     sys.exit(main())

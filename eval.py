@@ -31,6 +31,7 @@ from mlx_retrieval.evaluation.results import (
 )
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_stored, forms_of
 from mlx_retrieval.inference.quantization import PRECISIONS
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -56,7 +57,7 @@ def _evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-
+    backend.prepare()
     parser = argparse.ArgumentParser(description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
     parser.add_argument("--model", required=True, help="adapter folder, base model's folder, or hub name")
     parser.add_argument("--adapter", help="adapter folder to put on the base model --model")
@@ -92,10 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     return 2 if not result.tasks else 1 if result.unreachable else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -138,3 +135,8 @@ def evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Evalu
             for metric, _, _, difference, low, high in compare(before, after)
         }
     return after, record
+
+
+if __name__ == "__main__":
+    imports.hide("torch", "wandb")
+    sys.exit(main())

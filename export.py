@@ -19,6 +19,7 @@ from pathlib import Path
 from mlx_retrieval import backend
 from mlx_retrieval.exporters.embedding import Writer
 from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -58,6 +59,7 @@ def export(job: Export) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    backend.prepare()
     parser = argparse.ArgumentParser(
         description="Merge a trained adapter and write a folder that other libraries load.",
         epilog="Exit codes: 0 written and checked, 2 bad input or a failed check, and nothing is written.",
@@ -90,4 +92,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    imports.hide("wandb")
     sys.exit(main())

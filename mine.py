@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_retrieval import backend
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
 from mlx_retrieval.mining import code_pairs, negatives_command, teacher
 from mlx_retrieval.mining import output as mining_output
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -116,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    backend.prepare()
     args = parser().parse_args(argv)
     try:
         args.run(args)
@@ -126,4 +129,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    imports.hide("torch", "wandb")
     sys.exit(main())

@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_retrieval import backend
 from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.rerankers import KINDS
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
@@ -114,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for an error the user can fix."""
+    backend.prepare()
     command = parser()
     args = command.parse_args(argv)
     needed = {"--model": args.model, "--query": args.query, "--documents": args.documents}
@@ -143,4 +146,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    imports.hide("torch", "wandb")
     sys.exit(main())

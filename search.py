@@ -29,6 +29,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.retrieval import chunks
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    backend.prepare()
     args = parser().parse_args(argv)
     try:
         args.run(args)
@@ -246,4 +248,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    imports.hide("torch", "wandb")
     sys.exit(main())

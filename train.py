@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_retrieval import backend
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import Settings, flag, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.training.run import agree, carry_out, continue_command, prepare
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:  # heavy: wired only when a run begins, so that --help is quick
@@ -58,6 +60,7 @@ def train(settings: Settings) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    backend.prepare()
     settings = None
     try:
         settings, given = from_flags(DESCRIPTION, EPILOG, argv)
@@ -91,4 +94,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    imports.hide("torch", "wandb")
     sys.exit(main())

@@ -23,7 +23,9 @@ import hypothesis
 import numpy as np
 import pytest
 
-from mlx_retrieval import backend  # (before anything that may import mlx)
+from mlx_retrieval import backend  # before anything that may import mlx
+
+backend.prepare()  # as the commands do
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = pytest.StashKey[int]()

@@ -1,16 +1,20 @@
-"""What this machine computes with: BLAS, device, dtype, memory. Import it before any `mlx` module.
+"""Choose the BLAS, device, dtype and batch shapes of this machine. Import it before any `mlx` module.
 
 On Linux CPUs the mlx wheel carries a reference BLAS of a few GFLOP/s. Loading a real one with global symbols before
-`mlx.core` makes float32 matrix products about thirty times faster, so this module does that as it is imported; and it
-lets g++ vectorise the kernels that `mx.compile` hands it. On macOS and CUDA there is nothing to do.
+`mlx.core` makes float32 matrix products about thirty times faster, so importing this module does that, and nothing
+else to the process. On macOS and CUDA there is nothing to load.
 
-    python -c "import backend; print(backend.describe())"
+    python -c "from mlx_retrieval import backend; backend.prepare(); print(backend.describe())"
 
-`MLX_RETRIEVAL_PLAIN=1` in the environment turns off whatever is done for CPUs beyond the BLAS (vectorised kernels,
+`prepare` makes the process itself faster and exact; commands call it first, a notebook may. Without it everything works
+and gives the same results up to rounding, more slowly on CPUs.
+
+`MLX_RETRIEVAL_PLAIN=1` in the environment turns off everything done for CPUs beyond the BLAS (vectorised kernels,
 compiled passes, worker threads, merged weights), for comparison: losses and vectors are the same up to rounding.
 """
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
@@ -18,11 +22,11 @@ import shutil
 import sys
 import warnings
 
-from mlx_retrieval.backend import blas, cpu_kernels, lazy_imports
+from mlx_retrieval.backend import blas, cpu_kernels
 
 
 def _load_blas() -> str | None:
-    """Load a fast BLAS, so that mlx's own calls resolve to it. Returns its name."""
+    """Load a fast BLAS, so that mlx's own calls resolve to it. Return its name."""
     if "mlx.core" in sys.modules:
         warnings.warn("mlx was imported before backend: a fast BLAS can no longer be loaded", stacklevel=3)
         return None
@@ -35,44 +39,21 @@ def _load_blas() -> str | None:
     return name
 
 
-def _tune_malloc() -> None:
-    """Keep freed arrays in the process: returning them to the kernel costs page faults at every step (glibc only)."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # musl and other C libraries have no mallopt
-        return
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    libc.mallopt(m_arena_max, 1)  # the arenas of other threads give memory back whatever the threshold
-    libc.mallopt(m_mmap_threshold, 32 << 20)
-    libc.mallopt(m_trim_threshold, 1 << 30)
-
-
 def _has_cuda_wheel() -> bool:
     names = (dist.name or "" for dist in importlib.metadata.distributions())
     return any(name.startswith("mlx-cuda") for name in names)
 
 
-BLAS: str | None = None
 PLAIN = os.environ.get("MLX_RETRIEVAL_PLAIN", "0") not in ("", "0")
-KERNELS = False  # whether g++ makes vectorised kernels of what `mx.compile` fuses
-if platform.system() == "Linux" and not _has_cuda_wheel():
-    BLAS = _load_blas()
-    _tune_malloc()
-    KERNELS = not PLAIN and cpu_kernels.install()
-
-lazy_imports.defer("torch", "wandb")  # before what imports them
-# float32 is float32, as in torch: where there are units for it, mlx rounds factors of products to 10 bits otherwise.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+IS_LINUX_CPU = platform.system() == "Linux" and not _has_cuda_wheel()
+BLAS = _load_blas() if IS_LINUX_CPU else None
+KERNELS = False  # whether g++ vectorises the kernels that `mx.compile` writes: see `prepare`
 
 import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
-import mlx.nn as nn  # noqa: E402, F401  (other modules write `from backend import mx, nn`)
+import mlx.nn as nn  # noqa: E402, F401  (other modules write `from mlx_retrieval.backend import mx, nn`)
 
 IS_GPU = mx.default_device() == mx.Device(mx.gpu)
 IS_CUDA = IS_GPU and platform.system() == "Linux"
-if not IS_GPU:
-    # Freed arrays are kept for the next step; without a limit they grew to gigabytes that no peak figure shows.
-    mx.set_cache_limit(256 << 20)
 
 # Whether what `mx.compile` fuses is written out, adapters are merged and worker threads used: pays on CPUs only.
 FUSED = not IS_GPU and not PLAIN
@@ -88,6 +69,39 @@ MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
 MICRO_BATCH_OVERHEAD = 2_048 if IS_CUDA else 32
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes their graphs.
 LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
+
+
+@functools.cache
+def prepare() -> None:
+    """Set up this process for speed and exact float32. Call it before the first computation; later calls do nothing.
+
+    - `MLX_ENABLE_TF32=0` unless it is set: where there are units for it, mlx otherwise rounds the factors of float32
+      products to 10 bits. mlx reads the variable at its first product, and never again.
+    - `TOKENIZERS_PARALLELISM=true` unless it is set: tokenizers works on all cores after a fork, too.
+    - On CPUs, the arrays that mlx keeps for reuse are limited to 256 MB: without a limit they grew to gigabytes.
+    - On Linux CPUs, malloc keeps freed memory, and `PATH` and `TMPDIR` lead mlx to a g++ that vectorises its kernels
+      (see cpu_kernels.py).
+    """
+    global KERNELS
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not IS_GPU:
+        mx.set_cache_limit(256 << 20)
+    if IS_LINUX_CPU:
+        _tune_malloc()
+        KERNELS = not PLAIN and cpu_kernels.install()
+
+
+def _tune_malloc() -> None:
+    """Keep freed arrays in the process: returning them to the system costs page faults at every step (glibc only)."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # musl and other C libraries have no mallopt
+        return
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+    libc.mallopt(m_arena_max, 1)  # the arenas of other threads return memory whatever the threshold
+    libc.mallopt(m_mmap_threshold, 32 << 20)
+    libc.mallopt(m_trim_threshold, 1 << 30)
 
 
 def default_dtype(checkpoint: mx.Dtype) -> mx.Dtype:

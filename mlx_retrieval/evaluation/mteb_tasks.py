@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_retrieval.backend import lazy_imports
-
 import numpy as np
 
 from mlx_retrieval.dataset.beir import document_text
 from mlx_retrieval.evaluation.tasks import Corpus, Part, Rankings
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -38,7 +37,8 @@ def load(name: str, show_progress: bool = False) -> tuple["Task | None", str]:
 
 @functools.cache
 def _import_mteb() -> None:
-    with lazy_imports.many_imports():
+    imports.reveal("torch")
+    with imports.many_imports():
         import mteb  # noqa: F401
 
 

@@ -6,7 +6,6 @@ with a stream of its own.
 
 import functools
 import itertools
-import os
 import queue
 import threading
 from collections import OrderedDict
@@ -14,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
-from mlx_retrieval.backend import blas, mx, nn
+from mlx_retrieval.backend import blas, cpu_kernels, mx, nn
 
 from mlx.utils import tree_map
 
@@ -77,14 +76,13 @@ def _finishing(futures: Collection[Future]) -> Iterator[None]:
 
 
 def _evaluate(arrays: mx.array | dict) -> None:
-    """Evaluate, and turn a kernel that cannot be compiled into a UserError: mostly the disk is full."""
+    """Evaluate; a kernel that cannot be compiled is a UserError with the compiler's reason."""
     try:
         mx.eval(arrays)
     except RuntimeError as error:
-        if "ompile" not in str(error):
+        if (reason := cpu_kernels.failure(error)) is None:
             raise
-        folder, reason = os.environ.get("TMPDIR", "the folder for temporary files"), str(error).strip().splitlines()[-1]
-        raise UserError(f"{folder}: a kernel could not be compiled there ({reason}). Is the disk full?") from error
+        raise UserError(f"a CPU kernel could not be compiled: {reason}") from error
 
 
 class CompiledFunctions:

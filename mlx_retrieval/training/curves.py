@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_retrieval.backend import lazy_imports
-
 MAIN_METRIC = "ndcg_at_10"
 METRIC_NAMES = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "recall": "Recall", "precision": "P"}
 
@@ -39,7 +37,6 @@ def metric_name(key: str) -> str:
     return METRIC_NAMES.get(name, name.replace("_", " ")) + (f"@{cutoff}" if cutoff else "")
 
 
-@lazy_imports.out_of_sight()
 def draw_curves(metrics_file: str | Path, png: str | Path) -> None:
     """Draw loss, learning rate and evaluation over the steps of a metrics file: a PNG of 1200x900 pixels."""
     import numpy as np

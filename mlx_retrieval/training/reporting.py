@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_retrieval.training.curves import MAIN_METRIC, draw_curves, is_number, metric_name, read_metrics
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
@@ -267,6 +268,7 @@ class Reporter:
     def _start_wandb(self, project: str) -> None:
         """Start a W&B run that neither asks nor hangs: offline where nobody is logged in or none answers."""
         try:
+            imports.reveal("wandb")
             wandb = importlib.import_module("wandb")
             settings = wandb.Settings(
                 init_timeout=20,

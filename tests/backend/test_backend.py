@@ -3,9 +3,10 @@
 python -m pytest tests/backend/test_backend.py
 """
 
+import os
 import sys
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import cpu_kernels, mx
 
 import numpy as np
 import pytest
@@ -134,3 +135,94 @@ def test_freed_arrays_are_not_hoarded():
 
 def test_dtype_is_float32_on_cpus_and_the_checkpoint_s_on_gpus():
     assert backend.default_dtype(mx.bfloat16) == (mx.bfloat16 if backend.IS_GPU else mx.float32)
+
+
+SNAPSHOT = """
+import gc, logging, os, signal, sys, tempfile, threading, warnings
+import numpy  # which does what is forbidden here
+events = []
+def watch(name, arguments):
+    if name in ("os.putenv", "os.unsetenv", "os.chdir", "signal.signal") or name.startswith("gc."):
+        events.append((name, str(arguments)))
+    if name in ("ctypes.dlopen", "ctypes.dlsym"):
+        events.append((name, str(arguments[-1])))
+def state():
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+    return {
+        "environment": dict(os.environ), "path": list(sys.path), "finders": list(sys.meta_path),
+        "path hooks": list(sys.path_hooks), "signals": signals, "folder": os.getcwd(), "mask": os.umask(0o22),
+        "garbage": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()), "warnings": len(warnings.filters),
+        "log handlers": list(logging.getLogger().handlers), "log level": logging.getLogger().level,
+        "temporary files": tempfile.gettempdir(), "hooks": (sys.excepthook, sys.displayhook, threading.excepthook),
+        "recursion": sys.getrecursionlimit(), "threads": threading.active_count(),
+    }
+"""
+
+
+@pytest.fixture
+def unprepared(monkeypatch) -> None:
+    """Children do not inherit what `backend.prepare` did to this process."""
+    for name in ("MLX_ENABLE_TF32", "TOKENIZERS_PARALLELISM", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    folders = os.environ["PATH"].split(os.pathsep)
+    monkeypatch.setenv("PATH", os.pathsep.join(folder for folder in folders if cpu_kernels.FOLDER not in folder))
+
+
+@pytest.mark.parametrize("what", ["embed", "every module"])
+def test_importing_changes_nothing_in_the_process(unprepared, run_python, what):
+    """Regression: `from embed import load` replaced PATH and TMPDIR, called mallopt, and put stand-ins for torch and
+    wandb into sys.modules, which ended notebooks' processes."""
+    importing = "import embed" if what == "embed" else (
+        "import importlib, pkgutil, mlx_retrieval, data_loader, loss\n"
+        "import train, eval, embed, rerank, search, mine, export, mlx_cross_encoder\n"
+        "for module in pkgutil.walk_packages(mlx_retrieval.__path__, 'mlx_retrieval.'):\n"
+        "    importlib.import_module(module.name)"
+    )  # fmt: skip
+    code = (
+        f"{SNAPSHOT}\nbefore, modules = state(), dict(sys.modules); sys.addaudithook(watch)\n{importing}\n"
+        "seen = list(events); after = state()\n"
+        "replaced = [name for name, module in modules.items() if sys.modules.get(name) is not module]\n"
+        "strange = [n for n, m in sys.modules.items() if n.split('.')[0] in ('torch', 'wandb') or m is None]\n"
+        "print([key for key in before if before[key] != after[key]], replaced, strange)\n"
+        "print([event for event in seen if not event[0].startswith('ctypes')])\n"
+        "print('mallopt' in str(seen))"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines() == ["[] [] []", "[]", "False"], done.stdout + done.stderr
+
+
+def test_prepare_sets_up_the_process_once(unprepared, monkeypatch, run_python):
+    for name in ("MLX_ENABLE_TF32", "TOKENIZERS_PARALLELISM", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if cpu_kernels.FOLDER not in p)
+    )
+    code = (
+        "import os, sys; from mlx_retrieval import backend; names = set(sys.modules); path = os.environ['PATH']\n"
+        "for _ in range(2): backend.prepare()\n"
+        "print(os.environ['MLX_ENABLE_TF32'], os.environ['TOKENIZERS_PARALLELISM'])\n"
+        "print(backend.KERNELS == (os.environ['PATH'].count('mlx-retrieval-kernels') == 1))\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'wandb', 'transformers')])"
+    )
+    assert run_python(code).stdout.splitlines() == ["0 true", "True", "[]"]
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+    assert run_python(code).stdout.splitlines()[0] == "1 true"
+
+
+@pytest.mark.slow
+def test_without_prepare_vectors_are_the_same(unprepared, run_python):
+    """A notebook need not call it, and need not have a compiler either: the same up to rounding."""
+    code = (
+        "import os, sys; from embed import load; from mlx_retrieval import backend\n"
+        "if 'prepare' in sys.argv: backend.prepare()\n"
+        "if 'no compiler' in sys.argv: os.environ['PATH'] = ''\n"
+        "vectors = load('gemma-3-tiny-mlx').encode(['a kidney stone', 'the cat sat on the mat'] * 2)\n"
+        "print(backend.KERNELS); print(*vectors.ravel().tolist())"
+    )
+    found = {}
+    for how in ("prepare", "", "no compiler"):
+        kernels, vectors = run_python(code, how).stdout.splitlines()
+        assert kernels == str(how == "prepare" and backend.KERNELS)
+        found[how] = np.array(vectors.split(), dtype=np.float32)
+    for how in ("", "no compiler"):
+        np.testing.assert_allclose(found[how], found["prepare"], atol=2e-6)

@@ -4,6 +4,8 @@ python -m pytest tests/backend/test_cpu_kernels.py
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,14 @@ import pytest
 
 from mlx_retrieval import backend
 
+
+def without_kernels() -> str:
+    """Return the PATH that this process had before `backend.prepare`."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if cpu_kernels.FOLDER not in folder)
+
+
+COMPILER = shutil.which("g++", path=without_kernels())
 pytestmark = pytest.mark.skipif(not backend.KERNELS, reason="no g++, or not a Linux CPU")
 
 
@@ -64,7 +74,7 @@ def test_a_result_may_take_an_input_s_place():
 
 @pytest.mark.parametrize("compiler", ["refuses flags", "works"])
 def test_what_is_no_kernel_and_what_cannot_be_made_better_is_compiled_as_asked(tmp_path, compiler):
-    real = next(p for p in os.environ["PATH"].split(os.pathsep)[1:] if (Path(p) / "g++").exists()) + "/g++"
+    real = COMPILER
     if compiler == "refuses flags":
         wrapper = tmp_path / "g++"
         wrapper.write_text(f'#!/bin/sh\nfor w; do [ "$w" = -march=native ] && exit 1; done\nexec {real} "$@"\n')
@@ -82,20 +92,139 @@ def test_what_is_no_kernel_and_what_cannot_be_made_better_is_compiled_as_asked(t
     assert subprocess.run(broken, check=False, capture_output=True).returncode != 0
 
 
+KERNEL = """extern "C"  {
+void f(int* shape, int64_t** strides, void** args) {
+  float* A = (float*)args[0];
+  const int64_t* A_strides = strides[1];
+  float* B = (float*)args[1];
+  for (int i0 = 0; i0 < shape[0]; ++i0) {
+  for (int i1 = 0; i1 < shape[1]; ++i1) {
+  float tmp_A = *A;
+  float tmp_B = Exp()(tmp_A);
+  *B++ = tmp_B;
+  A += A_strides[1];
+  }
+  A += A_strides[0];
+  A -= A_strides[1] * shape[1];
+  }
+}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown"),
+    [
+        ("  float* A = (float*)args[0];", "  auto A = (float*)args[0];"),  # regression: AttributeError
+        ("  A += A_strides[1];\n  }\n", "  A += A_strides[1]; }\n"),
+        ("tmp_A = *A;", "tmp_A = A[0];\n  float tmp_C = *A + 1;"),
+        ("  *B++ = tmp_B;", "  B[i1] = tmp_B;"),
+        ("Exp()(tmp_A);", "Exp()(tmp_A) * 2;"),
+        ("  float tmp_A", "  for (int k = 0; k < 2; ++k) {}\n  float tmp_A"),
+        ('extern "C"', 'extern "C++"'),
+    ],
+)
+def test_a_kernel_of_an_unknown_form_is_compiled_as_it_is(tmp_path, known, unknown):
+    assert known in KERNEL and cpu_kernels.vectorisable(KERNEL) != KERNEL
+    text = KERNEL.replace(known, unknown)
+    assert cpu_kernels.vectorisable(text) == text
+    assert cpu_kernels.vectorisable("\n  for (;;) {\n") == "\n  for (;;) {\n"
+    source, library = tmp_path / "mlx" / "f.cpp", tmp_path / "mlx" / "f.so"
+    source.parent.mkdir()
+    source.write_text(
+        f"#include <cmath>\n#include <cstdint>\nstruct Exp {{ float operator()(float x) {{ return x; }} }};\n{text}"
+    )
+    asked = tmp_path / "asked"
+    (tmp_path / "g++").write_text(f'#!/bin/sh\necho "$@" >> {asked}\nexec {COMPILER} "$@"\n')
+    (tmp_path / "g++").chmod(0o700)
+    command = [
+        sys.executable,
+        cpu_kernels.__file__,
+        str(tmp_path / "g++"),
+        "-fPIC",
+        "-shared",
+        str(source),
+        "-o",
+        str(library),
+    ]
+    assert subprocess.run(command, check=False).returncode == 0 and library.is_file()
+    assert asked.read_text().count("\n") == 1 and "march" not in asked.read_text()
+
+
+FAILING = (
+    "import sys; from mlx_retrieval import backend; backend.prepare(); from mlx_retrieval.backend import mx\n"
+    "from mlx_retrieval.backend import cpu_kernels\n"
+    "try: mx.eval(mx.compile(lambda x: mx.exp(x) * 2.5 - x)(mx.zeros(3)))\n"
+    "except RuntimeError as error: print(cpu_kernels.failure(error), '/', cpu_kernels.failure(RuntimeError('other')))"
+)
+
+
+def test_a_failed_compilation_says_why(tmp_path, monkeypatch, run_python):
+    """Regression: whatever the compiler said, the user was asked whether the disk is full."""
+    (tmp_path / "g++").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "In file included from a.h:"\n'
+        'echo "a.h:3: fatal error: cstdint: No such file or directory" >&2\necho "terminated." >&2\nexit 1\n'
+    )
+    (tmp_path / "g++").chmod(0o700)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{without_kernels()}")
+    done = run_python(FAILING)
+    assert done.stdout == "a.h:3: fatal error: cstdint: No such file or directory / None\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("limit", "message"), [(500, "is incomplete"), (4_000, "File (too large|size limit)")])
+def test_a_full_disk_is_told(tmp_path, monkeypatch, run_python, limit, message):
+    """A limit on file sizes stands in for it. Regression: mlx hands half a kernel to the compiler without noticing."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PATH", without_kernels())
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from mlx_retrieval import backend; backend.prepare(); size = int(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n"
+    )
+    done = run_python(script + FAILING, limit)
+    assert re.search(message, done.stdout), done.stdout + done.stderr
+
+
+def test_the_cause_comes_first_and_the_free_space_with_it():
+    error = RuntimeError(
+        '[Compile::eval_cpu] Failed to compile function f: Failed to execute command with return code 256: "g++", '
+        "the output is: /usr/bin/ld: final link failed: No space left on device\n"
+        "collect2: error: ld returned 1 exit status\n\n/tmp/k: 0 bytes free\n"
+    )
+    expected = "/usr/bin/ld: final link failed: No space left on device (/tmp/k: 0 bytes free)"
+    assert cpu_kernels.failure(error) == expected
+
+
 def test_processes_share_one_folder_and_children_inherit_it(run_python):
     code = (
-        "import os, subprocess, sys; from mlx_retrieval import backend; print(os.environ['TMPDIR'], flush=True)\n"
-        "subprocess.run([sys.executable, '-c', 'import os; from mlx_retrieval import backend; '"
-        "'print(os.environ[\"TMPDIR\"], backend.KERNELS)'])"
+        "import os, subprocess, sys; from mlx_retrieval import backend\n"
+        "backend.prepare(); print(os.environ['TMPDIR'], backend.KERNELS, flush=True)\n"
+        "if len(sys.argv) < 2: subprocess.run([sys.executable, '-c', os.environ['CODE'], 'child'])"
     )
-    parent, child = run_python(code).stdout.splitlines()
-    assert child == f"{parent} True" and parent == os.environ["TMPDIR"]
+    parent, child = run_python(f"import os; os.environ['CODE'] = {code!r}; exec({code!r})").stdout.splitlines()
+    assert child == parent == f"{os.environ['TMPDIR']} True"
+
+
+def test_checkouts_share_kernels(tmp_path, monkeypatch):
+    """Regression: each checkout compiled all kernels again, which takes half a minute."""
+    monkeypatch.setenv("PATH", without_kernels())
+    monkeypatch.setenv("TMPDIR", os.environ["TMPDIR"])
+    folders = []
+    for checkout in ("one", "two"):
+        (tmp_path / checkout).mkdir()
+        shutil.copy(cpu_kernels.__file__, tmp_path / checkout / "cpu_kernels.py")
+        monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / checkout / "cpu_kernels.py"))
+        assert cpu_kernels.install()
+        folders.append(os.environ["TMPDIR"])
+        monkeypatch.setenv("PATH", without_kernels())
+    assert folders[0] == folders[1] and (Path(folders[0]) / "vectorise.py").is_file()
 
 
 def test_without_a_compiler_everything_works_and_it_is_said(run_python):
     code = (
         "import os; os.environ['PATH'] = ''\n"
-        "from mlx_retrieval import backend; from mlx_retrieval.backend import mx\n"
+        "from mlx_retrieval import backend; from mlx_retrieval.backend import mx; backend.prepare()\n"
         "print(mx.compile(lambda x: mx.exp(x) * 2)(mx.zeros(3)).tolist(), backend.describe())"
     )
     done = run_python(code)
