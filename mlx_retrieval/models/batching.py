@@ -1,6 +1,6 @@
-"""How texts of different lengths go through the backbone: sorted by length, cut under a token budget, padded.
+"""Group texts of different lengths into padded micro-batches under a budget of tokens.
 
-Training and `Model.encode` share it. It is only a matter of speed: no result depends on it.
+Training and inference share it. It is only a matter of speed: no result depends on it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,56 +15,56 @@ from mlx_retrieval import backend
 
 
 class MicroBatch(NamedTuple):
-    """R right-padded texts of at most L tokens, as the backbone sees them."""
+    """R right-padded texts of at most L tokens, as the backbone takes them."""
 
     ids: mx.array  # (R, L) int32
-    lengths: mx.array  # (R,) int32: real tokens of each row
+    lengths: mx.array  # (R,) int32: tokens of each row without padding
     start: mx.array  # (R,) int32: first token that pooling counts
-    end: mx.array  # (R,) int32: one past the last
-    second: mx.array | None = (
-        None  # (R,) int32: where the second text of a pair begins, for models that tell them apart
-    )
-    past: list[tuple[mx.array, mx.array]] | None = None  # of every layer, keys and values of tokens before these rows
+    end: mx.array  # (R,) int32: one past the last token that pooling counts
+    # (R,) int32: where the second text of a pair begins, for models with token types.
+    second: mx.array | None = None
+    # Keys and values, one pair a layer, of tokens that all rows have before their own.
+    past: list[tuple[mx.array, mx.array]] | None = None
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids of N texts, one after another, and which of their tokens pooling counts."""
+    """Token ids of N texts, one text after another, and the tokens that pooling counts."""
 
     ids: np.ndarray  # (sum of lengths,) int32
     lengths: np.ndarray  # (N,) int32
-    start: np.ndarray  # (N,) int32, within the text
-    end: np.ndarray  # (N,) int32, within the text
-    seen: np.ndarray | None = None  # (N,) int32: tokens that the others attend to, from the first on; None: all
-    second: np.ndarray | None = None  # (N,) int32: where the second text of a pair begins; None: they are no pairs
+    start: np.ndarray  # (N,) int32: first token that pooling counts, relative to the text
+    end: np.ndarray  # (N,) int32: one past the last one
+    seen: np.ndarray | None = None  # (N,) int32: leading tokens that all tokens attend to; None: all of them
+    second: np.ndarray | None = None  # (N,) int32: where the second text of a pair begins; None: these are not pairs
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def offsets(self) -> np.ndarray:
-        """(N + 1,) int64: where each text begins in `ids`."""
+        """(N + 1,) int64: where each text begins in `ids`, and the length of `ids`."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     def part(self, first: int, last: int) -> "Texts":
-        """Texts `first` to `last` - 1."""
+        """Return texts `first` to `last` - 1."""
         offsets = self.offsets
         rest = (self.lengths, self.start, self.end, self.seen, self.second)
         columns = (None if column is None else column[first:last] for column in rest)
         return Texts(self.ids[offsets[first] : offsets[last]], *columns)
 
     def without(self, tokens: list[int], width: int) -> np.ndarray:
-        """(N, width) bool: False where a text has one of these tokens."""
+        """Return (N, width) bool: False at positions where a text has one of these tokens."""
         row = np.repeat(np.arange(len(self)), self.lengths)
         column = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
         hit = np.isin(self.ids, tokens) & (column < width)
-        kept = np.ones((len(self), width), bool)
-        kept[row[hit], column[hit]] = False
-        return kept
+        result = np.ones((len(self), width), bool)
+        result[row[hit], column[hit]] = False
+        return result
 
     @staticmethod
     def join(parts: list["Texts"]) -> "Texts":
-        """The texts of all `parts`, in order."""
+        """Concatenate the texts of all `parts`."""
         columns = [(p.ids, p.lengths, p.start, p.end, p.lengths if p.seen is None else p.seen) for p in parts]
         return Texts(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
@@ -76,37 +76,37 @@ def padded(lengths: np.ndarray, grid: int | None = None) -> np.ndarray:
 
 
 def plan(lengths: np.ndarray, budget: int, grid: int | None = None) -> list[np.ndarray]:
-    """Cut texts into micro-batches of similar length, with the least padding.
+    """Plan micro-batches of texts of similar length, with the least padding.
 
-    Sorted by length, the cuts are those of least total cost (dynamic programming), where a micro-batch costs its
-    tokens, padding included, and a constant for being one more.
+    Texts are sorted by length, and dynamic programming finds the boundaries of least total cost: a micro-batch costs
+    its tokens, padding included, plus a constant.
 
     Args:
         lengths: (N,) tokens of each text.
-        budget: most tokens, padding included, of one micro-batch; a longer text is a micro-batch by itself.
+        budget: most tokens of a micro-batch, padding included; a longer text is a micro-batch by itself.
         grid: see `padded`.
 
-    Returns index arrays that together hold 0..N-1 once, longest texts first (so that a lack of memory shows at once).
+    Returns index arrays that together hold 0..N-1 once, longest texts first (so that a lack of memory shows early).
     """
     order = np.argsort(-lengths, kind="stable")
     widths = padded(lengths[order], grid)
     count, overhead = len(order), min(backend.MICRO_BATCH_OVERHEAD, budget / 8)
-    cost, cut, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
+    cost, start, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
     for end in range(1, count + 1):
         while first < end - 1 and (end - first) * widths[first] > budget:
             first += 1
         costs = cost[first:end] + (end - np.arange(first, end)) * widths[first:end] + overhead
         best = int(costs.argmin())
-        cost[end], cut[end] = costs[best], first + best
-    parts, end = [], count
+        cost[end], start[end] = costs[best], first + best
+    groups, end = [], count
     while end:
-        parts.append(order[cut[end] : end])
-        end = cut[end]
-    return parts[::-1]
+        groups.append(order[start[end] : end])
+        end = start[end]
+    return groups[::-1]
 
 
 def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0, grid: int | None = None) -> MicroBatch:
-    """The texts at `index` as right-padded rows for the backbone."""
+    """Return the texts at `index` as right-padded rows; `grid`: see `padded`."""
     lengths = texts.lengths[index]
     ids = np.full((len(index), padded(lengths.max(), grid)), pad_id, dtype=np.int32)
     offsets = texts.offsets

@@ -1,7 +1,7 @@
-"""Heads: from a backbone's token states to what is compared: a vector a text, a vector a token, or a reranker's scores.
+"""Heads: turn a backbone's token states into a vector a text, a vector a token, or a reranker's scores.
 
-A head is called with states (R, L, D) and the `MicroBatch` they belong to, and returns one representation a row in
-float32. It has the parameters that mlx-lm's adapters do not know; a saved folder keeps them in `heads.safetensors`.
+A head takes states (R, L, D) and their `MicroBatch`, and returns one float32 representation a row. Its parameters have
+no place in mlx-lm's adapter files; a saved folder keeps them in `heads.safetensors`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,11 @@ ACTIVATIONS = {
 
 
 def pool(states: mx.array, batch: MicroBatch, mode: str) -> mx.array:
-    """One vector a row: states (R, L, D) of any float dtype -> (R, D) float32.
+    """Return one vector a row: states (R, L, D) of any float dtype -> (R, D) float32.
 
-    `mean` and `max` are over the tokens from `batch.start` to `batch.end` (what counts is decided where texts become
-    tokens: special tokens and prompts in or out), `cls` takes the first token and `last` the last real one.
+    Args:
+        mode: `mean` and `max` are over the tokens from `batch.start` to `batch.end` (the tokenizer decides whether that
+            includes special tokens and prompts); `cls` takes the first token, `last` the last real one.
     """
     if mode == "cls":
         return states[:, 0].astype(mx.float32)
@@ -44,7 +45,7 @@ def pool(states: mx.array, batch: MicroBatch, mode: str) -> mx.array:
 
 
 class Dense(nn.Module):
-    """A linear layer and an activation, as sentence-transformers has them after pooling: (R, D) -> (R, E) float32."""
+    """A linear layer and an activation, as sentence-transformers puts them after pooling: (R, D) -> (R, E) float32."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "Identity"):
         super().__init__()
@@ -56,9 +57,9 @@ class Dense(nn.Module):
 
 
 class EmbeddingHead(nn.Module):
-    """Pooling, dense layers where the model has some, then unit length: (R, L, D) -> (R, E) float32.
+    """Pooling, dense layers if the model has any, then scaling to unit length: (R, L, D) -> (R, E) float32.
 
-    Without `normalize`, vectors keep the length they have, as models want whose scores are plain dot products.
+    Without `normalize`, vectors keep their length, for models whose scores are plain dot products.
     """
 
     def __init__(self, pooling: str = "mean", dense: Sequence[Dense] = (), normalize: bool = True):
@@ -76,7 +77,7 @@ class EmbeddingHead(nn.Module):
 class LateHead(nn.Module):
     """One vector a token: (R, L, D) -> (R, L, E) float32, of unit length where a token counts and zero elsewhere.
 
-    Tokens count as in `pool`'s mean; a dense layer, where there is one, is the projection (XTR: 768 to 128).
+    The tokens that count are those of `pool`'s mean; a dense layer, if any, is the projection (XTR: 768 to 128).
     """
 
     def __init__(self, dense: Sequence[Dense] = ()):
@@ -93,13 +94,16 @@ class LateHead(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """A cross-encoder's: pooling, a dense layer and a norm where the model has them, one score: (R, L, D) -> (R, 1).
+    """Head of a cross-encoder: pooling, optional dense layer and norm, then a score: (R, L, D) -> (R, 1) float32.
 
     Args:
-        hidden_size: D. pooling: see `pool`.
-        activation: of the dense layer, see ACTIVATIONS; "" = there is none.
-        bias: of the dense layer; out_bias: of the last one.
-        norm_eps: there is a LayerNorm after the dense layer, with this epsilon and, with `norm_bias`, a bias.
+        hidden_size: D.
+        pooling: see `pool`.
+        activation: of the dense layer, see ACTIVATIONS; "" = no dense layer.
+        bias: whether the dense layer has a bias.
+        out_bias: whether the last layer has a bias.
+        norm_eps: epsilon of a LayerNorm after the dense layer; None = no LayerNorm.
+        norm_bias: whether that LayerNorm has a bias.
     """
 
     def __init__(
@@ -130,9 +134,9 @@ class ScoreHead(nn.Module):
 
 
 class YesNoHead(nn.Module):
-    """A language model as a judge: logit of "yes" less that of "no" at the last position, (R, L, D) -> (R, 1) float32.
+    """A language model as a judge: logit of "yes" minus logit of "no" at the last token, (R, L, D) -> (R, 1) float32.
 
-    Its sigmoid is the softmax over the two tokens. No other logit is computed.
+    The sigmoid of that is the softmax over the two tokens. No other logits are computed.
 
     Args:
         logits: (R, D) states -> (R, 2) float32 logits of "no" and "yes": see `Decoder.logits_of`.
@@ -140,7 +144,7 @@ class YesNoHead(nn.Module):
 
     def __init__(self, logits: Callable[[mx.array], mx.array]):
         super().__init__()
-        self._logits = logits  # the language model's own weights, so none of this head's
+        self._logits = logits  # a function: its weights are the language model's, not this head's
 
     def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
         last = mx.take_along_axis(states, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -149,9 +153,10 @@ class YesNoHead(nn.Module):
 
 
 class ListHead(nn.Module):
-    """jina-reranker-v3's: cosine of every token with the query's, projected: (R, L, D) -> (R, L, 1) float32.
+    """Head of jina-reranker-v3: cosines of projected passage and query tokens, (R, L, D) -> (R, L, 1) float32.
 
-    Scores stand where a passage ends (`passage`'s token), zeros elsewhere; the query is read at its last `query` token.
+    Scores are at the tokens `passage`, which end each passage, and zero elsewhere; the query's vector is that of the
+    last token `query`.
     """
 
     def __init__(self, hidden_size: int, inner: int, dimensions: int, passage: int, query: int):
@@ -169,7 +174,7 @@ class ListHead(nn.Module):
 
 
 class RetrievalModel(nn.Module):
-    """A backbone and a head; called with a `MicroBatch`, it returns their representations (float32, one a row)."""
+    """A backbone and a head: `MicroBatch` -> representations (R, ...) float32, one a row."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
@@ -177,5 +182,5 @@ class RetrievalModel(nn.Module):
         self.head = head
 
     def __call__(self, batch: MicroBatch) -> mx.array:
-        more = {name: getattr(batch, name) for name in ("second", "past") if getattr(batch, name) is not None}
-        return self.head(self.backbone.hidden_states(batch.ids, batch.lengths, **more), batch)
+        optional = {name: getattr(batch, name) for name in ("second", "past") if getattr(batch, name) is not None}
+        return self.head(self.backbone.hidden_states(batch.ids, batch.lengths, **optional), batch)

@@ -1,4 +1,4 @@
-"""Load a retrieval model from a base folder, an adapter or a full checkpoint."""
+"""Load a retrieval model: a base model, or an adapter on its base model; tell what kind of model a folder holds."""
 
 import json
 from pathlib import Path
@@ -36,12 +36,15 @@ Kind = Literal["embed", "late", "rerank"]
 def build(
     model: str, projection: int = 0, reranker: str | None = None, **flags
 ) -> tuple[RetrievalModel, RetrievalConfig, Path]:
-    """An untrained retrieval model from a base model's name; `flags` (those not None) win over what it says itself.
+    """Build a retrieval model from a base model, before any training.
 
-    `projection`: give a late model a fresh layer that makes token vectors of so many dimensions; 0 = none.
-    `reranker`: with task="rerank", the kind that it is to be; None = what it is by its files.
+    Args:
+        model: folder or hub name.
+        projection: dimensions of a new layer that makes the token vectors of a late model; 0 = no such layer.
+        reranker: with task="rerank", one of `rerankers.KINDS`; None = by the model's files.
+        flags: fields of RetrievalConfig that override the files' values; None = do not override.
 
-    Returns the model, frozen but for a fresh layer; its RetrievalConfig; and the base model's folder.
+    Returns the model, frozen except for new layers, its RetrievalConfig, and the base model's folder.
     """
     folder = resolve(model)
     backbone = load_backbone(folder, flags.pop("bidirectional", None))
@@ -64,24 +67,24 @@ def build(
 
 
 def _assemble(backbone: Backbone, config: RetrievalConfig, folder: Path) -> RetrievalModel:
-    """Backbone and head, with the dense layers that the base model's folder has; frozen but for those it has not."""
+    """Put a head on the backbone, with weights from the base model's folder; layers it lacks are trainable."""
     if config.task == "rerank":
         return RetrievalModel(backbone, rerankers.head(config.reranker, backbone, folder))
     head = config.head()
     model = RetrievalModel(backbone, head)
     model.freeze()
-    for layer, described in zip(head.dense, config.dense, strict=True):
-        if not described["path"]:
+    for layer, settings in zip(head.dense, config.dense, strict=True):
+        if not settings["path"]:
             layer.unfreeze()
             continue
-        path = inside(folder, described["path"], retrieval_config.FILE)
+        path = inside(folder, settings["path"], retrieval_config.FILE)
         weights = {name: value.astype(mx.float32) for name, value in read_weights(path).items()}
         load_strictly(layer, weights, path)
     return model
 
 
 def _fit_lengths(config: RetrievalConfig, positions: int, flags: dict) -> None:
-    """Limit lengths to the positions that the model has; UserError where a flag asked for more."""
+    """Limit lengths to the model's number of positions; UserError if a flag asks for more."""
     for name in ("max_length", "query_max_length"):
         if getattr(config, name) > positions:
             if flags.get(name):
@@ -149,14 +152,14 @@ def detect_kind(name: str) -> Kind:
 
 
 def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
-    """A model ready for use: a base model, or an adapter folder on its base.
+    """Open a model for inference: a base model, or an adapter on its base model.
 
     Args:
         model: base model; None = the one that the adapter was trained on.
-        adapter: a saved folder such as `adapters/final`.
-        flags: fields of RetrievalConfig (max_length, ...) that win over what is saved.
+        adapter: a saved folder such as `adapters/final`; None = the base model alone.
+        flags: fields of RetrievalConfig (max_length, ...) that override the saved values.
 
-    Returns as `build`. UserError where the adapter belongs to another base model or its tensors do not fit.
+    Returns as `build` does. Raises UserError if the adapter belongs to another base model or its tensors do not fit.
     """
     if adapter is None:
         return build(model, **flags)
@@ -168,23 +171,26 @@ def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[
     base = resolve(model or config.base_model)
     backbone = load_backbone(base, config.bidirectional)
     _fit_lengths(config, backbone.max_positions, flags)
-    if wrong := lora.differing(config.base_fingerprint, lora.fingerprint(backbone)):
+    if differing := lora.differing(config.base_fingerprint, lora.fingerprint(backbone)):
         raise UserError(
             f"{adapter} was trained on {config.base_model}, and {model or config.base_model} is another model "
-            f"(its {', '.join(wrong)} differ)"
+            f"(its {', '.join(differing)} differ)"
         )
-    loaded = _assemble(backbone, config, base)
-    load_adapter(loaded, folder)
-    return loaded, config, base
+    result = _assemble(backbone, config, base)
+    load_adapter(result, folder)
+    return result, config, base
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether this is a saved adapter's folder, perhaps a damaged one; exported models are none."""
+    """Return whether this is the folder of a saved adapter, perhaps a damaged one; exported models are not adapters."""
     return any((folder / name).is_file() for name in (ADAPTERS, ADAPTER_CONFIG))
 
 
 def load_adapter(model: RetrievalModel, folder: Path) -> dict:
-    """Attach and load the adapter in `folder`; returns its adapter_config. All that does not fit is told at once."""
+    """Attach the adapter in `folder` to the model; return its adapter_config.
+
+    Raises one UserError that names every tensor that is missing, unknown or of another shape.
+    """
     adapter_config = read_json(folder / ADAPTER_CONFIG)
     try:
         lora.attach(model.backbone, adapter_config)
@@ -201,18 +207,18 @@ def load_weights(model: RetrievalModel, folder: Path) -> None:
     if (folder / HEADS).is_file():
         load_strictly(model.head, read_safetensors(folder / HEADS), folder)
     elif model.head.trainable_parameters() and tree_flatten(model.head.trainable_parameters()):
-        raise UserError(f"{folder}: no {HEADS}, which holds the layers that this model has beside its base")
+        raise UserError(f"{folder}: no {HEADS}, which holds the layers that this model has in addition to its base")
 
 
 def load_trainable(module: nn.Module, weights: dict[str, mx.array], origin: Path) -> None:
-    """`load_strictly`, for the trainable parameters alone, in the dtype that the module has on this device."""
-    wanted = dict(tree_flatten(module.trainable_parameters()))
-    check_fit(wanted, weights, origin)
-    module.load_weights([(name, weights[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
+    """Load the trainable parameters, all and no others, in the module's dtypes; UserError as `load_strictly`."""
+    parameters = dict(tree_flatten(module.trainable_parameters()))
+    check_fit(parameters, weights, origin)
+    module.load_weights([(name, weights[name].astype(value.dtype)) for name, value in parameters.items()], strict=False)
 
 
 def save_model(folder: Path, model: RetrievalModel, adapter_config: dict, config: RetrievalConfig) -> None:
-    """Write what use of the model needs into `folder`."""
+    """Write into `folder` everything that loading the trained model needs."""
     save_tensors(folder / ADAPTERS, dict(tree_flatten(model.backbone.adapted.trainable_parameters())))
     if heads := dict(tree_flatten(model.head.trainable_parameters())):
         save_tensors(folder / HEADS, heads)

@@ -1,6 +1,6 @@
-"""Late interaction: how two sets of token vectors are compared. Pure functions of arrays, float32 inside.
+"""Late interaction: compare two sets of token vectors. Pure functions of arrays, computed in float32.
 
-Token vectors (N, L, d) have unit length where a token counts and are zero where it does not (padding, skipped tokens).
+Token vectors (N, L, d) have unit length if a token counts and are zero if it does not (padding, skipped tokens).
 Sources: MaxSim, Khattab and Zaharia 2020 (ColBERT, arXiv 2004.12832); XTR, Lee et al. 2023 (arXiv 2304.01982).
 """
 
@@ -10,17 +10,17 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 
-SIMILARITIES_AT_ONCE = 1 << 24  # of tokens with tokens: what one tile of the comparison holds, 64 MB in float32
-NO_TOKEN = -1.0  # the similarity to a document none of whose tokens counts: the least that unit vectors can have
+SIMILARITIES_AT_ONCE = 1 << 24  # token-to-token similarities in one tile of the comparison: 64 MB in float32
+NO_TOKEN = -1.0  # similarity to a document without tokens that count: the least possible between unit vectors
 
 
 def counted(vectors: mx.array) -> mx.array:
-    """(N, L) bool: which tokens of (N, L, d) count."""
+    """Return (N, L) bool: whether each token of vectors (N, L, d) counts."""
     return (vectors != 0).any(axis=-1)
 
 
 def _tiles(queries: mx.array, documents: mx.array) -> Iterator[tuple[slice, slice]]:
-    """Slices of queries and of documents that together cover all pairs, a bounded number of similarities each."""
+    """Yield slices of queries and documents that cover all pairs, with a bounded number of similarities each."""
     (q, query_length, _), (c, length, _) = queries.shape, documents.shape
     columns = max(1, min(c, SIMILARITIES_AT_ONCE // (query_length * length)))
     rows = max(1, min(q, SIMILARITIES_AT_ONCE // (query_length * length * columns)))
@@ -30,22 +30,23 @@ def _tiles(queries: mx.array, documents: mx.array) -> Iterator[tuple[slice, slic
 
 
 def _first(documents: mx.array) -> mx.array:
-    """(C,) the first token of every document that counts."""
+    """Return (C,) the position of each document's first token that counts."""
     return counted(documents).argmax(axis=1)
 
 
 def nearest(queries: mx.array, documents: mx.array) -> tuple[mx.array, mx.array]:
-    """Of every query token, in every document: the similarity to the nearest token (Q, Lq, C), and its place there.
+    """Return, for each query token and document, the similarity to the nearest token (Q, Lq, C) and its position.
 
-    Evaluated tile by tile, so the (Q, Lq, C, L) similarities never exist at once. That holds only outside `mx.grad`,
-    which keeps whatever was computed of its arguments: see `nearest_gradient`.
+    It is evaluated tile by tile, so that the (Q, Lq, C, L) similarities never exist at once. That holds only outside
+    `mx.grad`, which keeps everything that is computed from its arguments: see `nearest_gradient`.
 
     Args:
-        queries: (Q, Lq, d) float32 token vectors; documents: (C, L, d). Tokens that do not count are zero, never win.
+        queries: (Q, Lq, d) float32 token vectors.
+        documents: (C, L, d) float32 token vectors. Tokens that do not count are zero, and are never the nearest.
     """
     (_, query_length, d), (count, length, _) = queries.shape, documents.shape
     real, first = counted(documents), _first(documents)
-    # Tokens that do not count become copies of one that does: they cannot win, and no similarity need be masked.
+    # Tokens that do not count become copies of one that does: they cannot win, so no similarity needs a mask.
     filler = mx.take_along_axis(documents, first[:, None, None], axis=1)
     vectors = mx.where(real[..., None], documents, filler)
     mx.eval(vectors)
@@ -66,7 +67,11 @@ def nearest(queries: mx.array, documents: mx.array) -> tuple[mx.array, mx.array]
 def nearest_gradient(
     queries: mx.array, documents: mx.array, place: mx.array, gradient: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Gradients of queries and documents, given that of `nearest`'s similarities (Q, Lq, C): it goes to the winners."""
+    """Return gradients of queries and documents from that of `nearest`'s similarities (Q, Lq, C).
+
+    Args:
+        place: (Q, Lq, C) positions of the nearest tokens, which alone get a gradient.
+    """
     gradient = mx.where(counted(documents).any(axis=1), gradient, 0.0)
     d, positions = queries.shape[-1], mx.arange(documents.shape[1])
     for_queries, for_documents = mx.zeros_like(queries), mx.zeros_like(documents)
@@ -81,7 +86,7 @@ def nearest_gradient(
 
 @mx.custom_function
 def token_max(queries: mx.array, documents: mx.array) -> tuple[mx.array, mx.array]:
-    """`nearest`, differentiable by its similarities; it needs memory for all of them while within `mx.grad`."""
+    """Return `nearest`, differentiable; within `mx.grad` it needs memory for all similarities at once."""
     return nearest(queries, documents)
 
 
@@ -91,29 +96,38 @@ def _token_max_vjp(primals, cotangents, outputs):
 
 
 def reduce(best: mx.array, tokens: mx.array, how: str = "mean") -> mx.array:
-    """Scores (Q, C) from `nearest`'s (Q, Lq, C): their `mean` or `sum` over the query tokens that count (Q, Lq)."""
+    """Return scores (Q, C) from `nearest`'s similarities (Q, Lq, C): their `mean` or `sum` over query tokens.
+
+    Args:
+        tokens: (Q, Lq) bool: the query tokens that count.
+    """
     summed = mx.where(tokens[..., None], best, 0.0).sum(axis=1)
     return summed if how == "sum" else summed / mx.maximum(tokens.sum(axis=1), 1)[:, None]
 
 
 def reduce_retrieved(best: mx.array, tokens: mx.array, least: mx.array) -> mx.array:
-    """XTR's training scores (Q, C) (Lee et al. 2023, equation 4) from `nearest`'s (Q, Lq, C).
+    """Return XTR's training scores (Q, C) (Lee et al. 2023, equation 4) from `nearest`'s similarities (Q, Lq, C).
 
-    Every query token retrieves the tokens of the batch that are at least as near as `least` (Q, Lq), its k-th nearest.
-    A document's score is the mean over the query tokens that retrieved any of its tokens; 0 where none did.
+    Each query token retrieves the tokens of the batch that are at least as similar as `least` (Q, Lq), its k-th
+    highest similarity. A document's score is the mean over the query tokens that retrieved any of its tokens, or 0 if
+    none of them did.
+
+    Args:
+        tokens: (Q, Lq) bool: the query tokens that count.
     """
-    # The k-th itself is retrieved, though it was computed by another product, which rounds in its own way.
+    # A margin keeps the k-th token itself, whose similarity comes from another matrix product and rounds differently.
     retrieved = (best >= least[..., None] - 1e-6) & tokens[..., None]
     return mx.where(retrieved, best, 0.0).sum(axis=1) / mx.maximum(retrieved.sum(axis=1), 1)
 
 
 def maxsim(queries: mx.array, documents: mx.array, how: str = "mean", impute: int = 0) -> mx.array:
-    """MaxSim scores (Q, C), float32, of token vectors (Q, Lq, d) and (C, L, d).
+    """Return MaxSim scores (Q, C) float32 of token vectors (Q, Lq, d) and (C, L, d).
 
     Args:
         how: `mean` or `sum` over the query's tokens.
-        impute: XTR's scores in use (section 3.3), of so many retrieved tokens: a query token that retrieved nothing of
-            a document counts there with the similarity of the last one it retrieved, as no more is known. 0 = all are.
+        impute: score as XTR does in inference (section 3.3), with this many retrieved tokens: a query token that
+            retrieved no token of a document gets the similarity of the last token it retrieved. 0 = use all
+            similarities.
     """
     queries, documents = queries.astype(mx.float32), documents.astype(mx.float32)
     best, _ = token_max(queries, documents)
@@ -123,9 +137,9 @@ def maxsim(queries: mx.array, documents: mx.array, how: str = "mean", impute: in
 
 
 def kth_similarity(queries: mx.array, documents: mx.array, k: int) -> mx.array:
-    """(Q, Lq) float32: the k-th highest similarity of every query token to all tokens of all documents.
+    """Return (Q, Lq) float32: each query token's k-th highest similarity to the tokens of all documents.
 
-    The lowest of all where there are fewer than k. No gradient.
+    With fewer than k tokens it is the lowest similarity. It has no gradient.
     """
     queries, documents = mx.stop_gradient(queries), mx.stop_gradient(documents)
     vectors = documents.reshape(-1, documents.shape[-1])
@@ -133,23 +147,22 @@ def kth_similarity(queries: mx.array, documents: mx.array, k: int) -> mx.array:
     if not len(vectors):
         return mx.full(queries.shape[:2], NO_TOKEN)
     rows = max(1, SIMILARITIES_AT_ONCE // (len(vectors) * queries.shape[1]))
-    found = []
+    lowest = []
     for first in range(0, len(queries), rows):
         scores = queries[first : first + rows] @ vectors.T  # (rows, Lq, tokens)
-        found.append(mx.topk(scores, min(k, len(vectors)), axis=-1).min(axis=-1))
-        mx.eval(found[-1])
-    return mx.concatenate(found)
+        lowest.append(mx.topk(scores, min(k, len(vectors)), axis=-1).min(axis=-1))
+        mx.eval(lowest[-1])
+    return mx.concatenate(lowest)
 
 
 def score(query: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, how: str = "mean", impute: int = 0) -> np.ndarray:
-    """`maxsim.maxsim` of one query with a few documents that lie one after another, without padding any.
+    """Return the `maxsim` scores, (C,) float32, of one query with a few documents, without padding them.
 
     Args:
-        query: (Lq, d) float32; tokens: (T, d) float32 or float16, of all documents.
-        lengths: (C,) how many of them each document has.
-        how, impute: see `maxsim.maxsim`.
-
-    Returns: (C,) float32.
+        query: (Lq, d) float32.
+        tokens: (T, d) float32 or float16: the token vectors of all documents, one document after another.
+        lengths: (C,) tokens of each document.
+        how, impute: see `maxsim`.
     """
     similarities = np.array(mx.array(tokens).astype(mx.float32) @ mx.array(query).T)
     filled = lengths > 0

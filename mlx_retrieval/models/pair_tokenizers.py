@@ -1,8 +1,8 @@
-"""A query and its documents as token sequences, in the format of each kind of reranker.
+"""Turn a query and its documents into token sequences, in the format of each kind of reranker.
 
     sequences = tokenizer([("query", ["document", "document"])])
-    sequences.texts                  what goes through the backbone
-    sequences.text, sequences.place  of every document: its text, and the position there at which its score stands
+    sequences.texts                  the sequences, for the backbone
+    sequences.text, sequences.place  of each document: its sequence, and the position of its score in it
 
 Formats: Qwen3-Reranker (Zhang et al. 2025, arXiv 2506.05176), cross-encoders (Nogueira and Cho 2019, arXiv
 1901.04085), jina-reranker-v3 (Wang et al. 2025, arXiv 2509.25085). Users' texts never become special tokens.
@@ -39,20 +39,20 @@ LIST_USER = (
     "user\nI will provide you with {count} passages, each indicated by a numerical identifier. Rank the passages based "
     "on their relevance to query: {query}\n{instruct}"
 )
-PASSAGES = 64  # of one pass of a listwise reranker
+PASSAGES = 64  # documents in one sequence of a listwise reranker
 
 
 class Sequences(NamedTuple):
-    """N token sequences, and where in them the D documents of all groups, one group after another, are scored."""
+    """N token sequences, and the positions in them at which the D documents of all groups are scored, in order."""
 
     texts: Texts
     text: np.ndarray  # (D,) int32: the sequence of each document
     place: np.ndarray  # (D,) int32: the position of its score in the sequence's representation
-    cut: int  # documents that were too long
+    cut: int  # documents that were truncated
 
 
 def body(instruction: str, query: str, document: str) -> str:
-    """What Qwen3-Reranker is asked about a pair, between PREFIX and SUFFIX."""
+    """Return the part of Qwen3-Reranker's prompt between PREFIX and SUFFIX."""
     return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
 
 
@@ -64,7 +64,7 @@ def _texts(sequences: Sequence[list[int]], second: Sequence[int] | None = None) 
 
 
 class PairTokenizer:
-    """Base of all: the tokenizer of the model in `folder`, and most tokens of a sequence."""
+    """Base class: the tokenizer of the model in `folder`, and the most tokens of a sequence, `max_length`."""
 
     def __init__(self, folder: Path, max_length: int):
         self.texts = TextTokenizer(folder, {}, {"text": max_length}, pool_special=True)
@@ -77,7 +77,7 @@ class PairTokenizer:
 
 
 class YesNoTokenizer(PairTokenizer):
-    """Qwen3-Reranker's prompt. Only the body is cut, at the end of the document; the suffix always stands."""
+    """Qwen3-Reranker's prompt. Only the body is truncated, at the end of the document; the suffix is always kept."""
 
     def __init__(self, folder: Path, max_length: int, instruction: str = INSTRUCTION):
         super().__init__(folder, max_length)
@@ -88,18 +88,18 @@ class YesNoTokenizer(PairTokenizer):
         self.answers = [self._answer("no"), self._answer("yes")]
         if self.answers[0] == self.answers[1]:
             raise UserError(
-                f"{folder}: the tokenizer begins yes and no with the same token, so they can not be judged by"
+                f"{folder}: the tokenizer begins yes and no with the same token, so it cannot tell them apart"
             )
         self.room = self._room(len(self.prefix) + len(self.suffix))
 
     def _answer(self, word: str) -> int:
-        """The token of an answer; its first one, in vocabularies that have no such token."""
+        """Return the token of an answer, or its first token if the vocabulary has no single one."""
         token = self.tokenizer.token_to_id(word)
         return self.tokenizer.encode(word, add_special_tokens=False).ids[0] if token is None else token
 
     def __call__(self, groups: Sequence[Group]) -> Sequences:
-        asked = [body(self.instruction, query, document) for query, documents in groups for document in documents]
-        bodies = list(self.texts.bodies(asked, room=self.room))
+        pairs = [body(self.instruction, query, document) for query, documents in groups for document in documents]
+        bodies = list(self.texts.bodies(pairs, room=self.room))
         cut = sum(len(ids) > self.room for ids in bodies)
         count = np.arange(len(bodies), dtype=np.int32)
         sequences = [[*self.prefix, *ids[: self.room], *self.suffix] for ids in bodies]
@@ -107,20 +107,20 @@ class YesNoTokenizer(PairTokenizer):
 
 
 class CrossEncoderTokenizer(PairTokenizer):
-    """Query and document as the tokenizer itself frames a pair: `[CLS] q [SEP] d [SEP]`, `<s> q </s></s> d </s>`.
+    """Query and document, framed as the tokenizer frames a pair: `[CLS] q [SEP] d [SEP]`, `<s> q </s></s> d </s>`.
 
-    What is too long is cut as transformers' `longest_first` does: the longer text, mostly the document, at its end.
+    Long pairs are truncated as by transformers' `longest_first`: the longer text, mostly the document, at its end.
     """
 
     def __init__(self, folder: Path, max_length: int):
         super().__init__(folder, max_length)
         self.frame, self.has_types = self._frame()
-        # Other models have no types of tokens, whatever their tokenizer says.
+        # Without a table of token types, the model has none, whatever its tokenizer says.
         self.has_types &= read_config(folder).get("type_vocab_size", 0) > 1
         self.room = self._room(sum(map(len, self.frame)))
 
     def _frame(self) -> tuple[list[list[int]], bool]:
-        """What stands before, between and after two texts, and whether the second one has a type of its own."""
+        """Return the tokens before, between and after two texts, and whether the second has a token type of its own."""
         whole = self.tokenizer.encode("a", "a")
         sequence = whole.sequence_ids
         first, second = ([i for i, n in enumerate(sequence) if n == number] for number in (0, 1))
@@ -129,7 +129,7 @@ class CrossEncoderTokenizer(PairTokenizer):
         return frame, whole.type_ids[second[0]] == 1
 
     def _lengths(self, query: int, document: int) -> tuple[int, int]:
-        """How many tokens of each are kept."""
+        """Return how many tokens of each are kept."""
         short, long = sorted((query, document))
         long = max(short, self.room - short)
         if short + long > self.room:
@@ -154,10 +154,12 @@ class CrossEncoderTokenizer(PairTokenizer):
 
 
 class ListTokenizer(PairTokenizer):
-    """jina-reranker-v3's prompt: up to PASSAGES documents of one query in a sequence, the rest in further ones.
+    """jina-reranker-v3's prompt: up to PASSAGES documents of one query in a sequence, the rest in further sequences.
 
     Args:
-        max_length: most tokens of a document; query_max_length: of a query; most: of a whole sequence.
+        max_length: most tokens of a document.
+        query_max_length: most tokens of a query.
+        most: most tokens of a sequence.
     """
 
     def __init__(self, folder: Path, max_length: int, query_max_length: int, most: int, instruction: str = ""):
@@ -166,11 +168,11 @@ class ListTokenizer(PairTokenizer):
         self.marks = [self.tokenizer.token_to_id(mark) for mark in (PASSAGE_END, QUERY_END)]
         if None in self.marks:
             raise UserError(
-                f"{folder}: the tokenizer lacks {PASSAGE_END} or {QUERY_END}, so it is no listwise reranker's"
+                f"{folder}: the tokenizer lacks {PASSAGE_END} or {QUERY_END}, so this is no listwise reranker"
             )
 
-    def _cut(self, texts: Sequence[str], limit: int) -> tuple[list[str], int]:
-        """The texts without the marks, each with at most `limit` tokens, and how many were cut."""
+    def _truncated(self, texts: Sequence[str], limit: int) -> tuple[list[str], int]:
+        """Return the texts without the marks, at most `limit` tokens each, and the number of those truncated."""
         texts = [text.replace(PASSAGE_END, "").replace(QUERY_END, "") for text in texts]
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         long = [len(e) > limit for e in encoded]
@@ -178,7 +180,7 @@ class ListTokenizer(PairTokenizer):
         return [text[:end] for text, end in zip(texts, ends, strict=True)], sum(long)
 
     def _block(self, query: str, pieces: list[list[int]], count: int) -> list[int]:
-        """The sequence of `count` passages, given the ids of each from the passage before to its own end."""
+        """Return the sequence of `count` passages; `pieces` are the ids from one passage's end to the next one's."""
         plain, passage_end, query_end = self._plain, *self.marks
         instruct = f"<instruct>\n{self.instruction}\n</instruct>\n" if self.instruction else ""
         (head,) = self.texts.bodies([LIST_USER.format(count=count, query=query, instruct=instruct) + pieces[0]])
@@ -193,12 +195,12 @@ class ListTokenizer(PairTokenizer):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def __call__(self, groups: Sequence[Group]) -> Sequences:
-        queries, _ = self._cut([query for query, _ in groups], self.query_max_length)
+        queries, _ = self._truncated([query for query, _ in groups], self.query_max_length)
         sequences: list[list[int]] = []
         text, place, cut = [], [], 0
         for query, (_, group) in zip(queries, groups, strict=True):
-            documents, too_long = self._cut(group, self.max_length)
-            cut += too_long
+            documents, truncated = self._truncated(group, self.max_length)
+            cut += truncated
             for block in self._blocks(query, documents):
                 ids = np.array(block, np.int32)
                 ends = np.flatnonzero(ids == self.marks[0])
@@ -208,8 +210,9 @@ class ListTokenizer(PairTokenizer):
         return Sequences(_texts(sequences), np.array(text, np.int32), np.array(place, np.int32), cut)
 
     def _blocks(self, query: str, documents: list[str]) -> list[list[int]]:
+        """Return the sequences of one query, as many documents in each as fit."""
         blocks, first = [], 0
-        lengths = [len(ids) + 16 for ids in self.texts.bodies(documents)]  # and the tags around each
+        lengths = [len(ids) + 16 for ids in self.texts.bodies(documents)]  # 16: the tags around each
         while first < len(documents):
             room, last = self.most - 2 * self.query_max_length - 256, first
             while last < len(documents) and last - first < PASSAGES and (last == first or room >= lengths[last]):

@@ -1,8 +1,8 @@
-"""What a model's folder says of being a reranker: which kind, how its scores are meant, its head's weights.
+"""Read from a model's folder which kind of reranker it is, what its scores mean, and its head's weights.
 
 reranker_kind(folder, config)      "qwen3", "cross-encoder" or "listwise"
-describe(folder, config, kind)     the fields of a RetrievalConfig
-head(kind, backbone, folder)       the head, with the weights that the folder has
+describe(folder, config, kind)     the fields of a RetrievalConfig, as a dict
+head(kind, backbone, folder)       the head, with the weights in the folder
 """
 
 import re
@@ -34,12 +34,12 @@ from mlx_retrieval.utils.errors import UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
 
-PROJECTOR = "projector.safetensors"  # of jina-reranker-v3's MLX conversion
-DIMENSIONS = 512  # that a fresh projector of a listwise reranker gives
+PROJECTOR = "projector.safetensors"  # in jina-reranker-v3's MLX conversion
+DIMENSIONS = 512  # of the vectors of a listwise reranker's new projector
 LENGTHS = {"qwen3": 512, "cross-encoder": 512, "listwise": 2048}  # tokens: of a sequence; of a document
 LIST_QUERY, LIST_MOST = 512, 131_072  # tokens of a listwise reranker's query, and of a whole sequence
 
-# A classifier's tensors in Hugging Face's checkpoints -> their names in ScoreHead.
+# Names of a classifier's tensors in Hugging Face's checkpoints -> their names in ScoreHead.
 _BERT = {"pooler.dense": "dense", "classifier": "out"}
 _ROBERTA = {"classifier.dense": "dense", "classifier.out_proj": "out"}
 _MODERNBERT = {"head.dense": "dense", "head.norm": "norm", "classifier": "out"}
@@ -48,7 +48,7 @@ TENSORS = {"bert": _BERT, "modernbert": _MODERNBERT} | dict.fromkeys(("roberta",
 
 
 def reranker_kind(folder: Path, config: dict) -> str:
-    """The kind of reranker that a model is, or would be if it were trained as one."""
+    """Return the kind of reranker that a model is, or would become in training."""
     if config["model_type"] in ENCODERS:
         return "cross-encoder"
     names = {name for file in weight_files(folder) for name in tensor_table(file)}
@@ -58,23 +58,28 @@ def reranker_kind(folder: Path, config: dict) -> str:
 
 
 def describe(folder: Path, config: dict, kind: str | None = None) -> dict[str, Any]:
-    """Fields of the RetrievalConfig that a folder asks for; `kind` None = as `reranker_kind` finds."""
+    """Return the fields of the RetrievalConfig that a folder asks for.
+
+    Args:
+        config: its config.json.
+        kind: one of KINDS; None = by `reranker_kind`.
+    """
     if kind is not None and kind not in KINDS:
-        raise UserError(f"--reranker-type {kind}: known are {', '.join(KINDS)}, and late models as they are")
+        raise UserError(f"--reranker-type {kind}: known are {', '.join(KINDS)}; late-interaction models need none")
     kind = kind or reranker_kind(folder, config)
     if kind != "cross-encoder" and config["model_type"] in ENCODERS:
         raise UserError(f"--reranker-type {kind} needs a language model, and {folder} is an encoder")
-    said = {"task": "rerank", "reranker": kind, "max_length": LENGTHS[kind], "query_max_length": LENGTHS[kind]}
+    fields = {"task": "rerank", "reranker": kind, "max_length": LENGTHS[kind], "query_max_length": LENGTHS[kind]}
     if kind == "qwen3":
-        return said | {"activation": "sigmoid", "instruction": INSTRUCTION}
+        return fields | {"activation": "sigmoid", "instruction": INSTRUCTION}
     if kind == "listwise":
-        return said | {"query_max_length": LIST_QUERY}
-    named = config.get("sentence_transformers", {}).get("activation_fn") or config.get(
+        return fields | {"query_max_length": LIST_QUERY}
+    activation = config.get("sentence_transformers", {}).get("activation_fn") or config.get(
         "sbert_ce_default_activation_function", ""
     )
     has_head = any(name.startswith("out.") for name in classifier(folder, config))
-    # A fresh head learns from labels by cross-entropy, so that its sigmoid is a probability.
-    return said | {"activation": "sigmoid" if "Sigmoid" in named or not has_head else ""}
+    # A new head learns labels by cross-entropy, so its sigmoid is a probability.
+    return fields | {"activation": "sigmoid" if "Sigmoid" in activation or not has_head else ""}
 
 
 def tokenizer(folder: Path, kind: str, max_length: int, query_max_length: int, instruction: str) -> PairTokenizer:
@@ -97,30 +102,26 @@ def tokenizer(folder: Path, kind: str, max_length: int, query_max_length: int, i
 
 
 def head(kind: str, backbone: Backbone, folder: Path) -> nn.Module:
-    """The head of a reranker in `folder`, frozen but for parts that the folder has no weights of: those are fresh."""
+    """Return a reranker's head with the weights in `folder`, frozen; parts with none there are new and trainable."""
     if kind == "qwen3":
         answers = YesNoTokenizer(folder, backbone.max_positions).answers
         return YesNoHead(lambda states: backbone.logits_of(answers, states))
     if kind == "listwise":
         return _list_head(backbone, folder)
     config = backbone.config
-    made = _score_head(config, backbone.hidden_size)
+    head = _score_head(config, backbone.hidden_size)
     weights = classifier(folder, config)
-    wanted = dict(tree_flatten(made.parameters()))
+    parameters = dict(tree_flatten(head.parameters()))
     if (out := weights.get("out.weight")) is not None and out.shape[0] != 1:
         raise UserError(f"{folder}: a classifier of {out.shape[0]} labels; a reranker has one")
-    check_fit({name: wanted[name] for name in wanted if name in weights}, weights, folder)
-    made.freeze()
-    for name, value in wanted.items():
+    check_fit({name: parameters[name] for name in parameters if name in weights}, weights, folder)
+    head.freeze()
+    for name, value in parameters.items():
         if name not in weights:
             weights[name] = value if value.ndim == 1 else 0.02 * mx.random.normal(value.shape)
-            _part(made, name).unfreeze()
-    load_strictly(made, {name: weights[name].astype(mx.float32) for name in wanted}, folder)
-    return made
-
-
-def _part(module: nn.Module, name: str) -> nn.Module:
-    return module[name.split(".")[0]]
+            head[name.split(".")[0]].unfreeze()
+    load_strictly(head, {name: weights[name].astype(mx.float32) for name in parameters}, folder)
+    return head
 
 
 def _score_head(config: dict, size: int) -> ScoreHead:
@@ -137,28 +138,28 @@ def _score_head(config: dict, size: int) -> ScoreHead:
 
 
 def classifier(folder: Path, config: dict) -> dict[str, mx.array]:
-    """The tensors of a folder that belong to a ScoreHead, by their names there; some or none may be missing."""
+    """Return the tensors of a folder that belong to a ScoreHead, by their names in it; some may be missing."""
     names = TENSORS.get(config["model_type"], _SCORE)
-    found = {}
+    tensors = {}
     for name, value in read_weights(folder).items():
         stem, _, kind = re.sub(r"^(bert|roberta|model)\.", "", name).rpartition(".")
         if stem in names:
-            found[f"{names[stem]}.{kind}"] = value
-    return found
+            tensors[f"{names[stem]}.{kind}"] = value
+    return tensors
 
 
 def _list_head(backbone: Backbone, folder: Path) -> ListHead:
-    """jina-reranker-v3's projector, or a fresh one."""
+    """Return a head with jina-reranker-v3's projector, or with a new one if the folder has none."""
     weights = read_safetensors(folder / PROJECTOR) if (folder / PROJECTOR).is_file() else read_weights(folder)
     names = {"projector.0.weight": "inner.weight", "projector.2.weight": "outer.weight"}
     names |= {"linear1.weight": "inner.weight", "linear2.weight": "outer.weight"}
-    found = {names[name]: value.astype(mx.float32) for name, value in weights.items() if name in names}
+    projector = {names[name]: value.astype(mx.float32) for name, value in weights.items() if name in names}
     inner, dimensions = backbone.hidden_size // 2, DIMENSIONS
-    if len(found) == 2:
-        inner, dimensions = (found[name].shape[0] for name in ("inner.weight", "outer.weight"))
+    if len(projector) == 2:
+        inner, dimensions = (projector[name].shape[0] for name in ("inner.weight", "outer.weight"))
     marks = ListTokenizer(folder, LENGTHS["listwise"], LIST_QUERY, LIST_MOST).marks
-    made = ListHead(backbone.hidden_size, inner, dimensions, *marks)
-    if found:
-        load_strictly(made, found, folder)
-        made.freeze()
-    return made
+    head = ListHead(backbone.hidden_size, inner, dimensions, *marks)
+    if projector:
+        load_strictly(head, projector, folder)
+        head.freeze()
+    return head

@@ -21,35 +21,36 @@ FILE = "retrieval_config.json"
 
 @dataclass
 class RetrievalConfig:
-    """How texts become tokens and states become what is compared; see the fields."""
+    """How texts become tokens, and how token states become vectors or scores."""
 
-    task: str = "embed"  # or late: one vector a token; or rerank
-    base_model: str = ""  # as it was named at training; a folder or a hub name
-    base_fingerprint: dict = field(default_factory=dict)  # of the base's weights, see models.fingerprint
+    task: str = "embed"  # a vector a text; or "late": a vector a token; or "rerank"
+    base_model: str = ""  # its name in training: a folder or a hub name
+    base_fingerprint: dict = field(default_factory=dict)  # of the base model's weights, see lora.fingerprint
     pooling: str = "mean"  # mean, cls, last or max
-    pool_special: bool = True  # mean and max count the tokenizer's own opening and closing tokens
-    pool_prompt: bool = True  # ... and the prompt's tokens
-    normalize: bool = True  # scale vectors to unit length; without, they are compared as they are
-    append_eos: bool = False  # close every text with the end-of-sequence token
+    pool_special: bool = True  # whether mean and max count the tokenizer's opening and closing tokens
+    pool_prompt: bool = True  # whether they count the prompt's tokens
+    normalize: bool = True  # scale vectors to unit length
+    append_eos: bool = False  # end every text with the end-of-sequence token
     lowercase: bool = False
     bidirectional: bool = False
     query_prompt: str = ""
     document_prompt: str = ""
-    task_prompts: dict[str, str] = field(default_factory=dict)  # by name: what the model has besides these two
+    task_prompts: dict[str, str] = field(default_factory=dict)  # further prompts, by name
     max_length: int = 512  # tokens of a document
     query_max_length: int = 512  # tokens of a query
-    # Layers after pooling, or of every token: heads.Dense's arguments, and the base's folder they are in ("" = none).
+    # Layers after pooling, or on every token: arguments of heads.Dense, and "path", the base model's subfolder with the
+    # weights ("" = a new layer).
     dense: list[dict] = field(default_factory=list)
-    maxsim: str = "mean"  # late: over a query's tokens, mean or sum
+    maxsim: str = "mean"  # late: mean or sum over a query's tokens
     skiplist: list[str] = field(default_factory=list)  # late: tokens that do not count in documents
-    query_expansion: int = 0  # late: queries are filled with mask tokens up to so many
-    attend_expansion: bool = False  # ... to which their other tokens attend
-    impute: int = 0  # late: XTR's scores, of so many retrieved tokens; 0 = every similarity counts
-    reranker: str = ""  # rerank: see rerankers.KINDS; max_length is then of query and document together
-    instruction: str = ""  # rerank: what the model is told to judge by, in the kinds that have such a line
-    activation: str = ""  # rerank: of scores in use, sigmoid, or "" = as they are
-    dimensions: int = 0  # of a vector
-    matryoshka_dims: list[int] = field(default_factory=list)  # shorter vectors that were trained as well
+    query_expansion: int = 0  # late: tokens that queries are filled up to with mask tokens; 0 = not filled
+    attend_expansion: bool = False  # late: whether a query's other tokens attend to those mask tokens
+    impute: int = 0  # late: retrieved tokens a query token in XTR's scores; 0 = use all similarities
+    reranker: str = ""  # rerank: one of rerankers.KINDS; max_length is then of query and document together
+    instruction: str = ""  # rerank: the instruction by which qwen3 and listwise models judge
+    activation: str = ""  # rerank: of scores in inference: sigmoid, or "" = none
+    dimensions: int = 0  # length of a vector
+    matryoshka_dims: list[int] = field(default_factory=list)  # shorter vector lengths that were trained as well
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -75,7 +76,7 @@ class RetrievalConfig:
         )
 
     def head(self) -> EmbeddingHead | LateHead:
-        """The head that this config of an embedding model describes, its dense layers freshly initialised."""
+        """Return the head of an embedding model under this config, with newly initialised dense layers."""
         layers = [Dense(**{k: v for k, v in layer.items() if k != "path"}) for layer in self.dense]
         return LateHead(layers) if self.task == "late" else EmbeddingHead(self.pooling, layers, self.normalize)
 
@@ -85,7 +86,7 @@ class RetrievalConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "RetrievalConfig":
-        """Read it back; UserError where it is missing, broken or has keys that this version does not know."""
+        """Read `retrieval_config.json`; UserError if it is missing, broken or has keys unknown to this version."""
         path = folder / FILE
         if not path.is_file():
             raise UserError(f"{folder}: no {FILE}, so this is no adapter folder of this toolkit")
@@ -98,7 +99,7 @@ class RetrievalConfig:
         return cls(**values)
 
     def override(self, **flags) -> "RetrievalConfig":
-        """A copy with every flag that is not None put in its place; queries follow max_length unless told otherwise."""
+        """Return a copy with every flag that is not None; query_max_length follows max_length unless it is given."""
         if flags.get("max_length") is not None and flags.get("query_max_length") is None:
             flags["query_max_length"] = flags["max_length"]
         config = dataclasses.replace(self, **{name: value for name, value in flags.items() if value is not None})

@@ -1,6 +1,6 @@
-"""How sentence-transformers' folders describe a model: modules, pooling, dense layers, prompts and lengths.
+"""Read sentence-transformers' description of a model: modules, pooling, dense layers, prompts and lengths.
 
-Files and keys are those of versions 2 to 5, which 6 reads as well; what 6 itself writes is read too.
+Folders of versions 2 to 6 are read.
 """
 
 from pathlib import Path
@@ -13,9 +13,9 @@ from mlx_retrieval.utils.errors import UserError
 MODULES, SENTENCE, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 LENGTHENED = "mean_sqrt_len_tokens"
 SIMILARITIES = ("cosine", "dot", "dot_score")
-POOLING_FLAGS = {  # the key is pooling_mode_ and this name
+POOLING_FLAGS = {  # without the prefix "pooling_mode_"
     "mean_tokens": "mean",
-    "mean_sqrt_len_tokens": "mean",  # differs in length alone, so that it is the same at unit length
+    "mean_sqrt_len_tokens": "mean",  # differs only in the vector's length, so it is the same at unit length
     "cls_token": "cls",
     "max_tokens": "max",
     "lasttoken": "last",
@@ -23,18 +23,18 @@ POOLING_FLAGS = {  # the key is pooling_mode_ and this name
 
 
 def modules_of(folder: Path) -> list[tuple[str, str]]:
-    """(kind, path) of every module that `modules.json` names; UserError for a path that leads out of the folder."""
+    """Return (kind, path) of every module in `modules.json`; UserError for a path that leads out of the folder."""
     try:
-        found = [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in read_json(folder / MODULES)]
-        return [(kind, inside(folder, path, MODULES).relative_to(folder).as_posix()) for kind, path in found]
+        entries = [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in read_json(folder / MODULES)]
+        return [(kind, inside(folder, path, MODULES).relative_to(folder).as_posix()) for kind, path in entries]
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / MODULES}: not a list of modules with type and path ({error!r})") from error
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Fields of `RetrievalConfig` from `modules.json` and the files it names. UserError for what is not known here."""
+    """Return fields of RetrievalConfig from `modules.json` and the files it names; UserError for an unknown module."""
     modules = modules_of(folder)
-    kinds = [kind for kind, _ in modules if kind != "Dropout"]  # which does nothing in use
+    kinds = [kind for kind, _ in modules if kind != "Dropout"]  # which does nothing in inference
     known = ("Transformer", "Pooling", "Dense", "Normalize")
     if unknown := set(kinds) - set(known):
         raise UserError(f"{folder}: {MODULES} names {', '.join(sorted(unknown))}; known: {', '.join(known)}")
@@ -46,7 +46,7 @@ def read(folder: Path) -> dict[str, Any]:
     if similarity not in SIMILARITIES:
         known = ", ".join(SIMILARITIES)
         raise UserError(f"{folder / SETTINGS}: similarity {similarity} is not supported; known: {known}")
-    # Lengths do not matter to a cosine, so that unit vectors and dot products give it.
+    # A cosine ignores lengths, so unit vectors and dot products give it.
     normalize = "Normalize" in kinds or similarity == "cosine"
     pooling, pool_prompt = _pooling(
         optional_json(folder / paths.get("Pooling", "1_Pooling") / "config.json"), normalize
@@ -65,42 +65,43 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def longest(folder: Path, sentence: dict) -> int | None:
-    """Most tokens of a text; None where the folder does not say.
+    """Return the most tokens of a text; None if the folder does not say.
 
-    From version 6 on the limit is the tokenizer's; one that has none says so with an absurdly large number.
+    From version 6 on the limit is the tokenizer's, where an absurdly large number stands for no limit.
     """
     limit = sentence.get("max_seq_length") or optional_json(folder / "tokenizer_config.json").get("model_max_length")
     return int(limit) if limit and limit < 1_000_000 else None
 
 
 def optional_json(path: Path) -> dict:
-    """The file's content, {} where it is missing: a model need not have any of these files."""
+    """Return the file's content, or {} if it is missing: a model need not have any of these files."""
     return read_json(path) if path.is_file() else {}
 
 
 def _pooling(settings: dict, normalize: bool) -> tuple[str, bool]:
-    """(mode, prompt counts) of a Pooling module's config."""
+    """Return the pooling mode and whether the prompt counts, from a Pooling module's config."""
     flag = "pooling_mode_"
     flagged = [key.removeprefix(flag) for key, value in settings.items() if key.startswith(flag) and value]
-    said = settings.get("pooling_mode") or flagged
-    modes = [POOLING_FLAGS.get(mode, mode) for mode in ([said] if isinstance(said, str) else said)] or ["mean"]
-    if len(modes) != 1 or modes[0] not in POOLING or (said in (LENGTHENED, [LENGTHENED]) and not normalize):
+    names = settings.get("pooling_mode") or flagged
+    names = [names] if isinstance(names, str) else names
+    modes = [POOLING_FLAGS.get(name, name) for name in names] or ["mean"]
+    if len(modes) != 1 or modes[0] not in POOLING or (names == [LENGTHENED] and not normalize):
         raise UserError(f"pooling by {' and '.join(modes)} is not supported; known: {', '.join(POOLING)}")
     return modes[0], bool(settings.get("include_prompt", True))
 
 
 def dense(folder: Path, path: str, of_tokens: bool = False) -> dict[str, Any]:
-    """A Dense module as `RetrievalConfig.dense` holds it: of the pooled vector, or of every token's."""
+    """Return a Dense module in the form of `RetrievalConfig.dense`; `of_tokens`: a layer on token vectors."""
     file = folder / path / "config.json"
     settings = read_json(file)
     activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
     if activation not in ACTIVATIONS:
         raise UserError(f"{file}: activation {activation} is not supported; known: {', '.join(ACTIVATIONS)}")
     usual = "token_embeddings" if of_tokens else "sentence_embedding"
-    where = {settings.get(f"module_{end}_name") or usual for end in ("input", "output")}
-    if where != {usual} or settings.get("use_residual"):
-        what = "every token's" if of_tokens else "the pooled"
-        raise UserError(f"{file}: only a layer on {what} vector, without residual, can be loaded")
+    places = {settings.get(f"module_{end}_name") or usual for end in ("input", "output")}
+    if places != {usual} or settings.get("use_residual"):
+        vector = "every token's" if of_tokens else "the pooled"
+        raise UserError(f"{file}: only a layer on {vector} vector, without residual, can be loaded")
     try:
         size = {name: int(settings[name]) for name in ("in_features", "out_features")}
     except (KeyError, TypeError, ValueError) as error:
@@ -109,7 +110,7 @@ def dense(folder: Path, path: str, of_tokens: bool = False) -> dict[str, Any]:
 
 
 def prompts(settings: dict) -> dict[str, Any]:
-    """The prompts of queries and documents, under the names that sentence-transformers looks for, and all others."""
+    """Return the prompts of queries and documents, by the names that sentence-transformers uses, and all others."""
     prompts = dict(settings.get("prompts") or {})
     default = prompts.get(settings.get("default_prompt_name"), "")
     document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)

@@ -1,9 +1,9 @@
-"""Texts to token ids: prompts, truncation and special tokens, in one place for training, evaluation and use.
+"""Turn texts into token ids: prompts, truncation and special tokens, alike in training, evaluation and inference.
 
-A text becomes `opening + prompt and text + closing`. Opening and closing are what the tokenizer itself adds (`[CLS]`,
-`<bos>`, `[SEP]`, ...), plus an end-of-sequence token where the model is to see one. Truncation shortens the text and
-keeps the closing. Special tokens come from the tokenizer and from prompts only: the same characters in a user's text
-are tokenised as ordinary characters.
+A text becomes `opening + prompt and text + closing`. Opening and closing are the tokens that the tokenizer itself adds
+(`[CLS]`, `<bos>`, `[SEP]`, ...), plus an end-of-sequence token for models that want one. Truncation shortens the text
+and keeps the closing. Special tokens come only from the tokenizer and from prompts: the same characters in a user's
+text are tokenised as ordinary characters.
 """
 
 import math
@@ -22,7 +22,7 @@ UNUSED = re.compile(r"[<\[]unused\d+[>\]]")  # tokens kept free for prompts, as 
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's fast tokenizer; slow formats are converted by transformers."""
+    """Load the folder's fast tokenizer; transformers converts slow formats."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     elif any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.model", "vocab.json", "spiece.model")):
@@ -38,9 +38,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
-    """UserError where a text could become a token that the model has no vector for: mlx reads past the end, or crashes.
+    """Raise UserError if a text could become a token without a vector: mlx would read past the table's end, or crash.
 
-    Special tokens may lie beyond, as Gemma 3's for images does: no text becomes one.
+    Special tokens may lie beyond the table, as Gemma 3's image token does: no text becomes one.
     """
     size = vocabulary_size(folder)
     added = [token for token, about in tokenizer.get_added_tokens_decoder().items() if not about.special]
@@ -50,15 +50,15 @@ def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def vocabulary_size(folder: Path) -> float:
-    """How many tokens the model in `folder` has vectors for, by its config.json; infinite where that says nothing."""
+    """Return how many tokens the model in `folder` has vectors for; infinity if its config.json does not say."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    known = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    return max((number for number in known if isinstance(number, int)), default=math.inf)
+    sizes = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    return max((size for size in sizes if isinstance(size, int)), default=math.inf)
 
 
 def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
-    """Id of a token by its role (`eos_token`, `pad_token`), as the folder's tokenizer files name it."""
+    """Return a token's id by its role (`eos_token`, `pad_token`) in the folder's tokenizer files, or None."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / file
         entry = read_json(path).get(name) if path.is_file() else None
@@ -71,7 +71,7 @@ def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
 
 
 def well_formed(text: str) -> str:
-    """The text with its lone surrogates, which no tokenizer takes, replaced by U+FFFD."""
+    """Replace lone surrogates, which no tokenizer takes, by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -80,17 +80,18 @@ def well_formed(text: str) -> str:
 
 
 class TextTokenizer:
-    """Turns texts into `Texts` under one set of prompts and limits.
+    """Turn texts into `Texts` under one set of prompts and limits.
 
     Args:
         folder: the model's folder, with its tokenizer files.
-        prompts: text put before queries and documents, by name; special tokens in it are recognised.
-        max_lengths: most tokens of a text of each name, special tokens included.
-        append_eos: close with the end-of-sequence token where the tokenizer adds no closing of its own.
-        pool_special: whether pooling counts the opening and closing tokens; pool_prompt: the prompt's.
+        prompts: text to put before a query or a document, by name; special tokens in it are recognised.
+        max_lengths: by name, most tokens of a text, special tokens included.
+        append_eos: end texts with the end-of-sequence token if the tokenizer adds no closing of its own.
+        pool_special: whether pooling counts the opening and closing tokens.
+        pool_prompt: whether pooling counts the prompt's tokens.
         lowercase: lower-case texts first (an old sentence-transformers setting).
-        query_expansion: fill queries with mask tokens up to so many tokens (ColBERT); attend_expansion: whether the
-            other tokens attend to those.
+        query_expansion: fill queries with mask tokens up to this many tokens (ColBERT); 0 = do not fill.
+        attend_expansion: whether a query's other tokens attend to those mask tokens.
     """
 
     def __init__(
@@ -111,12 +112,12 @@ class TextTokenizer:
         self.opening, self.closing = self._frame()
         eos = named_token(folder, self.tokenizer, "eos_token")
         if append_eos and eos is None:
-            raise UserError(f"{folder}: the tokenizer names no eos_token, but the model is to see one")
+            raise UserError(f"{folder}: the tokenizer names no eos_token, which the model needs")
         if append_eos and not self.closing:
             self.closing = [eos]
         pad = named_token(folder, self.tokenizer, "pad_token")
         size = vocabulary_size(folder)
-        self.pad_id = pad if pad is not None and pad < size else 0  # any will do; some have none of the model's
+        self.pad_id = pad if pad is not None and pad < size else 0  # any token works: padding is masked
         self.query_expansion, self.attend_expansion = query_expansion, attend_expansion
         self._mask = named_token(folder, self.tokenizer, "mask_token")
         if query_expansion and self._mask is None:
@@ -138,7 +139,7 @@ class TextTokenizer:
                 )
 
     def _frame(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text."""
+        """Return the tokens that the tokenizer puts before and after a text."""
         bare = self.tokenizer.encode("a", add_special_tokens=False).ids
         full = self.tokenizer.encode("a").ids
         for start in range(len(full) - len(bare) + 1):
@@ -147,10 +148,10 @@ class TextTokenizer:
         return [], []
 
     def _reserved_tokens(self) -> dict[int, str]:
-        """Id and spelling of every token that a user's text may not become: special, unused ones and the prompts'.
+        """Return id and spelling of the tokens that a user's text must not become: special, unused, in a prompt.
 
-        The unknown token is left out, since it is what the tokenizer itself makes of a rare character. So are words
-        that a vocabulary merely adds, such as HTML tags.
+        The unknown token is not among them, since the tokenizer itself uses it for a rare character. Nor are words that
+        a vocabulary merely adds, such as HTML tags.
         """
         prompts = " ".join(self.prompts.values())
         unknown = self._plain("\N{EGYPTIAN HIEROGLYPH A001}")
@@ -165,17 +166,25 @@ class TextTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
     def _disarmed(self, prompt: str, text: str, head: int) -> list[int]:
-        """Ids of prompt and text where the text spells reserved tokens: each is cut after its first character."""
+        """Return ids of prompt and text for a text that spells reserved tokens: split each after its first character.
+
+        Args:
+            head: number of leading ids that may be reserved tokens, as they come from the prompt.
+        """
         cuts = [match.start() + 1 for match in self._spelled.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         ids = self._plain(prompt + pieces[0])
         for piece in pieces[1:]:
             ids += self._plain(piece)
-        # A spelling that only the tokenizer's normalizer makes equal (`<EOS>`) is left out.
+        # A spelling that equals a reserved token only after the tokenizer's normalizer (`<EOS>`) is dropped.
         return ids[:head] + [token for token in ids[head:] if token not in self._reserved]
 
     def __call__(self, texts: Sequence[str], name: str | None = None) -> Texts:
-        """Token ids of `texts` under the prompt and limit called `name` ("query", "document"; None: no prompt)."""
+        """Return the token ids of `texts` under the prompt and limit called `name`.
+
+        Args:
+            name: "query", "document" or a further prompt; None = no prompt.
+        """
         prompt = self.prompts.get(name, "") if name else ""
         limit = self.max_lengths[name] if name in self.max_lengths else max(self.max_lengths.values())
         room = limit - len(self.opening) - len(self.closing)
@@ -200,9 +209,9 @@ class TextTokenizer:
         return Texts(np.array(flat, np.int32), lengths, start, end, seen)
 
     def bodies(self, texts: Sequence[str], prompt: str = "", room: int | None = None) -> Iterator[list[int]]:
-        """Ids of prompt and text, nothing before or after them; those beyond `room` are not looked at and any.
+        """Yield the ids of prompt and text, without opening and closing; those beyond `room` are unchecked.
 
-        Reserved tokens may stand in the prompt; where a text spells them, they are ordinary characters.
+        Reserved tokens may appear in the prompt; if a text spells them, they are ordinary characters.
         """
         texts = [well_formed(text.lower() if self.lowercase else text) for text in texts]
         encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts], add_special_tokens=False)
@@ -213,5 +222,5 @@ class TextTokenizer:
             yield ids if reserved.isdisjoint(ids[head:room]) else self._disarmed(prompt, text, head)
 
     def ids_of(self, words: Sequence[str]) -> list[int]:
-        """Ids of those words that are a token by themselves."""
+        """Return the ids of those words that are single tokens."""
         return [token for word in words if (token := self.tokenizer.token_to_id(word)) is not None]
