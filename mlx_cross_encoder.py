@@ -263,7 +263,7 @@ class _Trainer:
         trainer, self._save, self._trained = run.trainer, run.trainer.save_model, True
         parts = (trainer.model, run.retrieval, trainer.batches.tokenizer, self.name)
         if self._own:
-            self._own._take(*parts)
+            self._own.set_model(*parts)
         self.model = self._own or Reranker.of(*parts)
         lines = [("saved", str(self.save_adapter()))]
         if (folder / "best").is_dir():

@@ -1,9 +1,9 @@
-"""Is a model or an adapter sound? Small checks of what every embedding relies on; a minute at most.
+"""Check that a model or an adapter is sound, by what every embedding relies on. It takes a minute at most.
 
 Late-interaction models pass the same checks with a vector for every token.
 
 python embed.py --check adapters/final
-python embed.py --check gemma-3-tiny-mlx             # the model that comes with the toolkit: some seconds
+python embed.py --check gemma-3-tiny-mlx             # the model that comes with the toolkit: a few seconds
 """
 
 import copy
@@ -29,42 +29,41 @@ from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
-LONGEST = 1024  # tokens that are embedded; a model's own limit counts where only tokens are looked at
-CHANGED = 1e-6  # cosine distance above which an embedding is another one; rounding in float32 stays below 1e-12
-ROUNDING = {"order and batching": 1e-5}  # of float32 vectors; 1e-4 elsewhere
-HALF_PRECISION = 2e-2  # the same, where weights are bfloat16 or float16
+LONGEST = 1024  # most tokens of an embedded text; checks of tokens alone use the model's own limit
+CHANGED = 1e-6  # cosine distance above which embeddings differ; float32 rounding stays below 1e-12
+ROUNDING = {"order and batching": 1e-5}  # largest difference between equal float32 vectors; 1e-4 elsewhere
+HALF_PRECISION = 2e-2  # the same for bfloat16 or float16 weights
 WORDS = ("the", "kettle", "in", "our", "kitchen", "hisses", "and", "its", "lid", "was", "loose", "before", "we", "came")
 # (examples, their row numbers, tokenizer) -> a batch with `texts`.
 MakeBatch = Callable[[Sequence[Example], Sequence[int], TextTokenizer], Any]
-# What a forward pass or a tokenizer may raise where a model is broken: the check is then failed, not the command.
+# Errors that a broken model's forward pass or tokenizer may raise: they fail the check, not the command.
 FAILURES = (UserError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
-
 
 Vectors = np.ndarray | list[np.ndarray]  # (N, D), or (D,) or (L_i, D) for each of N texts
 
 
 class Finding(NamedTuple):
-    """What one check says."""
+    """The result of one check."""
 
     name: str
     passed: bool | None  # None: does not apply to this model
-    detail: str  # one line, with the figure and its limit
+    detail: str  # one line with the measured value and its limit
 
 
 def prose(words: int) -> str:
-    """A text of so many words; texts of different lengths begin differently."""
+    """Return a text of `words` words; texts of different lengths begin differently."""
     return " ".join(itertools.islice(itertools.cycle(WORDS), words, 2 * words))
 
 
 TEXTS = [prose(words) for words in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)]
-LONG_TEXT = prose(700)  # beyond most sliding windows
+LONG_TEXT = prose(700)  # longer than most sliding windows
 
 
 # --- checks: each takes a model and returns (passed, detail) --------------------------------------------------------
 
 
 def padding(model: embedder.Model) -> tuple[bool | None, str]:
-    """A text's vector is the same alone and padded in a batch with longer ones."""
+    """Check that a text's vector is the same alone and padded in a batch with longer texts."""
     tokens = model.tokenizer([*TEXTS, LONG_TEXT], "document")
     model.model.eval()
 
@@ -79,29 +78,29 @@ def padding(model: embedder.Model) -> tuple[bool | None, str]:
 
 
 def training(model: embedder.Model, make_batch: MakeBatch) -> tuple[bool | None, str]:
-    """What training computes for queries and documents, `encode` gives as well: tokens and vectors."""
+    """Check that training and `encode` make the same tokens and vectors of queries and documents."""
     queries = [f"{text}?" for text in TEXTS]
     examples = [Example(q, d, (), 1) for q, d in zip(queries, TEXTS, strict=True)]
     batch = make_batch(examples, range(len(examples)), model.tokenizer)
     used = Texts.join([model.tokenizer(queries, "query"), model.tokenizer(TEXTS, "document")])
     if not all(map(np.array_equal, dataclasses.astuple(batch.texts), dataclasses.astuple(used))):
-        return False, "training makes other tokens of the same texts, or pools others of them"
-    cut = plan(used.lengths, backend.MICRO_BATCH_TOKENS)
-    rows = [pad_rows(used, index, model.tokenizer.pad_id) for index in cut]
+        return False, "training makes other tokens of the same texts, or pools other tokens"
+    groups = plan(used.lengths, backend.MICRO_BATCH_TOKENS)
+    batches = [pad_rows(used, index, model.tokenizer.pad_id) for index in groups]
     try:
         model.model.train()
         with _without_dropout(model.model) as dropout:
-            parts = make_runner(model.model).representations(rows, range(len(rows)))
-            trained = [vector for part in parts for vector in np.array(part)]
+            results = make_runner(model.model).representations(batches, range(len(batches)))
+            trained = [vector for result in results for vector in np.array(result)]
     finally:
         model.model.eval()
-    trained = [trained[i] for i in np.argsort(np.concatenate(cut))]
+    trained = [trained[i] for i in np.argsort(np.concatenate(groups))]
     passed, detail = _equal(model, trained, [*model.encode(queries, "query"), *model.encode(TEXTS, "document")])
     return passed, detail + (f" (dropout {dropout:g} set to 0)" if dropout else "")
 
 
 def adapter(model: embedder.Model) -> tuple[bool | None, str]:
-    """An adapter makes other embeddings than its base model alone."""
+    """Check that an adapter changes the embeddings of its base model."""
     if model.base is None:
         return None, "no adapter"
     config = model.config
@@ -112,7 +111,7 @@ def adapter(model: embedder.Model) -> tuple[bool | None, str]:
 
 
 def finite(model: embedder.Model) -> tuple[bool | None, str]:
-    """Odd texts have finite vectors of unit length."""
+    """Check that unusual texts have finite vectors of unit length."""
     texts = {
         "empty": "",
         "blank": " ",
@@ -129,36 +128,37 @@ def finite(model: embedder.Model) -> tuple[bool | None, str]:
 
     roles = ("query", "document")
     worst = np.max([[off(v) for v in model.encode(list(texts.values()), role)] for role in roles], axis=0)
-    wrong = [name for name, difference in zip(texts, worst, strict=True) if not difference <= 1e-4]
-    if wrong:
-        return False, f"not finite or not of unit length: {', '.join(wrong)}"
+    failing = [name for name, difference in zip(texts, worst, strict=True) if not difference <= 1e-4]
+    if failing:
+        return False, f"not finite or not of unit length: {', '.join(failing)}"
     length = f": length 1 within {worst.max():.1e}, limit 1e-04" if model.config.normalize else ""
     return True, f"{', '.join(texts)}{length}"
 
 
 def truncation(model: embedder.Model) -> tuple[bool | None, str]:
-    """An over-long text has exactly the limit of tokens, opening and closing among them."""
-    tokenizer, told = model.tokenizer, []
+    """Check that an over-long text has exactly as many tokens as the limit, with opening and closing."""
+    tokenizer, limits = model.tokenizer, []
     for role, limit in tokenizer.max_lengths.items():
         ids = tokenizer([prose(3 * limit)], role).ids.tolist()
         if len(ids) != limit:
             return False, f"a {role} of {3 * limit:,} words has {len(ids):,} tokens, limit {limit:,}"
-        for name, frame, found in (
+        for name, frame, actual in (
             ("opening", tokenizer.opening, ids[: len(tokenizer.opening)]),
             ("closing", tokenizer.closing, ids[len(ids) - len(tokenizer.closing) :]),
         ):
-            if found != frame:
-                return False, f"an over-long {role} loses its {name} tokens {frame}: it has {found}"
-        told.append(f"{role} {limit:,}")
-    return True, f"exact at {', '.join(told)} tokens; {len(tokenizer.closing)} closing tokens kept"
+            if actual != frame:
+                return False, f"an over-long {role} loses its {name} tokens {frame}: it has {actual}"
+        limits.append(f"{role} {limit:,}")
+    return True, f"exact at {', '.join(limits)} tokens; {len(tokenizer.closing)} closing tokens kept"
 
 
 def injection(model: embedder.Model) -> tuple[bool | None, str]:
-    """Text that spells special tokens, or a prompt's, does not become them."""
+    """Check that a text which spells special tokens, or those of a prompt, does not become them."""
     tokenizer = copy.copy(model.tokenizer)
     tokenizer.max_lengths = dict.fromkeys(tokenizer.max_lengths, LONGEST)
     library = tokenizer.tokenizer
-    unknown = library.encode("𒀀", add_special_tokens=False).ids  # what a tokenizer makes of a rare character itself
+    # Tokens that the tokenizer itself uses for a rare character.
+    unknown = library.encode("𒀀", add_special_tokens=False).ids
     prompts = " ".join(tokenizer.prompts.values())
     reserved = {
         token: added.content
@@ -168,21 +168,21 @@ def injection(model: embedder.Model) -> tuple[bool | None, str]:
     if not reserved:
         return None, "the tokenizer has no special tokens"
     words = list(reserved.values())
-    # In a sentence, twice in a row, nested so that taking out the inner one makes another, and in other cases.
+    # In a sentence, twice in a row, nested so that removing the inner one makes another, and in upper and lower case.
     texts = [f"a {w} b{w}{w} {w[:2]}{w}{w[2:]} {w.upper()} {w.lower()}" for w in words]
     for role in (None, *tokenizer.prompts):
         allowed = Counter(token for token in tokenizer(["a b"], role).ids.tolist() if token in reserved)
-        found = tokenizer(texts, role)
-        for word, ids in zip(words, np.split(found.ids, found.offsets[1:-1]), strict=True):
-            if more := Counter(token for token in ids.tolist() if token in reserved) - allowed:
-                token, count = more.most_common(1)[0]
+        tokens = tokenizer(texts, role)
+        for word, ids in zip(words, np.split(tokens.ids, tokens.offsets[1:-1]), strict=True):
+            if extra := Counter(token for token in ids.tolist() if token in reserved) - allowed:
+                token, count = extra.most_common(1)[0]
                 kind = f"a {role}" if role else "a text without prompt"
                 return False, f"{kind} that spells {word!r} has {count} times the token {reserved[token]!r}"
     return True, f"{len(words):,} reserved tokens spelled in 5 ways, none came through"
 
 
 def order(model: embedder.Model) -> tuple[bool | None, str]:
-    """Vectors come in the order of the texts, and are the same where every text is a micro-batch by itself."""
+    """Check that vectors keep the texts' order, and are the same if each text is a micro-batch by itself."""
     shuffled = random.Random(0).sample(range(len(TEXTS)), len(TEXTS))
     vectors = model.encode(TEXTS, "document")
     again = model.encode([TEXTS[i] for i in shuffled], "document", batch_tokens=1)
@@ -190,7 +190,7 @@ def order(model: embedder.Model) -> tuple[bool | None, str]:
 
 
 def prompts(model: embedder.Model) -> tuple[bool | None, str]:
-    """Where query and document have different prompts, a text has two vectors."""
+    """Check that a text has different vectors under different prompts of query and document."""
     if model.config.query_prompt == model.config.document_prompt:
         return None, "query and document have the same prompt"
     return _different(model.encode(TEXTS, "query"), model.encode(TEXTS, "document"), "of query and document")
@@ -212,14 +212,15 @@ CHECKS = {
 
 
 def check(path: str, make_batch: MakeBatch, adapter: str | None = None) -> list[Finding]:
-    """Load a model as `embed.load` does and run all checks; UserError where it cannot be loaded."""
+    """Load a model as `embedder.load` does and run all checks; UserError if it cannot be loaded."""
     return examine(embedder.load(path, adapter), make_batch)
 
 
 def examine(model: embedder.Model, make_batch: MakeBatch) -> list[Finding]:
-    """Run all checks of a model. A check that raises has failed.
+    """Run all checks of a model; a check that raises one of FAILURES fails.
 
-    `make_batch` is the data loader's, which stands above this package: it tokenizes as training does.
+    Args:
+        make_batch: the data loader's, which stands above this package: it tokenizes as training does.
     """
     quick = copy.copy(model)
     quick.tokenizer = copy.copy(model.tokenizer)
@@ -238,7 +239,7 @@ def examine(model: embedder.Model, make_batch: MakeBatch) -> list[Finding]:
 
 
 def print_findings(path: str, findings: Sequence[Finding]) -> None:
-    """Print a table: check, ok or FAILED or not applicable, detail."""
+    """Print a table: name of the check; ok, FAILED or not applicable; detail."""
     from mlx_retrieval.utils.console import print_lines
 
     words = {True: "ok", False: "FAILED", None: "not applicable"}
@@ -249,40 +250,40 @@ def print_findings(path: str, findings: Sequence[Finding]) -> None:
 
 
 def _rows(vectors: Vectors) -> np.ndarray:
-    """(N, D): vectors of texts, or of their tokens, one under another, without those of padding, which are zero."""
+    """Return (N, D): the vectors of texts, or of their tokens, without those of padding, which are zero."""
     rows = np.concatenate([np.atleast_2d(part) for part in vectors])
     return rows[rows.any(axis=1)]
 
 
-def _equal(model: embedder.Model, found: Vectors, expected: Vectors, limit: float = 1e-4) -> tuple[bool, str]:
-    """Whether vectors are the same up to rounding; NaN is not."""
+def _equal(model: embedder.Model, actual: Vectors, expected: Vectors, limit: float = 1e-4) -> tuple[bool, str]:
+    """Return whether vectors are the same up to rounding, and the detail; NaN is never the same."""
     if any(value.dtype in (mx.bfloat16, mx.float16) for _, value in tree_flatten(model.model.parameters())):
         limit = HALF_PRECISION
-    found, expected = _rows(found), _rows(expected)
-    if found.shape != expected.shape:
-        return False, f"{len(found)} vectors, not {len(expected)}"
-    worst = float(np.abs(found - expected).max())
-    return worst <= limit, f"worst difference {worst:.1e} of {len(found)} vectors, limit {limit:.0e}"
+    actual, expected = _rows(actual), _rows(expected)
+    if actual.shape != expected.shape:
+        return False, f"{len(actual)} vectors, not {len(expected)}"
+    worst = float(np.abs(actual - expected).max())
+    return worst <= limit, f"worst difference {worst:.1e} of {len(actual)} vectors, limit {limit:.0e}"
 
 
-def _different(a: Vectors, b: Vectors, of_what: str) -> tuple[bool, str]:
-    """Whether some vector of `a` is another one than its counterpart in `b`, all of unit length."""
+def _different(a: Vectors, b: Vectors, between: str) -> tuple[bool, str]:
+    """Return whether any vector of `a` differs from its counterpart in `b`, all of unit length, and the detail."""
     a, b = _rows(a).astype(np.float64), _rows(b)
     if a.shape != b.shape:
-        return True, f"{a.shape} and {b.shape} numbers {of_what}"
+        return True, f"{a.shape} and {b.shape} numbers {between}"
     distance = 0.5 * ((a - b) ** 2).sum(axis=1).max()  # 1 - cosine, but exact for tiny ones
-    return bool(distance > CHANGED), f"largest cosine distance {of_what} {distance:.1e}, must exceed {CHANGED:.0e}"
+    return bool(distance > CHANGED), f"largest cosine distance {between} {distance:.1e}, must exceed {CHANGED:.0e}"
 
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[float]:
-    """A model whose dropout layers let everything through; gives the largest share that they drop otherwise."""
+    """Turn a model's dropout off; yield the largest share that it drops otherwise."""
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    kept = [layer._p_1 for layer in layers]
+    shares = [layer._p_1 for layer in layers]
     try:
         for layer in layers:
             layer._p_1 = 1.0
-        yield 1 - min(kept, default=1.0)
+        yield 1 - min(shares, default=1.0)
     finally:
-        for layer, share in zip(layers, kept, strict=True):
+        for layer, share in zip(layers, shares, strict=True):
             layer._p_1 = share

@@ -18,13 +18,15 @@ from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
-CHUNK = 16_384  # texts that are tokenised and sorted by length together
+CHUNK = 16_384  # texts tokenised and sorted by length together
 
 
 class Model:
-    """A retrieval model in use. Made by `load`; training makes one of the model it trains.
+    """An embedding model for inference. `load` makes one, and training makes one of the model that it trains.
 
-    `base` is the folder of the model that an adapter was loaded on; None where there is no adapter.
+    Args:
+        name: adapter folder, base model's folder, or hub name; shown in messages.
+        base: the folder of the base model that an adapter was loaded on; None = there is no adapter.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Model:
 
     @property
     def late(self) -> bool:
-        """Whether a text becomes a vector a token."""
+        """Whether a text becomes one vector a token (late interaction)."""
         return self.config.task == "late"
 
     @property
@@ -54,7 +56,7 @@ class Model:
         return fingerprint.fingerprint(self.config, self.base or resolve(self.name), adapter)
 
     def limit_shapes(self) -> None:
-        """Meet fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
+        """Use fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
         self.runner.limit_shapes()
 
     def encode(
@@ -67,22 +69,25 @@ class Model:
         precision: str = "float32",
         ranges: np.ndarray | None = None,
     ) -> np.ndarray | list[np.ndarray]:
-        """Vectors of unit length, float32: (N, D) for a list, in its order; (D,) for one text.
+        """Embed texts. Return (N, D) float32 vectors of unit length in the order of a list, or (D,) for one text.
 
-        Models that compare by plain dot products, as their files say, give vectors of any length.
-        A late-interaction model gives the vectors of a text's tokens instead: for a list, a list of (L_i, D).
-        Stored in another precision they are int8 or uint8, (N, D), or (N, ceil(D / 8)) for "binary" and "ubinary".
+        Models that compare by plain dot products, as their files say, return vectors of any length. A late-interaction
+        model returns the vectors of each text's tokens instead: for a list, a list of (L_i, D). Another precision
+        returns int8 or uint8: (N, D), or (N, ceil(D / 8)) for "binary" and "ubinary".
 
         Args:
-            texts: anything from an empty list up.
-            prompt: "query", "document" or the name of a task's prompt puts that prompt of the model before each text;
-                None puts none.
-            show_progress: None = a bar for more than 2,000 texts, where standard error is a terminal.
-            dimensions: keep only the first so many (Matryoshka), scaled to unit length again.
-            batch_tokens: most tokens, padding included, in the backbone at once; None = what suits the device.
-            precision: "float32", "int8", "uint8", "binary" or "ubinary", after truncation; see precision.py.
-            ranges: (2, D) of each dimension, for int8 and uint8; queries and documents must share them. None takes
-                them from these very texts, of which there must be 100: `precision.ranges(model.encode(sample))`.
+            texts: one text or a list; the list may be empty.
+            prompt: put this prompt of the model before each text: "query", "document" or the name of a further one;
+                None = no prompt.
+            show_progress: show a progress bar; None = for more than 2,000 texts, if standard error is a terminal.
+            dimensions: keep only the first N dimensions (Matryoshka), scaled to unit length again; None = all.
+            batch_tokens: most tokens in the backbone at once, padding included; None = suited to the device.
+            precision: "float32", "int8", "uint8", "binary" or "ubinary", applied after `dimensions`; see
+                quantization.py.
+            ranges: for int8 and uint8, (2, D) smallest and largest value of each dimension, which queries and documents
+                must share: `quantization.ranges(model.encode(sample))`. None = taken from `texts`, at least 100.
+
+        Raises UserError for a wrong argument.
         """
         if isinstance(texts, str):
             return self.encode([texts], prompt, False, dimensions, batch_tokens, precision, ranges)[0]
@@ -94,47 +99,50 @@ class Model:
             if not isinstance(text, str):
                 raise UserError(f"texts[{i}] is a {type(text).__name__}, not a text")
         if self.late and (dimensions is not None or precision != "float32"):
-            raise UserError("token vectors of a late-interaction model are whole and float32")
+            raise UserError(
+                "late-interaction models take neither dimensions nor precision: their token vectors are float32"
+            )
         check(precision, len(texts), dimensions or self.dimensions, ranges)
         if show_progress is None:
             show_progress = len(texts) > 2_000 and sys.stderr.isatty()
-        whole = [None] * len(texts) if self.late else np.empty((len(texts), self.dimensions), np.float32)
+        results = [None] * len(texts) if self.late else np.empty((len(texts), self.dimensions), np.float32)
         self.model.eval()
         with _bar(len(texts), show_progress) as advance:
             for first in range(0, len(texts), CHUNK):
                 tokens = self.tokenizer(texts[first : first + CHUNK], prompt)
                 budget = batch_tokens or backend.MICRO_BATCH_TOKENS
-                cut = list(micro_batches(tokens, budget, self.tokenizer.pad_id, self.runner.length_grid))
-                parts = self.runner.representations([rows for _, rows in cut])
-                for (index, _), part in zip(cut, parts, strict=True):
+                batches = list(micro_batches(tokens, budget, self.tokenizer.pad_id, self.runner.length_grid))
+                representations = self.runner.representations([micro_batch for _, micro_batch in batches])
+                for (index, _), representation in zip(batches, representations, strict=True):
+                    vectors = np.array(representation)
                     if self.late:
-                        for i, vectors in zip(
-                            index, self._counting(np.array(part), tokens, index, prompt), strict=True
-                        ):
-                            whole[first + i] = vectors
+                        for i, token_vectors in zip(index, self._counted(vectors, tokens, index, prompt), strict=True):
+                            results[first + i] = token_vectors
                     else:
-                        whole[first + index] = np.array(part)
+                        results[first + index] = vectors
                     advance(len(index))
         if self.late:
-            return whole
-        vectors = truncate(whole, dimensions, self.config.normalize)
+            return results
+        vectors = truncate(results, dimensions, self.config.normalize)
         return vectors if precision == "float32" else quantise(vectors, precision, ranges)
 
-    def _counting(self, part: np.ndarray, texts: Texts, index: np.ndarray, prompt: str | None) -> list[np.ndarray]:
-        """The vectors of the tokens that count: of every one of these texts, (L_i, D)."""
-        counts = part.any(axis=-1)
+    def _counted(self, vectors: np.ndarray, texts: Texts, index: np.ndarray, prompt: str | None) -> list[np.ndarray]:
+        """Return the vectors of the tokens that count, (L_i, D), of each of the texts at `index`.
+
+        Args:
+            vectors: (R, L, D), zero for tokens that do not count.
+        """
+        counts = vectors.any(axis=-1)
         if prompt == "document" and self.config.skiplist:
-            counts &= texts.without(self.tokenizer.ids_of(self.config.skiplist), part.shape[1])[index]
-        return [row[kept] for row, kept in zip(part, counts, strict=True)]
+            counts &= texts.without(self.tokenizer.ids_of(self.config.skiplist), vectors.shape[1])[index]
+        return [row[mask] for row, mask in zip(vectors, counts, strict=True)]
 
 
 def embed(model: Model, texts: Sequence[str], prompt: str) -> np.ndarray | list[np.ndarray]:
-    """(N, D) float32; of a late-interaction model (L, D) for each text. UserError where some are not finite."""
+    """Return `model.encode(texts, prompt)` in float32; UserError if a vector is not finite."""
     vectors = model.encode(texts, prompt=prompt, show_progress=False)
-    if broken := sum(not np.isfinite(vector).all() for vector in vectors):
-        raise UserError(
-            f"{model.name}: the vectors of {broken} of {len(texts)} texts are not finite (embed.py --check)"
-        )
+    if count := sum(not np.isfinite(vector).all() for vector in vectors):
+        raise UserError(f"{model.name}: the vectors of {count} of {len(texts)} texts are not finite (embed.py --check)")
     return vectors
 
 
@@ -162,14 +170,14 @@ class _bar:  # noqa: N801  (used as a function)
 
 
 def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Model:
-    """Load a model for use.
+    """Load a model for inference.
 
     Args:
-        path: an adapter folder (its base is found by itself), a base model's folder, or a hub name.
-        adapter: an adapter folder to put on the base model `path`.
-        overrides: settings that win over what is saved, for instance max_length, pooling, query_prompt.
+        path: adapter folder, which names its base model; base model's folder; or hub name.
+        adapter: adapter folder to load on top of the base model `path`.
+        overrides: fields of RetrievalConfig that override the saved ones, for instance max_length or query_prompt.
 
-    Raises UserError where anything is missing or does not fit.
+    Raises UserError if anything is missing or does not fit.
     """
     base: str | None = str(path)
     if adapter is None and loading.is_adapter(Path(path).expanduser()):

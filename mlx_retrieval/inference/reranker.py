@@ -21,9 +21,9 @@ from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
-SEQUENCES = 4_096  # that are tokenised and sorted by length together
-SHARED_BY = 4  # documents of a query, from which on what their sequences begin with is computed once
-SHARED_FROM = 16  # tokens: a shorter common beginning is not worth computing apart
+SEQUENCES = 4_096  # sequences tokenised and sorted by length together
+SHARED_BY = 4  # documents of a query at least, to compute the common beginning of their sequences only once
+SHARED_FROM = 16  # tokens of a common beginning at least, to be worth it
 
 
 class Scorer(Protocol):
@@ -36,16 +36,19 @@ class Scorer(Protocol):
 
 
 class Reranker:
-    """A reranker in use: of any kind in `rerankers.KINDS`, or a late-interaction model.
+    """A reranker for inference: one of `rerankers.KINDS`, or a late-interaction model.
 
     Args:
         model: adapter folder, base model's folder, or hub name.
-        adapter: an adapter folder to put on the base model `model`.
-        reranker_type: the kind, where the files do not tell; see `rerankers.reranker_kind`.
-        max_length: tokens of query and document together (listwise: of a document); None = as the model was saved.
-        instruction: what a qwen3 or listwise model is to judge by, in place of its own.
+        adapter: adapter folder to load on top of the base model `model`.
+        reranker_type: one of `rerankers.KINDS`; None = by the model's files, see `rerankers.reranker_kind`.
+        max_length: most tokens of query and document together (listwise: of a document); None = as saved.
+        instruction: the instruction by which a qwen3 or listwise model judges; None = as saved.
 
-    Raises UserError where anything is missing or does not fit.
+    Raises UserError if anything is missing or does not fit.
+
+    Attributes:
+        cut: documents that were truncated so far.
     """
 
     def __init__(
@@ -62,13 +65,13 @@ class Reranker:
         flags: dict[str, Any] = {"max_length": max_length, "instruction": instruction}
         if adapter is None and loading.detect_kind(base) != "late":
             flags |= {"task": "rerank", "reranker": reranker_type}
-        parts = loading.open_model(base, str(adapter) if adapter else None, **flags)
-        if adapter is None and tree_flatten(parts[0].head.trainable_parameters()):
+        opened, config, folder = loading.open_model(base, str(adapter) if adapter else None, **flags)
+        if adapter is None and tree_flatten(opened.head.trainable_parameters()):
             raise UserError(
                 f"{model}: the weights of a reranker's head are not in this model, so its scores would mean nothing. "
                 "python train.py --task rerank trains one"
             )
-        self._take(*parts[:2], parts[1].tokenizer(parts[2]), str(adapter or base).rstrip("/"), parts[2])
+        self.set_model(opened, config, config.tokenizer(folder), str(adapter or base).rstrip("/"), folder)
         if reranker_type not in (None, self.kind):
             raise UserError(f"--reranker-type {reranker_type}: {self.name} is of the kind {self.kind}")
 
@@ -80,14 +83,26 @@ class Reranker:
         tokenizer: PairTokenizer | TextTokenizer,
         name: str,
     ) -> "Reranker":
-        """A reranker of a model that is loaded, such as the one that is being trained."""
+        """Make a reranker of a model that is already loaded, such as the one that is being trained."""
         reranker = cls.__new__(cls)
-        reranker._take(model, config, tokenizer, name)
+        reranker.set_model(model, config, tokenizer, name)
         return reranker
 
-    def _take(self, model, config, tokenizer, name: str, base: Path | None = None) -> None:
+    def set_model(
+        self,
+        model: RetrievalModel,
+        config: RetrievalConfig,
+        tokenizer: PairTokenizer | TextTokenizer,
+        name: str,
+        base: Path | None = None,
+    ) -> None:
+        """Score with this loaded model from now on; UserError for an embedding model.
+
+        Args:
+            base: see `embedder.Model`; only for a late-interaction model.
+        """
         if config.task not in ("rerank", "late"):
-            raise UserError(f"{name}: a model of one vector a text; rerankers read query and document together")
+            raise UserError(f"{name}: an embedding model, not a reranker, which reads query and document together")
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.late: embedder.Model | None = None
         if config.task == "late":
@@ -95,7 +110,7 @@ class Reranker:
             self.runner = self.late.runner
         else:
             self.runner = make_runner(model)
-        self.cut = 0  # documents that were too long, so far
+        self.cut = 0
 
     @property
     def kind(self) -> str:
@@ -116,9 +131,10 @@ class Reranker:
     # --- scores ---
 
     def rerank(self, query: str, documents: Sequence[str], top_n: int | None = None) -> list[dict[str, Any]]:
-        """The best `top_n` documents (None = all), best first: {"index", "score", "document"}.
+        """Return the documents, best first, as {"index", "score", "document"}; equal scores keep the documents' order.
 
-        Equal scores keep the documents' order.
+        Args:
+            top_n: return only the best N; None = all.
         """
         if top_n is not None and top_n < 1:
             raise UserError(f"top_n {top_n}: at least 1")
@@ -127,82 +143,95 @@ class Reranker:
         return [{"index": int(i), "score": float(scores[i]), "document": documents[i]} for i in order]
 
     def score(self, query: str, documents: Sequence[str]) -> np.ndarray:
-        """(N,) float32 in the documents' order: qwen3 and most cross-encoders from 0 to 1, listwise a cosine."""
+        """Return (N,) float32 scores in the documents' order.
+
+        They are 0 to 1 from qwen3 and most cross-encoders, a cosine from listwise, and a sum or mean of cosines from
+        late-interaction models.
+        """
         return self.score_groups([(query, documents)])[0]
 
     def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """Scores of several queries' documents, computed together: an array as `score` gives it for each group."""
+        """Score the documents of several queries together; return the array of `score` for each (query, documents).
+
+        Raises FloatingPointError if a score is not finite.
+        """
         for query, documents in groups:
             if isinstance(documents, str) or not all(isinstance(text, str) for text in (query, *documents)):
-                raise UserError("a query is a text, and documents are a list of texts")
+                raise UserError("a query must be a text, and documents a list of texts")
         self.model.eval()
         lengths = [len(documents) for _, documents in groups]
         if not sum(lengths):
             return [np.zeros(0, np.float32) for _ in groups]
         score = self._late if self.late else self._listwise if self.kind == "listwise" else self._pairs
-        whole = score([group for group in groups if group[1]])
-        if not np.isfinite(whole).all():
+        scores = score([group for group in groups if group[1]])
+        if not np.isfinite(scores).all():
             raise FloatingPointError(
-                f"{self.name}: {np.sum(~np.isfinite(whole))} of {len(whole)} scores are not finite"
+                f"{self.name}: {np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite"
             )
         if self.config.activation == "sigmoid":
-            whole = 1 / (1 + np.exp(-whole))
-        return np.split(whole.astype(np.float32), np.cumsum(lengths)[:-1])
+            scores = 1 / (1 + np.exp(-scores))
+        return np.split(scores.astype(np.float32), np.cumsum(lengths)[:-1])
 
     def _late(self, groups: Sequence[Group]) -> np.ndarray:
         queries = self.late.encode([query for query, _ in groups], "query", False)
-        found = []
+        scores, how = [], (self.config.maxsim, self.config.impute)
         for query, (_, documents) in zip(queries, groups, strict=True):
             vectors = self.late.encode(documents, "document", False)
             lengths = np.array([len(v) for v in vectors])
-            found.append(maxsim.score(query, np.concatenate(vectors), lengths, self.config.maxsim, self.config.impute))
-        return np.concatenate(found)
+            scores.append(maxsim.score(query, np.concatenate(vectors), lengths, *how))
+        return np.concatenate(scores)
 
     def _listwise(self, groups: Sequence[Group]) -> np.ndarray:
         sequences = self._tokens(groups)
-        found = np.empty(len(sequences.text), np.float32)
-        for index, part in self._representations(sequences.texts):
-            row = np.full(len(sequences.texts), -1)
+        scores = np.empty(len(sequences.text), np.float32)
+        for index, representations in self._representations(sequences.texts):
+            row = np.full(len(sequences.texts), -1)  # of each sequence in this micro-batch; -1: in another one
             row[index] = np.arange(len(index))
-            mine = row[sequences.text] >= 0
-            found[mine] = part[row[sequences.text[mine]], sequences.place[mine], 0]
-        return found
+            here = row[sequences.text] >= 0
+            scores[here] = representations[row[sequences.text[here]], sequences.place[here], 0]
+        return scores
 
     def _pairs(self, groups: Sequence[Group]) -> np.ndarray:
         shares = self.kind == "qwen3" and self.model.backbone.has_past
-        found = []
-        for part in _parts(groups, SEQUENCES, alone=SHARED_BY if shares else SEQUENCES):
-            texts, past = self._tokens(part).texts, None
-            if shares and len(part) == 1 and len(texts) >= SHARED_BY:
+        scores = []
+        for lot in _lots(groups, SEQUENCES, alone=SHARED_BY if shares else SEQUENCES):
+            texts, past = self._tokens(lot).texts, None
+            if shares and len(lot) == 1 and len(texts) >= SHARED_BY:
                 texts, past = self._shared(texts)
-            scores = np.empty(len(texts), np.float32)
-            for index, part_scores in self._representations(texts, past):
-                scores[index] = part_scores[:, 0]
-            found.append(scores)
-        return np.concatenate(found)
+            lot_scores = np.empty(len(texts), np.float32)
+            for index, representations in self._representations(texts, past):
+                lot_scores[index] = representations[:, 0]
+            scores.append(lot_scores)
+        return np.concatenate(scores)
 
     def _tokens(self, groups: Sequence[Group]) -> Sequences:
+        """Tokenise the groups, and count the documents that are truncated."""
         sequences = self.tokenizer(groups)
         self.cut += sequences.cut
         return sequences
 
     def _representations(self, texts: Texts, past: list | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(index, representations) of micro-batches, as they are computed."""
+        """Yield (index, representations) of each micro-batch.
+
+        Args:
+            past: keys and values of tokens that all texts have before their own; see `MicroBatch`.
+        """
         grid = self.runner.length_grid
-        cut = list(micro_batches(texts, backend.MICRO_BATCH_TOKENS, self.tokenizer.pad_id, grid))
-        parts = self.runner.representations([rows._replace(past=past) for _, rows in cut])
-        return ((index, np.array(part)) for (index, _), part in zip(cut, parts, strict=True))
+        batches = list(micro_batches(texts, backend.MICRO_BATCH_TOKENS, self.tokenizer.pad_id, grid))
+        results = self.runner.representations([micro_batch._replace(past=past) for _, micro_batch in batches])
+        return ((index, np.array(result)) for (index, _), result in zip(batches, results, strict=True))
 
     def _shared(self, texts: Texts) -> tuple[Texts, list | None]:
-        """The texts without the tokens that all begin with, and keys and values of those; as they are, if too few.
+        """Return the texts without the tokens that all of them begin with, and the keys and values of those tokens.
 
-        Those tokens are the prompt and the query, and whatever the documents themselves have in common.
+        Those tokens are the prompt, the query, and a common beginning of the documents. If there are too few of them,
+        return the texts unchanged, and None.
         """
         rows = np.split(texts.ids, texts.offsets[1:-1])
-        least = min(map(len, rows)) - 1  # every row keeps a token, at which its score stands
+        least = min(map(len, rows)) - 1  # every row keeps its last token, which gives its score
         same = np.all([row[:least] == rows[0][:least] for row in rows], axis=0)
         count = least if same.all() else int(same.argmin())
-        count -= count % self.runner.length_grid  # like every length
+        count -= count % self.runner.length_grid  # a length as on the grid
         if count < SHARED_FROM:
             return texts, None
         past = self.model.backbone.past(mx.array(rows[0][None, :count]))
@@ -212,8 +241,11 @@ class Reranker:
         return Texts(rest, lengths, np.zeros_like(lengths), lengths.copy()), past
 
 
-def _parts(groups: Sequence[Group], most: int, alone: int) -> Iterator[list[Group]]:
-    """Groups in lots of at most `most` documents, larger groups in several; those of `alone` or more by themselves."""
+def _lots(groups: Sequence[Group], most: int, alone: int) -> Iterator[list[Group]]:
+    """Yield lots of groups, each with at most `most` documents in all.
+
+    A larger group is split over several lots, and a group of `alone` documents or more is a lot by itself.
+    """
     lot, count = [], 0
     for query, documents in groups:
         for first in range(0, len(documents), most):

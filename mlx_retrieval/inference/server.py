@@ -1,15 +1,15 @@
-"""Answer over HTTP: scores of documents for a query, vectors of texts. `python rerank.py --serve` starts it.
+"""Answer over HTTP with scores of documents for a query, and vectors of texts. `python rerank.py --serve` starts it.
 
 python rerank.py --serve --port 8000 --model gemma-3-tiny-mlx
 curl http://127.0.0.1:8000/v1/rerank --json '{"query": "kidney stones", "documents": ["a hard piece", "a bike"]}'
 
-POST /v1/rerank, also as /rerank, is shaped as Cohere's and Jina's; documents come back only where "return_documents"
-is true (Cohere's default). POST /v1/embeddings is shaped as OpenAI's; "input_type" or "prompt" names a prompt of the
-model, without it "document". GET /health needs no key. A server has at most one model of a kind: "model" in a request
-is not compared, and the answer names the one that computed.
+POST /v1/rerank, also as /rerank, has the format of Cohere and Jina; the answer holds the documents only if
+"return_documents" is true (as by Cohere's default). POST /v1/embeddings has the format of OpenAI; "input_type" or
+"prompt" names a prompt of the model (default: "document"). GET /health needs no key. A server has at most one model of
+each kind: "model" in a request is ignored, and the answer names the model that computed it.
 
-Every error is {"error": {"message", "type"}}. What is wrong with a request, an empty list and an unknown field among
-it, is 400; a missing key 401, too many bytes 413, too many requests 503. Limits: `Limits`.
+Every error is {"error": {"message", "type"}}. An invalid request, an empty list and an unknown field included, is
+answered 400; a missing key 401, too many bytes 413, too many requests 503. See `Limits`.
 """
 
 import asyncio
@@ -36,23 +36,23 @@ from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.inference.server_queue import Job, ModelThread
 from mlx_retrieval.utils.errors import UserError
 
-SHUTDOWN_S = 10  # how long requests may go on after Ctrl-C
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's escapes can make halves of pairs, which no encoding can write
+SHUTDOWN_S = 10  # seconds that requests may go on after Ctrl-C
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON escapes can spell lone surrogates, which cannot be encoded
 AGAIN = {"Retry-After": "1"}  # seconds
 TYPES = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all that are underway, may take."""
+    """Limits on one request, and on all requests in progress."""
 
-    body: int = 16 << 20  # bytes of a request
-    documents: int = 10_000  # to rerank, in a request
-    inputs: int = 2_048  # to embed, in a request
-    characters: int = 1_000_000  # of a text
-    requests: int = 256  # underway at once: being read, waiting or computed
-    bodies: int = 256 << 20  # bytes of the bodies of all requests underway
-    silence: float = 60.0  # seconds without a byte of a body that is not complete
+    body: int = 16 << 20  # bytes of a request's body
+    documents: int = 10_000  # documents to rerank in a request
+    inputs: int = 2_048  # texts to embed in a request
+    characters: int = 1_000_000  # characters of a text
+    requests: int = 256  # requests in progress: being read, waiting or computed
+    bodies: int = 256 << 20  # bytes of the bodies of all requests in progress
+    silence: float = 60.0  # seconds to wait for the next bytes of an incomplete body
     batch: int = 256  # texts computed in one call
 
 
@@ -63,29 +63,29 @@ LIMITS = Limits()
 
 
 def _plain(value: object) -> object:
-    """Documents as texts; what is neither is left for the validation to refuse."""
+    """Replace {"text": ...} objects by their text; validation refuses anything else that is not a text."""
     if not isinstance(value, list):
         return value
     return [item["text"] if isinstance(item, dict) and "text" in item else item for item in value]
 
 
-# Validation stops at the first text that is none: every error costs memory, and a body has room for millions.
+# Stop at the first item that is no text: every error costs memory, and a body can hold millions.
 Texts = Annotated[list[str], FailFast()]
 Name = Annotated[str, Field(max_length=100)]
 
 
 class Body(BaseModel):
-    """A request of which a field that is not known is refused, not ignored: a misspelt one would change the answer."""
+    """A request's body. Unknown fields are refused, not ignored: a misspelt one would change the answer."""
 
     model_config = ConfigDict(strict=True)
     model: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: object) -> object:
+    def _refuse_unknown(cls, data: object) -> object:
         if isinstance(data, dict) and (unknown := next((name for name in data if name not in cls.model_fields), None)):
-            told = {"name": repr(unknown[:100]), "known": ", ".join(cls.model_fields)}
-            raise PydanticCustomError("unknown_field", "the field {name} is unknown; known: {known}", told)
+            names = {"name": repr(unknown[:100]), "known": ", ".join(cls.model_fields)}
+            raise PydanticCustomError("unknown_field", "the field {name} is unknown; known: {known}", names)
         return data
 
 
@@ -106,7 +106,7 @@ class EmbeddingsBody(Body):
     dimensions: Annotated[int, Field(ge=1)] | None = None
     input_type: Name | None = None
     prompt: Name | None = None
-    user: str | None = None  # OpenAI's clients may send it
+    user: str | None = None  # ignored: OpenAI's clients may send it
 
 
 # --- answers ---
@@ -122,8 +122,8 @@ def _json(content: dict, status: int = 200, headers: dict | None = None) -> Resp
     return Response(to_json(content), status, headers, "application/json")
 
 
-def _told(error: RequestValidationError) -> str:
-    """The first mistake, as one sentence."""
+def _message(error: RequestValidationError) -> str:
+    """Return the first validation error as one sentence."""
     first = error.errors()[0]
     where, message = first["loc"][1:], first["msg"]
     if first["type"] == "json_invalid":
@@ -140,18 +140,18 @@ async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, AnyHTTPException):
         return _error(error.status_code, str(error.detail), error.headers)
     if isinstance(error, RequestValidationError):
-        return _error(400, _told(error))
+        return _error(400, _message(error))
     if isinstance(error, UserError):
         return _error(400, str(error))
-    return _error(500, "the server failed in answering; its log says why")  # it is uvicorn that logs
+    return _error(500, "the server failed to answer; its log has the reason")  # uvicorn logs it
 
 
 class Guard:
-    """Lets requests through that have the key, and no more of them, or larger ones, than the limits say."""
+    """Middleware: refuse requests without the key, and those beyond the limits."""
 
     def __init__(self, app: Callable, key: bytes | None, limits: Limits):
         self.app, self.key, self.limits = app, key, limits
-        self.requests = self.bodies = 0  # underway
+        self.requests = self.bodies = 0  # in progress: their number, and the bytes of their bodies
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http" or scope["path"] == "/health":
@@ -161,7 +161,7 @@ class Guard:
             refusal = _error(401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
             return await refusal(scope, receive, send)
         if self.requests >= limits.requests:
-            refusal = _error(503, f"{limits.requests:,} requests are underway: try again", AGAIN)
+            refusal = _error(503, f"{limits.requests:,} requests are in progress: try again", AGAIN)
             return await refusal(scope, receive, send)
 
         async def bounded() -> dict:
@@ -192,7 +192,7 @@ class Guard:
 
 
 class Service:
-    """The endpoints, and what the model's thread computes for them."""
+    """The endpoints; the models run in a `ModelThread`."""
 
     def __init__(self, reranker: Reranker | None, model: Model | None, limits: Limits):
         self.reranker, self.model, self.limits = reranker, model, limits
@@ -226,15 +226,15 @@ class Service:
         if self.model is None:
             raise HTTPException(404, "this server has no embedding model")
         if body.input_type and body.prompt and body.input_type != body.prompt:
-            raise HTTPException(400, "input_type and prompt name two prompts: give one")
+            raise HTTPException(400, "input_type and prompt name different prompts: send only one")
         self._check("input", body.input, self.limits.inputs)
         job = Job(body.input, None, body.input_type or body.prompt or "document", body.dimensions)
         vectors = await self._answer(request, job)  # (N, D)
         if body.encoding_format == "base64":
-            shown = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+            embeddings = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
         else:
-            shown = vectors.tolist()
-        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(shown)]
+            embeddings = vectors.tolist()
+        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(embeddings)]
         usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
         return _json({"object": "list", "data": data, "model": self.model.name, "usage": usage})
 
@@ -248,24 +248,24 @@ class Service:
             if len(text) > self.limits.characters:
                 raise HTTPException(400, f"{where}: {len(text):,} characters; at most {self.limits.characters:,}")
             if SURROGATE.search(text):
-                raise HTTPException(400, f"{where}: half a surrogate pair, which is no character")
+                raise HTTPException(400, f"{where}: contains a lone surrogate, which is not a character")
 
     async def _answer(self, request: Request, job: Job) -> np.ndarray:
-        """What the model's thread computes, unless the client leaves before."""
+        """Return the result of the model's thread, unless the client disconnects before."""
         answer = asyncio.wrap_future(self.thread.submit(job))
-        leaving = asyncio.create_task(_left(request))
+        leaving = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
-            raise HTTPException(499, "the client left")  # which nobody reads
+            raise HTTPException(499, "the client disconnected")  # which nobody reads
         finally:
             answer.cancel()
             leaving.cancel()
 
 
-async def _left(request: Request) -> None:
-    """Return when the client is gone."""
+async def _disconnected(request: Request) -> None:
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -276,17 +276,17 @@ async def _left(request: Request) -> None:
 def create_app(
     reranker: Reranker | None, model: Model | None, api_key: str | None = None, limits: Limits = LIMITS
 ) -> FastAPI:
-    """The app of a reranker, an embedding model or both. Its lifespan starts and ends the model's thread.
+    """Return the app that serves a reranker, an embedding model or both; its lifespan starts and ends their thread.
 
     Args:
-        api_key: what requests have to bring as `Authorization: Bearer KEY`; None = nothing.
+        api_key: requests must send it as `Authorization: Bearer KEY`; None = no key needed.
 
-    Raises UserError for a late-interaction embedding model, for neither model, and for a key that no header can hold.
+    Raises UserError without any model, for a late-interaction embedding model, and for a key that no header can hold.
     """
     if reranker is None and model is None:
         raise UserError("nothing to serve: neither a reranker nor an embedding model")
     if model is not None and model.late:
-        raise UserError(f"{model.name} gives a vector a token, and /v1/embeddings has room for one a text")
+        raise UserError(f"{model.name} makes a vector a token, but /v1/embeddings returns one a text")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise UserError("the API key is empty, has spaces around it or is not plain ASCII")
     service = Service(reranker, model, limits)
@@ -309,19 +309,20 @@ def run(
     port: int = 8000,
     api_key: str | None = None,
 ) -> None:
-    """Serve until Ctrl-C, which raises KeyboardInterrupt once the requests underway are answered.
+    """Serve until Ctrl-C, which raises KeyboardInterrupt once the requests in progress are answered.
 
     Args:
         port: 0 = any free one; the printed line names it.
+        api_key: see `create_app`.
 
-    Raises UserError as `create_app` does, and where the address cannot be had.
+    Raises UserError as `create_app` does, and if the address cannot be listened on.
     """
     app = create_app(reranker, model, api_key)
     listener = _listen(host, port)
     for part in (reranker, model):
         if part is not None:
             part.limit_shapes()
-    # What this thread left uncomputed, as weights are until they are first used, no other thread can compute.
+    # Weights are computed when they are first used, and only the thread that loaded them can do that: this one.
     if reranker is not None:
         reranker.score_groups([("first", ["text"])])
     if model is not None:
@@ -329,19 +330,20 @@ def run(
     names = ", ".join(part.name for part in (reranker, model) if part is not None)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     access = "with an API key" if api_key else "without an API key"
-    print(f"serving {names} at {url}, {access}; Ctrl-C ends it", flush=True)
+    print(f"serving {names} at {url}, {access}; press Ctrl-C to stop", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
     uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 1 << 16:  # getaddrinfo takes a larger one modulo that
+    """Return a socket that listens on the address; UserError if it cannot."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take it modulo 65,536
         raise UserError(f"port {port}: between 0 and 65,535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address, family=family)
     except (OSError, UnicodeError) as error:
         raise UserError(f"{host}:{port}: {getattr(error, 'strerror', None) or error}") from error
-    # Connections inherit it. asyncio sets it for its own sockets only, and without it every answer took 40 ms.
+    # Connections inherit this. asyncio sets it only for sockets of its own; without it every answer took 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -1,12 +1,12 @@
-"""The one thread in which a server's models compute, and what waits for it.
+"""The one thread in which a server's models compute, and the queue of jobs for it.
 
 thread = ModelThread(reranker, model, batch=256)
 thread.start()
 scores = thread.submit(Job(documents, query="kidney stones")).result()     # float32 (N,)
 vectors = thread.submit(Job(texts, prompt="document")).result()            # float32 (N, D)
 
-What waits and is of one kind is computed in one call. Requests larger than a call are cut and take turns with others,
-except for listwise rerankers, where the score of a document depends on those beside it.
+Waiting jobs of one kind are computed in one call. Jobs larger than a call are split and take turns with others, except
+with listwise rerankers, where the score of a document depends on the others of the request.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import numpy as np
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
 
-STUCK_S = 30  # how long `close` waits for a call that does not end
+STUCK_S = 30  # seconds that `close` waits for the call in progress
 
 
 @dataclass(eq=False)
@@ -31,31 +31,32 @@ class Job:
     query: str | None = None
     prompt: str | None = None
     dimensions: int | None = None
-    whole: bool = False  # not to be cut
-    answer: Future = field(default_factory=Future)  # an array of a row a text; cancelled once nobody waits for it
-    tokens: int = 0  # of the texts embedded so far
-    begun: int = 0  # texts that were taken to be computed
-    rows: list[np.ndarray] = field(default_factory=list)
+    unsplit: bool = False  # whether all texts must be computed in one call
+    answer: Future = field(default_factory=Future)  # an array with a row a text; cancelled if nobody waits for it
+    tokens: int = 0  # tokens of the texts embedded so far
+    begun: int = 0  # texts that calls have taken so far
+    rows: list[np.ndarray] = field(default_factory=list)  # results so far
 
     @property
     def kind(self) -> tuple:
         """Jobs of one kind can be computed together."""
         return self.query is None, self.prompt, self.dimensions
 
-    def cut(self, most: int) -> Sequence[str]:
-        """The next texts."""
-        piece = self.texts if self.whole else self.texts[self.begun : self.begun + most]
+    def take(self, most: int) -> Sequence[str]:
+        """Return the next texts to compute, at most `most` unless the job must not be split."""
+        piece = self.texts if self.unsplit else self.texts[self.begun : self.begun + most]
         self.begun += len(piece)
         return piece
 
     def add(self, rows: np.ndarray) -> None:
-        """Take the results of a piece, in the texts' order; the last ones make the answer."""
+        """Add the results of the next texts, in their order; once all are there, set the answer."""
         self.rows.append(rows)
         if sum(map(len, self.rows)) == len(self.texts):
             with contextlib.suppress(InvalidStateError):  # nobody waits any more
                 self.answer.set_result(np.concatenate(self.rows))
 
     def fail(self, error: BaseException) -> None:
+        """Raise `error` where the answer is awaited."""
         with contextlib.suppress(InvalidStateError):
             self.answer.set_exception(error)
 
@@ -64,10 +65,10 @@ Pieces = list[tuple[Job, Sequence[str]]]  # of jobs of one kind
 
 
 class ModelThread:
-    """Computes jobs, the oldest first, in a thread of its own: MLX's state belongs to a thread.
+    """Compute jobs, the oldest first, in a thread of its own: MLX's state belongs to a thread.
 
     Args:
-        batch: texts in one call, at most, but for a request that must not be cut.
+        batch: most texts in one call, except for a job that must not be split.
     """
 
     def __init__(self, reranker: Reranker | None, model: Model | None, batch: int):
@@ -81,15 +82,15 @@ class ModelThread:
         self._thread.start()
 
     def submit(self, job: Job) -> Future:
-        """Let a job wait for its turn; cancelling its answer takes it out again."""
-        job.whole = job.query is not None and self.reranker.kind == "listwise"
+        """Queue a job, and return its answer; cancelling the answer removes the job."""
+        job.unsplit = job.query is not None and self.reranker.kind == "listwise"
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
         return job.answer
 
     def close(self) -> None:
-        """Let the call that is being computed end, and cancel what waits."""
+        """Let the call in progress end, and cancel all waiting jobs."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -109,15 +110,15 @@ class ModelThread:
             job.answer.cancel()
 
     def _next(self) -> Pieces:
-        """Pieces of the oldest job and of others of its kind; a job that has more goes to the end."""
+        """Return pieces of the oldest job and others of its kind; jobs with more texts go to the end of the queue."""
         self._jobs = [job for job in self._jobs if not job.answer.done()]  # cancelled or failed
         room, pieces, waiting, again = self.batch, [], [], []
         for job in self._jobs:
-            too_large = job.whole and pieces and len(job.texts) > room
+            too_large = job.unsplit and pieces and len(job.texts) > room
             if room <= 0 or too_large or job.kind != self._jobs[0].kind:
                 waiting.append(job)
                 continue
-            pieces.append((job, job.cut(room)))
+            pieces.append((job, job.take(room)))
             room -= len(pieces[-1][1])
             if job.begun < len(job.texts):
                 again.append(job)
@@ -127,10 +128,10 @@ class ModelThread:
     def _work(self, pieces: Pieces) -> None:
         try:
             results = self._compute(pieces)
-        except BaseException as error:  # it belongs to whoever waits for the answer
+        except BaseException as error:  # raised where the answer is awaited
             if len(pieces) == 1:
                 pieces[0][0].fail(error)
-            else:  # one of them is to blame, and the others should not notice
+            else:  # one of them caused it, and must not fail the others
                 for piece in pieces:
                     self._work([piece])
             return
@@ -146,7 +147,7 @@ class ModelThread:
             vectors = self.model.encode(together, prompt=first.prompt, show_progress=False, dimensions=first.dimensions)
             results = np.split(vectors, np.cumsum(counts[:-1]))
         if [len(rows) for rows in results] != counts or not all(np.isfinite(rows).all() for rows in results):
-            raise ArithmeticError("what the model computed is not finite numbers, a row for each text")
+            raise ArithmeticError("the model's results are not finite, or not one row for each text")
         if first.query is None:
             for job, texts in pieces:
                 job.tokens += int(self.model.tokenizer(texts, first.prompt).lengths.sum())

@@ -273,7 +273,7 @@ def test_what_cannot_be_served():
         server.create_app(None, None)
     late = Model()
     late.late = True
-    with pytest.raises(UserError, match="a-model gives a vector a token"):
+    with pytest.raises(UserError, match="a-model makes a vector a token"):
         server.create_app(Reranker(), late)
 
 

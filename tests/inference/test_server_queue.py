@@ -173,7 +173,7 @@ def test_too_many_requests():
         with held_up(reranker, client, FIRST) as send:
             waiting = [send(FIRST), send(FIRST)]
             response = rerank(client)
-            refused(response, 503, "3 requests are underway")
+            refused(response, 503, "3 requests are in progress")
             assert response.headers["retry-after"] == "1"
             assert client.get("/health").status_code == 200
         assert [answer.result().status_code for answer in waiting] == [200, 200]
