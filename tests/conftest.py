@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if _quick(config):
         backend.COMPILED = False
+        backend.mx.disable_compile()
+        os.environ["MLX_DISABLE_COMPILE"] = "1"  # for processes that tests start
 
 
 def _quick(config: pytest.Config) -> bool:
@@ -60,10 +62,19 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile models for tests marked `compiled`."""
-    if request.node.get_closest_marker("compiled"):
+def _compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compile models in tests marked `compiled`, and in no other quick test."""
+    if not _quick(request.config):
+        yield
+    elif request.node.get_closest_marker("compiled"):
         monkeypatch.setattr(backend, "COMPILED", backend.FUSED)
+        monkeypatch.delenv("MLX_DISABLE_COMPILE")
+        backend.mx.enable_compile()
+        yield
+        backend.mx.disable_compile()
+    else:
+        yield
+        backend.mx.disable_compile()  # a conversation's trainer enables it
 
 
 # The same examples every time, whatever the machine's speed.

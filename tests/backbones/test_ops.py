@@ -11,6 +11,7 @@ import pytest
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import ops
 
+pytestmark = pytest.mark.compiled
 only_cpu = pytest.mark.skipif(not backend.FUSED, reason="GPUs use mlx's own functions")
 
 

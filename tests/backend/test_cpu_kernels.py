@@ -25,7 +25,10 @@ def without_kernels() -> str:
 
 
 COMPILER = shutil.which("g++", path=without_kernels())
-pytestmark = pytest.mark.skipif(not backend.KERNELS, reason="no g++, or not a Linux CPU")
+pytestmark = [
+    pytest.mark.skipif(not backend.KERNELS, reason="no g++, or not a Linux CPU"),
+    pytest.mark.compiled,
+]
 
 
 def layouts() -> dict[str, list[mx.array]]:

@@ -151,6 +151,7 @@ def test_two_parts_share_an_index(login, medquad):
     assert min(map(len, halves)) > 0.4 * len(medquad)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_loses_and_doubles_nothing(login, medquad, capfd):
     rows, drawn, killed = rows_of("medquad"), [], False
     for n in islice(rows.numbers(7, 0), len(medquad)):
@@ -252,6 +253,7 @@ def settings_of(folder, index, *more):
     ]
 
 
+@pytest.mark.slow
 def test_training_stopped_and_resumed_is_the_same_training(login, small, tmp_path):
     """12 steps of 32 cross the end of the first epoch, of 300 documents."""
     straight, parted = tmp_path / "straight", tmp_path / "parted"
@@ -276,6 +278,7 @@ def test_an_index_mixes_with_a_file(login, small, tmp_path):
     assert [again.where(n) for n in islice(again.numbers(0, 40), 40)] == drawn[40:]
 
 
+@pytest.mark.slow
 def test_vectors_written_back_are_searched(login, small, capsys):
     model = embedder.load("gemma-3-tiny-mlx")
     command = ["--model", "gemma-3-tiny-mlx", "--to", f"es://{small}", "--field", "meaning"]

@@ -49,6 +49,7 @@ def save_adapter(small: str, folder: Path, strength: float, dropout: float = 0.0
 # --- sound models ---
 
 
+@pytest.mark.slow
 def test_real_weights_are_sound_within_a_minute(minilm, capsys):
     started = time.perf_counter()
     assert embed.main(["--check", str(minilm)]) == 0
@@ -126,6 +127,7 @@ def test_half_precision_has_a_wider_limit(model):
 # --- broken models ---
 
 
+@pytest.mark.slow
 def test_padding_that_leaks(model, monkeypatch):
     kind, original = type(model.model.backbone), type(model.model.backbone).hidden_states
 

@@ -211,6 +211,7 @@ def test_fewer_shapes_are_this_runner_s_alone(model):
     assert {functions.shapes_kept for functions in other._functions} == {128}
 
 
+@pytest.mark.slow
 def test_the_loss_curve_does_not_depend_on_optimisations(tmp_path, run_python):
     """Twelve steps of the embedded default with everything that is done for CPUs, and with none of it."""
     code = (
