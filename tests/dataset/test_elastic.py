@@ -1,8 +1,8 @@
 """An Elasticsearch index as a source of rows, against a real server where one is there.
 
 python tools/elasticsearch_server.py fetch              once; without it these tests are skipped, and say so
-python -m pytest tests/dataset/test_elastic.py
-ES_TEST_VERSION=9.2.1 python -m pytest tests/dataset/test_elastic.py        another version
+python -m pytest -m slow tests/dataset/test_elastic.py
+ES_TEST_VERSION=9.2.1 python -m pytest -m slow tests/dataset/test_elastic.py        another version
 """
 
 import json
@@ -33,6 +33,7 @@ from mlx_retrieval.utils import errors
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
 import elasticsearch_server
 
+pytestmark = pytest.mark.slow  # the server takes half a minute to start; test_elastic_calls.py is quick
 ROOT = Path(__file__).resolve().parent.parent.parent
 MEDQUAD = ROOT.parent / "shared" / "data" / "medquad" / "train.jsonl"
 MAPPING = fields.parse("query=query,document=title+snippet,rank=rank")
@@ -151,7 +152,6 @@ def test_two_parts_share_an_index(login, medquad):
     assert min(map(len, halves)) > 0.4 * len(medquad)
 
 
-@pytest.mark.slow
 def test_a_server_that_is_killed_loses_and_doubles_nothing(login, medquad, capfd):
     rows, drawn, killed = rows_of("medquad"), [], False
     for n in islice(rows.numbers(7, 0), len(medquad)):
@@ -253,7 +253,6 @@ def settings_of(folder, index, *more):
     ]
 
 
-@pytest.mark.slow
 def test_training_stopped_and_resumed_is_the_same_training(login, small, tmp_path):
     """12 steps of 32 cross the end of the first epoch, of 300 documents."""
     straight, parted = tmp_path / "straight", tmp_path / "parted"
@@ -278,7 +277,6 @@ def test_an_index_mixes_with_a_file(login, small, tmp_path):
     assert [again.where(n) for n in islice(again.numbers(0, 40), 40)] == drawn[40:]
 
 
-@pytest.mark.slow
 def test_vectors_written_back_are_searched(login, small, capsys):
     model = embedder.load("gemma-3-tiny-mlx")
     command = ["--model", "gemma-3-tiny-mlx", "--to", f"es://{small}", "--field", "meaning"]

@@ -209,6 +209,7 @@ def test_bm25_is_lucenes_formula():
     assert bm25(wordy, queries, 7) == {query: names[:7] for query, names in found.items()}
 
 
+@pytest.mark.slow
 def test_mtebs_own_two_stages_give_the_same_figures(words, tmp_path):
     """A cross-encoder and a saved first stage, as mteb's documentation has them."""
     import mteb
