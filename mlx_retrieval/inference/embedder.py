@@ -17,6 +17,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
 
 CHUNK = 16_384  # texts tokenised and sorted by length together
 
@@ -107,7 +108,8 @@ class Model:
             show_progress = len(texts) > 2_000 and sys.stderr.isatty()
         results = [None] * len(texts) if self.late else np.empty((len(texts), self.dimensions), np.float32)
         self.model.eval()
-        with _bar(len(texts), show_progress) as advance:
+        done = 0
+        with progress_bar("embedding", "texts", show_progress, transient=False) as progress:
             for first in range(0, len(texts), CHUNK):
                 tokens = self.tokenizer(texts[first : first + CHUNK], prompt)
                 budget = batch_tokens or backend.MICRO_BATCH_TOKENS
@@ -120,7 +122,9 @@ class Model:
                             results[first + i] = token_vectors
                     else:
                         results[first + index] = vectors
-                    advance(len(index))
+                    done += len(index)
+                    if progress:
+                        progress(done, len(texts))
         if self.late:
             return results
         vectors = truncate(results, dimensions, self.config.normalize)
@@ -144,29 +148,6 @@ def embed(model: Model, texts: Sequence[str], prompt: str) -> np.ndarray | list[
     if count := sum(not np.isfinite(vector).all() for vector in vectors):
         raise UserError(f"{model.name}: the vectors of {count} of {len(texts)} texts are not finite (embed.py --check)")
     return vectors
-
-
-class _bar:  # noqa: N801  (used as a function)
-    """A progress bar on standard error, or nothing."""
-
-    def __init__(self, total: int, show: bool):
-        self.total, self.show = total, show
-
-    def __enter__(self):
-        if not self.show:
-            return lambda count: None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = ("embedding", BarColumn(), MofNCompleteColumn(), "texts", TimeRemainingColumn())
-        self.progress = Progress(*columns, console=Console(stderr=True))
-        self.progress.start()
-        task = self.progress.add_task("", total=self.total)
-        return lambda count: self.progress.advance(task, count)
-
-    def __exit__(self, *_):
-        if self.show:
-            self.progress.stop()
 
 
 def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Model:

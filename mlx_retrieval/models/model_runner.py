@@ -29,7 +29,7 @@ class ModelRunner:
         model: its weights may change between calls; its modules must not.
 
     Attributes:
-        compiled: whether passes are compiled, which makes a second forward pass cheaper than uncompiled code.
+        compiled: whether passes run as compiled functions.
         workers: micro-batches computed at the same time.
         length_grid: padded lengths are multiples of this; pass it to `batching.micro_batches`.
     """

@@ -121,12 +121,12 @@ class CrossEncoderTokenizer(PairTokenizer):
 
     def _frame(self) -> tuple[list[list[int]], bool]:
         """Return the tokens before, between and after two texts, and whether the second has a token type of its own."""
-        whole = self.tokenizer.encode("a", "a")
-        sequence = whole.sequence_ids
+        pair = self.tokenizer.encode("a", "a")
+        sequence = pair.sequence_ids
         first, second = ([i for i, n in enumerate(sequence) if n == number] for number in (0, 1))
-        ids = whole.ids
+        ids = pair.ids
         frame = [ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]]
-        return frame, whole.type_ids[second[0]] == 1
+        return frame, pair.type_ids[second[0]] == 1
 
     def _lengths(self, query: int, document: int) -> tuple[int, int]:
         """Return how many tokens of each are kept."""

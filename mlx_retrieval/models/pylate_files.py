@@ -12,6 +12,7 @@ from mlx_retrieval.models import sentence_transformers_files
 from mlx_retrieval.utils.errors import UserError
 
 KINDS = ("ColBERT", "MultiVectorEncoder")  # model_type of PyLate's and of sentence-transformers' folders
+MODULE_KINDS = ("Transformer", "Dense", "MultiVectorMask", "Normalize")
 PROJECTION = "1_Dense"
 
 
@@ -27,10 +28,9 @@ def read(folder: Path) -> dict[str, Any]:
     """Return fields of RetrievalConfig from a late-interaction model's folder; UserError for an unknown module."""
     modules = sentence_transformers_files.modules_of(folder)
     settings = sentence_transformers_files.optional_json(folder / sentence_transformers_files.SETTINGS)
-    known = ("Transformer", "Dense", "MultiVectorMask", "Normalize")
     kinds = [kind for kind, _ in modules]
-    if set(kinds) - set(known) or kinds.count("Transformer") != 1 or kinds[0] != "Transformer":
-        raise UserError(f"{folder}: a late-interaction model of {', '.join(kinds)}; known: {', '.join(known)}")
+    if set(kinds) - set(MODULE_KINDS) or kinds.count("Transformer") != 1 or kinds[0] != "Transformer":
+        raise UserError(f"{folder}: a late-interaction model of {', '.join(kinds)}; known: {', '.join(MODULE_KINDS)}")
     sentence = sentence_transformers_files.optional_json(folder / sentence_transformers_files.SENTENCE)
     merged = sentence | {name: value for name, value in settings.items() if value is not None}
     mask = next((read_json(folder / Path(path).name / "config.json") for kind, path in modules if "Mask" in kind), None)

@@ -93,8 +93,7 @@ class RetrievalConfig:
         values = read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"{path}: not a JSON object")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(values) - known:
+        if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
             raise UserError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
         return cls(**values)
 

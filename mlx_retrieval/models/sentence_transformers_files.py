@@ -11,6 +11,7 @@ from mlx_retrieval.models.heads import ACTIVATIONS, POOLING
 from mlx_retrieval.utils.errors import UserError
 
 MODULES, SENTENCE, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+MODULE_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 LENGTHENED = "mean_sqrt_len_tokens"
 SIMILARITIES = ("cosine", "dot", "dot_score")
 POOLING_FLAGS = {  # without the prefix "pooling_mode_"
@@ -35,17 +36,18 @@ def read(folder: Path) -> dict[str, Any]:
     """Return fields of RetrievalConfig from `modules.json` and the files it names; UserError for an unknown module."""
     modules = modules_of(folder)
     kinds = [kind for kind, _ in modules if kind != "Dropout"]  # which does nothing in inference
-    known = ("Transformer", "Pooling", "Dense", "Normalize")
-    if unknown := set(kinds) - set(known):
-        raise UserError(f"{folder}: {MODULES} names {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    in_order = sorted(kinds, key=known.index)
+    if unknown := set(kinds) - set(MODULE_ORDER):
+        raise UserError(f"{folder}: {MODULES} names {', '.join(sorted(unknown))}; known: {', '.join(MODULE_ORDER)}")
+    in_order = sorted(kinds, key=MODULE_ORDER.index)
     if kinds != in_order or kinds.count("Transformer") != 1 or kinds.count("Pooling") > 1:
-        raise UserError(f"{folder}: {MODULES} puts its modules as {', '.join(kinds)}; known: {', '.join(known)}")
+        raise UserError(
+            f"{folder}: {MODULES} has the modules {', '.join(kinds)}; known, in this order: {', '.join(MODULE_ORDER)}"
+        )
     paths = {kind: Path(path).name for kind, path in modules}
     similarity = optional_json(folder / SETTINGS).get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
-        known = ", ".join(SIMILARITIES)
-        raise UserError(f"{folder / SETTINGS}: similarity {similarity} is not supported; known: {known}")
+        names = ", ".join(SIMILARITIES)
+        raise UserError(f"{folder / SETTINGS}: similarity {similarity} is not supported; known: {names}")
     # A cosine ignores lengths, so unit vectors and dot products give it.
     normalize = "Normalize" in kinds or similarity == "cosine"
     pooling, pool_prompt = _pooling(

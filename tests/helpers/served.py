@@ -1,4 +1,4 @@
-"""Models that need no time and know no meaning, and a server of them: for the tests of serve.py and serve_queue.py."""
+"""Models that need no time and know no meaning, and a server of them: for test_server.py and test_server_queue.py."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Every check of the doctor passes sound models and names the one thing that is broken.
+"""Every check of embed.py --check passes sound models and names the one thing that is broken.
 
 python -m pytest tests/inference/test_checks.py
 """

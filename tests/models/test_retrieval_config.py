@@ -162,7 +162,7 @@ def test_unknown_modules_are_refused(write_model, kind):
     ],
 )
 def test_modules_in_another_order_are_refused(write_model, kinds):
-    with pytest.raises(UserError, match=f"puts its modules as {', '.join(kinds)}"):
+    with pytest.raises(UserError, match=f"has the modules {', '.join(kinds)}"):
         base_model_config(write_model([f"sentence_transformers.models.{kind}" for kind in kinds]), BERT)
 
 
