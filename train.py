@@ -52,7 +52,7 @@ def resumed_settings(given: dict) -> Settings:
 
 def train(settings: Settings) -> dict:
     """Train as the settings say; returns what `results.json` holds, on all ranks but the first nothing."""
-    with distributed.together("the preparation"):
+    with distributed.raise_together("the preparation"):
         run = prepare(settings)
     agree(run)
     gc.freeze()  # what is there now stays: no need to look through it at every collection
@@ -66,27 +66,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, given = from_flags(DESCRIPTION, EPILOG, argv)
         distributed.start(settings.rank_timeout)
         if settings.resume:  # from a folder that need not be on every machine
-            settings = Settings(**distributed.of_first("the run to resume", lambda: resumed_settings(given).to_dict()))
+            settings = Settings(
+                **distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())
+            )
         elif settings.task is None:
             from mlx_retrieval.training.chat.data import is_chat
 
-            with distributed.together("the data"):
+            with distributed.raise_together("the data"):
                 chat = is_chat(settings.data)
             if chat:
                 settings = for_task("chat", given)
         train(settings)
     except (UserError, FloatingPointError) as error:
-        print(f"train.py{distributed.name()}: {error}", file=sys.stderr)
-        distributed.wait_for_first()
+        print(f"train.py{distributed.rank_label()}: {error}", file=sys.stderr)
+        distributed.wait_for_main()
         return 2
-    except distributed.Lost as error:
+    except distributed.RankLost as error:
         command = continue_command(Path(settings.output))
         print(
-            f"train.py{distributed.name()}: {error}. Continue from the last saved step, with any number of ranks: "
-            f"{command}",
+            f"train.py{distributed.rank_label()}: {error}. "
+            f"Continue from the last saved step, with any number of ranks: {command}",
             file=sys.stderr,
         )
-        return distributed.LOST_CODE
+        return distributed.EXIT_RANK_LOST
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 130

@@ -174,8 +174,8 @@ def caching(args: argparse.Namespace) -> None:
     """A step with gradient caching in 16 micro-batches beside plain accumulation of the same ones."""
     trainer = trainer_of(args, 64, gradient_accumulation_steps=16)
     batch = trainer.batches.batch(0)
-    while len(trainer.gradient_of._cut(batch)[0]) > 16:  # a plan has more of them where that saves padding
-        trainer.gradient_of.accumulation -= 1
+    while len(trainer.grad_cache.plan(batch)[0]) > 16:  # a plan has more of them where that saves padding
+        trainer.grad_cache.accumulation -= 1
     count = trainer.update(batch, 1)["micro_batches"]
     accumulate(trainer, batch)
     rounds = [(timed(trainer.update, batch, 1), timed(accumulate, trainer, batch)) for _ in range(args.rounds)]
@@ -190,12 +190,12 @@ def accumulate(trainer: Trainer, batch: Batch) -> None:
 
     Its loss is linear in the representations, so that nothing is spent on it: accumulation cannot be cheaper.
     """
-    differentiator = trainer.gradient_of
+    grad_cache = trainer.grad_cache
     trainer.model.train()
-    rows, _ = differentiator._cut(batch)
+    rows, _ = grad_cache.plan(batch)
     slopes = [mx.full((len(part.ids), BERT["hidden_size"]), 0.01) for part in rows]
     mx.eval(slopes)  # the threads that take them have streams of their own
-    gradient = differentiator.runner.gradient(rows, range(len(rows)), slopes)
+    gradient = grad_cache.runner.gradient(rows, range(len(rows)), slopes)
     clipped, norm = optim.clip_grad_norm(gradient, trainer.settings.max_grad_norm)
     mx.eval(clipped, norm)
     trainer.optimizer.update(trainer.model, clipped)

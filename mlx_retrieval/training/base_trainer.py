@@ -76,7 +76,7 @@ class Loop:
 
     def _evaluate_if_due(self, report: Reporter, finished: bool) -> bool:
         """Evaluate where it is time to, on rank 0; whether training should stop for lack of gain."""
-        if not distributed.first() or not (finished or due(self.state.step, self.settings.eval_steps)):
+        if not distributed.is_main() or not (finished or due(self.state.step, self.settings.eval_steps)):
             return False
         metrics = self.measure(self.state.step, report)
         if not metrics:
@@ -101,12 +101,12 @@ class Loop:
 
     def decide(self, stop: bool) -> bool:
         """Of several ranks, after a step: whether any is to stop; none goes on alone, be it for lack of gain or not."""
-        stop, self._agreed = distributed.most(f"the end of step {self.state.step}", stop, self._signal, patient=True)
+        stop, self._agreed = distributed.all_max(f"the end of step {self.state.step}", stop, self._signal, patient=True)
         return bool(stop)
 
     def save(self) -> None:
         """Write `step-NNNNNN`, and remove those that are too many now that it is complete. SaveError: nothing is."""
-        if not distributed.first():
+        if not distributed.is_main():
             self._saved = self.state.step
             return
         files.write_folder(checkpoint.step_folder(self.folder, self.state.step), self._write)
@@ -137,7 +137,7 @@ class Loop:
 
     def save_last_good(self) -> str:
         """Before an error ends the run: save the state as it stands, and say so."""
-        if not self.state.step or not distributed.first():
+        if not self.state.step or not distributed.is_main():
             return ""
         try:
             self.save()

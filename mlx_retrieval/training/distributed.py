@@ -1,14 +1,15 @@
-"""Several processes that train as one: what `mlx.launch` starts, on one machine or on several.
+"""Several processes that train as one: the ranks that `mlx.launch` starts, on one machine or on several.
 
 mlx.launch -n 2 --backend ring python train.py --output adapters          two processes here
 mlx.launch --hostfile hosts.json --backend ring python train.py           one a machine; rank 0 is the first
 
-Every rank draws the same batches and makes the same plan of micro-batches, of which it computes its share. What comes
-out is exchanged, so that all have the same loss, and the gradients are summed, so that weights stay the same, bit for
-bit. Rank 0 alone writes, prints and evaluates. In a process that is alone everything here returns at once.
+Every rank draws the same batches and plans the same micro-batches, of which it computes its share. Representations are
+gathered, so that all ranks compute the same loss, and gradients are summed, so that weights stay the same, bit for bit.
+Rank 0 alone writes, prints and evaluates. In a single process every function here returns at once.
 
-mlx's ring neither notices nor ends where ranks exchange different things. So small messages have names, which are
-compared, and every large one follows a small one that showed the ranks to be at the same place with the same data.
+mlx's ring neither notices nor ends where ranks exchange different things. So small messages carry the name of their
+place, which is compared, and every large message follows a small one that showed the ranks to be at the same place with
+the same data.
 """
 
 import hashlib
@@ -26,66 +27,71 @@ from mlx_retrieval.backend import mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
-LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # environment of a process with others
-LOST_CODE = 3  # exit code where another rank was lost
-NAME, HEADER = 56, 128  # bytes of a small message's name, and of the message as far as it needs no second one
-MESSAGE = 16 << 20  # elements of a large message
-PATIENCE = 20  # so many times as long the others wait where rank 0 may be evaluating or saving
-SAMPLE = 4_096  # numbers of an array that its digest looks at
+LAUNCHER_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # environment of a launched process
+EXIT_RANK_LOST = 3  # exit code where another rank was lost
+PLACE_BYTES = 56  # of a small message: the name of its place
+MESSAGE_BYTES = 128  # of a small message in all; longer data follows in a second one
+BUCKET_SIZE = 16 << 20  # elements of a large message
+PATIENCE = 20  # the timeout's factor where rank 0 may be evaluating or saving
+DIGEST_SAMPLE = 4_096  # numbers of an array that its digest reads
 
 
-class Lost(Exception):  # noqa: N818  (no error of this process)
-    """Another rank has ended, or the connection to it. Nothing can be exchanged any more."""
+class RankLost(Exception):  # noqa: N818  (its users read it as an event)
+    """Another rank, or the connection to it, has ended. Nothing can be exchanged any more."""
 
 
-class Apart(UserError):  # noqa: N818  (by itself no error of any one)
-    """The ranks have other data, settings or weights, or are not at the same place: raised on all of them."""
+class RankMismatch(UserError):  # noqa: N818  (no single rank is at fault)
+    """The ranks have different data, settings or weights, or are at different places. Raised on all of them."""
 
 
 class _World:
     """This process and the others."""
 
-    size, rank = 1, 0
+    size = 1
+    rank = 0
     timeout = 0.0  # seconds; 0 = wait for ever
     lost = False
-    what = ""  # the exchange that goes on
-    until: float | None = None  # when it is given up; None = none goes on
+    place = ""  # the exchange in progress
+    deadline: float | None = None  # when to give it up; None = no exchange in progress
     given_up = False
-    rescue: Callable[[], str] | None = None  # saves what can be saved, and says so
+    rescue: Callable[[], str] | None = None  # saves the state, and returns a message about it
 
 
 _world = _World()
 
 
 def size() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return _world.size
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return the number of this process among them, from 0."""
     return _world.rank
 
 
-def first() -> bool:
-    """Whether this process is the one that writes, prints and evaluates."""
+def is_main() -> bool:
+    """Return whether this is the process that writes, prints and evaluates."""
     return _world.rank == 0
 
 
-def name() -> str:
-    """`, rank 1 of 2` for messages; nothing for a process that is alone."""
+def rank_label() -> str:
+    """Return `, rank 1 of 2` for messages; "" in a single process."""
     return f", rank {_world.rank} of {_world.size}" if _world.size > 1 else ""
 
 
 def start(timeout: float = 0) -> None:
-    """Find the other ranks, where this process was started with some.
+    """Connect to the other ranks, if this process was launched as one of several.
 
-    `timeout`: seconds to wait for a rank that says nothing, from then on; 0 = for ever. UserError where they are not to
-    be found.
+    Args:
+        timeout: seconds after which a silent rank counts as lost, from now on; 0 = wait for ever.
+
+    Raises UserError where the ranks cannot be connected.
     """
-    if _world.size > 1 or not any(variable in os.environ for variable in LAUNCHED):
+    if _world.size > 1 or not any(variable in os.environ for variable in LAUNCHER_VARIABLES):
         return
     _world.timeout = timeout
     if timeout:
@@ -95,7 +101,9 @@ def start(timeout: float = 0) -> None:
             group = mx.distributed.init()
         except RuntimeError as error:
             raise UserError(f"the ranks did not find each other: {error}") from error
-    _world.size, _world.rank = group.size(), group.rank()
+    _world.size = group.size()
+    _world.rank = group.rank()
+    console().quiet = not is_main()
     if _world.size == 1 and os.environ.get("MLX_RANK", "0") != "0":
         raise UserError(f"this is rank {os.environ['MLX_RANK']} by MLX_RANK, but there is no other: see mlx.launch")
 
@@ -104,16 +112,16 @@ def start(timeout: float = 0) -> None:
 
 
 @contextmanager
-def _waiting(what: str, patient: bool = False) -> Iterator[None]:
-    """While this lasts, the watch looks at the time."""
-    _world.what = what
+def _waiting(place: str, patient: bool = False) -> Iterator[None]:
+    """Let the watch time this block."""
+    _world.place = place
     if _world.timeout:
-        _world.until = time.monotonic() + _world.timeout * (PATIENCE if patient and not first() else 1)
+        _world.deadline = time.monotonic() + _world.timeout * (PATIENCE if patient and not is_main() else 1)
     try:
         yield
     finally:
-        _world.until = None
-        if _world.given_up:  # an answer that comes too late must not change what is being saved
+        _world.deadline = None
+        if _world.given_up:  # an answer that comes too late must not change the state that is being saved
             threading.Event().wait()
 
 
@@ -121,228 +129,240 @@ def _watch() -> None:
     """End the process where it waits for too long: a call into mlx cannot be interrupted."""
     while True:
         time.sleep(min(5.0, _world.timeout / 10))
-        if (until := _world.until) is not None and time.monotonic() > until:
+        if (deadline := _world.deadline) is not None and time.monotonic() > deadline:
             _world.given_up = True
             saved = _world.rescue() if _world.rescue else ""
-            waited = f"a rank has said nothing for {_world.timeout:g} seconds, at {_world.what} (--rank-timeout)"
+            reason = f"a rank has said nothing for {_world.timeout:g} seconds, at {_world.place} (--rank-timeout)"
             with suppress(OSError):
-                print(f"train.py{name()}: {waited}{saved}", file=sys.stderr, flush=True)
-            os._exit(LOST_CODE)
+                print(f"train.py{rank_label()}: {reason}{saved}", file=sys.stderr, flush=True)
+            os._exit(EXIT_RANK_LOST)
 
 
 @contextmanager
 def rescuing(save: Callable[[], str]) -> Iterator[None]:
-    """While this lasts, `save` is called where the ranks lose each other; what it returns is added to the message."""
+    """Call `save` if the ranks lose each other in this block, and add the text that it returns to the message."""
     _world.rescue = save
     try:
         yield
-    except (Lost, Apart) as error:
+    except (RankLost, RankMismatch) as error:
         raise type(error)(f"{error}{save()}") from error
     finally:
         _world.rescue = None
 
 
-def _exchange(what: str, operation: Callable[[mx.array], mx.array], array: mx.array, patient: bool = False) -> mx.array:
+def _communicate(
+    place: str, operation: Callable[[mx.array], mx.array], array: mx.array, patient: bool = False
+) -> mx.array:
+    """Return `operation(array)`, evaluated. RankLost where the connection fails."""
     if _world.lost:  # mlx would wait for ever
-        raise Lost("another rank was lost")
-    mx.eval(array)  # what goes wrong from here on is the connection
-    with _waiting(what, patient):
+        raise RankLost("another rank was lost")
+    mx.eval(array)  # an error after this line is the connection's
+    with _waiting(place, patient):
         try:
             result = operation(array)
             mx.eval(result)
         except RuntimeError as error:
             _world.lost = True
-            raise Lost(f"another rank was lost, at {what} ({error})") from error
+            raise RankLost(f"another rank was lost, at {place} ({error})") from error
     return result
 
 
 # --- small messages ---------------------------------------------------------------------------------------------------
 
 
-def gather(what: str, data: bytes = b"", patient: bool = False) -> list[bytes]:
-    """Every rank's `data`, by rank. Apart on all of them where they are not all at the same `what`.
+def gather_bytes(place: str, data: bytes = b"", patient: bool = False) -> list[bytes]:
+    """Return the `data` of every rank, by rank.
 
-    `patient`: rank 0 may be evaluating or saving.
+    Args:
+        place: where in the run this is; RankMismatch on all ranks where they are not at the same place.
+        patient: wait longer, as rank 0 may be evaluating or saving.
     """
     if _world.size == 1:
         return [data]
-    title = what.encode()[:NAME].ljust(NAME, b"\0")
-    rows = _gather_bytes(what, title + len(data).to_bytes(8, "little") + data[: HEADER - NAME - 8], HEADER, patient)
-    places = [row[:NAME].rstrip(b"\0").decode(errors="replace") for row in rows]
+    room = MESSAGE_BYTES - PLACE_BYTES - 8  # for data, behind the place and the data's length
+    title = place.encode()[:PLACE_BYTES].ljust(PLACE_BYTES, b"\0")
+    message = title + len(data).to_bytes(8, "little") + data[:room]
+    messages = _gather_padded(place, message, MESSAGE_BYTES, patient)
+    places = [m[:PLACE_BYTES].rstrip(b"\0").decode(errors="replace") for m in messages]
     if len(set(places)) > 1:
-        told = ", ".join(f"rank {i} at {place!r}" for i, place in enumerate(places))
-        raise Apart(f"the ranks have gone different ways: {told}")
-    lengths = [int.from_bytes(row[NAME : NAME + 8], "little") for row in rows]
-    found = [row[NAME + 8 :] for row in rows]
-    if max(lengths) > HEADER - NAME - 8:
-        found = _gather_bytes(what, data, max(lengths), patient)
-    return [row[:length] for row, length in zip(found, lengths, strict=True)]
+        listing = ", ".join(f"rank {i} at {name!r}" for i, name in enumerate(places))
+        raise RankMismatch(f"the ranks have gone different ways: {listing}")
+    lengths = [int.from_bytes(m[PLACE_BYTES : PLACE_BYTES + 8], "little") for m in messages]
+    contents = [m[PLACE_BYTES + 8 :] for m in messages]
+    if max(lengths) > room:
+        contents = _gather_padded(place, data, max(lengths), patient)
+    return [content[:length] for content, length in zip(contents, lengths, strict=True)]
 
 
-def _gather_bytes(what: str, data: bytes, length: int, patient: bool = False) -> list[bytes]:
-    """`data` of every rank, each filled with zeros to `length` bytes and perhaps some more."""
+def _gather_padded(place: str, data: bytes, length: int, patient: bool = False) -> list[bytes]:
+    """Return the `data` of every rank, padded with zeros to at least `length` bytes."""
     words = np.frombuffer(data.ljust(-(-length // 4) * 4, b"\0"), np.int32)  # a type that every backend carries
-    rows = _exchange(what, mx.distributed.all_gather, mx.array(words)[None], patient)
-    return [row.tobytes() for row in np.array(rows)]
+    gathered = _communicate(place, mx.distributed.all_gather, mx.array(words)[None], patient)
+    return [row.tobytes() for row in np.array(gathered)]
 
 
-def most(what: str, *numbers: int, patient: bool = False) -> list[int]:
-    """The largest of each number, over the ranks."""
+def all_max(place: str, *numbers: int, patient: bool = False) -> list[int]:
+    """Return the largest of each number over the ranks."""
     if _world.size == 1:
         return list(numbers)
-    told = gather(what, np.array(numbers, np.int64).tobytes(), patient)
-    return np.max([np.frombuffer(data, np.int64) for data in told], axis=0).tolist()
+    gathered = gather_bytes(place, np.array(numbers, np.int64).tobytes(), patient)
+    return np.max([np.frombuffer(data, np.int64) for data in gathered], axis=0).tolist()
 
 
-def agree(what: str, mine: dict[str, Any], patient: bool = False) -> None:
-    """The same Apart on all ranks where one has other values than rank 0."""
+def all_min(place: str, *numbers: int, patient: bool = False) -> list[int]:
+    """Return the smallest of each number over the ranks."""
+    return [-number for number in all_max(place, *(-number for number in numbers), patient=patient)]
+
+
+def check_equal(place: str, values: dict[str, Any], patient: bool = False) -> None:
+    """Raise the same RankMismatch on all ranks where one has other values than rank 0."""
     if _world.size == 1:
         return
-    told = [json.loads(data) for data in gather(what, json.dumps(mine, default=str).encode(), patient)]
+    by_rank = [json.loads(data) for data in gather_bytes(place, json.dumps(values, default=str).encode(), patient)]
+    main = by_rank[0]
     differing = [
-        f"{key} is {_short(told[0].get(key))} on rank 0 and {_short(theirs.get(key))} on rank {i}"
-        for i, theirs in enumerate(told)
-        for key in sorted({*told[0], *theirs})
-        if theirs.get(key) != told[0].get(key)
+        f"{key} is {_shortened(main.get(key))} on rank 0 and {_shortened(other.get(key))} on rank {i}"
+        for i, other in enumerate(by_rank)
+        for key in sorted({*main, *other})
+        if other.get(key) != main.get(key)
     ]
     if differing:
         more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise Apart(f"the ranks do not agree, at {what}: {'; '.join(differing[:5])}{more}")
+        raise RankMismatch(f"the ranks do not agree, at {place}: {'; '.join(differing[:5])}{more}")
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
-    """What is a UserError on one rank in this block is one on all of them, at its end."""
+def raise_together(place: str) -> Iterator[None]:
+    """Turn a UserError of one rank in this block into a UserError on all of them, at the block's end."""
     if _world.size == 1:
         yield
         return
-    error = None
+    own_error = None
     try:
         yield
-    except UserError as mine:
-        error = mine
-    told = gather(what, b"" if error is None else f"!{error}".encode(), patient=True)
-    failed = next((i for i, text in enumerate(told) if text), None)
+    except UserError as error:
+        own_error = error
+    messages = gather_bytes(place, b"" if own_error is None else f"!{own_error}".encode(), patient=True)
+    failed = next((i for i, message in enumerate(messages) if message), None)
     if failed is None:
         return
-    if error is not None:
-        raise error
-    raise UserError(f"{told[failed][1:].decode()} (rank {failed})")
+    if own_error is not None:
+        raise own_error
+    raise UserError(f"{messages[failed][1:].decode()} (rank {failed})")
 
 
-def of_first(what: str, function: Callable[[], Any]) -> Any:
-    """What `function` returns on rank 0, which alone calls it: anything that JSON carries. A UserError reaches all."""
+def broadcast_object(place: str, function: Callable[[], Any]) -> Any:
+    """Return, on every rank, the result of `function`, which rank 0 alone calls. It must be JSON; a UserError is too.
+
+    In a single process, `function` may return anything.
+    """
     if _world.size == 1:
         return function()
-    value = b""
-    with together(what):
-        if first():
-            value = json.dumps(function()).encode()
-    return json.loads(gather(what, value)[0])
+    data = b""
+    with raise_together(place):
+        if is_main():
+            data = json.dumps(function()).encode()
+    return json.loads(gather_bytes(place, data)[0])
 
 
-def leave() -> None:
-    """The end of a run that went well, or was stopped: wait until rank 0 has done what is left to do."""
-    gather("the end", patient=True)
+def barrier(place: str = "the end") -> None:
+    """Wait for the other ranks, and patiently for rank 0."""
+    gather_bytes(place, patient=True)
 
 
-def wait_for_first() -> None:
-    """Before this process ends with an error: give rank 0 the time to save and to say why.
+def wait_for_main() -> None:
+    """Before this process ends with an error, give rank 0 the time to save and to print the reason.
 
     `mlx.launch` ends all ranks as soon as one has ended with an error.
     """
-    if not first():
-        with suppress(Lost, UserError):
-            gather("an error")  # which rank 0 does not answer: it ends
+    if not is_main():
+        with suppress(RankLost, UserError):
+            gather_bytes("an error")  # rank 0 does not answer: it ends
 
 
 # --- large messages ---------------------------------------------------------------------------------------------------
 
 
-def shapes_of(part: mx.array, rows: Sequence) -> list[tuple[int, ...]]:
-    """Shapes of the representations of all micro-batches, by those of one: (R, D), or (R, L, D) with a row's length."""
-    if part.ndim == 3:
-        return [(*r.ids.shape, part.shape[2]) for r in rows]
-    return [(len(r.ids), *part.shape[1:]) for r in rows]
-
-
-def exchange(parts: Sequence[mx.array], shapes: Sequence[tuple], shares: Sequence[Sequence[int]]) -> list[mx.array]:
-    """All arrays on all ranks, in their order, in one message; of any type, the same for all.
+def all_gather(arrays: Sequence[mx.array], shapes: Sequence[tuple], shares: Sequence[Sequence[int]]) -> list[mx.array]:
+    """Return all ranks' arrays on every rank, in their order, exchanged in one message.
 
     Args:
-        parts: the arrays that are this rank's, as its share lists them.
+        arrays: this rank's, in the order of its share; of one dtype, the same on all ranks.
         shapes: of all arrays.
-        shares: which arrays are whose, by rank.
+        shares: for each rank, the indices of its arrays.
     """
     sizes = [int(np.prod(shape)) for shape in shapes]
     longest = max(sum(sizes[i] for i in share) for share in shares)
-    flat = mx.concatenate([part.reshape(-1) for part in parts])
-    whole = _exchange("representations", mx.distributed.all_gather, mx.pad(flat, (0, longest - flat.size))[None])
-    found = [None] * len(shapes)
-    for row, share in zip(whole, shares, strict=True):
+    flat = mx.concatenate([array.reshape(-1) for array in arrays])
+    gathered = _communicate("representations", mx.distributed.all_gather, mx.pad(flat, (0, longest - flat.size))[None])
+    results = [None] * len(shapes)
+    for row, share in zip(gathered, shares, strict=True):
         begin = 0
         for i in share:
-            found[i] = row[begin : begin + sizes[i]].reshape(shapes[i])
+            results[i] = row[begin : begin + sizes[i]].reshape(shapes[i])
             begin += sizes[i]
-    mx.eval(found)
-    return found
+    mx.eval(results)
+    return results
 
 
-def total(tree: dict) -> dict:
-    """The sum over all ranks of every array, in few large messages."""
-    summed = {}
-    for lot in _lots(tree):
-        flat = mx.concatenate([value.reshape(-1) for _, value in lot])
-        flat = _exchange("gradients", mx.distributed.all_sum, flat)
-        ends = np.cumsum([value.size for _, value in lot])[:-1].tolist()
+def all_sum(tree: dict) -> dict:
+    """Return the sum over all ranks of every array, exchanged in few large messages."""
+    sums = {}
+    for bucket in _buckets(tree):
+        flat = mx.concatenate([value.reshape(-1) for _, value in bucket])
+        flat = _communicate("gradients", mx.distributed.all_sum, flat)
+        ends = np.cumsum([value.size for _, value in bucket])[:-1].tolist()
         pieces = mx.split(flat, ends)
-        summed |= {key: piece.reshape(value.shape) for (key, value), piece in zip(lot, pieces, strict=True)}
-    mx.eval(summed)
-    return tree_map_with_path(lambda key, _: summed[key], tree)
+        sums |= {key: piece.reshape(value.shape) for (key, value), piece in zip(bucket, pieces, strict=True)}
+    mx.eval(sums)
+    return tree_map_with_path(lambda key, _: sums[key], tree)
 
 
-def _lots(tree: dict) -> Iterator[list[tuple[str, mx.array]]]:
-    """The arrays by name, cut into lots of one type and of up to `MESSAGE` elements; a larger one is alone."""
-    lot, count = [], 0
+def _buckets(tree: dict) -> Iterator[list[tuple[str, mx.array]]]:
+    """Yield the named arrays in groups of one dtype and up to `BUCKET_SIZE` elements; a larger array is alone."""
+    bucket = []
+    elements = 0
     for key, value in sorted(tree_flatten(tree), key=lambda item: (str(item[1].dtype), item[0])):
-        if lot and (value.dtype != lot[0][1].dtype or count + value.size > MESSAGE):
-            yield lot
-            lot, count = [], 0
-        lot.append((key, value))
-        count += value.size
-    if lot:
-        yield lot
+        if bucket and (value.dtype != bucket[0][1].dtype or elements + value.size > BUCKET_SIZE):
+            yield bucket
+            bucket = []
+            elements = 0
+        bucket.append((key, value))
+        elements += value.size
+    if bucket:
+        yield bucket
 
 
-def arrays_of_first(tree: dict) -> dict:
-    """Rank 0's arrays, bit for bit; the others' are of the same shapes and types."""
+def broadcast_arrays(tree: dict) -> dict:
+    """Return rank 0's arrays on every rank, bit for bit. Shapes and dtypes must be the same on all ranks."""
     if _world.size == 1:
         return tree
-    found = {}
+    arrays = {}
     for key, value in sorted(tree_flatten(tree)):
         data = np.array(value.reshape(-1).view(mx.uint8)).tobytes()
         words = np.frombuffer(data.ljust(-(-len(data) // 4) * 4, b"\0"), np.int32)
-        words = mx.array(words if first() else np.zeros_like(words))  # a sum with zeros: integers, so bits are kept
-        words = np.array(_exchange("weights", mx.distributed.all_sum, words)).tobytes()[: len(data)]
-        found[key] = mx.array(np.frombuffer(words, np.uint8)).view(value.dtype).reshape(value.shape)
-    return tree_map_with_path(lambda key, _: found[key], tree)
+        # A sum with zeros: of integers, so that bits are kept.
+        words = mx.array(words if is_main() else np.zeros_like(words))
+        data = np.array(_communicate("weights", mx.distributed.all_sum, words)).tobytes()[: len(data)]
+        arrays[key] = mx.array(np.frombuffer(data, np.uint8)).view(value.dtype).reshape(value.shape)
+    return tree_map_with_path(lambda key, _: arrays[key], tree)
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
 
 
 def digest(arrays: dict[str, Any]) -> str:
-    """What tells arrays apart: of names, shapes, types and evenly spread numbers of each."""
-    told = hashlib.sha256()
+    """Return a hash of the arrays' names, shapes and dtypes, and of evenly spread numbers of each."""
+    sha = hashlib.sha256()
     for key, value in sorted(arrays.items()):
-        told.update(f"{key} {np.shape(value)} {value.dtype if hasattr(value, 'dtype') else ''}".encode())
+        sha.update(f"{key} {np.shape(value)} {value.dtype if hasattr(value, 'dtype') else ''}".encode())
         if isinstance(value, mx.array):
             flat = value.reshape(-1)
-            value = flat[:: max(1, flat.size // SAMPLE)].view(mx.uint8) if flat.size else flat
-        told.update(np.ascontiguousarray(value).tobytes())
-    return told.hexdigest()[:16]
+            value = flat[:: max(1, flat.size // DIGEST_SAMPLE)].view(mx.uint8) if flat.size else flat
+        sha.update(np.ascontiguousarray(value).tobytes())
+    return sha.hexdigest()[:16]

@@ -1,4 +1,8 @@
-"""Compute a loss and its gradient over micro-batches (gradient caching; Gao et al. 2021)."""
+"""The loss of a whole batch and its gradient, computed in micro-batches (gradient caching; Gao et al. 2021).
+
+grad_cache = GradientCache(model, objective, budget=4096)
+result = grad_cache(batch, seed=0)              # StepResult(loss, grads, ...)
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,137 +22,161 @@ from mlx_retrieval.training import distributed
 from mlx_retrieval.training.clock import Clock
 from mlx_retrieval.utils.errors import UserError
 
-# Representations (N, ...) of a batch's N texts -> scalar loss. It may have a method `gradient` with the same arguments
-# that returns the loss and its gradient by the representations, where it knows a better way than `mx.value_and_grad`.
+# Representations (N, ...) of a batch's N texts -> scalar loss. An objective may have a method `loss_and_grad` with the
+# same arguments that returns the loss and its gradient with respect to the representations, where it knows a better way
+# than `mx.value_and_grad`.
 Objective = Callable[[mx.array, Batch], mx.array]
-PARTS_OF_A_RANK = 2  # micro-batches, at least: of two that differ in size, one rank would have less to do
+MICRO_BATCHES_PER_RANK = 2  # at least: of two that differ in size, one rank would have less to do
 
 
-class Gradient(NamedTuple):
-    """What one batch gives."""
+class StepResult(NamedTuple):
+    """The loss of one batch, and what was computed on the way to it."""
 
     loss: mx.array  # float32 scalar
-    gradient: dict  # of the trainable parameters
+    grads: dict  # of the trainable parameters
     representations: mx.array  # (N, ...) float32
     padded_tokens: int  # tokens that went through the backbone once, padding included
     micro_batches: int
 
 
-def join(parts: Sequence[mx.array], order: np.ndarray) -> mx.array:
-    """Representations of micro-batches, (R_i, ...) each, as one array in the batch's order.
+def join(representations: Sequence[mx.array], order: np.ndarray) -> mx.array:
+    """Concatenate the representations of micro-batches, (R_i, ...) each, in the batch's order.
 
     Token representations (R_i, L_i, d) are padded with zeros to the longest.
     """
-    if parts[0].ndim == 3:
-        longest = max(part.shape[1] for part in parts)
-        parts = [mx.pad(part, [(0, 0), (0, longest - part.shape[1]), (0, 0)]) for part in parts]
-    return mx.concatenate(parts)[mx.array(np.argsort(order))]
+    if representations[0].ndim == 3:
+        longest = max(r.shape[1] for r in representations)
+        representations = [mx.pad(r, [(0, 0), (0, longest - r.shape[1]), (0, 0)]) for r in representations]
+    return mx.concatenate(representations)[mx.array(np.argsort(order))]
 
 
-def split(joined: mx.array, parts: Sequence[mx.array], order: np.ndarray) -> list[mx.array]:
-    """The rows of a `join`ed array, in the shapes of the micro-batches that they came from."""
+def split(joined: mx.array, representations: Sequence[mx.array], order: np.ndarray) -> list[mx.array]:
+    """Undo `join`: return the rows of an array in the shapes of the micro-batches that they came from."""
     rows = joined[mx.array(order)]
-    ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
+    ends = np.cumsum([len(r) for r in representations])[:-1].tolist()
     return [
-        mine[:, : part.shape[1]] if part.ndim == 3 else mine
-        for mine, part in zip(mx.split(rows, ends), parts, strict=True)
+        piece[:, : r.shape[1]] if r.ndim == 3 else piece
+        for piece, r in zip(mx.split(rows, ends), representations, strict=True)
     ]
 
 
-class Differentiator:
-    """Loss and gradient of whole batches, exact whatever the micro-batches.
+def representation_shapes(one: mx.array, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
+    """Return the representations' shapes of all micro-batches, given those of one: (R, D), or (R, L, d) for tokens."""
+    if one.ndim == 3:
+        return [(*m.ids.shape, one.shape[2]) for m in micro_batches]
+    return [(len(m.ids), *one.shape[1:]) for m in micro_batches]
+
+
+class GradientCache:
+    """Computes loss and gradient of whole batches. The result is the same however a batch is cut into micro-batches.
 
     Args:
         model: maps a MicroBatch to representations, one a row.
-        objective: the loss of a batch's representations.
-        accumulation: cut a batch into at least so many micro-batches; 0 = as many as `budget` asks for.
-        budget: most tokens of a micro-batch; 0 = what suits the device. With both, the smaller one counts.
+        objective: maps a batch's representations to its loss.
+        accumulation: cut a batch into at least this many micro-batches; 0 = as many as `budget` requires.
+        budget: tokens of a micro-batch at most; 0 = as suits the device. If both are given, the smaller one counts.
+        pad_id: the token that fills shorter rows.
     """
 
     def __init__(
         self, model: RetrievalModel, objective: Objective, accumulation: int = 0, budget: int = 0, pad_id: int = 0
     ):
-        self.model, self.objective, self.runner, self.clock = model, objective, make_runner(model), Clock()
-        self.accumulation, self.budget, self.pad_id = accumulation, budget, pad_id
-
-    def _budget(self, batch: Batch) -> float:
-        """Most tokens that may be in the backbone at once."""
-        wanted = self._wanted
-        if wanted == 1 and not self.budget:
-            return math.inf
-        share = -(-batch.tokens // wanted) if wanted else math.inf
-        return min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
+        self.model = model
+        self.objective = objective
+        self.runner = make_runner(model)
+        self.clock = Clock()
+        self.accumulation = accumulation
+        self.budget = budget
+        self.pad_id = pad_id
 
     @property
-    def _wanted(self) -> int:
-        """Micro-batches that there have to be at least."""
-        return max(self.accumulation, PARTS_OF_A_RANK * distributed.size() if distributed.size() > 1 else 0)
+    def least_micro_batches(self) -> int:
+        """The number of micro-batches that a batch is cut into at least."""
+        ranks = distributed.size()
+        return max(self.accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)
 
-    def _cut(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
-        """The batch's micro-batches, and the order in which they hold its texts."""
-        budget = self._budget(batch)
-        if budget == math.inf:
+    def token_limit(self, batch: Batch) -> float:
+        """Return how many tokens of a batch may be in the backbone at once."""
+        least = self.least_micro_batches
+        if least == 1 and not self.budget:
+            return math.inf
+        share = -(-batch.tokens // least) if least else math.inf
+        return min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
+
+    def plan(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
+        """Return the batch's micro-batches, and the order in which they hold its texts: (N,) int."""
+        limit = self.token_limit(batch)
+        if limit == math.inf:
             everything = np.arange(len(batch.texts))
             return [pad_rows(batch.texts, everything, self.pad_id)], everything
-        while len(index := plan(batch.texts.lengths, budget)) < min(self._wanted, len(batch.texts)):
-            budget *= 0.9  # texts that fill a micro-batch alone leave fewer than there should be
-        return [pad_rows(batch.texts, part, self.pad_id) for part in index], np.concatenate(index)
+        least = min(self.least_micro_batches, len(batch.texts))
+        # Where long texts fill micro-batches alone there are too few. How many a limit gives is known by planning only.
+        while len(indices := plan(batch.texts.lengths, limit)) < least:
+            limit *= 0.9
+        return [pad_rows(batch.texts, index, self.pad_id) for index in indices], np.concatenate(indices)
 
-    def __call__(self, batch: Batch, seed: int) -> Gradient:
-        rows, order = self._cut(batch)
-        padded = sum(part.ids.size for part in rows)
-        seeds = np.random.SeedSequence(seed).generate_state(len(rows))
-        if len(rows) < distributed.size():
-            raise UserError(
-                f"a batch of {len(batch.texts)} texts is too small for {distributed.size()} ranks (--batch-size)"
-            )
-        # What has room at once needs no second pass; but an objective with a gradient of its own saves memory by it.
-        room = padded <= self._budget(batch) and not hasattr(self.objective, "gradient")
-        if not self.runner.compiled and (len(rows) == 1 or (room and distributed.size() == 1)):
-            loss, gradient, parts = self._plain(rows, seeds, batch, order)
+    def __call__(self, batch: Batch, seed: int) -> StepResult:
+        """Compute loss and gradient of a batch; `seed` is that of dropout. Everything returned is evaluated."""
+        micro_batches, order = self.plan(batch)
+        ranks = distributed.size()
+        if len(micro_batches) < ranks:
+            raise UserError(f"a batch of {len(batch.texts)} texts is too small for {ranks} ranks (--batch-size)")
+        padded_tokens = sum(m.ids.size for m in micro_batches)
+        seeds = np.random.SeedSequence(seed).generate_state(len(micro_batches))
+        # What fits at once needs no second pass; but an objective with a gradient of its own saves memory by it.
+        fits = padded_tokens <= self.token_limit(batch) and not hasattr(self.objective, "loss_and_grad")
+        if not self.runner.compiled and (len(micro_batches) == 1 or (fits and ranks == 1)):
+            loss, grads, representations = self._plain(micro_batches, seeds, batch, order)
         else:
-            loss, gradient, parts = self._cached(rows, seeds, batch, order)
-        return Gradient(loss, gradient, join(parts, order), padded, len(rows))
+            loss, grads, representations = self._cached(micro_batches, seeds, batch, order)
+        return StepResult(loss, grads, join(representations, order), padded_tokens, len(micro_batches))
 
-    def _plain(self, rows: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
-        def loss_of() -> tuple[mx.array, list[mx.array]]:
-            parts = []
-            for part, seed in zip(rows, seeds, strict=True):
+    def _plain(self, micro_batches: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
+        """One forward and one backward pass over everything."""
+
+        def loss_and_representations() -> tuple[mx.array, list[mx.array]]:
+            representations = []
+            for micro_batch, seed in zip(micro_batches, seeds, strict=True):
                 seed_dropout(int(seed))
-                parts.append(self.model(part))
-            return self.objective(join(parts, order), batch), parts
+                representations.append(self.model(micro_batch))
+            return self.objective(join(representations, order), batch), representations
 
         with self.clock("forward, loss, backward"):
-            (loss, parts), gradient = nn.value_and_grad(self.model, loss_of)()
-            mx.eval(loss, gradient, parts)
-        return loss, gradient, parts
+            (loss, representations), grads = nn.value_and_grad(self.model, loss_and_representations)()
+            mx.eval(loss, grads, representations)
+        return loss, grads, representations
 
-    def _cached(self, rows: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
+    def _cached(self, micro_batches: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
+        """Gradient caching: forward, the loss's gradient by the representations, forward again and backward."""
         # 1. Representations of all micro-batches, without a gradient; of several ranks, each computes its share.
-        whose = shares(rows, distributed.size()) if distributed.size() > 1 else [range(len(rows))]
-        mine = whose[distributed.rank()]
-        my_rows, my_seeds, saved = [rows[i] for i in mine], [seeds[i] for i in mine], {}
+        ranks = distributed.size()
+        by_rank = shares(micro_batches, ranks) if ranks > 1 else [range(len(micro_batches))]
+        own = by_rank[distributed.rank()]
+        own_micro_batches = [micro_batches[i] for i in own]
+        own_seeds = [seeds[i] for i in own]
+        saved = {}  # products of the forward passes that the backward passes use again
         with self.clock("forward"):
-            parts = list(self.runner.representations(my_rows, my_seeds, saved))
-        if distributed.size() > 1:
+            representations = list(self.runner.representations(own_micro_batches, own_seeds, saved))
+        if ranks > 1:
             with self.clock("exchange"):
-                parts = distributed.exchange(parts, distributed.shapes_of(parts[0], rows), whose)
+                shapes = representation_shapes(representations[0], micro_batches)
+                representations = distributed.all_gather(representations, shapes, by_rank)
         # 2. The loss of the whole batch, and its gradient with respect to the representations.
-        gradient_of = getattr(self.objective, "gradient", None) or mx.value_and_grad(self.objective)
+        loss_and_grad = getattr(self.objective, "loss_and_grad", None) or mx.value_and_grad(self.objective)
         with self.clock("loss"):
-            loss, cotangent = gradient_of(join(parts, order), batch)
-            cotangents = split(cotangent, parts, order)
-            cotangents = [cotangents[i] for i in mine]
-            mx.eval(loss, cotangents)
+            loss, grad = loss_and_grad(join(representations, order), batch)
+            cotangents = split(grad, representations, order)
+            own_cotangents = [cotangents[i] for i in own]
+            mx.eval(loss, own_cotangents)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
         with self.clock("backward"):
-            gradient = self.runner.gradient(my_rows, my_seeds, cotangents, saved)
-        if distributed.size() > 1:
+            grads = self.runner.gradient(own_micro_batches, own_seeds, own_cotangents, saved)
+        if ranks > 1:
             with self.clock("exchange"):
-                gradient = distributed.total(gradient)
-        return loss, gradient, parts
+                grads = distributed.all_sum(grads)
+        return loss, grads, representations
 
     def loss(self, batch: Batch) -> float:
-        """The loss alone, without dropout or gradient."""
-        rows, order = self._cut(batch)
-        return self.objective(join(list(self.runner.representations(rows)), order), batch).item()
+        """Return the loss alone, without dropout or gradient."""
+        micro_batches, order = self.plan(batch)
+        return self.objective(join(list(self.runner.representations(micro_batches)), order), batch).item()

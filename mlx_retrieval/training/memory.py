@@ -100,7 +100,7 @@ def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
 
 def fit(trainer: "Trainer") -> Fit:  # noqa: F821  (trainer.py stands above this file)
     """Choose the budget of a trainer's steps, and set it there, with mlx's limits. Weights stay as they are."""
-    step, batches = trainer.gradient_of, trainer.batches
+    step, batches = trainer.grad_cache, trainer.batches
     trainer.model.train()
     samples = [batches.batch(k) for k in range(SAMPLES)]
     texts = max((batch.texts for batch in samples), key=lambda texts: texts.lengths.max())
@@ -129,7 +129,7 @@ def fit(trainer: "Trainer") -> Fit:  # noqa: F821  (trainer.py stands above this
     return chosen
 
 
-def _cost(step: "Differentiator", rows) -> tuple[int, int]:  # noqa: F821
+def _cost(step: "GradientCache", rows) -> tuple[int, int]:  # noqa: F821
     """Bytes that the passes of a micro-batch take at their peak, and those of one row's representation."""
     active = mx.get_active_memory()
     mx.reset_peak_memory()

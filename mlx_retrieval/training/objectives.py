@@ -123,7 +123,7 @@ class LateObjective(Objective):
 
         return self.loss_of(batch, queries, documents, compare)
 
-    def gradient(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+    def loss_and_grad(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
         """The loss, and its gradient by the representations (N, L, d), in the memory of one tile of similarities."""
         (queries, documents), back = self._sides(representations, batch), mx.zeros_like(representations)
         mx.eval(queries, documents)

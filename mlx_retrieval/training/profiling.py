@@ -31,7 +31,7 @@ def profile(run: "Run") -> dict[str, float]:  # noqa: F821  (train.py stands abo
         stream.close()
     found = {phase: seconds / settings.profile for phase, seconds in clock.seconds.items()}
     if "forward" in found and run.retrieval.task != "rerank":  # whose queries and documents go together
-        shares = _sides(trainer.gradient_of, batch)
+        shares = _sides(trainer.grad_cache, batch)
         found |= {name: found["forward"] * share for name, share in zip(FORWARD, shares, strict=True)}
     found |= {"step": whole / settings.profile, "tokens": tokens / settings.profile}
     if run.evaluations:
@@ -42,7 +42,7 @@ def profile(run: "Run") -> dict[str, float]:  # noqa: F821  (train.py stands abo
     return found
 
 
-def _sides(gradient_of: "Differentiator", batch: "Batch") -> tuple[float, float]:  # noqa: F821
+def _sides(gradient_of: "GradientCache", batch: "Batch") -> tuple[float, float]:  # noqa: F821
     """Shares of queries and documents in a forward pass, by a batch's computed apart: in a step they go together."""
     seconds = []
     for part in (batch.texts.part(0, batch.queries), batch.texts.part(batch.queries, len(batch.texts))):

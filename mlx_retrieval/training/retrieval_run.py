@@ -113,10 +113,10 @@ class Run:
         """Measure one step on the first batch, and say what the whole run would take; nothing is changed."""
         trainer, settings = self.trainer, self.settings
         batch = trainer.batches.batch(0)
-        trainer.gradient(batch, 1)  # the first call also compiles and allocates
+        trainer.compute_grads(batch, 1)  # the first call also compiles and allocates
         mx.reset_peak_memory()
         began = time.perf_counter()
-        result, _ = trainer.gradient(batch, 1)
+        result, _ = trainer.compute_grads(batch, 1)
         seconds = time.perf_counter() - began
         peak = backend.peak_memory()
         texts, longest = len(batch.texts), int(batch.texts.lengths.max())
@@ -225,7 +225,7 @@ def prepare(settings: Settings) -> Run:
         settings.write(target / "config.yaml")
 
     evaluations = None
-    if settings.eval_tasks and distributed.first():
+    if settings.eval_tasks and distributed.is_main():
         evaluations = Evaluations(evaluation_of(settings, model, retrieval, tokenizer), folder)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if evaluations:

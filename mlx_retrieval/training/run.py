@@ -35,7 +35,7 @@ def prepare(settings: Settings) -> "Run | ChatRun":
     if distributed.size() > 1 and (settings.task == "chat" or settings.profile):
         what = "--profile" if settings.profile else "--task chat"
         raise UserError(f"{what} works in one process only: start it without mlx.launch")
-    if distributed.first():
+    if distributed.is_main():
         check_output(Path(settings.output).expanduser(), settings)
     if settings.task == "chat":
         from mlx_retrieval.training.chat.run import prepare as wire
@@ -53,14 +53,14 @@ def agree(run: "Run") -> None:
     from data_loader import pack
 
     trainer = run.trainer
-    distributed.agree("the settings", run.settings.to_dict())
-    trainer.gradient_of.budget = -distributed.most("the memory", -trainer.gradient_of.budget)[0]
+    distributed.check_equal("the settings", run.settings.to_dict())
+    trainer.grad_cache.budget = -distributed.all_max("the memory", -trainer.grad_cache.budget)[0]
     if run.settings.micro_batch_tokens == "auto":
-        trainer.state.micro_batch_tokens = trainer.gradient_of.budget
+        trainer.state.micro_batch_tokens = trainer.grad_cache.budget
     weights = dict(tree_flatten(trainer.model.parameters()))
     rows = {"the number of rows": len(trainer.batches.rows), "the first batch": pack(trainer.batches.batch(0))}
-    distributed.agree("the data", rows | {"the first batch": distributed.digest(rows["the first batch"])})
-    distributed.agree("the model", {"its weights": distributed.digest(weights)})
+    distributed.check_equal("the data", rows | {"the first batch": distributed.digest(rows["the first batch"])})
+    distributed.check_equal("the model", {"its weights": distributed.digest(weights)})
 
 
 def carry_out(run: "Run | ChatRun") -> dict:
@@ -76,8 +76,8 @@ def carry_out(run: "Run | ChatRun") -> dict:
 
         return profile(run)
     with ExitStack() as stack:
-        with distributed.together("the begin"):
-            if distributed.first():
+        with distributed.raise_together("the begin"):
+            if distributed.is_main():
                 refusal = f"--output {run.folder}: another process is training there"
                 stack.enter_context(locks.only_one(run.folder / ".lock", refusal))
                 begin(run)
@@ -93,7 +93,7 @@ def _carry_out(run: "Run | ChatRun") -> dict:
 
     settings, trainer = run.settings, run.trainer
     reporter = reporting.Silence()
-    if distributed.first():
+    if distributed.is_main():
         reporter = Reporter(
             run.folder,
             settings.steps,
@@ -104,7 +104,7 @@ def _carry_out(run: "Run | ChatRun") -> dict:
         )
     try:
         with reporter as report:
-            if trainer.state.step == 0 and not settings.skip_eval_init and distributed.first():
+            if trainer.state.step == 0 and not settings.skip_eval_init and distributed.is_main():
                 trainer.measure(0, report)
             try:
                 trainer.run(report)
@@ -112,14 +112,14 @@ def _carry_out(run: "Run | ChatRun") -> dict:
                 report.message(f"{stop}; step {trainer.state.step} is saved. Continue: {continue_command(run.folder)}")
                 raise SystemExit(stop.code) from stop
     except SystemExit:
-        distributed.leave()
+        distributed.barrier()
         raise
     results = {}
-    if distributed.first():
+    if distributed.is_main():
         results = run.results()
         files.write_file(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
         conclude(run)
-    distributed.leave()
+    distributed.barrier()
     return results
 
 

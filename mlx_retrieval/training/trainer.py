@@ -24,7 +24,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.training import checkpoint, distributed, memory
 from mlx_retrieval.training.base_trainer import Loop, State, due, learning_rate, signals
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.gradient_cache import Differentiator, Gradient, Objective
+from mlx_retrieval.training.gradient_cache import GradientCache, Objective, StepResult
 from mlx_retrieval.training.reporting import Reporter
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
@@ -62,8 +62,8 @@ class Trainer(Loop):
         self.save_model, self.evaluate, self.validation = save_model, evaluate, validation
         parts, budget = settings.gradient_accumulation_steps, settings.micro_batch_tokens
         budget = 0 if budget == "auto" else budget  # then memory.fit chooses
-        self.gradient_of = Differentiator(model, objective, parts, budget, batches.tokenizer.pad_id)
-        self.clock = self.gradient_of.clock
+        self.grad_cache = GradientCache(model, objective, parts, budget, batches.tokenizer.pad_id)
+        self.clock = self.grad_cache.clock
         self.optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
         self.state = State()
@@ -77,48 +77,48 @@ class Trainer(Loop):
 
     def follow(self) -> None:
         """Take over the state of rank 0, which has resumed, or begun: weights and optimizer where steps were taken."""
-        state = distributed.of_first("the state", lambda: asdict(self.state))
+        state = distributed.broadcast_object("the state", lambda: asdict(self.state))
         if state["step"]:
             self._take_weights()
-        if not distributed.first():
+        if not distributed.is_main():
             self.state = State(**state)
             self.batches.restore(self.state.cursor, self.state.step)
             recall(self)
 
     def _take_weights(self) -> None:
-        self.model.update(distributed.arrays_of_first(self.model.trainable_parameters()))
-        self.optimizer.state = distributed.arrays_of_first(self.optimizer.state)
+        self.model.update(distributed.broadcast_arrays(self.model.trainable_parameters()))
+        self.optimizer.state = distributed.broadcast_arrays(self.optimizer.state)
 
     def agree_on_weights(self) -> None:
         """Before a save: where machines of different kinds rounded differently in an update, rank 0's weights count."""
         if distributed.size() == 1 or not due(self.state.step, self.settings.save_steps):
             return
         weights = distributed.digest(dict(tree_flatten(self.model.trainable_parameters())))
-        if len(set(distributed.gather("the weights", weights.encode(), patient=True))) > 1:
+        if len(set(distributed.gather_bytes("the weights", weights.encode(), patient=True))) > 1:
             self._take_weights()
 
-    def gradient(self, batch: Batch, step: int) -> tuple[Gradient, mx.array]:
+    def compute_grads(self, batch: Batch, step: int) -> tuple[StepResult, mx.array]:
         """The gradient of a step, clipped, and its norm before that; nothing is updated."""
         self.model.train()
         if distributed.size() > 1:
-            distributed.agree(f"step {step}", {"the batch": distributed.digest(pack(batch))}, patient=True)
+            distributed.check_equal(f"step {step}", {"the batch": distributed.digest(pack(batch))}, patient=True)
         result = differentiate(self, batch, self.settings.seed * 1_000_003 + step)
         with self.clock("optimizer"):
-            clipped, norm = optim.clip_grad_norm(result.gradient, self.settings.max_grad_norm or math.inf)
+            clipped, norm = optim.clip_grad_norm(result.grads, self.settings.max_grad_norm or math.inf)
             if self.settings.max_grad_norm:
-                result = result._replace(gradient=clipped)
-            mx.eval(result.loss, result.gradient, norm)
+                result = result._replace(grads=clipped)
+            mx.eval(result.loss, result.grads, norm)
         return result, norm
 
     def update(self, batch: Batch, step: int) -> dict:
         """One optimizer step on a batch; returns what is worth reporting of it."""
         rate = learning_rate(self.settings, step)
-        result, norm = self.gradient(batch, step)
+        result, norm = self.compute_grads(batch, step)
         loss, norm = result.loss.item(), norm.item()
         if math.isfinite(loss) and math.isfinite(norm):
             with self.clock("optimizer"):
                 self.optimizer.learning_rate = rate
-                self.optimizer.update(self.model, result.gradient)
+                self.optimizer.update(self.model, result.grads)
                 mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         else:
             self._skip_or_refuse(batch, step, result, f"step {step}: loss {loss}, gradient norm {norm}: not finite")
@@ -164,7 +164,7 @@ class Trainer(Loop):
                     report.message(f"no better for {settings.early_stopping} evaluations: stopped at step {state.step}")
                     break
                 begin = time.perf_counter()
-        if distributed.first() and (state.step == settings.steps or self.stopped_early):
+        if distributed.is_main() and (state.step == settings.steps or self.stopped_early):
             files.write_folder(self.folder / "final", self._write)
 
     def measure(self, step: int, report: Reporter) -> dict[str, float]:
@@ -179,14 +179,14 @@ class Trainer(Loop):
             metrics, tasks = dict(result.average()), result.tasks
         if self.validation:
             count = min(VALIDATION_BATCHES, len(self.validation.rows) // self.validation.size)
-            losses = [self.gradient_of.loss(self.validation.batch(k)) for k in range(count)]
+            losses = [self.grad_cache.loss(self.validation.batch(k)) for k in range(count)]
             metrics["validation_loss"] = sum(losses) / len(losses)
         if metrics:
             report.evaluation(step, metrics, tasks)
         report.status("")
         return metrics
 
-    def _skip_or_refuse(self, batch: Batch, step: int, result: Gradient, told: str) -> None:
+    def _skip_or_refuse(self, batch: Batch, step: int, result: StepResult, told: str) -> None:
         """Count a batch with sick numbers, or save the last good state and end the run; say which examples it was."""
         finite = np.array(mx.isfinite(result.representations.reshape(len(batch.texts), -1)).all(axis=1))
         sick = {int(row) for text in np.flatnonzero(~finite) for row in batch.rows_with(text)}
@@ -218,12 +218,12 @@ def trainable(model: RetrievalModel) -> int:
     return sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
 
 
-def differentiate(trainer: "Trainer", batch, seed: int) -> "Gradient":
-    """`trainer.gradient_of(batch, seed)`, again with half the budget where memory runs out.
+def differentiate(trainer: "Trainer", batch, seed: int) -> StepResult:
+    """`trainer.grad_cache(batch, seed)`, again with half the budget where memory runs out.
 
     UserError where not even single texts find room, and RuntimeError on several ranks, which would no longer agree.
     """
-    step = trainer.gradient_of
+    step = trainer.grad_cache
     while True:
         try:
             return step(batch, seed)
@@ -252,9 +252,9 @@ def differentiate(trainer: "Trainer", batch, seed: int) -> "Gradient":
 
 def recall(trainer: "Trainer") -> None:
     """After a resume: the budget that the run had come to, so that it goes on bit for bit, unless less has room now."""
-    known = [budget for budget in (trainer.gradient_of.budget, trainer.state.micro_batch_tokens) if budget]
+    known = [budget for budget in (trainer.grad_cache.budget, trainer.state.micro_batch_tokens) if budget]
     if trainer.state.micro_batch_tokens:
-        trainer.gradient_of.budget = trainer.state.micro_batch_tokens = min(known)
+        trainer.grad_cache.budget = trainer.state.micro_batch_tokens = min(known)
 
 
 def is_shortage(error: RuntimeError) -> bool:

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mlx_retrieval.training import distributed
-
 
 @functools.cache
 def console() -> Console:
-    """The one console of the process, on stdout, mute on all ranks but the first. No markup, emoji or wrapping."""
+    """Return the process's one console, on stdout, without markup, emoji or wrapping.
+
+    training/distributed.py sets `quiet` on it, on all ranks but the first.
+    """
     # Unless told, rich lets FORCE_COLOR write control codes into log files.
     terminal = None if sys.stdout.isatty() else False
     plain = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
-    return Console(force_terminal=terminal, quiet=not distributed.first(), **plain)
+    return Console(force_terminal=terminal, **plain)
 
 
 def print_lines(pairs: list[tuple[str, str]]) -> None:

@@ -40,10 +40,10 @@ import json, os, signal, sys
 import train
 from mlx_retrieval.training import distributed, run, trainer
 from mlx.utils import tree_flatten
-distributed.wait_for_first = lambda: None  # rank 0 goes on with the next command
+distributed.wait_for_main = lambda: None  # rank 0 goes on with the next command
 carry_out, update, kept, done = run.carry_out, trainer.Trainer.update, [], []
 def signalled(self, batch, step):
-    if self.folder.name == "signalled" and step == 3 and not distributed.first():
+    if self.folder.name == "signalled" and step == 3 and not distributed.is_main():
         os.kill(os.getpid(), signal.SIGTERM)
     return update(self, batch, step)
 trainer.Trainer.update = signalled
@@ -286,13 +286,15 @@ def test_a_lost_rank_ends_the_others_with_what_is_saved(work):
 
 def test_without_the_first_rank_the_last_checkpoint_remains(work):
     dead, second = work.ended["killed-first"]
-    assert dead.code == -signal.SIGKILL and second.code == distributed.LOST_CODE and work.saved("killed-first") == 2
+    assert (
+        dead.code == -signal.SIGKILL and second.code == distributed.EXIT_RANK_LOST and work.saved("killed-first") == 2
+    )
     assert len(second.err.splitlines()) == 1 and "another rank was lost, at step 4" in second.err
 
 
 def test_a_rank_that_hangs_is_given_up(work):
     (first,) = work.ended["halted"]
-    assert first.code == distributed.LOST_CODE and work.saved("halted") == 3
+    assert first.code == distributed.EXIT_RANK_LOST and work.saved("halted") == 3
     (line,) = first.err.splitlines()
     assert "said nothing for 15 seconds" in line and "the state after step 3 is saved" in line
 
@@ -303,14 +305,14 @@ def test_a_rank_that_hangs_is_given_up(work):
 def test_a_process_alone_exchanges_nothing(monkeypatch):
     monkeypatch.setattr(mx, "distributed", None)
     distributed.start()
-    assert distributed.size() == 1 and distributed.first() and distributed.name() == ""
-    assert distributed.gather("x", b"data") == [b"data"] and distributed.most("x", 3, 4) == [3, 4]
-    distributed.agree("x", {"a": 1})
+    assert distributed.size() == 1 and distributed.is_main() and distributed.rank_label() == ""
+    assert distributed.gather_bytes("x", b"data") == [b"data"] and distributed.all_max("x", 3, 4) == [3, 4]
+    distributed.check_equal("x", {"a": 1})
     tree = {"a": mx.ones(3)}
-    assert distributed.arrays_of_first(tree) is tree and distributed.of_first("x", lambda: tree) is tree
-    with pytest.raises(UserError, match="as it was"), distributed.together("x"):
+    assert distributed.broadcast_arrays(tree) is tree and distributed.broadcast_object("x", lambda: tree) is tree
+    with pytest.raises(UserError, match="as it was"), distributed.raise_together("x"):
         raise UserError("as it was")
-    distributed.leave()
+    distributed.barrier()
 
 
 def test_digests_tell_arrays_apart():
@@ -323,7 +325,7 @@ def test_digests_tell_arrays_apart():
 
 
 def test_large_messages_are_cut_by_type_and_size(monkeypatch):
-    monkeypatch.setattr(distributed, "MESSAGE", 10)
+    monkeypatch.setattr(distributed, "BUCKET_SIZE", 10)
     tree = {"a": mx.zeros(4), "b": mx.zeros((2, 3)), "c": [mx.zeros(1), mx.zeros(99)], "d": mx.zeros(2, mx.int32)}
-    lots = [[key for key, _ in lot] for lot in distributed._lots(tree)]
+    lots = [[key for key, _ in lot] for lot in distributed._buckets(tree)]
     assert lots == [["a", "b"], ["c.0"], ["c.1"], ["d"]]

@@ -62,7 +62,7 @@ def loss_of(settings: Settings, warm: bool = True) -> float:
     run = training_run.prepare(settings)
     if warm:
         run.trainer.update(run.trainer.batches.batch(1), 1)
-    return run.trainer.gradient_of.loss(run.trainer.batches.batch(0))
+    return run.trainer.grad_cache.loss(run.trainer.batches.batch(0))
 
 
 # --- model ---
@@ -80,11 +80,11 @@ def test_task(settings):
         ("embed", objectives.EmbedObjective),
         ("late", objectives.LateObjective),
     ):
-        assert type(training_run.prepare(settings(task=task)).trainer.gradient_of.objective) is kind
+        assert type(training_run.prepare(settings(task=task)).trainer.grad_cache.objective) is kind
 
 
 def representations(run, batch) -> np.ndarray:
-    return np.array(run.trainer.gradient_of(batch, seed=0).representations)
+    return np.array(run.trainer.grad_cache(batch, seed=0).representations)
 
 
 def test_projection_dim(settings):
@@ -168,7 +168,7 @@ def test_bidirectional(settings):
     causal, both = (training_run.prepare(settings(bidirectional=value)) for value in (False, True))
     batch = causal.trainer.batches.batch(0)
     assert not model_of(causal).backbone.bidirectional and model_of(both).backbone.bidirectional
-    first, second = (run.trainer.gradient_of.loss(batch) for run in (causal, both))
+    first, second = (run.trainer.grad_cache.loss(batch) for run in (causal, both))
     assert first != second
 
 
@@ -298,7 +298,7 @@ def test_lora_dropout(settings):
     run = training_run.prepare(settings(lora_dropout=0.5))
     run.trainer.update(run.trainer.batches.batch(0), 1)
     batch = run.trainer.batches.batch(1)
-    losses = {run.trainer.gradient(batch, step)[0].loss.item() for step in (1, 1, 2)}
+    losses = {run.trainer.compute_grads(batch, step)[0].loss.item() for step in (1, 1, 2)}
     assert len(losses) == 2  # the same step drops the same, another step does not
 
 
@@ -344,8 +344,8 @@ def test_weight_decay(settings):
 def test_max_grad_norm(settings):
     for limit in (0.001, 0.0):
         run = training_run.prepare(settings(max_grad_norm=limit))
-        result, norm = run.trainer.gradient(run.trainer.batches.batch(0), 1)
-        after = math.sqrt(sum((v.square()).sum().item() for _, v in tree_flatten(result.gradient)))
+        result, norm = run.trainer.compute_grads(run.trainer.batches.batch(0), 1)
+        after = math.sqrt(sum((v.square()).sum().item() for _, v in tree_flatten(result.grads)))
         assert after == pytest.approx(limit or norm.item(), rel=1e-3) and norm.item() > 0.001
 
 
@@ -355,7 +355,7 @@ def test_max_grad_norm(settings):
 def test_gradient_accumulation_steps_and_micro_batch_tokens(settings):
     def parts(**changes) -> int:
         run = training_run.prepare(settings(**changes))
-        return run.trainer.gradient(run.trainer.batches.batch(0), 1)[0].micro_batches
+        return run.trainer.compute_grads(run.trainer.batches.batch(0), 1)[0].micro_batches
 
     assert parts(gradient_accumulation_steps=1) == 1
     assert parts(gradient_accumulation_steps=4) >= 4

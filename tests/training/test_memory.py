@@ -14,7 +14,7 @@ import train
 from mlx_retrieval import backend
 from mlx_retrieval.training import memory
 from mlx_retrieval.training import run as training_run
-from mlx_retrieval.training.gradient_cache import Differentiator
+from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.utils.errors import UserError
 
 GB = 10**9
@@ -54,7 +54,7 @@ def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
     for free in (0, 4_000_000, 16_000_000, GB):
         monkeypatch.setattr(memory, "free", lambda free=free: free)
         found.append(memory.fit(trainer))
-        assert trainer.gradient_of.budget == trainer.state.micro_batch_tokens == found[-1].budget
+        assert trainer.grad_cache.budget == trainer.state.micro_batch_tokens == found[-1].budget
     budgets, estimates = [fit.budget for fit in found], [fit.estimate for fit in found]
     assert budgets == sorted(budgets) and estimates[0] < estimates[-1]
     assert budgets[0] == memory.GRID[0] < budgets[-1] and tokens <= budgets[-1] < 2 * tokens
@@ -68,10 +68,10 @@ def test_the_estimate_is_near_what_a_step_takes_and_not_below(settings):
     """Of activations, beyond what is there before: on a budget at which they are most of it."""
     trainer = training_run.prepare(settings(micro_batch_tokens="auto", batch_size=32)).trainer
     batch, fit = trainer.batches.batch(0), memory.fit(trainer)
-    trainer.gradient(batch, 1)
+    trainer.compute_grads(batch, 1)
     active = mx.get_active_memory()
     mx.reset_peak_memory()
-    trainer.gradient(batch, 1)
+    trainer.compute_grads(batch, 1)
     taken = backend.peak_memory() - active
     assert 0.9 * taken < fit.estimate - active < 4 * taken, (fit, taken, active)
 
@@ -86,7 +86,7 @@ def test_the_dry_run_tells_it_and_the_loss_stays(settings, capsys):
 @pytest.fixture
 def short(monkeypatch):
     """`short(tokens)`: a backend without room for micro-batches of more."""
-    original = Differentiator.__call__
+    original = GradientCache.__call__
 
     def make(most: int) -> None:
         def call(self, batch, seed):
@@ -94,7 +94,7 @@ def short(monkeypatch):
                 raise RuntimeError("[metal::malloc] Attempting to allocate 9 bytes\nmore than there is")
             return original(self, batch, seed)
 
-        monkeypatch.setattr(Differentiator, "__call__", call)
+        monkeypatch.setattr(GradientCache, "__call__", call)
 
     return make
 
@@ -121,7 +121,7 @@ def test_where_not_even_one_text_has_room(settings, short, monkeypatch):
     def fail(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Differentiator, "__call__", fail)
+    monkeypatch.setattr(GradientCache, "__call__", fail)
     with pytest.raises(RuntimeError, match="something else"):
         train.train(settings(overwrite=True))
 

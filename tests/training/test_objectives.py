@@ -68,7 +68,7 @@ def test_the_lean_gradient_is_the_usual_one(batch, representations, changes, ski
     """Every late objective: value and gradient as `mx.value_and_grad` gives them."""
     objective = objectives.LateObjective(settled(task="late", **changes), skipped, "mean")
     expected = mx.value_and_grad(objective)(representations, batch)
-    found = objective.gradient(representations, batch)
+    found = objective.loss_and_grad(representations, batch)
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.array(mine), np.array(theirs), rtol=1e-5, atol=1e-7)
     gradient = np.array(found[1])

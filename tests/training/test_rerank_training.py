@@ -188,8 +188,8 @@ def test_micro_batches_change_nothing(kind, name, settings):
         run = training_run.prepare(settings(kind, rows, loss=name, gradient_accumulation_steps=parts))
         batch = run.trainer.batches.batch(0)
         run.trainer.update(run.trainer.batches.batch(1), 1)  # fresh LoRA has half of its gradients at zero
-        result, _ = run.trainer.gradient(batch, 2)
-        found.append((result.micro_batches, result.loss.item(), dict(tree_flatten(result.gradient))))
+        result, _ = run.trainer.compute_grads(batch, 2)
+        found.append((result.micro_batches, result.loss.item(), dict(tree_flatten(result.grads))))
     assert found[0][0] == 1 and found[1][0] >= 3
     for _, value, gradient in found[1:]:
         assert value == pytest.approx(found[0][1], abs=1e-5)
@@ -230,7 +230,7 @@ def test_scores_in_training_are_those_in_use(settings):
         )
         batch, trainer = run.trainer.batches.batch(0), run.trainer
         trainer.model.eval()
-        result = trainer.gradient_of(batch, 0).representations
+        result = trainer.grad_cache(batch, 0).representations
         rows = np.array(result).reshape(len(batch.texts), -1)
         reranker = Reranker.of(trainer.model, run.retrieval, trainer.batches.tokenizer, "trained")
         example = trainer.batches.rows[int(batch.rows[0])]

@@ -22,7 +22,7 @@ import train
 from mlx_retrieval import backend
 from mlx_retrieval.training import reporting
 from mlx_retrieval.training.checkpoint import last_step
-from mlx_retrieval.training.gradient_cache import Differentiator
+from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.reporting import Reporter
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils.errors import UserError
@@ -91,15 +91,15 @@ def test_a_run_that_was_killed_while_it_stopped_early_trains_no_further(settings
 
 def test_bad_batches_are_skipped_counted_and_told(settings, tmp_path, monkeypatch, capsys):
     """--skip-bad-batches: no update, the step goes on, the count survives a resume, which is still exact."""
-    original, sick = Differentiator.__call__, {2: "loss", 3: "gradient", 5: "loss"}
+    original, sick = GradientCache.__call__, {2: "loss", 3: "gradient", 5: "loss"}
 
     def spoilt(self, batch, seed):
         result = original(self, batch, seed)
         if sick.get(seed) == "loss":
             return result._replace(loss=result.loss * mx.array(float("inf")))
-        return result._replace(gradient=tree_map(lambda v: v / 0, result.gradient)) if seed in sick else result
+        return result._replace(grads=tree_map(lambda v: v / 0, result.grads)) if seed in sick else result
 
-    monkeypatch.setattr(Differentiator, "__call__", spoilt)
+    monkeypatch.setattr(GradientCache, "__call__", spoilt)
     changes = {"skip_bad_batches": True, "lora_dropout": 0.2, "seed": 0}
     assert train.train(settings(**changes, output=str(tmp_path / "whole")))["skipped_batches"] == 3
     told = [line for line in capsys.readouterr().out.splitlines() if "the batch is skipped" in line]

@@ -48,12 +48,12 @@ def prepared(settings: Settings):
 def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, changes):
     trainer = prepared(settings(**changes))
     batch = trainer.batches.batch(0)
-    step, results = trainer.gradient_of, {}
+    step, results = trainer.grad_cache, {}
     for parts in (1, 4, 16):
         step.accumulation = parts
         result = step(batch, seed=0)
         assert (result.micro_batches == 1) == (parts == 1) and result.micro_batches >= parts
-        results[parts] = result.loss.item(), flat(result.gradient)
+        results[parts] = result.loss.item(), flat(result.grads)
     for parts in (4, 16):
         assert results[parts][0] == pytest.approx(results[1][0], rel=1e-5)
         difference = np.linalg.norm(results[parts][1] - results[1][1]) / np.linalg.norm(results[1][1])
@@ -65,8 +65,8 @@ def test_there_are_never_fewer_micro_batches_than_asked_for(settings):
     trainer = prepared(settings(batch_size=4))
     batch = trainer.batches.batch(0)  # about a dozen texts, of very different lengths
     for wanted in (2, 3, 5, 8, len(batch.texts), 99):
-        trainer.gradient_of.accumulation = wanted
-        rows, order = trainer.gradient_of._cut(batch)
+        trainer.grad_cache.accumulation = wanted
+        rows, order = trainer.grad_cache.plan(batch)
         assert len(rows) >= min(wanted, len(batch.texts)) and sorted(order) == list(range(len(batch.texts)))
 
 
@@ -77,16 +77,16 @@ def test_dropout_is_the_same_in_both_passes(settings, checkpointing):
     batch, model = trainer.batches.batch(0), trainer.model
     model.train()
     start = dict(tree_flatten(model.trainable_parameters()))
-    result = trainer.gradient_of(batch, seed=3)
-    assert trainer.gradient_of(batch, seed=3).loss.item() == result.loss.item()
-    assert trainer.gradient_of(batch, seed=4).loss.item() != result.loss.item()
-    gradient = dict(tree_flatten(result.gradient))
+    result = trainer.grad_cache(batch, seed=3)
+    assert trainer.grad_cache(batch, seed=3).loss.item() == result.loss.item()
+    assert trainer.grad_cache(batch, seed=4).loss.item() != result.loss.item()
+    gradient = dict(tree_flatten(result.grads))
     norm = np.sqrt(sum(v.square().sum().item() for v in gradient.values()))
     losses = []
     for sign in (1, -1):
         size = sign * 5e-4 / norm
         model.load_weights([(name, start[name] + size * gradient[name]) for name in start], strict=False)
-        losses.append(trainer.gradient_of(batch, seed=3).loss.item())
+        losses.append(trainer.grad_cache(batch, seed=3).loss.item())
     assert (losses[0] - losses[1]) / 1e-3 == pytest.approx(norm, rel=0.01)
 
 
@@ -96,17 +96,17 @@ def test_what_has_room_at_once_goes_through_once(settings, monkeypatch, dropout)
     monkeypatch.setattr("backend.COMPILED", False)
     trainer = prepared(settings(lora_dropout=dropout))
     trainer.model.train()
-    step, batch = trainer.gradient_of, trainer.batches.batch(0)
+    step, batch = trainer.grad_cache, trainer.batches.batch(0)
     monkeypatch.setattr("backend.MICRO_BATCH_TOKENS", 1 << 20)
     once = step(batch, seed=3)
     assert once.micro_batches > 1 and step.clock.seconds.keys() == {"forward, loss, backward"}
-    monkeypatch.setattr(step.objective, "gradient", mx.value_and_grad(step.objective), raising=False)
+    monkeypatch.setattr(step.objective, "loss_and_grad", mx.value_and_grad(step.objective), raising=False)
     twice = step(batch, seed=3)  # an objective with a gradient of its own
     assert twice.micro_batches == once.micro_batches and "backward" in step.clock.seconds
     assert once.loss.item() == pytest.approx(twice.loss.item(), rel=1e-5)
     assert once.representations.shape == twice.representations.shape
-    largest = np.abs(flat(twice.gradient)).max()
-    np.testing.assert_allclose(flat(once.gradient), flat(twice.gradient), atol=1e-5 * largest)
+    largest = np.abs(flat(twice.grads)).max()
+    np.testing.assert_allclose(flat(once.grads), flat(twice.grads), atol=1e-5 * largest)
 
 
 def test_join_puts_rows_back_in_order_and_pads_token_vectors():
@@ -138,7 +138,7 @@ def test_sick_numbers_stop_the_run_after_saving_and_name_the_examples(settings, 
     s = settings(save_steps=0)
     run = training_run.prepare(s)
     trainer, bad = run.trainer, run.trainer.batches.row_numbers(2)[5]
-    original = trainer.gradient_of.objective
+    original = trainer.grad_cache.objective
 
     def sick(representations, batch):
         if bad not in batch.rows:
@@ -147,7 +147,7 @@ def test_sick_numbers_stop_the_run_after_saving_and_name_the_examples(settings, 
             mx.sqrt((representations * 0).sum()) if where == "gradient" else 0.0
         )
 
-    trainer.gradient_of.objective = sick
+    trainer.grad_cache.objective = sick
     training_run.begin(run)
     with pytest.raises(UserError, match="not finite") as error, Reporter(run.folder, s.steps) as report:
         trainer.run(report)
