@@ -259,7 +259,7 @@ class _Trainer:
                     raise UserError(f"eval_data: {error}") from error
             if best.is_dir():
                 shutil.rmtree(best)  # of the run that is replaced
-            training_run.carry_out(run)
+            training_run.run(run)
         trainer, self._save, self._trained = run.trainer, run.trainer.save_model, True
         parts = (trainer.model, run.retrieval, trainer.batches.tokenizer, self.name)
         if self._own:

@@ -6,25 +6,22 @@ python train.py --model mlx-community/Llama-3.2-3B-Instruct-4bit --iters 222 --n
                                                         a chat model, on the conversations in data/
 python train.py --config adapters/config.yaml --output again     the settings of another run, flags win
 python train.py --resume --output adapters              continue a run that was stopped
-mlx.launch -n 2 python train.py                         two processes that train as one; see ranks.py
+mlx.launch -n 2 python train.py                         two processes that train as one
 """
 
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_retrieval import backend
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import Settings, flag, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
-from mlx_retrieval.training.run import agree, carry_out, continue_command, prepare
+from mlx_retrieval.training.run import continue_command, train
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
-if TYPE_CHECKING:  # heavy: wired only when a run begins, so that --help is quick
-    pass
+__all__ = ["Settings", "main", "train"]
 
 DESCRIPTION = (
     "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation on your folders or MTEB."
@@ -36,7 +33,7 @@ EPILOG = (
 
 
 def resumed_settings(given: dict) -> Settings:
-    """The settings of the run in --output; what is given besides must agree, or only tell when to stop."""
+    """Return the settings of the run in --output. UserError if a setting in `given` may not change and differs."""
     folder = Path(given.get("output", Settings().output)).expanduser()
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: no run in {folder}")
@@ -44,19 +41,10 @@ def resumed_settings(given: dict) -> Settings:
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
     differing = [name for name, value in given.items() if name not in free and getattr(saved, name) != value]
     if differing:
-        told = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
-        raise UserError(f"--resume continues the run as it was begun, but {told}")
+        listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
+        raise UserError(f"--resume continues the run as it was begun, but {listing}")
     values = saved.to_dict() | {name: given[name] for name in free if name in given}
     return Settings(**values | {"stop_after": given.get("stop_after", 0), "overwrite": False})
-
-
-def train(settings: Settings) -> dict:
-    """Train as the settings say; returns what `results.json` holds, on all ranks but the first nothing."""
-    with distributed.raise_together("the preparation"):
-        run = prepare(settings)
-    agree(run)
-    gc.freeze()  # what is there now stays: no need to look through it at every collection
-    return carry_out(run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,6 @@ from mlx_retrieval.models import loading
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare
 from mlx_retrieval.training.config import Settings, for_task
-from mlx_retrieval.training.reporting import Reporter
 from mlx_retrieval.utils.console import print_lines, print_rows
 
 VALID = 64
@@ -62,7 +61,7 @@ def ours(given: dict, seed: int) -> tuple[dict, float, float]:
         sys.exit("--max-length leaves nothing of some answers, and mlx-lm's loss would be no number there")
     order = np.random.RandomState(seed).permutation(len(run.trainer.batches.rows) // size)
     run.trainer.batches.numbers = lambda k: np.arange(order[k] * size, (order[k] + 1) * size)
-    results = training_run.carry_out(run)
+    results = training_run.run(run)
     return results, time.perf_counter() - began, run.trainer.state.seconds
 
 
@@ -106,8 +105,7 @@ def validation_loss(given: dict, adapter: Path) -> float:
     """The loss of an adapter on all validation conversations."""
     run = prepare(for_task("chat", given | {"val_batches": -1}))
     loading.load_trainable(run.trainer.model, read_safetensors(adapter / loading.ADAPTERS), adapter)
-    with tempfile.TemporaryDirectory() as name, Reporter(Path(name), 1) as report:
-        return run.trainer.measure(0, report)["validation_loss"]
+    return run.trainer.evaluate(0)["validation_loss"]
 
 
 def main() -> None:

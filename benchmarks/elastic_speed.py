@@ -32,7 +32,6 @@ from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.inference.embedder import load
 from mlx_retrieval.training import run
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.utils.console import print_lines, print_rows
 
 INDEX = "benchmark"
@@ -66,7 +65,7 @@ def drain(settings: Settings) -> float:
 def waiting(settings: Settings) -> tuple[float, float]:
     """(seconds of a training step, its share spent waiting for data)."""
     with contextlib.redirect_stdout(io.StringIO()):
-        found = profile(run.prepare(settings))
+        found = run.prepare(settings).measure()
     return found["step"], found["data"] / found["step"]
 
 

@@ -171,7 +171,8 @@ def watch(folder: Path, steps: int, longest: int = 60) -> list[tuple[int, int]]:
 
     training_run.begin(run)
     with Watching(run.folder, steps) as report:
-        run.trainer.run(report)
+        run.trainer.reporter = report
+        training_run.take_steps(run.trainer)
     return found
 
 

@@ -152,7 +152,7 @@ def main() -> None:
             examples = [run.trainer.batches.rows[i] for i in run.trainer.batches.row_numbers(k)]
             groups = [(e.query, [e.positive, *e.negatives]) for e in examples]
             batches.append([(q, d, float(i == 0)) for q, documents in groups for i, d in enumerate(documents)])
-        settings.settle(1)
+        settings.resolve_defaults(1)
         model, trained = train_peer(settings, batches)
         evaluate("sentence-transformers", Peer(model), trained)
 

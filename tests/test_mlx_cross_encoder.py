@@ -347,13 +347,13 @@ def bad(**changes) -> list[dict]:
     ],
 )
 def test_bad_rows_are_named_before_anything_is_trained(hub, train_data, eval_data, message, monkeypatch):
-    monkeypatch.setattr(run, "carry_out", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr(run, "run", lambda _: pytest.fail("trained"))
     trainer = Qwen3RerankerTrainer(qwen())
     with pytest.raises(UserError, match=f"^{message}") as caught:
         trainer.train(train_data, eval_data)
     assert "jsonl" not in str(caught.value) or train_data == "train.jsonl"
     assert 0 < trainer.score_pair(QUERY, DOCUMENTS[0]) < 1  # the base model is still of use
-    monkeypatch.setattr(run, "carry_out", lambda _: {})
+    monkeypatch.setattr(run, "run", lambda _: {})
     assert trainer.train(rows())["steps"] == 0  # and nothing stands in the way of another attempt
 
 

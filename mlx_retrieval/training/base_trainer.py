@@ -1,31 +1,31 @@
-"""What the loop of every run has: schedule, state, evaluations where they are due, the best one kept, saving, stopping.
+"""What every trainer has: schedule, state, the best evaluation, saving and resuming, and the weights of several ranks.
 
-trainer.py builds on it for retrieval models, chat/trainer.py for chat models.
+trainer.py builds on it for retrieval models, chat/trainer.py for chat models; run.py decides what happens when.
 """
 
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mlx_retrieval.backend import nn
+
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
 from mlx_retrieval.training import checkpoint, distributed
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.reporting import Reporter
+from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files
+from mlx_retrieval.utils.errors import UserError
 
-
-class Stopped(Exception):  # noqa: N818  (no error)
-    """The run was stopped by a signal, after it was saved; `code` is the process's exit code."""
-
-    def __init__(self, code: int):
-        super().__init__(f"stopped by signal {code - 128}")
-        self.code = code
+# Called after each optimizer step with a record to report, or None. Returns whether training ends here.
+AfterStep = Callable[[dict | None], bool]
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The learning rate of update `step`, counted from 1: linear warm-up from above 0, then the schedule."""
+    """Return the learning rate of update `step`, counted from 1: linear warm-up from above 0, then the schedule."""
     warmup = settings.warmup_steps
     if step <= warmup:
         return settings.learning_rate * step / warmup
@@ -34,109 +34,121 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * shape[settings.schedule]
 
 
+def due(step: int, every: int) -> bool:
+    """Return whether an action that is repeated `every` so many steps is due after this one; 0 = never."""
+    return every > 0 and step % every == 0
+
+
 @dataclass
 class State:
-    """What a run remembers besides weights and optimizer; saved as trainer_state.json."""
+    """The state of a run besides weights and optimizer; saved as trainer_state.json."""
 
     step: int = 0
     tokens: int = 0  # real tokens trained on so far
     best: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
-    cursor: dict = field(default_factory=dict)  # what the source of the data needs to continue
+    cursor: dict = field(default_factory=dict)  # where the data source continues
     skipped_batches: int = 0  # with --skip-bad-batches
-    micro_batch_tokens: int = 0  # the budget, where memory decided it; see memory.py
+    micro_batch_tokens: int = 0  # the budget, if memory decided it; see memory.py
 
 
-class Loop:
-    """What the loop of any run has: evaluations where they are due, the best one kept, saving. See `trainer.Trainer`.
+class BaseTrainer(ABC):
+    """The trainer of one run.
 
-    `measure(step, report)` gives the metrics of the model as it stands: ndcg_at_10, validation_loss, or none.
+    Args:
+        model: prepared by `backbones.lora.adapt`, so that only the weights to train are trainable.
+        optimizer: initialised with the model's trainable parameters.
+        state: of a run that has not begun.
+        folder: the run's folder.
+        save_model: writes into the folder that it is given everything that using the model needs.
+
+    `reporter` receives messages; run.py puts a `Reporter` there. `saved_step` is the step that was saved last.
     """
 
-    settings: Settings
-    folder: Path
-    save_model: Callable[[Path], None]
-    optimizer: object  # of mlx.optimizers
-    state: State
-    _signal: int = 0  # that was noted and asks for an end
-    _agreed: int = 0  # the same, once all ranks know it
-    _report: Reporter | None = None  # of the run that goes on
-    _saved: int = -1  # the step that was saved last
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        state: State,
+        settings: Settings,
+        folder: Path,
+        save_model: Callable[[Path], None],
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.state = state
+        self.settings = settings
+        self.folder = folder
+        self.save_model = save_model
+        self.reporter: Reporter | NullReporter = NullReporter()
+        self.saved_step = -1
 
-    def warn(self, line: str) -> None:
-        """Tell what went wrong without ending the run."""
-        if self._report:
-            self._report.warn(line)
+    # --- a trainer's own ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def train(self, last: int, after_step: AfterStep) -> None:
+        """Take the steps that follow the state's, up to step `last`, or until `after_step` returns True."""
+
+    @abstractmethod
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate the model, report and return its metrics: ndcg_at_10, validation_loss ...; {} without data."""
+
+    @abstractmethod
+    def load_weights(self, folder: Path) -> None:
+        """Load the weights of a saved step."""
+
+    @abstractmethod
+    def restore_state(self, state: State) -> None:
+        """Continue from this state: set it, and go to its place in the data."""
+
+    @abstractmethod
+    def check_ranks(self) -> None:
+        """Raise RankMismatch on all ranks if their settings, data or models differ. Called on several ranks only."""
+
+    # --- evaluations --------------------------------------------------------------------------------------------------
 
     @property
     def stopped_early(self) -> bool:
+        """Whether --early-stopping ends the run here."""
         patience = self.settings.early_stopping
         return bool(patience) and self.state.evaluations_since_best >= patience
 
-    def _evaluate_if_due(self, report: Reporter, finished: bool) -> bool:
-        """Evaluate where it is time to, on rank 0; whether training should stop for lack of gain."""
-        if not distributed.is_main() or not (finished or due(self.state.step, self.settings.eval_steps)):
-            return False
-        metrics = self.measure(self.state.step, report)
-        if not metrics:
-            return False
+    def keep_best(self, metrics: dict[str, float]) -> None:
+        """Save the model to `best` if these metrics are the best so far, by nDCG@10 or else by validation loss."""
+        state = self.state
         score = metrics.get("ndcg_at_10", -metrics.get("validation_loss", math.inf))
-        if self.state.best is None or score > self.state.best:
-            before = self.state.best, self.state.best_step
-            self.state.best, self.state.best_step, self.state.evaluations_since_best = score, self.state.step, 0
-            try:
-                files.write_folder(self.folder / "best", self._write)
-            except files.SaveError as error:  # the best one is the one that is kept
-                self.state.best, self.state.best_step = before
-                self.warn(f"{error}; the run goes on")
-        else:
-            self.state.evaluations_since_best += 1
-        return self.stopped_early
+        better = state.best is None or score > state.best
+        if not better:
+            state.evaluations_since_best += 1
+            return
+        previous = state.best, state.best_step
+        state.best = score
+        state.best_step = state.step
+        state.evaluations_since_best = 0
+        try:
+            files.write_folder(self.folder / "best", self.write)
+        except files.SaveError as error:  # `best` still holds the previous one
+            state.best, state.best_step = previous
+            self.reporter.warn(f"{error}; the run goes on")
 
-    @property
-    def _asked(self) -> int:
-        """The signal that ends the run: of several ranks, one that all of them know of."""
-        return self._agreed if distributed.size() > 1 else self._signal
+    # --- saving and resuming ------------------------------------------------------------------------------------------
 
-    def decide(self, stop: bool) -> bool:
-        """Of several ranks, after a step: whether any is to stop; none goes on alone, be it for lack of gain or not."""
-        stop, self._agreed = distributed.all_max(f"the end of step {self.state.step}", stop, self._signal, patient=True)
-        return bool(stop)
+    def write(self, folder: Path) -> None:
+        """Write the model and everything that continuing needs into a folder."""
+        self.save_model(folder)
+        checkpoint.save_training(folder, self.optimizer, asdict(self.state))
 
     def save(self) -> None:
-        """Write `step-NNNNNN`, and remove those that are too many now that it is complete. SaveError: nothing is."""
-        if not distributed.is_main():
-            self._saved = self.state.step
-            return
-        files.write_folder(checkpoint.step_folder(self.folder, self.state.step), self._write)
-        self._saved = self.state.step
-        checkpoint.prune(self.folder, self.settings.keep)
-
-    def save_if_due(self, last: int, ending: bool) -> None:
-        """Save where it is time to, and raise Stopped where a signal asks for an end.
-
-        Where the disk is full the run goes on with a warning: the older checkpoint is whole, and the next due save
-        tries again. Only where the run is left to be continued from this very step, that is an error.
-
-        Args:
-            last: the step at which this process stops; ending: whether the run itself ends here and writes `final`.
-        """
-        leaving = not ending and self.state.step == last
-        if ending or leaving or self._asked or due(self.state.step, self.settings.save_steps):
-            try:
-                self.save()
-            except files.SaveError as error:
-                if leaving or self._asked:
-                    raise
-                self.warn(f"{error}; the run goes on, and the next save tries again")
-        if self._asked:
-            if self._saved != self.state.step:  # it came while a save failed
-                self.save()
-            raise Stopped(128 + self._asked)
+        """Write `step-NNNNNN`, then remove the steps that --keep does not keep. SaveError if it cannot be written."""
+        if distributed.is_main():
+            files.write_folder(checkpoint.step_folder(self.folder, self.state.step), self.write)
+        self.saved_step = self.state.step
+        if distributed.is_main():
+            checkpoint.prune(self.folder, self.settings.keep)
 
     def save_last_good(self) -> str:
-        """Before an error ends the run: save the state as it stands, and say so."""
+        """Before an error ends the run, save the state; return a text about it for the error's message."""
         if not self.state.step or not distributed.is_main():
             return ""
         try:
@@ -145,35 +157,48 @@ class Loop:
             return f" ({error})"
         return f"; the state after step {self.state.step} is saved"
 
-    def _write(self, folder: Path) -> None:
-        self.save_model(folder)
-        checkpoint.save_training(folder, self.optimizer, asdict(self.state))
+    def resume(self, folder: Path) -> None:
+        """Continue from a saved step."""
+        self.load_weights(folder)
+        self.restore_state(type(self.state)(**checkpoint.load_training(folder, self.optimizer)))
 
-    def _note(self, number: int) -> None:
-        self._signal = number
+    def skip_or_refuse(self, reason: str, examples: str, places: Sequence[str], advice: str) -> None:
+        """Deal with a loss or gradient that is not finite.
 
+        With --skip-bad-batches, count the batch and warn; otherwise save the last good state and raise UserError.
 
-@contextmanager
-def signals(note: Callable[[int], None]) -> Iterator[None]:
-    """Note the first SIGINT or SIGTERM, for the run to end after the current step; a second SIGINT ends it at once."""
+        Args:
+            reason: which step, and which numbers it gave.
+            examples: the word for the data's rows, such as "Examples".
+            places: where the rows concerned are, as file:line.
+            advice: a sentence about what may help, without its end.
+        """
+        if self.settings.skip_bad_batches:
+            self.state.skipped_batches += 1
+            self.reporter.warn(f"{reason}; the batch is skipped. {examples} concerned: {', '.join(places)}")
+            return
+        listing = "\n  ".join(places)
+        raise UserError(
+            f"{reason}{self.save_last_good()}. {examples} concerned:\n  {listing}\n"
+            f"{advice}; --skip-bad-batches leaves such batches out."
+        )
 
-    def handle(number: int, _frame) -> None:
-        note(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # --- several ranks ------------------------------------------------------------------------------------------------
 
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: a notebook's or a test's business
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            # mlx.launch sends it to all ranks once one has ended with an error, while rank 0 says what became of them.
-            deaf = number == signal.SIGTERM and distributed.size() > 1
-            signal.signal(number, signal.SIG_IGN if deaf else handler)
+    def follow(self) -> None:
+        """Take over the state of rank 0, and its weights and optimizer if it has resumed."""
+        state = distributed.broadcast_object("the state", lambda: asdict(self.state))
+        if state["step"]:
+            self._take_weights()
+        if not distributed.is_main():
+            self.restore_state(type(self.state)(**state))
 
+    def sync_weights(self) -> None:
+        """Take rank 0's weights where the ranks' differ: machines of different kinds round differently in an update."""
+        weights = distributed.digest(dict(tree_flatten(self.model.trainable_parameters())))
+        if len(set(distributed.gather_bytes("the weights", weights.encode(), patient=True))) > 1:
+            self._take_weights()
 
-def due(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps is done after this one; 0 = never."""
-    return every > 0 and step % every == 0
+    def _take_weights(self) -> None:
+        self.model.update(distributed.broadcast_arrays(self.model.trainable_parameters()))
+        self.optimizer.state = distributed.broadcast_arrays(self.optimizer.state)

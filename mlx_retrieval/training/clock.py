@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Adds up wall seconds by phase. Phases must end with what they computed evaluated, or it counts elsewhere."""
+    """Adds up wall seconds by phase. A phase must evaluate what it computes, or the time counts in a later one."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)

@@ -277,7 +277,7 @@ class Settings:
     def _late_counts(self) -> list[tuple[str, int | None]]:
         return [("query_expansion", self.query_expansion), ("impute", self.impute)]
 
-    def settle(self, parameters: int, reranker: str = "") -> None:
+    def resolve_defaults(self, parameters: int, reranker: str = "") -> None:
         """Put in place what depends on the model: the learning rate, by its number of parameters, and the loss.
 
         `reranker`: the kind of reranker that it is; "" = none.

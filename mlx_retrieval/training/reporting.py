@@ -28,10 +28,10 @@ from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
 
-class Silence:
-    """A reporter, see reporting.py, that reports nothing."""
+class NullReporter:
+    """A reporter that reports nothing: on all ranks but the first, and outside a run."""
 
-    def __enter__(self) -> "Silence":
+    def __enter__(self) -> "NullReporter":
         return self
 
     def __exit__(self, *_) -> None:

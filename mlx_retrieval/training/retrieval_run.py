@@ -1,4 +1,4 @@
-"""A run that trains a retrieval model, embed, late or rerank: checked and wired by `prepare`, carried out by train.py.
+"""Prepares the run of a retrieval model, embed, late or rerank: checks, loads, wires. run.py carries it out.
 
 run = prepare(settings)                             # nothing is written yet
 run.trainer.update(run.trainer.batches.batch(0), 1)
@@ -28,10 +28,11 @@ from mlx_retrieval.models import loading
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import distributed, memory
+from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.objectives import make as make_objective
 from mlx_retrieval.training.objectives import make_batches
+from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines
@@ -39,14 +40,18 @@ from mlx_retrieval.utils.errors import UserError
 
 
 class Evaluations:
-    """Evaluates the model as it stands, and keeps the first and the newest result for the final table.
+    """Evaluates the model, and keeps the first and the last result for the final table.
 
-    `evaluate` gives the result.
+    Args:
+        evaluate: returns the result of the model as it is now.
+        folder: the run's, where the first result is saved for a resumed run.
     """
 
     def __init__(self, evaluate: Callable[[], Evaluation], folder: Path):
-        self.evaluate, self.file = evaluate, folder / "before.json"
-        self.before = self.after = None
+        self.evaluate = evaluate
+        self.file = folder / "before.json"
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
 
     def __call__(self, step: int) -> Evaluation:
         result = self.evaluate()
@@ -57,15 +62,15 @@ class Evaluations:
             self.after = result
         return result
 
-    def recall_before(self) -> None:
-        """A resumed run's result from before training, as it was saved then."""
+    def restore(self) -> None:
+        """Read back the first result of a resumed run."""
         if self.file.is_file():
             self.before = Evaluation(**json.loads(self.file.read_text(encoding="utf-8")))
 
 
 @dataclass
-class Run:
-    """A run that is wired and checked, but has not begun; nothing is written yet."""
+class RetrievalRun:
+    """A run that trains a retrieval model; see `run.Run`."""
 
     settings: Settings
     folder: Path
@@ -74,44 +79,16 @@ class Run:
     retrieval: RetrievalConfig
     headline: list[tuple[str, str]]
 
-    def recall(self) -> None:
-        """Before a run goes on: what it found out before it was stopped."""
-        if self.evaluations:
-            self.evaluations.recall_before()
+    def measure(self) -> dict:
+        """For --dry-run and --profile: measure steps, print and return the figures. Write nothing."""
+        if self.settings.dry_run:
+            return self._dry_run()
+        return profile(self.trainer, self.evaluations and self.evaluations.evaluate)
 
-    def results(self) -> dict:
-        """What `results.json` holds: metrics before and after, averaged over the tasks."""
-        results = {"before": None, "after": None}
-        if done := self.evaluations:
-            results = {
-                when: result.average() if result else None
-                for when, result in (("before", done.before), ("after", done.after))
-            }
-            newest = done.after or done.before  # neither, where a run stops before its first evaluation
-            if newest and newest.unreachable:
-                results["unreachable"] = newest.unreachable  # the averages are without these tasks
-        if self.settings.skip_bad_batches:
-            results["skipped_batches"] = self.trainer.state.skipped_batches
-        return results
-
-    def print_results(self) -> None:
-        """The table of the end."""
-        if self.evaluations and self.evaluations.after:
-            if self.evaluations.before:
-                print_comparison(self.evaluations.before, self.evaluations.after)
-            else:
-                print_table(self.evaluations.after)
-
-    def next_lines(self) -> list[tuple[str, str]]:
-        """What to try with the trained model."""
-        final = self.folder / "final"
-        if self.retrieval.task == "rerank":
-            return [("next", f'python rerank.py --model {final} --query "..." --documents eval-data/corpus.jsonl')]
-        return [("next", f"python embed.py --model {final} --input eval-data/corpus.jsonl --output vectors.npy")]
-
-    def dry_run(self) -> dict:
-        """Measure one step on the first batch, and say what the whole run would take; nothing is changed."""
-        trainer, settings = self.trainer, self.settings
+    def _dry_run(self) -> dict:
+        """Measure one step on the first batch, and print what the whole run would take. Change nothing."""
+        trainer = self.trainer
+        settings = self.settings
         batch = trainer.batches.batch(0)
         trainer.compute_grads(batch, 1)  # the first call also compiles and allocates
         mx.reset_peak_memory()
@@ -119,7 +96,8 @@ class Run:
         result, _ = trainer.compute_grads(batch, 1)
         seconds = time.perf_counter() - began
         peak = backend.peak_memory()
-        texts, longest = len(batch.texts), int(batch.texts.lengths.max())
+        texts = len(batch.texts)
+        longest = int(batch.texts.lengths.max())
         plan = {
             "texts": texts,
             "tokens": batch.tokens,
@@ -144,9 +122,43 @@ class Run:
         )
         return plan
 
+    def restore(self) -> None:
+        """Before a resumed run continues, read back its first evaluation."""
+        if self.evaluations:
+            self.evaluations.restore()
+
+    def results(self) -> dict:
+        """Return the content of `results.json`: metrics before and after, averaged over the tasks."""
+        results = {"before": None, "after": None}
+        if evaluations := self.evaluations:
+            before = evaluations.before
+            after = evaluations.after
+            results = {"before": before and before.average(), "after": after and after.average()}
+            last = after or before  # neither, if a run stops before its first evaluation
+            if last and last.unreachable:
+                results["unreachable"] = last.unreachable  # the averages are without these tasks
+        if self.settings.skip_bad_batches:
+            results["skipped_batches"] = self.trainer.state.skipped_batches
+        return results
+
+    def print_results(self) -> None:
+        """Print the table of metrics that ends a run."""
+        if self.evaluations and self.evaluations.after:
+            if self.evaluations.before:
+                print_comparison(self.evaluations.before, self.evaluations.after)
+            else:
+                print_table(self.evaluations.after)
+
+    def next_lines(self) -> list[tuple[str, str]]:
+        """Return (name, text) lines about using the trained model."""
+        final = self.folder / "final"
+        if self.retrieval.task == "rerank":
+            return [("next", f'python rerank.py --model {final} --query "..." --documents eval-data/corpus.jsonl')]
+        return [("next", f"python embed.py --model {final} --input eval-data/corpus.jsonl --output vectors.npy")]
+
 
 def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Path]:
-    """The model that is to be trained, as `checkpoint.build` gives it."""
+    """Return the model to train, its config and its base model's folder; see `models.loading.build`."""
     return loading.build(
         settings.model,
         projection=settings.projection_dim,
@@ -157,7 +169,8 @@ def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Pa
         document_prompt=settings.document_prompt,
         bidirectional=settings.bidirectional,
         max_length=settings.max_length,
-        query_max_length=settings.query_max_length or settings.query_expansion,  # ColBERT cuts where it fills
+        # ColBERT truncates queries at the length that it fills them up to.
+        query_max_length=settings.query_max_length or settings.query_expansion,
         matryoshka_dims=settings.matryoshka_dims or None,
         maxsim=settings.maxsim,
         skiplist=list(string.punctuation) if settings.skip_punctuation else None,
@@ -168,22 +181,22 @@ def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Pa
     )
 
 
-def evaluation_of(
+def make_evaluator(
     settings: Settings,
     model: RetrievalModel,
     retrieval: RetrievalConfig,
     tokenizer: TextTokenizer,
 ) -> Callable[[], Evaluation]:
-    """What evaluates the model as it stands at the moment of a call."""
+    """Return a function that evaluates the model, with the weights that it has when the function is called."""
     if retrieval.task == "rerank":
         reranker = Reranker.of(model, retrieval, tokenizer, settings.model)
         return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth)[1]
-    in_use = Model(model, retrieval, tokenizer, settings.model)
-    return lambda: evaluate(in_use, settings.eval_tasks)
+    embedder = Model(model, retrieval, tokenizer, settings.model)
+    return lambda: evaluate(embedder, settings.eval_tasks)
 
 
 def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
-    """What becomes of a text, in words."""
+    """Describe how a text becomes what is compared: pooling, lengths."""
     lengths = f"{retrieval.query_max_length} tokens of a query, {retrieval.max_length} of a document"
     if retrieval.task == "rerank":
         if retrieval.reranker != "listwise":
@@ -194,7 +207,7 @@ def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
     return f"{retrieval.pooling} pooling, {lengths}"
 
 
-def prepare(settings: Settings) -> Run:
+def prepare(settings: Settings) -> RetrievalRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     folder = Path(settings.output).expanduser()
     rows = open_source(settings.data, settings.es_fields, settings.es_query, settings.skip_bad_rows)
@@ -207,8 +220,8 @@ def prepare(settings: Settings) -> Run:
     adapter_config = lora.adapt(model.backbone, **settings.adapter)
     if retrieval.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
         model.head.unfreeze()
-    everything, trainable = count_parameters(model)
-    settings.settle(everything, retrieval.reranker)
+    parameters, trainable = count_parameters(model)
+    settings.resolve_defaults(parameters, retrieval.reranker)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
     tokenizer = retrieval.tokenizer(base)
@@ -226,24 +239,24 @@ def prepare(settings: Settings) -> Run:
 
     evaluations = None
     if settings.eval_tasks and distributed.is_main():
-        evaluations = Evaluations(evaluation_of(settings, model, retrieval, tokenizer), folder)
+        evaluations = Evaluations(make_evaluator(settings, model, retrieval, tokenizer), folder)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if evaluations:
-        load_tasks(settings.eval_tasks)  # a wrong name or folder is told now, not after a hundred steps
+        load_tasks(settings.eval_tasks)  # so that a wrong name or folder is reported now, not after a hundred steps
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),
-        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({settings.trained})"),
+        ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained})"),
         ("text", describe(settings, retrieval)),
         ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "
                  f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
                  f"learning rate {settings.learning_rate:g}"),
     ]  # fmt: skip
     if settings.micro_batch_tokens == "auto":
-        headline.append(("memory", str(memory.fit(trainer))))
+        headline.append(("memory", str(trainer.fit_memory())))
     if distributed.size() > 1:
         headline.append(("ranks", f"{distributed.size()} processes share the passes of every batch"))
     if backend.KERNELS and cpu_kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += [("left out", line) for line in rows.skipped[:20]]
-    return Run(settings, folder, trainer, evaluations, retrieval, headline)
+    return RetrievalRun(settings, folder, trainer, evaluations, retrieval, headline)

@@ -1,24 +1,124 @@
-"""Run training: check, prepare, evaluate, train, save, conclude."""
+"""One training run, from its settings to its results: begin, evaluate, take steps, save, conclude.
 
+results = train(Settings(model="gemma-3-tiny-mlx", data=["train-data.jsonl"]))
+
+`run` is the page to read first. Its `Run` is a retrieval model's (retrieval_run.py) or a chat model's (chat/run.py).
+"""
+
+import gc
 import json
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from mlx_retrieval.training import distributed, reporting
+from mlx_retrieval.backend import mx
+
+from mlx_retrieval.training import checkpoint, distributed
+from mlx_retrieval.training.base_trainer import BaseTrainer, due
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.utils import locks
+from mlx_retrieval.training.reporting import NullReporter, Reporter
+from mlx_retrieval.utils import files, locks
+from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from mlx_retrieval.training.chat.run import ChatRun
-    from mlx_retrieval.training.retrieval_run import Run
+
+class Run(Protocol):
+    """A run that is checked and wired, but has not begun: nothing is written yet."""
+
+    settings: Settings
+    folder: Path
+    trainer: BaseTrainer
+    headline: list[tuple[str, str]]  # (name, text), printed before the first step
+
+    def measure(self) -> dict:
+        """For --dry-run and --profile: measure steps, print and return the figures. Write nothing."""
+
+    def restore(self) -> None:
+        """Before a resumed run continues, read back its results so far, as far as the trainer's state lacks them."""
+
+    def results(self) -> dict:
+        """Return the content of `results.json`: metrics before and after training, and figures of the run."""
+
+    def print_results(self) -> None:
+        """Print the table of metrics that ends a run."""
+
+    def next_lines(self) -> list[tuple[str, str]]:
+        """Return (name, text) lines about using the trained model."""
+
+
+def train(settings: Settings) -> dict:
+    """Train as the settings say. Return the content of `results.json`, and {} on all ranks but the first."""
+    with distributed.raise_together("the preparation"):
+        job = prepare(settings)
+    if distributed.size() > 1:
+        job.trainer.check_ranks()
+    gc.freeze()  # no collection needs to look through the objects that exist now: they stay
+    return run(job)
+
+
+def prepare(settings: Settings) -> Run:
+    """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
+    if distributed.size() > 1 and (settings.task == "chat" or settings.profile):
+        unsupported = "--profile" if settings.profile else "--task chat"
+        raise UserError(f"{unsupported} works in one process only: start it without mlx.launch")
+    if distributed.is_main():
+        check_output(Path(settings.output).expanduser(), settings)
+    if settings.task == "chat":
+        from mlx_retrieval.training.chat.run import prepare as prepare_task
+    else:
+        from mlx_retrieval.training.retrieval_run import prepare as prepare_task
+    return prepare_task(settings)
+
+
+def run(job: Run) -> dict:
+    """Carry out a prepared run, or continue it. Returns as `train`.
+
+    Raises UserError if another process uses the folder, and RunInterrupted, which ends the process, after a signal.
+    """
+    settings = job.settings
+    trainer = job.trainer
+    print_lines(job.headline)
+    if settings.dry_run or settings.profile:
+        return job.measure()
+    with ExitStack() as stack:
+        # Begin, or find the step to continue from. Rank 0 does it, and holds the lock until the run ends.
+        with distributed.raise_together("the begin"):
+            if distributed.is_main():
+                refusal = f"--output {job.folder}: another process is training there"
+                stack.enter_context(locks.only_one(job.folder / ".lock", refusal))
+                begin(job)
+        if distributed.size() > 1:
+            trainer.follow()
+        try:
+            with open_reporter(job) as trainer.reporter:
+                # Evaluate the untrained model.
+                if trainer.state.step == 0 and not settings.skip_eval_init and distributed.is_main():
+                    trainer.evaluate(0)
+                # Take the steps; each is reported, evaluated and saved as it is due.
+                take_steps(trainer)
+                # Save the trained model.
+                if distributed.is_main() and is_finished(trainer):
+                    files.write_folder(job.folder / "final", trainer.write)
+        except RunInterrupted:
+            distributed.barrier()
+            raise
+        # Conclude.
+        results = {}
+        if distributed.is_main():
+            results = job.results()
+            files.write_file(job.folder / "results.json", json.dumps(results, indent=2) + "\n")
+            conclude(job)
+        distributed.barrier()
+        return results
+
+
+# --- begin ------------------------------------------------------------------------------------------------------------
 
 
 def check_output(folder: Path, settings: Settings) -> None:
-    """Refuse to mix two runs in one folder."""
-    from mlx_retrieval.training import checkpoint
-
+    """Raise UserError if the run would mix with another one in the folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: this is a file")
     if settings.resume or settings.overwrite or settings.dry_run or settings.profile:
@@ -30,138 +130,183 @@ def check_output(folder: Path, settings: Settings) -> None:
         )
 
 
-def prepare(settings: Settings) -> "Run | ChatRun":
-    """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
-    if distributed.size() > 1 and (settings.task == "chat" or settings.profile):
-        what = "--profile" if settings.profile else "--task chat"
-        raise UserError(f"{what} works in one process only: start it without mlx.launch")
-    if distributed.is_main():
-        check_output(Path(settings.output).expanduser(), settings)
-    if settings.task == "chat":
-        from mlx_retrieval.training.chat.run import prepare as wire
-    else:
-        from mlx_retrieval.training.retrieval_run import prepare as wire
-    return wire(settings)
-
-
-def agree(run: "Run") -> None:
-    """The same UserError on all ranks where their settings, data or models differ."""
-    if distributed.size() == 1:
-        return
-    from mlx.utils import tree_flatten
-
-    from data_loader import pack
-
-    trainer = run.trainer
-    distributed.check_equal("the settings", run.settings.to_dict())
-    trainer.grad_cache.budget = -distributed.all_max("the memory", -trainer.grad_cache.budget)[0]
-    if run.settings.micro_batch_tokens == "auto":
-        trainer.state.micro_batch_tokens = trainer.grad_cache.budget
-    weights = dict(tree_flatten(trainer.model.parameters()))
-    rows = {"the number of rows": len(trainer.batches.rows), "the first batch": pack(trainer.batches.batch(0))}
-    distributed.check_equal("the data", rows | {"the first batch": distributed.digest(rows["the first batch"])})
-    distributed.check_equal("the model", {"its weights": distributed.digest(weights)})
-
-
-def carry_out(run: "Run | ChatRun") -> dict:
-    """Train a prepared run, or continue it; returns as `train`. UserError where another process uses its folder."""
-    from mlx_retrieval.utils.console import print_lines
-
-    settings = run.settings
-    print_lines(run.headline)
-    if settings.dry_run:
-        return run.dry_run()
-    if settings.profile:
-        from mlx_retrieval.training.profiling import profile
-
-        return profile(run)
-    with ExitStack() as stack:
-        with distributed.raise_together("the begin"):
-            if distributed.is_main():
-                refusal = f"--output {run.folder}: another process is training there"
-                stack.enter_context(locks.only_one(run.folder / ".lock", refusal))
-                begin(run)
-        if distributed.size() > 1:
-            run.trainer.follow()
-        return _carry_out(run)
-
-
-def _carry_out(run: "Run | ChatRun") -> dict:
-    from mlx_retrieval.training.base_trainer import Stopped
-    from mlx_retrieval.training.reporting import Reporter
-    from mlx_retrieval.utils import files
-
-    settings, trainer = run.settings, run.trainer
-    reporter = reporting.Silence()
-    if distributed.is_main():
-        reporter = Reporter(
-            run.folder,
-            settings.steps,
-            first_step=trainer.state.step,
-            settings=settings.to_dict(),
-            wandb=settings.wandb,
-            wandb_project=settings.wandb_project,
-        )
-    try:
-        with reporter as report:
-            if trainer.state.step == 0 and not settings.skip_eval_init and distributed.is_main():
-                trainer.measure(0, report)
-            try:
-                trainer.run(report)
-            except Stopped as stop:
-                report.message(f"{stop}; step {trainer.state.step} is saved. Continue: {continue_command(run.folder)}")
-                raise SystemExit(stop.code) from stop
-    except SystemExit:
-        distributed.barrier()
-        raise
-    results = {}
-    if distributed.is_main():
-        results = run.results()
-        files.write_file(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
-        conclude(run)
-    distributed.barrier()
-    return results
-
-
-def begin(run: "Run | ChatRun") -> None:
-    """Make the run's folder, or find the place in it to continue from; of several ranks, the first one does it."""
-    from mlx_retrieval.training import checkpoint
-    from mlx_retrieval.utils import files
-    from mlx_retrieval.utils.console import print_lines
-
-    if run.settings.overwrite:
-        checkpoint.remove_run(run.folder)
-    if run.settings.resume:
-        checkpoint.recover(run.folder)
-        if (run.folder / "final").is_dir():
-            raise UserError(f"--resume: the run in {run.folder} is finished")
-        if (last := checkpoint.last_step(run.folder)) is not None:
-            run.trainer.resume(last)
+def begin(job: Run) -> None:
+    """Make the run's folder, or load the last step that was saved in it. Of several ranks, the first one does it."""
+    if job.settings.overwrite:
+        checkpoint.remove_run(job.folder)
+    if job.settings.resume:
+        checkpoint.recover(job.folder)
+        if (job.folder / "final").is_dir():
+            raise UserError(f"--resume: the run in {job.folder} is finished")
+        if (last := checkpoint.last_step(job.folder)) is not None:
+            job.trainer.resume(last)
             print_lines([("resumed", f"from {last}")])
-        run.recall()
-    files.make_folder(run.folder)
-    files.write_file(run.folder / "config.yaml", run.settings.to_yaml())
+        job.restore()
+    files.make_folder(job.folder)
+    files.write_file(job.folder / "config.yaml", job.settings.to_yaml())
 
 
-def conclude(run: "Run | ChatRun") -> None:
-    """Say what was gained, where everything is, and what to do next."""
-    from mlx_retrieval.utils.console import print_lines
+def open_reporter(job: Run) -> Reporter | NullReporter:
+    """Return the reporter of a run that begins or continues; of several ranks, the first one alone reports."""
+    if not distributed.is_main():
+        return NullReporter()
+    settings = job.settings
+    return Reporter(
+        job.folder,
+        settings.steps,
+        first_step=job.trainer.state.step,
+        settings=settings.to_dict(),
+        wandb=settings.wandb,
+        wandb_project=settings.wandb_project,
+    )
 
-    state, folder = run.trainer.state, run.folder
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def take_steps(trainer: BaseTrainer) -> None:
+    """Train from the state's step to the last one.
+
+    Raises RunInterrupted after a signal, once the run is saved, and UserError if a loss or gradient is not finite.
+    """
+    settings = trainer.settings
+    last = min(settings.steps, settings.stop_after or settings.steps)
+    if trainer.stopped_early or trainer.state.step >= last:
+        return
+    mx.reset_peak_memory()  # loading is over
+    with noted_signals() as signals, distributed.rescuing(trainer.save_last_good):
+        try:
+            trainer.train(last, lambda record: after_step(trainer, record, last, signals))
+        except RunInterrupted as interrupt:
+            saved = f"{interrupt}; step {trainer.state.step} is saved"
+            trainer.reporter.message(f"{saved}. Continue: {continue_command(trainer.folder)}")
+            raise
+
+
+def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: "Signals") -> bool:
+    """Report a step, evaluate and save if it is time to. Return whether training ends early, for lack of gain."""
+    settings = trainer.settings
+    state = trainer.state
+    finished = state.step == settings.steps
+    if record:
+        trainer.reporter.step(record)
+    stop = False
+    evaluating = distributed.is_main() and (finished or due(state.step, settings.eval_steps))
+    if evaluating and (metrics := trainer.evaluate(state.step)):
+        trainer.keep_best(metrics)
+        stop = trainer.stopped_early
+    if distributed.size() > 1:  # no rank stops alone, and what is saved is the same on all
+        stop = signals.agree(stop, state.step)
+        if due(state.step, settings.save_steps):
+            trainer.sync_weights()
+    save_if_due(trainer, last, finished or stop, signals)
+    if stop and not finished:
+        patience = settings.early_stopping
+        trainer.reporter.message(f"no better for {patience} evaluations: stopped at step {state.step}")
+    return stop
+
+
+def save_if_due(trainer: BaseTrainer, last: int, ending: bool, signals: "Signals") -> None:
+    """Save if it is time to, and raise RunInterrupted if a signal asks for an end.
+
+    If the disk is full the run goes on with a warning: the older checkpoint is whole, and the next save tries again.
+    SaveError is raised only if the process ends here and the run is to be continued from this very step.
+
+    Args:
+        last: the step at which this process ends.
+        ending: whether the run itself ends here and writes `final`.
+    """
+    step = trainer.state.step
+    leaving = step == last and not ending
+    if ending or leaving or signals.number or due(step, trainer.settings.save_steps):
+        try:
+            trainer.save()
+        except files.SaveError as error:
+            if leaving or signals.number:
+                raise
+            trainer.reporter.warn(f"{error}; the run goes on, and the next save tries again")
+    if signals.number:
+        if trainer.saved_step != step:  # the signal came while a save failed
+            trainer.save()
+        raise RunInterrupted(signals.number)
+
+
+def is_finished(trainer: BaseTrainer) -> bool:
+    """Return whether the run has taken its last step, or stopped early."""
+    return trainer.state.step == trainer.settings.steps or trainer.stopped_early
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+class RunInterrupted(SystemExit):
+    """A signal ended the run, after it was saved. `code`, the process's exit code, is 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by signal {self.number}"
+
+
+class Signals:
+    """The signal that asks the run to end, as `number`; 0 = none."""
+
+    def __init__(self) -> None:
+        self.noted = 0  # in this process
+        self.agreed = 0  # the same, once all ranks know it
+
+    @property
+    def number(self) -> int:
+        return self.agreed if distributed.size() > 1 else self.noted
+
+    def agree(self, stop: bool, step: int) -> bool:
+        """Tell the other ranks about a signal; return whether any rank is to stop."""
+        stop, self.agreed = distributed.all_max(f"the end of step {step}", stop, self.noted, patient=True)
+        return bool(stop)
+
+
+@contextmanager
+def noted_signals() -> Iterator[Signals]:
+    """Note the first SIGINT or SIGTERM; the run ends after its current step. A second SIGINT ends it at once."""
+    signals = Signals()
+
+    def handle(number: int, _frame) -> None:
+        signals.noted = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the notebook or test that started this one handles signals
+        previous = {}
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            # mlx.launch sends SIGTERM to all ranks once one has ended with an error; rank 0 still has to print why.
+            ignored = number == signal.SIGTERM and distributed.size() > 1
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+# --- conclude ---------------------------------------------------------------------------------------------------------
+
+
+def conclude(job: Run) -> None:
+    """Print the gain, where everything is, and how to go on."""
+    state = job.trainer.state
+    folder = job.folder
     if not (folder / "final").is_dir():
         print_lines([("stopped", f"at step {state.step}, saved"), ("continue", continue_command(folder))])
         return
-    run.print_results()
+    job.print_results()
     lines = [("adapter", f"{folder / 'final'}")]
     if (folder / "best").is_dir():
         lines.append(("best", f"{folder / 'best'} (step {state.best_step})"))
-    lines += [
-        ("curves", f"{folder / 'curves.png'}"),
-        ("metrics", f"{folder / 'metrics.jsonl'}"),
-    ]
-    print_lines([*lines, *run.next_lines()])
+    lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
+    print_lines([*lines, *job.next_lines()])
 
 
 def continue_command(folder: Path) -> str:
-    """What to type to continue a run."""
+    """Return the command that continues a run."""
     return f"python train.py --resume --output {folder}"

@@ -31,7 +31,7 @@ from mlx_retrieval.training.base_trainer import learning_rate
 from mlx_retrieval.training.chat.data import ChatBatches
 from mlx_retrieval.training.chat.memory import Shape, Work, estimate
 from mlx_retrieval.training.chat.run import prepare
-from mlx_retrieval.training.chat.trainer import Enough, Optimizer, compiled, loss_of, tune
+from mlx_retrieval.training.chat.trainer import Optimizer, StopTraining, compiled, loss_of, tune
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.utils.errors import UserError
@@ -150,7 +150,7 @@ class Losses:
     def on_train_loss_report(self, info: dict) -> None:
         self.values.append(info["train_loss"])
         if len(self.values) == self.count:
-            raise Enough
+            raise StopTraining
 
 
 def iterate(batches: list, **_) -> list:
@@ -195,7 +195,7 @@ def test_mlx_lm_s_screen_does_not_show(settings, capfd):
 def test_clipping_and_the_rate_of_each_step(settings, tmp_path):
     """The optimizer gets the schedule's rate, and a gradient of the norm that is asked for."""
     run = prepare(settings(max_grad_norm=1e-9, weight_decay=0.0, steps=3, steps_per_report=1))
-    training_run.carry_out(run)
+    training_run.run(run)
     rates = [record["learning_rate"] for record in metrics(tmp_path / "run")]
     assert rates == [learning_rate(run.settings, step) for step in (1, 2, 3)]
     assert run.trainer.optimizer.learning_rate.item() == pytest.approx(rates[-1])
@@ -263,19 +263,12 @@ def test_a_run_learns_reports_and_saves(settings, tmp_path, capsys):
     assert (run / "curves.png").is_file() and results["tokens_per_second"] > 0
 
 
-class Silent:
-    """A Reporter that reports to nobody."""
-
-    def __getattr__(self, name: str):
-        return lambda *_: None
-
-
 def test_the_validation_loss_is_that_of_all_conversations(settings):
     """Whatever the batches; mlx-lm's drops the last ones and needs as many as a batch."""
     losses = []
     for size in (1, 4, 50):
         trainer = prepare(settings(batch_size=size, val_batches=-1)).trainer
-        losses.append(trainer.measure(0, Silent())["validation_loss"])
+        losses.append(trainer.evaluate(0)["validation_loss"])
     held_out, total = trainer.validation.rows, 0.0
     for ids in map(mx.array, held_out.ids):
         total += nn.losses.cross_entropy(trainer.model(ids[None, :-1]), ids[None, 1:]).sum().item()
@@ -405,7 +398,7 @@ def test_mlx_lm_loads_the_adapter_and_fuses_it(settings, bases, tmp_path, monkey
     from mlx_lm import fuse
 
     run = prepare(settings(model=bases[base], max_length=40, **changes))
-    training_run.carry_out(run)
+    training_run.run(run)
     final = tmp_path / "run" / "final"
     run.trainer.model.eval()
     ids = mx.array(run.trainer.batches.rows.ids[0])[None]

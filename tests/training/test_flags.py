@@ -626,8 +626,8 @@ def test_help_is_quick_and_says_units():
 def test_the_default_learning_rate_goes_by_the_model_s_size(settings):
     assert training_run.prepare(settings()).settings.learning_rate == 4e-3
     large = settings()
-    large.settle(parameters=600_000_000)
+    large.resolve_defaults(parameters=600_000_000)
     assert large.learning_rate == 2e-4
     given = settings(learning_rate=1e-5)
-    given.settle(parameters=1)
+    given.resolve_defaults(parameters=1)
     assert given.learning_rate == 1e-5

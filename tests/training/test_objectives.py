@@ -27,7 +27,7 @@ SKIPPED = 7
 def settled(**changes) -> Settings:
     """Settings with the loss and temperature of a model of 1,000 parameters where none is given."""
     settings = Settings(**changes)
-    settings.settle(1_000)
+    settings.resolve_defaults(1_000)
     return settings
 
 

@@ -127,14 +127,14 @@ def full_disk(monkeypatch):
     """`full_disk(names)`: folders of these names cannot be written; returns the list, which may change."""
 
     def make(*names: str) -> list[str]:
-        full, write = list(names), Trainer._write
+        full, write = list(names), Trainer.write
 
         def fail(self, folder: Path) -> None:
             write(self, folder)
             if any(name in folder.name for name in full):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Trainer, "_write", fail)
+        monkeypatch.setattr(Trainer, "write", fail)
         return full
 
     return make

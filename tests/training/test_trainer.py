@@ -150,7 +150,8 @@ def test_sick_numbers_stop_the_run_after_saving_and_name_the_examples(settings, 
     trainer.grad_cache.objective = sick
     training_run.begin(run)
     with pytest.raises(UserError, match="not finite") as error, Reporter(run.folder, s.steps) as report:
-        trainer.run(report)
+        trainer.reporter = report
+        training_run.take_steps(trainer)
     assert f"rows.jsonl:{bad + 1}" in str(error.value) or "more" in str(error.value)
     steps = json.loads((last_step(run.folder) / "trainer_state.json").read_text())["step"]
     assert f"step {steps + 1}: " in str(error.value) and steps <= 2 and "--skip-bad-batches" in str(error.value)

@@ -1,4 +1,4 @@
-"""A chat run: checked and wired by `prepare`, carried out by train.py.
+"""Prepares a chat run: checks, loads, wires. training/run.py carries it out.
 
 python train.py --model mlx-community/Llama-3.2-3B-Instruct-4bit --batch-size 4 --iters 222 --num-layers 1 \\
     --grad-checkpoint --steps-per-eval 222 --val-batches 2 --steps-per-report 10 --save-every 222
@@ -33,23 +33,23 @@ MAX_LENGTH = 2048  # where --max-length is not given
 
 @dataclass
 class ChatRun:
-    """A run that has not begun; nothing is written yet."""
+    """A run that trains a chat model; see `training.run.Run`."""
 
     settings: Settings
     folder: Path
     trainer: ChatTrainer
     headline: list[tuple[str, str]]
-    template: str  # ChatML that stands in for a template; "" = the tokenizer has one
+    template: str  # ChatML in place of a chat template; "" = the tokenizer has its own
     estimate: Estimate
 
-    def recall(self) -> None:
-        """Before a run goes on: the trainer's state has it all."""
+    def restore(self) -> None:
+        """Do nothing: the trainer's state holds all results."""
 
     def print_results(self) -> None:
-        """The table of the end: the losses were reported, and chat runs have no more."""
+        """Do nothing: the losses have been reported, and chat runs have no other metrics."""
 
     def results(self) -> dict:
-        """What `results.json` holds: losses on the validation conversations, speed, memory."""
+        """Return the content of `results.json`: losses on the validation conversations, speed, memory."""
         state = self.trainer.state
         losses = {"before": state.before, "after": state.after}
         skipped = {"skipped_batches": state.skipped_batches} if self.settings.skip_bad_batches else {}
@@ -62,8 +62,10 @@ class ChatRun:
         }
 
     def next_lines(self) -> list[tuple[str, str]]:
-        """What to try with the trained adapter."""
-        model, final, state = self.settings.model, self.folder / "final", self.trainer.state
+        """Return (name, text) lines about using the trained adapter."""
+        model = self.settings.model
+        final = self.folder / "final"
+        state = self.trainer.state
         speed = state.tokens / state.seconds if state.seconds else 0
         lines = [
             ("speed", f"{speed:,.0f} tokens/s, peak memory {backend.peak_memory() / 1e9:.2f} GB "
@@ -76,8 +78,8 @@ class ChatRun:
                                       "its tokenizer has none, and mlx-lm looks for it there"))  # fmt: skip
         return lines
 
-    def dry_run(self) -> dict:
-        """Measure a step on the largest batch that there can be, and say what the run would take."""
+    def measure(self) -> dict:
+        """For --dry-run: measure a step on the largest possible batch, print and return the figures."""
         seconds, counts = self.trainer.measure_step()
         plan = {
             "tokens": counts.tokens,
@@ -118,10 +120,10 @@ def prepare(settings: Settings) -> ChatRun:
     parts = min(settings.gradient_accumulation_steps or 1, size)
     batches = ChatBatches(rows, size, settings.seed, parts, tokenizer.pad_id)
     validation = ChatBatches(valid, settings.batch_size, settings.seed, 1, tokenizer.pad_id) if valid else None
-    length = settle_length(settings, batches.per_epoch)
+    length = resolve_steps(settings, batches.per_epoch)
     adapter_config = adapt(backbone, settings)
-    everything, trainable = count_parameters(backbone)
-    settings.settle(everything)
+    parameters, trainable = count_parameters(backbone)
+    settings.resolve_defaults(parameters)
 
     def save_model(target: Path) -> None:
         weights = dict(tree_flatten(backbone.adapted.trainable_parameters()))
@@ -138,7 +140,7 @@ def prepare(settings: Settings) -> ChatRun:
     layers = "" if settings.num_layers == -1 else f" of the last {settings.num_layers} of {len(backbone.layers)} layers"
     headline = [
         ("device", backend.describe()),
-        ("model", f"{settings.model}: {everything:,} parameters, {trainable:,} trained ({settings.trained}{layers})"),
+        ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained}{layers})"),
         ("text", describe(settings, tokenizer)),
         ("data", f"{len(rows):,} conversations of {rows.lengths.mean():,.0f} tokens on average, longest "
                  f"{rows.longest:,}; batch {size}, {length}, learning rate {settings.learning_rate:g}"),
@@ -153,7 +155,7 @@ def prepare(settings: Settings) -> ChatRun:
 
 
 def adapt(backbone: Decoder, settings: Settings) -> dict:
-    """Make trainable what is to be trained; returns what `adapter_config.json` holds."""
+    """Make the weights to train trainable. Return the content of `adapter_config.json`."""
     seed(settings.seed)  # fresh LoRA weights
     config = lora.adapt(backbone, **settings.adapter)
     if settings.train_type == "full" and settings.num_layers == -1:
@@ -163,10 +165,10 @@ def adapt(backbone: Decoder, settings: Settings) -> dict:
     return config
 
 
-def settle_length(settings: Settings, per_epoch: int) -> str:
-    """Compute steps from epochs or epochs from steps, by ceiling division; returns both in words.
+def resolve_steps(settings: Settings, per_epoch: int) -> str:
+    """Set the steps from the epochs, or count the epochs of the steps, rounded up; return both in words.
 
-    `per_epoch`: steps that go through the data once. UserError where both are given and disagree.
+    `per_epoch`: steps that go through the data once. UserError if both are given and disagree.
     """
     epochs = settings.epochs
     if settings.steps == 0:
@@ -178,28 +180,28 @@ def settle_length(settings: Settings, per_epoch: int) -> str:
             f"--iters {settings.steps} and --epochs {epochs} disagree: an epoch is {per_epoch} iters, so that would be "
             f"{-(-settings.steps // per_epoch)} epochs; give one of them"
         )
-    settings.epochs = None  # from here on the number of steps says it
-    said = "1 epoch" if epochs == 1 else f"{epochs} epochs"
-    began = "" if settings.steps == epochs * per_epoch else ", the last of them in part"
-    return f"{settings.steps:,} iters = {said} of {per_epoch:,}{began}"
+    settings.epochs = None  # from here on the number of steps decides
+    count = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    partial = "" if settings.steps == epochs * per_epoch else ", the last of them in part"
+    return f"{settings.steps:,} iters = {count} of {per_epoch:,}{partial}"
 
 
 def expect(backbone: Decoder, batches: ChatBatches, settings: Settings) -> Estimate:
-    """The memory of a step on the largest batch."""
+    """Estimate the memory of a step on the largest batch."""
     rows, width = batches.largest_part()
     layers = len(backbone.layers) if settings.num_layers == -1 else settings.num_layers
     return estimate(shape_of(backbone), Work(rows, width, layers, settings.grad_checkpoint, batches.parts))
 
 
 def describe(settings: Settings, tokenizer: ChatTokenizer) -> str:
-    """What becomes of a conversation, in words."""
+    """Describe how a conversation becomes text, and which tokens are trained on."""
     form = "the tokenizer's chat template" if tokenizer.own_template else "ChatML, as the tokenizer has no template"
-    said = "the assistant's turns" if settings.mask_prompt else "all tokens"
-    return f"{form}, trained on {said}, {settings.max_length:,} tokens at most"
+    trained = "the assistant's turns" if settings.mask_prompt else "all tokens"
+    return f"{form}, trained on {trained}, {settings.max_length:,} tokens at most"
 
 
 def warnings(settings: Settings, rows: Conversations, valid: Conversations | None) -> list[tuple[str, str]]:
-    """What is done otherwise than the user may think, each once."""
+    """Return a line for everything that differs from what the user may expect."""
     lines = []
     if settings.batch_size > len(rows):
         lines.append(
@@ -225,7 +227,7 @@ def warnings(settings: Settings, rows: Conversations, valid: Conversations | Non
 
 
 def rope_warning(base: Path) -> list[tuple[str, str]]:
-    """A line where mlx-lm by itself would read another RoPE from config.json than the model was trained with."""
+    """Return a line if mlx-lm would read another RoPE from config.json than the model is trained with here."""
     from mlx_lm.utils import _get_classes
 
     config = read_config(base)

@@ -1,13 +1,13 @@
-"""The loop of a chat run: mlx-lm's trainer with our batches, loss and optimizer, reports, evaluations and saving.
+"""Trains chat models: mlx-lm's training loop with our batches, loss and optimizer.
 
 The arithmetic of a step is mlx-lm's. Before each step the batches set the learning rate and the seed of dropout; after
-it a callback reports, evaluates and saves. All of that depends on the step's number alone, so a resumed run is the
-uninterrupted one. Tested by `python -m pytest tests/test_chat.py`.
+it a callback lets run.py report, evaluate and save. All of it depends on the step's number alone, so a resumed run is
+the uninterrupted one. Tested by `python -m pytest tests/training/test_chat.py`.
 """
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,37 +22,34 @@ from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.models import loading
-from mlx_retrieval.training import checkpoint, memory
-from mlx_retrieval.training.base_trainer import Loop, State, due, learning_rate, signals
+from mlx_retrieval.training import memory
+from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, State, due, learning_rate
 from mlx_retrieval.training.chat.data import ChatBatches, Counts, Part
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.reporting import Reporter
-from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
 # --- a step ---------------------------------------------------------------------------------------------------------
 
 
 def loss_of(model: nn.Module, ids: mx.array, counted: mx.array, share: mx.array) -> tuple[mx.array, mx.array]:
-    """Cross-entropy of a batch, as mlx-lm's trainer wants its losses.
+    """Return the cross-entropy of a batch and the number of counted tokens, both scalars, as mlx-lm's trainer does.
 
     Args:
         ids: (R, L + 1) int32.
         counted: (R, L) bool: whether ids[:, 1:] counts there.
-        share: float32 scalar: what the sum over counted tokens is divided by; their number, for the mean.
+        share: float32 scalar, the divisor of the sum over counted tokens; for the mean, their number.
 
-    Returns the loss and the number of counted tokens, both scalars. mlx-lm's own `default_loss` counts one token of
-    padding after every text, and is not a number where nothing counts.
+    mlx-lm's own `default_loss` counts one token of padding after every text, and is NaN where nothing counts.
     """
     losses = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
     total = mx.where(counted, losses, 0).astype(mx.float32).sum()
-    # A loss that is not finite has no gradient that is, so that the optimizer leaves everything as it was.
+    # A loss that is not finite must have no finite gradient, so that the optimizer changes nothing.
     total = total * mx.where(mx.isfinite(total), 1.0, math.nan)
     return total / share, counted.sum()
 
 
 class Optimizer(optim.AdamW):
-    """AdamW on a clipped gradient, as retrieval models have it; a gradient that is not finite changes nothing.
+    """AdamW with clipping, as for retrieval models; a gradient that is not finite changes nothing.
 
     `state["grad_norm"]` is the gradient's norm before clipping.
     """
@@ -79,15 +76,16 @@ class Optimizer(optim.AdamW):
         return mx.where(self._good, updated, parameter)
 
 
-class Enough(Exception):  # noqa: N818  (no error)
-    """Ends mlx-lm's `train` after a step; at its own end it would write the weights once more."""
+class StopTraining(Exception):  # noqa: N818  (no error: it ends mlx-lm's loop)
+    """Raised by a callback to end mlx-lm's `train` after a step."""
 
 
 def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: int, per_step: int, callback) -> None:
-    """mlx-lm's trainer on `parts`, `per_step` of them a step, without its screen.
+    """Run mlx-lm's `train` on `parts`, `per_step` of them a step, without its output.
 
-    `callback.on_train_loss_report(info)` is called after each step, `info["train_loss"]` being its loss, and raises
-    Enough after the last one.
+    mlx-lm knows no way to end early, and at its own end it would write the weights once more. So
+    `callback.on_train_loss_report(info)`, which it calls after each step with the step's loss as `info["train_loss"]`,
+    must raise StopTraining after the last step.
     """
     from mlx_lm.cli_ui import make_console
     from mlx_lm.tuner.trainer import TrainingArgs, train
@@ -98,8 +96,9 @@ def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: i
         steps_per_save=steps * per_step + 1,
         grad_accumulation_steps=per_step,
     )
-    console = make_console()
-    before, console.quiet = console.quiet, True
+    console = make_console()  # mlx-lm's own, one a process; Reporter prints in its place
+    before = console.quiet
+    console.quiet = True
     try:
         train(
             model=model,
@@ -110,7 +109,7 @@ def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: i
             iterate_batches=lambda **_: (part.arrays for part in parts),
             training_callback=callback,
         )
-    except Enough:
+    except StopTraining:
         pass
     finally:
         console.quiet = before
@@ -118,7 +117,7 @@ def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: i
 
 @contextmanager
 def compiled(allowed: bool) -> Iterator[None]:
-    """mlx-lm compiles its step; not where `allowed` is False."""
+    """Let mlx-lm compile its step, or not. It has no argument for that, so compilation is disabled in the process."""
     if not allowed:
         mx.disable_compile()
     try:
@@ -128,7 +127,7 @@ def compiled(allowed: bool) -> Iterator[None]:
             mx.enable_compile()
 
 
-# --- the loop -------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -136,20 +135,20 @@ class ChatState(State):
     """The state of a chat run."""
 
     before: float | None = None  # validation loss before training
-    after: float | None = None  # at the last evaluation
-    data: int = 0  # the mark of the conversations
+    after: float | None = None  # validation loss at the last evaluation
+    data: int = 0  # the checksum of the conversations
     seconds: float = 0.0  # of training, without evaluations and saving
-    # Since the last report: loss x trained tokens, these, all real tokens, these with padding, seconds.
+    # Since the last report: loss x trained tokens, trained tokens, real tokens, tokens with padding, seconds.
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
 
 
-class ChatTrainer(Loop):
-    """One chat run.
+class ChatTrainer(BaseTrainer):
+    """The trainer of one chat run.
 
     Args:
-        backbone: prepared by `models.lora.adapt`, so that only what is to be trained is trainable.
+        backbone: prepared by `backbones.lora.adapt`, so that only the weights to train are trainable.
         validation: batches whose loss is measured; None = none.
-        folder, save_model: as of `trainer.Trainer`.
+        folder, save_model: as of `BaseTrainer`.
     """
 
     def __init__(
@@ -159,146 +158,168 @@ class ChatTrainer(Loop):
         validation: ChatBatches | None,
         settings: Settings,
         folder: Path,
-        save_model,
+        save_model: Callable[[Path], None],
     ):
-        self.model, self.batches, self.validation = backbone.adapted, batches, validation
-        self.settings, self.folder, self.save_model = settings, folder, save_model
-        self.optimizer = Optimizer(settings.learning_rate, settings.weight_decay, settings.max_grad_norm)
-        self.optimizer.init(self.model.trainable_parameters())
-        self.state = ChatState(data=batches.rows.mark)
+        model = backbone.adapted
+        optimizer = Optimizer(settings.learning_rate, settings.weight_decay, settings.max_grad_norm)
+        optimizer.init(model.trainable_parameters())
+        super().__init__(model, optimizer, ChatState(data=batches.rows.mark), settings, folder, save_model)
+        self.batches = batches
+        self.validation = validation
         # Checkpointed blocks draw their dropout's seeds in Python, which a compiled step would do only once.
         self.compiled = not (settings.grad_checkpoint and settings.lora_dropout)
 
-    def resume(self, folder: Path) -> None:
-        """Continue from a saved step."""
-        loading.load_trainable(self.model, read_safetensors(folder / loading.ADAPTERS), folder)
-        saved = ChatState(**checkpoint.load_training(folder, self.optimizer))
-        if saved.data != self.state.data:
-            raise UserError(f"--resume: the conversations are not those that the run in {self.folder} was begun with")
-        self.state = saved
+    # --- steps --------------------------------------------------------------------------------------------------------
 
-    def run(self, report: Reporter) -> None:
-        """Train from the state's step to the last one. Raises Stopped after a signal, UserError on sick numbers."""
-        settings, state = self.settings, self.state
-        self._report, self._last = report, min(settings.steps, settings.stop_after or settings.steps)
-        self._last = state.step if self.stopped_early else self._last
-        if state.step < self._last:
-            mx.reset_peak_memory()  # loading is over
-            with signals(self._note), compiled(self.compiled):
-                steps = self._last - state.step
-                tune(self.model, self.optimizer, self._parts(), steps, self.batches.parts, self)
-        if state.step == settings.steps or self.stopped_early:
-            files.write_folder(self.folder / "final", self._write)
+    def train(self, last: int, after_step: AfterStep) -> None:
+        """Take the steps that follow the state's, up to step `last`, or until `after_step` returns True."""
+        steps = Steps(self, last, after_step)
+        with compiled(self.compiled):
+            tune(self.model, self.optimizer, steps.parts(), last - self.state.step, self.batches.parts, steps)
 
-    def _parts(self) -> Iterator[Part]:
-        """The parts of every batch to come; each is asked for when the step before it is done."""
-        self._began = time.perf_counter()
-        for step in range(self.state.step + 1, self._last + 1):
-            self.optimizer.learning_rate = learning_rate(self.settings, step)
-            self._numbers = self.batches.numbers(step - 1)
-            draw = np.random.SeedSequence(self.settings.seed * 1_000_003 + step)
-            seeds = draw.generate_state(self.batches.parts)
-            for part, value in zip(self.batches.make(self._numbers), seeds, strict=True):
-                seed(int(value))
-                yield part
-
-    def on_train_loss_report(self, info: dict) -> None:
-        """What mlx-lm calls after each step."""
-        memory.bound_cache()
-        settings, state, step = self.settings, self.state, self.state.step + 1
-        loss, norm = info["train_loss"], self.optimizer.state["grad_norm"].item()
-        counts, trained = self.batches.counts(self._numbers), 0
+    def update_state(self, numbers: np.ndarray, loss: float, seconds: float) -> dict | None:
+        """Count a step that was taken on the rows `numbers`; return a record if one is due to be reported."""
+        settings = self.settings
+        state = self.state
+        step = state.step + 1
+        norm = self.optimizer.state["grad_norm"].item()
+        counts = self.batches.counts(numbers)
+        trained = 0
         if math.isfinite(loss) and math.isfinite(norm):
             trained = counts.trained
         else:
-            self._skip_or_refuse(step, f"step {step}: loss {loss}, gradient norm {norm}: not finite")
-        seconds = time.perf_counter() - self._began
+            reason = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
+            advice = "A lower --learning-rate may help if they are sound"
+            self.skip_or_refuse(reason, "Conversations", self._not_finite(numbers), advice)
         more = (loss * trained if trained else 0.0, trained, counts.tokens, counts.padded, seconds)
-        state.sums = [before + new for before, new in zip(state.sums, more, strict=True)]
-        state.step, state.tokens, state.seconds = step, state.tokens + counts.tokens, state.seconds + seconds
-        finished = step == settings.steps
-        if finished or due(step, settings.steps_per_report):
-            self._tell(norm)
-        stop = self._evaluate_if_due(self._report, finished)
-        self.save_if_due(self._last, finished or stop)
-        if stop and not finished:
-            patience = settings.early_stopping
-            self._report.message(f"no better for {patience} evaluations: stopped at step {step}")
-        if step == self._last or stop:
-            raise Enough
-        self._began = time.perf_counter()
+        state.sums = [total + new for total, new in zip(state.sums, more, strict=True)]
+        state.step = step
+        state.tokens += counts.tokens
+        state.seconds += seconds
+        if step == settings.steps or due(step, settings.steps_per_report):
+            return self._record(norm)
+        return None
 
-    def _tell(self, norm: float) -> None:
-        """Report the steps since the last report."""
+    def _record(self, norm: float) -> dict:
+        """Return the record of the steps since the last one, as `metrics.jsonl` holds it."""
         total, trained, tokens, padded, seconds = self.state.sums
         self.state.sums = [0.0] * 5
         skipped = {"skipped_batches": self.state.skipped_batches} if self.settings.skip_bad_batches else {}
-        self._report.step(
-            {
-                "step": self.state.step,
-                "epoch": round(self.state.step / self.batches.per_epoch, 4),
-                "loss": total / trained if trained else None,  # every one of the batches was skipped
-                "learning_rate": learning_rate(self.settings, self.state.step),
-                "grad_norm": norm,
-                "tokens": int(tokens),
-                "trained_tokens": int(trained),
-                "padding": 1 - tokens / padded,
-                "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-                "peak_memory_bytes": backend.peak_memory(),
-                **skipped,
-            }
-        )
+        return {
+            "step": self.state.step,
+            "epoch": round(self.state.step / self.batches.per_epoch, 4),
+            "loss": total / trained if trained else None,  # every one of the batches was skipped
+            "learning_rate": learning_rate(self.settings, self.state.step),
+            "grad_norm": norm,
+            "tokens": int(tokens),
+            "trained_tokens": int(trained),
+            "padding": 1 - tokens / padded,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_bytes": backend.peak_memory(),
+            **skipped,
+        }
 
-    def measure(self, step: int, report: Reporter) -> dict[str, float]:
-        """The loss on the validation conversations as the model stands; {} without any."""
+    def _not_finite(self, numbers: np.ndarray) -> list[str]:
+        """Return the places of the conversations whose loss is not finite, or of all in the batch: ten at most."""
+        self.model.eval()
+        rows = self.batches.rows
+        single = ChatBatches(rows, 1, pad_id=self.batches.pad_id)
+
+        def is_finite(i: int) -> bool:
+            loss, _ = loss_of(self.model, *single.make([i])[0].arrays)
+            return mx.isfinite(loss).item()
+
+        concerned = [i for i in numbers if not is_finite(i)]
+        self.model.train()
+        return [rows.where(i) for i in (concerned or list(numbers))[:10]]
+
+    # --- evaluations and measurements ---------------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Report and return the loss on the validation conversations; {} without any."""
         from mlx_lm.tuner.trainer import evaluate
 
         if self.validation is None:
             return {}
-        report.status("evaluating")
+        self.reporter.status("evaluating")
         count = self.validation.per_epoch
         count = count if self.settings.val_batches == -1 else min(count, self.settings.val_batches)
         parts = (part.arrays for k in range(count) for part in self.validation.make(self.validation.numbers(k)))
         loss = evaluate(self.model, None, 0, -1, loss=loss_of, iterate_batches=lambda **_: parts)
         self.model.train()
-        setattr(self.state, "after" if step else "before", loss)
-        report.evaluation(step, {"validation_loss": loss})
-        report.status("")
-        return {"validation_loss": loss}
+        if step == 0:
+            self.state.before = loss
+        else:
+            self.state.after = loss
+        metrics = {"validation_loss": loss}
+        self.reporter.evaluation(step, metrics)
+        self.reporter.status("")
+        return metrics
 
     def measure_step(self) -> tuple[float, Counts]:
-        """Seconds of a step on the largest batch, and what that batch holds. Weights change, in memory only."""
-        numbers, times = self.batches.longest(), []
-        counts = self.batches.counts(numbers)
+        """Return the seconds of a step on the largest batch, and what that batch holds. Changes weights in memory."""
+        numbers = self.batches.longest()
+        times = []
 
-        class Watch:
+        class Stopwatch:
             @staticmethod
             def on_train_loss_report(info: dict) -> None:
                 times.append(time.perf_counter())
                 if len(times) == 3:
-                    raise Enough
+                    raise StopTraining
                 mx.reset_peak_memory()  # the first step also compiles
 
         parts = [part for _ in range(3) for part in self.batches.make(numbers)]
         with compiled(self.compiled):
-            tune(self.model, self.optimizer, parts, 3, self.batches.parts, Watch())
-        return times[2] - times[1], counts
+            tune(self.model, self.optimizer, parts, 3, self.batches.parts, Stopwatch())
+        return times[2] - times[1], self.batches.counts(numbers)
 
-    def _skip_or_refuse(self, step: int, told: str) -> None:
-        """Count a batch with sick numbers, or save the last good state and end the run; say which conversations."""
-        self.model.eval()
-        rows = self.batches.rows
-        alone = ChatBatches(rows, 1, pad_id=self.batches.pad_id)
-        sick = [i for i in self._numbers if not mx.isfinite(loss_of(self.model, *alone.make([i])[0].arrays)[0]).item()]
-        self.model.train()
-        named = [rows.where(i) for i in (sick or list(self._numbers))[:10]]
-        if self.settings.skip_bad_batches:
-            self.state.skipped_batches += 1
-            self.warn(f"{told}; the batch is skipped. Conversations concerned: {', '.join(named)}")
-            return
-        named = "\n  ".join(named)
-        raise UserError(
-            f"{told}{self.save_last_good()}. Conversations concerned:\n  {named}\n"
-            "A lower --learning-rate may help if they are sound; --skip-bad-batches leaves such batches out."
-        )
+    # --- resuming -----------------------------------------------------------------------------------------------------
+
+    def load_weights(self, folder: Path) -> None:
+        """Load the weights of a saved step."""
+        loading.load_trainable(self.model, read_safetensors(folder / loading.ADAPTERS), folder)
+
+    def restore_state(self, state: ChatState) -> None:
+        """Continue from this state. UserError if the conversations are not those of the run."""
+        if state.data != self.state.data:
+            raise UserError(f"--resume: the conversations are not those that the run in {self.folder} was begun with")
+        self.state = state
+
+    def check_ranks(self) -> None:
+        raise NotImplementedError("chat runs have one rank")
+
+
+class Steps:
+    """What mlx-lm's loop reads, the batches' parts, and what it calls after each step."""
+
+    def __init__(self, trainer: ChatTrainer, last: int, after_step: AfterStep):
+        self.trainer = trainer
+        self.last = last
+        self.after_step = after_step
+        self.numbers: np.ndarray | None = None  # the rows of the step that is being taken
+        self.began = 0.0
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts of every batch to come; mlx-lm asks for one when the step before it is done."""
+        trainer = self.trainer
+        settings = trainer.settings
+        batches = trainer.batches
+        self.began = time.perf_counter()
+        for step in range(trainer.state.step + 1, self.last + 1):
+            trainer.optimizer.learning_rate = learning_rate(settings, step)
+            self.numbers = batches.numbers(step - 1)
+            seeds = np.random.SeedSequence(settings.seed * 1_000_003 + step).generate_state(batches.parts)
+            for part, value in zip(batches.make(self.numbers), seeds, strict=True):
+                seed(int(value))
+                yield part
+
+    def on_train_loss_report(self, info: dict) -> None:
+        """Called by mlx-lm after each step."""
+        memory.bound_cache()
+        seconds = time.perf_counter() - self.began
+        record = self.trainer.update_state(self.numbers, info["train_loss"], seconds)
+        if self.after_step(record) or self.trainer.state.step == self.last:
+            raise StopTraining
+        self.began = time.perf_counter()
