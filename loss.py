@@ -1,8 +1,20 @@
-"""Objectives: pure functions of arrays. They know no models; everything is computed in float32.
+"""Losses: pure functions of arrays, which know no models. Everything is computed in float32.
 
-A batch is a set of distinct queries (Q of them), a set of distinct documents (C of them, positives and hard negatives
-alike) and B examples, each naming one query and the document that is its positive. `Pairs` holds that, and with it
-which documents are known to be relevant to which queries: those never count as each other's negatives.
+A batch is Q distinct queries, C distinct documents (positives and hard negatives alike) and B examples, each of which
+names a query and the document that is its positive. `Pairs` holds the examples, and which documents are known to be
+relevant to which queries: those never count as negatives.
+
+    which loss                  for
+    info_nce                    queries and documents of different kinds: the default
+    symmetric_info_nce          pairs whose sides are alike, searched in both directions
+    nt_xent                     few or no hard negatives: each side's other texts are negatives too
+    hard_negative_info_nce      when most negatives are easy: close ones weigh more
+    xtr                         late interaction searched by token retrieval: see models/maxsim.py
+    kl_distill, margin_mse      a teacher's scores
+    yes_no, bce                 rerankers, labels from 0 to 1
+    list_softmax, ranknet       rerankers, several documents a query: shares of relevance; any order
+
+`LOSSES` at the end has every name that `--loss` takes.
 
 Sources: InfoNCE, van den Oord et al. 2018 (arXiv 1807.03748); NT-Xent, Chen et al. 2020 (arXiv 2002.05709); hard
 negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aware filter, Moreira et al. 2024
@@ -22,22 +34,22 @@ class Pairs(NamedTuple):
 
     query: mx.array  # (B,) int32: the query of each example
     document: mx.array  # (B,) int32: its positive
-    weight: mx.array  # (B,) float32, any positive scale: divided by the batch's sum
+    weight: mx.array  # (B,) float32 of any positive scale, as it is divided by the batch's sum
     relevant: mx.array  # (Q, C) bool: known positives of every query
 
 
 def dot(queries: mx.array, documents: mx.array) -> mx.array:
-    """Scores (Q, C) of vectors (Q, D) and (C, D): their dot products, in float32."""
+    """Return the dot products (Q, C) of vectors (Q, D) and (C, D), in float32."""
     return queries.astype(mx.float32) @ documents.astype(mx.float32).T
 
 
 def rank_weights(ranks: mx.array) -> mx.array:
-    """Weights (B,) of examples whose document was ranked `ranks` (1 = best): 1 / log2(1 + rank)."""
+    """Return the weights (B,) of examples whose document was ranked `ranks` (1 = best): 1 / log2(1 + rank)."""
     return 1.0 / mx.log2(1.0 + ranks.astype(mx.float32))
 
 
 def weighted_mean(losses: mx.array, weights: mx.array | None) -> mx.array:
-    """Mean of `losses` (B,) with `weights` (B,) normalised over the whole batch; the plain mean without."""
+    """Return the mean of `losses` (B,) under `weights` (B,), normalised over the batch; without, the plain mean."""
     if weights is None:
         return losses.mean()
     weights = weights.astype(mx.float32)
@@ -49,7 +61,7 @@ def _is_target(scores: mx.array, targets: mx.array) -> mx.array:
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array, allowed: mx.array | None) -> mx.array:
-    """-log softmax of each row's target among its allowed columns (the target itself always counts): (B,)."""
+    """Return -log softmax (B,) of each row's target among its allowed columns; the target itself always counts."""
     if allowed is not None:
         logits = mx.where(allowed | _is_target(logits, targets), logits, -mx.inf)
     positive = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
@@ -72,7 +84,10 @@ def info_nce(
         weights: (B,) example weights, normalised over the batch; None = equal.
         temperature: divides the scores; the inverse of sentence-transformers' `scale`.
 
-    Returns a float32 scalar. See also `symmetric_info_nce` (both directions) and `nt_xent`.
+    Returns a float32 scalar.
+
+    When to use: the default, for queries and documents of different kinds; the larger the batch, the better.
+    Related: `symmetric_info_nce` (both directions), `nt_xent` (same-side negatives too), `hard_negative_info_nce`.
     """
     losses = _cross_entropy(scores.astype(mx.float32) / temperature, targets, allowed)
     return weighted_mean(losses, weights)
@@ -89,7 +104,10 @@ def hard_negative_info_nce(
     """InfoNCE whose negatives weigh more the closer they are (Robinson et al. 2021, equation 4, tau+ = 0).
 
     Each row's sum over negatives, of exp(s / t), becomes N times its mean under weights proportional to
-    exp(beta s / t). beta = 0 is `info_nce`. Arguments and result as there; all in log space, so nothing underflows.
+    exp(beta s / t). Arguments and result are those of `info_nce`, which beta = 0 gives. All is computed in log space,
+    so nothing underflows.
+
+    When to use: if most in-batch negatives are easy. With many unlabelled positives, filter them by `positive_aware`.
     """
     logits = scores.astype(mx.float32) / temperature
     positive = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
@@ -113,6 +131,8 @@ def positive_aware(
 
     `perc` keeps a negative that scores below `margin` times the positive, `abs` one below positive - `margin`.
     Takes and returns (B, C) bool `allowed`, as `info_nce` uses it; no gradient flows through the choice.
+
+    When to use: with mined hard negatives, some of which are relevant but unlabelled.
     """
     scores = mx.stop_gradient(scores.astype(mx.float32))
     positive = mx.take_along_axis(scores, targets[:, None], axis=1)
@@ -130,7 +150,9 @@ def margin(
 ) -> mx.array:
     """Hinge on the hardest negative: the mean of max(0, margin - (positive - hardest negative)), a float32 scalar.
 
-    Arguments as in `info_nce`; scores are not divided by a temperature. A row with no negative costs 0.
+    Arguments as of `info_nce`; scores are not divided by a temperature. A row with no negative costs 0.
+
+    When to use: added to another loss (`--margin-weight`), to keep a distance that a threshold can rely on.
     """
     scores = scores.astype(mx.float32)
     negative = ~_is_target(scores, targets)
@@ -152,13 +174,18 @@ def kl_distill(
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
 ) -> mx.array:
-    """Distillation: mean over examples of KL(teacher || student), both softmax over the documents the teacher scored.
+    """Distillation (Hinton et al. 2015): the mean of KL(teacher || student), each a softmax over the scored documents.
 
     Args:
         scores: (B, C) the student's similarities of B examples' queries to C documents.
         judged: (B, K) int, columns of the documents that the teacher scored; -1 = none.
-        teacher: (B, K) its scores. A row with fewer than two judged documents costs 0.
+        teacher: (B, K) its scores. A row with fewer than two scored documents costs 0.
         temperature: divides the student's scores, `teacher_temperature` the teacher's.
+
+    Returns a float32 scalar.
+
+    When to use: a teacher's scores of several documents a query are known, and their proportions matter.
+    Related: `margin_mse` (their differences).
     """
     real = judged >= 0
     enough = real.sum(axis=1) >= 2
@@ -171,16 +198,20 @@ def kl_distill(
     return weighted_mean(mx.where(enough, divergence, 0.0), weights)
 
 
-# --- a reranker's: over groups of documents of one query, scores (G, K), of which some are no documents ---------------
+# --- groups: scores (G, K) of up to K documents for each of G queries -------------------------------------------------
 
 
 def binary_cross_entropy(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
-    """Mean over documents of the cross-entropy between labels from 0 to 1 and the scores' sigmoid; a float32 scalar.
+    """Cross-entropy between labels from 0 to 1 and the scores' sigmoid, the mean over documents; a float32 scalar.
 
-    Of scores that are the logit of "yes" less that of "no", this is the cross-entropy of the answer (Qwen3-Reranker).
+    If a score is the logit of "yes" minus that of "no", this is the cross-entropy of the answer (Qwen3-Reranker).
 
     Args:
-        scores, labels: (G, K). real: (G, K) bool, False where a group has no more documents.
+        scores, labels: (G, K) of any float dtype.
+        real: (G, K) bool, False where a group has no more documents.
+
+    When to use: rerankers (`yes_no`, `bce`), each document with a label of its own; scores become probabilities.
+    Related: `list_softmax` compares the documents of a query with each other.
     """
     scores = mx.where(real, scores.astype(mx.float32), 0.0)
     losses = mx.logaddexp(0.0, scores) - labels * scores
@@ -188,14 +219,16 @@ def binary_cross_entropy(scores: mx.array, labels: mx.array, real: mx.array) -> 
 
 
 def _over_groups(losses: mx.array, any_pair: mx.array) -> mx.array:
-    """The mean of those groups' losses (G,) that have something to compare; 0 where none has."""
+    """Return the mean loss (G,) of the groups that have something to compare; 0 if there are none."""
     return mx.where(any_pair, losses, 0.0).sum() / mx.maximum(any_pair.sum(), 1)
 
 
 def list_softmax(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
     """ListNet (Cao et al. 2007): cross-entropy of each group's labels, scaled to sum 1, and its scores' softmax.
 
-    Labels from 0 on; a group in which none is above 0 costs nothing. Arguments and result as `binary_cross_entropy`.
+    Labels are 0 or more; a group without one above 0 costs 0. Arguments and result as of `binary_cross_entropy`.
+
+    When to use: rerankers with a positive and several negatives a query. Related: `ranknet` if only the order counts.
     """
     scores, labels = scores.astype(mx.float32), mx.where(real, labels, 0.0)
     total = labels.sum(axis=1)
@@ -207,7 +240,9 @@ def list_softmax(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array
 def ranknet(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
     """RankNet (Burges et al. 2005): log(1 + exp(worse - better)), the mean over a group's unequal pairs.
 
-    Arguments and result as `binary_cross_entropy`; labels may be any numbers.
+    Arguments and result as of `binary_cross_entropy`; labels may be any numbers.
+
+    When to use: rerankers with graded labels or a teacher's scores whose order counts, not their size.
     """
     scores = mx.where(real, scores.astype(mx.float32), 0.0)
     better = (labels[:, :, None] > labels[:, None, :]) & real[:, :, None] & real[:, None, :]  # (G, K, K)
@@ -219,7 +254,9 @@ def ranknet(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
 def margin_mse(scores: mx.array, teacher: mx.array, real: mx.array) -> mx.array:
     """MarginMSE (Hofstätter et al. 2020, arXiv 2010.02666): squared error of the margins below a group's best document.
 
-    `teacher` (G, K) has its scores, whose best is the positive. Other arguments and result as `binary_cross_entropy`.
+    `teacher` (G, K) holds the teacher's scores; the best is the positive. Otherwise as `binary_cross_entropy`.
+
+    When to use: a teacher's scores of about the student's scale. Related: `kl_distill`, which any scale suits.
     """
     scores, teacher = mx.where(real, scores.astype(mx.float32), 0.0), teacher.astype(mx.float32)
     best = mx.where(real, teacher, -mx.inf).argmax(axis=1)[:, None]
@@ -232,13 +269,22 @@ def margin_mse(scores: mx.array, teacher: mx.array, real: mx.array) -> mx.array:
 
 
 def matryoshka(loss: Callable, queries: mx.array, documents: mx.array, dims: list[int]) -> mx.array:
-    """Mean of `loss(queries, documents)` over vectors cut to each of `dims` and scaled to length 1 again."""
+    """Matryoshka (Kusupati et al. 2022): the mean of `loss(queries, documents)` over the first `dims` dimensions.
+
+    Args:
+        queries, documents: (Q, D) and (C, D); their first d dimensions are scaled to length 1, for each d of `dims`.
+
+    When to use: if vectors are to be stored truncated. It wraps any loss.
+    """
     losses = [loss(unit(queries[..., :d]), unit(documents[..., :d])) for d in dims]
     return sum(losses) / len(losses)
 
 
 def symmetric_info_nce(scores: mx.array, pairs: Pairs, temperature: float = 0.05) -> mx.array:
-    """Mean of InfoNCE from queries to documents and from documents to queries; scores (Q, C)."""
+    """The mean of `info_nce` from queries to documents and from documents to queries; scores (Q, C) -> float32 scalar.
+
+    When to use: both sides are alike, such as translations or duplicates. Related: `nt_xent`.
+    """
     there = info_nce(scores[pairs.query], pairs.document, ~pairs.relevant[pairs.query], pairs.weight, temperature)
     back = info_nce(scores.T[pairs.document], pairs.query, ~pairs.relevant.T[pairs.document], pairs.weight, temperature)
     return (there + back) / 2
@@ -251,8 +297,10 @@ def nt_xent(
 
     Args:
         scores: (Q, C) queries against documents; query_scores: (Q, Q); document_scores: (C, C).
-        pairs: the examples. A text is no negative of itself, nor one document of another of the same query, nor one
-            query of another with the same document.
+        pairs: the examples. A text is no negative of itself, nor of another document of its query or another query
+            of its document.
+
+    When to use: small batches without hard negatives, as every other text of the batch is one.
     """
     other_documents = ~pairs.relevant[pairs.query]  # (B, C)
     other_queries = ~pairs.relevant.T[pairs.document]  # (B, Q)
@@ -267,9 +315,6 @@ def nt_xent(
     return (queries + documents) / 2
 
 
-NAMES = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce")
-
-
 def contrastive(
     queries: mx.array,
     documents: mx.array,
@@ -280,22 +325,28 @@ def contrastive(
     filter_kind: str = "off",
     filter_margin: float = 0.95,
     compare: Callable[[mx.array, mx.array], mx.array] = dot,
+    scores: mx.array | None = None,
 ) -> mx.array:
-    """The objective `name` over a whole batch of representations; a float32 scalar.
+    """The contrastive loss `name` of a whole batch of representations; a float32 scalar.
 
     Args:
-        queries: (Q, ...) representations of the distinct queries; documents: (C, ...) of the distinct documents.
+        queries: (Q, ...) representations of the distinct queries.
+        documents: (C, ...) representations of the distinct documents.
         pairs: which document belongs to which query.
-        beta: of `hard_negative_info_nce`; filter_kind, filter_margin: of `positive_aware` (off, perc, abs).
-        compare: scores of two sets of representations: `dot` for vectors.
+        name: one of `CONTRASTIVE`.
+        beta: of `hard_negative_info_nce`.
+        filter_kind, filter_margin: of `positive_aware`; one of `FILTERS`.
+        compare: maps two sets of representations to their scores: `dot` for vectors.
+        scores: (Q, C) `compare(queries, documents)`, if it is known already.
 
-    Raises ValueError for an unknown name, and for a filter that the objective does not apply.
+    Raises ValueError for an unknown name, and for a filter that the loss does not apply.
     """
-    if name not in NAMES or filter_kind not in ("off", "perc", "abs"):
+    if name not in CONTRASTIVE or filter_kind not in FILTERS:
         raise ValueError(f"unknown loss {name!r} or filter {filter_kind!r}")
     if filter_kind != "off" and name in ("symmetric_info_nce", "nt_xent"):
         raise ValueError(f"{name} takes no positive-aware filter")
-    scores = compare(queries, documents)  # (Q, C)
+    if scores is None:
+        scores = compare(queries, documents)
     if name == "symmetric_info_nce":
         return symmetric_info_nce(scores, pairs, temperature)
     if name == "nt_xent":
@@ -306,3 +357,18 @@ def contrastive(
     if name == "hard_negative_info_nce":
         return hard_negative_info_nce(rows, pairs.document, allowed, pairs.weight, temperature, beta)
     return info_nce(rows, pairs.document, allowed, pairs.weight, temperature)
+
+
+# --- names of --loss --------------------------------------------------------------------------------------------------
+
+CONTRASTIVE = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce")  # by `contrastive`
+FILTERS = ("off", "perc", "abs")  # of negatives, by `positive_aware`
+GROUPS = {  # functions of scores, labels and real documents, each (G, K)
+    "yes_no": binary_cross_entropy,
+    "bce": binary_cross_entropy,
+    "list_softmax": list_softmax,
+    "ranknet": ranknet,
+    "margin_mse": margin_mse,
+}
+LOSSES = (*CONTRASTIVE, "xtr", "kl_distill", *GROUPS)
+RERANKER_LOSSES = (*GROUPS, "kl_distill")

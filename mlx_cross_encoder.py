@@ -254,7 +254,7 @@ class _Trainer:
             run = training_run.prepare(settings)
             if run.trainer.validation:
                 try:
-                    rerank_batches.check(run.trainer.validation.rows, settings)
+                    rerank_batches.check(run.trainer.validation.rows, settings.loss, settings.random_negatives)
                 except UserError as error:
                     raise UserError(f"eval_data: {error}") from error
             if best.is_dir():

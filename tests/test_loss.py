@@ -13,8 +13,8 @@ import pytest
 
 import loss
 from loss import Pairs, contrastive
-from mlx_retrieval.models import heads
-from mlx_retrieval.training import config, objectives
+from mlx_retrieval.models import rerankers
+from mlx_retrieval.training import config
 
 
 def pairs_of(query, document, queries: int, documents: int, weight=None, relevant=()) -> Pairs:
@@ -61,12 +61,12 @@ def assert_same(mine: tuple, theirs: tuple, tolerance: float = 2e-5) -> None:
 # --- names ---
 
 
-def test_config_repeats_the_names():
-    assert config.LOSSES == objectives.LOSSES
-    assert config.POOLING == heads.POOLING
+def test_every_kind_of_reranker_has_a_default_loss():
+    assert tuple(config.RERANKER_DEFAULTS) == rerankers.KINDS
+    assert set(config.RERANKER_DEFAULTS.values()) <= set(loss.RERANKER_LOSSES)
 
 
-@pytest.mark.parametrize("name", loss.NAMES)
+@pytest.mark.parametrize("name", loss.CONTRASTIVE)
 def test_every_name_is_reached(name):
     q, d, pairs = mx.array(normalised(vectors(3))), mx.array(normalised(vectors(5, seed=1))), plain_pairs(3, 5)
     scores = loss.dot(q, d)
@@ -80,7 +80,7 @@ def test_every_name_is_reached(name):
         ),
     }
     values = {key: compute().item() for key, compute in direct.items()}
-    assert len({round(value, 6) for value in values.values()}) == len(loss.NAMES)
+    assert len({round(value, 6) for value in values.values()}) == len(loss.CONTRASTIVE)
     found = contrastive(q, d, pairs, name, temperature=0.3, beta=0.7)
     assert found.dtype == mx.float32 and found.shape == ()
     assert found.item() == pytest.approx(values[name], rel=1e-6)
@@ -136,7 +136,7 @@ def test_weights_are_normalised_over_the_whole_batch():
     assert loss.weighted_mean(losses, None).item() == pytest.approx(5)
 
 
-@pytest.mark.parametrize("name", loss.NAMES)
+@pytest.mark.parametrize("name", loss.CONTRASTIVE)
 def test_the_scale_of_weights_is_without_effect(name):
     queries, documents = mx.array(normalised(vectors(4))), mx.array(normalised(vectors(6, seed=1)))
     weights = np.array([1.0, 0.3, 0.7, 0.1])
@@ -322,7 +322,7 @@ def test_hard_negatives_without_beta_are_info_nce():
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 10.0])
-@pytest.mark.parametrize("name", loss.NAMES)
+@pytest.mark.parametrize("name", loss.CONTRASTIVE)
 def test_nothing_underflows_at_low_temperature(name, beta):
     """The logarithm of an underflown exponential would give an infinite loss and NaN gradients."""
     axis = np.eye(4)
@@ -413,7 +413,7 @@ def test_a_known_positive_is_masked_not_punished():
     assert value.item() < without
 
 
-@pytest.mark.parametrize("name", loss.NAMES)
+@pytest.mark.parametrize("name", loss.CONTRASTIVE)
 def test_all_masked_rows_give_zero(name):
     """A batch in which every document is relevant to every query: nothing to learn, and no NaN."""
     everything = [(q, d) for q in range(3) for d in range(3)]
@@ -424,7 +424,7 @@ def test_all_masked_rows_give_zero(name):
     assert value == 0.0 and not any(g.any() for g in gradients)
 
 
-@pytest.mark.parametrize("name", loss.NAMES)
+@pytest.mark.parametrize("name", loss.CONTRASTIVE)
 def test_one_masked_row_leaves_the_others_as_they_are(name):
     queries, documents = vectors(3), vectors(3, seed=1)
     masked = pairs_of(range(3), range(3), 3, 3, relevant=[(0, 1), (0, 2)])
@@ -440,7 +440,7 @@ def test_one_masked_row_leaves_the_others_as_they_are(name):
 # --- precision ---
 
 
-@pytest.mark.parametrize("name", loss.NAMES)
+@pytest.mark.parametrize("name", loss.CONTRASTIVE)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_half_precision_inputs_are_computed_in_float32(name, dtype):
     """In bfloat16 logits near 16 step by 0.125; the result is that of the same numbers in float32."""

@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loss import FILTERS, LOSSES
 from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.utils.errors import UserError
 
-# The names stand here as well as in loss.py and heads.py, so that `--help` needs not load mlx; a test compares them.
-LOSSES = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce", "xtr", "kl_distill")
-LOSSES += ("yes_no", "bce", "list_softmax", "ranknet", "margin_mse")
-RERANK_LOSSES = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}  # the default of each kind
-POOLING = ("mean", "cls", "last", "max")
+# The default loss of each kind of reranker.
+RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
 
-# Tasks that have a use for a setting.
+# Tasks that a setting applies to.
 VECTORS, LATE, RERANK, CHAT = ("embed", "late"), ("late",), ("rerank",), ("chat",)
 RETRIEVAL = (*VECTORS, *RERANK)
 TASK_DEFAULTS = {"chat": {"data": ["data"], "batch_size": 4, "eval_tasks": []}}  # where they differ from the others'
@@ -46,7 +45,7 @@ class Settings:
         choices=("embed", "late", "rerank", "chat"),
     )
     reranker_type: str | None = option(
-        "model", None, "rerank: default: what the model is by its files", choices=tuple(RERANK_LOSSES), tasks=RERANK
+        "model", None, "rerank: default: what the model is by its files", choices=tuple(RERANKER_DEFAULTS), tasks=RERANK
     )
     instruction: str | None = option(
         "model", None, "rerank: what qwen3 and listwise models are told to judge by", tasks=RERANK
@@ -134,7 +133,7 @@ class Settings:
         "objective",
         "off",
         "drop negatives that score above margin x positive (perc) or above positive - margin (abs)",
-        choices=("off", "perc", "abs"),
+        choices=FILTERS,
         tasks=VECTORS,
     )
     positive_aware_margin: float = option(
@@ -287,7 +286,7 @@ class Settings:
         if self.task == "chat":
             return
         if self.loss is None:
-            self.loss = RERANK_LOSSES.get(reranker, "info_nce")
+            self.loss = RERANKER_DEFAULTS.get(reranker, "info_nce")
         if self.temperature is None:
             self.temperature = 1.0 if reranker in ("qwen3", "cross-encoder") else 0.05
 

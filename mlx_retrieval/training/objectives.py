@@ -1,4 +1,4 @@
-"""What is learned from a batch, by task: representations and a Batch -> a loss. Wires loss.py and maxsim.py to both."""
+"""The objective of each task: representations of a batch -> its loss. It wires loss.py and models/maxsim.py to both."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,38 +6,27 @@ from functools import partial
 from mlx_retrieval.backend import mx
 
 import loss
-from data_loader import Batch, Batches
+from data_loader import Batch
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models import maxsim
-from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import rerank_batches
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.training.rerank_batches import GroupBatch
 from mlx_retrieval.utils.errors import UserError
-
-GROUP_LOSSES = {
-    "yes_no": loss.binary_cross_entropy,
-    "bce": loss.binary_cross_entropy,
-    "list_softmax": loss.list_softmax,
-    "ranknet": loss.ranknet,
-    "margin_mse": loss.margin_mse,
-}
-LOSSES = (*loss.NAMES, "xtr", "kl_distill", *GROUP_LOSSES)
 
 
 class Objective:
-    """Base of both: the named loss over the scores of a batch's queries and documents.
+    """Base of `EmbedObjective` and `LateObjective`: the named loss over the scores of queries and documents.
 
-    Called with representations (N, ...) of a batch's N texts, queries first, it returns a float32 scalar.
+    Called with the representations (N, ...) of a batch's N texts, queries first, it returns a float32 scalar.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
 
     def loss_of(self, batch: Batch, queries: mx.array, documents: mx.array, compare: Callable) -> mx.array:
-        """The loss; `compare(queries, documents)` gives their scores (Q, C)."""
+        """Return the loss; `compare(queries, documents)` returns their scores (Q, C)."""
         settings = self.settings
         pairs = loss.Pairs(
             query=mx.array(batch.query),
@@ -47,13 +36,15 @@ class Objective:
         )
         scores = compare(queries, documents)
         rows = scores[pairs.query]  # (B, C)
-        judged, teacher = mx.array(batch.judged), mx.array(batch.scores)
+        scored = mx.array(batch.judged)  # (B, K)
+        teacher = mx.array(batch.scores)
         if settings.loss == "kl_distill":
-            temperatures = settings.temperature, settings.teacher_temperature
-            total = loss.kl_distill(rows, judged, teacher, pairs.weight, *temperatures)
+            total = loss.kl_distill(
+                rows, scored, teacher, pairs.weight, settings.temperature, settings.teacher_temperature
+            )
         elif settings.loss == "margin_mse":
-            student = mx.take_along_axis(rows, mx.maximum(judged, 0), axis=1) / settings.temperature
-            total = loss.margin_mse(student, teacher, judged >= 0)
+            student = mx.take_along_axis(rows, mx.maximum(scored, 0), axis=1) / settings.temperature
+            total = loss.margin_mse(student, teacher, scored >= 0)
         else:
             name = "info_nce" if settings.loss == "xtr" else settings.loss
             total = loss.contrastive(
@@ -65,7 +56,8 @@ class Objective:
                 settings.beta,
                 settings.positive_aware,
                 settings.positive_aware_margin,
-                compare=lambda q, d: scores if q is queries and d is documents else compare(q, d),
+                compare=compare,
+                scores=scores,
             )
         if settings.margin_weight:
             allowed = ~pairs.relevant[pairs.query]
@@ -74,10 +66,11 @@ class Objective:
 
 
 class EmbedObjective(Objective):
-    """One vector a text (N, D), over several dimensions if asked for."""
+    """For one vector a text (N, D); with --matryoshka-dims also for their first dimensions."""
 
     def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
-        queries, documents = representations[: batch.queries], representations[batch.queries :]
+        queries = representations[: batch.queries]
+        documents = representations[batch.queries :]
         compute = partial(self.loss_of, batch, compare=loss.dot)
         if not self.settings.matryoshka_dims:
             return compute(queries, documents)
@@ -86,26 +79,26 @@ class EmbedObjective(Objective):
 
 
 class LateObjective(Objective):
-    """Token vectors (N, L, d), compared by MaxSim, or as XTR does in training.
+    """For token vectors (N, L, d), compared by MaxSim, or as XTR does in training.
 
     Args:
         skipped: ids of tokens that do not count in documents.
-        how: mean or sum over a query's tokens.
+        how: "mean" or "sum" over a query's tokens.
     """
 
     def __init__(self, settings: Settings, skipped: list[int], how: str):
         super().__init__(settings)
-        self.skipped, self.how = skipped, how
+        self.skipped = skipped
+        self.how = how
 
     def _sides(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
-        """Token vectors of queries (Q, Lq, d) and of documents (C, L, d), each as long as its longest."""
+        """Return token vectors of queries (Q, Lq, d) and of documents (C, L, d), each as long as its longest."""
         lengths = batch.texts.lengths
-        queries, documents = representations[: batch.queries], representations[batch.queries :]
-        queries = queries[:, : int(lengths[: batch.queries].max())]
-        documents = documents[:, : int(lengths[batch.queries :].max())]
+        queries = representations[: batch.queries, : int(lengths[: batch.queries].max())]
+        documents = representations[batch.queries :, : int(lengths[batch.queries :].max())]
         if self.skipped:
-            kept = mx.array(batch.texts.without(self.skipped, documents.shape[1])[batch.queries :])
-            documents = mx.where(kept[..., None], documents, 0.0)
+            counts = mx.array(batch.texts.without(self.skipped, documents.shape[1])[batch.queries :])
+            documents = mx.where(counts[..., None], documents, 0.0)
         return queries, documents
 
     def _scores(self, best: mx.array, queries: mx.array, documents: mx.array) -> mx.array:
@@ -124,49 +117,52 @@ class LateObjective(Objective):
         return self.loss_of(batch, queries, documents, compare)
 
     def loss_and_grad(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
-        """The loss, and its gradient by the representations (N, L, d), in the memory of one tile of similarities."""
-        (queries, documents), back = self._sides(representations, batch), mx.zeros_like(representations)
+        """Return the loss and its gradient (N, L, d), in the memory of one tile of similarities."""
+        queries, documents = self._sides(representations, batch)
         mx.eval(queries, documents)
         best, place = maxsim.nearest(queries, documents)
 
         def loss_of(best: mx.array) -> mx.array:
             return self.loss_of(batch, queries, documents, lambda q, d: self._scores(best, q, d))
 
-        total, gradient = mx.value_and_grad(loss_of)(best)
-        for_queries, for_documents = maxsim.nearest_gradient(queries, documents, place, gradient)
-        back[: batch.queries, : queries.shape[1]] = for_queries
-        back[batch.queries :, : documents.shape[1]] = for_documents
-        return total, back
+        total, best_grad = mx.value_and_grad(loss_of)(best)
+        query_grads, document_grads = maxsim.nearest_gradient(queries, documents, place, best_grad)
+        grads = mx.zeros_like(representations)
+        grads[: batch.queries, : queries.shape[1]] = query_grads
+        grads[batch.queries :, : documents.shape[1]] = document_grads
+        return total, grads
 
 
 class RerankObjective:
-    """Scores of a query's documents (representations (N, 1), or (N, L, 1) of sequences with many) against labels."""
+    """For scores of a query's documents: representations (N, 1), or (N, L, 1) of sequences with many documents."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
 
     def __call__(self, representations: mx.array, batch: GroupBatch) -> mx.array:
-        text, place, real = mx.array(batch.text), mx.array(batch.place), mx.array(batch.text >= 0)
+        text = mx.array(batch.text)
+        place = mx.array(batch.place)
+        real = mx.array(batch.text >= 0)
         rows = representations.reshape(len(representations), -1)
         scores = rows[mx.maximum(text, 0), place] / self.settings.temperature  # (G, K)
         labels = mx.array(batch.labels)
         if self.settings.loss == "kl_distill":
-            judged = mx.where(real, mx.arange(scores.shape[1]), -1)
-            return loss.kl_distill(scores, judged, labels, None, 1.0, self.settings.teacher_temperature)
-        return GROUP_LOSSES[self.settings.loss](scores, labels, real)
+            scored = mx.where(real, mx.arange(scores.shape[1]), -1)
+            return loss.kl_distill(scores, scored, labels, None, 1.0, self.settings.teacher_temperature)
+        return loss.GROUPS[self.settings.loss](scores, labels, real)
 
 
 def make(
     settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Source
 ) -> "Objective | RerankObjective":
-    """The objective of a run. UserError where the settings do not fit the task or the data."""
+    """Return the objective of a run. UserError if the settings do not fit the task or the data."""
     if config.task == "rerank":
         return RerankObjective(settings)
     if settings.loss in ("kl_distill", "margin_mse"):
         if not rows.has_scores:
             needed = "every row needs scores, a teacher's, of its positive and negatives"
             raise UserError(f"--loss {settings.loss}: {needed}")
-    elif settings.loss in GROUP_LOSSES:
+    elif settings.loss in loss.GROUPS:
         raise UserError(f"--loss {settings.loss} is for --task rerank")
     if config.task == "embed":
         if settings.loss == "xtr":
@@ -177,19 +173,3 @@ def make(
     if settings.matryoshka_dims or settings.loss == "nt_xent":
         raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")
     return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim)
-
-
-def make_batches(
-    settings: Settings,
-    config: RetrievalConfig,
-    rows: Source,
-    tokenizer: TextTokenizer | PairTokenizer,
-    size: int,
-    seed: int = 0,
-) -> Batches:
-    """The batches that the objective of a run takes. UserError where a reranker's loss can not use these rows."""
-    if config.task != "rerank":
-        return Batches(rows, tokenizer, size, seed)
-    rerank_batches.check(rows, settings)
-    make = GroupMaker(rows, settings.random_negatives, config.reranker == "listwise", settings.seed)
-    return Batches(rows, tokenizer, size, seed, make, GroupBatch)

@@ -1,10 +1,10 @@
-"""From rows to batches of groups: a query, its documents, and a label or a teacher's score of each.
+"""From rows to batches of groups: a query, its documents, and a label or a teacher's score for each.
 
 {"query": ..., "document": ..., "label": 1}             label: from 0 to 1; a group of one document
 {"query": ..., "positive": ..., "negatives": [...]}     label 1, and 0 for each negative; triplets likewise
 {"query": ..., "documents": [...], "scores": [...]}     graded; positive and negatives may have scores as well
 
-`rows.Rows` reads them; `make` is what `data_loader.Batches` makes its batches with.
+`dataset.rows.Rows` reads them; `data_loader.Batches` makes its batches with a `GroupMaker`.
 """
 
 from collections.abc import Sequence
@@ -12,33 +12,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loss import RERANKER_LOSSES
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
-from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.errors import UserError
-
-LOSSES = ("yes_no", "bce", "list_softmax", "ranknet", "margin_mse", "kl_distill")
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """G groups of at most K documents each, as token sequences. Documents that a group lacks are -1 in `text`."""
+    """G groups of at most K documents each, as N token sequences. `text` is -1 where a group has no more documents."""
 
     texts: Texts  # N sequences
-    text: np.ndarray  # (G, K) int32: the sequence in which a document stands
+    text: np.ndarray  # (G, K) int32: the sequence that holds the document
     place: np.ndarray  # (G, K) int32: the position of its score in that sequence's representation
     labels: np.ndarray  # (G, K) float32
-    rows: np.ndarray  # (G,) int64: where groups came from, for messages
+    rows: np.ndarray  # (G,) int64: the groups' source rows, for messages
 
     @property
     def tokens(self) -> int:
-        """Real tokens of the batch, no padding."""
+        """The batch's real tokens, without padding."""
         return int(self.texts.lengths.sum())
 
     def rows_with(self, text: int) -> np.ndarray:
-        """The source row of a sequence."""
+        """Return the source rows of the sequence with index `text`."""
         return self.rows[(self.text == text).any(axis=1)]
 
 
@@ -46,17 +44,20 @@ class GroupMaker:
     """Makes batches of groups.
 
     Args:
-        rows: those that the examples are of; `random_negatives`: how many documents of the batch's other rows each
-            query gets as negatives besides its own.
-        shuffled: put a group's documents in a random order, always the same for the same rows and batch: a listwise
-            reranker sees where a document stands.
+        rows: the source of the examples.
+        random_negatives: how many documents of the batch's other rows each query gets as further negatives.
+        shuffled: put a group's documents in a random order, for listwise rerankers, which see the documents' positions.
+        seed: of that order, which is the same whenever the same rows make a batch.
     """
 
     def __init__(self, rows: Source, random_negatives: int = 0, shuffled: bool = False, seed: int = 0):
-        self.rows, self.random_negatives, self.shuffled, self.seed = rows, random_negatives, shuffled, seed
+        self.rows = rows
+        self.random_negatives = random_negatives
+        self.shuffled = shuffled
+        self.seed = seed
 
     def group(self, examples: Sequence[Example], i: int) -> tuple[list[str], list[float]]:
-        """Documents and labels of example i of a batch."""
+        """Return the documents and labels of example i of a batch."""
         example = examples[i]
         if self.rows.format == "label":
             return [example.positive], list(example.scores)
@@ -64,41 +65,46 @@ class GroupMaker:
         labels = list(example.scores) or [1.0] + [0.0] * len(example.negatives)
         relevant = {e.positive for e in examples if e.query == example.query} | set(documents)
         others = (examples[(i + step) % len(examples)].positive for step in range(1, len(examples)))
-        drawn = list(dict.fromkeys(text for text in others if text not in relevant))[: self.random_negatives]
-        return documents + drawn, labels + [0.0] * len(drawn)
+        more = list(dict.fromkeys(text for text in others if text not in relevant))[: self.random_negatives]
+        return documents + more, labels + [0.0] * len(more)
 
     def __call__(self, examples: Sequence[Example], rows: Sequence[int], tokenizer: PairTokenizer) -> GroupBatch:
-        groups, labels = [], []
+        groups = []
+        labels = []
         rng = np.random.default_rng([self.seed, *rows])
         for i, example in enumerate(examples):
-            documents, judged = self.group(examples, i)
+            documents, group_labels = self.group(examples, i)
             if self.shuffled:
                 order = rng.permutation(len(documents))
-                documents, judged = [documents[j] for j in order], [judged[j] for j in order]
+                documents = [documents[j] for j in order]
+                group_labels = [group_labels[j] for j in order]
             groups.append((example.query, documents))
-            labels.append(judged)
+            labels.append(group_labels)
         sequences = tokenizer(groups)
-        real = np.arange(max(map(len, labels)))[None, :] < np.array([len(judged) for judged in labels])[:, None]
-        text, place = np.full(real.shape, -1, np.int32), np.zeros(real.shape, np.int32)
-        text[real], place[real] = sequences.text, sequences.place
+        counts = np.array([len(group_labels) for group_labels in labels])
+        real = np.arange(counts.max())[None, :] < counts[:, None]  # (G, K)
+        text = np.full(real.shape, -1, np.int32)
+        text[real] = sequences.text
+        place = np.zeros(real.shape, np.int32)
+        place[real] = sequences.place
         padded = np.zeros(real.shape, np.float32)
-        padded[real] = [label for judged in labels for label in judged]
+        padded[real] = [label for group_labels in labels for label in group_labels]
         return GroupBatch(sequences.texts, text, place, padded, np.array(rows, np.int64))
 
 
-def check(rows: Source, settings: Settings) -> None:
-    """UserError where the rows do not give what the loss needs."""
-    loss, low, high = settings.loss, *rows.score_range
+def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
+    """Raise UserError if the rows lack what the loss needs."""
+    low, high = rows.score_range
     where = ", ".join(rows.names)
-    if loss not in LOSSES:
-        raise UserError(f"--loss {loss} compares vectors; rerankers learn by {', '.join(LOSSES)}")
-    alone = rows.format == "label" or not (rows.has_negatives or settings.random_negatives)
-    if alone and rows.format != "label":
+    if loss not in RERANKER_LOSSES:
+        raise UserError(f"--loss {loss} compares vectors; rerankers learn by {', '.join(RERANKER_LOSSES)}")
+    single = rows.format == "label" or not (rows.has_negatives or random_negatives)  # one document a group
+    if single and rows.format != "label":
         raise UserError(
             f"{where}: the rows have neither labels nor negatives, so there is nothing to tell apart; "
             "--random-negatives 4 takes other rows' documents"
         )
-    if alone and loss not in ("yes_no", "bce"):
+    if single and loss not in ("yes_no", "bce"):
         raise UserError(f"--loss {loss} compares the documents of a group, and the rows of {where} are single pairs")
     if loss in ("kl_distill", "margin_mse") and not rows.has_scores:
         raise UserError(f"--loss {loss}: every row of {where} needs scores, a teacher's, of its positive and negatives")

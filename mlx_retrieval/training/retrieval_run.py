@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlx_retrieval.backend import cpu_kernels, mx
 
+from data_loader import Batches
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters, lora
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
@@ -26,13 +27,15 @@ from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.objectives import make as make_objective
-from mlx_retrieval.training.objectives import make_batches
 from mlx_retrieval.training.profiling import profile
+from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines
@@ -179,6 +182,22 @@ def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Pa
         impute=settings.impute,
         instruction=settings.instruction,
     )
+
+
+def make_batches(
+    settings: Settings,
+    config: RetrievalConfig,
+    rows: Rows,
+    tokenizer: TextTokenizer | PairTokenizer,
+    size: int,
+    seed: int = 0,
+) -> Batches:
+    """Return the batches that a run's objective takes. UserError if a reranker's loss cannot use these rows."""
+    if config.task != "rerank":
+        return Batches(rows, tokenizer, size, seed)
+    check_groups(rows, settings.loss, settings.random_negatives)
+    make = GroupMaker(rows, settings.random_negatives, config.reranker == "listwise", settings.seed)
+    return Batches(rows, tokenizer, size, seed, make, GroupBatch)
 
 
 def make_evaluator(

@@ -17,11 +17,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 import train
-from mlx_retrieval.training import config, objectives, trainer
+from loss import GROUPS, LOSSES
+from mlx_retrieval.models.heads import POOLING
+from mlx_retrieval.training import objectives, trainer
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare as prepare_chat
 from mlx_retrieval.training.checkpoint import last_step
-from mlx_retrieval.training.config import Settings, flag
+from mlx_retrieval.training.config import Settings, flag, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.utils.errors import UserError
 
@@ -150,7 +152,7 @@ def test_teacher_temperature(settings, data):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("pooling", config.POOLING)
+@pytest.mark.parametrize("pooling", POOLING)
 def test_pooling(settings, pooling):
     run = training_run.prepare(settings(pooling=pooling))
     assert model_of(run).head.pooling == pooling
@@ -224,7 +226,7 @@ def test_seed(settings):
 # --- objective ---
 
 
-@pytest.mark.parametrize("name", [n for n in config.LOSSES if n == "margin_mse" or n not in objectives.GROUP_LOSSES])
+@pytest.mark.parametrize("name", [n for n in LOSSES if n == "margin_mse" or n not in GROUPS])
 def test_loss(settings, data, name):
     rows = [
         json.loads(line) | {"negatives": ["other words"], "scores": [1.0, i / 40]} for i, line in enumerate(open(data))
@@ -382,7 +384,7 @@ def chat_settings(settings, tmp_path):
 
     def make(**changes) -> Settings:
         given = {"data": [str(tmp_path)], "batch_size": 4, "steps": 4} | changes
-        return config.for_task("chat", settings().to_dict() | {"learning_rate": 1e-3} | given)
+        return for_task("chat", settings().to_dict() | {"learning_rate": 1e-3} | given)
 
     return make
 
@@ -570,7 +572,7 @@ def test_settings_survive_yaml(tmp_path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_the_configs_that_come_along_are_settings(file):
-    assert Settings(**read_yaml(file)).loss in config.LOSSES
+    assert Settings(**read_yaml(file)).loss in LOSSES
 
 
 def test_keep(settings, tmp_path):
