@@ -9,12 +9,13 @@ python train.py --resume --output adapters              continue a run that was 
 mlx.launch -n 2 python train.py                         two processes that train as one
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_retrieval import backend
-from mlx_retrieval.training import distributed
+from mlx_retrieval.training import distributed, flags
 from mlx_retrieval.training.config import Settings, flag, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.training.run import continue_command, train
@@ -47,6 +48,11 @@ def resumed_settings(given: dict) -> Settings:
     return Settings(**values | {"stop_after": given.get("stop_after", 0), "overwrite": False})
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    return flags.parser(DESCRIPTION, EPILOG)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     settings = None
@@ -54,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, given = from_flags(DESCRIPTION, EPILOG, argv)
         distributed.start(settings.rank_timeout)
         if settings.resume:  # from a folder that need not be on every machine
-            settings = Settings(
-                **distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())
-            )
+            saved = distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())
+            settings = Settings(**saved)
         elif settings.task is None:
             from mlx_retrieval.training.chat.data import is_chat
 

@@ -1,6 +1,6 @@
-"""Every setting of a run: one dataclass is the flags, the YAML file and what is saved beside the weights.
+"""Every setting of a run. One dataclass defines the flags, the YAML file and the settings saved beside the weights.
 
-A default stands here and nowhere else. `flags.py` reads settings from the command line and from YAML.
+Defaults are here and nowhere else. `flags.py` reads settings from the command line and from YAML.
 """
 
 import dataclasses
@@ -20,11 +20,15 @@ RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "lis
 # Tasks that a setting applies to.
 VECTORS, LATE, RERANK, CHAT = ("embed", "late"), ("late",), ("rerank",), ("chat",)
 RETRIEVAL = (*VECTORS, *RERANK)
-TASK_DEFAULTS = {"chat": {"data": ["data"], "batch_size": 4, "eval_tasks": []}}  # where they differ from the others'
+TASK_DEFAULTS = {"chat": {"data": ["data"], "batch_size": 4, "eval_tasks": []}}  # that differ from the other tasks'
 
 
 def option(group: str, default, help: str, **extra):
-    """A field with what argparse needs: its group, help and, where given, choices or metavar."""
+    """Return a field of `Settings` with the metadata that flags.py turns into a flag.
+
+    `extra`: `choices`; `tasks` that the setting applies to; `words` allowed in place of a number; `aliases`, other
+    flags for the setting; `mlx_lm_names`, aliases that mlx-lm's users know, which mean that chat is to be trained.
+    """
     metadata = {"group": group, "help": help, **extra}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -33,198 +37,228 @@ def option(group: str, default, help: str, **extra):
 
 @dataclass
 class Settings:
-    """The settings of one training run. `None` means: as the model itself says."""
+    """The settings of one training run. `None` means: as the model's files define it."""
 
-    model: str = option("model", "gemma-3-tiny-mlx", "local folder (MLX or Hugging Face safetensors) or hub name")
+    model: str = option(
+        "model",
+        "gemma-3-tiny-mlx",
+        "model folder (MLX or Hugging Face safetensors), or a name on the Hugging Face hub",
+        aliases=("--model-path",),
+    )
     task: str | None = option(
         "model",
         None,
-        "what to train: embed = one vector a text, late = one a token, rerank = a score of query and document, "
-        "chat = answers in conversations; default: chat where the data are conversations, else what the model is, "
-        "else embed",
+        "what to train: embed = one vector per text, late = one vector per token, rerank = a score per query and "
+        "document, chat = answers in conversations. Default: chat if the data are conversations, else the model's own "
+        "task, else embed",
         choices=("embed", "late", "rerank", "chat"),
     )
     reranker_type: str | None = option(
-        "model", None, "rerank: default: what the model is by its files", choices=tuple(RERANKER_DEFAULTS), tasks=RERANK
+        "model",
+        None,
+        "rerank: kind of reranker. Default: as the model's files define it",
+        choices=tuple(RERANKER_DEFAULTS),
+        tasks=RERANK,
     )
     instruction: str | None = option(
-        "model", None, "rerank: what qwen3 and listwise models are told to judge by", tasks=RERANK
+        "model", None, "rerank: instruction that tells qwen3 and listwise models how to judge relevance", tasks=RERANK
     )
-    pooling: str | None = option("model", None, "token states to vector", choices=POOLING, tasks=("embed",))
+    pooling: str | None = option(
+        "model",
+        None,
+        "embed: how token states become one vector. Default: as the model's files define it",
+        choices=POOLING,
+        tasks=("embed",),
+    )
     query_prompt: str | None = option(
-        "model", None, "text before every query; special tokens are recognised", tasks=VECTORS
+        "model", None, "text to put before every query; it may contain special tokens", tasks=VECTORS
     )
-    document_prompt: str | None = option("model", None, "text before every document", tasks=VECTORS)
+    document_prompt: str | None = option("model", None, "text to put before every document", tasks=VECTORS)
     bidirectional: bool | None = option(
-        "model", None, "let a decoder's tokens see the whole text, not only the left", tasks=VECTORS
+        "model", None, "let a decoder's tokens attend to the whole text, not only to earlier tokens", tasks=VECTORS
     )
     max_length: int | None = option(
         "model",
         None,
-        "cut documents after this many tokens, special ones included; rerank: query and document together; "
-        "chat: conversations (default there: 2048)",
+        "truncate documents to N tokens, special tokens included; rerank: query and document together; "
+        "chat: conversations. Default: the model's own limit; chat: 2048",
     )
     query_max_length: int | None = option(
-        "model", None, "the same for queries; default: that of documents", tasks=RETRIEVAL
+        "model", None, "truncate queries to N tokens. Default: --max-length", tasks=RETRIEVAL
     )
     projection_dim: int = option(
-        "model", 0, "late: a trained layer makes token vectors of N dimensions; 0 = none", tasks=LATE
+        "model", 0, "late: add a trained layer that projects token vectors to N dimensions; 0 = none", tasks=LATE
     )
     maxsim: str | None = option(
-        "model", None, "late: over a query's tokens; default: mean", choices=("mean", "sum"), tasks=LATE
+        "model",
+        None,
+        "late: combine the MaxSim of a query's tokens by their mean or sum. Default: mean",
+        choices=("mean", "sum"),
+        tasks=LATE,
     )
-    skip_punctuation: bool = option("model", False, "late: punctuation does not count in documents", tasks=LATE)
+    skip_punctuation: bool = option("model", False, "late: ignore punctuation in documents", tasks=LATE)
     query_expansion: int | None = option(
-        "model", None, "late: fill queries with mask tokens up to N, and cut them there", tasks=LATE
+        "model", None, "late: pad queries with mask tokens to N tokens, and truncate them there", tasks=LATE
     )
     attend_expansion: bool | None = option(
-        "model", None, "late: let a query's tokens attend to those mask tokens", tasks=LATE
+        "model", None, "late: let a query's tokens attend to the mask tokens of --query-expansion", tasks=LATE
     )
     impute: int | None = option(
-        "model", None, "late: score as XTR in use, from N retrieved tokens; 0 = plain MaxSim", tasks=LATE
+        "model", None, "late: score as XTR does in use, from N retrieved tokens; 0 = plain MaxSim", tasks=LATE
     )
 
     data: list[str] = option(
         "data",
         ["train-data.jsonl"],
         "JSON-lines files (.gz too), Parquet, folders with train.jsonl and valid.jsonl, hf://owner/name[:split], "
-        "es://index; SOURCE:2 SOURCE:1 mixes two parts of one with one of the other; chat: default data/",
+        "es://index; SOURCE:2 SOURCE:1 mixes two parts of the first with one part of the second; chat: default data/",
     )
     es_fields: str = option(
         "data",
         fields.DEFAULT,
-        "es://: keys of a row and the fields they are made of; several are joined by line breaks",
+        "es://: keys of a row, and the fields that each is made of; several fields are joined by line breaks",
         tasks=RETRIEVAL,
     )
-    es_query: str | None = option("data", None, "es://: only documents that match this JSON query", tasks=RETRIEVAL)
-    batch_size: int = option(
-        "data", 64, "examples that one loss sees: 256 = 255 in-batch negatives for each query; chat: default 4"
+    es_query: str | None = option(
+        "data", None, "es://: read only documents that match this JSON query", tasks=RETRIEVAL
     )
-    skip_bad_rows: bool = option("data", False, "leave out rows that cannot be used (counted, listed)")
+    batch_size: int = option(
+        "data", 64, "examples in one loss: 256 = 255 in-batch negatives for each query; chat: default 4"
+    )
+    skip_bad_rows: bool = option(
+        "data", False, "leave out rows that cannot be used, counted and listed; else they are errors"
+    )
     skip_bad_batches: bool = option(
-        "data", False, "leave out batches whose loss or gradient is not finite (counted, told); else the run stops"
+        "data",
+        False,
+        "leave out batches whose loss or gradient is not finite, counted and reported; else the run stops",
     )
     random_negatives: int = option(
         "data",
         0,
-        "rerank: give every query N documents of the batch's other rows as negatives, besides its own",
+        "rerank: add N documents of the batch's other rows to each query's negatives; 0 = none",
         tasks=RERANK,
     )
-    seed: int = option("data", 0, "of the order of the data, dropout and fresh weights")
+    seed: int = option("data", 0, "random seed of the data's order, dropout and new weights")
 
     loss: str | None = option(
         "objective",
         None,
-        "name of the loss; default: info_nce; rerankers: yes_no (qwen3), bce (cross-encoder), list_softmax (listwise); "
-        "kl_distill, which kl is short for, and margin_mse learn a teacher's scores",
+        "loss function. Default: info_nce; rerankers: yes_no (qwen3), bce (cross-encoder), list_softmax (listwise). "
+        "kl_distill (short: kl) and margin_mse learn from a teacher's scores",
         choices=(*LOSSES, "kl"),
         tasks=RETRIEVAL,
     )
     temperature: float | None = option(
         "objective",
         None,
-        "divides similarities; sentence-transformers' scale is its inverse; default: 0.05; 1 for rerankers' logits",
+        "divide scores by X; the inverse of sentence-transformers' scale. Default: 0.05; qwen3 and cross-encoder: 1",
         tasks=RETRIEVAL,
     )
     beta: float = option(
-        "objective", 1.0, "hard_negative_info_nce: how much more close negatives weigh; 0 = not", tasks=VECTORS
+        "objective", 1.0, "hard_negative_info_nce: how much more weight close negatives get; 0 = none", tasks=VECTORS
     )
     positive_aware: str = option(
         "objective",
         "off",
-        "drop negatives that score above margin x positive (perc) or above positive - margin (abs)",
+        "drop negatives that score above margin x positive (perc) or above positive - margin (abs); off = none",
         choices=FILTERS,
         tasks=VECTORS,
     )
     positive_aware_margin: float = option(
-        "objective", 0.95, "margin of --positive-aware (0.95 suits perc, 0.05 abs)", tasks=VECTORS
+        "objective", 0.95, "margin of --positive-aware: about 0.95 for perc, 0.05 for abs", tasks=VECTORS
     )
     margin_weight: float = option(
-        "objective", 0.0, "add so many times the margin loss on the hardest negative; 0 = no", tasks=VECTORS
+        "objective", 0.0, "weight of an added margin loss on the hardest negative; 0 = none", tasks=VECTORS
     )
     margin: float = option(
-        "objective", 0.2, "by how much the positive is to score above the hardest negative", tasks=VECTORS
+        "objective", 0.2, "margin loss: how far the positive should score above the hardest negative", tasks=VECTORS
     )
-    xtr_k: int = option("objective", 320, "xtr: tokens of the batch that every query token retrieves", tasks=RETRIEVAL)
-    teacher_temperature: float = option("objective", 1.0, "kl_distill: divides the teacher's scores", tasks=RETRIEVAL)
+    xtr_k: int = option("objective", 320, "xtr: tokens of the batch that each query token retrieves", tasks=RETRIEVAL)
+    teacher_temperature: float = option("objective", 1.0, "kl_distill: divide teacher scores by X", tasks=RETRIEVAL)
     matryoshka_dims: list[int] = option(
-        "objective", [], "also train the first N dimensions, for each N given", tasks=("embed",)
+        "objective", [], "embed: train the first N dimensions as well, for each N given", tasks=("embed",)
     )
 
-    train_type: str = option("weights", "lora", "low-rank update, or all weights", choices=("lora", "dora", "full"))
-    lora_rank: int = option("weights", 16, "rank of the update")
-    lora_alpha: float = option("weights", 32.0, "the update is scaled by alpha / rank")
-    lora_dropout: float = option("weights", 0.0, "share of inputs to the update that are dropped, 0 to 1")
+    train_type: str = option(
+        "weights",
+        "lora",
+        "low-rank update, or all weights",
+        choices=("lora", "dora", "full"),
+    )
+    lora_rank: int = option("weights", 16, "rank of the update (lora, dora)")
+    lora_alpha: float = option("weights", 32.0, "scale the update by X / rank")
+    lora_dropout: float = option("weights", 0.0, "share of the update's inputs to drop, from 0 to below 1; 0 = none")
     lora_keys: list[str] = option(
-        "weights", [], "linear layers to train, names or regular expressions; default: all, but no routers"
+        "weights", [], "linear layers to train, as names or regular expressions. Default: all except routers"
     )
-    num_layers: int = option("weights", -1, "train the last N blocks only; -1 = all")
+    num_layers: int = option("weights", -1, "train only the last N blocks; -1 = all")
 
-    steps: int = option("schedule", 150, "optimizer steps; 0 = by --epochs", aliases=("--iters",))
+    steps: int = option("schedule", 150, "optimizer steps; 0 = as many as --epochs takes", mlx_lm_names=("--iters",))
     learning_rate: float | None = option(
-        "schedule", None, "peak learning rate of AdamW; default: 2e-4, and 4e-3 for models below 10 million parameters"
+        "schedule", None, "peak learning rate of AdamW. Default: 2e-4; below 10 million parameters: 4e-3"
     )
     schedule: str = option("schedule", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
-    warmup: float = option("schedule", 0.1, "steps of linear warm-up; below 1: share of all steps")
-    weight_decay: float = option("schedule", 0.0, "AdamW's decoupled weight decay")
-    max_grad_norm: float = option("schedule", 1.0, "clip the gradient to this norm; 0 = do not clip")
+    warmup: float = option("schedule", 0.1, "steps of linear warm-up; below 1, the share of all steps; 0 = none")
+    weight_decay: float = option("schedule", 0.0, "decoupled weight decay of AdamW; 0 = none")
+    max_grad_norm: float = option("schedule", 1.0, "clip the gradient to norm X; 0 = no clipping")
 
     gradient_accumulation_steps: int = option(
-        "memory", 0, "cut a batch into at least N micro-batches (loss unchanged); 0 = by --micro-batch-tokens"
+        "memory", 0, "split a batch into at least N micro-batches; the loss stays the same; 0 = by --micro-batch-tokens"
     )
     micro_batch_tokens: int | str = option(
         "memory",
         0,
-        "most tokens in the backbone at once; 0 = what suits the device, auto = what its memory has room for, "
+        "tokens in the backbone at once, at most; 0 = as suits the device; auto = as many as fit into memory, "
         "measured before the first step",
         tasks=RETRIEVAL,
         words=("auto",),
     )
-    grad_checkpoint: bool = option("memory", False, "recompute blocks in the backward pass: slower, less memory")
+    grad_checkpoint: bool = option("memory", False, "recompute blocks in the backward pass: less memory, slower")
 
     eval_tasks: list[str] = option(
         "evaluation",
         ["eval-data"],
-        "MTEB task names and folders in BEIR layout; no name = no evaluation",
+        "MTEB task names, and folders in BEIR layout; none = no evaluation",
         tasks=RETRIEVAL,
     )
     eval_steps: int = option(
         "evaluation",
         50,
-        "evaluate every N steps, and at the end; 0 = only before and after",
-        aliases=("--steps-per-eval",),
+        "evaluate every N steps, and at the end; 0 = only before and after training",
+        mlx_lm_names=("--steps-per-eval",),
     )
-    skip_eval_init: bool = option("evaluation", False, "no evaluation before training")
-    rerank_depth: int = option("evaluation", 100, "rerank: BM25's first N documents are reranked", tasks=RERANK)
+    skip_eval_init: bool = option("evaluation", False, "do not evaluate before training")
+    rerank_depth: int = option("evaluation", 100, "rerank: evaluate on the first N documents of BM25", tasks=RERANK)
     early_stopping: int = option(
-        "evaluation", 0, "stop after N evaluations without a better nDCG@10 (chat: validation loss); 0 = never"
+        "evaluation", 0, "stop after N evaluations without a better nDCG@10, or validation loss in chat; 0 = never"
     )
 
     epochs: int | None = option(
         "chat",
         None,
-        "go through the data so often; instead of --iters, of which this then gives the number",
+        "number of passes through the data; replaces --iters",
         tasks=CHAT,
     )
     mask_prompt: bool = option("chat", False, "train on the assistant's turns only", tasks=CHAT)
-    val_batches: int = option("chat", 25, "batches of valid.jsonl that an evaluation takes; -1 = all", tasks=CHAT)
+    val_batches: int = option("chat", 25, "evaluate on the first N batches of valid.jsonl; -1 = all", tasks=CHAT)
     steps_per_report: int = option("chat", 10, "report the mean training loss every N steps", tasks=CHAT)
 
-    output: str = option("run", "adapters", "the run's folder")
-    save_steps: int = option("run", 50, "save every N steps; 0 = only at the end", aliases=("--save-every",))
-    keep: int = option("run", 0, "keep the newest N saved steps, besides best and final; 0 = all")
+    output: str = option("run", "adapters", "folder of the run")
+    save_steps: int = option("run", 50, "save every N steps; 0 = only at the end", mlx_lm_names=("--save-every",))
+    keep: int = option("run", 0, "keep only the newest N saved steps, besides best and final; 0 = keep all")
     resume: bool = option("run", False, "continue the run in --output from its last saved step")
-    overwrite: bool = option("run", False, "remove the run that is in --output first")
-    stop_after: int = option("run", 0, "stop at this step, saved and resumable; 0 = run to the end")
-    dry_run: bool = option("run", False, "plan and measure one step; train and write nothing")
+    overwrite: bool = option("run", False, "first remove the run in --output")
+    stop_after: int = option("run", 0, "stop after step N, saved and resumable; 0 = run to the end")
+    dry_run: bool = option("run", False, "plan and measure one step, then end; nothing is trained or written")
     profile: int = option(
-        "run", 0, "time the phases of this many steps and print a table; write nothing; 0 = do not", tasks=RETRIEVAL
+        "run", 0, "time the phases of N steps, print a table, then end; nothing is written; 0 = off", tasks=RETRIEVAL
     )
     rank_timeout: int = option(
-        "run", 1_800, "with mlx.launch: give up, saved, when another rank says nothing for N seconds; 0 = never"
+        "run", 1_800, "with mlx.launch: save and end if another rank is silent for N seconds; 0 = never"
     )
-    wandb: bool = option("run", False, "log to Weights & Biases (offline when not logged in)")
-    wandb_project: str = option("run", "mlx-retrieval", "its project there")
+    wandb: bool = option("run", False, "log to Weights & Biases; offline if not logged in")
+    wandb_project: str = option("run", "mlx-retrieval", "Weights & Biases project")
 
     def __post_init__(self) -> None:
         self.loss = "kl_distill" if self.loss == "kl" else self.loss
@@ -277,9 +311,11 @@ class Settings:
         return [("query_expansion", self.query_expansion), ("impute", self.impute)]
 
     def resolve_defaults(self, parameters: int, reranker: str = "") -> None:
-        """Put in place what depends on the model: the learning rate, by its number of parameters, and the loss.
+        """Set the defaults that depend on the model: learning rate, loss and temperature.
 
-        `reranker`: the kind of reranker that it is; "" = none.
+        Args:
+            parameters: of the model.
+            reranker: the kind of reranker that it is; "" = none.
         """
         if self.learning_rate is None:
             self.learning_rate = 4e-3 if parameters < 10_000_000 else 2e-4
@@ -291,7 +327,7 @@ class Settings:
             self.temperature = 1.0 if reranker in ("qwen3", "cross-encoder") else 0.05
 
     def check_task(self, task: str) -> None:
-        """UserError for settings that a model of this task, embed, late, rerank or chat, has no use for."""
+        """Raise UserError for a setting that does not apply to this task: embed, late, rerank or chat."""
         defaults = for_task(task, {})
         for f in dataclasses.fields(self):
             tasks = f.metadata.get("tasks")
@@ -300,7 +336,7 @@ class Settings:
 
     @property
     def adapter(self) -> dict:
-        """The arguments of `models.lora.adapt`."""
+        """The arguments of `backbones.lora.adapt`."""
         return {
             "train_type": self.train_type,
             "rank": self.lora_rank,
@@ -312,7 +348,7 @@ class Settings:
 
     @property
     def trained(self) -> str:
-        """What is trained, in words."""
+        """The trained weights, in words."""
         rank = f"r={self.lora_rank}"
         return {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[self.train_type]
 
@@ -322,11 +358,11 @@ class Settings:
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
     def to_dict(self) -> dict:
-        """Plain values, as YAML and JSON keep them."""
+        """Return plain values, for YAML and JSON."""
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """Every setting as YAML; `--config` reads it back."""
+        """Return every setting as YAML; `--config` reads it back."""
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -337,7 +373,7 @@ class Settings:
 
 
 def for_task(task: str | None, given: dict) -> Settings:
-    """Settings from what is given and, for the rest, the defaults of a task."""
+    """Return the given settings, with the task's defaults for the others."""
     values = TASK_DEFAULTS.get(task, {}) | given
     if "epochs" in given and "steps" not in given:
         values["steps"] = 0
@@ -345,5 +381,5 @@ def for_task(task: str | None, given: dict) -> Settings:
 
 
 def flag(name: str) -> str:
-    """`max_length` as the user types it: `--max-length`."""
+    """Return the flag of a setting: `--max-length` for `max_length`."""
     return "--" + name.replace("_", "-")

@@ -1,6 +1,6 @@
 """Settings from flags and YAML files: one flag, and one key, for every field of `config.Settings`.
 
-settings, given = from_flags("Train a retrieval model.")         # `given`: what the file or a flag says, by field
+settings, given = from_flags("Train a retrieval model.")         # `given`: the fields that the file or a flag sets
 settings = Settings(**read_yaml(Path("adapters/config.yaml")))
 
 A YAML file (`--config`) wins over defaults, flags win over the file.
@@ -23,12 +23,12 @@ def _name(flag: str) -> str:
 
 
 def _aliases(f: dataclasses.Field) -> tuple[str, ...]:
-    """Other flags for the same setting."""
-    return f.metadata.get("aliases", ())
+    """Return other flags for the same setting."""
+    return (*f.metadata.get("aliases", ()), *f.metadata.get("mlx_lm_names", ()))
 
 
 def _kind(f: dataclasses.Field) -> tuple[type, bool]:
-    """(type of a value, whether it is a list) of a field annotated `T`, `T | None` or `list[T]`."""
+    """Return (type of a value, whether it is a list) of a field annotated `T`, `T | None` or `list[T]`."""
     kind = f.type
     if isinstance(kind, types.UnionType):
         kind = next(t for t in typing.get_args(kind) if t is not type(None))
@@ -38,7 +38,7 @@ def _kind(f: dataclasses.Field) -> tuple[type, bool]:
 
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser with one flag for every field; a flag that is not given leaves no trace, so that YAML can fill in."""
+    """Return a parser with one flag for every field. Flags that are not given have no default, so that YAML counts."""
     out = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -65,7 +65,7 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
 
 
 def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
-    """What reads a value of a type, or one of a few words in its place."""
+    """Return a function that reads a value of a type, or one of a few words in its place."""
     if not words:
         return kind
 
@@ -77,7 +77,7 @@ def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
 
 
 def read_yaml(path: Path) -> dict:
-    """The settings in a YAML file; UserError for unknown keys (with the near ones) and values of a wrong type."""
+    """Return the settings in a YAML file. UserError for an unknown key or a value of a wrong type."""
     import difflib
 
     import yaml
@@ -104,7 +104,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def _checked(f: dataclasses.Field, value, where: str):
-    """A YAML value as the field's type."""
+    """Return a YAML value as the field's type."""
     kind, many = _kind(f)
     if many:
         if not isinstance(value, list):
@@ -130,18 +130,18 @@ def _scalar(kind: type, value, where: str):
 
 
 def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
-    """Settings from defaults, the YAML file and flags, and the ones that were given (file or flag) as a dict."""
+    """Return the settings, from defaults, YAML file and flags, and those that a file or a flag sets, as a dict."""
     flags = vars(parser(description, epilog).parse_args(argv))
     path = flags.pop("config", None)
     given = (read_yaml(Path(path)) if path else {}) | flags
-    if not given.keys() & {"task", "data", "resume"} and _speaks_of_chat(given, argv):
+    if not given.keys() & {"task", "data", "resume"} and _implies_chat(given, argv):
         given["data"] = TASK_DEFAULTS["chat"]["data"]
     return for_task(given.get("task"), given), given
 
 
-def _speaks_of_chat(given: dict, argv: Sequence[str] | None) -> bool:
-    """Whether a setting is given that only chat has, or one by the name that mlx-lm's users know."""
+def _implies_chat(given: dict, argv: Sequence[str] | None) -> bool:
+    """Return whether a setting is given that only chat has, or one by its name in mlx-lm."""
     fields = dataclasses.fields(Settings)
     words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    known = {alias for f in fields for alias in _aliases(f)}
-    return bool(words & known) or any(f.metadata.get("tasks") == CHAT and f.name in given for f in fields)
+    mlx_lm_names = {name for f in fields for name in f.metadata.get("mlx_lm_names", ())}
+    return bool(words & mlx_lm_names) or any(f.metadata.get("tasks") == CHAT and f.name in given for f in fields)
