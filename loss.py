@@ -168,7 +168,7 @@ def margin(
 
 def kl_distill(
     scores: mx.array,
-    judged: mx.array,
+    scored: mx.array,
     teacher: mx.array,
     weights: mx.array | None = None,
     temperature: float = 1.0,
@@ -178,7 +178,7 @@ def kl_distill(
 
     Args:
         scores: (B, C) the student's similarities of B examples' queries to C documents.
-        judged: (B, K) int, columns of the documents that the teacher scored; -1 = none.
+        scored: (B, K) int, columns of the documents that the teacher scored; -1 = none.
         teacher: (B, K) its scores. A row with fewer than two scored documents costs 0.
         temperature: divides the student's scores, `teacher_temperature` the teacher's.
 
@@ -187,10 +187,10 @@ def kl_distill(
     When to use: a teacher's scores of several documents a query are known, and their proportions matter.
     Related: `margin_mse` (their differences).
     """
-    real = judged >= 0
+    real = scored >= 0
     enough = real.sum(axis=1) >= 2
     used = real | ~enough[:, None]  # no row without a column, which would be NaN
-    student = mx.take_along_axis(scores.astype(mx.float32), mx.maximum(judged, 0), axis=1) / temperature
+    student = mx.take_along_axis(scores.astype(mx.float32), mx.maximum(scored, 0), axis=1) / temperature
     teacher = teacher.astype(mx.float32) / teacher_temperature
     log_student = student - mx.logsumexp(mx.where(used, student, -mx.inf), axis=1, keepdims=True)
     log_teacher = teacher - mx.logsumexp(mx.where(used, teacher, -mx.inf), axis=1, keepdims=True)

@@ -1,8 +1,8 @@
 """The picture of a run: loss, learning rate and evaluation over its steps, from its `metrics.jsonl`.
 
-    python -c "from curves import draw_curves as d; d('adapters/metrics.jsonl', 'curves.png')"
+python -c "from mlx_retrieval.training.curves import draw_curves as d; d('adapters/metrics.jsonl', 'curves.png')"
 
-Also here: what reads a metrics file and spells its names.
+Also here: reading a metrics file, and spelling its names.
 """
 
 import json
@@ -15,12 +15,12 @@ METRIC_NAMES = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "recall": "Recall", 
 
 
 def is_number(value: Any) -> bool:
-    """True for ints and floats, but not for bools."""
+    """Return True for ints and floats, but not for bools."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_metrics(file: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in file order ([]: no file); half-written lines are left out."""
+    """Return the records of a metrics file in file order, without half-written lines; [] if there is no file."""
     records = []
     for line in Path(file).read_bytes().splitlines() if Path(file).exists() else []:
         try:
@@ -32,7 +32,7 @@ def read_metrics(file: str | Path) -> list[dict[str, Any]]:
 
 
 def metric_name(key: str) -> str:
-    """The field's own spelling: `ndcg_at_10` gives `nDCG@10`."""
+    """Return the usual spelling of a metric: `nDCG@10` for `ndcg_at_10`."""
     name, _, cutoff = key.partition("_at_")
     return METRIC_NAMES.get(name, name.replace("_", " ")) + (f"@{cutoff}" if cutoff else "")
 
@@ -51,7 +51,7 @@ def draw_curves(metrics_file: str | Path, png: str | Path) -> None:
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[4, 2, 4])
 
     def plot(panel: int, rows: dict[int, Any], key: str, block: int = 1, **look: Any) -> np.ndarray:
-        """Draw one line, a point for the mean of each `block` steps; returns steps and values (2, points)."""
+        """Draw one line, a point for the mean of each `block` steps. Return steps and values (2, points)."""
         points = [(step, rows[step][key]) for step in sorted(rows) if is_number(rows[step].get(key))]
         if not points:
             return np.empty((2, 0))

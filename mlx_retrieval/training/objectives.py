@@ -36,7 +36,7 @@ class Objective:
         )
         scores = compare(queries, documents)
         rows = scores[pairs.query]  # (B, C)
-        scored = mx.array(batch.judged)  # (B, K)
+        scored = mx.array(batch.scored)  # (B, K)
         teacher = mx.array(batch.scores)
         if settings.loss == "kl_distill":
             total = loss.kl_distill(

@@ -1,9 +1,9 @@
-"""What a run tells while it goes: progress bar, `metrics.jsonl`, `curves.png`, Weights & Biases if asked.
+"""Reports of a run in progress: progress bar, `metrics.jsonl`, `curves.png`, and Weights & Biases if asked for.
 
     with Reporter(folder, total_steps=1000) as report:
         report.step({"step": 1, "loss": 1.23, "learning_rate": 2e-5, "tokens_per_second": 5123.0})
 
-The trainer is its user; see it work: `python -m pytest tests/test_reporting.py`.
+run.py opens it, the trainers report to it. Tested by `python -m pytest tests/training/test_reporting.py`.
 """
 
 import functools
@@ -42,7 +42,7 @@ class NullReporter:
 
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
-# What can go wrong in drawing a picture; none of it is worth a training run.
+# Errors of drawing, none of which may end a run.
 DRAWING_ERRORS = (ImportError, OSError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
 SECRET_KEY = re.compile(r"(api|access|private).?key|passw|secret|credential|(token|pwd|auth)$", re.IGNORECASE)
 
@@ -50,11 +50,14 @@ SECRET_KEY = re.compile(r"(api|access|private).?key|passw|secret|credential|(tok
 class Reporter:
     """Progress of one training run, on screen and on disk; a context manager.
 
-    `folder` receives `metrics.jsonl` and `curves.png` (and `wandb/`). With `first_step = k > 0` the run goes
-    on: records of steps after k, left by an interrupted run, are cut off. A terminal shows a two-line bar;
-    elsewhere every tenth of the steps is a plain line. `settings` go to W&B only, without keys and passwords.
+    A terminal shows a two-line bar; elsewhere, a plain line is printed after every tenth of the steps.
 
-    Raises UserError on entering where W&B is asked for but not installed.
+    Args:
+        folder: receives `metrics.jsonl` and `curves.png`, and `wandb/`.
+        first_step: the step that the run continues from; records of later steps, by an interrupted run, are removed.
+        settings: go to W&B only, without keys and passwords.
+
+    Raises UserError on entering if W&B is asked for but not installed.
     """
 
     def __init__(
@@ -67,10 +70,15 @@ class Reporter:
         wandb_project: str = "mlx-retrieval",
         run_name: str | None = None,
     ):
-        self.folder, self.total_steps, self.first_step = Path(folder), total_steps, first_step
-        self.settings, self.run_name = settings or {}, run_name
+        self.folder = Path(folder)
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.settings = settings or {}
+        self.run_name = run_name
         self.wandb_project = wandb_project if wandb else None
-        self._step, self._status, self._shown = first_step, "training", {}
+        self._step = first_step
+        self._status = "training"
+        self._shown: dict[str, Any] = {}
         self._best: tuple[float, int] | None = None  # nDCG@10 and its step
         self._average: dict[str, tuple[float, float]] = {}
         self._warm: tuple[float, int] | None = None  # the end of this run's first step, which compiles
@@ -80,7 +88,7 @@ class Reporter:
 
     def __enter__(self) -> "Reporter":
         self.folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:  # closed in reverse order, whatever raises: bar, file, picture, W&B
+        with ExitStack() as stack:  # closed in reverse order, after errors too: bar, file, picture, W&B
             if self.wandb_project is not None:
                 self._start_wandb(self.wandb_project)
                 stack.push(lambda kind, *_: self._finish_wandb(kind is not None))
@@ -100,8 +108,11 @@ class Reporter:
         self._stack.__exit__(kind, error, trace)
 
     def step(self, record: dict[str, Any]) -> None:
-        """Report one optimizer step. Shown are step, loss, learning_rate, tokens_per_second (useful tokens),
-        peak_memory_bytes, grad_norm, padding (a fraction) and epoch; anything else is only written down."""
+        """Report one optimizer step.
+
+        Shown are step, loss, learning_rate, tokens_per_second (of real tokens), peak_memory_bytes, grad_norm, padding
+        (a fraction) and epoch; all keys go to `metrics.jsonl`.
+        """
         record = _clean(record)
         before, self._step, self._status = self._step, record["step"], "training"
         self._stepped = time.monotonic()
@@ -118,7 +129,7 @@ class Reporter:
     def evaluation(
         self, step: int, metrics: dict[str, float], per_task: dict[str, dict[str, float]] | None = None
     ) -> None:
-        """Report an evaluation after `step` steps (0: untrained), the mean over tasks and each task's, and draw it."""
+        """Report an evaluation after `step` steps (0 = untrained): the mean over tasks, and each task's. Draw it."""
         metrics, tasks = _clean(metrics), _clean(per_task or {})
         values = {f"eval/{key}": value for key, value in metrics.items()} | {"train/step": step}
         for task, scores in tasks.items():
@@ -127,11 +138,11 @@ class Reporter:
         better, self._status = self._note_evaluation(step, metrics), "training"
         shown = [f"{metric_name(key)} {value:.4f}" for key, value in metrics.items() if is_number(value)]
         self.message(f"eval {step}: " + "  ".join(shown) + (", best" if better else ""))
-        if step:  # one point is no curve, and matplotlib takes its time
+        if step:  # a single point needs no curve, and matplotlib is slow
             self.draw()
 
     def status(self, text: str) -> None:
-        """Show in the bar what goes on now, for instance "evaluating", until the next report; "" clears it."""
+        """Show the current activity in the bar, such as "evaluating", until the next report; "" clears it."""
         self._status = text or "training"
 
     def message(self, text: str) -> None:
@@ -144,11 +155,11 @@ class Reporter:
 
     @staticmethod
     def _print(text: Text) -> None:
-        with suppress(OSError):  # a log on a full disk, a pipe that nobody reads any more: no reason to end a run
+        with suppress(OSError):  # a log on a full disk or a closed pipe must not end a run
             console().print(text)
 
     def draw(self) -> None:
-        """Draw `curves.png` from the metrics so far. A failure is only a warning: it must not end the run."""
+        """Draw `curves.png` from the metrics so far. A failure is only a warning."""
         self._undrawn = False
         try:
             draw_curves(self.folder / METRICS_FILE, self.folder / CURVES_FILE)
@@ -158,7 +169,7 @@ class Reporter:
     # --- the metrics file ---
 
     def _begin_file(self) -> None:
-        """Begin a new file, or cut the old one back to `first_step`; atomically, as a kill may come."""
+        """Begin a new file, or remove the old one's records after `first_step`; atomically, as a kill may come."""
         file = self.folder / METRICS_FILE
         kept = [r for r in read_metrics(file) if r["step"] <= self.first_step] if self.first_step else []
         for record in kept:
@@ -184,7 +195,7 @@ class Reporter:
                 self._run = None
 
     def _write(self, text: str) -> None:
-        """Append to the metrics file. What a full disk has no room for waits for the next record: a run outlives it."""
+        """Append to the metrics file. If the disk is full, the rest is written with the next record."""
         first = not self._unwritten
         self._unwritten += text.encode()
         try:
@@ -195,9 +206,10 @@ class Reporter:
                 self.warn(f"{METRICS_FILE} could not be written: {error.strerror}; it waits for room")
 
     def _note_evaluation(self, step: int, metrics: dict[str, Any]) -> bool:
-        """Keep the newest and the best; True where this one beats an earlier one."""
+        """Keep the last and the best evaluation. Return True if this one is better than an earlier one."""
         self._shown |= {key: metrics.get(key) for key in (MAIN_METRIC, "validation_loss")}
-        score, before = metrics.get(MAIN_METRIC), self._best
+        score = metrics.get(MAIN_METRIC)
+        before = self._best
         if not is_number(score):
             return False
         if before is None or score > before[0]:
@@ -226,7 +238,7 @@ class Reporter:
             yield line
 
     def _figures(self) -> list[str]:
-        """What is known, most wanted first; the bar shows as many as there is room for."""
+        """Return the known figures, most important first; the bar shows as many as fit."""
         formats = {
             "loss": "loss {:#.4g}",
             "learning_rate": "lr {:.2e}",
@@ -247,7 +259,7 @@ class Reporter:
         return f" {self._step:>{len(str(self.total_steps))}}/{self.total_steps} {percent:3d}%"
 
     def _times(self) -> list[str]:
-        """Time so far, and time left at the mean pace since the first step, evaluations included."""
+        """Return the time so far, and the time left at the mean pace since the first step, evaluations included."""
         now, left = time.monotonic(), "-:--"
         if self._step >= self.total_steps:
             left = "0:00"
@@ -257,7 +269,7 @@ class Reporter:
         return [f"{_clock(now - self._started)} elapsed", f"{left} left"]
 
     def _smooth(self, key: str, value: float | None) -> float | None:
-        """Exponential mean over about five steps, without the bias towards its start."""
+        """Return the exponential mean over about five steps, without bias towards its start."""
         total, weight = self._average.get(key, (0.0, 0.0))
         if value is not None:
             total, weight = self._average[key] = 0.8 * total + 0.2 * value, 0.8 * weight + 0.2
@@ -266,7 +278,7 @@ class Reporter:
     # --- Weights & Biases ---
 
     def _start_wandb(self, project: str) -> None:
-        """Start a W&B run that neither asks nor hangs: offline where nobody is logged in or none answers."""
+        """Start a W&B run without questions and without hanging: offline if not logged in or W&B does not answer."""
         try:
             imports.reveal("wandb")
             wandb = importlib.import_module("wandb")
@@ -276,9 +288,9 @@ class Reporter:
                 console="off",
                 silent=True,
                 reinit="create_new",
-                x_disable_meta=True,  # it holds the command line, where passwords may stand
+                x_disable_meta=True,  # it holds the command line, which may have passwords
             )
-        # AttributeError: no package but a mere folder wandb/, such as its runs leave behind.
+        # AttributeError: not the package, but a folder wandb/ that its runs have left behind.
         except (ImportError, AttributeError) as error:
             raise UserError("W&B is asked for but not installed: pip install wandb") from error
         self._wandb_errors = (wandb.errors.Error, OSError)
@@ -303,7 +315,7 @@ class Reporter:
         self.message(f"W&B {self._run.url if mode == 'online' else upload if mode == 'offline' else mode}")
 
     def _finish_wandb(self, failed: bool) -> None:
-        """Write the summary and wait for uploads, 30 s at most; what is left can be sent by `wandb sync`."""
+        """Write the summary and wait for uploads, 30 s at most; `wandb sync` can send the rest."""
         try:
             if self._run is not None and self._best:
                 self._run.summary.update({f"best_{MAIN_METRIC}": self._best[0], "best_step": self._best[1]})
@@ -322,7 +334,7 @@ def _clock(seconds: float) -> str:
 
 
 def _clean(value: Any) -> Any:
-    """A copy that JSON can hold: arrays as numbers or lists, non-finite numbers as null, the rest as text."""
+    """Return a copy for JSON: arrays as numbers or lists, non-finite numbers as null, other objects as text."""
     if hasattr(value, "tolist"):  # numpy's and mlx's arrays and scalars
         value = value.tolist()
     if isinstance(value, dict):
@@ -335,7 +347,7 @@ def _clean(value: Any) -> Any:
 
 
 def _without_secrets(value: Any) -> Any:
-    """A copy without keys that name a secret, and without the user and password of addresses."""
+    """Return a copy without keys that name a secret, and without the user and password of addresses."""
     if isinstance(value, dict):
         return {key: _without_secrets(item) for key, item in value.items() if not SECRET_KEY.search(key)}
     if isinstance(value, list):

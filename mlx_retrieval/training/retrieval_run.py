@@ -19,7 +19,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters, lora
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.dataset.rows import Rows, find_validation
-from mlx_retrieval.dataset.sources import local, open_source
+from mlx_retrieval.dataset.sources import Source, local, open_source
 from mlx_retrieval.evaluation.reranking import evaluate_reranker
 from mlx_retrieval.evaluation.results import Evaluation, print_comparison, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
@@ -187,7 +187,7 @@ def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Pa
 def make_batches(
     settings: Settings,
     config: RetrievalConfig,
-    rows: Rows,
+    rows: Source,
     tokenizer: TextTokenizer | PairTokenizer,
     size: int,
     seed: int = 0,

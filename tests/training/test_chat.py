@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_over_what_is_trained_on(batches):
     loss, count = loss_of(model, *made.make(numbers)[0].arrays)
     total, counted = 0.0, 0
     for i in numbers:  # each conversation alone, without padding
-        ids, said = mx.array(made.rows.ids[i])[None], made.rows.said[i][1:]
+        ids, said = mx.array(made.rows.ids[i])[None], made.rows.trained[i][1:]
         losses = np.array(nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:]))[0]
         total, counted = total + losses[said].sum(), counted + said.sum()
     assert count.item() == counted and loss.item() == pytest.approx(total / counted, rel=1e-5)
@@ -257,7 +257,7 @@ def test_a_run_learns_reports_and_saves(settings, tmp_path, capsys):
     rows_read = prepare(settings(dry_run=True)).trainer.batches.rows
     assert sum(r["tokens"] for r in records[:1]) > 0 and records[-1]["epoch"] == pytest.approx(20 / 6, abs=1e-3)
     state = json.loads((run / "final" / "trainer_state.json").read_text())
-    assert state["tokens"] == sum(record["tokens"] for record in records) and state["data"] == rows_read.mark
+    assert state["tokens"] == sum(record["tokens"] for record in records) and state["data"] == rows_read.checksum
     for word in ("20 iters = 4 epochs of 6", "7 conversations", "an estimate", "mlx_lm.generate", "mlx_lm.fuse"):
         assert word in out
     assert (run / "curves.png").is_file() and results["tokens_per_second"] > 0
@@ -463,7 +463,7 @@ def test_iters_and_epochs_are_computed_from_each_other(settings):
 def test_what_is_done_otherwise_is_said_once(settings, tmp_path, write_rows):
     told = headline(settings(batch_size=64, max_length=30))
     assert "--batch-size 64 is more than the 22 conversations" in told and "batch 22" in told
-    assert "longer than 30 tokens" in told and told.count("and are cut there") == 2
+    assert "longer than 30 tokens" in told and told.count("and are truncated") == 2
     (tmp_path / "data" / "valid.jsonl").unlink()
     assert "validation none: no valid.jsonl" in headline(settings())
     write_rows([*rows(5), b"{"], "data/train.jsonl")

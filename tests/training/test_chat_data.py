@@ -156,7 +156,7 @@ def test_chatml_stands_in_and_ends_where_generation_stops(tokenizers, tmp_path):
 def test_a_text_gets_the_tokenizer_s_own_special_tokens_and_an_end(read, tiny):
     rows = read([{"text": "the cat sat"}, {"text": "the cat sat<eos>"}])
     assert rows.ids[0].tolist() == rows.ids[1].tolist() == tiny.tokenizer("the cat sat")["input_ids"] + [1]
-    assert rows.ids[0][0] == tiny.tokenizer.bos_token_id and rows.said[0].all()
+    assert rows.ids[0][0] == tiny.tokenizer.bos_token_id and rows.trained[0].all()
     with pytest.raises(UserError, match=":1: --mask-prompt is for conversations"):
         read([{"text": "the cat sat"}], mask_prompt=True)
 
@@ -168,7 +168,7 @@ def test_formats_agree(read):
     question, answer = (message["content"] for message in TALK[:2])
     one = read([{"messages": TALK[:2]}], mask_prompt=True)
     other = read([{"prompt": question, "completion": answer}], mask_prompt=True)
-    assert one.ids[0].tolist() == other.ids[0].tolist() and one.said[0].tolist() == other.said[0].tolist()
+    assert one.ids[0].tolist() == other.ids[0].tolist() and one.trained[0].tolist() == other.trained[0].tolist()
 
 
 USER = {"role": "user", "content": "hi"}
@@ -260,7 +260,7 @@ def test_gzip_and_what_is_recognised(tmp_path, tiny):
 
 def test_long_conversations_are_cut_and_counted(read):
     rows = read([talk(2), talk(90), talk(300)], limit=50)
-    assert rows.cut == 2 and rows.lengths.max() == 50 and rows.longest > 300 and rows.empty == 0
+    assert rows.truncated == 2 and rows.lengths.max() == 50 and rows.longest > 300 and rows.empty == 0
     whole = read([talk(90)])
     assert rows.ids[1].tolist() == whole.ids[0][:50].tolist()
 
@@ -268,7 +268,7 @@ def test_long_conversations_are_cut_and_counted(read):
 def test_where_nothing_of_the_answer_is_left_the_row_is_left_out(read):
     long = {"prompt": "kidney " * 100, "completion": "stone"}
     rows = read([{"prompt": "a", "completion": "b"}, long], limit=40, mask_prompt=True)
-    assert len(rows) == 1 and rows.empty == 1 and rows.cut == 1
+    assert len(rows) == 1 and rows.empty == 1 and rows.truncated == 1
     assert len(read([long], limit=40)) == 1  # the prompt is learned
     with pytest.raises(UserError, match="no usable row: nothing to train on is within --max-length 40"):
         read([long], limit=40, mask_prompt=True)
@@ -313,12 +313,12 @@ def test_what_a_batch_holds(read):
     counts = batches.counts(np.array([0, 2, 1]))
     width = part.counted.shape[1]
     assert width % GRID == 0 and width >= rows.lengths.max() - 1 and part.ids.shape == (3, width + 1)
-    assert counts.trained == part.counted.sum().item() == part.share.item() == sum(s[1:].sum() for s in rows.said)
+    assert counts.trained == part.counted.sum().item() == part.share.item() == sum(s[1:].sum() for s in rows.trained)
     assert counts.tokens == rows.lengths.sum() and counts.padded == 3 * width
     for row, i in enumerate((0, 2, 1)):
         n = rows.lengths[i]
         assert part.ids[row, :n].tolist() == rows.ids[i].tolist() and set(part.ids[row, n:].tolist()) == {7}
-        assert part.counted[row].tolist() == rows.said[i][1:].tolist() + [False] * (width + 1 - n)
+        assert part.counted[row].tolist() == rows.trained[i][1:].tolist() + [False] * (width + 1 - n)
 
 
 def test_parts_are_those_of_the_batch_and_empty_ones_weigh_nothing(read):
@@ -340,7 +340,7 @@ def test_more_than_there_are_is_all_there_are(read):
 
 def test_the_mark_knows_conversations_and_masks(read):
     one, two = [talk(5, 1)], [talk(5, 2)]
-    assert read(one).mark == read(one).mark != read(two).mark != read(two, mask_prompt=True).mark
+    assert read(one).checksum == read(one).checksum != read(two).checksum != read(two, mask_prompt=True).checksum
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):

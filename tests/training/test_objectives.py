@@ -44,7 +44,7 @@ def batch() -> Batch:
         document=np.array([0, 1, 2], np.int32),
         rank=np.array([1, 2, 1], np.int32),
         rows=np.arange(3),
-        judged=np.array([[0, 3], [1, 3], [-1, -1]], np.int32),
+        scored=np.array([[0, 3], [1, 3], [-1, -1]], np.int32),
         scores=np.array([[3.0, 1.0], [0.5, 0.6], [0.0, 0.0]], np.float32),
     )
 

@@ -6,9 +6,9 @@ Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders w
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
 
-Every row is checked and tokenised once, before training. An epoch is a seeded permutation, sorted by length within
-pools of some batches and cut into batches, which come in seeded order; batch k is computed from k alone, so a run
-continues anywhere. No row is dropped: an epoch's last batch may be smaller.
+Every row is checked and tokenised once, before training. An epoch is a seeded permutation; pools of a few batches are
+sorted by length and split into batches, which come in seeded order. Batch k is computed from k alone, so a run can
+continue anywhere. No row is dropped: an epoch's last batch may be smaller.
 """
 
 import gzip
@@ -39,7 +39,7 @@ CHUNK = 512  # conversations that are tokenised at once
 
 
 def row_format(row: dict) -> str | None:
-    """Which of the formats a row has, by its keys; None where it is no conversation."""
+    """Return the format of a row, by its keys; None if it is not a conversation."""
     if "messages" in row:
         return "messages"
     if "prompt" in row and "completion" in row:
@@ -48,7 +48,7 @@ def row_format(row: dict) -> str | None:
 
 
 def is_chat(sources: Sequence[str]) -> bool:
-    """Whether the first row of what `--data` names is a conversation. Of what cannot be read the run will complain."""
+    """Return whether the first row of `--data` is a conversation. Unreadable files are left for the run to report."""
     if "://" in sources[0]:
         return False
     file = find_files(local(sources[:1]))[0]
@@ -69,7 +69,7 @@ def _text(value: object, name: str) -> str:
 
 
 def messages_of(row: dict) -> list[dict]:
-    """The checked messages of a row; RowError says what is wrong with them."""
+    """Return the checked messages of a row. RowError if something is wrong with them."""
     if "messages" not in row:
         contents = {"user": _text(row["prompt"], "prompt"), "assistant": _text(row["completion"], "completion")}
         return [{"role": role, "content": content} for role, content in contents.items()]
@@ -88,12 +88,12 @@ def messages_of(row: dict) -> list[dict]:
 
 
 def _render(row: dict, kind: str | None, tokenizer: ChatTokenizer, mask_prompt: bool) -> Rendered:
-    found = row_format(row)
-    if found is None:
+    form = row_format(row)
+    if form is None:
         keys = ", ".join(sorted(row)) or "(none)"
         raise RowError(f"keys {keys} fit no conversation (messages; prompt and completion; text)")
-    if found != kind:
-        raise RowError(f"has the format {FORMATS[found]}, but the rows before have {FORMATS[kind]}")
+    if form != kind:
+        raise RowError(f"has the format {FORMATS[form]}, but the rows before have {FORMATS[kind]}")
     if kind == "text":
         text = _text(row["text"], "text")
         return Rendered(text, [(0, len(text))], plain=True)
@@ -108,15 +108,20 @@ class Conversations:
 
     Args:
         files: JSON lines, gzip-compressed where the name ends in `.gz`.
-        limit: cut conversations after this many tokens.
+        limit: truncate conversations to this many tokens.
         mask_prompt: train on the assistant's turns only.
-        skip_bad: leave out rows that cannot be used; they are in `skipped`, as "file:line: reason".
+        skip_bad: leave out rows that cannot be used; `skipped` lists them, as "file:line: reason".
 
-    `ids[i]` (N,) int32; `said[i]` (N,) bool, the tokens that are trained on; `lengths` (rows,). Besides: `cut`, how
-    many were longer than the limit; `longest` of them all, before that; `empty`, how many were left out because
-    nothing to train on is within the limit; `last_only`, of how many only the last turn is trained on.
+    Attributes:
+        ids: for each conversation, its tokens (N,) int32.
+        trained: for each conversation, the tokens that are trained on (N,) bool.
+        lengths: (conversations,) int64.
+        truncated: how many were longer than the limit.
+        longest: tokens of the longest one before truncation.
+        empty: how many were left out, as nothing to train on is within the limit.
+        last_only: how many are trained on their last turn only.
 
-    Raises UserError with file, line and reason at the first bad row, or where no row is left.
+    Raises UserError with file, line and reason at the first bad row, or if no row is left.
     """
 
     def __init__(
@@ -128,10 +133,14 @@ class Conversations:
         skip_bad: bool = False,
     ):
         self.ids: list[np.ndarray] = []
-        self.said: list[np.ndarray] = []
+        self.trained: list[np.ndarray] = []
         self.skipped: list[str] = []
-        self.cut = self.longest = self.empty = self.last_only = 0
-        self._tokenizer, self._limit = tokenizer, limit
+        self.truncated = 0
+        self.longest = 0
+        self.empty = 0
+        self.last_only = 0
+        self._tokenizer = tokenizer
+        self._limit = limit
         self._places: list[str] = []
         kind: str | None = None
         waiting: list[tuple[str, Rendered]] = []
@@ -170,35 +179,36 @@ class Conversations:
 
     def _add(self, waiting: list[tuple[str, Rendered]], skip_bad: bool) -> None:
         tokens = self._tokenizer.tokens([rendered for _, rendered in waiting]) if waiting else []
-        for (place, rendered), (ids, said) in zip(waiting, tokens, strict=True):
+        for (place, rendered), (ids, trained) in zip(waiting, tokens, strict=True):
             if unknown := self._tokenizer.unknown(ids):  # mlx would crash, or read past the end
                 self._refuse(place, RowError(f"the model has no vector for the token {unknown}"), skip_bad)
                 continue
             self.longest = max(self.longest, len(ids))
-            self.cut += len(ids) > self._limit
-            ids, said = ids[: self._limit], said[: self._limit]
-            if not said[1:].any():  # nothing predicts the first token
+            self.truncated += len(ids) > self._limit
+            ids = ids[: self._limit]
+            trained = trained[: self._limit]
+            if not trained[1:].any():  # nothing predicts the first token
                 self.empty += 1
                 continue
             self.last_only += not rendered.whole
             self.ids.append(ids)
-            self.said.append(said)
+            self.trained.append(trained)
             self._places.append(place)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def where(self, i: int) -> str:
-        """The row's place as file:line."""
+        """Return the row's place as file:line."""
         return self._places[i]
 
     @property
-    def mark(self) -> int:
-        """A number that other conversations, or others in their masks, will hardly have."""
-        mark = 0
-        for ids, said in zip(self.ids, self.said, strict=True):
-            mark = zlib.crc32(said.tobytes(), zlib.crc32(ids.tobytes(), mark))
-        return mark
+    def checksum(self) -> int:
+        """A checksum of tokens and masks."""
+        value = 0
+        for ids, trained in zip(self.ids, self.trained, strict=True):
+            value = zlib.crc32(trained.tobytes(), zlib.crc32(ids.tobytes(), value))
+        return value
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -206,11 +216,11 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Part:
-    """A batch, or a part of one, as the loss takes it."""
+    """A batch, or a micro-batch of one, as the loss takes it."""
 
     ids: mx.array  # (R, L + 1) int32, right-padded
     counted: mx.array  # (R, L) bool: whether ids[:, 1:] is trained on there
-    share: mx.array  # float32 scalar: what the sum of losses is divided by
+    share: mx.array  # float32 scalar: the divisor of the sum of losses
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
@@ -219,10 +229,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a batch holds."""
+    """Numbers of tokens in a batch."""
 
-    tokens: int  # real ones, no padding
-    trained: int  # predicted and counted in the loss
+    tokens: int  # real tokens, without padding
+    trained: int  # tokens that are predicted and counted in the loss
     padded: int  # tokens that go through the model, padding included
 
 
@@ -230,19 +240,24 @@ class ChatBatches:
     """An endless, seeded sequence of batches; `per_epoch` of them hold every conversation once.
 
     Args:
-        size: conversations a batch; more than there are is as many as there are.
-        parts: cut every batch into so many parts, whose mean loss is the batch's; a batch of fewer conversations has
-            empty ones, which cost next to nothing.
-        pad_id: what stands behind the end of shorter conversations; nothing depends on it.
+        size: conversations of a batch, at most all.
+        parts: split every batch into this many micro-batches, whose mean loss is the batch's. A batch of fewer
+            conversations has empty ones, which cost next to nothing.
+        pad_id: fills up shorter conversations; no result depends on it.
     """
 
     def __init__(self, rows: Conversations, size: int, seed: int = 0, parts: int = 1, pad_id: int = 0):
-        self.rows, self.size, self.seed, self.parts, self.pad_id = rows, min(size, len(rows)), seed, parts, pad_id
+        self.rows = rows
+        self.size = min(size, len(rows))
+        self.seed = seed
+        self.parts = parts
+        self.pad_id = pad_id
         self.per_epoch = -(-len(rows) // self.size)
-        self._epoch, self._batches = -1, []
+        self._epoch = -1
+        self._batches: list[np.ndarray] = []
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The batches of an epoch, each as row numbers, shortest first."""
+        """Return the batches of an epoch, each as row numbers, shortest row first."""
         if number != self._epoch:
             rng = np.random.default_rng([self.seed, number])
             order = rng.permutation(len(self.rows))
@@ -251,41 +266,42 @@ class ChatBatches:
                 pool = order[first : first + POOL * self.size]
                 pool = pool[np.argsort(self.rows.lengths[pool], kind="stable")]
                 batches += [pool[i : i + self.size] for i in range(0, len(pool), self.size)]
-            self._epoch, self._batches = number, [batches[i] for i in rng.permutation(len(batches))]
+            self._epoch = number
+            self._batches = [batches[i] for i in rng.permutation(len(batches))]
         return self._batches
 
     def numbers(self, k: int) -> np.ndarray:
-        """The rows of batch k, counted from 0."""
+        """Return the row numbers of batch k, counted from 0."""
         return self.epoch(k // self.per_epoch)[k % self.per_epoch]
 
     def longest(self) -> np.ndarray:
-        """The rows of the largest batch that there can be."""
+        """Return the row numbers of the largest possible batch."""
         return np.argsort(self.rows.lengths, kind="stable")[-self.size :]
 
     def largest_part(self) -> tuple[int, int]:
-        """(rows, tokens of a row with padding) of the largest part that there can be."""
-        part = self._cut(self.longest())[-1]
+        """Return (rows, tokens of a row with padding) of the largest possible part."""
+        part = self._split(self.longest())[-1]
         return len(part), self._width(part)
 
     def counts(self, numbers: np.ndarray) -> Counts:
-        """What a batch of these rows holds."""
-        padded = sum(len(part) * self._width(part) for part in self._cut(numbers))
-        trained = sum(int(self.rows.said[i][1:].sum()) for i in numbers)
+        """Count the tokens of a batch of these rows."""
+        padded = sum(len(part) * self._width(part) for part in self._split(numbers))
+        trained = sum(int(self.rows.trained[i][1:].sum()) for i in numbers)
         return Counts(int(self.rows.lengths[numbers].sum()), trained, padded)
 
     def make(self, numbers: np.ndarray) -> list[Part]:
-        """The parts of a batch of these rows."""
+        """Return the parts of a batch of these rows."""
         share = self.counts(numbers).trained / self.parts
         empty = self.parts - min(self.parts, len(numbers))
-        made = [self._part(part, share) for part in self._cut(numbers)]
+        parts = [self._part(part, share) for part in self._split(numbers)]
         nothing = Part(mx.zeros((1, 2), mx.int32), mx.zeros((1, 1), mx.bool_), mx.array(1.0))
-        return made + [nothing] * empty
+        return parts + [nothing] * empty
 
-    def _cut(self, numbers: np.ndarray) -> list[np.ndarray]:
+    def _split(self, numbers: np.ndarray) -> list[np.ndarray]:
         return np.array_split(numbers, min(self.parts, len(numbers)))
 
     def _width(self, numbers: np.ndarray) -> int:
-        """Positions L at which something is predicted, padding included."""
+        """Return the number L of positions that predict a token, padding included."""
         longest = int(self.rows.lengths[numbers].max()) - 1
         return max(min(-(-longest // GRID) * GRID, self.rows._limit - 1), 1)
 
@@ -295,5 +311,5 @@ class ChatBatches:
         counted = np.zeros((len(numbers), width), bool)
         for row, i in enumerate(numbers):
             length = self.rows.lengths[i]
-            ids[row, :length], counted[row, : length - 1] = self.rows.ids[i], self.rows.said[i][1:]
+            ids[row, :length], counted[row, : length - 1] = self.rows.ids[i], self.rows.trained[i][1:]
         return Part(mx.array(ids), mx.array(counted), mx.array(share, mx.float32))

@@ -210,12 +210,12 @@ def warnings(settings: Settings, rows: Conversations, valid: Conversations | Non
     for name, some in (("", rows), (" for validation", valid)):
         if some is None:
             continue
-        if some.cut:
+        if some.truncated:
             lines.append(
-                f"{some.cut} conversations{name} are longer than {settings.max_length} tokens and are cut there"
+                f"{some.truncated} conversations{name} are longer than {settings.max_length} tokens and are truncated"
             )
         if some.empty:
-            lines.append(f"{some.empty} conversations{name} are left out: nothing to train on before they are cut")
+            lines.append(f"{some.empty} conversations{name} are left out: nothing to train on is within that length")
         if some.last_only:
             lines.append(
                 f"{some.last_only} conversations{name} are trained on their last turn only: the chat template renders "

@@ -163,7 +163,7 @@ class ChatTrainer(BaseTrainer):
         model = backbone.adapted
         optimizer = Optimizer(settings.learning_rate, settings.weight_decay, settings.max_grad_norm)
         optimizer.init(model.trainable_parameters())
-        super().__init__(model, optimizer, ChatState(data=batches.rows.mark), settings, folder, save_model)
+        super().__init__(model, optimizer, ChatState(data=batches.rows.checksum), settings, folder, save_model)
         self.batches = batches
         self.validation = validation
         # Checkpointed blocks draw their dropout's seeds in Python, which a compiled step would do only once.
