@@ -190,7 +190,7 @@ class Conversations:
             if not trained[1:].any():  # nothing predicts the first token
                 self.empty += 1
                 continue
-            self.last_only += not rendered.whole
+            self.last_only += not rendered.complete
             self.ids.append(ids)
             self.trained.append(trained)
             self._places.append(place)

@@ -1,11 +1,11 @@
-"""How much memory a chat run will take, said before it begins: an estimate from shapes, not a measurement.
+"""How much memory a chat run will take, before it begins: an estimate from shapes, not a measurement.
 
     estimate(shape_of(backbone), Work(rows=4, width=512, layers=16)).total
 
-Beside the weights and what the optimizer keeps, a step keeps for the gradient what each trained block computes for
-each token, and the logits. The factors were fitted to peaks of Llamas with random weights on a CPU in float32, which
-they meet within some 10 %; a GPU that does not write attention's scores down takes less. `benchmarks/chat_memory.py`
-prints estimates beside measured peaks.
+Besides weights and the optimizer's state, a step keeps, for the gradient, everything that the trained blocks compute
+for each token, and the logits. The factors were fitted to the peaks of Llamas with random weights on a CPU in float32,
+and agree with them within about 10 %. A GPU that does not store attention scores takes less.
+`benchmarks/chat_memory.py` prints estimates beside measured peaks.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from mlx_retrieval.backbones.base import Backbone
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides how much memory it takes. Sizes in numbers, `weights` and `trained` in bytes."""
+    """The sizes of a model that decide its memory: `weights` and `trained` in bytes, the others in numbers."""
 
     weights: int
-    trained: int  # of the weights, those that are trained
-    width: int  # of a number that is computed, in bytes
+    trained: int  # the trained ones of the weights
+    width: int  # bytes of a computed number
     hidden: int
-    inner: int  # of the feed-forward part
+    inner: int  # the feed-forward part's width
     heads: int
-    attention: int  # all heads together
-    keys: int  # keys and values together
+    attention: int  # the width of all heads together
+    keys: int  # the width of keys and values together
     vocabulary: int
 
 
 @dataclass(frozen=True)
 class Work:
-    """The largest part of a batch, and how it is trained."""
+    """The largest micro-batch, and how it is trained."""
 
     rows: int
     width: int  # tokens of a row, padding included
@@ -43,10 +43,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes."""
+    """The memory of a run, in bytes."""
 
     weights: int
-    training: int  # gradient and moments of what is trained
+    training: int  # gradient and moments of the trained weights
     activations: int
 
     @property
@@ -55,7 +55,7 @@ class Estimate:
 
 
 def shape_of(backbone: Backbone) -> Shape:
-    """The shape of a model that `models.lora.adapt` has prepared."""
+    """Return the shape of a model that `backbones.lora.adapt` has prepared."""
     config = backbone.config.get("text_config", backbone.config)
     parameters = dict(tree_flatten(backbone.parameters()))
     trained = dict(tree_flatten(backbone.trainable_parameters()))
@@ -81,14 +81,14 @@ def shape_of(backbone: Backbone) -> Shape:
 
 
 def estimate(shape: Shape, work: Work) -> Estimate:
-    """What a run will take at most. It grows with all that `Work` counts, and checkpointing never adds to it."""
+    """Estimate the peak memory of a run. It grows with all that `Work` counts; checkpointing never adds to it."""
     tokens = work.rows * work.width
     scores = work.rows * shape.heads * work.width**2
     token = 7 * shape.hidden + 2.5 * shape.attention + shape.keys + 6.5 * shape.inner
     block = tokens * token + 0.7 * scores
-    logits = 4 * tokens * shape.vocabulary  # themselves, their exponentials and gradients
+    logits = 4 * tokens * shape.vocabulary  # with their exponentials and gradients
     kept = work.layers * block + 2 * scores + logits
-    if work.grad_checkpoint:  # what comes into the blocks; the inside of one of them, and its gradient or the logits
+    if work.grad_checkpoint:  # the inputs of all blocks; the inside of one block, and its gradient or the logits
         inside = 8 * tokens * shape.inner + 3 * scores
         kept = min(kept, work.layers * 7 * tokens * shape.hidden + block + max(logits, inside))
     return Estimate(

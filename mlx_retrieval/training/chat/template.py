@@ -1,10 +1,10 @@
-"""Conversations as a language model reads them: the tokenizer's chat template, and which tokens the assistant says.
+"""Conversations as a language model reads them: the tokenizer's chat template, and which tokens are the assistant's.
 
     tokenizer = ChatTokenizer(Path("Llama-3.2-3B-Instruct-4bit"))
     tokenizer.tokens([tokenizer.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])])
 
-Texts are rendered and cut into tokens as `mlx_lm.generate` does it with the same model: text that spells a special
-token becomes that token. A tokenizer without a template gets ChatML. Used by chat/data.py.
+Texts are rendered and tokenised as by `mlx_lm.generate` with the same model: text that spells a special token becomes
+that token. A tokenizer without a template gets ChatML. Used by chat/data.py.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
 
 TEMPLATE_FILE = "chat_template.jinja"  # where transformers and mlx-lm look for a template in a model's folder
-PROBE = "xqprobeqx"  # stands in for an answer, to see where the template puts it
-# What Jinja and a template's own exceptions raise, beside jinja2.TemplateError.
+PROBE = "xqprobeqx"  # replaces an answer, to find where the template puts it
+# Errors that Jinja and templates raise, besides jinja2.TemplateError.
 TEMPLATE_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
@@ -30,14 +30,16 @@ class Rendered:
 
     text: str
     spans: list[tuple[int, int]]
-    whole: bool = True  # whether these are all of the assistant's turns that were wanted
-    plain: bool = False  # a text of its own, which gets the tokenizer's special tokens
+    complete: bool = True  # whether the spans are all of the assistant's turns
+    plain: bool = False  # a text without turns, which gets the tokenizer's special tokens
 
 
 class ChatTokenizer:
     """The tokenizer of the model in `folder`, with its chat template.
 
-    `own_template` tells whether the template is the tokenizer's; `template` holds the ChatML that stands in for it.
+    Attributes:
+        own_template: whether the tokenizer has a template.
+        template: the ChatML used if it has none; "" otherwise.
     """
 
     def __init__(self, folder: Path):
@@ -52,13 +54,14 @@ class ChatTokenizer:
         self.tokenizer = self.wrapper._tokenizer
         self._size = vocabulary_size(folder)
         pad = self.wrapper.pad_token_id or 0
-        self.pad_id = pad if pad < self._size else 0  # any will do; some have none of the model's
-        self.own_template, self.template = self.wrapper.has_chat_template, ""
+        self.pad_id = pad if pad < self._size else 0  # any token will do; some tokenizers' is unknown to the model
+        self.own_template = self.wrapper.has_chat_template
+        self.template = ""
         if not self.own_template:
             self.template = self.tokenizer.chat_template = self._chatml()
 
     def _chatml(self) -> str:
-        """ChatML whose turns end where `mlx_lm.generate` stops: at `<|im_end|>` if the model knows it, else at eos."""
+        """Return ChatML whose turns end where `mlx_lm.generate` stops: at `<|im_end|>` if it is known, else at eos."""
         end = "<|im_end|>"
         if self.tokenizer.eos_token and self.tokenizer.convert_tokens_to_ids(end) not in self.wrapper.eos_token_ids:
             end = self.tokenizer.eos_token
@@ -90,35 +93,35 @@ class ChatTokenizer:
             return None
 
     def render(self, messages: list[dict], tools: list | None = None, mask_prompt: bool = False) -> Rendered:
-        """A conversation as text, and what is trained on: all of it, or with `mask_prompt` the assistant's turns.
+        """Render a conversation as text, all of which is trained on, or with `mask_prompt` the assistant's turns.
 
-        A turn begins after what the template puts before an answer that is to be generated, and ends with what it puts
-        behind one. Where a template renders earlier turns otherwise when more follows, so that they cannot be told
-        apart exactly, the last turn alone counts, and `whole` is False.
+        A turn begins after the template's prompt for an answer, and ends with the template's text after one. If a
+        template renders earlier turns differently when more turns follow, so that they cannot be located exactly, only
+        the last turn counts, and `complete` is False.
 
-        Raises RowError where the template refuses the messages, or not even the last turn can be found.
+        Raises RowError if the template refuses the messages, or not even the last turn can be located.
         """
         text = self._apply(messages, tools)
         if not mask_prompt:
             return Rendered(text, [(0, len(text))])
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        found = [self._turn(text, messages, i, tools) for i in turns]
-        if found[-1] is None:
+        turn_spans = [self._turn(text, messages, i, tools) for i in turns]
+        if turn_spans[-1] is None:
             raise RowError("--mask-prompt: the chat template does not let the assistant's turn be found")
-        spans = [span for span in found if span is not None]
-        if len(spans) < len(found):
-            return Rendered(text, spans[-1:], whole=False)
+        spans = [span for span in turn_spans if span is not None]
+        if len(spans) < len(turn_spans):
+            return Rendered(text, spans[-1:], complete=False)
         return Rendered(text, spans)
 
     def _turn(self, text: str, messages: list[dict], i: int, tools: list | None) -> tuple[int, int] | None:
-        """Where turn i stands in the rendered text; None where that cannot be told."""
+        """Return (begin, end) of turn i in the rendered text; None if it cannot be located."""
         probed = [*messages[:i], messages[i] | {"content": PROBE}]
-        asked = self._attempt(messages[:i], tools, opening=True) if i else None
-        whole = self._attempt([*probed, *messages[i + 1 :]], tools)
-        before, found, behind = (whole or "").partition(PROBE)
-        if asked is not None and text.startswith(asked):
-            begin = len(asked)
-        elif found and text.startswith(before):  # as where the prompt for an answer opens a thought
+        prompt = self._attempt(messages[:i], tools, opening=True) if i else None
+        rendered = self._attempt([*probed, *messages[i + 1 :]], tools)
+        before, probe, after = (rendered or "").partition(PROBE)
+        if prompt is not None and text.startswith(prompt):
+            begin = len(prompt)
+        elif probe and text.startswith(before):  # for example, if the prompt for an answer opens a thought
             begin = len(before)
         else:
             return None
@@ -126,36 +129,39 @@ class ChatTokenizer:
             end = len(text)
         else:
             closing = (self._attempt(probed, tools) or "").partition(PROBE)[2]
-            if not (found and text.endswith(behind) and behind.startswith(closing)):
+            if not (probe and text.endswith(after) and after.startswith(closing)):
                 return None
-            end = len(text) - len(behind) + len(closing)
+            end = len(text) - len(after) + len(closing)
         return (begin, end) if begin < end else None
 
     def tokens(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(N,) int32 ids of each, and (N,) bool: which tokens have a character that is trained on.
+        """Return, for each text, its ids (N,) int32, and (N,) bool: whether a token has a character to train on.
 
-        A plain text's tokens are those that the tokenizer makes of it, with an end-of-sequence token.
+        Plain texts get the tokenizer's special tokens, and an end-of-sequence token.
         """
         masked = any(one.spans != [(0, len(one.text))] for one in rendered)
         if masked and not self.tokenizer.is_fast:
             raise UserError("--mask-prompt needs a tokenizer.json, and this model's tokenizer has none")
-        plain, texts = rendered[0].plain, [one.text for one in rendered]
-        with quiet_transformers():  # of texts longer than the model's limit chat/data.py tells
-            coded = self.tokenizer(texts, add_special_tokens=plain, return_offsets_mapping=masked)
-        out, eos = [], self.tokenizer.eos_token_id
+        plain = rendered[0].plain
+        texts = [one.text for one in rendered]
+        with quiet_transformers():  # chat/data.py reports texts longer than the model's limit
+            encoded = self.tokenizer(texts, add_special_tokens=plain, return_offsets_mapping=masked)
+        results = []
+        eos = self.tokenizer.eos_token_id
         for row, one in enumerate(rendered):
-            ids = coded["input_ids"][row]
-            said = np.full(len(ids), not masked)
+            ids = encoded["input_ids"][row]
+            trained = np.full(len(ids), not masked)
             if masked:
-                begins, ends = np.array(coded["offset_mapping"][row], np.int64).reshape(-1, 2).T
+                begins, ends = np.array(encoded["offset_mapping"][row], np.int64).reshape(-1, 2).T
                 for begin, end in one.spans:
-                    said |= (begins < end) & (ends > begin)
+                    trained |= (begins < end) & (ends > begin)
             if plain and eos is not None and ids[-1:] != [eos]:
-                ids, said = [*ids, eos], np.append(said, True)
-            out.append((np.array(ids, np.int32), said))
-        return out
+                ids = [*ids, eos]
+                trained = np.append(trained, True)
+            results.append((np.array(ids, np.int32), trained))
+        return results
 
     def unknown(self, ids: np.ndarray) -> str:
-        """The first of these tokens that the model has no vector for, such as Gemma 3's for images; "" without one."""
-        found = ids[ids >= self._size]
-        return self.tokenizer.convert_ids_to_tokens(int(found[0])) if found.size else ""
+        """Return the first token that the model has no vector for, such as Gemma 3's for images; "" if none."""
+        unknown = ids[ids >= self._size]
+        return self.tokenizer.convert_ids_to_tokens(int(unknown[0])) if unknown.size else ""
