@@ -1,4 +1,4 @@
-"""What every trainer has: schedule, state, the best evaluation, saving and resuming, and the weights of several ranks.
+"""The base of all trainers: schedule, state, the best evaluation, saving, resuming, and the weights of several ranks.
 
 trainer.py builds on it for retrieval models, chat/trainer.py for chat models; run.py decides what happens when.
 """
@@ -35,7 +35,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def due(step: int, every: int) -> bool:
-    """Return whether an action that is repeated `every` so many steps is due after this one; 0 = never."""
+    """Return whether an action that is due after every `every` steps is due after this one; 0 = never."""
     return every > 0 and step % every == 0
 
 

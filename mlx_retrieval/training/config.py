@@ -18,7 +18,10 @@ from mlx_retrieval.utils.errors import UserError
 RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
 
 # Tasks that a setting applies to.
-VECTORS, LATE, RERANK, CHAT = ("embed", "late"), ("late",), ("rerank",), ("chat",)
+VECTORS = ("embed", "late")
+LATE = ("late",)
+RERANK = ("rerank",)
+CHAT = ("chat",)
 RETRIEVAL = (*VECTORS, *RERANK)
 TASK_DEFAULTS = {"chat": {"data": ["data"], "batch_size": 4, "eval_tasks": []}}  # that differ from the other tasks'
 

@@ -114,7 +114,9 @@ class Reporter:
         (a fraction) and epoch; all keys go to `metrics.jsonl`.
         """
         record = _clean(record)
-        before, self._step, self._status = self._step, record["step"], "training"
+        before = self._step
+        self._step = record["step"]
+        self._status = "training"
         self._stepped = time.monotonic()
         self._warm = self._warm or (self._stepped, self._step)
         self._shown |= record
@@ -171,13 +173,13 @@ class Reporter:
     def _begin_file(self) -> None:
         """Begin a new file, or remove the old one's records after `first_step`; atomically, as a kill may come."""
         file = self.folder / METRICS_FILE
-        kept = [r for r in read_metrics(file) if r["step"] <= self.first_step] if self.first_step else []
-        for record in kept:
+        records = [r for r in read_metrics(file) if r["step"] <= self.first_step] if self.first_step else []
+        for record in records:
             if record["type"] == "eval":
                 self._note_evaluation(record["step"], record.get("metrics", {}))
         draft = file.with_suffix(".tmp")
         try:
-            draft.write_text("".join(json.dumps(_clean(r)) + "\n" for r in kept), encoding="utf-8")
+            draft.write_text("".join(json.dumps(_clean(r)) + "\n" for r in records), encoding="utf-8")
             os.replace(draft, file)
         except OSError as error:
             raise UserError(f"could not write {file}: {error.strerror}") from error

@@ -87,12 +87,12 @@ def estimate(shape: Shape, work: Work) -> Estimate:
     token = 7 * shape.hidden + 2.5 * shape.attention + shape.keys + 6.5 * shape.inner
     block = tokens * token + 0.7 * scores
     logits = 4 * tokens * shape.vocabulary  # with their exponentials and gradients
-    kept = work.layers * block + 2 * scores + logits
+    held = work.layers * block + 2 * scores + logits
     if work.grad_checkpoint:  # the inputs of all blocks; the inside of one block, and its gradient or the logits
         inside = 8 * tokens * shape.inner + 3 * scores
-        kept = min(kept, work.layers * 7 * tokens * shape.hidden + block + max(logits, inside))
+        held = min(held, work.layers * 7 * tokens * shape.hidden + block + max(logits, inside))
     return Estimate(
         weights=shape.weights,
         training=shape.trained * (4 if work.parts > 1 else 3),
-        activations=round(shape.width * kept),
+        activations=round(shape.width * held),
     )

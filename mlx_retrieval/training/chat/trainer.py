@@ -292,7 +292,7 @@ class ChatTrainer(BaseTrainer):
 
 
 class Steps:
-    """What mlx-lm's loop reads, the batches' parts, and what it calls after each step."""
+    """Connects a trainer to mlx-lm's loop, which reads the batches' parts and calls back after each step."""
 
     def __init__(self, trainer: ChatTrainer, last: int, after_step: AfterStep):
         self.trainer = trainer
