@@ -1,4 +1,4 @@
-"""Two ranks train as one: real processes over the ring on loopback, and the pure parts of ranks.py.
+"""Two ranks train as one: real processes over the ring on loopback, and the pure parts of training/distributed.py.
 
 python -m pytest tests/training/test_distributed.py
 """

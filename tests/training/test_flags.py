@@ -587,7 +587,7 @@ def test_keep(settings, tmp_path):
 
 
 def test_rank_timeout(settings, monkeypatch):
-    """It reaches the watch over the other ranks, of which test_ranks.py shows the effect."""
+    """It reaches the watch over the other ranks, of which test_distributed.py shows the effect."""
     told = []
     monkeypatch.setattr(train.ranks, "start", told.append)
     assert train.main(["--data", "nothing.jsonl", "--rank-timeout", "7"]) == 2 and told == [7]
