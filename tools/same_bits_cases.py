@@ -39,7 +39,7 @@ CASES = (
                                       "mine.py code", "mine.py negatives", "mine.py score")
     ), plain=False),
     Case("mistakes", (
-        "train.py --model nowhere",
+        "train.py --model nowhere --data {inputs}/rows.jsonl",
         "train.py --data missing.jsonl",
         "train.py --data {inputs}/bad.jsonl --output run",
         "eval.py --model gemma-3-tiny-mlx --eval-tasks ./none",
@@ -77,8 +77,8 @@ CASES = (
     )),
     Case("resumed", (
         f"train.py --data {{inputs}}/rows.jsonl {RUN} {DROPOUT} --stop-after 2",
+        "train.py --config run/config.yaml --steps 2 --stop-after 0 --output again",
         "train.py --resume --output run",
-        "train.py --config run/config.yaml --steps 2 --output again --data {inputs}/rows.jsonl",
     ), plain=False),
     Case("late", (
         f"train.py --task late --data {{inputs}}/rows.jsonl {RUN} {DROPOUT} --projection-dim 24 --skip-punctuation",
