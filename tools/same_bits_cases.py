@@ -135,7 +135,8 @@ CASES = (
     Case("backbones", ("{inputs}/backbones.py {inputs}",)),
     Case("notebook", ("{inputs}/notebook.py {inputs}",)),
     Case("export", (
-        f"train.py --data {{inputs}}/rows.jsonl {RUN} --eval-steps 0 --skip-eval-init",
+        f"train.py --model {{inputs}}/llama --data {{inputs}}/rows.jsonl {RUN} --pooling last --eval-steps 0 "
+        "--skip-eval-init",
         "export.py --adapter run/final --output st --gguf-ready",
         "export.py --adapter run/final --output four --format mlx --quantize 4",
         "export.py --model {inputs}/t5 --task embed --output t5 --dtype float16 --skip-library-check",
