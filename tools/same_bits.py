@@ -81,17 +81,19 @@ class Bench:
         for path in (folder, logs):
             path.mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_RETRIEVAL_PLAIN", "PYTHONPATH"))}
-        environment |= {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "COLUMNS": "120"}
+        environment |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "COLUMNS": "120"}
         environment |= {"MLX_RETRIEVAL_PLAIN": "1"} if plain else {}
         for number, line in enumerate(case.commands, start=1):
             command = shlex.split(line.format(folder=folder, **self.words))
             name = f"{number}-{Path(command[0]).stem}"
             if command[0] in COMMANDS:
-                command[0] = str(checkout / command[0])
+                command[0], found_by = str(checkout / command[0]), {}
+            else:  # a script of ours, which imports from the checkout
+                found_by = {"PYTHONPATH": str(checkout)}
             done = subprocess.run(
                 [self.python, *command],
                 cwd=checkout if case.here else folder,
-                env=environment,
+                env=environment | found_by,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

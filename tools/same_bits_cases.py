@@ -48,6 +48,7 @@ CASES = (
         "export.py --adapter nowhere --output out",
         "mine.py negatives --data {inputs}/rows.jsonl --by both --output out.jsonl",
     ), plain=False, code=2),
+    Case("check", ("embed.py --check gemma-3-tiny-mlx", "embed.py --check {inputs}/bert"), plain=False),
     Case("defaults", ("train.py --steps 3 --seed 3 --skip-eval-init --output {folder}/run",), here=True),
     Case("embed-lora", (
         f"train.py --data {{inputs}}/rows.jsonl {RUN} {DROPOUT} --matryoshka-dims 32 64",

@@ -74,7 +74,7 @@ texts = [line.strip() for line in open(inputs + "/texts.txt", encoding="utf-8")]
 rows = [{"query": q, "document": d, "label": i % 2} for i, (q, d) in enumerate(zip(texts[::2], texts[1::2]))]
 np.save("vectors.npy", load("gemma-3-tiny-mlx").encode(texts, prompt="query", show_progress=False))
 answers = {name: Reranker(f"{inputs}/{name}").rerank(texts[0], texts[1:], top_n=5)
-           for name in ("qwen3", "cross", "listwise") if name != "qwen3"}
+           for name in ("cross", "listwise")}
 answers["qwen3"] = TriBridMLXReranker("qwen3", f"{inputs}/qwen3").rerank(texts[0], texts[1:])
 answers["environment"] = from_env({"RERANKER_MODE": "mlx", "MLX_RERANKER_TYPE": "cross-encoder",
                                    "MLX_RERANKER_MODEL": f"{inputs}/cross"}).rerank(texts[0], texts[1:], 3)
