@@ -169,6 +169,7 @@ def test_embed_says_what_is_wrong(finished, tmp_path, capsys):
     assert "no such adapter folder" in error("--input", str(tmp_path / "docs.jsonl"), "--adapter", "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE stands in for a full disk on Linux only")
 def test_disk_full_while_saving(tmp_path, small):
     """Files cut short at 10 KB, as on a full disk: exit code 2, and the run's folder holds nothing half-written."""

@@ -403,6 +403,7 @@ def test_no_abort_at_exit(run_python, write_rows, toy_tokenizer_folder, way):
 # --- memory ---
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(run_python):
     """300,000 rows take 16 bytes each and their order 4: far below what their texts are."""
     code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"

@@ -103,6 +103,7 @@ def test_another_seed_makes_other_data(tmp_path):
     assert (tmp_path / "train-data.jsonl").read_bytes() != (ROOT / "train-data.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_same_tokenizer_byte_for_byte(tmp_path):
     import make_model
 

@@ -1,10 +1,12 @@
 """benchmarks/endurance.py in small: a run survives being killed, and its memory does not grow.
 
-python -m pytest tests/test_endurance.py
+python -m pytest -m slow tests/test_endurance.py
 """
 
 import sys
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -14,12 +16,14 @@ from mlx_retrieval import backend
 from mlx_retrieval.models import cpu_model_runner
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
     found = endurance.kill(tmp_path, kills=3, steps=40, save_steps=4, tell=lambda *_, **__: None)
     assert found["loadable"] and found["same"] and found["kills"] >= 2  # one may come too late
     assert max(found["lost"]) <= 4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
     """Once the compiled passes of as many shapes as are kept are there, which takes hundreds of steps with 512."""
     monkeypatch.setattr(cpu_model_runner, "SHAPES_KEPT", 24)

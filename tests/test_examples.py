@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_the_quickstart_notebook_runs():
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")

@@ -215,7 +215,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_its_last_good_state(settin
     assert int(read_safetensors(saved / "optimizer.safetensors")["step"].item()) == 1
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bad_batches_are_skipped_counted_and_told(settings, tmp_path, monkeypatch, capsys, parts):
     """--skip-bad-batches: no update, the step goes on, the count survives a resume, which is still exact."""
     original = ChatBatches._part
@@ -278,10 +278,10 @@ def test_the_validation_loss_is_that_of_all_conversations(settings):
 @pytest.mark.parametrize(
     ("changes", "steps", "first"),
     [
-        ({}, 40, 17),
-        ({"grad_checkpoint": True}, 12, 5),
+        pytest.param({}, 40, 17, marks=pytest.mark.slow),
+        pytest.param({"grad_checkpoint": True}, 12, 5, marks=pytest.mark.slow),
         ({"gradient_accumulation_steps": 3, "num_layers": 1}, 12, 5),
-        ({"train_type": "dora"}, 12, 5),
+        pytest.param({"train_type": "dora"}, 12, 5, marks=pytest.mark.slow),
     ],
     ids=str,
 )
