@@ -1,41 +1,99 @@
-"""Mine training data from what is at hand.
+"""Mine training data: code pairs, hard negatives, teachers' scores.
 
 python mine.py code src --output pairs.jsonl                           # (docstring, code) pairs of a source tree
 python mine.py code a/src b/lib --output pairs.jsonl --languages python rust
 python mine.py negatives --data pairs.jsonl --corpus corpus.jsonl --model M --output mined.jsonl      # hard negatives
-python mine.py score --data mined.jsonl --teacher MODEL --output scored.jsonl         # a teacher's scores of all those
+python mine.py negatives --data pairs.jsonl --by both --model M --reranker R --scores --output mined.jsonl
+python mine.py score --data mined.jsonl --teacher MODEL --output scored.jsonl     # a teacher's scores, for distillation
 python train.py --data mined.jsonl
 
-In Python: `code_pairs.pairs`, `negatives.mine`, `teacher.Teacher`.
+In Python: `code_pairs.pairs`, `mine_negatives`, `Teacher`.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from mlx_retrieval import backend
+from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
-from mlx_retrieval.mining import code_pairs, negatives_command, teacher
-from mlx_retrieval.mining import output as mining_output
+from mlx_retrieval.mining import code_pairs, hard_negatives, run
+from mlx_retrieval.mining.cache import cache_folder
+from mlx_retrieval.mining.output import check_output
+from mlx_retrieval.mining.run import mine_negatives
+from mlx_retrieval.mining.teacher import KINDS, Teacher
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 
+__all__ = ["Teacher", "code_pairs", "mine_negatives"]
 
-def mine_code(args: argparse.Namespace) -> None:
-    """Write the pairs of `args.paths` to `args.output`, all or nothing, and print what was counted."""
+RELATIVE_MARGIN = 0.05  # the best of NV-Retriever's experiments
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def add_files(out: argparse.ArgumentParser, data: str) -> None:
+    """Add the flags of the files to read and write, and of the cache."""
+    flag = out.add_argument
+    flag("--data", nargs="+", required=True, metavar="FILE", help=f"{data}; .gz files and folders work too")
+    flag("--output", required=True, metavar="FILE", help="JSON lines for train.py")
+    flag("--overwrite", action="store_true", help="replace --output if it exists")
+    flag("--work", metavar="FOLDER", help="keep finished work here, for later runs as well (default: beside --output, "
+         "until that is written)")  # fmt: skip
+    flag("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and count them")
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Turn Ctrl-C into exit code 130 and a hint, and disk errors into UserError, in commands that can be continued."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nmine.py: stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        raise UserError(f"{error.filename or 'writing'}: {error.strerror or error}") from error
+
+
+def notify(message: str) -> None:
+    """Print a message on standard error."""
+    print(f"mine.py: {message}", file=sys.stderr)
+
+
+def print_scores(name: str, positives: Sequence[float], others: Sequence[float], other: str = "negatives") -> None:
+    """Print a table of the distribution of scores."""
+    groups = {"positives": np.asarray(positives), other: np.asarray(others)}
+    rows = [
+        [group, f"{len(s):,}", *(f"{x:.4f}" for x in (s.mean(), *np.percentile(s, (5, 50, 95))))]
+        for group, s in groups.items()
+        if len(s)
+    ]
+    print_rows(f"Scores of {name}", ("of", "count", "mean", "p5", "p50", "p95"), rows)
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def run_code(args: argparse.Namespace) -> None:
+    """Write the pairs of `args.paths` to `args.output`, all or none, and print the counts."""
     output = Path(args.output).expanduser()
-    mining_output.check_output(output, args.overwrite)
+    check_output(output, args.overwrite)
     if not 0 < args.min_lines <= args.max_lines:
         raise UserError(f"--min-lines {args.min_lines} --max-lines {args.max_lines}: needs 0 < min <= max")
     rules = code_pairs.Rules(args.languages, args.min_lines, args.max_lines, args.include_tests, args.keep_duplicates)
     counts = code_pairs.Counts()
     draft = output.with_name(f".{output.name}.new")
     try:
-        with open(draft, "w", encoding="utf-8", newline="\n") as file, progress_bar() as progress:
+        with open(draft, "w", encoding="utf-8", newline="\n") as file, progress_bar("mining", "files") as progress:
             for pair in code_pairs.pairs(args.paths, rules, counts, progress):
                 file.write(json.dumps(pair._asdict(), ensure_ascii=False) + "\n")
         print_counts(counts)
@@ -55,7 +113,7 @@ def mine_code(args: argparse.Namespace) -> None:
 
 
 def print_counts(counts: code_pairs.Counts) -> None:
-    """Two tables: by language, and by the reason of what was left out."""
+    """Print two tables: the counts by language, and the reasons of everything that was left out."""
     columns = (counts.files, counts.definitions, counts.pairs)
     rows = [[name, *(f"{column[name]:,}" for column in columns)] for name in LANGUAGES if counts.files[name]]
     if len(rows) > 1:
@@ -67,54 +125,222 @@ def print_counts(counts: code_pairs.Counts) -> None:
         (code_pairs.REASONS, counts.left_out, "definitions"),
     ):
         for reason, meaning in reasons.items():
-            if left_out[reason]:
-                of = "folders" if reason.startswith("folder") else unit
-                rows.append(
-                    [f"{reason}: {meaning}", f"{left_out[reason]:,} {of.removesuffix('s' * (left_out[reason] == 1))}"]
-                )
+            if n := left_out[reason]:
+                counted = "folders" if reason.startswith("folder") else unit
+                rows.append([f"{reason}: {meaning}", f"{n:,} {counted.removesuffix('s' * (n == 1))}"])
     if rows:
         print_rows("Left out", ("reason", "count"), rows)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Mine training data. `mine.py COMMAND --help` tells the rules.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+def add_code(commands: argparse._SubParsersAction) -> None:
     reasons = [f"  {name}: {text}" for name, text in (code_pairs.FILE_REASONS | code_pairs.REASONS).items()]
     suffixes = {name: [s for s, language in BY_SUFFIX.items() if language.name == name] for name in LANGUAGES}
-    code = commands.add_parser(
+    out = commands.add_parser(
         "code",
         help="(docstring, function or class) pairs from source trees",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write (docstring, code) pairs of source trees as rows that train.py reads. The query is the\n"
-        "docstring, or else the comment directly above, up to its first section (parameters, returns,\n"
-        "examples, ...), 600 characters at most unless the first paragraph is longer. The positive is the\n"
-        "function or class without its docstring and those of the functions and classes inside it.",
+        description="Write (docstring, code) pairs of source trees as rows for train.py. The query is the docstring,\n"
+        "or else the comment directly above, up to its first section (parameters, returns, examples, ...):\n"
+        "at most 600 characters, unless the first paragraph is longer. The positive is the function or\n"
+        "class without its docstring and without those of the functions and classes inside it.",
         epilog="left out are:\n"
         + "\n".join(reasons)
         + "\n\nlanguages:\n"
         + "\n".join(f"  {name}: {' '.join(endings)}" for name, endings in suffixes.items()),
     )
-    code.add_argument("paths", nargs="+", metavar="PATH", help="folders and files; rules look only at what is below")
-    code.add_argument(
+    out.add_argument("paths", nargs="+", metavar="PATH", help="folders and files; the rules apply only below them")
+    out.add_argument(
         "--output", required=True, metavar="FILE", help="JSON lines: query, positive, path, line, name, ..."
     )
-    code.add_argument("--overwrite", action="store_true", help="replace --output where it exists")
-    code.add_argument(
+    out.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    out.add_argument(
         "--languages", nargs="+", choices=LANGUAGES, default=(), metavar="NAME", help="only these (default: all)"
     )
-    code.add_argument(
-        "--min-lines", type=int, default=2, metavar="N", help="fewest lines of code (default: %(default)s)"
+    out.add_argument(
+        "--min-lines", type=int, default=2, metavar="N", help="least number of lines of code (default: %(default)s)"
     )
-    code.add_argument(
-        "--max-lines", type=int, default=150, metavar="N", help="most lines of code (default: %(default)s)"
+    out.add_argument(
+        "--max-lines",
+        type=int,
+        default=150,
+        metavar="N",
+        help="greatest number of lines of code (default: %(default)s)",
     )
-    code.add_argument("--include-tests", action="store_true", help="mine tests, too")
-    code.add_argument("--keep-duplicates", action="store_true", help="keep duplicates, near duplicates, same queries")
-    code.set_defaults(run=mine_code)
-    negatives_command.add_command(commands)
-    teacher.add_command(commands)
-    return parser
+    out.add_argument("--include-tests", action="store_true", help="mine tests as well")
+    out.add_argument(
+        "--keep-duplicates", action="store_true", help="keep duplicates, near duplicates and repeated queries"
+    )
+    out.set_defaults(run=run_code)
+
+
+# --- negatives --------------------------------------------------------------------------------------------------------
+
+
+@resumable()
+def run_negatives(args: argparse.Namespace) -> None:
+    """Write the rows of `args.data` with hard negatives to `args.output`, and print what was mined."""
+    output = Path(args.output).expanduser()
+    check_output(output, args.overwrite)
+    by = args.by or ("model" if args.model else "bm25")
+    if by != "bm25" and not args.model:
+        raise UserError(f"--by {by}: needs --model")
+    margin = args.relative_margin
+    if margin == "default":
+        margin = RELATIVE_MARGIN if args.model or args.reranker else None
+    rules = hard_negatives.Rules(
+        by, args.skip, args.take, args.range_max, args.absolute_margin, margin, args.max_score, args.min_score,
+        args.sampling, args.seed,
+    )  # fmt: skip
+    files = find_files(args.data)
+    corpus = run.open_corpus(args.corpus, args.field, args.es_fields)
+    run.check_margins(corpus, rules, bool(args.model or args.reranker))
+    model = run.load_retriever(args.model, args.max_length) if args.model else None
+    judge = Teacher(args.reranker, "reranker", reranker_type=args.reranker_type) if args.reranker else None
+    with cache_folder(output, args.work) as cache:
+        negatives = mine_negatives(files, corpus, rules, cache, model, judge, args.skip_bad_rows, notify)
+        print_negatives(negatives, rules)
+        if not (negatives.mined.numbers >= 0).any():
+            raise UserError("no negative was found: the corpus is small, or the filters are narrow")
+        if judge and judge.cut:
+            notify(f"the reranker truncated {judge.cut:,} documents")
+        count = negatives.write(output, args.scores)
+    print_lines(
+        [("written", f"{output} ({count:,} rows)"), ("next", f"python train.py --data {output} --output adapters/m")]
+    )
+
+
+def print_negatives(negatives: run.Negatives, rules: hard_negatives.Rules) -> None:
+    """Print the counts of texts, a table of scores, a table of what was left out, and the count of negatives."""
+    texts, mined = negatives.texts, negatives.mined
+    rows, distinct = len(texts.row_query), len(texts.documents)
+    print_lines(
+        [
+            ("rows", f"{rows:,}, {len(texts.queries):,} distinct queries"),
+            ("documents", f"{distinct:,} distinct of {texts.read:,}; case and white space do not count"),
+        ]
+    )
+    taken = mined.numbers[texts.row_query] >= 0
+    print_scores(negatives.scored_by, mined.known[texts.row_pairs], mined.scores[texts.row_query][taken])
+    _, candidates, *counts = mined.counts.tolist()
+    total = candidates + counts[0]
+    reasons = zip(hard_negatives.REASONS.items(), counts, strict=True)
+    table = [[f"{reason}: {text}", f"{n:,}", f"{n / total:.1%}"] for (reason, text), n in reasons if n]
+    if table:
+        print_rows(f"Left out of the best {rules.depth} documents of each query", ("reason", "count", "share"), table)
+    of_row = taken.sum(axis=1)
+    few, none = int((of_row < rules.take).sum()), int((of_row == 0).sum())
+    fewer = f"; {few:,} rows have fewer than {rules.take}, {none:,} of them none"
+    print_lines([("negatives", f"{taken.sum():,}" + fewer * bool(few))])
+    if few:
+        print_lines([("for more", "--range-max N looks at more documents, --relative-margin off filters less")])
+
+
+def add_negatives(commands: argparse._SubParsersAction) -> None:
+    rules = hard_negatives.Rules()
+    out = commands.add_parser(
+        "negatives",
+        help="hard negatives for rows of queries and positives",
+        description="Write the rows with hard negatives: documents that rank high for a query and are not known "
+        "positives of it. The documents are those of --corpus and of the rows; negatives that rows already have are "
+        "documents like any other. The best --range-max documents of a query pass through the filters; of the rest, "
+        "--skip leaves out the first, and --take of the next become negatives. The filters have the names and meanings "
+        "of sentence-transformers' mine_hard_negatives. They compare scores of the reranker, else of the model, "
+        "else of BM25. Rows with the same query get the same negatives.",
+    )
+    add_files(out, "rows with a query and a positive, in train.py's formats")
+    flag = out.add_argument
+    flag("--corpus", metavar="FILE", help="JSON lines, .txt, a BEIR folder, or es://INDEX, which then also ranks by "
+         "BM25 (default: only the documents of the rows)")  # fmt: skip
+    flag("--es-fields", default=fields.DEFAULT, metavar="TEXT", help="with es://: document=FIELD+FIELD names the "
+         "fields of a document (default: title+snippet)")  # fmt: skip
+    flag("--field", metavar="KEY", help="key of the text in --corpus (default: title and text, ...)")
+    flag("--model", "--model-path", metavar="MODEL", help="embedding model: adapter folder, base model's folder, or "
+         "hub name")  # fmt: skip
+    flag("--max-length", type=int, metavar="N", help="truncate documents to N tokens (default: as saved)")
+    flag("--by", choices=hard_negatives.BY, help="what ranks the documents; both: reciprocal rank fusion (default: "
+         "model; bm25 without --model)")  # fmt: skip
+    flag("--reranker", metavar="MODEL", help="its scores decide order and filters; a late-interaction model works too")
+    flag("--reranker-type", metavar="KIND", help="kind of reranker, if its files do not say")
+    flag("--skip", "--range-min", type=int, default=rules.skip, metavar="K", help="leave out the first K documents "
+         "that passed the filters (default: %(default)s)")  # fmt: skip
+    flag("--take", "--num-negatives", type=int, default=rules.take, metavar="N", help="negatives of a query (default: "
+         "%(default)s)")  # fmt: skip
+    flag("--range-max", type=int, metavar="N", help="documents of a query to look at (default: skip + 10 * take)")
+    flag("--sampling", "--sampling-strategy", choices=hard_negatives.SAMPLING, default="top", help="take the first, "
+         "or random ones (default: %(default)s)")  # fmt: skip
+    flag("--seed", type=int, default=0, metavar="N", help="for --sampling random (default: %(default)s)")
+    flag("--absolute-margin", type=_margin, metavar="X", help="leave out documents that score above the query's "
+         "lowest positive minus X (default: off)")  # fmt: skip
+    flag("--relative-margin", type=_margin, default="default", metavar="X", help="leave out documents that score "
+         f"above that positive minus X times its size (default: {RELATIVE_MARGIN}; with BM25 scores: off)")  # fmt: skip
+    flag("--max-score", type=float, metavar="X", help="leave out documents that score above X (default: off)")
+    flag("--min-score", type=float, metavar="X", help="leave out documents that score below X (default: off)")
+    flag("--scores", action="store_true", help="write the scores of positive and negatives, for distillation")
+    out.set_defaults(run=run_negatives)
+
+
+def _margin(text: str) -> float | str | None:
+    """Parse a margin: a number, or None for "off"."""
+    return None if text == "off" else text if text == "default" else float(text)
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+@resumable()
+def run_score(args: argparse.Namespace) -> None:
+    """Write the rows of `args.data` with a teacher's scores to `args.output`, and print a table of the scores."""
+    output = Path(args.output).expanduser()
+    check_output(output, args.overwrite)
+    files = find_files(args.data)
+    counts, skipped = run.count_rows(files, args.skip_bad_rows)
+    teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type)
+    name = teacher.model.name
+    print_lines([("teacher", f"{name}, {teacher.kind}")])
+    with cache_folder(output, args.work) as cache:
+        run.score_rows(files, output, teacher, counts, cache, skipped, notify)
+    if teacher.cut:
+        notify(f"the reranker truncated {teacher.cut:,} documents (--max-length)")
+    print_scores(name, counts.positives, counts.negatives, "negatives" if counts.positives else "documents")
+    if counts.positives:
+        share = counts.beaten / len(counts.positives)
+        print_lines(
+            [("rivals", f"{counts.beaten:,} rows have a negative that scores above the positive ({share:.1%})")]
+        )
+    print_lines(
+        [
+            ("written", f"{output} ({counts.rows:,} rows, {counts.documents:,} scores)"),
+            ("next", f"python train.py --data {output} --loss kl_distill   # --task rerank: margin_mse, too"),
+        ]
+    )
+
+
+def add_score(commands: argparse._SubParsersAction) -> None:
+    out = commands.add_parser(
+        "score",
+        help="a teacher's scores of rows with negatives, for distillation",
+        description='Write the rows with "scores": of the positive and then the negatives, or of "documents".',
+    )
+    add_files(out, "rows with negatives, or with documents")
+    flag = out.add_argument
+    flag("--teacher", required=True, metavar="MODEL", help="a reranker, or an embedding model")
+    flag("--teacher-kind", choices=KINDS, help="default: as its files say; a language model whose files do not say is "
+         "a reranker if its name has 'rerank'")  # fmt: skip
+    flag("--reranker-type", metavar="KIND", help="kind of reranker, if its files do not say")
+    flag("--max-length", type=int, metavar="N", help="truncate texts to N tokens (default: as saved)")
+    out.set_defaults(run=run_score)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    out = argparse.ArgumentParser(description="Mine training data. `mine.py COMMAND --help` explains a command.")
+    commands = out.add_subparsers(required=True, metavar="command")
+    for add in (add_code, add_negatives, add_score):
+        add(commands)
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (UserError, FloatingPointError) as error:
-        print(f"mine.py: {error}", file=sys.stderr)
+        notify(str(error))
         return 2
     return 0
 

@@ -1,9 +1,9 @@
-"""What mine.py reads and writes: rows, a corpus, distinct texts on disk.
+"""Read the rows and the corpus that negatives are mined from; keep every distinct text on disk.
 
 python mine.py negatives --data pairs.jsonl --corpus corpus.jsonl --model M --output mined.jsonl
 
-A text is in memory only while it is used. What stays there is about 200 bytes a document, most of them a hash by which
-its duplicates are known, until all are read.
+A text is in memory only while it is used. About 200 bytes a document stay in memory while files are read, most of them
+for a hash that recognises duplicates.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from mlx_retrieval.dataset.row_formats import Example, decode, example_of, row_f
 from mlx_retrieval.dataset.rows import open_rows
 from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 MINED = ("document", "positive", "anchor")  # formats of rows that negatives are mined for
 SCORED = (*MINED, "documents")  # ... and that a teacher scores
@@ -36,9 +33,11 @@ SCORED = (*MINED, "documents")  # ... and that a teacher scores
 def read_rows(
     files: Sequence[Path], formats: Sequence[str], skipped: list[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], Example]]:
-    """(the row as it stands in its file, what rows.py makes of it) of every row, in order.
+    """Yield (the row's JSON object, its example) of every row, in order. Scores in the rows are not checked.
 
-    Scores that rows have are not looked at. Bad rows raise UserError, or are put into `skipped` where that is a list.
+    Args:
+        formats: the formats of rows that are accepted, see row_formats.
+        skipped: takes "file:line: reason" of bad rows; None = a bad row raises UserError.
     """
     expected = None
     for file in files:
@@ -46,11 +45,11 @@ def read_rows(
             for line in lines_of(handle):
                 try:
                     row = decode(line.data)
-                    kind = row_format(row)
-                    if kind not in formats:
-                        raise RowError(f"has the key {kind}: {_UNFIT[kind]}")
+                    form = row_format(row)
+                    if form not in formats:
+                        raise RowError(f"has the key {form}: {_UNFIT[form]}")
                     plain = {key: value for key, value in row.items() if key != "scores"}
-                    if kind == "documents" and isinstance(row["documents"], list):  # equal scores: the order stays
+                    if form == "documents" and isinstance(row["documents"], list):  # equal scores keep the order
                         plain["scores"] = [0.0] * len(row["documents"])
                     example, expected = example_of(plain, expected)
                 except RowError as error:
@@ -63,13 +62,13 @@ def read_rows(
 
 
 _UNFIT = {
-    "label": "rows of labels name no positive",
-    "documents": "rows that a teacher has judged have their negatives",
+    "label": "rows with labels have no positive",
+    "documents": "rows that a teacher has scored have their negatives already",
 }
 
 
 def corpus_file(name: str) -> Path:
-    """The file of documents that `--corpus` names: itself, or the corpus.jsonl of a folder in BEIR layout."""
+    """Return the file of documents that `--corpus` names: the file itself, or the corpus.jsonl of a BEIR folder."""
     path = Path(name).expanduser()
     file = path / "corpus.jsonl" if path.is_dir() else path
     if file.suffix == ".gz" or (not file.is_file() and file.with_name(f"{file.name}.gz").is_file()):
@@ -80,7 +79,7 @@ def corpus_file(name: str) -> Path:
 
 
 def read_corpus(file: Path, field: str | None = None) -> Iterator[str]:
-    """The documents of a file, as `embed.read_texts` reads it, but for blank ones; UserError where there is none."""
+    """Yield the documents of a file that are not blank (see text_files.read_texts). UserError if there is none."""
     count = 0
     for text in read_texts(file, field):
         if text.strip():
@@ -94,9 +93,9 @@ def read_corpus(file: Path, field: str | None = None) -> Iterator[str]:
 
 
 class TextFile:
-    """Distinct texts in a temporary file; in memory is only where each begins, and while they come, a hash of each.
+    """Distinct texts in a temporary file. In memory are only their places, and until `close` a hash of each.
 
-    Two texts are the same where they differ in nothing but case and white space: the first of them is kept.
+    Texts that differ only in case and white space are the same; the first of them is kept.
     """
 
     def __init__(self, folder: Path):
@@ -104,8 +103,8 @@ class TextFile:
         self._starts, self._numbers, self._digest = array("Q", [0]), dict[bytes, int](), hashlib.sha256()
 
     def add(self, text: str) -> int:
-        """The number of a text; a new one gets the next."""
-        number = self._numbers.setdefault(_key(text), len(self))
+        """Return the number of a text; a new text gets the next number."""
+        number = self._numbers.setdefault(text_key(text), len(self))
         if number == len(self):
             data = text.encode("utf-8", "surrogatepass")
             self._file.write(data)
@@ -114,11 +113,11 @@ class TextFile:
         return number
 
     def find(self, text: str) -> int | None:
-        """The number of a text that was added."""
-        return self._numbers.get(_key(text))
+        """Return the number of a text, or None if it was not added."""
+        return self._numbers.get(text_key(text))
 
     def close(self) -> str:
-        """No more texts come: forget their hashes, and return one of all of them."""
+        """Finish adding: drop the hashes of the texts, and return one hash of all texts."""
         self._file.flush()
         self._numbers.clear()
         return self._digest.hexdigest()
@@ -127,40 +126,40 @@ class TextFile:
         return len(self._starts) - 1
 
     def read(self, numbers: Iterable[int]) -> list[str]:
-        """Texts by their numbers, once `close` was called."""
+        """Return texts by their numbers; only after `close`."""
         starts, handle = self._starts, self._file.fileno()
         parts = (os.pread(handle, starts[i + 1] - starts[i], starts[i]) for i in numbers)
         return [part.decode("utf-8", "surrogatepass") for part in parts]
 
 
-def _key(text: str) -> bytes:
-    """12 bytes: of a hundred million texts, two different ones share them with a probability of 1 in 10 trillion."""
-    same = " ".join(text.split()).casefold()
-    return hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+def text_key(text: str) -> bytes:
+    """Return 12 bytes that equal texts share; a hundred million different texts collide with a probability of 1e-13."""
+    normalized = " ".join(text.split()).casefold()
+    return hashlib.blake2b(normalized.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 @dataclass
 class Collection:
-    """Distinct queries and documents, and which belong together. Pairs are int64: query << 32 | document, sorted."""
+    """Distinct queries and documents, and their pairs. A pair is an int64, query << 32 | document; pairs are sorted."""
 
     queries: TextFile
     documents: TextFile
-    row_query: np.ndarray  # (R,) uint32 of each row
+    row_query: np.ndarray  # (R,) uint32: the query of each row
     row_positive: np.ndarray  # (R,) uint32
     known: np.ndarray  # (K,) pairs of queries and positives, of any row
-    barred: np.ndarray  # (B,) pairs that are never mined: those, and documents that are the query itself
-    read: int  # texts of documents, duplicates included
+    excluded: np.ndarray  # (B,) pairs that are never mined: `known`, and documents that equal the query
+    read: int  # documents read, duplicates included
     corpus: np.ndarray  # (N,) uint32: the document of each text of the corpus
-    marks: dict[str, str]  # hashes
+    fingerprints: dict[str, str]  # hashes of all that was read
 
     @staticmethod
     def part(pairs: np.ndarray, first: int, last: int) -> np.ndarray:
-        """The pairs of queries `first` to `last` - 1."""
+        """Return the pairs of queries `first` to `last` - 1."""
         return pairs[slice(*np.searchsorted(pairs, (first << 32, last << 32)))]
 
     @property
     def row_pairs(self) -> np.ndarray:
-        """(R,) int: where in `known` each row's pair is."""
+        """The place of each row's pair in `known`, (R,) int."""
         return np.searchsorted(self.known, _pairs(self.row_query, self.row_positive))
 
 
@@ -173,7 +172,7 @@ def collect(
     corpus: Iterable[str],
     folder: Path,
 ) -> Collection:
-    """Read everything once, into temporary files in `folder`. Documents are the corpus's, then those of all rows."""
+    """Read everything once into temporary files in `folder`: the documents of the corpus, then those of all rows."""
     queries, documents, read = TextFile(folder), TextFile(folder), 0
     row_query, row_positive, of_corpus = array("I"), array("I"), array("I")
     for text in corpus:
@@ -191,15 +190,12 @@ def collect(
     itself = [(i, documents.find(text)) for i, text in enumerate(_each(queries))]
     itself = np.array([pair for pair in itself if pair[1] is not None], np.int64).reshape(-1, 2)
     known = np.unique(_pairs(row_query, row_positive))
-    barred = np.union1d(known, _pairs(*itself.T))
-    marks = {"corpus": documents.close(), "queries": query_hash, "positives": hashlib.sha256(known).hexdigest()}
+    excluded = np.union1d(known, _pairs(*itself.T))
+    fingerprints = {"corpus": documents.close(), "queries": query_hash, "positives": hashlib.sha256(known).hexdigest()}
     of_rows = (np.frombuffer(each, np.uint32) for each in (row_query, row_positive))
-    return Collection(queries, documents, *of_rows, known, barred, read, np.array(of_corpus, np.uint32), marks)
+    return Collection(queries, documents, *of_rows, known, excluded, read, np.array(of_corpus, np.uint32), fingerprints)
 
 
 def _each(texts: TextFile) -> Iterator[str]:
     for i in range(len(texts)):
         yield from texts.read([i])
-
-
-# --- output -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""An index as the corpus of `mine.py negatives`: its documents are read once, and BM25 is asked of the server.
+"""An Elasticsearch index as a corpus: its documents are read once, and the server ranks them by BM25.
 
 python mine.py negatives --data pairs.jsonl --corpus es://tickets --es-fields document=answer --by both --model M ...
 """
@@ -12,27 +12,29 @@ from mlx_retrieval.dataset.elastic.fields import joined
 from mlx_retrieval.dataset.elastic.server import parse
 from mlx_retrieval.utils.errors import UserError
 
-MORE = 100  # hits beyond those that are looked at: known positives are among them
+MORE = 100  # further hits, as known positives are among the hits and do not count
 
 
 class ElasticCorpus:
     """The texts of an index's documents.
 
     Args:
-        source: es://INDEX.
-        texts: fields, joined by line breaks.
+        source: es://INDEX, or the index's URL.
+        texts: the fields of a document's text, joined by line breaks.
+
+    Raises UserError if the index lacks a field.
     """
 
     def __init__(self, source: str, texts: Sequence[str]):
         self.address, self.texts = parse(source), list(texts)
         self.documents = Documents(self.address, texts)
-        absent, there = self.documents.missing()
+        absent, present = self.documents.missing()
         if absent:
-            raise UserError(f"{self.address}: no field {', '.join(sorted(absent))} (there: {', '.join(there)})")
-        self._numbers: dict[str, int] = {}  # of the documents in the order in which they were read, by index and id
+            raise UserError(f"{self.address}: no field {', '.join(sorted(absent))} (there are: {', '.join(present)})")
+        self._numbers: dict[str, int] = {}  # index/id of a document -> its place in the order of reading
 
     def __iter__(self) -> Iterator[str]:
-        """Every document's text, in the order of ranges; those without one are left out."""
+        """Yield every document's text, in the order of ranges; documents without a text are left out."""
         for low, high in self.documents.ranges(self.documents.survey()):
             for hit in self.documents.read(low, high):
                 if (text := joined(hit["_source"], self.texts)).strip():
@@ -44,12 +46,12 @@ class ElasticCorpus:
         self.documents.server.open()  # for the searches
 
     def words(self, numbers: Sequence[int], count: int, depth: int) -> Callable[[str], np.ndarray]:
-        """What gives, for a query, the server's BM25 scores (count,) float32 of documents; 0 beyond the best of them.
+        """Return a function from a query to the server's BM25 scores, (count,) float32; 0 for all but the best.
 
         Args:
-            numbers: the number in the collection of each text that was read, in that order.
-            count: documents of the collection.
-            depth: best documents that are looked at.
+            numbers: the collection's number of each text, in the order of reading.
+            count: documents in the collection.
+            depth: best documents to look at.
         """
         client, server = self.documents.server.client, self.documents.server
 

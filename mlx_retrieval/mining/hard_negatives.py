@@ -1,40 +1,38 @@
-"""Hard negatives: documents that a retriever ranks high for a query without their being an answer to it.
+"""Hard negatives: documents that a retriever ranks high for a query although they do not answer it.
 
 python mine.py negatives --data pairs.jsonl --corpus corpus.jsonl --model M --output mined.jsonl
 
-Documents are searched in blocks, and the best of all blocks are merged, so that memory depends on neither the number of
-queries nor that of documents. Rules follow NV-Retriever (Moreira et al. 2024, arXiv 2407.15831) in the meanings that
-sentence-transformers' `mine_hard_negatives` gives them. Everything here works on numbers of queries and documents; what
-is read, kept and written is in mining.py.
+Documents are searched in blocks and the best of all blocks are merged, so memory depends neither on the number of
+queries nor on that of documents. The rules follow NV-Retriever (Moreira et al. 2024, arXiv 2407.15831), with the
+meanings that sentence-transformers' `mine_hard_negatives` gives them. Queries and documents are numbers here:
+collection.py holds their texts, cache.py finished blocks, and output.py writes the rows.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mlx_retrieval.backend import mx
 
 import numpy as np
 
+from mlx_retrieval.mining.cache import ResumableCache
+from mlx_retrieval.mining.collection import Collection
 from mlx_retrieval.retrieval.base import reciprocal_rank_fusion
 from mlx_retrieval.retrieval.topk import DOCUMENTS, NO_DOCUMENT, QUERIES, best_first, merge
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import Progress
 
-if TYPE_CHECKING:
-    from mlx_retrieval.mining.cache import Work
-    from mlx_retrieval.mining.collection import Collection
-    from mlx_retrieval.utils.progress import Progress
-
-JUDGED_QUERIES = 128  # that are searched at once and finished together with a reranker as the judge, QUERIES without
+QUERIES_OF_A_JUDGE = 128  # queries of a block that a judge scores; without a judge a block has QUERIES
 BY, SAMPLING = ("model", "bm25", "both"), ("top", "random")
 
 REASONS = {
-    "known positive": "or the query itself, found among the best; equal but for case and white space",
-    "absolute margin": "not so far below the query's lowest positive",
-    "relative margin": "not so far below the query's lowest positive, as a share of its score",
+    "known positive": "or the query itself, among the best; case and white space do not count",
+    "absolute margin": "too close to the score of the query's lowest positive, or above it",
+    "relative margin": "the same, as a share of that score",
     "max score": "above --max-score",
     "min score": "below --min-score",
-    "skip": "the first of what is left",
+    "skip": "the first of the rest",
 }
 
 Groups = Sequence[tuple[str, Sequence[str]]]
@@ -42,18 +40,18 @@ Groups = Sequence[tuple[str, Sequence[str]]]
 
 @dataclass(frozen=True)
 class Rules:
-    """Which of the documents found become negatives.
+    """The rules by which documents become negatives.
 
-    Of a query's `depth` best documents that are no known positive, those that `passing` keeps are taken in the order of
-    their rank: the first `skip` are left out, and `take` of the others are the first ("top") or any ("random").
+    Of a query's `depth` best documents, known positives aside, `passing` filters some out. The rest keep the order of
+    their rank: the first `skip` are left out, and `take` of the others are taken, the first ("top") or any ("random").
 
-    Raises UserError for what can not be.
+    Raises UserError for values that are out of range or exclude each other.
     """
 
     by: str = "model"  # one of BY; both: reciprocal rank fusion
     skip: int = 0
     take: int = 4
-    range_max: int | None = None  # documents of a query that are looked at; None = skip + 10 * take
+    range_max: int | None = None  # documents of a query to look at; None = skip + 10 * take
     absolute_margin: float | None = None
     relative_margin: float | None = None
     max_score: float | None = None
@@ -63,32 +61,33 @@ class Rules:
 
     def __post_init__(self):
         if self.take < 1:
-            raise UserError(f"--take {self.take}: at least 1")
+            raise UserError(f"--take {self.take}: must be at least 1")
         if self.skip < 0 or self.seed < 0:
-            raise UserError(f"--skip {self.skip} --seed {self.seed}: neither is below 0")
+            raise UserError(f"--skip {self.skip} --seed {self.seed}: must not be negative")
         if self.depth < self.skip + self.take:
             raise UserError(
-                f"--range-max {self.depth}: with --skip {self.skip} --take {self.take} it is at least "
+                f"--range-max {self.depth}: with --skip {self.skip} --take {self.take} it must be at least "
                 f"{self.skip + self.take}"
             )
         for name in ("absolute_margin", "relative_margin"):
             if (margin := getattr(self, name)) is not None and not 0 <= margin < float("inf"):
-                raise UserError(f"--{name.replace('_', '-')} {margin}: 0 or more, or off")
+                raise UserError(f"--{name.replace('_', '-')} {margin}: must be 0 or more, or off")
         if None not in (self.min_score, self.max_score) and not self.min_score <= self.max_score:
             raise UserError(f"--min-score {self.min_score} --max-score {self.max_score}: nothing lies between")
 
     @property
     def depth(self) -> int:
+        """The number of documents of a query to look at."""
         return self.skip + 10 * self.take if self.range_max is None else self.range_max
 
 
-class Sources(NamedTuple):
-    """What finds and what judges. Scores are the judge's; without one the vectors'; without those BM25's."""
+class Retrievers(NamedTuple):
+    """The functions that rank and score documents. Scores are the judge's, else dot products, else BM25's."""
 
     encode: Callable[[list[str]], np.ndarray] | None = None  # queries -> vectors (Q, d) float32
     vectors: np.ndarray | None = None  # (D, d) float32 of the documents, in memory or mapped
-    words: Callable[[str], np.ndarray] | None = None  # query -> BM25's scores (D,)
-    judge: Callable[[Groups], list[np.ndarray]] | None = None  # as rerank.Reranker.score_groups
+    words: Callable[[str], np.ndarray] | None = None  # query -> BM25 scores (D,)
+    judge: Callable[[Groups], list[np.ndarray]] | None = None  # as inference.reranker.Reranker.score_groups
 
 
 class Mined(NamedTuple):
@@ -96,49 +95,51 @@ class Mined(NamedTuple):
 
     numbers: np.ndarray  # (Q, take) int64: documents; NO_DOCUMENT = no more
     scores: np.ndarray  # (Q, take) float32
-    known: np.ndarray  # (K,) float32: of every known positive, in the order of `Collection.known`
+    known: np.ndarray  # (K,) float32: every known positive's, in the order of `Collection.known`
     counts: np.ndarray  # (2 + len(REASONS),) int64: known positives, candidates, and those left out by each reason
 
 
 class Ranking(NamedTuple):
-    """What one retriever found."""
+    """The documents that one retriever ranks best."""
 
     numbers: np.ndarray  # (Q, depth) int64, best first; NO_DOCUMENT = no more
     scores: np.ndarray  # (Q, depth) float32
-    barred: np.ndarray  # (B,) float32: of the pairs that were not to be found
+    excluded: np.ndarray  # (B,) float32: scores of the excluded pairs
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
 def by_vectors(
-    queries: np.ndarray, documents: np.ndarray, k: int, rows: np.ndarray, barred: np.ndarray, block: int = DOCUMENTS
+    queries: np.ndarray, documents: np.ndarray, k: int, rows: np.ndarray, excluded: np.ndarray, block: int = DOCUMENTS
 ) -> Ranking:
-    """The `k` documents with the greatest dot products for each query.
+    """Rank the `k` documents with the greatest dot products for each query.
 
     Args:
-        queries: (Q, d) float32; documents: (D, d) float32, of which `block` are in memory at once.
-        rows, barred: (B,) each: query rows[i] is not to find document barred[i].
+        queries: (Q, d) float32.
+        documents: (D, d) float32, in memory or mapped from disk.
+        rows, excluded: (B,) each: document excluded[i] is left out for query rows[i].
+        block: documents in memory at once.
     """
     best = np.empty((len(queries), 0), np.int64)
     device_queries = mx.array(queries)
     for first in range(0, len(documents), block):
         part = np.asarray(documents[first : first + block])
         scores = np.array(device_queries @ mx.array(part).T)
-        here = (barred >= first) & (barred < first + len(part))
-        scores[rows[here], barred[here] - first] = -np.inf
+        here = (excluded >= first) & (excluded < first + len(part))
+        scores[rows[here], excluded[here] - first] = -np.inf
         best = merge(best, scores, first, k)
     numbers, _ = best_first(best, k)
-    # The products of a block depend, in their last digits, on its size. What is kept is computed anew, more exactly.
+    # The last digits of a block's products depend on its size: the products of the best are computed again in float64.
     scores = dots(queries, documents, numbers)
     order = np.lexsort((numbers, -scores), axis=1)
     numbers, scores = (np.take_along_axis(each, order, axis=1) for each in (numbers, scores))
-    pairs = [queries[row].astype(np.float64) @ documents[i] for row, i in zip(rows, barred, strict=True)]
+    pairs = [queries[row].astype(np.float64) @ documents[i] for row, i in zip(rows, excluded, strict=True)]
     return Ranking(numbers, scores, np.array(pairs, np.float32))
 
 
 def dots(queries: np.ndarray, documents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """(Q, k) float32 products of each query with its documents, summed in float64; -inf for NO_DOCUMENT."""
+    """Return the dot products of each query and its documents, (Q, k) float32, summed in float64; -inf: NO_DOCUMENT."""
     scores = np.full(numbers.shape, -np.inf, np.float32)
     for i, query in enumerate(queries.astype(np.float64)):
         real = numbers[i] >= 0
@@ -147,18 +148,18 @@ def dots(queries: np.ndarray, documents: np.ndarray, numbers: np.ndarray) -> np.
 
 
 def by_words(
-    queries: Sequence[str], words: Callable[[str], np.ndarray], k: int, rows: np.ndarray, barred: np.ndarray
+    queries: Sequence[str], words: Callable[[str], np.ndarray], k: int, rows: np.ndarray, excluded: np.ndarray
 ) -> Ranking:
-    """The `k` documents that BM25 ranks first, of those that share a word with the query; else as `by_vectors`."""
-    found, pairs = [], []
+    """Rank the `k` best documents by BM25, among those that share a word with the query; otherwise as `by_vectors`."""
+    rankings, pairs = [], []
     for row, query in enumerate(queries):
         scores = np.array(words(query), np.float32)
-        out = barred[rows == row]
+        out = excluded[rows == row]
         pairs.append(scores[out])
         scores[out] = -np.inf
         scores[scores <= 0] = -np.inf
-        found.append(best_first(merge(np.empty((1, 0), np.int64), scores[None], 0, k), k))
-    numbers, scores = (np.concatenate(each) for each in zip(*found, strict=True))
+        rankings.append(best_first(merge(np.empty((1, 0), np.int64), scores[None], 0, k), k))
+    numbers, scores = (np.concatenate(each) for each in zip(*rankings, strict=True))
     return Ranking(numbers, scores, np.concatenate(pairs))
 
 
@@ -176,11 +177,12 @@ def fuse_rankings(rankings: Sequence[np.ndarray], k: int) -> np.ndarray:
 
 
 def passing(there: np.ndarray, scores: np.ndarray, floor: np.ndarray, rules: Rules) -> tuple[np.ndarray, list[int]]:
-    """Which candidates the filters keep, and how many each of the four took, one after another.
+    """Return the mask of the candidates that pass the filters, (Q, n) bool, and how many each of the four removed.
 
     Args:
-        there: (Q, n) bool, False where a query has no more candidates; scores: (Q, n).
-        floor: (Q,) the score of the query's lowest known positive.
+        there: (Q, n) bool, False if a query has no more candidates.
+        scores: (Q, n).
+        floor: (Q,): the score of the query's lowest known positive.
     """
     scores, floor = scores.astype(np.float64), floor.astype(np.float64)[:, None]
     tests = []
@@ -194,21 +196,23 @@ def passing(there: np.ndarray, scores: np.ndarray, floor: np.ndarray, rules: Rul
         tests.append(np.zeros_like(there))
     tests.append(scores > (np.inf if rules.max_score is None else rules.max_score))
     tests.append(scores < (-np.inf if rules.min_score is None else rules.min_score))
-    kept, counts = there.copy(), []
+    mask, counts = there.copy(), []
     for fails in tests:
-        counts.append(int((kept & fails).sum()))
-        kept &= ~fails
-    return kept, counts
+        counts.append(int((mask & fails).sum()))
+        mask &= ~fails
+    return mask, counts
 
 
-def choose(kept: np.ndarray, rules: Rules, first: int = 0) -> tuple[np.ndarray, int]:
-    """Places of the chosen candidates, (Q, take) int64 in their order, -1 = no more; and how many `skip` left out.
+def choose(mask: np.ndarray, rules: Rules, first: int = 0) -> tuple[np.ndarray, int]:
+    """Return the places of the chosen candidates, (Q, take) int64, -1 = no more, and how many `skip` left out.
 
-    `first`: the number of the first query; each has random numbers of its own, whatever block it is in.
+    Args:
+        mask: (Q, n) bool: the candidates that passed.
+        first: the number of the first query. It seeds the sampling, so that blocks of any size give the same result.
     """
-    chosen, skipped = np.full((len(kept), rules.take), -1, np.int64), 0
-    for row, mask in enumerate(kept):
-        places = np.flatnonzero(mask)
+    chosen, skipped = np.full((len(mask), rules.take), -1, np.int64), 0
+    for row, passed in enumerate(mask):
+        places = np.flatnonzero(passed)
         skipped += min(len(places), rules.skip)
         places = places[rules.skip :]
         if rules.sampling == "random" and len(places) > rules.take:
@@ -221,75 +225,79 @@ def choose(kept: np.ndarray, rules: Rules, first: int = 0) -> tuple[np.ndarray, 
 # --- mining -----------------------------------------------------------------------------------------------------------
 
 
-def mine_block(first: int, last: int, collection: "Collection", sources: Sources, rules: Rules) -> Mined:
-    """The negatives of queries `first` to `last` - 1."""
+def mine_block(first: int, last: int, collection: Collection, retrievers: Retrievers, rules: Rules) -> Mined:
+    """Mine the negatives of queries `first` to `last` - 1."""
     texts = collection.queries.read(range(first, last))
-    barred_keys = collection.part(collection.barred, first, last)
-    rows, barred = (barred_keys >> 32) - first, barred_keys & 0xFFFFFFFF
-    known = np.isin(barred_keys, collection.part(collection.known, first, last))  # the others are the queries' own text
-    vectors = sources.encode(texts) if sources.encode else None
+    excluded_pairs = collection.part(collection.excluded, first, last)
+    rows, excluded = (excluded_pairs >> 32) - first, excluded_pairs & 0xFFFFFFFF
+    known = np.isin(excluded_pairs, collection.part(collection.known, first, last))  # the rest: the queries' own text
+    vectors = retrievers.encode(texts) if retrievers.encode else None
     rankings = []
     if rules.by != "bm25":
-        rankings.append(by_vectors(vectors, sources.vectors, rules.depth, rows, barred))
+        rankings.append(by_vectors(vectors, retrievers.vectors, rules.depth, rows, excluded))
     if rules.by != "model":
-        rankings.append(by_words(texts, sources.words, rules.depth, rows, barred))
-    # BM25's 0 means that no word is shared; such pairs are not among the best even where there are too few of them.
-    found = np.any([(r.barred > r.scores[rows, -1]) & (r.barred != 0) for r in rankings], axis=0)
+        rankings.append(by_words(texts, retrievers.words, rules.depth, rows, excluded))
+    # A BM25 score of 0 means that no word is shared: such pairs are never among the best, however few there are.
+    in_reach = np.any([(r.excluded > r.scores[rows, -1]) & (r.excluded != 0) for r in rankings], axis=0)
     numbers, scores, pairs = rankings[0]
     if len(rankings) > 1:
         numbers = fuse_rankings([ranking.numbers for ranking in rankings], rules.depth)
-    if sources.judge:
-        scores, pairs = judged(texts, numbers, rows, barred, collection, sources.judge)
+    if retrievers.judge:
+        scores, pairs = judge_scores(texts, numbers, rows, excluded, collection, retrievers.judge)
         order = np.lexsort((np.broadcast_to(np.arange(numbers.shape[1]), numbers.shape), -scores), axis=1)
         numbers, scores = (np.take_along_axis(each, order, axis=1) for each in (numbers, scores))
     elif vectors is not None and rules.by != "model":
-        scores = dots(vectors, sources.vectors, numbers)
-        pairs = dots(vectors[rows], sources.vectors, barred[:, None])[:, 0]
+        scores = dots(vectors, retrievers.vectors, numbers)
+        pairs = dots(vectors[rows], retrievers.vectors, excluded[:, None])[:, 0]
     floor = np.full(last - first, np.inf, np.float32)
     np.minimum.at(floor, rows[known], pairs[known])
     there = numbers >= 0
-    kept, counts = passing(there, scores, floor, rules)
-    chosen, skipped = choose(kept, rules, first)
+    mask, counts = passing(there, scores, floor, rules)
+    chosen, skipped = choose(mask, rules, first)
     real = chosen >= 0
     return Mined(
         np.where(real, np.take_along_axis(numbers, chosen, axis=1), NO_DOCUMENT),
         np.where(real, np.take_along_axis(scores, chosen, axis=1), np.nan).astype(np.float32),
         pairs[known],
-        np.array([len(rows), there.sum(), found.sum(), *counts, skipped], np.int64),
+        np.array([len(rows), there.sum(), in_reach.sum(), *counts, skipped], np.int64),
     )
 
 
-def judged(
+def judge_scores(
     texts: Sequence[str],
     numbers: np.ndarray,
     rows: np.ndarray,
-    barred: np.ndarray,
-    collection: "Collection",
+    excluded: np.ndarray,
+    collection: Collection,
     judge: Callable[[Groups], list[np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The judge's scores of candidates (Q, n), -inf for NO_DOCUMENT, and of the barred pairs (B,)."""
+    """Return the judge's scores of candidates (Q, n), -inf for NO_DOCUMENT, and of the excluded pairs (B,)."""
     groups = []
     for row, text in enumerate(texts):
-        documents = [*numbers[row][numbers[row] >= 0].tolist(), *barred[rows == row].tolist()]
+        documents = [*numbers[row][numbers[row] >= 0].tolist(), *excluded[rows == row].tolist()]
         groups.append((text, collection.documents.read(documents)))
     scores, pairs = np.full(numbers.shape, -np.inf, np.float32), np.empty(len(rows), np.float32)
-    for row, found in enumerate(judge(groups)):
+    for row, group_scores in enumerate(judge(groups)):
         real = numbers[row] >= 0
-        scores[row, real], pairs[rows == row] = np.split(np.asarray(found, np.float32), [int(real.sum())])
+        scores[row, real], pairs[rows == row] = np.split(np.asarray(group_scores, np.float32), [int(real.sum())])
     return scores, pairs
 
 
 def mine(
-    collection: "Collection", sources: Sources, rules: Rules, work: "Work", progress: "Progress | None" = None
+    collection: Collection,
+    retrievers: Retrievers,
+    rules: Rules,
+    cache: ResumableCache,
+    progress: Progress | None = None,
 ) -> Mined:
-    """The negatives of all queries. Every finished block is kept in `work`, and not computed again."""
+    """Mine the negatives of all queries. Finished blocks are stored in the cache and not computed again."""
     blocks, count = [], len(collection.queries)
-    size = JUDGED_QUERIES if sources.judge else QUERIES
+    size = QUERIES_OF_A_JUDGE if retrievers.judge else QUERIES
     for number, first in enumerate(range(0, count, size)):
         last = min(first + size, count)
-        if (block := work.block(number, Mined._fields)) is None:
-            block = mine_block(first, last, collection, sources, rules)
-            work.keep(number, block._asdict())
+        if (block := cache.block(number, Mined._fields)) is None:
+            block = mine_block(first, last, collection, retrievers, rules)
+            cache.store(number, block._asdict())
             blocks.append(block)
         else:
             blocks.append(Mined(**block))

@@ -1,22 +1,20 @@
-"""Write mined rows."""
+"""Write mined rows as JSON lines."""
 
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_retrieval.dataset.row_formats import Example
-from mlx_retrieval.mining.collection import Collection, _key
+from mlx_retrieval.mining.collection import Collection, text_key
+from mlx_retrieval.mining.hard_negatives import Mined
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_retrieval.mining.hard_negatives import Mined
 
 REPLACED = ("anchor", "query", "document", "positive", "negative", "negatives", "scores")
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise UserError where `output` can not be written."""
+    """UserError if `output` cannot be written, or exists and `overwrite` is False."""
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output}: not a file in a folder that exists")
     if output.exists() and not overwrite:
@@ -24,7 +22,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as JSON lines, all or nothing; returns how many."""
+    """Write rows as JSON lines, all or none, and return their number."""
     draft, count = output.with_name(f".{output.name}.new"), 0
     try:
         with open(draft, "wb") as file:
@@ -39,14 +37,17 @@ def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
 def _line(row: dict[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
         return json.dumps(row).encode() + b"\n"
 
 
 def mined_rows(
-    rows: Iterable[tuple[dict[str, Any], Example]], collection: Collection, mined: "Mined", with_scores: bool
+    rows: Iterable[tuple[dict[str, Any], Example]], collection: Collection, mined: Mined, with_scores: bool
 ) -> Iterator[dict[str, Any]]:
-    """The rows that were collected, with their negatives; other keys stay. UserError where they are not those rows."""
+    """Yield the collected rows with their negatives; other keys stay.
+
+    Raises UserError if `rows` are not the rows that were collected.
+    """
     places = collection.row_pairs
     changed = UserError("--data: the file was changed during the run")
     i = -1
@@ -54,19 +55,19 @@ def mined_rows(
         if i == len(places):
             raise changed
         query = int(collection.row_query[i])
-        if _key(example.query) != _key(collection.queries.read([query])[0]):
+        if text_key(example.query) != text_key(collection.queries.read([query])[0]):
             raise changed
         numbers = mined.numbers[query][mined.numbers[query] >= 0].tolist()
-        made = {"query": example.query, "positive": example.positive}
-        made |= {name: value for name, value in row.items() if name not in REPLACED}
-        made["negatives"] = collection.documents.read(numbers)
+        mined_row = {"query": example.query, "positive": example.positive}
+        mined_row |= {name: value for name, value in row.items() if name not in REPLACED}
+        mined_row["negatives"] = collection.documents.read(numbers)
         if with_scores:
-            made["scores"] = shortened([mined.known[places[i]], *mined.scores[query][: len(numbers)]])
-        yield made
+            mined_row["scores"] = shortened([mined.known[places[i]], *mined.scores[query][: len(numbers)]])
+        yield mined_row
     if i + 1 != len(places):
         raise changed
 
 
 def shortened(scores: Iterable[float]) -> list[float]:
-    """Scores as they are written: seven digits, as many as a float32 has."""
+    """Return scores rounded to seven digits, as many as a float32 has."""
     return [float(f"{score:.7g}") for score in scores]

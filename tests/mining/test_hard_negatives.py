@@ -14,8 +14,8 @@ from sample_texts import SENTENCES
 
 from mlx_retrieval.dataset import row_formats
 from mlx_retrieval.mining import collection, hard_negatives, output
-from mlx_retrieval.mining.cache import Work
-from mlx_retrieval.mining.hard_negatives import Rules, Sources
+from mlx_retrieval.mining.cache import ResumableCache
+from mlx_retrieval.mining.hard_negatives import Retrievers, Rules
 from mlx_retrieval.retrieval import topk
 from mlx_retrieval.retrieval.bm25 import bm25, bm25_scores
 from mlx_retrieval.retrieval.topk import NO_DOCUMENT
@@ -24,9 +24,9 @@ from mlx_retrieval.utils.errors import UserError
 NONE = np.zeros(0, np.int64)
 
 
-def ranked(queries, documents, k, barred=(), block=hard_negatives.DOCUMENTS):
-    """`by_vectors` with barred (query, document) pairs."""
-    pairs = np.array(sorted(barred), np.int64).reshape(-1, 2)
+def ranked(queries, documents, k, excluded=(), block=hard_negatives.DOCUMENTS):
+    """`by_vectors` with excluded (query, document) pairs."""
+    pairs = np.array(sorted(excluded), np.int64).reshape(-1, 2)
     return hard_negatives.by_vectors(np.float32(queries), np.float32(documents), k, pairs[:, 0], pairs[:, 1], block)
 
 
@@ -57,8 +57,8 @@ class Table(dict):
 
         return (torch.as_tensor(one) * torch.as_tensor(other)).sum(dim=-1)
 
-    def sources(self, found, **more) -> Sources:
-        return Sources(self.encode_document, self.encode_document(found.documents.read(range(len(found.documents)))))
+    def sources(self, found, **more) -> Retrievers:
+        return Retrievers(self.encode_document, self.encode_document(found.documents.read(range(len(found.documents)))))
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_ranks_by_hand():
     found = ranked([[1, 0], [0, -1]], documents, 4, [(0, 2), (1, 1)])
     assert found.numbers.tolist() == [[3, 5, 0, 1], [5, 0, 2, 4]]  # equal scores by number
     assert found.scores.tolist() == [[2, 2, 1, 0], [2, 0, 0, 0]]
-    assert found.barred.tolist() == [3, -1]
+    assert found.excluded.tolist() == [3, -1]
 
 
 def test_too_few_documents():
@@ -86,14 +86,14 @@ def test_blocks_of_any_size_give_the_same(data, count, queries, k):
     documents = data.draw(st.lists(st.tuples(numbers, numbers), min_size=count, max_size=count))
     asked = data.draw(st.lists(st.tuples(numbers, numbers), min_size=queries, max_size=queries))
     pairs = st.tuples(st.integers(0, queries - 1), st.integers(0, count - 1))
-    barred = data.draw(st.sets(pairs, max_size=6))
-    whole = ranked(asked, documents, k, barred)
+    excluded = data.draw(st.sets(pairs, max_size=6))
+    whole = ranked(asked, documents, k, excluded)
     for row, query in enumerate(asked):
-        scores = {i: float(np.dot(query, d)) for i, d in enumerate(documents) if (row, i) not in barred}
+        scores = {i: float(np.dot(query, d)) for i, d in enumerate(documents) if (row, i) not in excluded}
         best = sorted(scores, key=lambda i: (-scores[i], i))[:k]
         assert whole.numbers[row].tolist() == best + [NO_DOCUMENT] * (k - len(best))
     for block in (1, 2, 5):
-        for one, other in zip(whole, ranked(asked, documents, k, barred, block), strict=True):
+        for one, other in zip(whole, ranked(asked, documents, k, excluded, block), strict=True):
             assert np.array_equal(one, other)
 
 
@@ -115,7 +115,7 @@ def test_bm25_as_in_evaluation():
     first = int(expected[queries[0]][0])
     without = hard_negatives.by_words(queries[:1], bm25_scores(SENTENCES), 8, np.array([0]), np.array([first]))
     assert without.numbers[0].tolist() == [*found.numbers[0, 1:], NO_DOCUMENT]
-    assert without.barred[0] == found.scores[0, 0]
+    assert without.excluded[0] == found.scores[0, 0]
 
 
 def test_fusion_by_hand():
@@ -175,10 +175,10 @@ def test_random_sampling():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"take": 0}, "--take 0: at least 1"),
-        ({"skip": -1}, "neither is below 0"),
-        ({"skip": 3, "take": 4, "range_max": 6}, "it is at least 7"),
-        ({"relative_margin": -0.1}, "--relative-margin -0.1: 0 or more"),
+        ({"take": 0}, "--take 0: must be at least 1"),
+        ({"skip": -1}, "must not be negative"),
+        ({"skip": 3, "take": 4, "range_max": 6}, "it must be at least 7"),
+        ({"relative_margin": -0.1}, "--relative-margin -0.1: must be 0 or more"),
         ({"absolute_margin": float("nan")}, "--absolute-margin nan"),
         ({"min_score": 0.5, "max_score": 0.2}, "nothing lies between"),
     ],
@@ -227,7 +227,7 @@ def test_the_same_as_sentence_transformers(name, two_positives, tmp_path, capsys
         (found := gather(rows, corpus)),
         table.sources(found),
         Rules(take=3, range_max=count, **settings),
-        Work(tmp_path),
+        ResumableCache(tmp_path),
     )
     theirs = mine_hard_negatives(
         datasets.Dataset.from_list(rows), table, corpus=corpus, num_negatives=3, output_scores=True, verbose=False,
@@ -270,9 +270,9 @@ def test_known_positives_and_duplicates_are_never_mined(rows, corpus, take, by):
     )
     with tempfile.TemporaryDirectory() as folder:
         found = gather(made, corpus, folder)
-        sources = table.sources(found)
-        sources = sources._replace(words=bm25_scores(found.documents.read(range(len(found.documents)))))
-        mined = hard_negatives.mine(found, sources, Rules(by=by, take=take), Work(Path(folder)))
+        retrievers = table.sources(found)
+        retrievers = retrievers._replace(words=bm25_scores(found.documents.read(range(len(found.documents)))))
+        mined = hard_negatives.mine(found, retrievers, Rules(by=by, take=take), ResumableCache(Path(folder)))
         everything = {same(text) for text in [*corpus, *(t for _, p, n in rows for t in (p, *n))]}
         written = output.mined_rows(((r, row_formats.example_of(r)[0]) for r in made), found, mined, True)
         for row, before in zip(written, made, strict=True):
@@ -294,7 +294,7 @@ def test_blocks_of_queries_give_the_same(tmp_path, monkeypatch):
         folder.mkdir()
         found = gather(rows, corpus)
         rules = Rules(sampling="random", relative_margin=0.02)
-        results.append(hard_negatives.mine(found, table.sources(found), rules, Work(folder)))
+        results.append(hard_negatives.mine(found, table.sources(found), rules, ResumableCache(folder)))
     for other in results[1:]:
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(results[0], other, strict=True))
     assert results[0].counts[:2].tolist() == [30, 30 * 40]
@@ -310,7 +310,7 @@ def test_the_judge_decides_order_and_filters(tmp_path):
 
     found = gather(rows, corpus)
     rules = Rules(take=3, range_max=7, max_score=7)
-    mined = hard_negatives.mine(found, table.sources(found)._replace(judge=judge), rules, Work(tmp_path))
+    mined = hard_negatives.mine(found, table.sources(found)._replace(judge=judge), rules, ResumableCache(tmp_path))
     assert [query for query, _ in asked] == ["query 0", "query 1", "query 2"]
     assert all(len(texts) == 7 + 1 for _, texts in asked)  # range_max, and the positive
     assert mined.known.tolist() == [0, 1, 2]
@@ -326,9 +326,9 @@ def test_bm25_and_both_are_filtered_by_the_models_scores(tmp_path):
     table = Table((text, np.float32(rng.normal(size=4))) for text in ["cat mat", *SENTENCES])
     for by in ("bm25", "both"):
         found = gather(rows, SENTENCES)
-        sources = table.sources(found)._replace(words=bm25_scores(SENTENCES))
+        retrievers = table.sources(found)._replace(words=bm25_scores(SENTENCES))
         (tmp_path / by).mkdir()
-        mined = hard_negatives.mine(found, sources, Rules(by=by, take=3), Work(tmp_path / by))
+        mined = hard_negatives.mine(found, retrievers, Rules(by=by, take=3), ResumableCache(tmp_path / by))
         expected = [float(table["cat mat"] @ table[text]) for text in found.documents.read(mined.numbers[0])]
         np.testing.assert_allclose(mined.scores[0], expected, rtol=1e-6)
         np.testing.assert_allclose(mined.known, [table["cat mat"] @ table[SENTENCES[1]]], rtol=1e-6)

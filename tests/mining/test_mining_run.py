@@ -1,6 +1,6 @@
-"""mine.py negatives and mine.py score: what they write and tell, killed runs, refusals; a teacher's scores.
+"""mine.py negatives and mine.py score: their output, killed runs, refusals; a teacher's scores.
 
-python -m pytest tests/mining/test_negatives_command.py
+python -m pytest tests/mining/test_mining_run.py
 """
 
 import json
@@ -18,7 +18,7 @@ from mlx_retrieval.dataset import rows as row_files
 from mlx_retrieval.inference import embedder, reranker
 from mlx_retrieval.mining import cache, collection, hard_negatives, teacher
 from mlx_retrieval.mining import output as mining_output
-from mlx_retrieval.mining.cache import Work
+from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.models import loading
 
 ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in SENTENCES]
@@ -59,7 +59,7 @@ def test_mined_rows_are_training_data_and_scores_are_cosines(small, pairs, tmp_p
         assert loaded[i].negatives == tuple(row["negatives"]) and loaded[i].scores == tuple(row["scores"])
     told = capsys.readouterr().out
     assert "8, 8 distinct queries" in told and "16 distinct of 16" in told and "positives" in told
-    assert "skip: the first of what is left" in told and "negatives   24\n" in told
+    assert "skip: the first of the rest" in told and "negatives   24\n" in told
     assert f"python train.py --data {output}" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "mined.jsonl", "pairs.jsonl"]
 
@@ -146,7 +146,7 @@ def test_bad_rows_can_be_left_out(tmp_path, write_rows, capsys):
         (("--corpus", "packed.jsonl.gz"), "unpack it first"),
         (("--corpus", "empty.jsonl"), "no document in it"),
         (("--corpus", "other.jsonl"), "other.jsonl:1: no text under"),
-        (("--take", "0"), "--take 0: at least 1"),
+        (("--take", "0"), "--take 0: must be at least 1"),
         (("--model", "./nowhere"), "no folder"),
         (("--reranker", "./nowhere"), "no folder"),
         (("--by", "both"), "--by both: needs --model"),
@@ -244,7 +244,7 @@ def test_resume_gives_the_identical_file(at, small, small_blocks, pairs, tmp_pat
     assert not (tmp_path / ".mined.jsonl.work").exists()
 
 
-def test_resume_after_other_settings_or_texts_begins_anew(small, small_blocks, pairs, tmp_path, capsys, monkeypatch):
+def test_resume_after_other_settings_or_texts_starts_over(small, small_blocks, pairs, tmp_path, capsys, monkeypatch):
     work, output = tmp_path / "work", tmp_path / "mined.jsonl"
     calls = Stop(embedder.embed, None)
     monkeypatch.setattr(embedder, "embed", calls)
@@ -258,13 +258,16 @@ def test_resume_after_other_settings_or_texts_begins_anew(small, small_blocks, p
 
     assert texts() == (16, "")
     assert texts() == (0, f"mine.py: {work}: continued, 3 blocks are finished\n")
-    assert texts("--take", 2) == (8, f"mine.py: {work}: begun anew, changed since: take\n")  # documents stay
+    assert texts("--take", 2) == (
+        8,
+        f"mine.py: {work}: started over, changed since the last run: take\n",
+    )  # documents stay
     count, told = texts("--max-length", 6)
-    assert (count, told) == (16, f"mine.py: {work}: begun anew, changed since: take, model\n")
+    assert (count, told) == (16, f"mine.py: {work}: started over, changed since the last run: take, model\n")
     with open(pairs, "a") as file:
         file.write(json.dumps({"query": "new", "positive": "new too"}) + "\n")
     count, told = texts("--max-length", 6)
-    assert count == 18 and "changed since: corpus, queries, positives" in told
+    assert count == 18 and "changed since the last run: corpus, queries, positives" in told
     (work / "block-000001.npz").write_bytes(b"broken")
     assert texts("--max-length", 6)[0] == 3  # that block's queries
     (work / cache.ABOUT).write_text("{broken")
@@ -275,7 +278,7 @@ def test_a_full_disk_is_one_line(small, pairs, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "block")
 
-    monkeypatch.setattr(Work, "keep", full)
+    monkeypatch.setattr(ResumableCache, "store", full)
     assert run("--data", pairs, "--model", small, "--output", tmp_path / "x.jsonl", "--relative-margin", "off") == 2
     assert capsys.readouterr().err.endswith("mine.py: block: No space left on device\n")
 
@@ -298,7 +301,7 @@ def test_data_that_change_in_between(pairs, tmp_path, capsys, monkeypatch):
 
 def test_one_run_at_a_time(pairs, tmp_path, capsys):
     work = tmp_path / "work"
-    with cache.work_folder(tmp_path / "y.jsonl", str(work)):
+    with cache.cache_folder(tmp_path / "y.jsonl", str(work)):
         assert run("--data", pairs, "--output", tmp_path / "x.jsonl", "--work", work) == 2
     assert "another process is mining there" in capsys.readouterr().err
 

@@ -1,0 +1,166 @@
+"""Mine hard negatives for files of rows, or score them with a teacher: read, open models, fill the cache.
+
+from mlx_retrieval.mining import hard_negatives, run
+from mlx_retrieval.mining.cache import cache_folder
+with cache_folder(Path("mined.jsonl"), None) as cache:
+    found = run.mine_negatives(files, corpus, hard_negatives.Rules(by="bm25"), cache)
+    found.write(Path("mined.jsonl"), with_scores=False)
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset.elastic.server import is_address
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.mining import collection, hard_negatives, output, teacher
+from mlx_retrieval.mining.cache import ResumableCache
+from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
+
+Notify = Callable[[str], None]
+
+
+def open_corpus(name: str | None, field: str | None = None, es_fields: str = fields.DEFAULT) -> Iterable[str]:
+    """Return the documents of a file, of a BEIR folder or of es://INDEX; none if `name` is None. UserError."""
+    if not name:
+        return ()
+    if not is_address(name):
+        return collection.read_corpus(collection.corpus_file(name), field)
+    if not (texts := fields.parse(es_fields).get("document")):
+        raise UserError("--es-fields: document=FIELD+FIELD must name the fields of a document")
+    return ElasticCorpus(name, texts)
+
+
+def load_retriever(name: str, max_length: int | None = None) -> embedder.Model:
+    """Load the embedding model that finds documents. UserError for a late-interaction model."""
+    model = embedder.load(name, max_length=max_length)
+    if model.late:
+        raise UserError(
+            f"--model {name}: a late-interaction model, whose token vectors of a corpus are not kept on disk; "
+            "use it as the judge: --reranker with --by bm25, or with another --model"
+        )
+    return model
+
+
+def check_margins(corpus: Iterable[str], rules: hard_negatives.Rules, has_model: bool) -> None:
+    """UserError if the rules need scores of positives, and only Elasticsearch finds documents."""
+    margins = rules.relative_margin or rules.absolute_margin
+    if isinstance(corpus, ElasticCorpus) and not has_model and margins:
+        raise UserError(
+            "margins compare with the score of the positive, which Elasticsearch does not return: add --model"
+        )
+
+
+@dataclass
+class Negatives:
+    """The texts that were read, and the negatives that were mined for them."""
+
+    files: Sequence[Path | str]
+    texts: collection.Collection
+    mined: hard_negatives.Mined
+    scored_by: str  # name of the model whose scores these are, or BM25
+    skip_bad: bool
+
+    def write(self, path: Path, with_scores: bool) -> int:
+        """Write the rows with their negatives and return their number. UserError if the files have changed."""
+        rows = collection.read_rows(self.files, collection.MINED, [] if self.skip_bad else None)
+        return output.write_rows(path, output.mined_rows(rows, self.texts, self.mined, with_scores))
+
+
+def mine_negatives(
+    files: Sequence[Path | str],
+    corpus: Iterable[str],
+    rules: hard_negatives.Rules,
+    cache: ResumableCache,
+    model: embedder.Model | None = None,
+    judge: teacher.Teacher | None = None,
+    skip_bad: bool = False,
+    notify: Notify = print,
+) -> Negatives:
+    """Mine negatives for the rows of `files`, from the documents of `corpus` and of the rows themselves.
+
+    Args:
+        model: finds documents by their vectors; needed unless `rules.by` is bm25.
+        judge: its scores decide order and filters, instead of the retriever's.
+        skip_bad: leave out rows that cannot be used.
+        notify: takes messages about rows left out and about finished work in the cache.
+    """
+    from mlx_retrieval.retrieval import bm25
+
+    skipped = [] if skip_bad else None
+    texts = collection.collect(collection.read_rows(files, collection.MINED, skipped), corpus, cache.folder)
+    fingerprints = texts.fingerprints | vars(rules)
+    fingerprints |= {"model": model.fingerprint() if model else "", "reranker": judge.fingerprint if judge else ""}
+    open_cache(cache, fingerprints, ("corpus", "model"), skipped, notify)
+    retrievers = hard_negatives.Retrievers(judge=judge and judge.score_groups)
+    if model:
+        with progress_bar("embedding", "documents") as progress:
+            vectors = cache.vectors(texts.documents, model.dimensions, _encoder(model, "document"), progress)
+        retrievers = retrievers._replace(encode=_encoder(model, "query"), vectors=vectors)
+    if rules.by != "model" and isinstance(corpus, ElasticCorpus):
+        retrievers = retrievers._replace(words=corpus.words(texts.corpus, len(texts.documents), rules.depth))
+    elif rules.by != "model":
+        retrievers = retrievers._replace(words=bm25.bm25_scores(texts.documents.read(range(len(texts.documents)))))
+    with progress_bar("searching", "queries") as progress:
+        mined = hard_negatives.mine(texts, retrievers, rules, cache, progress)
+    scored_by = judge.model.name if judge else model.name if model else "BM25"
+    return Negatives(files, texts, mined, scored_by, skip_bad)
+
+
+def _encoder(model: embedder.Model, prompt: str):
+    return lambda texts: embedder.embed(model, texts, prompt)
+
+
+def count_rows(files: Sequence[Path | str], skip_bad: bool = False) -> tuple[teacher.Counts, list[str] | None]:
+    """Return the counts of what a teacher has to score, and the bad rows. UserError if no row has negatives."""
+    skipped = [] if skip_bad else None
+    counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped))
+    if counts.documents == counts.rows:
+        raise UserError("--data: no row has negatives, so there is nothing to compare (mine.py negatives finds some)")
+    return counts, skipped
+
+
+def score_rows(
+    files: Sequence[Path | str],
+    path: Path,
+    judge: teacher.Teacher,
+    counts: teacher.Counts,
+    cache: ResumableCache,
+    skipped: Sequence[str] | None = None,
+    notify: Notify = print,
+) -> None:
+    """Write the rows of `files` with the judge's scores to `path`.
+
+    Args:
+        counts, skipped: from `count_rows`; the scores of positives and negatives are added to `counts`.
+        notify: takes messages about rows left out and about finished work in the cache.
+    """
+
+    def rows() -> Iterator[teacher.Row]:
+        return collection.read_rows(files, collection.SCORED, None if skipped is None else [])
+
+    fingerprints = {"data": counts.digest, "teacher": judge.fingerprint, "teacher kind": judge.kind}
+    open_cache(cache, fingerprints, (), skipped, notify)
+    with progress_bar("scoring", "rows") as progress:
+        scores = teacher.score(teacher.groups_of(rows()), counts.rows, judge, cache, progress)
+        output.write_rows(path, teacher.scored_rows(rows(), scores, counts))
+
+
+def open_cache(
+    cache: ResumableCache,
+    fingerprints: dict,
+    for_vectors: Sequence[str],
+    skipped: Sequence[str] | None,
+    notify: Notify,
+) -> None:
+    """Open the cache; report the rows that were left out, and whether an earlier run is continued."""
+    resumed, changed = cache.open(fingerprints, for_vectors)
+    if skipped:
+        notify(f"{len(skipped):,} bad rows left out, the first: {skipped[0]}")
+    if resumed and changed:
+        notify(f"{cache.folder}: started over, changed since the last run: {', '.join(changed)}")
+    elif resumed:
+        notify(f"{cache.folder}: continued, {cache.blocks:,} blocks are finished")
