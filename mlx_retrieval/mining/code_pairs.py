@@ -45,7 +45,7 @@ REASONS = {
     "trivial body": "under --min-lines lines of code, or a body that only passes, raises, or gets or sets one value",
     "too long": f"over --max-lines lines, or over {MAX_CHARACTERS:,} characters",
     "exact duplicate": "the same tokens as an earlier one",
-    "near duplicate": f"a Jaccard similarity of {THRESHOLD} or more (estimated) to an earlier one",
+    "near duplicate": f"a Jaccard similarity of {THRESHOLD} or more to an earlier one",
     "same query": "the docstring of an earlier one",
 }
 

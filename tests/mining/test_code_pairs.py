@@ -14,7 +14,7 @@ import pytest
 import mine
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.mining.code_pairs import FILE_REASONS, REASONS, Counts, Rules, pairs
-from mlx_retrieval.mining.near_duplicates import NearDuplicates, signature, tokens_of
+from mlx_retrieval.mining.near_duplicates import NearDuplicates, jaccard, runs_of, tokens_of
 
 GOOD = '''
 def middle(left, right):
@@ -268,17 +268,24 @@ def test_what_was_left_out_makes_no_duplicate(tree):
     assert [pair.path for pair in mined(folder)[0]] == ["a.py", "c.py"]
 
 
-def test_signatures_estimate_jaccard():
+def test_similarity_is_that_of_sets_of_runs():
     rng = np.random.default_rng(5)
     words = [f"w{i}" for i in rng.integers(0, 10**6, 2_000)]
-    for changed in (20, 60, 150):
+    for changed in (0, 20, 60, 150, 2_000):
         other = list(words)
         for i in rng.choice(2_000, changed, replace=False):
             other[i] = f"v{i}"
         runs = [{tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in (words, other)]
-        jaccard = len(runs[0] & runs[1]) / len(runs[0] | runs[1])
-        estimate = (signature(words) == signature(other)).mean()
-        assert abs(estimate - jaccard) < 0.12, (changed, jaccard)
+        assert jaccard(runs_of(words), runs_of(other)) == len(runs[0] & runs[1]) / len(runs[0] | runs[1])
+
+
+def test_candidates_are_compared_exactly():
+    """A pair just below the threshold is kept and one just above is not: no estimate decides."""
+    words = [f"w{i}" for i in range(104)]  # 100 runs
+    for changed, expected in ((2, "near duplicate"), (3, "")):  # each in five runs: 90 / 110 = 0.82, 85 / 115 = 0.74
+        other = [f"v{i}" if i in (10, 30, 50)[:changed] else word for i, word in enumerate(words)]
+        seen = NearDuplicates()
+        assert [seen.add(" ".join(text)) for text in (words, other, words)] == ["", expected, "exact duplicate"]
 
 
 def test_near_duplicates_are_found_around_the_threshold():
@@ -296,9 +303,9 @@ def test_near_duplicates_are_found_around_the_threshold():
     assert outcomes == {1: 20, 12: 0}
 
 
-def test_short_and_empty_texts_have_signatures():
-    assert signature([]).shape == signature(["a"]).shape == (120,)
-    assert not np.array_equal(signature(["a"]), signature(["b"]))
+def test_short_and_empty_texts_have_runs():
+    assert runs_of([]).shape == runs_of(["a"]).shape == (1,)
+    assert jaccard(runs_of(["a"]), runs_of(["b"])) == 0 and jaccard(runs_of([]), runs_of([])) == 1
     assert tokens_of("a_1 += f(x)") == ["a_1", "+", "=", "f", "(", "x", ")"]
 
 
