@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_retrieval import backend
-from mlx_retrieval.exporters.embedding import Writer
 from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
@@ -41,12 +40,11 @@ def export(job: Export) -> Path:
     model, config, base = loading.open_model(job.model, job.adapter, **task)
     check_output(output, job.overwrite, [base])
     print_lines([("device", backend.describe()), ("model", job.model or config.base_model)])
-    kind = Writer
     if config.task == "rerank":
-        from mlx_retrieval.exporters import reranker
-
-        kind = reranker.RerankWriter
-    writer = kind(job, model, config, base)
+        from mlx_retrieval.exporters.reranker import RerankerWriter as Writer
+    else:
+        from mlx_retrieval.exporters.embedding import EmbeddingWriter as Writer
+    writer = Writer(job, model, config, base)
     files.write_folder(output, writer.fill)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     lines = [*writer.lines, ("written", f"{output}, {size / 1e6:,.1f} MB")]

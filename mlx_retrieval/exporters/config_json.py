@@ -8,14 +8,10 @@ Used by export.py; tested by `python -m pytest tests/test_export.py`.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_retrieval.backbones import ENCODERS, Backbone, decoder
 from mlx_retrieval.backbones.hub import read_config, tensor_table, weight_files
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
@@ -79,6 +75,3 @@ _CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
 def write(folder: Path, config: dict) -> None:
     """Write `config.json` into `folder`."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-# --- GGUF -----------------------------------------------------------------------------------------------------------

@@ -2,18 +2,35 @@
 
 from pathlib import Path
 
+from mlx_retrieval.backend import mx
+
+from mlx_retrieval.backbones import ENCODERS, set_dtype
+from mlx_retrieval.exporters import (
+    config_json,
+    gguf,
+    model_card,
+    parity,
+    pylate_files,
+    sentence_transformers_files,
+    tokenizer,
+    weights,
+)
 from mlx_retrieval.exporters.job import FORMATS, Export
+from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.pylate_files import PROJECTION
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
 
 
-class Writer:
+class EmbeddingWriter:
     """Fills a folder with a model, and checks it. `lines` gets what is to be said of it.
 
     Args:
-        model, config, base: as `checkpoint.open_model` returns them. The model is changed, and empty in the end.
+        model, config, base: as `loading.open_model` returns them. The model is changed, and empty in the end.
     """
 
-    def __init__(self, job: Export, model: "RetrievalModel", config: "RetrievalConfig", base: Path):  # noqa: F821
+    def __init__(self, job: Export, model: RetrievalModel, config: RetrievalConfig, base: Path):
         self.job, self.model, self.config, self.base = job, model, config, base
         self.tokenizer = config.override(query_expansion=0).tokenizer(base)  # which the tokenizer's files know not of
         self.kind = model.backbone.config["model_type"]
@@ -25,9 +42,6 @@ class Writer:
 
     def fill(self, folder: Path) -> None:
         """Write everything, and compare with the model as it was. UserError where anything is not as it should be."""
-        from mlx_retrieval.backbones import ENCODERS
-        from mlx_retrieval.exporters import parity
-
         self._in_float32()
         expected = theirs = self._vectors(self.config)
         one_limit = self.for_sentence_transformers and self.config.task != "late"
@@ -55,34 +69,14 @@ class Writer:
         self.lines.append((what, text))
 
     def _in_float32(self) -> None:
-        from mlx_retrieval.backend import mx
-
-        from mlx_retrieval.backbones import set_dtype
-
         set_dtype(self.model.backbone, mx.float32)
 
-    def _vectors(self, config: "RetrievalConfig") -> dict:  # noqa: F821
+    def _vectors(self, config: RetrievalConfig) -> parity.Vectors:
         """What the model, as it is now, makes of the check's texts under `config`."""
-        from mlx_retrieval.exporters import parity
-        from mlx_retrieval.inference.embedder import Model
-
         model = Model(self.model, config, config.tokenizer(self.base), "in memory")
         return parity.vectors(model.encode, config.prompts, self.limit)
 
     def _write(self, folder: Path) -> None:
-        from mlx_retrieval.backend import mx
-
-        from mlx_retrieval.exporters import (
-            config_json,
-            gguf,
-            model_card,
-            pylate_files,
-            sentence_transformers_files,
-            tokenizer,
-            weights,
-        )
-        from mlx_retrieval.models import pylate_files as models_pylate_files
-
         job, config, backbone = self.job, self.config, self.model.backbone
         trained = weights.merge(backbone)
         self._say("merged", f"{job.adapter}: {len(trained):,} tensors" if job.adapter else "nothing: a base model")
@@ -101,7 +95,7 @@ class Writer:
         else:
             drop = config_json.dropped(self.kind, job.format)
             weights.write(folder, weights.stored_tensors(self.base, backbone, trained, dtype, drop), "pt")
-        config.dense = [layer | {"path": layer["path"] or models_pylate_files.PROJECTION} for layer in config.dense]
+        config.dense = [layer | {"path": layer["path"] or PROJECTION} for layer in config.dense]
         for layer, described in zip(self.model.head.dense, config.dense, strict=True):
             values = {f"linear.{key}": v.astype(dtype or mx.float32) for key, v in layer.linear.parameters().items()}
             weights.write(sentence_transformers_files.write_dense(folder, described), values, "pt")

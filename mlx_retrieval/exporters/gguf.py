@@ -1,15 +1,12 @@
 """Decide what GGUF can express of a model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_retrieval.backbones import ENCODERS, decoder
 from mlx_retrieval.exporters.config_json import T5
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_retrieval.models.retrieval_config import RetrievalConfig
-    from mlx_retrieval.models.tokenizer import TextTokenizer
 
 # The class names by which llama.cpp's converter knows encoders; for decoders it goes by *ForCausalLM.
 GGUF = {
@@ -23,7 +20,7 @@ GGUF = {
 }
 
 
-def settle_gguf(config: dict, folder: Path, retrieval: "RetrievalConfig", tokenizer: "TextTokenizer") -> list[str]:
+def settle_gguf(config: dict, folder: Path, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
     """Put a class name into `config` that llama.cpp's converter knows; returns what its user has to do besides.
 
     `folder` holds the tokenizer files. Raises UserError where the GGUF would compute other vectors.
@@ -53,7 +50,7 @@ def settle_gguf(config: dict, folder: Path, retrieval: "RetrievalConfig", tokeni
     return lines
 
 
-def _inexpressible(config: dict, retrieval: "RetrievalConfig", tokenizer: "TextTokenizer") -> list[str]:
+def _inexpressible(config: dict, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
     """Why llama.cpp would compute something else."""
     kind, mean = config["model_type"], retrieval.pooling == "mean"
     found = []

@@ -1,20 +1,17 @@
 """Write PyLate's files beside an exported model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_retrieval.backend import mx
 
 from mlx_retrieval.exporters import sentence_transformers_files
 from mlx_retrieval.models import sentence_transformers_files as models_sentence_transformers_files
 from mlx_retrieval.models.pylate_files import PROJECTION
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from mlx_retrieval.models.retrieval_config import RetrievalConfig
 
-
-def write(folder: Path, config: "RetrievalConfig", frame: list[int], width: int) -> list[str]:
+def write(folder: Path, config: RetrievalConfig, frame: list[int], width: int) -> list[str]:
     """Write what describes the model, but for a projection of its own; returns what has to be said about it.
 
     Args:

@@ -10,10 +10,10 @@ listwise        the language model and the projector's tensors, as jina-reranker
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_retrieval.backend import mx
 
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.backbones import ENCODERS, decoder, hub, set_dtype
@@ -26,16 +26,14 @@ from mlx_retrieval.exporters import (
     tokenizer,
     weights,
 )
+from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.exporters.sentence_transformers_files import write_json
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models import rerankers
+from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.sentence_transformers_files import MODULES, SENTENCE, SETTINGS
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_retrieval.exporters.job import Export
-    from mlx_retrieval.models.heads import RetrievalModel
-    from mlx_retrieval.models.retrieval_config import RetrievalConfig
 
 ACTIVATIONS = {"sigmoid": "torch.nn.modules.activation.Sigmoid", "": "torch.nn.modules.linear.Identity"}
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -51,16 +49,16 @@ LISTWISE = {"inner": "projector.0", "outer": "projector.2"}
 LISTWISE_MLX = {"inner": "linear1", "outer": "linear2"}  # in a file of their own, which mlx-lm does not look into
 
 
-class RerankWriter:
+class RerankerWriter:
     """Fills a folder with a reranker, and checks it. `lines` gets what is to be said of it.
 
     Args:
-        model, config, base: as `checkpoint.open_model` returns them. The model is changed, and empty in the end.
+        model, config, base: as `loading.open_model` returns them. The model is changed, and empty in the end.
 
     Raises UserError for what no other library could compute.
     """
 
-    def __init__(self, job: "Export", model: "RetrievalModel", config: "RetrievalConfig", base: Path):
+    def __init__(self, job: Export, model: RetrievalModel, config: RetrievalConfig, base: Path):
         self.job, self.model, self.config, self.base = job, model, config, base
         self.kind, self.type = config.reranker, model.backbone.config["model_type"]
         self.tokenizer = config.tokenizer(base)
@@ -107,7 +105,7 @@ class RerankWriter:
     def _say(self, what: str, text: str) -> None:
         self.lines.append((what, text))
 
-    def _scores(self) -> "np.ndarray":  # noqa: F821
+    def _scores(self) -> np.ndarray:
         """What the model, as it is now, makes of the check's pairs, in float32."""
         set_dtype(self.model.backbone, mx.float32)
         reranker = Reranker.of(self.model, self.config, self.tokenizer, "in memory")

@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 
 TAGS = ("text-ranking", "reranker", "retrieval", "mlx-retrieval")
 KINDS = {
@@ -18,7 +16,7 @@ SPELLED = """Texts that spell the tokenizer's special tokens become them there; 
 ordinary characters."""
 
 
-def rows(config: "RetrievalConfig", dtype: str) -> list[tuple[str, str]]:
+def rows(config: RetrievalConfig, dtype: str) -> list[tuple[str, str]]:
     """The table of what the model is."""
     of = "of a document" if config.reranker == "listwise" else "of query and document together"
     lengths = f"{config.max_length:,} {of}, in tokens"
@@ -35,7 +33,7 @@ def rows(config: "RetrievalConfig", dtype: str) -> list[tuple[str, str]]:
     return found
 
 
-def use(config: "RetrievalConfig", form: str, name: str, answers: Sequence[int] | None) -> list[str]:
+def use(config: RetrievalConfig, form: str, name: str, answers: Sequence[int] | None) -> list[str]:
     """How to load the folder, one block of Markdown a library.
 
     answers: a judge's tokens of no and yes, where a chat template is its prompt.

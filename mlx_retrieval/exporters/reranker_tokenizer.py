@@ -12,12 +12,16 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.exporters import tokenizer as exporters_tokenizer
 from mlx_retrieval.models.pair_tokenizers import PREFIX, SUFFIX, CrossEncoderTokenizer, YesNoTokenizer, body
 from mlx_retrieval.utils import hf_logging
 from mlx_retrieval.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = "chat_template.jinja"
 ROOM = 4_096  # tokens of the prompts that are compared: how long ones are cut is seen in the scores
@@ -26,7 +30,7 @@ PAIRS = [(query, document) for query in ("where are the keys?", "keys\n") for do
 # Before the prompt and between its parts, for tokenizers that put a space before every text, in two manners.
 SPACES = (("", ""), ("", " "), (" ", " "))
 
-Ids = Callable[["PreTrainedTokenizerBase", str, str], list[int]]  # noqa: F821
+Ids = Callable[["PreTrainedTokenizerBase", str, str], list[int]]
 
 
 def write_pairs(base: Path, folder: Path, tokenizer: CrossEncoderTokenizer) -> str:
@@ -40,7 +44,7 @@ def write_pairs(base: Path, folder: Path, tokenizer: CrossEncoderTokenizer) -> s
     types = ["token_type_ids"] * tokenizer.has_types
     _write(folder, settings | {"model_input_names": ["input_ids", *types, "attention_mask"]})
 
-    def theirs(other: "PreTrainedTokenizerBase", query: str, document: str) -> list[int]:  # noqa: F821
+    def theirs(other: "PreTrainedTokenizerBase", query: str, document: str) -> list[int]:
         # In a batch, as all use it: alone, an empty document is taken for none.
         found = other([query], [document], truncation="longest_first", max_length=tokenizer.max_length)
         return found["input_ids"][0] + [kind for row in found.get("token_type_ids", ()) for kind in row]
@@ -121,7 +125,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _rendered(other: "PreTrainedTokenizerBase", query: str, document: str) -> list[int]:  # noqa: F821
+def _rendered(other: "PreTrainedTokenizerBase", query: str, document: str) -> list[int]:
     messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
     return list(other.apply_chat_template(messages, tokenize=True, return_dict=False))
 

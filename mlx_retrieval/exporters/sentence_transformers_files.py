@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.sentence_transformers_files import MODULES, POOLING_FLAGS, SENTENCE, SETTINGS
+from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_retrieval.models.retrieval_config import RetrievalConfig
-    from mlx_retrieval.models.tokenizer import TextTokenizer
 
 # What the tokenizer's own tokens weigh where pooling leaves them out: nothing, unless a text has no others.
 NOTHING = 1e-8
@@ -17,7 +15,7 @@ NEVER_SET = ("pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tok
 TORCH_ACTIVATIONS = {"Identity": "linear"}  # the module of torch.nn.modules that has it; "activation" for the others
 
 
-def write(folder: Path, config: "RetrievalConfig", tokenizer: "TextTokenizer", width: int, vocabulary: int) -> None:
+def write(folder: Path, config: RetrievalConfig, tokenizer: TextTokenizer, width: int, vocabulary: int) -> None:
     """Write `modules.json` and what it names, but for the dense layers (see `write_dense`).
 
     Args:
@@ -49,7 +47,7 @@ def write(folder: Path, config: "RetrievalConfig", tokenizer: "TextTokenizer", w
     write_json(folder, settings, SETTINGS)
 
 
-def _left_out(config: "RetrievalConfig", tokenizer: "TextTokenizer") -> list[int]:
+def _left_out(config: RetrievalConfig, tokenizer: TextTokenizer) -> list[int]:
     """The tokens that pooling does not count; UserError where sentence-transformers would leave out others too."""
     frame = sorted({*tokenizer.opening, *tokenizer.closing})
     if config.pool_special or config.pooling in ("cls", "last") or not frame:
