@@ -16,11 +16,11 @@ from pathlib import Path
 
 from mlx_retrieval import backend
 from mlx_retrieval.training import distributed, flags
-from mlx_retrieval.training.config import Settings, flag, for_task
+from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.training.run import continue_command, train
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import UserError, flag
 
 __all__ = ["Settings", "main", "train"]
 

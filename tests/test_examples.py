@@ -44,7 +44,8 @@ def test_the_readme_s_file_tree_is_whole():
 def test_the_readme_s_flags_exist():
     import dataclasses
 
-    from mlx_retrieval.training.config import Settings, flag
+    from mlx_retrieval.training.config import Settings
+    from mlx_retrieval.utils.errors import flag
 
     known = {name for f in dataclasses.fields(Settings) for name in (flag(f.name), *f.metadata.get("aliases", ()))}
     known |= {"--config", "--no-bidirectional"}

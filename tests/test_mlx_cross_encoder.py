@@ -136,7 +136,7 @@ def test_predict(hub):
     np.testing.assert_allclose(scores, Reranker(MINILM, max_length=100).score(QUERY, DOCUMENTS), atol=1e-5)
     assert model.predict([QUERY, DOCUMENTS[1]]) == pytest.approx(scores[1], abs=1e-5)
     assert model.predict([]).shape == (0,)
-    with pytest.raises(UserError, match="of the type qwen3, which TriBridMLXReranker is for"):
+    with pytest.raises(UserError, match="of the type qwen3; use TriBridMLXReranker"):
         MLXCrossEncoder.from_pretrained(QWEN)
 
 
@@ -285,7 +285,7 @@ def test_a_second_run(hub, capsys):
     first = (last / loading.ADAPTERS).read_bytes()
     trainer.train(rows())
     assert (last / loading.ADAPTERS).read_bytes() == first and not best.exists()
-    with pytest.raises(UserError, match="qwen3-reranker-lora is there already: .*overwrite=True"):
+    with pytest.raises(UserError, match="qwen3-reranker-lora exists already: .*overwrite=True"):
         Qwen3RerankerTrainer(qwen()).train(rows())
     Qwen3RerankerTrainer(qwen(overwrite=True, seed=1)).train(iter(rows()))
     assert (last / loading.ADAPTERS).read_bytes() != first
@@ -394,6 +394,16 @@ def test_what_does_not_fit_is_told_by_its_name(hub, changes, message):
         Qwen3RerankerTrainer(qwen(**changes)).train(rows())
 
 
+def test_errors_about_a_cross_encoder_name_its_own_parameters(hub):
+    """Its config has pretrained_path and save_path, where a Qwen3-Reranker's has model_name and adapter_path."""
+    assert minilm_config().parameters["output"] == "save_path"
+    assert minilm_config(output_dir="here").parameters["output"] == "output_dir"
+    trainer = MLXCrossEncoderTrainer(MLXCrossEncoder.from_pretrained(MINILM), minilm_config())
+    trainer.name = "nowhere"
+    with pytest.raises(UserError, match="^pretrained_path nowhere: no folder"):
+        trainer.train(rows(6))
+
+
 def test_cross_encoders_and_their_config_must_agree(hub, adapter):
     model = MLXCrossEncoder.from_pretrained(MINILM, max_length=90)
     with pytest.raises(UserError, match=f"^pretrained_path {QWEN}, but the model is {MINILM}"):
@@ -401,5 +411,5 @@ def test_cross_encoders_and_their_config_must_agree(hub, adapter):
     trainer = MLXCrossEncoderTrainer(model, minilm_config(max_length=None, train_type="lora"))
     trainer.train(rows(6))
     assert model.config.max_length == 90 and Reranker("adapters/mlx-cross-encoder").config.max_length == 90
-    with pytest.raises(UserError, match="is an adapter: training begins at a base model"):
+    with pytest.raises(UserError, match="is an adapter: training starts from a base model"):
         MLXCrossEncoderTrainer(MLXCrossEncoder.from_pretrained("adapters/mlx-cross-encoder"), minilm_config())

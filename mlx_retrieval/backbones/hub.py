@@ -8,7 +8,7 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 TOOLKIT = Path(__file__).resolve().parents[2]
 
@@ -31,14 +31,19 @@ def resolve(name: str) -> Path:
     if (TOOLKIT / name).is_dir():  # the model that comes with the toolkit, from wherever it is called
         return TOOLKIT / name
     if folder.exists():
-        raise UserError(f"--model {name}: this is a file; a model is a folder with config.json and *.safetensors")
+        raise SettingError(
+            "{model} {name}: this is a file; a model is a folder with config.json and *.safetensors", name=name
+        )
     looked = f"no folder {folder.absolute()}"
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise UserError(f"--model {name}: {looked}")
+        raise SettingError("{model} {name}: {looked}", name=name, looked=looked)
     if "/" not in name:
-        raise UserError(
-            f"--model {name}: {looked}, and a hub name would be OWNER/NAME. To make such a folder from a hub model:\n"
-            f"  mlx_lm.convert --hf-path OWNER/{name.removesuffix('-mlx')} --mlx-path {name}"
+        raise SettingError(
+            "{model} {name}: {looked}, and a hub name would be OWNER/NAME. To make such a folder from a hub model:\n"
+            "  mlx_lm.convert --hf-path OWNER/{source} --mlx-path {name}",
+            name=name,
+            looked=looked,
+            source=name.removesuffix("-mlx"),
         )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
@@ -47,12 +52,17 @@ def resolve(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
-        raise UserError(f"--model {name}: {looked}, and it is no valid hub name") from error
+        raise SettingError("{model} {name}: {looked}, and it is no valid hub name", name=name, looked=looked) from error
     except (HTTPError, OSError) as error:  # the hub's own errors derive from these, a failing proxy's from the first
-        raise UserError(
-            f"--model {name}: {looked}; not in the cache {constants.HF_HUB_CACHE}; and the hub could not give it "
-            f"({type(error).__name__}).\nOn a machine with network, fetch it there and copy the folder here, for "
-            f"instance:\n  mlx_lm.convert --hf-path {name} --mlx-path {name.split('/')[-1]}-mlx"
+        raise SettingError(
+            "{model} {name}: {looked}; not in the cache {cache}; and the hub could not give it ({reason}).\n"
+            "On a machine with network, fetch it there and copy the folder here, for instance:\n"
+            "  mlx_lm.convert --hf-path {name} --mlx-path {target}-mlx",
+            name=name,
+            looked=looked,
+            cache=constants.HF_HUB_CACHE,
+            reason=type(error).__name__,
+            target=name.split("/")[-1],
         ) from error
 
 

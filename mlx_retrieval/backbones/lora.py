@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.backbones.base import Backbone
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 ROUTERS = ("gate", "router")  # the names that mlx-lm's mixtures of experts give to the layer that picks experts
@@ -40,7 +40,9 @@ def matching(names: Sequence[str], keys: Sequence[str]) -> list[str]:
             try:
                 hit = name == key or name.endswith("." + key) or re.fullmatch(key, name) is not None
             except re.error as error:
-                raise UserError(f"--lora-keys {key}: not a name nor a regular expression ({error})") from error
+                raise SettingError(
+                    "{lora_keys} {key}: neither a name nor a regular expression ({reason})", key=key, reason=error
+                ) from error
             if hit:
                 found.append(name)
                 break
@@ -69,11 +71,17 @@ def adapt(
     """
     total = len(backbone.layers)
     if num_layers > total or num_layers < -1 or num_layers == 0:
-        raise UserError(f"--num-layers {num_layers}: the model has {total} layers (-1 = all)")
+        raise SettingError(
+            "{num_layers} {count}: the model has {total} layers (-1 = all)", count=num_layers, total=total
+        )
     names = linear_names(backbone, num_layers)
     chosen = matching(names, keys) if keys else [name for name in names if name.rsplit(".", 1)[-1] not in ROUTERS]
     if not chosen:
-        raise UserError(f"--lora-keys {' '.join(keys)} match nothing; a block of this model has {', '.join(names)}")
+        raise SettingError(
+            "{lora_keys} {keys} match nothing; a block of this model has {names}",
+            keys=" ".join(keys),
+            names=", ".join(names),
+        )
     config = {
         "fine_tune_type": train_type,
         "num_layers": num_layers,
@@ -96,7 +104,7 @@ def attach(backbone: Backbone, config: dict) -> None:
     try:
         linear_to_lora_layers(backbone.adapted, count, config["lora_parameters"], use_dora=use_dora)
     except ValueError as error:  # mixtures of experts have no DoRA
-        raise UserError(f"--train-type {config['fine_tune_type']}: {error}") from error
+        raise SettingError("{train_type} {value}: {reason}", value=config["fine_tune_type"], reason=error) from error
 
 
 # --- adapters inside the weights ----------------------------------------------------------------------------------
@@ -104,7 +112,7 @@ def attach(backbone: Backbone, config: dict) -> None:
 
 def _unfreeze(backbone: Backbone, count: int) -> None:
     if _is_quantised(backbone):
-        raise UserError("--train-type full: quantised weights cannot be trained; use lora or dora")
+        raise SettingError("{train_type} full: quantised weights cannot be trained; use lora or dora")
     if count == -1:
         backbone.trunk.unfreeze()  # not the language model's head, which would have no gradient
     for layer in backbone.layers[-max(count, 0) :]:

@@ -32,7 +32,7 @@ import numpy as np
 
 from mlx_retrieval.dataset.json_lines import RowError, lines_of
 from mlx_retrieval.dataset.row_formats import Example, parse
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, SettingError, UserError
 
 HUB = "hf://"
 
@@ -138,14 +138,14 @@ class Rows:
         self.has_negatives = False
         self.has_scores = True
         self.score_range = (0.0, 1.0)
-        self.without_positive = ""
+        self.without_positive: Place | None = None
         self._handles = [open_rows(file) for file in self.files]
         starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
         for file, handle in zip(self.files, self._handles, strict=True):
             self._check(file, handle, skip_bad, starts, sizes, numbers)
             counts.append(len(starts))
         if not starts:
-            raise UserError(f"{', '.join(map(str, self.files))}: no usable row")
+            raise SettingError("{files}: no usable row", files=[Place(file) for file in self.files])
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
         # Views of the arrays: five million rows take 80 MB.
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
@@ -153,12 +153,14 @@ class Rows:
 
     def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> None:
         for line in lines_of(handle):
-            place = f"{file}:{line.number}"
+            place = Place(file, line.number)
             try:
                 example, self.format = parse(line.data, self.format)
             except RowError as error:
                 if not skip_bad:
-                    raise UserError(f"{place}: {error} (--skip-bad-rows leaves such rows out)") from error
+                    raise SettingError(
+                        "{place}: {reason} ({skip_bad_rows} leaves such rows out)", place=place, reason=error
+                    ) from error
                 self.skipped.append(f"{place}: {error}")
                 continue
             self.has_negatives |= bool(example.negatives)

@@ -21,7 +21,7 @@ from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import Rows, find_files
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, UserError
 
 WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
 LARGEST = 1000  # of the whole numbers that stand for weights
@@ -55,7 +55,7 @@ class Source(Protocol):
         """Lowest and highest score or label, and at least from 0 to 1."""
 
     @property
-    def without_positive(self) -> str:
+    def without_positive(self) -> Place | None:
         """Place of the first row whose scores are all 0 or less; "" if there is none."""
 
     @property
@@ -188,8 +188,8 @@ class InterleavedRows:
         return min(low), max(high)
 
     @property
-    def without_positive(self) -> str:
-        return next(filter(None, (source.without_positive for source in self.sources)), "")
+    def without_positive(self) -> Place | None:
+        return next(filter(None, (source.without_positive for source in self.sources)), None)
 
     @property
     def skipped(self) -> list[str]:

@@ -19,7 +19,7 @@ from mlx_retrieval.models.pair_tokenizers import Group, PairTokenizer, Sequences
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 SEQUENCES = 4_096  # sequences tokenised and sorted by length together
 SHARED_BY = 4  # documents of a query at least, to compute the common beginning of their sequences only once
@@ -73,7 +73,12 @@ class Reranker:
             )
         self.set_model(opened, config, config.tokenizer(folder), str(adapter or base).rstrip("/"), folder)
         if reranker_type not in (None, self.kind):
-            raise UserError(f"--reranker-type {reranker_type}: {self.name} is of the kind {self.kind}")
+            raise SettingError(
+                "{reranker_type} {wanted}: {name} is of the kind {kind}",
+                wanted=reranker_type,
+                name=self.name,
+                kind=self.kind,
+            )
 
     @classmethod
     def of(

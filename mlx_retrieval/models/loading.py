@@ -26,13 +26,14 @@ from mlx_retrieval.models import pylate_files, rerankers, retrieval_config, sent
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import load_tokenizer
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError, concerning
 
 ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
 # What a model gives: a vector a text, a vector a token, or a score a query and document.
 Kind = Literal["embed", "late", "rerank"]
 
 
+@concerning("model")
 def build(
     model: str, projection: int = 0, reranker: str | None = None, **flags
 ) -> tuple[RetrievalModel, RetrievalConfig, Path]:
@@ -51,14 +52,19 @@ def build(
     base_config = base_model_config(folder, backbone.config, flags.get("task"), reranker)
     config = base_config.override(**flags)
     if base_config.dense and config.task != base_config.task:
-        raise UserError(f"{model}: its layers are those of a model for --task {base_config.task}, not {config.task}")
+        raise SettingError(
+            "{name}: its layers are those of a model for {task} {trained}, not {wanted}",
+            name=model,
+            trained=base_config.task,
+            wanted=config.task,
+        )
     _fit_lengths(config, backbone.max_positions, flags)
     config.base_model = toolkit_relative(model)
     config.base_fingerprint = lora.fingerprint(backbone)
     config.bidirectional = backbone.bidirectional
     if projection:
         if config.task != "late" or config.dense:
-            raise UserError("--projection-dim is for --task late, and for a model that has no projection of its own")
+            raise SettingError("{projection_dim} is for {task} late, and for a model that has no projection of its own")
         size = {"in_features": backbone.hidden_size, "out_features": projection}
         config.dense = [{"path": "", **size, "bias": False, "activation": "Identity"}]
     if config.task != "rerank":
@@ -88,7 +94,7 @@ def _fit_lengths(config: RetrievalConfig, positions: int, flags: dict) -> None:
     for name in ("max_length", "query_max_length"):
         if getattr(config, name) > positions:
             if flags.get(name):
-                raise UserError(f"--{name.replace('_', '-')}: the model has {positions} positions")
+                raise SettingError(f"{{{name}}}: the model has {positions} positions")
             setattr(config, name, positions)
 
 
@@ -166,17 +172,21 @@ def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise UserError(f"{adapter}: no such adapter folder")
-    config = RetrievalConfig.read(folder)
+    with concerning("adapter"):
+        config = RetrievalConfig.read(folder)
     config = config.override(**flags)
-    base = resolve(model or config.base_model)
-    backbone = load_backbone(base, config.bidirectional)
+    with concerning("model"):
+        base = resolve(model or config.base_model)
+        backbone = load_backbone(base, config.bidirectional)
     _fit_lengths(config, backbone.max_positions, flags)
-    if differing := lora.differing(config.base_fingerprint, lora.fingerprint(backbone)):
-        raise UserError(
-            f"{adapter} was trained on {config.base_model}, and {model or config.base_model} is another model "
-            f"(its {', '.join(differing)} differ)"
-        )
-    result = _assemble(backbone, config, base)
+    with concerning("adapter"):
+        if differing := lora.differing(config.base_fingerprint, lora.fingerprint(backbone)):
+            raise UserError(
+                f"{adapter} was trained on {config.base_model}, and {model or config.base_model} is another model "
+                f"(its {', '.join(differing)} differ)"
+            )
+    with concerning("model"):
+        result = _assemble(backbone, config, base)
     load_adapter(result, folder)
     return result, config, base
 
@@ -186,6 +196,7 @@ def is_adapter(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (ADAPTERS, ADAPTER_CONFIG))
 
 
+@concerning("adapter")
 def load_adapter(model: RetrievalModel, folder: Path) -> dict:
     """Attach the adapter in `folder` to the model; return its adapter_config.
 

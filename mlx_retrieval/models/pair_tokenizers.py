@@ -17,7 +17,7 @@ import numpy as np
 from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 Group = tuple[str, Sequence[str]]  # a query and its documents
 
@@ -72,7 +72,11 @@ class PairTokenizer:
 
     def _room(self, frame: int) -> int:
         if (room := self.max_length - frame) < 2:
-            raise UserError(f"max length {self.max_length} leaves no room: the prompt alone takes {frame} tokens")
+            raise SettingError(
+                "{max_length} {limit} leaves no room: the prompt alone takes {frame} tokens",
+                limit=self.max_length,
+                frame=frame,
+            )
         return room
 
 

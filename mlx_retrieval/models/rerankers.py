@@ -30,7 +30,7 @@ from mlx_retrieval.models.pair_tokenizers import (
     PairTokenizer,
     YesNoTokenizer,
 )
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
 
@@ -65,10 +65,16 @@ def describe(folder: Path, config: dict, kind: str | None = None) -> dict[str, A
         kind: one of KINDS; None = by `reranker_kind`.
     """
     if kind is not None and kind not in KINDS:
-        raise UserError(f"--reranker-type {kind}: known are {', '.join(KINDS)}; late-interaction models need none")
+        raise SettingError(
+            "{reranker_type} {kind}: known are {known}; late-interaction models need none",
+            kind=kind,
+            known=", ".join(KINDS),
+        )
     kind = kind or reranker_kind(folder, config)
     if kind != "cross-encoder" and config["model_type"] in ENCODERS:
-        raise UserError(f"--reranker-type {kind} needs a language model, and {folder} is an encoder")
+        raise SettingError(
+            "{reranker_type} {kind} needs a language model, and {folder} is an encoder", kind=kind, folder=folder
+        )
     fields = {"task": "rerank", "reranker": kind, "max_length": LENGTHS[kind], "query_max_length": LENGTHS[kind]}
     if kind == "qwen3":
         return fields | {"activation": "sigmoid", "instruction": INSTRUCTION}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.models.batching import Texts
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 UNUSED = re.compile(r"[<\[]unused\d+[>\]]")  # tokens kept free for prompts, as Gemma and BERT have them
 
@@ -133,9 +133,12 @@ class TextTokenizer:
         for name, limit in max_lengths.items():
             needed = frame + len(self._plain(self.prompts.get(name, ""))) + 1
             if limit < needed:
-                raise UserError(
-                    f"max length {limit} leaves no room for the text of a {name}: prompt and special tokens alone "
-                    f"take {needed - 1} tokens"
+                raise SettingError(
+                    "{max_length} {limit} leaves no room for the text of a {name}: prompt and special tokens alone "
+                    "take {taken} tokens",
+                    limit=limit,
+                    name=name,
+                    taken=needed - 1,
                 )
 
     def _frame(self) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from loss import FILTERS, LOSSES
 from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.models.heads import POOLING
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError
 
 # The default loss of each kind of reranker.
 RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
@@ -289,16 +289,16 @@ class Settings:
             (self.warmup < 1 or float(self.warmup).is_integer(), "warmup", "must be a share below 1 or whole steps"),
             (all(d > 0 for d in self.matryoshka_dims), "matryoshka_dims", "must be above 0"),
             (bool(self.data), "data", "needs at least one file or folder"),
-            (not (self.resume and self.overwrite), "resume", "and --overwrite exclude each other"),
+            (not (self.resume and self.overwrite), "resume", "and {overwrite} exclude each other"),
             (
                 self.positive_aware == "off" or self.loss in (None, "info_nce", "hard_negative_info_nce"),
                 "positive_aware",
-                f"works with info_nce and hard_negative_info_nce, not with {self.loss}",
+                "works with info_nce and hard_negative_info_nce, not with {chosen}",
             ),
         ]
         for good, name, message in (*self._numbers(), *checks):
             if not good:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: {message}")
+                raise SettingError(f"{{{name}}} {{value}}: {message}", value=getattr(self, name), chosen=self.loss)
 
     def _numbers(self) -> Iterator[tuple[bool, str, str]]:
         for f in dataclasses.fields(self):
@@ -335,7 +335,11 @@ class Settings:
         for f in dataclasses.fields(self):
             tasks = f.metadata.get("tasks")
             if tasks and task not in tasks and getattr(self, f.name) != getattr(defaults, f.name):
-                raise UserError(f"{flag(f.name)} is for --task {' or '.join(tasks)}, and this is {task}")
+                raise SettingError(
+                    f"{{{f.name}}} is for {{task}} {{tasks}}, and this is {{actual}}",
+                    tasks=" or ".join(tasks),
+                    actual=task,
+                )
 
     @property
     def adapter(self) -> dict:
@@ -381,8 +385,3 @@ def for_task(task: str | None, given: dict) -> Settings:
     if "epochs" in given and "steps" not in given:
         values["steps"] = 0
     return Settings(**values | {"task": task})
-
-
-def flag(name: str) -> str:
-    """Return the flag of a setting: `--max-length` for `max_length`."""
-    return "--" + name.replace("_", "-")

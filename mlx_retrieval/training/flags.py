@@ -14,8 +14,8 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, flag, for_task
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_task
+from mlx_retrieval.utils.errors import UserError, flag
 
 
 def _name(flag: str) -> str:

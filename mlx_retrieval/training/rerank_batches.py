@@ -17,7 +17,7 @@ from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, SettingError
 
 
 @dataclass(frozen=True)
@@ -95,25 +95,42 @@ class GroupMaker:
 def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
     """Raise UserError if the rows lack what the loss needs."""
     low, high = rows.score_range
-    where = ", ".join(rows.names)
+    where = [Place(name) for name in rows.names]
     if loss not in RERANKER_LOSSES:
-        raise UserError(f"--loss {loss} compares vectors; rerankers learn by {', '.join(RERANKER_LOSSES)}")
+        raise SettingError(
+            "{loss} {name} compares vectors; rerankers learn by {known}", name=loss, known=", ".join(RERANKER_LOSSES)
+        )
     single = rows.format == "label" or not (rows.has_negatives or random_negatives)  # one document a group
     if single and rows.format != "label":
-        raise UserError(
-            f"{where}: the rows have neither labels nor negatives, so there is nothing to tell apart; "
-            "--random-negatives 4 takes other rows' documents"
+        raise SettingError(
+            "{where}: the rows have neither labels nor negatives, so there is nothing to tell apart; "
+            "{random_negatives} 4 takes other rows' documents",
+            where=where,
         )
     if single and loss not in ("yes_no", "bce"):
-        raise UserError(f"--loss {loss} compares the documents of a group, and the rows of {where} are single pairs")
+        raise SettingError(
+            "{loss} {name} compares the documents of a group, and the rows of {where} are single pairs",
+            name=loss,
+            where=where,
+        )
     if loss in ("kl_distill", "margin_mse") and not rows.has_scores:
-        raise UserError(f"--loss {loss}: every row of {where} needs scores, a teacher's, of its positive and negatives")
+        raise SettingError(
+            "{loss} {name}: every row of {where} needs scores, a teacher's, of its positive and negatives",
+            name=loss,
+            where=where,
+        )
     if loss in ("yes_no", "bce") and not 0 <= low <= high <= 1:
-        raise UserError(
-            f"--loss {loss} takes labels from 0 to 1, and the scores in {where} go from {low:g} to {high:g}: "
-            "ranknet, margin_mse and kl_distill take any"
+        raise SettingError(
+            "{loss} {name} takes labels from 0 to 1, and the scores in {where} go from {low:g} to {high:g}: "
+            "ranknet, margin_mse and kl_distill take any",
+            name=loss,
+            where=where,
+            low=low,
+            high=high,
         )
     if loss == "list_softmax" and low < 0:
-        raise UserError(f"--loss list_softmax takes scores from 0 on, and {where} has {low:g}")
+        raise SettingError("{loss} list_softmax takes scores from 0 on, and {where} has {low:g}", where=where, low=low)
     if loss == "list_softmax" and rows.without_positive:
-        raise UserError(f"{rows.without_positive}: the group has no positive, all its scores are 0: nothing to learn")
+        raise SettingError(
+            "{place}: the group has no positive, all its scores are 0: nothing to learn", place=rows.without_positive
+        )

@@ -23,9 +23,9 @@ from mlx_retrieval.training import objectives, trainer
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare as prepare_chat
 from mlx_retrieval.training.checkpoint import last_step
-from mlx_retrieval.training.config import Settings, flag, for_task
+from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import UserError, flag
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

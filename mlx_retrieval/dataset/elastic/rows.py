@@ -69,7 +69,7 @@ class ElasticRows:
         self.format = self._check_fields()
         self.has_negatives = bool({"negative", "negatives", "documents"} & set(fields)) or self.format == "anchor"
         self.has_scores = bool({"scores", "label"} & set(fields))
-        self.score_range, self.without_positive = (0.0, 1.0), ""
+        self.score_range, self.without_positive = (0.0, 1.0), None
         survey = self.documents.survey()
         if not survey.count:
             raise UserError(f"{address}: no document{' matches --es-query' if query else ''}")
