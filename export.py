@@ -1,14 +1,17 @@
-"""Export a trained model: merge the adapter, write a folder that other libraries load, and check that they do.
+"""Export a trained model as a folder that other libraries load.
 
 python export.py --adapter adapters/best --output my-model                      # for sentence-transformers
 python export.py --adapter adapters/best --output my-model-4bit --format mlx --quantize 4
-python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints what llama.cpp wants next
-python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # a base model as it is
+python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints llama.cpp's next command
+python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # an untrained base model
 python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
 
-Whatever the format, the folder also holds retrieval_config.json: `embed.py`, `rerank.py`, `eval.py` and `train.py` take
-it as --model. It appears under its name when its vectors, or a reranker's scores, have been compared with those of the
-model it was made of.
+from export import Export, export
+export(Export(adapter="adapters/best", output="my-model"))                      # the same from Python
+
+The adapter is merged into the weights. Every exported folder also holds retrieval_config.json, so `embed.py`,
+`rerank.py`, `eval.py` and `train.py` take it as --model. The folder appears under its name only after its vectors, or a
+reranker's scores, were compared with those of the original model.
 """
 
 import argparse
@@ -21,11 +24,14 @@ from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_ou
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
-# --- writing --------------------------------------------------------------------------------------------------------
+__all__ = ["Export", "export"]
 
 
 def export(job: Export) -> Path:
-    """Do it, and say on stdout what was done; returns the folder. UserError leaves nothing behind."""
+    """Write and check the folder that `job` describes, print a table of what was done, and return the folder.
+
+    A UserError leaves nothing behind, and a folder that was there before as it was.
+    """
     from mlx_retrieval.backbones import resolve
     from mlx_retrieval.models import loading
     from mlx_retrieval.utils import files
@@ -56,28 +62,61 @@ def export(job: Export) -> Path:
     return output
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    backend.prepare()
-    parser = argparse.ArgumentParser(
-        description="Merge a trained adapter and write a folder that other libraries load.",
-        epilog="Exit codes: 0 written and checked, 2 bad input or a failed check, and nothing is written.",
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of this command's flags."""
+    out = argparse.ArgumentParser(
+        prog="export.py",
+        description="Export a trained model, its adapter merged, as a folder that other libraries load.",
+        epilog="Exit codes: 0 = written and checked; 2 = bad input or a failed check, and nothing was written.",
     )
-    parser.add_argument("--adapter", metavar="FOLDER", help="adapter folder, for instance adapters/best")
-    model = "base model to put the adapter on (default: the one it was trained on), or to export by itself"
-    parser.add_argument("--model", help=model)
-    parser.add_argument("--task", choices=TASKS, help="what a base model is for (default: what its files say)")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
-    form = "what is to load it: sentence-transformers (default), mlx_lm.load, or transformers' own classes"
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=form)
-    quantize = "quantise linear layers and embeddings to so many bits (with --format mlx)"
-    parser.add_argument("--quantize", type=int, choices=(4, 8), help=quantize)
-    gguf = "write what llama.cpp's convert_hf_to_gguf.py takes, in one dtype, and say what to type next"
-    parser.add_argument("--gguf-ready", action="store_true", help=gguf)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the base model)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an exported folder that is in --output")
-    skip = "do not load the folder with sentence-transformers to compare; with this toolkit it is always compared"
-    parser.add_argument("--skip-library-check", action="store_true", help=skip)
-    args = parser.parse_args(argv)
+    out.add_argument("--adapter", metavar="DIR", help="adapter folder, for example adapters/best")
+    out.add_argument(
+        "--model",
+        "--model-path",
+        metavar="MODEL",
+        help="base model, a folder or hub name: without --adapter it is exported itself, with it the adapter is put on "
+        "it (default: the base model that the adapter was trained on)",
+    )
+    out.add_argument(
+        "--task",
+        choices=TASKS,
+        help="what a base model is used for: embed = one vector a text, late = one vector a token, rerank = a score a "
+        "query and document (default: the task that the model's files tell)",
+    )
+    out.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    out.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="the library to write for: sentence-transformers (the default), mlx = mlx_lm.load, hf = transformers' own "
+        "classes",
+    )
+    out.add_argument(
+        "--quantize",
+        type=int,
+        choices=(4, 8),
+        help="bits a weight of linear layers and embeddings, with --format mlx (default: not quantised)",
+    )
+    out.add_argument(
+        "--gguf-ready",
+        action="store_true",
+        help="write weights and settings as llama.cpp's convert_hf_to_gguf.py reads them, in one dtype, and print the "
+        "command to run next",
+    )
+    out.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the base model's)")
+    out.add_argument("--overwrite", action="store_true", help="replace the exported folder in --output")
+    out.add_argument(
+        "--skip-library-check",
+        action="store_true",
+        help="do not load the folder with sentence-transformers to compare; this toolkit always loads and compares it",
+    )
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, or 2 for an error the user can fix."""
+    backend.prepare()
+    args = parser().parse_args(argv)
     try:
         export(Export(**vars(args)))
     except UserError as error:

@@ -56,7 +56,7 @@ class Source(Protocol):
 
     @property
     def without_positive(self) -> Place | None:
-        """Place of the first row whose scores are all 0 or less; "" if there is none."""
+        """Place of the first row whose scores are all 0 or less; None if there is none."""
 
     @property
     def skipped(self) -> list[str]:

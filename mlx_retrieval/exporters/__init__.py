@@ -1,1 +1,1 @@
-"""Write a trained model as folders that other libraries load, compared before they appear."""
+"""Write a trained model as a folder that other libraries load, and compare the two before the folder appears."""

@@ -1,9 +1,7 @@
-"""The config.json of an exported folder, and what llama.cpp's converter can make of it.
+"""Make the config.json of an exported folder.
 
-    config = make(base_folder, backbone, "sentence-transformers", dtype=None)
-    lines = settle_gguf(config, backbone, retrieval, tokenizer)        # UserError where a GGUF would compute otherwise
-
-Used by export.py; tested by `python -m pytest tests/test_export.py`.
+config = make(base_folder, backbone, "sentence-transformers", dtype=None)
+write(folder, config)
 """
 
 import json
@@ -17,17 +15,20 @@ T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderMode
 
 
 def dropped(kind: str, form: str) -> tuple[str, ...]:
-    """Beginnings of the names of tensors that a model of this type has no use for in this form."""
+    """Return the prefixes of tensors that a model of this type does not need in this format."""
     if form != "sentence-transformers":
         return ()
     return ("lm_head.", "decoder.") if kind in T5 else ("lm_head.",)
 
 
 def make(base: Path, backbone: Backbone, form: str, dtype: str | None = None) -> dict:
-    """config.json for the weights of `backbone`, which came from the folder `base`, in one of export.FORMATS.
+    """Return the config.json for the weights of `backbone`, which was loaded from the folder `base`.
 
-    dtype: name of the dtype that all weights were cast to; None: they have kept theirs.
-    Raises UserError where transformers has no setting for how the backbone attends.
+    Args:
+        form: one of `job.FORMATS`.
+        dtype: name of the dtype that all weights were cast to; None = they kept their own.
+
+    Raises UserError if transformers has no setting for the backbone's attention.
     """
     config = read_config(base)
     kind, names = config["model_type"], {name for file in weight_files(base) for name in tensor_table(file)}
@@ -39,12 +40,14 @@ def make(base: Path, backbone: Backbone, form: str, dtype: str | None = None) ->
     if kind not in ENCODERS:
         changes = _attention(config, backbone.bidirectional)
         if changes and inner is not config and form != "mlx":
-            raise UserError(f"{kind}: transformers has no setting for --bidirectional in it; use --format mlx")
+            raise UserError(
+                f"{kind}: transformers has no setting that corresponds to --bidirectional; use --format mlx"
+            )
         inner |= changes
         if form == "sentence-transformers" and inner is not config:
-            raise UserError(f"{kind}: sentence-transformers would load its image part as well; use --format hf or mlx")
+            raise UserError(f"{kind}: sentence-transformers would also load its image encoder; use --format hf or mlx")
         if form == "sentence-transformers" or not any("lm_head" in name for name in names):
-            inner["tie_word_embeddings"] = True  # there is no head, and mlx-lm is not to look for one
+            inner["tie_word_embeddings"] = True  # there is no head, so mlx-lm must not look for one
     elif kind in T5 and (form == "sentence-transformers" or not any(name.startswith("decoder.") for name in names)):
         config["architectures"] = [T5[kind]]
     for settings in (config, inner) if dtype else ():
@@ -53,13 +56,13 @@ def make(base: Path, backbone: Backbone, form: str, dtype: str | None = None) ->
 
 
 def _attention(config: dict, bidirectional: bool) -> dict:
-    """What makes transformers, and `models.decoder` again, see right and left as this model was told to, not by nature.
+    """Return the config changes that force causal or bidirectional attention, against the architecture's default.
 
-    Both have a number for windows that is not what a window of W tokens to either side is called in mlx-lm.
+    Both transformers and `backbones.decoder` read them. They count a sliding window's tokens differently from mlx-lm.
     """
-    natural = decoder.naturally_bidirectional(config)
+    default = decoder.naturally_bidirectional(config)
     inner = config.get("text_config") or config
-    if natural == bidirectional:
+    if default == bidirectional:
         return {}
     if not bidirectional:
         return {key: other for key, other in _CAUSAL.items() if key in inner}

@@ -24,62 +24,66 @@ from mlx_retrieval.utils.errors import UserError
 
 
 class EmbeddingWriter:
-    """Fills a folder with a model, and checks it. `lines` gets what is to be said of it.
+    """Fills a folder with a model and checks it. `lines` collects (name, text) pairs to print about it.
 
     Args:
         model, config, base: as `loading.open_model` returns them. The model is changed, and empty in the end.
+
+    Raises UserError if the job does not fit the model.
     """
 
     def __init__(self, job: Export, model: RetrievalModel, config: RetrievalConfig, base: Path):
         self.job, self.model, self.config, self.base = job, model, config, base
-        self.tokenizer = config.override(query_expansion=0).tokenizer(base)  # which the tokenizer's files know not of
-        self.kind = model.backbone.config["model_type"]
+        self.tokenizer = config.override(query_expansion=0).tokenizer(base)  # tokenizer files do not know of it
+        self.model_type = model.backbone.config["model_type"]
         self.limit = max(config.max_length, config.query_max_length)
         self.for_sentence_transformers = job.format == FORMATS[0] or job.gguf_ready
         self.lines: list[tuple[str, str]] = []
         if job.gguf_ready and config.task == "late":
-            raise UserError("--gguf-ready: llama.cpp gives one vector a text, and this model gives one a token")
+            raise UserError("--gguf-ready: llama.cpp gives one vector a text, and this model gives one vector a token")
 
     def fill(self, folder: Path) -> None:
-        """Write everything, and compare with the model as it was. UserError where anything is not as it should be."""
+        """Write the folder and compare its vectors with the original model's. UserError if they differ."""
         self._in_float32()
-        expected = theirs = self._vectors(self.config)
+        expected = library_expected = self._vectors(self.config)
         one_limit = self.for_sentence_transformers and self.config.task != "late"
         if one_limit and self.config.query_max_length != self.config.max_length:
-            theirs = self._vectors(self.config.override(max_length=self.limit))
-            self._say("lengths", f"sentence-transformers has one limit: {self.limit} tokens, of queries too")
+            library_expected = self._vectors(self.config.override(max_length=self.limit))
+            self._note("lengths", f"sentence-transformers has one limit for all texts: {self.limit} tokens")
         self._write(folder)
         reader = "embed.load"
         if self.job.quantize:
-            whole, reader = expected, "embed.load, to the quantised model in memory"
+            original, reader = expected, "embed.load, against the quantised model in memory"
             self._in_float32()
             expected = self._vectors(self.config)
-            worst, mean = parity.compare(expected, whole)
-            self._say("check", f"quantised, to the whole model: worst cosine {worst:.4f}, mean {mean:.4f}")
+            worst, mean = parity.compare(expected, original)
+            self._note("check", f"quantised, against the original model: worst cosine {worst:.4f}, mean {mean:.4f}")
         parity.release(self.model)
-        self._say("check", parity.check_own(folder, expected, self.limit, reader))
-        if self.job.format == "mlx" and self.kind not in ENCODERS:
-            self._say("check", parity.check_mlx_lm(folder))
+        self._note("check", parity.check_own(folder, expected, self.limit, reader))
+        if self.job.format == "mlx" and self.model_type not in ENCODERS:
+            self._note("check", parity.check_mlx_lm(folder))
         if self.for_sentence_transformers and self.job.skip_library_check:
-            self._say("check", "sentence-transformers: left out, as --skip-library-check says")
+            self._note("check", "sentence-transformers: not checked, because of --skip-library-check")
         elif self.for_sentence_transformers:
-            self._say("check", parity.check_sentence_transformers(folder, theirs, self.limit))
+            self._note("check", parity.check_sentence_transformers(folder, library_expected, self.limit))
 
-    def _say(self, what: str, text: str) -> None:
-        self.lines.append((what, text))
+    def _note(self, name: str, text: str) -> None:
+        self.lines.append((name, text))
 
     def _in_float32(self) -> None:
         set_dtype(self.model.backbone, mx.float32)
 
     def _vectors(self, config: RetrievalConfig) -> parity.Vectors:
-        """What the model, as it is now, makes of the check's texts under `config`."""
+        """Return the present model's vectors of the check's texts under `config`."""
         model = Model(self.model, config, config.tokenizer(self.base), "in memory")
         return parity.vectors(model.encode, config.prompts, self.limit)
 
     def _write(self, folder: Path) -> None:
         job, config, backbone = self.job, self.config, self.model.backbone
         trained = weights.merge(backbone)
-        self._say("merged", f"{job.adapter}: {len(trained):,} tensors" if job.adapter else "nothing: a base model")
+        self._note(
+            "merged", f"{job.adapter}: {len(trained):,} tensors" if job.adapter else "nothing, this is a base model"
+        )
         stored = weights.stored_dtype(self.base)
         one_dtype = job.dtype or job.gguf_ready or job.format == "mlx"
         dtype = (getattr(mx, job.dtype) if job.dtype else stored) if one_dtype else None
@@ -93,27 +97,27 @@ class EmbeddingWriter:
                 name = f"{job.quantize} bits in groups of {settings['quantization']['group_size']}, scales {name}"
             weights.write(folder, weights.mlx_tensors(backbone), "mlx")
         else:
-            drop = config_json.dropped(self.kind, job.format)
+            drop = config_json.dropped(self.model_type, job.format)
             weights.write(folder, weights.stored_tensors(self.base, backbone, trained, dtype, drop), "pt")
         config.dense = [layer | {"path": layer["path"] or PROJECTION} for layer in config.dense]
-        for layer, described in zip(self.model.head.dense, config.dense, strict=True):
+        for layer, description in zip(self.model.head.dense, config.dense, strict=True):
             values = {f"linear.{key}": v.astype(dtype or mx.float32) for key, v in layer.linear.parameters().items()}
-            weights.write(sentence_transformers_files.write_dense(folder, described), values, "pt")
-        self._say("weights", name)
+            weights.write(sentence_transformers_files.write_dense(folder, description), values, "pt")
+        self._note("weights", name)
 
         config.write(folder)
         if self.for_sentence_transformers and config.task == "late":
             frame = [*self.tokenizer.opening, *self.tokenizer.closing]
             for note in pylate_files.write(folder, config, frame, backbone.hidden_size):
-                self._say("layout", note)
+                self._note("layout", note)
         elif self.for_sentence_transformers:
             rows = max(settings.get("vocab_size", 0), self.tokenizer.tokenizer.get_vocab_size())
             sentence_transformers_files.write(folder, config, self.tokenizer, backbone.hidden_size, rows)
-        config_json.write(folder, settings)  # transformers looks into it for the tokenizer
-        self._say("tokenizer", tokenizer.write(self.base, folder, self.tokenizer, self.limit))
+        config_json.write(folder, settings)  # transformers reads it to load the tokenizer
+        self._note("tokenizer", tokenizer.write(self.base, folder, self.tokenizer, self.limit))
         if job.gguf_ready:
-            for note in gguf.settle_gguf(settings, folder, config, self.tokenizer):
-                self._say("llama.cpp", note)
+            for note in gguf.adapt_config(settings, folder, config, self.tokenizer):
+                self._note("llama.cpp", note)
             config_json.write(folder, settings)
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or config.base_model

@@ -1,4 +1,4 @@
-"""Decide what GGUF can express of a model."""
+"""Prepare config.json for llama.cpp's converter, and refuse models that GGUF cannot express."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
-# The class names by which llama.cpp's converter knows encoders; for decoders it goes by *ForCausalLM.
+# The class names by which llama.cpp's converter recognises encoders; it recognises decoders by *ForCausalLM.
 GGUF = {
     "bert": "BertModel",
     "roberta": "RobertaModel",
@@ -20,18 +20,18 @@ GGUF = {
 }
 
 
-def settle_gguf(config: dict, folder: Path, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
-    """Put a class name into `config` that llama.cpp's converter knows; returns what its user has to do besides.
+def adapt_config(config: dict, folder: Path, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
+    """Put a class name into `config` that llama.cpp's converter knows; return instructions for the user, a line each.
 
-    `folder` holds the tokenizer files. Raises UserError where the GGUF would compute other vectors.
+    `folder` holds the tokenizer files. Raises UserError if a GGUF would compute other vectors.
     """
     kind = config["model_type"]
     bidirectional = retrieval.bidirectional and kind not in ENCODERS
-    wrong = _inexpressible(config, retrieval, tokenizer)
+    problems = _problems(config, retrieval, tokenizer)
     if kind in T5 and not (folder / "spiece.model").is_file():
-        wrong.append("the converter reads spiece.model, which this tokenizer does not have")
-    if wrong:
-        raise UserError("--gguf-ready: a GGUF would give other vectors: " + "; ".join(wrong))
+        problems.append("the converter reads spiece.model, and this tokenizer has no such file")
+    if problems:
+        raise UserError("--gguf-ready: a GGUF would give other vectors: " + "; ".join(problems))
     name = GGUF.get(kind) or (config.get("architectures") or [""])[0]
     if kind == "gemma3_text":
         name = "Gemma3TextModel" if bidirectional else "Gemma3ForCausalLM"
@@ -42,43 +42,43 @@ def settle_gguf(config: dict, folder: Path, retrieval: RetrievalConfig, tokenize
     if retrieval.dense:
         lines.append("convert with --sentence-transformers-dense-modules, which adds the dense layers")
     if kind not in GGUF:
-        lines.append(f"run llama.cpp with --pooling {retrieval.pooling}: not every converted decoder says so itself")
+        lines.append(f"run llama.cpp with --pooling {retrieval.pooling}: not every converted decoder stores it")
     if bidirectional and name != "Gemma3TextModel":
-        lines.append("run it with --attention non-causal, and -ub no smaller than the longest text")
+        lines.append("run it with --attention non-causal, and with -ub at least as large as the longest text")
     if any(retrieval.prompts.values()):
-        lines.append("prompts are not in a GGUF: put them before the texts")
+        lines.append("a GGUF holds no prompts: put them before the texts")
     return lines
 
 
-def _inexpressible(config: dict, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
-    """Why llama.cpp would compute something else."""
+def _problems(config: dict, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
+    """Return the reasons why llama.cpp would compute other vectors."""
     kind, mean = config["model_type"], retrieval.pooling == "mean"
-    found = []
+    problems = []
     if kind == "umt5" or "text_config" in config:
-        found.append(f"{kind} is not converted as a text encoder")
+        problems.append(f"{kind} is not converted as a text encoder")
     if retrieval.pooling == "max":
-        found.append("it has no pooling by maximum")
+        problems.append("it has no max pooling")
     if mean and not retrieval.pool_special and (tokenizer.opening or tokenizer.closing):
-        found.append("its mean counts the tokens that the tokenizer puts around a text (train with --pooling last)")
+        problems.append("its mean counts the tokens that the tokenizer puts around a text (train with --pooling last)")
     if mean and not retrieval.pool_prompt and any(retrieval.prompts.values()):
-        found.append("its mean counts the prompt")
+        problems.append("its mean counts the prompt")
     if retrieval.lowercase:
-        found.append("it does not lower-case texts")
+        problems.append("it does not lower-case texts")
     plain = all(layer["activation"] == "Identity" and not layer["bias"] for layer in retrieval.dense)
-    two = [layer["path"] for layer in retrieval.dense] in ([], ["2_Dense", "3_Dense"])
-    if not (plain and two) or (retrieval.dense and kind != "gemma3_text"):
-        found.append("of dense layers it has only EmbeddingGemma's two, without bias or activation")
-    return found + (_gemma_differs(config) if kind == "gemma3_text" else [])
+    expected_paths = [layer["path"] for layer in retrieval.dense] in ([], ["2_Dense", "3_Dense"])
+    if not (plain and expected_paths) or (retrieval.dense and kind != "gemma3_text"):
+        problems.append("of dense layers it supports only EmbeddingGemma's two, without bias or activation")
+    return problems + (_gemma_problems(config) if kind == "gemma3_text" else [])
 
 
-def _gemma_differs(config: dict) -> list[str]:
-    """Settings that llama.cpp has as constants of the architecture."""
-    found = []
+def _gemma_problems(config: dict) -> list[str]:
+    """Return the settings that differ from the constants that llama.cpp has for the architecture."""
+    problems = []
     settings = config | decoder.normalised(config)
     if settings["sliding_window_pattern"] != 6:
-        found.append("its Gemma 3 has full attention in every sixth layer")
+        problems.append("its Gemma 3 has full attention in every sixth layer")
     if settings.get("rope_local_base_freq", 10_000) != 10_000:
-        found.append("its Gemma 3 has a base of 10,000 for positions within the window")
+        problems.append("its Gemma 3 has a base of 10,000 for positions within the window")
     if config.get("query_pre_attn_scalar", 256) != config.get("head_dim", 256):
-        found.append("its Gemma 3 scales attention by head_dim")
-    return found
+        problems.append("its Gemma 3 scales attention by head_dim")
+    return problems

@@ -1,4 +1,4 @@
-"""Describe one export and check its folders."""
+"""Describe one export, and check the folders that it reads and writes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ TASKS = ("embed", "late", "rerank")
 
 @dataclass
 class Export:
-    """What is to be written; the flags of the command."""
+    """One export: its fields are the command's flags. UserError if they contradict each other."""
 
     output: str
     adapter: str | None = None
@@ -28,41 +28,41 @@ class Export:
 
     def __post_init__(self) -> None:
         if self.adapter is None and self.model is None:
-            raise UserError("say what to export: --adapter adapters/best, or --model for a base model")
+            raise UserError("nothing to export: name --adapter, for example adapters/best, or --model for a base model")
         if self.format not in FORMATS:
             raise UserError(f"--format {self.format}: known are {', '.join(FORMATS)}")
         if self.task is not None and self.adapter is not None:
-            raise UserError("--task is for a base model: an adapter says itself what it was trained for")
+            raise UserError("--task is for a base model: an adapter's files tell what it was trained for")
         if self.quantize and self.format != "mlx":
-            raise UserError(f"--quantize writes what only mlx reads: use --format mlx, not {self.format}")
+            raise UserError(f"--quantize writes a folder that only mlx reads: use --format mlx, not {self.format}")
         if self.gguf_ready and self.format == "mlx":
-            raise UserError("--gguf-ready goes with --format sentence-transformers or hf: the converter reads those")
+            raise UserError("--gguf-ready needs --format sentence-transformers or hf: the converter reads those")
         if self.adapter is not None:
             check_adapter(self.adapter)
 
 
 def check_adapter(adapter: str) -> None:
-    """UserError where this is no adapter folder, naming those that are in it."""
+    """Raise UserError if this folder is not an adapter, and name the adapters in it."""
     from mlx_retrieval.models import loading
 
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not loading.is_adapter(folder):
         inside = [str(Path(adapter) / name) for name in ("best", "final") if (folder / name).is_dir()]
         hint = f"; a run was saved there, so export {' or '.join(inside)}" if inside else ""
-        raise UserError(f"--adapter {adapter}: no adapter folder ({loading.ADAPTERS}){hint}")
+        raise UserError(f"--adapter {adapter}: not an adapter folder, it has no {loading.ADAPTERS}{hint}")
 
 
 def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse to replace what may be wanted: other people's files, or the models that are read."""
+    """Refuse to replace files that are not an export, or the models in `sources`."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: this is a file")
-    whole = output.resolve()
+    target = output.resolve()
     for source in sources:
-        if whole == source.resolve() or whole in source.resolve().parents:
-            raise UserError(f"--output {output}: the model that is exported is in there ({source})")
+        if target == source.resolve() or target in source.resolve().parents:
+            raise UserError(f"--output {output}: the model to export is in there ({source})")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"--output {output}: the folder is not empty; --overwrite replaces it, and all that is in it")
+        raise UserError(f"--output {output}: the folder is not empty; --overwrite replaces it and everything in it")
     if not (output / "retrieval_config.json").is_file() or not (output / "config.json").is_file():
-        raise UserError(f"--output {output}: --overwrite replaces exported folders only, and this is none")
+        raise UserError(f"--output {output}: --overwrite replaces exported folders only, and this is not one")

@@ -1,10 +1,9 @@
-"""Whether an exported folder gives the vectors of the model that it was made of, in everything that loads it.
+"""Check that every library that loads an exported folder gives the original model's vectors.
 
     expected = vectors(unmerged.encode, config.prompts, limit)
-    print(check_own(folder, expected, limit))                       # UserError where they are not near enough
+    print(check_own(folder, expected, limit))                       # UserError if they are not close enough
 
-Both sides compute in float32, so that what is compared is the weights and files. Used by export.py; tested by
-`python -m pytest tests/test_export.py`.
+Both sides compute in float32, so that the comparison is about weights and files, not about rounding.
 """
 
 import functools
@@ -23,20 +22,20 @@ from mlx_retrieval.models import pylate_files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
 
-LEAST_COSINE = 0.999  # below which what was written is not what was trained
-# What libraries raise for a folder that they cannot use.
+LEAST_COSINE = 0.999  # a lower cosine means that the folder is not the trained model
+# Errors that libraries raise for a folder they cannot use.
 LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError)
 WORDS = """a model of kidney stones in drinking water where the last bus leaves Zürich at 23:45 and pays 12.50 for two
 tickets, because snow (wet, heavy) lay on every roof; nobody asked what heating oil costs per litre nowadays"""
 COUNTS = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 28, 37, 50, 66, 88, 117, 156, 208)  # words
-LONGEST = 1024  # tokens; a model's limit is checked only where it is no longer
+LONGEST = 1024  # tokens; a longer limit of a model is not checked
 OTHER_SCRIPTS = ("def area(r):\n    return 3.14 * r ** 2", "Которая из книг? 何時に開きますか。 🚲")
 
-Vectors = dict[str | None, np.ndarray]  # (N, D) by the prompt's name; of late models N tokens
+Vectors = dict[str | None, np.ndarray]  # by prompt name: (N, D), N texts, or N tokens of all texts for late models
 
 
 def check_texts(limit: int) -> list[str]:
-    """Twenty-one texts: one word to a few hundred, other scripts, and one over the limit, if that is within reach."""
+    """Return 21 texts: one word to a few hundred, other scripts, and one over the limit (see LONGEST)."""
     words = WORDS.split()
 
     def of(count: int) -> str:
@@ -46,63 +45,63 @@ def check_texts(limit: int) -> list[str]:
 
 
 def vectors(encode: Callable, prompts: Iterable[str], limit: int) -> Vectors:
-    """Of the check's texts under every prompt and without; fewer texts under a task's own prompt."""
+    """Encode the check's texts under every prompt and without one; fewer texts under the prompts of single tasks."""
     texts = check_texts(limit)
-    whole, found = (None, "query", "document"), {}
+    results = {}
     for name in (None, *prompts):
-        result = encode(texts if name in whole else texts[1::4], name)
+        result = encode(texts if name in (None, "query", "document") else texts[1::4], name)
         if not isinstance(result, list):
-            found[name] = result
-        elif name is not None:  # a late model's; what counts of a text that is neither query nor document is open
-            found[name] = np.concatenate(result)
-    return found
+            results[name] = result
+        elif name is not None:  # late models: which tokens count is defined for queries and documents only
+            results[name] = np.concatenate(result)
+    return results
 
 
-def compare(found: Vectors, expected: Vectors) -> tuple[float, float]:
-    """(worst, mean) cosine; UserError where some are not finite or of another size."""
+def compare(actual: Vectors, expected: Vectors) -> tuple[float, float]:
+    """Return the (worst, mean) cosine. UserError if some are not finite or the shapes differ."""
     cosines = []
-    for name, wanted in expected.items():
-        if found[name].shape != wanted.shape:
-            raise UserError(f"vectors are {found[name].shape} and should be {wanted.shape}: nothing was written")
-        # The square of the longer one: of unit vectors this is the cosine, and others must not differ in length either.
-        squares = np.maximum((found[name] ** 2).sum(axis=1), (wanted**2).sum(axis=1))
-        cosines.append((found[name] * wanted).sum(axis=1) / np.maximum(squares, 1e-12))
+    for name, target in expected.items():
+        if actual[name].shape != target.shape:
+            raise UserError(f"vectors are {actual[name].shape} and should be {target.shape}: nothing was written")
+        # Divided by the longer one's square: the cosine of unit vectors, and a difference in length counts as well.
+        squares = np.maximum((actual[name] ** 2).sum(axis=1), (target**2).sum(axis=1))
+        cosines.append((actual[name] * target).sum(axis=1) / np.maximum(squares, 1e-12))
     cosines = np.concatenate(cosines)
     if not np.isfinite(cosines).all():
         raise UserError("some vectors of the exported model are not finite: nothing was written")
     return float(cosines.min()), float(cosines.mean())
 
 
-def accept(found: Vectors, expected: Vectors, reader: str) -> str:
-    """The line that says how near `reader` came to what is expected; UserError where it is not near enough."""
-    worst, _ = compare(found, expected)
+def accept(actual: Vectors, expected: Vectors, reader: str) -> str:
+    """Return a line with the worst cosine of the vectors that `reader` gave. UserError if it is too low."""
+    worst, _ = compare(actual, expected)
     if worst < LEAST_COSINE:
         raise UserError(
-            f"the check failed: {reader} gives a vector of cosine {worst:.6f} to that of the model that was exported "
-            f"(at least {LEAST_COSINE}); nothing was written"
+            f"the check failed: {reader} gives a vector of cosine {worst:.6f} to that of the original model "
+            f"(at least {LEAST_COSINE} is required); nothing was written"
         )
     return f"{reader}: worst cosine {worst:.6f}"
 
 
 def release(model: nn.Module) -> None:
-    """Take a model's weights from it: the next one needs their memory, and compiled functions hold on to the model."""
+    """Free a model's weights, though compiled functions still refer to it: the next model needs the memory."""
     model.clear()
     mx.clear_cache()
 
 
 def check_own(folder: Path, expected: Vectors, limit: int, reader: str = "embed.load") -> str:
-    """`accept` of what embed.py makes of the folder."""
+    """Check the folder with this toolkit's own embedder; see `accept`."""
     model = embedder.load(folder)
     backbones.set_dtype(model.model.backbone, mx.float32)
-    found = vectors(model.encode, model.config.prompts, limit)
+    actual = vectors(model.encode, model.config.prompts, limit)
     release(model.model)
-    return accept(found, expected, reader)
+    return accept(actual, expected, reader)
 
 
 def check_sentence_transformers(folder: Path, expected: Vectors, limit: int) -> str:
-    """`accept` of what sentence-transformers makes of the folder."""
+    """Check the folder with sentence-transformers, if it is installed; see `accept`."""
     if importlib.util.find_spec("sentence_transformers") is None:
-        return "sentence-transformers is not installed: what it makes of the folder is not checked"
+        return "sentence-transformers is not installed: its vectors are not checked"
     import sentence_transformers
     import torch
 
@@ -120,14 +119,14 @@ def check_sentence_transformers(folder: Path, expected: Vectors, limit: int) -> 
             result = method(texts, batch_size=8, show_progress_bar=False)
             return [np.array(v.tolist(), np.float32) for v in result] if late else result
 
-        found = vectors(encode, [name for name in expected if name is not None], limit)
+        actual = vectors(encode, [name for name in expected if name is not None], limit)
     except LIBRARY_ERRORS as error:
         raise UserError(f"sentence-transformers cannot use the folder ({type(error).__name__}: {error})") from error
-    return accept(found, expected, f"{kind.__name__} {sentence_transformers.__version__}")
+    return accept(actual, expected, f"{kind.__name__} {sentence_transformers.__version__}")
 
 
 def check_mlx_lm(folder: Path) -> str:
-    """Whether mlx-lm loads the folder, and, where it is causal, gives the states that the toolkit gives."""
+    """Check that mlx-lm loads the folder and, for a causal model, gives the same states as this toolkit."""
     import mlx_lm
 
     ids, lengths = mx.array([[3 + 5 * i % 97 for i in range(40)]]), mx.array([40])
@@ -145,5 +144,5 @@ def check_mlx_lm(folder: Path) -> str:
     except LIBRARY_ERRORS as error:
         raise UserError(f"mlx_lm.load cannot load the folder ({type(error).__name__}: {error})") from error
     if bidirectional:
-        return "mlx_lm.load: loads it, but as a causal model; its vectors come from embed.load"
+        return "mlx_lm.load: loads it, but as a causal model; use embed.load for vectors"
     return accept(states(Decoder(model, config)), expected, "mlx_lm.load, states")

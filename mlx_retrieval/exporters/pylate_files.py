@@ -12,19 +12,20 @@ from mlx_retrieval.utils.errors import UserError
 
 
 def write(folder: Path, config: RetrievalConfig, frame: list[int], width: int) -> list[str]:
-    """Write what describes the model, but for a projection of its own; returns what has to be said about it.
+    """Write the files that describe the model, except a projection that it already has; return notes for the user.
 
     Args:
-        frame: the tokens that the tokenizer puts around a text. width: of a token's state.
+        frame: the tokens that the tokenizer puts around a text.
+        width: dimensions of a token's state.
 
-    Raises UserError where the layout has no words for what the model does.
+    Raises UserError if the layout cannot express the model.
     """
     if (frame and not config.pool_special) or not config.pool_prompt:
-        raise UserError("PyLate's layout counts every token, and this model leaves some out: use --format mlx or hf")
+        raise UserError("PyLate's layout scores every token, and this model ignores some: use --format mlx or hf")
     if config.query_expansion and config.query_max_length != config.query_expansion:
         raise UserError(
-            f"PyLate's layout cuts queries where it fills them, and this model fills them up to "
-            f"{config.query_expansion} and cuts them at {config.query_max_length} tokens: use --format mlx or hf"
+            f"PyLate's layout truncates queries at the length to which it fills them, and this model fills them up to "
+            f"{config.query_expansion} tokens and truncates them at {config.query_max_length}: use --format mlx or hf"
         )
     path = config.dense[0]["path"] or PROJECTION if config.dense else PROJECTION
     kinds = [("sentence_transformers.models.Transformer", ""), ("pylate.models.Dense.Dense", path)]
@@ -40,14 +41,16 @@ def write(folder: Path, config: RetrievalConfig, frame: list[int], width: int) -
     settings |= {"do_query_expansion": bool(config.query_expansion), "prompts": config.prompts}
     settings |= {"attend_to_expansion_tokens": config.attend_expansion, "default_prompt_name": None}
     sentence_transformers_files.write_json(folder, settings, models_sentence_transformers_files.SETTINGS)
-    said = []
+    notes = []
     if not config.dense:  # PyLate would add a random one
-        described = {"in_features": width, "out_features": width, "bias": False, "activation": "Identity"}
-        place = sentence_transformers_files.write_dense(folder, described | {"path": path})
+        identity = {"in_features": width, "out_features": width, "bias": False, "activation": "Identity"}
+        place = sentence_transformers_files.write_dense(folder, identity | {"path": path})
         mx.save_safetensors(str(place / "model.safetensors"), {"linear.weight": mx.eye(width)}, {"format": "pt"})
-        said.append(f"{path} is the identity: the layout wants a projection, and the model has none")
+        notes.append(f"{path} is the identity: the layout needs a projection, and the model has none")
     if config.maxsim == "mean":
-        said.append("other libraries sum over a query's tokens where this model takes the mean: the same ranking")
+        notes.append(
+            "other libraries sum over a query's tokens, and this model takes the mean: the ranking is the same"
+        )
     if config.impute:
-        said.append("other libraries score every token: XTR's imputation is only in retrieval_config.json")
-    return said
+        notes.append("other libraries score every token: only retrieval_config.json holds XTR's imputation")
+    return notes

@@ -1,11 +1,10 @@
-"""Whether an exported reranker gives the scores of the model that it was made of, in everything that loads it.
+"""Check that every library that loads an exported reranker gives the original model's scores.
 
     groups = check_groups(limit)
     expected = scores(reranker, groups)
-    print(accept(found, expected, "CrossEncoder", tolerance=EXACT))          # UserError where they are not near enough
+    print(accept(actual, expected, "CrossEncoder", tolerance=EXACT))         # UserError if they are not close enough
 
-All sides compute in float32, so that what is compared is the weights and files. Used by rerankers/exporting.py; tested
-by `python -m pytest tests/test_export_reranker.py`.
+All sides compute in float32, so that the comparison is about weights and files, not about rounding.
 """
 
 import importlib.util
@@ -23,54 +22,54 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
 
-# Between two that compute with the same weights; GPUs may round the factors of float32 products (TF32).
+# Tolerance between two libraries with the same weights; GPUs may round the factors of float32 products (TF32).
 EXACT = 1e-2 if backend.IS_GPU else 1e-4
-# To the model that was exported, of one whose merged weights were rounded once more.
+# Tolerance against the original model: the merged weights are rounded once more, to this dtype.
 ROUNDED = {mx.float32: EXACT, mx.float16: 0.02, mx.bfloat16: 0.1}
-FIRST_WITH_JUDGES = 6  # version of sentence-transformers whose CrossEncoder takes language models
+FIRST_WITH_JUDGES = 6  # first version of sentence-transformers whose CrossEncoder supports language models
 QUERY = "where does the last bus leave?"
-FEW = 4  # prompts whose whole vocabulary is computed
+FEW = 4  # prompts to check with mlx-lm, which computes the logits of the whole vocabulary
 
 
 def check_groups(limit: int) -> list[Group]:
-    """Sixteen pairs: an empty document, one word to a few hundred, other scripts, and some over the limit."""
+    """Return 16 pairs: an empty document, one word to a few hundred, other scripts, and some over the limit."""
     texts = parity.check_texts(limit)
     longest = texts[-1]
     return [(QUERY, ["", *texts[:-1:2], longest]), (texts[5], texts[1:4]), (longest, [longest, texts[2]])]
 
 
 def scores(reranker: Reranker, groups: list[Group]) -> np.ndarray:
-    """(N,) float32 of all groups' documents, one group after another."""
+    """Return the scores of all groups' documents, one group after another: (N,) float32."""
     return np.concatenate(reranker.score_groups(groups))
 
 
-def difference(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """(worst, mean) difference of scores; UserError where some are not finite or of another number."""
-    if found.shape != expected.shape:
-        raise UserError(f"scores are {found.shape} and should be {expected.shape}: nothing was written")
-    if not np.isfinite(found).all():
+def difference(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """Return the (worst, mean) difference of scores. UserError if some are not finite or the numbers of them differ."""
+    if actual.shape != expected.shape:
+        raise UserError(f"scores are {actual.shape} and should be {expected.shape}: nothing was written")
+    if not np.isfinite(actual).all():
         raise UserError("some scores of the exported model are not finite: nothing was written")
-    apart = np.abs(found - expected)
-    return float(apart.max()), float(apart.mean())
+    differences = np.abs(actual - expected)
+    return float(differences.max()), float(differences.mean())
 
 
-def accept(found: np.ndarray, expected: np.ndarray, reader: str, tolerance: float = EXACT) -> str:
-    """The line that says how near `reader` came; UserError where a score is off by more than `tolerance`.
+def accept(actual: np.ndarray, expected: np.ndarray, reader: str, tolerance: float = EXACT) -> str:
+    """Return a line with the worst difference of the scores that `reader` gave. UserError if it is above `tolerance`.
 
-    Scores that are no probabilities may be off by that part of their range.
+    For scores that are not probabilities, the tolerance is a share of their range.
     """
-    worst, _ = difference(found, expected)
-    most = tolerance * max(1.0, float(np.ptp(expected)))
-    if worst > most:
+    worst, _ = difference(actual, expected)
+    limit = tolerance * max(1.0, float(np.ptp(expected)))
+    if worst > limit:
         raise UserError(
-            f"the check failed: {reader} gives a score that is {worst:.2g} from that of the model that was exported "
-            f"(at most {most:.2g}); nothing was written"
+            f"the check failed: {reader} gives a score that differs by {worst:.2g} from that of the original model "
+            f"(at most {limit:.2g} is allowed); nothing was written"
         )
-    return f"{reader}: worst difference {worst:.1e} of at most {most:.0e}"
+    return f"{reader}: worst difference {worst:.1e} of at most {limit:.0e}"
 
 
 def own_scores(folder: Path, groups: list[Group]) -> np.ndarray:
-    """What `rerank.Reranker` makes of the folder."""
+    """Return the scores that this toolkit's own reranker gives with the folder."""
     reranker = Reranker(str(folder))
     backbones.set_dtype(reranker.model.backbone, mx.float32)
     try:
@@ -82,28 +81,33 @@ def own_scores(folder: Path, groups: list[Group]) -> np.ndarray:
 
 
 def check_cross_encoder(folder: Path, groups: list[Group], expected: np.ndarray, judge: bool) -> str:
-    """`accept` of what sentence-transformers makes of the folder; `judge`: a language model."""
+    """Check the folder with sentence-transformers, if it is installed; see `accept`.
+
+    `judge`: the model is a language model that answers yes or no.
+    """
     if importlib.util.find_spec("sentence_transformers") is None:
-        return "sentence-transformers is not installed: what it makes of the folder is not checked"
+        return "sentence-transformers is not installed: its scores are not checked"
     import sentence_transformers
     import torch
 
     version = sentence_transformers.__version__
     if judge and int(version.partition(".")[0]) < FIRST_WITH_JUDGES:
-        return f"sentence-transformers {version} takes no language models, {FIRST_WITH_JUDGES} does: not checked"
+        return (
+            f"sentence-transformers {version} does not support language models, {FIRST_WITH_JUDGES} does: not checked"
+        )
     pairs = [(query, document) for query, documents in groups for document in documents]
     try:
         with quiet_transformers():
             options = {"device": "cpu", "local_files_only": True, "model_kwargs": {"dtype": torch.float32}}
             model = sentence_transformers.CrossEncoder(str(folder), **options)
-            found = np.array(model.predict(pairs, batch_size=8, show_progress_bar=False).tolist(), np.float32)
+            actual = np.array(model.predict(pairs, batch_size=8, show_progress_bar=False).tolist(), np.float32)
     except parity.LIBRARY_ERRORS as error:
         raise UserError(f"sentence-transformers cannot use the folder ({type(error).__name__}: {error})") from error
-    return accept(found, expected, f"CrossEncoder {version}")
+    return accept(actual, expected, f"CrossEncoder {version}")
 
 
 def check_mlx_lm(folder: Path, groups: list[Group], expected: np.ndarray) -> str:
-    """`accept` of the answers of mlx-lm's model to the shortest prompts; it computes the whole vocabulary's logits."""
+    """Check the answers of mlx-lm's model to the FEW shortest prompts; see `accept`."""
     import mlx_lm
 
     config = RetrievalConfig.read(folder)
@@ -116,10 +120,10 @@ def check_mlx_lm(folder: Path, groups: list[Group], expected: np.ndarray) -> str
     except parity.LIBRARY_ERRORS as error:
         raise UserError(f"mlx_lm.load cannot load the folder ({type(error).__name__}: {error})") from error
     backbones.set_dtype(model, mx.float32)
-    found = []
+    actual = []
     for i in short:
         ids = texts.ids[texts.offsets[i] : texts.offsets[i + 1]]
         no, yes = (model(mx.array(ids)[None])[0, -1, token].item() for token in tokenizer.answers)
-        found.append(1 / (1 + np.exp(no - yes)) if config.activation else yes - no)
+        actual.append(1 / (1 + np.exp(no - yes)) if config.activation else yes - no)
     parity.release(model)
-    return accept(np.array(found, np.float32), expected[short], "mlx_lm.load, its yes against its no")
+    return accept(np.array(actual, np.float32), expected[short], "mlx_lm.load, its yes against its no")

@@ -1,11 +1,11 @@
-"""The tokenizer of an exported reranker: the base model's files, such that transformers makes our tokens of a pair.
+"""Write the tokenizer of an exported reranker, so that transformers makes this toolkit's tokens of a pair.
 
     note = write_pairs(base_folder, folder, tokenizer)       # cross-encoders: [CLS] query [SEP] document [SEP]
     note = write_prompt(base_folder, folder, tokenizer)      # yes/no judges: a chat template that is the whole prompt
 
-sentence-transformers 6 renders a pair as two chat messages, of the roles "query" and "document", wherever a tokenizer
-has a chat template. A cross-encoder's therefore gets none; a judge's writes Qwen3-Reranker's prompt from just those
-roles, so that `CrossEncoder(folder).predict([(query, document)])` sees the tokens that training saw.
+If a tokenizer has a chat template, sentence-transformers 6 renders a pair as two chat messages, with the roles "query"
+and "document". So a cross-encoder's tokenizer gets no template, and a judge's template writes Qwen3-Reranker's prompt
+from these roles: `CrossEncoder(folder).predict([(query, document)])` gets the tokens that training used.
 """
 
 import json
@@ -24,85 +24,86 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = "chat_template.jinja"
-ROOM = 4_096  # tokens of the prompts that are compared: how long ones are cut is seen in the scores
+ROOM = 4_096  # tokens of a compared prompt: none is truncated, as the comparison of scores covers truncation
 ENDS = ("The keys are in the drawer.", "", "two\n", " spaced ", "5 °C?", "x = y[0]\n  return x", "end) </b>", "その鍵")
 PAIRS = [(query, document) for query in ("where are the keys?", "keys\n") for document in ENDS]
-# Before the prompt and between its parts, for tokenizers that put a space before every text, in two manners.
+# Spaces before the prompt and between its parts, for the two manners of tokenizers that put a space before a text.
 SPACES = (("", ""), ("", " "), (" ", " "))
 
 Ids = Callable[["PreTrainedTokenizerBase", str, str], list[int]]
 
 
 def write_pairs(base: Path, folder: Path, tokenizer: CrossEncoderTokenizer) -> str:
-    """Write a cross-encoder's tokenizer files; returns one line on what was changed.
+    """Write a cross-encoder's tokenizer files; return one line about the changes.
 
-    Raises UserError where transformers makes other tokens of a pair, whatever is written.
+    Raises UserError if transformers makes other tokens of a pair even with the changes.
     """
     note = exporters_tokenizer.write(base, folder, tokenizer.texts, tokenizer.max_length)
     settings = _without_template(folder)
-    # Models without a second type fail at one, and classes differ in whether they tell types at all.
+    # Models without token types fail if they get them, and tokenizer classes differ in whether they return them.
     types = ["token_type_ids"] * tokenizer.has_types
     _write(folder, settings | {"model_input_names": ["input_ids", *types, "attention_mask"]})
 
-    def theirs(other: "PreTrainedTokenizerBase", query: str, document: str) -> list[int]:
-        # In a batch, as all use it: alone, an empty document is taken for none.
-        found = other([query], [document], truncation="longest_first", max_length=tokenizer.max_length)
-        return found["input_ids"][0] + [kind for row in found.get("token_type_ids", ()) for kind in row]
+    def library_ids(other: "PreTrainedTokenizerBase", query: str, document: str) -> list[int]:
+        # As a batch, like all callers: an empty document alone would count as no document.
+        output = other([query], [document], truncation="longest_first", max_length=tokenizer.max_length)
+        return output["input_ids"][0] + [kind for row in output.get("token_type_ids", ()) for kind in row]
 
-    def ours(query: str, document: str) -> list[int]:
+    def own_ids(query: str, document: str) -> list[int]:
         texts = tokenizer([(query, [document])]).texts
         first = 0 if texts.second is None else int(texts.second[0])
         types = [0] * first + [1] * (len(texts.ids) - first)
         return texts.ids.tolist() + types * tokenizer.has_types
 
     long = "many words " * tokenizer.max_length
-    wanted = [(pair, ours(*pair)) for pair in (*PAIRS, (long, long), ("where?", long), (long, "there."))]
-    if not (_equal(folder, theirs, wanted) or _generic(folder, theirs, wanted)):
+    expected = [(pair, own_ids(*pair)) for pair in (*PAIRS, (long, long), ("where?", long), (long, "there."))]
+    if not (_equal(folder, library_ids, expected) or _equal_generic(folder, library_ids, expected)):
         raise UserError(f"{base}: transformers makes other tokens of a pair with these tokenizer files")
     return note
 
 
 def write_prompt(base: Path, folder: Path, tokenizer: YesNoTokenizer, needed: bool) -> tuple[str, bool]:
-    """Write a judge's tokenizer files and its chat template.
+    """Write a judge's tokenizer files and its chat template; return one line about the changes, and whether it has one.
 
-    Where a document's end and the prompt behind it would become common tokens, tokenizer.json is told to cut there.
+    If a document's end and the prompt behind it would share a token, tokenizer.json gets a rule that splits there.
 
-    Returns one line on what was changed, and whether the template is there. `needed`: raise UserError where none gives
-    the prompt's tokens; without, the base's own template then stays.
+    `needed`: raise UserError if no template gives the prompt's tokens. Otherwise the base's own template then stays.
     """
     note = exporters_tokenizer.write(base, folder, tokenizer.texts, tokenizer.max_length)
-    plain = {file: (folder / file).read_bytes() for file in (exporters_tokenizer.FILE, exporters_tokenizer.SETTINGS)}
-    before = (folder / TEMPLATE).read_bytes() if (folder / TEMPLATE).is_file() else None
+    originals = {
+        file: (folder / file).read_bytes() for file in (exporters_tokenizer.FILE, exporters_tokenizer.SETTINGS)
+    }
+    original_template = (folder / TEMPLATE).read_bytes() if (folder / TEMPLATE).is_file() else None
     _write(folder, _without_template(folder))
-    whole = YesNoTokenizer(base, ROOM, tokenizer.instruction)
-    wanted = [((query, document), whole([(query, [document])]).texts.ids.tolist()) for query, document in PAIRS]
+    untruncated = YesNoTokenizer(base, ROOM, tokenizer.instruction)
+    expected = [((query, document), untruncated([(query, [document])]).texts.ids.tolist()) for query, document in PAIRS]
     _write_template(folder, tokenizer)
-    if _equal(folder, _rendered, wanted) or _generic(folder, _rendered, wanted):
+    if _equal(folder, _rendered, expected) or _equal_generic(folder, _rendered, expected):
         return f"{note}, with the prompt as its chat template", True
     for spaces in SPACES:
         _write_template(folder, tokenizer, *spaces)
-        _cut_around_prompt(folder, tokenizer, *spaces)
-        if _generic(folder, _rendered, wanted):
-            return f"{note}, with the prompt as its chat template, cut off from the document", True
+        _split_around_prompt(folder, tokenizer, *spaces)
+        if _equal_generic(folder, _rendered, expected):
+            return f"{note}, with the prompt as its chat template, split from the document", True
     if needed:
         raise UserError(f"{base}: no chat template gives the prompt's tokens with this tokenizer; use --format mlx")
-    for file, content in plain.items():
+    for file, content in originals.items():
         (folder / file).write_bytes(content)
     (folder / TEMPLATE).unlink()
-    if before is not None:
-        (folder / TEMPLATE).write_bytes(before)
+    if original_template is not None:
+        (folder / TEMPLATE).write_bytes(original_template)
     return note, False
 
 
 def chat_template(tokenizer: YesNoTokenizer, first: str = "", inner: str = "") -> str:
-    """Qwen3-Reranker's prompt as a Jinja template over messages of the roles query and document; see SPACES.
+    """Return Qwen3-Reranker's prompt as a Jinja template over messages with the roles query and document; see SPACES.
 
-    A system message, which is what sentence-transformers makes of `predict(..., prompt=...)`, replaces the instruction.
+    A system message replaces the instruction: sentence-transformers sends one for `predict(..., prompt=...)`.
     """
     opening = "".join(map(tokenizer.tokenizer.id_to_token, tokenizer.texts.opening))
     before, between, behind, end = map(_literal, re.split("[\0\1\2]", body("\0", "\1", "\2")))
     begin, finish = _literal(opening + first + PREFIX + inner), _literal(inner + SUFFIX)
-    asked = (before, "asked.instruction", between, "asked.query", behind, "asked.document", end)
+    fields = (before, "asked.instruction", between, "asked.query", behind, "asked.document", end)
     lines = (
         "{#- The prompt of a yes/no reranker, of messages with the roles query and document. -#}",
         f'{{%- set asked = namespace(instruction={_literal(tokenizer.instruction)}, query="", document="") -%}}',
@@ -115,17 +116,18 @@ def chat_template(tokenizer: YesNoTokenizer, first: str = "", inner: str = "") -
         "{%- else -%}{{- raise_exception('the roles are query, document and, of the instruction, system') -}}",
         "{%- endif -%}",
         "{%- endfor -%}",
-        f"{{{{- {' ~ '.join((begin, *asked, finish))} -}}}}",
+        f"{{{{- {' ~ '.join((begin, *fields, finish))} -}}}}",
     )
     return "\n".join(lines) + "\n"
 
 
 def _literal(text: str) -> str:
-    """A text as Jinja's expressions spell it; JSON's escapes are Jinja's."""
+    """Return a text as a Jinja string literal; Jinja has the escapes of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _rendered(other: "PreTrainedTokenizerBase", query: str, document: str) -> list[int]:
+    """Return the ids of a pair that transformers renders through the chat template."""
     messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
     return list(other.apply_chat_template(messages, tokenize=True, return_dict=False))
 
@@ -134,8 +136,8 @@ def _write_template(folder: Path, tokenizer: YesNoTokenizer, first: str = "", in
     (folder / TEMPLATE).write_text(chat_template(tokenizer, first, inner), encoding="utf-8")
 
 
-def _cut_around_prompt(folder: Path, tokenizer: YesNoTokenizer, first: str, inner: str) -> None:
-    """Have tokenizer.json make tokens of the prompt's two ends by themselves, as `YesNoTokenizer` does."""
+def _split_around_prompt(folder: Path, tokenizer: YesNoTokenizer, first: str, inner: str) -> None:
+    """Let tokenizer.json tokenise the two ends of the prompt separately, as `YesNoTokenizer` does."""
     from tokenizers import Tokenizer, pre_tokenizers
 
     own = Tokenizer.from_str(tokenizer.tokenizer.to_str())
@@ -143,36 +145,36 @@ def _cut_around_prompt(folder: Path, tokenizer: YesNoTokenizer, first: str, inne
     def normal(text: str) -> str:
         return own.normalizer.normalize_str(text) if own.normalizer else text
 
-    # The end is never where a text begins, and some normalizers put something there.
+    # Some normalizers add something before a text, and the prompt's end never begins one.
     ends = (normal(first + PREFIX), normal(f"a{inner}{SUFFIX}").removeprefix(normal("a")))
-    cuts = [pre_tokenizers.Split(end, "isolated") for end in ends]
-    own.pre_tokenizer = pre_tokenizers.Sequence([*cuts, *([own.pre_tokenizer] if own.pre_tokenizer else [])])
+    splits = [pre_tokenizers.Split(end, "isolated") for end in ends]
+    own.pre_tokenizer = pre_tokenizers.Sequence([*splits, *([own.pre_tokenizer] if own.pre_tokenizer else [])])
     own.save(str(folder / exporters_tokenizer.FILE))
 
 
-# --- what transformers makes of the files ---------------------------------------------------------------------------
+# --- the same tokens in transformers --------------------------------------------------------------------------------
 
 
-def _equal(folder: Path, theirs: Ids, wanted: list[tuple[tuple[str, str], list[int]]]) -> bool:
-    """Whether transformers makes these ids of these pairs."""
+def _equal(folder: Path, library_ids: Ids, expected: list[tuple[tuple[str, str], list[int]]]) -> bool:
+    """Return whether transformers makes these ids of these pairs."""
     from transformers import AutoTokenizer
 
     try:
         with hf_logging.quiet_transformers():
             other = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            return all(theirs(other, *pair) == ids for pair, ids in wanted)
+            return all(library_ids(other, *pair) == ids for pair, ids in expected)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"transformers cannot use the tokenizer ({type(error).__name__}: {error})") from error
 
 
-def _generic(folder: Path, theirs: Ids, wanted: list[tuple[tuple[str, str], list[int]]]) -> bool:
-    """`_equal` under the class that takes tokenizer.json as it is; others build their own of its vocabulary."""
+def _equal_generic(folder: Path, library_ids: Ids, expected: list[tuple[tuple[str, str], list[int]]]) -> bool:
+    """Return `_equal` under the class that uses tokenizer.json unchanged; others build one from its vocabulary."""
     _write(folder, read_json(folder / exporters_tokenizer.SETTINGS) | {"tokenizer_class": exporters_tokenizer.GENERIC})
-    return _equal(folder, theirs, wanted)
+    return _equal(folder, library_ids, expected)
 
 
 def _without_template(folder: Path) -> dict:
-    """Remove all chat templates; returns the tokenizer's settings without one."""
+    """Remove all chat templates; return the tokenizer's settings without one."""
     for name in (TEMPLATE, "chat_template.json"):
         (folder / name).unlink(missing_ok=True)
     settings = read_json(folder / exporters_tokenizer.SETTINGS)

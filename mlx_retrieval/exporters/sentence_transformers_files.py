@@ -9,26 +9,26 @@ from mlx_retrieval.models.sentence_transformers_files import MODULES, POOLING_FL
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 
-# What the tokenizer's own tokens weigh where pooling leaves them out: nothing, unless a text has no others.
-NOTHING = 1e-8
-NEVER_SET = ("pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
-TORCH_ACTIVATIONS = {"Identity": "linear"}  # the module of torch.nn.modules that has it; "activation" for the others
+# Weight of the tokenizer's own tokens if pooling ignores them: they only count in a text that has no other tokens.
+NEGLIGIBLE = 1e-8
+UNUSED_MODES = ("pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
+TORCH_ACTIVATIONS = {"Identity": "linear"}  # submodule of torch.nn.modules; "activation" for all others
 
 
 def write(folder: Path, config: RetrievalConfig, tokenizer: TextTokenizer, width: int, vocabulary: int) -> None:
-    """Write `modules.json` and what it names, but for the dense layers (see `write_dense`).
+    """Write `modules.json` and the files it refers to, except the dense layers (see `write_dense`).
 
     Args:
-        config: what the model is; tokenizer: its tokenizer.
-        width: of a token's state; vocabulary: rows of the model's table of tokens.
+        width: dimensions of a token's state.
+        vocabulary: rows of the model's token embeddings.
 
-    Raises UserError where sentence-transformers has no module that pools so.
+    Raises UserError if sentence-transformers has no module for the model's pooling.
     """
     parts = [("Transformer", "")]
-    if frame := _left_out(config, tokenizer):
+    if frame := _ignored_tokens(config, tokenizer):
         parts.append(("WordWeights", "1_WordWeights"))
-        words = [str(token) for token in range(vocabulary)]  # by number: some vocabularies hold a word twice
-        weights = {str(token): NOTHING for token in frame}
+        words = [str(token) for token in range(vocabulary)]  # by id: some vocabularies hold a word twice
+        weights = {str(token): NEGLIGIBLE for token in frame}
         write_json(folder / "1_WordWeights", {"vocab": words, "word_weights": weights, "unknown_word_weight": 1.0})
     parts += [("Pooling", "1_Pooling"), *(("Dense", layer["path"]) for layer in config.dense)]
     parts += [("Normalize", f"{len(config.dense) + 2}_Normalize")] if config.normalize else []
@@ -36,7 +36,7 @@ def write(folder: Path, config: RetrievalConfig, tokenizer: TextTokenizer, width
     modules = [{"idx": i, "name": str(i), "path": path, "type": kind + name} for i, (name, path) in enumerate(parts)]
     write_json(folder, modules, MODULES)
     flags = {f"pooling_mode_{key}": mode == config.pooling for key, mode in POOLING_FLAGS.items()}
-    flags |= dict.fromkeys(NEVER_SET, False)
+    flags |= dict.fromkeys(UNUSED_MODES, False)
     flags["include_prompt"] = config.pool_prompt or config.pooling in ("cls", "last")
     write_json(folder / "1_Pooling", {"word_embedding_dimension": width} | flags)
     limit = max(config.max_length, config.query_max_length)
@@ -47,14 +47,14 @@ def write(folder: Path, config: RetrievalConfig, tokenizer: TextTokenizer, width
     write_json(folder, settings, SETTINGS)
 
 
-def _left_out(config: RetrievalConfig, tokenizer: TextTokenizer) -> list[int]:
-    """The tokens that pooling does not count; UserError where sentence-transformers would leave out others too."""
+def _ignored_tokens(config: RetrievalConfig, tokenizer: TextTokenizer) -> list[int]:
+    """Return the tokens that pooling ignores. UserError if sentence-transformers would ignore others as well."""
     frame = sorted({*tokenizer.opening, *tokenizer.closing})
     if config.pool_special or config.pooling in ("cls", "last") or not frame:
         return []
     if config.pooling == "max":
         raise UserError(
-            "sentence-transformers cannot leave the tokenizer's own tokens out of a maximum: use --format mlx or hf"
+            "sentence-transformers cannot ignore the tokenizer's own tokens in max pooling: use --format mlx or hf"
         )
     for name, prompt in config.prompts.items() if config.pool_prompt else ():
         if not set(frame).isdisjoint(tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids):
@@ -66,7 +66,7 @@ def _left_out(config: RetrievalConfig, tokenizer: TextTokenizer) -> list[int]:
 
 
 def write_dense(folder: Path, layer: dict[str, Any]) -> Path:
-    """Write what describes a dense layer, as `RetrievalConfig.dense` has it; returns where its weights belong."""
+    """Write the config of a dense layer, an entry of `RetrievalConfig.dense`; return the folder for its weights."""
     name = layer["activation"]
     values = {key: layer[key] for key in ("in_features", "out_features", "bias")}
     values["activation_function"] = f"torch.nn.modules.{TORCH_ACTIVATIONS.get(name, 'activation')}.{name}"
@@ -75,5 +75,6 @@ def write_dense(folder: Path, layer: dict[str, Any]) -> Path:
 
 
 def write_json(folder: Path, content: Any, file: str = "config.json") -> None:
+    """Write a JSON file into `folder`, which is made if it is missing."""
     folder.mkdir(exist_ok=True)
     (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

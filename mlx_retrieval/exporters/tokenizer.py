@@ -1,7 +1,7 @@
-"""The tokenizer of an exported folder: the base model's files, changed where transformers would tokenise otherwise.
+"""Write the tokenizer of an exported folder: the base model's files, changed if transformers would make other tokens.
 
-`tokens.TextTokenizer` closes texts with an end-of-sequence token although many tokenizers add none; the exported
-`tokenizer.json` adds it itself. Used by export.py; tested by `python -m pytest tests/test_export.py`.
+`models.tokenizer.TextTokenizer` closes texts with an end-of-sequence token, and many tokenizers do not add one; the
+exported `tokenizer.json` adds it itself.
 """
 
 import json
@@ -14,21 +14,21 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-# What tokenizers are saved in; those that transformers 4 wrote beside tokenizer.json are wanted by llama.cpp.
+# The files of tokenizers; llama.cpp reads those that transformers 4 wrote beside tokenizer.json.
 NAMES = (FILE, SETTINGS, "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt")
 NAMES += ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json")
-GENERIC = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it is
+GENERIC = "PreTrainedTokenizerFast"  # the class that uses tokenizer.json unchanged
 PROBES = ("a", "Where are the keys? In the 2nd drawer.", "über 5 °C", "word " * 3, "x = y[0]\n  return x")
 
 
 def write(base: Path, folder: Path, tokenizer: TextTokenizer, limit: int) -> str:
-    """Write the tokenizer files of the model in `base` into `folder`; returns one line on what was changed.
+    """Write the tokenizer files of the model in `base` into `folder`; return one line about the changes.
 
     Args:
-        tokenizer: what the texts are to become with it.
+        tokenizer: makes the tokens that transformers must make with the files.
         limit: most tokens of a text.
 
-    Raises UserError where transformers makes other tokens of texts than `tokenizer`, whatever is written.
+    Raises UserError if transformers makes other tokens even with the changes.
     """
     for name in NAMES:
         if (base / name).is_file():
@@ -42,21 +42,21 @@ def write(base: Path, folder: Path, tokenizer: TextTokenizer, limit: int) -> str
         changes.append(f"closes texts with {' '.join(map(own.id_to_token, tokenizer.closing))}")
     elif not (folder / FILE).is_file():
         own.save(str(folder / FILE))
-    named = read_json(folder / "special_tokens_map.json") if (folder / "special_tokens_map.json").is_file() else {}
-    if not settings.get("pad_token") and not named.get("pad_token"):
-        # transformers pads batches with whatever this is, and looks at none of it.
-        settings["pad_token"] = settings.get("eos_token") or named.get("eos_token") or own.id_to_token(tokenizer.pad_id)
-        changes.append("names a token for padding")
+    roles = read_json(folder / "special_tokens_map.json") if (folder / "special_tokens_map.json").is_file() else {}
+    if not settings.get("pad_token") and not roles.get("pad_token"):
+        # transformers pads batches with this token and masks it, so any token serves.
+        settings["pad_token"] = settings.get("eos_token") or roles.get("eos_token") or own.id_to_token(tokenizer.pad_id)
+        changes.append("names a padding token")
     _write(folder, settings)
     if not _agrees(folder, tokenizer):
-        # Many classes build their own tokenizer of the vocabulary in tokenizer.json.
+        # Many classes build a tokenizer of their own from the vocabulary in tokenizer.json.
         replaced = settings.get("tokenizer_class", "its class")
         settings["tokenizer_class"] = GENERIC
         _write(folder, settings)
         if replaced == GENERIC or not _agrees(folder, tokenizer):
             raise UserError(f"{base}: transformers makes other tokens of a text with these tokenizer files")
         changes.append(f"as {GENERIC}, since {replaced} makes other tokens")
-    return ", ".join(changes) or "as it was"
+    return ", ".join(changes) or "unchanged"
 
 
 def _write(folder: Path, settings: dict) -> None:
@@ -65,7 +65,7 @@ def _write(folder: Path, settings: dict) -> None:
 
 
 def _add_closing(folder: Path, tokenizer: TextTokenizer, settings: dict) -> None:
-    """Have tokenizer.json itself put `opening` and `closing` around texts, and no class or setting undo it."""
+    """Let tokenizer.json itself put `opening` and `closing` around texts, whatever the class and settings."""
     from tokenizers import Tokenizer, processors
 
     own = Tokenizer.from_str(tokenizer.tokenizer.to_str())
@@ -81,17 +81,17 @@ def _add_closing(folder: Path, tokenizer: TextTokenizer, settings: dict) -> None
         settings.pop(f"add_{name}_token", None)
         role = settings.get(f"{name}_token")
         role = role.get("content") if isinstance(role, dict) else role
-        if tokens in ([], [role]):  # as llama.cpp and transformers 5 are told it
+        if tokens in ([], [role]):  # llama.cpp and transformers 5 read this setting
             settings[f"add_{name}_token"] = bool(tokens)
 
 
 def _agrees(folder: Path, tokenizer: TextTokenizer) -> bool:
-    """Whether transformers makes the same tokens of a few texts as `tokenizer`, under every prompt."""
+    """Return whether transformers makes the same tokens of a few texts as `tokenizer`, under every prompt."""
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
-            theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            library = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"transformers cannot load the tokenizer ({type(error).__name__}: {error})") from error
     longest = max(tokenizer.max_lengths.values())
@@ -99,7 +99,7 @@ def _agrees(folder: Path, tokenizer: TextTokenizer) -> bool:
         limit = tokenizer.max_lengths.get(name, longest)
         texts = [text.lower() if tokenizer.lowercase else text for text in (*PROBES, "many words " * limit)]
         expected = tokenizer(texts, name)
-        found = theirs([prompt + text for text in texts], truncation=True, max_length=limit)["input_ids"]
-        if [token for ids in found for token in ids] != expected.ids.tolist():
+        actual = library([prompt + text for text in texts], truncation=True, max_length=limit)["input_ids"]
+        if [token for ids in actual for token in ids] != expected.ids.tolist():
             return False
     return True

@@ -1,10 +1,8 @@
-"""From a trained backbone to weights that other libraries read: merged, dequantised, renamed, in shards.
+"""Turn a trained backbone into weights that other libraries read: merged, dequantised, renamed, in shards.
 
-    trained = merge(backbone)                                    # adapters become part of the weights
-    write(folder, stored_tensors(base, backbone, trained), "pt")     # under the names that the base model has
-    write(folder, mlx_tensors(backbone, mx.bfloat16), "mlx")         # under mlx-lm's names
-
-Used by export.py; tested by `python -m pytest tests/test_export.py`.
+trained = merge(backbone)                                    # adapters become part of the weights
+write(folder, stored_tensors(base, backbone, trained), "pt")     # under the base model's names
+write(folder, mlx_tensors(backbone, mx.bfloat16), "mlx")         # under mlx-lm's names
 """
 
 import json
@@ -20,15 +18,15 @@ from mlx_retrieval.backbones.hub import read_weights, save_tensors, tensor_table
 from mlx_retrieval.utils.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
-GROUP_SIZES = (64, 32)  # of quantised numbers that share a scale, the preferred first
-FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # as safetensors spell them
+GROUP_SIZES = (64, 32)  # quantised numbers that share a scale; the first that fits is used
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # names in safetensors files
 SWITCHES = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx-lm's stacks of experts
 
 
 def merge(backbone: Backbone) -> set[str]:
-    """Add adapters to the weights that they adapt, and dequantise what is quantised, in place, in float32.
+    """Merge adapters into the weights and dequantise quantised layers, in place, in float32.
 
-    Returns the names of the parameters that training changed. Nothing is computed before it is written or used.
+    Returns the names of the parameters that training changed. Weights are computed when they are written or used.
     """
     from mlx_lm.utils import dequantize_model
 
@@ -46,7 +44,7 @@ def merge(backbone: Backbone) -> set[str]:
 
 
 def stored_dtype(folder: Path) -> mx.Dtype:
-    """The dtype of most of a checkpoint's floating-point numbers; of a quantised one, of its scales."""
+    """Return the dtype of most floating-point numbers of a checkpoint; for a quantised one, the dtype of its scales."""
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
         for entry in tensor_table(file).values():
@@ -62,19 +60,21 @@ def stored_dtype(folder: Path) -> mx.Dtype:
 def stored_tensors(
     folder: Path, backbone: Backbone, trained: set[str], dtype: mx.Dtype | None = None, drop: Sequence[str] = ()
 ) -> dict[str, mx.array]:
-    """The base checkpoint's own tensors, those that were trained replaced and those that were quantised made whole.
+    """Return the base checkpoint's tensors, with trained ones replaced and quantised ones dequantised.
 
     Args:
-        folder: of the base model. backbone: the same model, after `merge`; trained: what `merge` returned.
-        dtype: of floating-point tensors; None: each keeps its own, a quantised one gets its scales'.
-        drop: beginnings of names that are left out.
+        folder: the base model's folder.
+        backbone: the same model, after `merge`.
+        trained: the names that `merge` returned.
+        dtype: dtype of floating-point tensors; None = each keeps its own, and a quantised one gets that of its scales.
+        drop: prefixes of tensors to leave out.
 
-    Raises UserError where a trained parameter is no tensor of the checkpoint, so that mlx alone could read the result.
+    Raises UserError if a trained parameter is not a tensor of the checkpoint, so that only mlx could read the result.
     """
     merged = dict(tree_flatten(backbone.adapted.parameters()))
     tensors = read_weights(folder)
     _refuse_stacks(backbone, tensors)
-    found, placed = {}, set()
+    exported, placed = {}, set()
     for name, value in tensors.items():
         stem, _, kind = name.rpartition(".")
         scales = tensors.get(f"{stem}.scales")
@@ -83,24 +83,24 @@ def stored_tensors(
         own = _parameter(backbone, name, merged)
         packed = scales is not None and kind == "weight"
         if packed and own is None:
-            raise UserError(f"{folder}: {name} is quantised but no part of the model: use --format mlx")
+            raise UserError(f"{folder}: {name} is quantised but not part of the model: use --format mlx")
         result = value
         if packed or (own in trained and merged[own].shape == value.shape):
             result = merged[own].astype(scales.dtype if packed else value.dtype)
             placed.add(own)
         if dtype is not None and mx.issubdtype(result.dtype, mx.floating):
             result = result.astype(dtype)
-        found[name] = result
+        exported[name] = result
     if lost := sorted(trained - placed):
         raise UserError(
-            f"{len(lost)} trained parameters are no tensors of {folder} (mlx-lm keeps them in another form): "
+            f"{len(lost)} trained parameters are not tensors of {folder} (mlx-lm stores them in another form): "
             f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. Use --format mlx"
         )
-    return found
+    return exported
 
 
 def _parameter(backbone: Backbone, name: str, parameters: dict[str, mx.array]) -> str | None:
-    """What the backbone calls the checkpoint's tensor `name`; None where it has none."""
+    """Return the backbone's name for the checkpoint's tensor `name`; None if it has no such parameter."""
     if encoder := ENCODERS.get(backbone.config["model_type"]):
         return next(iter(encoder.sanitize({name: None})), None)
     moved = name.replace("model.language_model.", "language_model.model.", 1)
@@ -108,49 +108,49 @@ def _parameter(backbone: Backbone, name: str, parameters: dict[str, mx.array]) -
 
 
 def _refuse_stacks(backbone: Backbone, tensors: dict[str, mx.array]) -> None:
-    """A checkpoint that mlx-lm wrote has its experts stacked, as no other library reads them."""
+    """Raise UserError for a checkpoint whose experts mlx-lm stacked: no other library reads those."""
     for path, module in backbone.adapted.named_modules():
         if type(module).__name__ in SWITCHES and f"{path}.weight" in tensors:
-            raise UserError(f"the base model's experts are stacked as mlx-lm has them ({path}): use --format mlx")
+            raise UserError(f"the base model's experts are stacked in mlx-lm's layout ({path}): use --format mlx")
 
 
 # --- under mlx's names ----------------------------------------------------------------------------------------------
 
 
 def cast(backbone: Backbone, dtype: mx.Dtype) -> None:
-    """Cast floating-point parameters to `dtype`, but those that mlx-lm says must stay precise."""
-    stays = getattr(backbone.adapted, "cast_predicate", lambda _: True)
+    """Cast floating-point parameters to `dtype`, except those that mlx-lm's model keeps at full precision."""
+    may_cast = getattr(backbone.adapted, "cast_predicate", lambda _: True)
 
-    def one(name: str, value: mx.array) -> mx.array:
-        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and stays(name) else value
+    def cast_one(name: str, value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and may_cast(name) else value
 
-    backbone.adapted.update(tree_map_with_path(one, backbone.adapted.parameters()))
+    backbone.adapted.update(tree_map_with_path(cast_one, backbone.adapted.parameters()))
 
 
 def quantise(backbone: Backbone, bits: int) -> dict:
-    """Quantise linear layers and embeddings in place; returns what config.json says of it.
+    """Quantise linear layers and embeddings in place; return the quantisation entry of config.json.
 
-    Layers that mlx-lm's model says are too delicate stay as they are or get more bits. Raises UserError where no group
-    size divides the widths.
+    Layers that mlx-lm's model protects stay unquantised or get more bits. Raises UserError if no group size divides the
+    widths.
     """
     model = backbone.adapted
-    wanted = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "to_quantized")}
-    chosen = {name: wanted(name, module) for name, module in layers.items()}
+    chosen = {name: predicate(name, module) for name, module in layers.items()}
     widths = {name: layers[name].weight.shape[-1] for name, how in chosen.items() if how is True}
     linear = {name: width for name, width in widths.items() if not isinstance(layers[name], nn.Embedding)}
     group = next((g for g in GROUP_SIZES if all(width % g == 0 for width in linear.values())), None)
     if group is None:
         name, width = next((name, width) for name, width in linear.items() if width % GROUP_SIZES[-1])
-        raise UserError(f"--quantize {bits}: {name} takes {width} numbers, no multiple of {GROUP_SIZES[-1]}")
-    # A narrow table, such as T5's of a bias a head, stays whole.
+        raise UserError(f"--quantize {bits}: {name} has {width} inputs, not a multiple of {GROUP_SIZES[-1]}")
+    # A narrow table, such as T5's position biases (one a head), stays unquantised.
     chosen |= {name: False for name, width in widths.items() if width % group}
     nn.quantize(model, group, bits, class_predicate=lambda path, _: chosen.get(path, False))
     return {"group_size": group, "bits": bits} | {n: how for n, how in chosen.items() if isinstance(how, dict)}
 
 
 def mlx_tensors(backbone: Backbone) -> dict[str, mx.array]:
-    """Every parameter under the name that the backbone gives it."""
+    """Return every parameter under the backbone's name for it."""
     return dict(tree_flatten(backbone.adapted.parameters()))
 
 
@@ -158,9 +158,9 @@ def mlx_tensors(backbone: Backbone) -> dict[str, mx.array]:
 
 
 def write(folder: Path, tensors: dict[str, mx.array], form: str) -> int:
-    """Write `tensors` as one file or as shards with an index, `form` as `save_tensors` has it; returns their bytes.
+    """Write `tensors` as one file, or as shards with an index; return their size in bytes.
 
-    `tensors` is emptied meanwhile: only one shard at a time need be in memory.
+    `form` is that of `save_tensors`. The function empties `tensors`, so that only one shard at a time is in memory.
     """
     total = sum(value.nbytes for value in tensors.values())
     shards: list[list[str]] = [[]]
@@ -177,7 +177,7 @@ def write(folder: Path, tensors: dict[str, mx.array], form: str) -> int:
         save_tensors(folder / file, {name: tensors.pop(name) for name in names}, form)
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        described = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-        text = json.dumps(described, indent=2) + "\n"
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        text = json.dumps(content, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return total

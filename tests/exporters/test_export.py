@@ -253,7 +253,7 @@ def test_quantised_export(adapters, vectors, tmp_path, capsys, kind, bits):
     model = embedder.load(folder)
     cosines = (model.encode(some_texts()) * vectors(kind)[None]).sum(axis=1)
     assert cosines.mean() > {4: 0.7, 8: 0.99}[bits]
-    assert "quantised, to the whole model: worst cosine" in capsys.readouterr().out
+    assert "quantised, against the original model: worst cosine" in capsys.readouterr().out
     if kind == "qwen3":
         import mlx_lm
 
@@ -430,21 +430,27 @@ def test_folders_that_are_not_empty(bases, tmp_path):
 def test_the_source_is_never_replaced(bases, adapters, tmp_path):
     base = shutil.copytree(bases["bert"], tmp_path / "models" / "base")
     for output in (base, base.parent):
-        with pytest.raises(UserError, match="the model that is exported is in there"):
+        with pytest.raises(UserError, match="the model to export is in there"):
             run_export(output, model=base, overwrite=True)
-    with pytest.raises(UserError, match="the model that is exported is in there"):
+    with pytest.raises(UserError, match="the model to export is in there"):
         run_export(adapters["bert"].parent, adapter=adapters["bert"], overwrite=True)
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ([], "say what to export: --adapter adapters/best, or --model"),
+        ([], "nothing to export: name --adapter, for example adapters/best, or --model"),
         (["--adapter", "missing"], "missing: no such adapter folder"),
         (["--adapter", "{run}"], "a run was saved there, so export {run}/final"),
         (["--adapter", "{adapter}", "--model", "{other}"], "is another model"),
-        (["--adapter", "{adapter}", "--quantize", "4"], "--quantize writes what only mlx reads: use --format mlx"),
-        (["--adapter", "{adapter}", "--format", "mlx", "--gguf-ready"], "--gguf-ready goes with"),
+        (
+            ["--adapter", "{adapter}", "--quantize", "4"],
+            "--quantize writes a folder that only mlx reads: use --format mlx",
+        ),
+        (
+            ["--adapter", "{adapter}", "--format", "mlx", "--gguf-ready"],
+            "--gguf-ready needs --format sentence-transformers or hf",
+        ),
         (["--model", "nowhere"], "--model nowhere: no folder"),
     ],
 )
@@ -459,7 +465,7 @@ def test_bad_input(bases, adapters, tmp_path, capsys, monkeypatch, flags, told):
 
 def test_a_maximum_over_the_texts_own_tokens_has_no_module(bases, tmp_path):
     _, adapter = trained(bases["llama"], tmp_path / "run" / "final", pooling="max")
-    with pytest.raises(UserError, match="out of a maximum: use --format mlx or hf"):
+    with pytest.raises(UserError, match="own tokens in max pooling: use --format mlx or hf"):
         run_export(tmp_path / "out", adapter=adapter)
     run_export(tmp_path / "out", adapter=adapter, format="hf")
 
@@ -474,14 +480,14 @@ def test_widths_that_no_group_divides(bases, tmp_path):
     base = random_models.save(
         "bert", tmp_path / "base", tokenizer=bases["bert"].parent / "framed", intermediate_size=72
     )
-    with pytest.raises(UserError, match=r"--quantize 4: encoder\.layer\.\d\.output\.dense takes 72 numbers"):
+    with pytest.raises(UserError, match=r"--quantize 4: encoder\.layer\.\d\.output\.dense has 72 inputs"):
         run_export(tmp_path / "out", model=base, format="mlx", quantize=4)
 
 
 def test_trained_parameters_without_a_place_are_told(bases, adapters, tmp_path, monkeypatch):
     """As with experts that mlx-lm stacks and GPT-2's transposed matrices."""
     monkeypatch.setattr(weights, "_parameter", lambda backbone, name, _: None if "layers.1" in name else name)
-    with pytest.raises(UserError, match=r"trained parameters are no tensors of .*layers\.1\..*Use --format mlx"):
+    with pytest.raises(UserError, match=r"trained parameters are not tensors of .*layers\.1\..*Use --format mlx"):
         run_export(tmp_path / "out", adapter=adapters["llama"])
 
 
@@ -501,14 +507,14 @@ def test_gguf_ready_last_token_decoder(adapters, tmp_path, capsys):
     assert read_json(folder)["architectures"] == ["Qwen3ForCausalLM"]
     assert read_json(folder / "1_Pooling")["pooling_mode_lasttoken"] is True
     told = capsys.readouterr().out
-    assert "--pooling last" in told and "prompts are not in a GGUF" in told
+    assert "--pooling last" in told and "a GGUF holds no prompts" in told
 
 
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
         ("llama", "its mean counts the tokens that the tokenizer puts around a text"),
-        ("t5", "of dense layers it has only EmbeddingGemma's two"),
+        ("t5", "of dense layers it supports only EmbeddingGemma's two"),
         ("gemma3_text", "full attention in every sixth layer"),
     ],
 )

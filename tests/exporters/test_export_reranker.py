@@ -326,7 +326,7 @@ def test_quantised(adapters, tmp_path, capsys, name, bits):
     folder = run_export(tmp_path / "out", adapter=adapter, format="mlx", quantize=bits)
     assert read_json(folder)["quantization"]["bits"] == bits
     told = capsys.readouterr().out
-    assert "quantised, to the whole model: worst difference" in told
+    assert "quantised, against the original model: worst difference" in told
     ours = Reranker(str(folder))
     found = ours.score(QUERY, DOCUMENTS)
     if bits == 8:
@@ -437,7 +437,7 @@ def test_a_failed_check_leaves_nothing(adapters, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(weights, "merge", spoiled)
     assert export.main(["--adapter", str(adapter), "--output", str(tmp_path / "out")]) == 2
-    assert "the check failed: rerank.Reranker gives a score that is" in capsys.readouterr().err
+    assert "the check failed: rerank.Reranker gives a score that differs by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -473,10 +473,10 @@ def test_what_is_refused(bases, adapters, tmp_path, capsys):
         return capsys.readouterr().err
 
     adapter = str(adapters("qwen3"))
-    assert "--gguf-ready is for models of vectors" in told("--adapter", adapter, "--gguf-ready")
+    assert "--gguf-ready is for embedding models" in told("--adapter", adapter, "--gguf-ready")
     assert "use --format mlx" in told("--adapter", adapter, "--quantize", "4")
-    assert "an adapter says itself" in told("--adapter", adapter, "--task", "rerank")
-    assert "has no reranker's head yet" in told("--model", str(bases["bare"]), "--task", "rerank")
+    assert "an adapter's files tell what it was trained for" in told("--adapter", adapter, "--task", "rerank")
+    assert "has no reranker head yet" in told("--model", str(bases["bare"]), "--task", "rerank")
 
 
 def test_differences_of_scores():
