@@ -1,8 +1,8 @@
-"""The README.md of an exported folder: base model, data, settings, figures before and after, how to load it.
+"""Write the README.md of an exported folder: base model, data, settings, figures before and after, how to load it.
 
-    card = write(config, adapter=Path("adapters/best"), form="sentence-transformers", dtype="bfloat16")
+    card = write(config, "owner/base", Path("adapters/best"), "sentence-transformers", "bfloat16", "my-model")
 
-What a run folder no longer holds is left out. Used by export.py; tested by `python -m pytest tests/test_model_card.py`.
+The card leaves out whatever the run's folder no longer holds.
 """
 
 import json
@@ -16,7 +16,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.curves import is_number, metric_name, read_metrics
 from mlx_retrieval.utils.errors import UserError
 
-SETTINGS = (  # of a run, that say what was done; the others say where and how fast
+SETTINGS = (  # the settings of a run that affect the result; the others say where and how fast it ran
     "loss",
     "temperature",
     "beta",
@@ -55,45 +55,48 @@ def write(
     name: str,
     answers: Sequence[int] | None = None,
 ) -> str:
-    """The card as Markdown.
+    """Return the card as Markdown.
 
     Args:
-        config: of the exported model. base: the base model's name.
-        adapter: folder that was merged; None: the base model itself.
-        form: one of export.FORMATS. dtype: how the weights are stored, in words.
-        name: of the exported folder. answers: see `rerankers.card.use`.
+        config: the exported model's config.
+        base: the base model's name.
+        adapter: the adapter folder that was merged; None = the base model itself was exported.
+        form: one of `job.FORMATS`.
+        dtype: how the weights are stored, in words.
+        name: the exported folder's name.
+        answers: see `reranker_card.use`.
     """
     settings, step, figures = _settings(adapter), _step(adapter), _figures(adapter)
     parts = [_front_matter(base, form, config.task == "rerank"), f"# {name}\n"]
-    made = f"`{_public(base)}`" if adapter is None else f"a fine-tuned `{_public(base)}`"
-    does = "Embeds queries and documents for retrieval"
-    does = "Scores how well documents answer a query" if config.task == "rerank" else does
-    parts.append(f"{does}: {made}, exported by mlx-retrieval.\n")
-    parts.append(_described(config, dtype))
+    origin = f"`{_public(base)}`" if adapter is None else f"a fine-tuned `{_public(base)}`"
+    purpose = "Embeds queries and documents for retrieval"
+    purpose = "Scores how well documents answer a query" if config.task == "rerank" else purpose
+    parts.append(f"{purpose}: {origin}, exported by mlx-retrieval.\n")
+    parts.append(_description(config, dtype))
     if adapter is not None:
         parts.append("## Training\n")
         data = settings.get("data")
-        told = [f"Data: {', '.join(f'`{Path(str(file)).name}`' for file in data)}."] if data else []
-        told += [f"{step:,} steps."] if step is not None else []
-        parts.append((" ".join(told) or "The run's folder no longer says how it was trained.") + "\n")
+        sentences = [f"Data: {', '.join(f'`{Path(str(file)).name}`' for file in data)}."] if data else []
+        sentences += [f"{step:,} steps."] if step is not None else []
+        parts.append((" ".join(sentences) or "The run's folder no longer says how it was trained.") + "\n")
         rows = [(key, settings.get(key)) for key in SETTINGS]
-        rows = [(key.replace("_", "-"), _shown(value)) for key, value in rows if value not in (None, [], "")]
+        rows = [(key.replace("_", "-"), _setting(value)) for key, value in rows if value not in (None, [], "")]
         if rows:
             parts.append(_table(("setting", "value"), rows))
     if figures:
         parts += ["## Figures\n", _comparison(figures)]
     parts += ["## Use\n", _use(config, form, name, answers)]
-    parts.append("## Licence\n\nThat of the base model; whoever publishes this folder has to see to it.\n")
+    parts.append("## Licence\n\nThe base model's licence applies; check it before you publish this folder.\n")
     if config.reranker in reranker_card.LICENCES:
         parts.append(reranker_card.LICENCES[config.reranker] + "\n")
     return "\n".join(parts)
 
 
-# --- what the run says ----------------------------------------------------------------------------------------------
+# --- read from the run's folder --------------------------------------------------------------------------------------
 
 
 def _settings(adapter: Path | None) -> dict[str, Any]:
-    """The run's settings, from beside the adapter or from the run's folder."""
+    """Return the run's settings, saved beside the adapter or in the run's folder; {} if they are gone."""
     import yaml
 
     for folder in (adapter, adapter.parent) if adapter else ():
@@ -113,17 +116,17 @@ def _step(adapter: Path | None) -> int | None:
 
 
 def _figures(adapter: Path | None) -> dict[str, dict[str, dict[str, float]]]:
-    """{"before", "after": {task, or "average": {metric: figure}}} of the step that the adapter was saved at."""
+    """Return {"before", "after": {task, or "average": {metric: figure}}}; "after" is the step of the saved adapter."""
     if adapter is None:
         return {}
-    run, step, found = adapter.parent, _step(adapter), {}
+    run, step, figures = adapter.parent, _step(adapter), {}
     for record in read_metrics(run / "metrics.jsonl"):
         if record["type"] == "eval" and record["step"] in (0, step):
             when = "before" if record["step"] == 0 else "after"
-            found[when] = {"average": record.get("metrics") or {}, **(record.get("tasks") or {})}
-    if "before" not in found and (run / "before.json").is_file():
-        found["before"] = read_json(run / "before.json").get("tasks") or {}
-    return found
+            figures[when] = {"average": record.get("metrics") or {}, **(record.get("tasks") or {})}
+    if "before" not in figures and (run / "before.json").is_file():
+        figures["before"] = read_json(run / "before.json").get("tasks") or {}
+    return figures
 
 
 # --- parts of the card ----------------------------------------------------------------------------------------------
@@ -135,33 +138,38 @@ def _front_matter(base: str, form: str, reranks: bool) -> str:
     tags = list(reranker_card.TAGS) if reranks else [pipeline, "feature-extraction", "retrieval", "mlx-retrieval"]
     tags = [form, *tags] if form != "hf" else tags
     lines = ["---", "tags:", *(f"- {tag}" for tag in tags)]
-    if not Path(base).expanduser().is_absolute():  # the hub refuses what is no name of a model
+    if not Path(base).expanduser().is_absolute():  # the hub accepts only names of models
         lines.append(f"base_model: {json.dumps(base)}")
     return "\n".join([*lines, f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", ""])
 
 
 def _public(base: str) -> str:
-    """A hub name as it is; of a folder of this machine only its name."""
+    """Return a hub name unchanged, and of a folder on this machine only its name."""
     return Path(base).name if Path(base).expanduser().is_absolute() else base
 
 
-def _described(config: RetrievalConfig, dtype: str) -> str:
+def _description(config: RetrievalConfig, dtype: str) -> str:
     if config.task == "rerank":
         return _table(("", ""), reranker_card.rows(config, dtype))
-    counted = []
+    exceptions = []
     if config.pooling in ("mean", "max"):
-        counted += [] if config.pool_special else ["without the tokenizer's own tokens"]
-        counted += [] if config.pool_prompt else ["without the prompt's"]
+        exceptions += [] if config.pool_special else ["without the tokenizer's own tokens"]
+        exceptions += [] if config.pool_prompt else ["without the prompt's tokens"]
     lengths = f"{config.query_max_length:,} of a query, {config.max_length:,} of a document"
     vector = f"{config.dimensions} dimensions, {'unit length' if config.normalize else 'compared by dot products'}"
-    pooling = ", ".join([POOLING[config.pooling], *counted])
+    pooling = ", ".join([POOLING[config.pooling], *exceptions])
     if config.task == "late":
         vector = f"one for every token, {vector}"
-        pooling = f"none: MaxSim, the {config.maxsim} over a query's tokens of the nearest document token"
+        pooling = (
+            f"none: MaxSim, the {config.maxsim} over the query's tokens of the similarity to the nearest document token"
+        )
     rows = [
         ("vector", vector),
         ("pooling", pooling),
-        ("attention", "every token sees the whole text" if config.bidirectional else "tokens see what is before them"),
+        (
+            "attention",
+            "every token sees the whole text" if config.bidirectional else "every token sees the tokens before it",
+        ),
         ("longest text", f"{lengths}, in tokens"),
         ("weights", dtype),
     ]
@@ -173,7 +181,7 @@ def _described(config: RetrievalConfig, dtype: str) -> str:
     prompts = [(name, f"`{json.dumps(prompt, ensure_ascii=False)}`") for name, prompt in config.prompts.items()]
     return (
         _table(("", ""), rows)
-        + "\nEvery text is put after the prompt of what it is:\n\n"
+        + "\nEvery text is put after the prompt for its kind:\n\n"
         + _table(("kind of text", "prompt"), prompts)
     )
 
@@ -211,7 +219,7 @@ print(model.similarity(queries, documents))
 """
         )
     if config.task == "late":
-        imports = "from embed import load\nfrom late_index import LateIndex"
+        imports = "from embed import load\nfrom mlx_retrieval.retrieval.late_interaction import LateIndex"
         score = "LateIndex(documents).search(queries, top_k=10)"
     else:
         imports, score = "from embed import load", "queries @ documents.T"
@@ -232,17 +240,17 @@ print({score})
 
 
 def _comparison(figures: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A table of every task's figures before and after, the average last."""
+    """Return a table of every task's figures before and after, the average last."""
     before, after = figures.get("before", {}), figures.get("after", {})
     tasks = [task for task in {**before, **after} if task != "average"]
     rows = []
-    # The average of a single task is that task, and perhaps the validation loss.
+    # The average of a single task repeats it, except for the validation loss.
     for task in [*tasks, "average"]:
         for metric in {**before.get(task, {}), **after.get(task, {})}:
             if task == "average" and len(tasks) == 1 and metric in {**before, **after}[tasks[0]]:
                 continue
-            shown = (_figure(found.get(task, {}).get(metric)) for found in (before, after))
-            rows.append((task, metric_name(metric), *shown))
+            cells = (_figure(figures.get(task, {}).get(metric)) for figures in (before, after))
+            rows.append((task, metric_name(metric), *cells))
     return _table(("task", "metric", "before", "after"), rows)
 
 
@@ -250,7 +258,7 @@ def _figure(value: Any) -> str:
     return f"{value:.4f}" if is_number(value) else "-"
 
 
-def _shown(value: Any) -> str:
+def _setting(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

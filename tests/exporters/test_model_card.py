@@ -3,7 +3,9 @@
 python -m pytest tests/exporters/test_model_card.py
 """
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,13 @@ def test_figures_are_those_of_the_exported_step(best):
 
 def test_settings_data_and_how_texts_are_read(best):
     text = card(best)
-    for row in ("lora-rank | 7 |", "loss | info_nce |", "attention | tokens see", "weights | bfloat16 |", "seed | 0 |"):
+    for row in (
+        "lora-rank | 7 |",
+        "loss | info_nce |",
+        "attention | every token sees",
+        "weights | bfloat16 |",
+        "seed | 0 |",
+    ):
         assert f"| {row}" in text
     assert "learning-rate" not in text and "lora-keys" not in text  # not set
     assert "Data: `pairs.jsonl`." in text and "/home/me" not in text
@@ -85,6 +93,17 @@ def test_front_matter(best, tmp_path):
 def test_how_to_load_it(best, form, library):
     text = card(best, form)
     assert ('SentenceTransformer("my-model")' in text) == library and 'load("my-model")' in text
+
+
+@pytest.mark.parametrize("task", ["embed", "late", "rerank"])
+def test_the_card_s_imports_exist(task):
+    """A late model's card named a module that had moved."""
+    config = dataclasses.replace(CONFIG, task=task, reranker="qwen3" if task == "rerank" else "")
+    text = model_card.write(config, "owner/base", None, "mlx", "bfloat16", "my-model")
+    imports = re.findall(r"^from .* import .*$", text, re.MULTILINE)
+    assert imports
+    for line in imports:
+        exec(line, {})
 
 
 def test_before_from_a_resumed_run(best):

@@ -120,7 +120,7 @@ def test_queries_and_documents_have_limits_of_their_own(minilm):
 
 def test_no_room_for_the_text(toy_tokenizer_folder, minilm):
     assert gemma(toy_tokenizer_folder, 4)(["cat"], "query").lengths.max() <= 4
-    with pytest.raises(UserError, match="max length 3 leaves no room for the text of a query.* take 3 tokens"):
+    with pytest.raises(UserError, match="--max-length 3 leaves no room for the text of a query.* take 3 tokens"):
         gemma(toy_tokenizer_folder, 3)
     with pytest.raises(UserError, match="of a document"):
         bert(minilm, prompts={"document": "passage: "}, document=4)
