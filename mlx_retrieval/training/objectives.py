@@ -152,7 +152,7 @@ class RerankObjective:
         return loss.GROUPS[self.settings.loss](scores, labels, real)
 
 
-def make(
+def make_objective(
     settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Source
 ) -> "Objective | RerankObjective":
     """Return the objective of a run. UserError if the settings do not fit the task or the data."""

@@ -32,7 +32,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.objectives import make as make_objective
+from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups

@@ -421,8 +421,10 @@ def test_the_names_that_mlx_lm_s_users_know(tmp_path, monkeypatch):
         (["--iters", "7", "--data", "mine"], ["mine"]),
         (["--iters", "7", "--task", "embed"], ["train-data.jsonl"]),
         (["--task", "chat"], ["data"]),
+        (["--model-path", "some"], ["train-data.jsonl"]),  # the other commands' word for --model
     ):
         assert from_flags("", argv=argv)[0].data == data
+    assert from_flags("", argv=["--model-path", "some"])[0].model == "some"
     assert from_flags("", argv=["--task", "chat"])[0].batch_size == 4
     file = tmp_path / "settings.yaml"
     file.write_text("iters: 7\nsave-every: 3\n")

@@ -138,4 +138,4 @@ def test_distillation_is_torchs_divergence():
 def test_what_does_not_fit_is_refused(changes, config, message):
     rows = SimpleNamespace(has_scores=False)
     with pytest.raises(UserError, match=message):
-        objectives.make(settled(**changes), RetrievalConfig(**config), None, rows)
+        objectives.make_objective(settled(**changes), RetrievalConfig(**config), None, rows)
