@@ -53,7 +53,7 @@ def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
     found = []
     for free in (0, 4_000_000, 16_000_000, GB):
         monkeypatch.setattr(memory, "free", lambda free=free: free)
-        found.append(memory.fit(trainer))
+        found.append(trainer.fit_memory())
         assert trainer.grad_cache.budget == trainer.state.micro_batch_tokens == found[-1].budget
     budgets, estimates = [fit.budget for fit in found], [fit.estimate for fit in found]
     assert budgets == sorted(budgets) and estimates[0] < estimates[-1]
@@ -61,13 +61,13 @@ def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
     assert "may be too little" in str(found[0]) and "too little" not in str(found[-1])
     assert [v.tolist() for _, v in tree_flatten(trainer.model.trainable_parameters())] == before
     monkeypatch.setattr(memory, "MOST", 128)  # as on CPUs, where more are no quicker
-    assert memory.fit(trainer).budget == 128
+    assert trainer.fit_memory().budget == 128
 
 
 def test_the_estimate_is_near_what_a_step_takes_and_not_below(settings):
     """Of activations, beyond what is there before: on a budget at which they are most of it."""
     trainer = training_run.prepare(settings(micro_batch_tokens="auto", batch_size=32)).trainer
-    batch, fit = trainer.batches.batch(0), memory.fit(trainer)
+    batch, fit = trainer.batches.batch(0), trainer.fit_memory()
     trainer.compute_grads(batch, 1)
     active = mx.get_active_memory()
     mx.reset_peak_memory()
