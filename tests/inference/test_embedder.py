@@ -125,7 +125,7 @@ def test_precision_that_cannot_be_had_is_told_before_embedding(model, monkeypatc
     for message, options in (
         ("precision 'int4' is unknown", {"precision": "int4"}),
         (
-            r"99 texts are too few .* share ranges: .*precision\.ranges\(model\.encode\(sample\)\)",
+            r"99 texts are too few .* share ranges: .*quantization\.ranges\(model\.encode\(sample\)\)",
             {"precision": "int8"},
         ),
         (r"\(2, 32\), but vectors of 8 .*\(2, 8\)", {"precision": "int8", "ranges": np.ones((2, 32)), "dimensions": 8}),
