@@ -169,13 +169,13 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), None if complete else limits.silence)
             except TimeoutError as error:
-                raise HTTPException(408, f"no byte of the body came for {limits.silence:g} seconds") from error
+                raise HTTPException(408, f"no byte of the body arrived for {limits.silence:g} seconds") from error
             more = len(message.get("body", b""))
             size, self.bodies, complete = size + more, self.bodies + more, not message.get("more_body")
             if size > limits.body:
-                raise HTTPException(413, f"the body is over {limits.body:,} bytes")
+                raise HTTPException(413, f"the body is larger than {limits.body:,} bytes")
             if self.bodies > limits.bodies:
-                raise HTTPException(503, "the requests underway are too large together: try again", AGAIN)
+                raise HTTPException(503, "the requests in progress are too large together: try again", AGAIN)
             return message
 
         self.requests += 1
@@ -205,10 +205,12 @@ class Service:
         await asyncio.to_thread(self.thread.close)
 
     async def health(self) -> dict:
+        """Tell that the server is up, and the names of its models (null = none)."""
         reranker, model = (getattr(part, "name", None) for part in (self.reranker, self.model))
         return {"status": "ok", "reranker": reranker, "embeddings": model}
 
     async def rerank(self, request: Request, body: RerankBody) -> Response:
+        """Score documents for a query; answer with the best `top_n`, best first."""
         if self.reranker is None:
             raise HTTPException(404, "this server has no reranker")
         self._check("query", [body.query] if body.query.strip() else [], 1)
@@ -223,6 +225,7 @@ class Service:
         return _json({"id": str(uuid.uuid4()), "model": self.reranker.name, "results": results, "meta": meta})
 
     async def embeddings(self, request: Request, body: EmbeddingsBody) -> Response:
+        """Embed texts; answer with a vector for each, in their order."""
         if self.model is None:
             raise HTTPException(404, "this server has no embedding model")
         if body.input_type and body.prompt and body.input_type != body.prompt:
@@ -239,6 +242,7 @@ class Service:
         return _json({"object": "list", "data": data, "model": self.model.name, "usage": usage})
 
     def _check(self, name: str, texts: list[str], most: int) -> None:
+        """Refuse (400) a list without texts, with more than `most`, or with a text that is too long or not Unicode."""
         if not texts:
             raise HTTPException(400, f"{name}: empty")
         if len(texts) > most:
