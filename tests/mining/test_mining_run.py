@@ -4,7 +4,6 @@ python -m pytest tests/mining/test_mining_run.py
 """
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from mlx_retrieval.inference import embedder, reranker
 from mlx_retrieval.mining import cache, collection, hard_negatives, teacher
 from mlx_retrieval.mining import output as mining_output
 from mlx_retrieval.mining.cache import ResumableCache
-from mlx_retrieval.models import loading
 
 ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in SENTENCES]
 
@@ -378,24 +376,6 @@ def test_resume_of_scoring_gives_the_identical_file(at, small, small_blocks, tmp
     assert score(*flags, tmp_path / "scored.jsonl") == 0
     assert count.calls == 3 - at
     assert (tmp_path / "scored.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_what_kind_a_teacher_is(small, tmp_path, minilm):
-    cross_encoder("bert", tmp_path / "cross")
-    assert loading.detect_kind(str(tmp_path / "cross")) == "rerank"
-    assert loading.detect_kind(small) == loading.detect_kind(str(minilm)) == "embed"
-    shutil.copytree(small, tmp_path / "Some-Reranker-0.6B")
-    assert loading.detect_kind(str(tmp_path / "Some-Reranker-0.6B")) == "rerank"
-    for task in ("embed", "late", "rerank"):
-        folder = tmp_path / task
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text("{}")
-        (folder / "retrieval_config.json").write_text(json.dumps({"task": task, "reranker": "qwen3"}))
-        assert loading.detect_kind(str(folder)) == task
-    folder = tmp_path / "colbert"
-    folder.mkdir()
-    (folder / "config_sentence_transformers.json").write_text('{"model_type": "ColBERT"}')
-    assert loading.detect_kind(str(folder)) == "late"
 
 
 def test_the_kind_of_teacher_can_be_told(small, tmp_path, write_rows, capsys):
