@@ -13,21 +13,21 @@ Qrels = dict[str, dict[str, int]]  # query id -> document id -> judgement
 
 
 def document_text(title: str | None, text: str) -> str:
-    """A document as models are given it, and as mteb has it: title and text, joined by a space."""
+    """Join title and text by a space, as mteb does: the text of a document that models see."""
     return f"{title or ''} {text}".strip()
 
 
 def check_folders(names: Sequence[str]) -> list[str]:
-    """Read the folders among `names`, and give back the others, which are MTEB's tasks.
+    """Read the folders among `names`, and return the other names, which are MTEB tasks.
 
-    Raises UserError for the first folder that is not sound.
+    Raises UserError for the first folder that is missing or has errors.
     """
     others = []
     for name in names:
         folder = Path(name).expanduser()
         if folder.is_dir():
             read_folder(folder)
-        elif len(folder.parts) > 1 or folder.exists():  # no task of MTEB is called like that
+        elif len(folder.parts) > 1 or folder.exists():  # not a name of an MTEB task
             raise UserError(f"{name}: no such folder")
         else:
             others.append(name)
@@ -35,15 +35,15 @@ def check_folders(names: Sequence[str]) -> list[str]:
 
 
 def read_folder(folder: Path) -> tuple[Texts, Texts, Qrels]:
-    """Documents, judged queries and judgements, sorted by id: the order of the files must not decide ties.
+    """Return documents, judged queries and judgements, sorted by id, so that the files' order does not decide ties.
 
-    Read once a process as long as the files stay as they are. Raises UserError for what is not sound.
+    Cached until the files change. Raises UserError with file, line and reason.
     """
     return _read(*_state(folder))
 
 
 def read_texts(folder: Path, stem: str) -> Texts:
-    """The rows of `stem`.jsonl or `stem`.jsonl.gz."""
+    """Read the rows of `stem`.jsonl or `stem`.jsonl.gz. UserError with file, line and reason."""
     path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise UserError(f"{folder / stem}.jsonl: no such file (nor .jsonl.gz); an evaluation folder needs it")
@@ -52,9 +52,9 @@ def read_texts(folder: Path, stem: str) -> Texts:
         where = f"{path}:{number}"
         name, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text")
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-            raise UserError(f'{where}: "_id" is missing or no text')
+            raise UserError(f'{where}: "_id" is missing or not a text')
         if not isinstance(text, str) or not isinstance(title, str):
-            raise UserError(f'{where}: "{"text" if isinstance(title, str) else "title"}" is missing or no text')
+            raise UserError(f'{where}: "{"text" if isinstance(title, str) else "title"}" is missing or not a text')
         if str(name) in rows:
             raise UserError(f"{where}: the id {name} occurs twice")
         rows[str(name)] = (title, text)
@@ -64,18 +64,18 @@ def read_texts(folder: Path, stem: str) -> Texts:
 
 
 def _qrels_file(folder: Path) -> Path:
-    found = sorted((folder / "qrels").glob("*.tsv"))
+    files = sorted((folder / "qrels").glob("*.tsv"))
     for name in ("test.tsv", "dev.tsv"):
-        if (folder / "qrels" / name) in found:
+        if (folder / "qrels" / name) in files:
             return folder / "qrels" / name
-    if len(found) != 1:
-        names = f" among {', '.join(p.name for p in found)}" if found else ""
+    if len(files) != 1:
+        names = f" among {', '.join(p.name for p in files)}" if files else ""
         raise UserError(f"{folder / 'qrels' / 'test.tsv'}: no such file, nor dev.tsv or a single other .tsv{names}")
-    return found[0]
+    return files[0]
 
 
 def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
-    """The judgements of the queries that have a positive one: without one there is nothing to find."""
+    """Return the judgements of the queries that have a positive one; for the others there is nothing to find."""
     qrels: Qrels = {}
     header_possible = True
     for number, line in read_lines(path):
@@ -98,15 +98,15 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
         if document not in corpus:
             raise UserError(f"{where}: the document {document} is not in the corpus")
         if qrels.setdefault(query, {}).setdefault(document, int(judgement)) != int(judgement):
-            raise UserError(f"{where}: query {query} and document {document} were judged otherwise further up")
-    qrels = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
+            raise UserError(f"{where}: query {query} and document {document} have another judgement further up")
+    qrels = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
     if not qrels:
         raise UserError(f"{path}: no query has a positive judgement, so there is nothing to measure")
     return qrels
 
 
 def _state(folder: Path) -> tuple[Path, tuple]:
-    """The folder and what tells whether its files have changed."""
+    """Return the folder and the names, times and sizes of its files: a cache key."""
     folder = folder.resolve()
     files = sorted(p for pattern in ("*.jsonl*", "qrels/*.tsv") for p in folder.glob(pattern))
     return folder, tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)

@@ -1,4 +1,4 @@
-"""Read JSON lines: one value a line; what cannot be read is named by file, line and reason.
+"""Read JSON lines: one value a line, with errors that give file, line and reason.
 
     for number, row in read_objects(Path("corpus.jsonl")):
         print(number, row["text"])

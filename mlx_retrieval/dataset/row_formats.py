@@ -24,11 +24,11 @@ class Example(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
     rank: int
-    scores: tuple[float, ...] = ()  # a teacher's, of the positive and the negatives; none = it has not judged
+    scores: tuple[float, ...] = ()  # a teacher's, of the positive and the negatives; () = not scored
 
 
 def row_format(row: dict) -> str:
-    """Which of the formats a row has, by its keys."""
+    """Return the format of a row, by its keys. RowError if they fit none."""
     if "anchor" in row:
         return "anchor"
     if "query" in row and "documents" in row:
@@ -63,18 +63,18 @@ def decode(line: bytes) -> dict:
 
 
 def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
-    """One line's example and its format; RowError says what is wrong with it."""
+    """Return the example of one line, and its format. RowError gives the reason if the line is not a row."""
     return example_of(decode(line), expected)
 
 
 def example_of(row: dict, expected: str | None = None) -> tuple[Example, str]:
-    """As `parse`, of a row that is decoded."""
+    """Return the example of a decoded row, and its format; see `parse`."""
     form = row_format(row)
     if expected is not None and form != expected:
-        found, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (form, expected))
-        raise RowError(f"has the format {found}, but the rows before have {before}")
+        here, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (form, expected))
+        raise RowError(f"has the format {here}, but the rows before have {before}")
     if form == "documents":
-        return _judged(row), form
+        return _scored_documents(row), form
     query, positive = (_text(row, key) for key in FORMATS[form])
     negatives: list[str] = []
     for key in NEGATIVES:
@@ -102,7 +102,7 @@ def _texts(row: dict, key: str) -> list[str]:
 
 
 def _scores(row: dict, count: int) -> tuple[float, ...]:
-    """A teacher's scores of a row's documents; () where it has none."""
+    """Return a teacher's scores of a row's documents; () if the row has none."""
     scores = row.get("scores")
     if scores is None:
         return ()
@@ -112,8 +112,8 @@ def _scores(row: dict, count: int) -> tuple[float, ...]:
     return tuple(map(float, scores))
 
 
-def _judged(row: dict) -> Example:
-    """A query with documents that a teacher has scored: the best is the positive, the others are negatives."""
+def _scored_documents(row: dict) -> Example:
+    """Return the example of documents that a teacher has scored: the best is the positive, the rest are negatives."""
     documents = _texts(row, "documents")
     if len(documents) < 2:
         raise RowError("documents must be at least two texts")

@@ -34,8 +34,8 @@ class Source(Protocol):
     `rows.Rows` reads files, `elastic.rows.ElasticRows` an index, `InterleavedRows` several sources at once.
 
     A row has a number, by which it is read and named in messages; `numbers` gives the order of the run. A run's
-    position is the count of examples drawn before. A source that cannot compute its order from the position alone saves
-    what else it needs as a cursor (JSON), so that a resumed run draws the same rows.
+    position is the count of examples drawn before. A source whose order does not
+    follow from the position alone saves a cursor (JSON) as well, so that a resumed run draws the same rows.
     """
 
     @property
@@ -90,12 +90,12 @@ class Source(Protocol):
 
 def weight_of(source: str) -> tuple[str, Fraction | None]:
     """Return a source without its weight, and the weight or None; a port is not a weight."""
-    found = WEIGHT.search(source)
-    if not found or (source.startswith("http") and urlsplit(source).path in ("", "/")):
+    match = WEIGHT.search(source)
+    if not match or (source.startswith("http") and urlsplit(source).path in ("", "/")):
         return source, None
-    if (weight := Fraction(found[1])) == 0:
+    if (weight := Fraction(match[1])) == 0:
         raise UserError(f"--data {source}: a weight of 0")
-    return source[: found.start()], weight
+    return source[: match.start()], weight
 
 
 def names(data: Sequence[str]) -> list[str]:

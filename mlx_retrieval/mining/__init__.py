@@ -1,1 +1,1 @@
-"""Make training data from what is at hand: hard negatives, teachers, code pairs."""
+"""Make training data: hard negatives, teachers' scores, pairs of docstring and code."""

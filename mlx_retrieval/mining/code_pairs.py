@@ -1,13 +1,13 @@
-"""Pairs of (docstring, code) from source trees, to train a model that finds code by what it does.
+"""Mine (docstring, code) pairs from source trees, to train a model that finds code by its purpose.
 
-    from code_pairs import Counts, Rules, pairs
+    from mlx_retrieval.mining.code_pairs import Counts, Rules, pairs
     counts = Counts()
-    found = list(pairs(["src"], Rules(languages=("python",)), counts))    # of Pair: query, positive, path, line, ...
+    rows = list(pairs(["src"], Rules(languages=("python",)), counts))     # of Pair: query, positive, path, line, ...
     print(counts.pairs, counts.left_out)
 
-The query is the docstring, or else the comment above, as `docstrings.summary` cuts it. The positive is the function or
-class without its docstring and those of the definitions inside it, decorators kept. `FILE_REASONS` and `REASONS` say
-what is left out. The order is that of paths and lines: the same tree gives the same pairs.
+The query is the docstring, or else the comment above, shortened by `docstrings.summary`. The positive is the function
+or class with its decorators, without its docstring and those of the definitions inside it. `FILE_REASONS` and
+`REASONS` list the rules by which files and definitions are left out. Pairs come in the order of paths and lines.
 """
 
 import re
@@ -62,7 +62,7 @@ TEST_NAME = re.compile(r"test(?:_.*|[A-Z].*)?")
 
 
 class Pair(NamedTuple):
-    """One row: `query` finds `positive`; the rest says where it came from."""
+    """One row: `query` finds `positive`; the other fields are its origin."""
 
     query: str
     positive: str
@@ -74,7 +74,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What is mined; `languages` empty = all of `languages.LANGUAGES`."""
+    """The rules of mining; no `languages` = all of `languages.LANGUAGES`."""
 
     languages: Sequence[str] = ()
     min_lines: int = 2  # of code: neither blank nor comment, docstrings apart
@@ -85,7 +85,7 @@ class Rules:
 
 @dataclass
 class Counts:
-    """What happened, filled while `pairs` runs."""
+    """Counts of files, definitions and pairs, filled while `pairs` runs."""
 
     files: Counter[str] = field(default_factory=Counter)  # read, by language
     definitions: Counter[str] = field(default_factory=Counter)
@@ -100,9 +100,9 @@ def pairs(
     counts: Counts | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Pair]:
-    """Mine files and folders; `progress(done, total)` is called after every file.
+    """Yield the pairs of files and folders. `progress(done, total)` is called after every file.
 
-    Raises UserError where a path or a grammar is missing.
+    Raises UserError if a path or a grammar is missing.
     """
     rules, counts = rules or Rules(), Counts() if counts is None else counts
     sources = SourceFiles(paths, rules.languages, rules.include_tests)
@@ -115,48 +115,50 @@ def pairs(
             counts.left_out_files[reason] += 1
         else:
             counts.files[file.language.name] += 1
-            for found in definitions(text.encode(), file.language):
+            for definition in definitions(text.encode(), file.language):
                 counts.definitions[file.language.name] += 1
-                query = summary(found.doc)
-                reason = judge(found, query, file.language, rules)
+                query = summary(definition.doc)
+                reason = judge(definition, query, file.language, rules)
                 if not reason and not rules.keep_duplicates:
                     key = " ".join(query.casefold().split())
-                    reason = "same query" if key in queries else seen.add(found.code)
+                    reason = "same query" if key in queries else seen.add(definition.code)
                     if not reason:
                         queries.add(key)
                 if reason:
                     counts.left_out[reason] += 1
                 else:
                     counts.pairs[file.language.name] += 1
-                    yield Pair(query, found.code, file.relative, found.line, found.name, file.language.name)
+                    yield Pair(
+                        query, definition.code, file.relative, definition.line, definition.name, file.language.name
+                    )
         if progress is not None:
             progress(done, len(sources.files))
 
 
-def judge(found: Definition, query: str, language: Language, rules: Rules) -> str:
-    """Why a definition makes no pair, by the rules that look at it alone; "" = it makes one."""
-    if not rules.include_tests and (found.is_test or TEST_NAME.fullmatch(found.name.rpartition(".")[2])):
+def judge(definition: Definition, query: str, language: Language, rules: Rules) -> str:
+    """Return the reason why a definition, looked at alone, gives no pair; "" if it gives one."""
+    if not rules.include_tests and (definition.is_test or TEST_NAME.fullmatch(definition.name.rpartition(".")[2])):
         return "test function"
-    if not found.doc.strip():
+    if not definition.doc.strip():
         return "no docstring"
-    if found.is_broken:
+    if definition.is_broken:
         return "syntax error"
-    if reason := objection(found.doc, query):
+    if reason := objection(definition.doc, query):
         return reason
-    lines = _code_lines(found.code, language)
-    if len(lines) < rules.min_lines or _is_trivial(found, language):
+    lines = _code_lines(definition.code, language)
+    if len(lines) < rules.min_lines or _is_trivial(definition, language):
         return "trivial body"
-    return "too long" if len(lines) > rules.max_lines or len(found.code) > MAX_CHARACTERS else ""
+    return "too long" if len(lines) > rules.max_lines or len(definition.code) > MAX_CHARACTERS else ""
 
 
 def _code_lines(code: str, language: Language) -> list[str]:
-    """Lines that are neither blank nor comments, without indentation."""
+    """Return the lines that are neither blank nor comments, without indentation."""
     lines = (line.strip() for line in code.split("\n"))
     return [line for line in lines if line and not line.startswith(language.comments) and line != "*"]
 
 
-def _is_trivial(found: Definition, language: Language) -> bool:
-    body = "\n".join(_code_lines(found.body, language)).strip()
+def _is_trivial(definition: Definition, language: Language) -> bool:
+    body = "\n".join(_code_lines(definition.body, language)).strip()
     if body.startswith("{") and body.endswith("}"):
         body = body[1:-1].strip()
-    return bool(found.body) and TRIVIAL.fullmatch(body.removesuffix(";").strip()) is not None
+    return bool(definition.body) and TRIVIAL.fullmatch(body.removesuffix(";").strip()) is not None

@@ -30,7 +30,7 @@ class ElasticCorpus:
         self.documents = Documents(self.address, texts)
         absent, present = self.documents.missing()
         if absent:
-            raise UserError(f"{self.address}: no field {', '.join(sorted(absent))} (there are: {', '.join(present)})")
+            raise UserError(f"{self.address}: no field {', '.join(sorted(absent))} (there: {', '.join(present)})")
         self._numbers: dict[str, int] = {}  # index/id of a document -> its place in the order of reading
 
     def __iter__(self) -> Iterator[str]:

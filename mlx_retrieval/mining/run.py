@@ -115,7 +115,7 @@ def _encoder(model: embedder.Model, prompt: str):
 
 
 def count_rows(files: Sequence[Path | str], skip_bad: bool = False) -> tuple[teacher.Counts, list[str] | None]:
-    """Return the counts of what a teacher has to score, and the bad rows. UserError if no row has negatives."""
+    """Return the counts of rows and documents to score, and the bad rows. UserError if no row has negatives."""
     skipped = [] if skip_bad else None
     counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped))
     if counts.documents == counts.rows:

@@ -277,7 +277,7 @@ BAD_FOLDERS = {
     "no object": ({"corpus": "[1]\n"}, r"corpus\.jsonl:1: not a JSON object"),
     "no id": ({"corpus": [{"text": "x"}]}, r'corpus\.jsonl:1: "_id" is missing'),
     "no text": ({"queries": [{"_id": "q1"}]}, r'queries\.jsonl:1: "text" is missing'),
-    "text is a number": ({"queries": [{"_id": "q1", "text": 3}]}, r'queries\.jsonl:1: "text" is missing or no text'),
+    "text is a number": ({"queries": [{"_id": "q1", "text": 3}]}, r'queries\.jsonl:1: "text" is missing or not a text'),
     "title is a list": ({"corpus": [{"_id": "d", "text": "x", "title": ["y"]}]}, r'corpus\.jsonl:1: "title"'),
     "id twice": ({"corpus": TWICE}, r"corpus\.jsonl:2: the id d1 occurs twice"),
     "two fields": ({"qrels": "q1\td1\n"}, r"test\.tsv:1: 2 fields between tabs, not 3"),

@@ -1,8 +1,8 @@
-"""The documents of an index, read in ranges of `_seq_no` through a point in time.
+"""Read the documents of an index in ranges of `_seq_no` through a point in time.
 
-`_seq_no` is the number that Elasticsearch gives to every write of a shard. The cut into ranges needs only counts, so
-its memory does not grow with the documents; what is written later gets a number beyond the last range; and numbers
-survive a restart of the server, which a point in time does not.
+`_seq_no` is the number that Elasticsearch gives to every write of a shard. Splitting it into ranges needs only counts,
+so memory does not grow with the documents. A later write gets a number beyond the last range. Numbers survive a restart
+of the server; a point in time does not.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from mlx_retrieval.dataset.elastic.fields import value_at
 from mlx_retrieval.dataset.elastic.server import Address, Server, View, ViewLost
 from mlx_retrieval.utils.errors import UserError
 
-RANGE = 512  # documents, about
-PAGE = 1000  # documents of one answer
-BUCKETS = 1000  # of the histogram by which ranges are cut
-VIEWS = 10  # points in time that may be lost one after the other
+RANGE = 512  # documents of a range, roughly
+PAGE = 1000  # documents of one response
+BUCKETS = 1000  # of the histogram from which ranges are made
+VIEWS = 10  # points in time that may be lost in a row
 
 
 @dataclass
 class Survey:
-    """What the matching documents of an index are, up to a `_seq_no`: the same figures, the same documents."""
+    """Statistics of the matching documents up to a `_seq_no`; if they are equal, so are the documents."""
 
     last: int  # the highest _seq_no
     count: int
@@ -34,7 +34,7 @@ class Documents:
     Args:
         address: of the index.
         wanted: names of the fields.
-        query: Elasticsearch's own.
+        query: a query of Elasticsearch.
     """
 
     def __init__(self, address: Address, wanted: Sequence[str], query: dict | None = None):
@@ -44,12 +44,12 @@ class Documents:
         self._cut: tuple[Survey, list[tuple[int, int]]] | None = None
 
     def close(self) -> None:
-        """Stop what is being read, and let the server forget the view."""
+        """Stop reading, and release the view on the server."""
         self.server.close()
         self.view.close()
 
     def missing(self) -> tuple[set[str], list[str]]:
-        """Wanted fields that the index lacks, and the names of those that it has."""
+        """Return the wanted fields that the index lacks, and the names of all fields that it has."""
         there = self.server.call(self.server.client.field_caps, index=self.address.index, fields="*")["fields"]
         sample = self.search(size=100, query=self.filter(), source=self.wanted)["hits"]["hits"]
         absent = {
@@ -61,29 +61,29 @@ class Documents:
         return absent, sorted(name for name in there if not name.startswith("_"))
 
     def filter(self, low: int | None = None, high: int | None = None) -> dict:
-        """The documents that are read, of those numbers: `low` included, `high` not."""
+        """Return the query for the documents with numbers from `low` to `high` - 1."""
         bounds = {name: value for name, value in (("gte", low), ("lt", high)) if value is not None}
         wanted = [self.query] if self.query else []
         return {"bool": {"filter": [*wanted, {"range": {"_seq_no": bounds}}] if bounds else wanted}}
 
     def survey(self, last: int | None = None) -> Survey:
-        """Count the documents, up to a number or all that there are."""
+        """Count the documents up to a number; None = all."""
         query = self.filter(high=None if last is None else last + 1)
-        found = self.search(size=0, query=query, aggs={"all": {"stats": {"field": "_seq_no"}}})["aggregations"]["all"]
-        if not found["count"]:
+        stats = self.search(size=0, query=query, aggs={"all": {"stats": {"field": "_seq_no"}}})["aggregations"]["all"]
+        if not stats["count"]:
             return Survey(-1, 0, 0.0)
-        return Survey(int(found["max"]) if last is None else last, found["count"], found["sum"])
+        return Survey(int(stats["max"]) if last is None else last, stats["count"], stats["sum"])
 
     def ranges(self, survey: Survey) -> list[tuple[int, int]]:
-        """(first, one beyond the last) `_seq_no` of ranges with about RANGE documents each, in rising order."""
+        """Return (first, last + 1) `_seq_no` of ranges with about RANGE documents each, in ascending order."""
         if not survey.count:
             return []
         if self._cut and self._cut[0] == survey:
             return self._cut[1]
         width = -(-(survey.last + 1) // BUCKETS)
-        asked = {"histogram": {"field": "_seq_no", "interval": width, "min_doc_count": 1}}
+        histogram = {"histogram": {"field": "_seq_no", "interval": width, "min_doc_count": 1}}
         query = self.filter(high=survey.last + 1)
-        buckets = self.search(size=0, query=query, aggs={"all": asked})["aggregations"]["all"]["buckets"]
+        buckets = self.search(size=0, query=query, aggs={"all": histogram})["aggregations"]["all"]["buckets"]
         ranges, low, count = [], 0, 0
         for bucket in buckets:
             first, inside = int(bucket["key"]), bucket["doc_count"]
@@ -102,7 +102,7 @@ class Documents:
         return ranges
 
     def read(self, low: int, high: int) -> list[dict]:
-        """All documents of a range."""
+        """Return all documents of a range."""
         body = {
             "query": self.filter(low, high),
             "sort": [{"_seq_no": "asc"}, {"_shard_doc": "asc"}],
@@ -119,12 +119,12 @@ class Documents:
                     hits += page
                     if len(page) < PAGE:
                         return hits
-            except ViewLost:  # another view may sort a shard's documents differently: the range is read anew
+            except ViewLost:  # a new view may sort a shard's documents differently: start the range again
                 self.view.reopen()
         raise UserError(f"{self.address}: the server loses its points in time as soon as they are opened")
 
     def search(self, **body: Any) -> dict:
-        """One answer, whichever view it is of."""
+        """Return one response, from a new view if the current one is lost."""
         for _ in range(VIEWS):
             try:
                 return self.view.search(**body)

@@ -1,20 +1,20 @@
-"""How a row of training data is made of an index's document: `--es-fields query=query,document=title+snippet`."""
+"""Map the fields of an index's documents to the keys of rows: `--es-fields query=query,document=title+snippet`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_retrieval.utils.errors import UserError
 
-SINGLE = ("query", "document", "positive", "anchor", "rank", "label")  # where a list of one is that one
+SINGLE = ("query", "document", "positive", "anchor", "rank", "label")  # a list of one value stands for the value
 KEYS = (*SINGLE, "negative", "negatives", "documents", "scores")
 
 DEFAULT = "query=query,document=title+snippet,rank=rank"  # of --es-fields
 
-Fields = dict[str, tuple[str, ...]]  # a row's key -> the fields that it is made of
+Fields = dict[str, tuple[str, ...]]  # a row's key -> the fields of its value
 
 
 def parse(text: str) -> Fields:
-    """Read `key=field+field,key=field`. UserError where it is none, or where the keys make no row."""
+    """Parse `key=field+field,key=field`. UserError if it has another form or an unknown key."""
     fields: Fields = {}
     for part in text.split(","):
         key, equals, names = (piece.strip() for piece in part.partition("="))
@@ -29,7 +29,7 @@ def parse(text: str) -> Fields:
 
 
 def row_of(source: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
-    """The row that a document gives: its fields, texts of several joined by line breaks; what it lacks is left out."""
+    """Return the row of a document: the values of its fields, several texts joined by line breaks; no missing keys."""
     row = {}
     for key, names in fields.items():
         value = value_at(source, names[0]) if len(names) == 1 else joined(source, names)
@@ -39,15 +39,15 @@ def row_of(source: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
 
 
 def joined(source: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The text of several fields, and of lists in them, by line breaks; what a document lacks is left out."""
+    """Join the texts of several fields, and of lists in them, by line breaks; missing fields are left out."""
     values = [value for name in names if (value := value_at(source, name)) is not None]
     texts = [str(text) for value in values for text in (value if isinstance(value, list) else [value])]
     return "\n".join(text for text in texts if text.strip())
 
 
 def value_at(source: Mapping[str, Any], name: str) -> Any:
-    """A field's value by its dotted name; None where there is none."""
-    value: Any = source.get(name)  # a name with dots may stand there as it is
+    """Return a field's value by its dotted name; None if it is missing."""
+    value: Any = source.get(name)  # a key may itself contain dots
     if value is None:
         value = source
         for part in name.split("."):

@@ -137,7 +137,7 @@ class ElasticRows:
         if self.documents.survey(block.survey.last) != block.survey:
             print(
                 f"{self.address}: documents were changed or deleted since the run was stopped: a new epoch begins, "
-                "and what follows is not what would have followed",
+                "and the rows that follow differ from those of an uninterrupted run",
                 file=sys.stderr,
             )
             block = Cursor(position, block.epoch + 1, 0, self.documents.survey())
@@ -158,7 +158,7 @@ class ElasticRows:
         documents = [(name, example) for name, example in examples if example is not None]
         if (cursor.block + 1) * BLOCK < len(order):
             return documents, dataclasses.replace(cursor, block=cursor.block + 1)
-        self.documents.view.close()  # the next epoch sees what is new
+        self.documents.view.close()  # the next epoch sees new documents
         return documents, Cursor(0, cursor.epoch + 1, 0, self.documents.survey())
 
     def _example(self, hit: dict) -> Example | None:

@@ -1,10 +1,10 @@
-"""A connection to Elasticsearch: address and keys, patience where it is away for a while, and errors in one line.
+"""Connect to Elasticsearch: addresses, keys, retries while the server is unavailable, and errors in one line.
 
     ES_NODE=https://host:9200 ES_API_KEY=... python train.py --data es://index
 
-ES_NODE is http://localhost:9200 where it is not set; ES_INDEX is the index of `es://`; ES_API_KEY, or ES_USER and
-ES_PASSWORD, say who asks; ES_CA_CERTS is the file of a certificate authority. Keys come from nowhere else, so that none
-gets into a run's settings.
+ES_NODE defaults to http://localhost:9200. ES_INDEX is the index of `es://`. ES_API_KEY, or ES_USER and ES_PASSWORD,
+are the credentials. ES_CA_CERTS is the file of a certificate authority. Credentials come from nowhere else, so that
+none gets into a run's settings.
 """
 
 import os
@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 from mlx_retrieval.utils.errors import UserError
 
-PATIENCE = 300.0  # seconds for which a server that answered before may be away
-FIRST_PATIENCE = 5.0  # the same before its first answer: a wrong address shall be told soon
+PATIENCE = 300.0  # seconds for which a server that has answered may be unavailable
+FIRST_PATIENCE = 5.0  # the same before its first answer: a wrong address should be reported soon
 AWAY = (429, 502, 503, 504)
 SCHEMES = ("es", "http", "https")
 PORTS = {"http": 9200, "https": 443}
@@ -28,7 +28,7 @@ KEEP_ALIVE = "5m"
 
 
 class Address(NamedTuple):
-    """Where an index is."""
+    """The address of an index."""
 
     node: str
     index: str
@@ -37,21 +37,21 @@ class Address(NamedTuple):
         return f"{self.node}/{self.index}"
 
 
-class Closed(Exception):  # noqa: N818  (no error)
-    """Nobody waits for the answer any more."""
+class Closed(Exception):  # noqa: N818  (a signal)
+    """The connection was closed while a call was waiting."""
 
 
-class ViewLost(Exception):  # noqa: N818  (told to who reads, who opens another)
-    """A point in time has expired, or went with the server that held it."""
+class ViewLost(Exception):  # noqa: N818  (a signal: the reader opens a new view)
+    """A point in time has expired, or was lost in a restart of the server."""
 
 
 def is_address(source: str) -> bool:
-    """Whether this names an index, not a file."""
+    """Whether this is the address of an index, not a file."""
     return source.partition("://")[0] in SCHEMES and "://" in source
 
 
 def parse(source: str) -> Address:
-    """The index that es://INDEX or http[s]://HOST:PORT/INDEX names. UserError where it names none."""
+    """Return the address that es://INDEX or http[s]://HOST:PORT/INDEX gives. UserError if it gives none."""
     parts = urlsplit(source)
     if parts.username or parts.password:
         raise UserError("user and password belong into ES_USER and ES_PASSWORD, not into an address, which is saved")
@@ -79,7 +79,7 @@ def parse(source: str) -> Address:
 
 
 def credentials() -> dict[str, Any]:
-    """What the environment says of who asks, as the client takes it."""
+    """Return the credentials in the environment, as arguments of the client. UserError if they are incomplete."""
     say = os.environ.get
     out: dict[str, Any] = {}
     if say("ES_API_KEY") and (say("ES_USER") or say("ES_PASSWORD")):
@@ -100,37 +100,37 @@ def credentials() -> dict[str, Any]:
 
 
 class Server:
-    """Calls to a server, repeated with growing pauses while it is away.
+    """Calls to a server, repeated with growing pauses while it is unavailable.
 
     Args:
         address: of an index.
-        patience: seconds for which a server that has answered may be away.
+        patience: seconds for which a server that has answered may be unavailable.
 
-    `client` is elasticsearch's own.
+    `client` is an `elasticsearch.Elasticsearch`.
     """
 
     def __init__(self, address: Address, patience: float = PATIENCE):
         from elasticsearch import Elasticsearch
 
         self.address, self.patience = address, patience
-        known = credentials()
-        self.client = Elasticsearch(address.node, request_timeout=60, max_retries=0, retry_on_timeout=False, **known)
+        options = {"request_timeout": 60, "max_retries": 0, "retry_on_timeout": False} | credentials()
+        self.client = Elasticsearch(address.node, **options)
         self._answered = False
         self._closed = threading.Event()
 
     def open(self) -> None:
-        """Try again, after `close`."""
+        """Allow calls again after `close`."""
         self._closed.clear()
 
     def close(self) -> None:
-        """Give up what is being tried, in other threads, too."""
+        """Make waiting calls raise Closed, in all threads."""
         self._closed.set()
 
     def call(self, method: Callable, **body: Any) -> Any:
-        """What a method of the client answers. UserError in one line, ViewLost, or Closed."""
+        """Call a method of the client and return its response. UserError in one line, ViewLost, or Closed."""
         import elasticsearch
 
-        began, pause, told = time.monotonic(), 0.25, False
+        start, pause, is_reported = time.monotonic(), 0.25, False
         while not self._closed.is_set():
             try:
                 answer = method(**body)
@@ -143,18 +143,18 @@ class Server:
                 if error.status_code not in AWAY:
                     raise self._explained(error) from error
                 reason = f"{error.status_code} {error.message}"
-            waited = time.monotonic() - began
+            waited = time.monotonic() - start
             if waited + pause > (self.patience if self._answered else FIRST_PATIENCE):
                 raise UserError(f"{self.address.node}: no answer from Elasticsearch in {waited:.0f} s ({reason[:200]})")
-            if self._answered and waited > 2 and not told:
-                told = True
-                print(f"{self.address.node}: away ({reason[:120]}); trying again", file=sys.stderr)
+            if self._answered and waited > 2 and not is_reported:
+                is_reported = True
+                print(f"{self.address.node}: unavailable ({reason[:120]}); trying again", file=sys.stderr)
             self._closed.wait(pause * (1 + random.random()))
             pause = min(2 * pause, 10.0)
         raise Closed
 
     def _refuse_for_good(self, error: Exception) -> None:
-        """UserError where waiting does not help."""
+        """UserError if waiting does not help."""
         import elasticsearch
 
         if isinstance(error, elasticsearch.SSLError):
@@ -163,12 +163,12 @@ class Server:
             raise UserError(f"{self.address.node}: {error.message}") from error
 
     def _explained(self, error: Any) -> Exception:
-        """What an answer that is an error means for the user."""
+        """Return the exception to raise for an error response."""
         import elasticsearch
 
         node, index = self.address
         if isinstance(error, elasticsearch.UnsupportedProductError):
-            return UserError(f"{node}: what answers is not Elasticsearch 8 or 9 (OpenSearch is not supported)")
+            return UserError(f"{node}: the server is not Elasticsearch 8 or 9 (OpenSearch is not supported)")
         body, status = str(error.body), error.status_code
         if "search_context_missing" in body:
             return ViewLost(body)
@@ -185,29 +185,29 @@ class Server:
 
 
 def _reason(error: Any) -> str:
-    """The innermost reason that an answer gives."""
-    found = error.body.get("error", {}) if isinstance(error.body, dict) else {}
-    causes = found.get("root_cause") if isinstance(found, dict) else None
+    """Return the innermost reason in an error response."""
+    details = error.body.get("error", {}) if isinstance(error.body, dict) else {}
+    causes = details.get("root_cause") if isinstance(details, dict) else None
     return str(causes[0].get("reason", error.message)) if causes else str(error.message)
 
 
 class View:
-    """A point in time of an index: what is searched through it does not change.
+    """A point in time of an index: searches through it see the same documents.
 
-    One that is lost is opened again by `reopen`; what it shows then may be newer.
+    `reopen` replaces one that is lost; the new one may show newer documents.
     """
 
     def __init__(self, server: Server):
         self.server, self._id = server, None
 
     def reopen(self) -> None:
-        """Open it, or another one in its place."""
-        self._id = None  # what is lost needs no closing
+        """Open a point in time, instead of the current one if there is one."""
+        self._id = None  # a lost one need not be closed
         index = self.server.address.index
         self._id = self.server.call(self.server.client.open_point_in_time, index=index, keep_alive=KEEP_ALIVE)["id"]
 
     def search(self, **body: Any) -> dict:
-        """The answer to a search. ViewLost where it must be opened again; an answer that lacks a part is none."""
+        """Return the response to a search. ViewLost if the view must be reopened; partial responses are errors."""
         if self._id is None:
             self.reopen()
         answer = self.server.call(
@@ -216,11 +216,11 @@ class View:
             allow_partial_search_results=False,
             **body,
         )
-        self._id = answer.get("pit_id", self._id)  # every answer may bring another name for it
+        self._id = answer.get("pit_id", self._id)  # every response may bring a new id
         return answer
 
     def close(self) -> None:
-        """Let the server forget it; one that cannot be told forgets by itself."""
+        """Release the view on the server; if unreachable, the server expires it."""
         import elasticsearch
 
         if self._id is not None:

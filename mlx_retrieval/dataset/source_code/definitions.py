@@ -1,9 +1,9 @@
-"""Functions and classes of a source file with their docstrings, by tree-sitter.
+"""Find the functions and classes of a source file and their docstrings, by tree-sitter.
 
-from code_pairs.definitions import definitions
-from code_pairs.languages import LANGUAGES
-for found in definitions(b'def half(x):\n    "Divide by two."\n    return x / 2\n', LANGUAGES["python"]):
-    print(found.name, found.doc, found.code)
+from mlx_retrieval.dataset.source_code.definitions import definitions
+from mlx_retrieval.dataset.source_code.languages import LANGUAGES
+for definition in definitions(b'def half(x):\n    "Divide by two."\n    return x / 2\n', LANGUAGES["python"]):
+    print(definition.name, definition.doc, definition.code)
 """
 
 import ast
@@ -22,14 +22,14 @@ from mlx_retrieval.dataset.source_code.languages import Definition, Language
 if TYPE_CHECKING:
     from tree_sitter import Node
 
-# These hold one definition or a group of them; a group's comment belongs to none of its members.
+# Nodes that hold one definition or a group of them; the comment of a group belongs to none of its members.
 _GROUPS = ("type_declaration", "lexical_declaration", "variable_declaration")
 _COMMENTS = ("comment", "line_comment", "block_comment", "multiline_comment")
 
 
 @functools.cache
 def grammar(language: Language):
-    """(parser, query) of a language."""
+    """Return the parser and the query of a language."""
     import tree_sitter
 
     grammar = tree_sitter.Language(
@@ -39,15 +39,15 @@ def grammar(language: Language):
 
 
 def definitions(source: bytes, language: Language) -> list[Definition]:
-    """All functions and classes of a file (UTF-8, line ends `\\n`), documented or not, in the order of the file."""
+    """Return all functions and classes of a file (UTF-8, line ends `\\n`), documented or not, in their order."""
     if language.name == "lean":
         return list(lean.definitions(source.decode()))
     from tree_sitter import QueryCursor
 
     parser, query = grammar(language)
-    found = QueryCursor(query).captures(parser.parse(source).root_node)
-    scopes = set(found.get("scope", ()))
-    nodes = sorted({*found.get("definition", ()), *scopes}, key=lambda node: (node.start_byte, -node.end_byte))
+    captures = QueryCursor(query).captures(parser.parse(source).root_node)
+    scopes = set(captures.get("scope", ()))
+    nodes = sorted({*captures.get("definition", ()), *scopes}, key=lambda node: (node.start_byte, -node.end_byte))
     places = [_Place(node, source, language, node in scopes) for node in nodes]
     inside: list[_Place] = []
     results = []
@@ -68,7 +68,7 @@ def definitions(source: bytes, language: Language) -> list[Definition]:
 
 
 class _Place:
-    """Where a definition stands, what documents it, and which bytes (`edit`) the docstring takes."""
+    """The place of a definition, its documentation, and the bytes of the docstring to remove (`edit`)."""
 
     def __init__(self, node: "Node", source: bytes, language: Language, is_scope: bool):
         self.node, self.is_scope, self.name = node, is_scope, name_of(node, source)
@@ -97,7 +97,7 @@ class _Place:
             self.edit = _widen(source, comments[0].start_byte, comments[-1].start_byte + len(texts[-1].encode()))
 
     def _before(self, source: bytes, language: Language) -> tuple[list["Node"], list[str]]:
-        """The comment nodes directly above, and the attributes between; these are taken into the definition."""
+        """Return the comments directly above, and the attributes between, which become part of the definition."""
         comments: list[Node] = []
         attributes: list[str] = []
         edge, node = self.outer.start_point.row, self.outer.prev_sibling
@@ -116,7 +116,7 @@ class _Place:
                 and before.end_point.column > 0
                 and node.start_point.row < edge
             ):
-                break  # the comment of what stands before it on its line
+                break  # it belongs to the code before it on its line
             elif (comments and text.startswith("/*")) or (language.name == "rust" and text.startswith(("//!", "/*!"))):
                 break
             else:
@@ -127,7 +127,7 @@ class _Place:
         return comments, attributes
 
     def _docstring(self, source: bytes) -> None:
-        """Python: the text that is the first statement."""
+        """Take Python's docstring: the string that is the first statement."""
         statements = [child for child in self.body.named_children if child.type != "comment"] if self.body else []
         first = statements[0] if statements else None
         if first is None or first.type != "expression_statement" or first.named_child_count != 1:
@@ -136,9 +136,9 @@ class _Place:
             return
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # backslashes that are no escapes
+                warnings.simplefilter("ignore")  # invalid escapes
                 value = ast.literal_eval(f"({_text(first, source)})")
-        except (ValueError, SyntaxError):  # an f-string, or what only Python 2 understood
+        except (ValueError, SyntaxError):  # an f-string, or Python 2
             return
         if isinstance(value, str) and value.strip():
             self.doc = value
@@ -147,7 +147,7 @@ class _Place:
                 self.edit = (start, end, b"...")
             else:
                 start, end, new = _widen(source, start, end)
-                if source[start - 1 : start] == b"\n":  # blank lines between header and docstring go, too
+                if source[start - 1 : start] == b"\n":  # remove blank lines between header and docstring as well
                     start = self.node.start_byte + len(source[self.node.start_byte : start].rstrip()) + 1
                 self.edit = (start, end, new)
 
@@ -161,12 +161,12 @@ def _child(node: "Node", types: Sequence[str]) -> "Node | None":
 
 
 def name_of(node: "Node", source: bytes) -> str:
-    """The definition's own name; C++'s `A::b` and Go's methods bring the name of their class."""
+    """Return the name of a definition; C++'s `A::b` and Go's methods include the name of their class."""
     if node.type == "method_definition" and node.child_by_field_name("name") is None:  # Objective-C: area:of:
         words = [child for child in node.children if child.type in ("identifier", "method_parameter")]
         return "".join(_text(word, source) if word.type == "identifier" else ":" for word in words)
     fields = ("type", "name") if node.type == "impl_item" else ("name", "declarator", "left", "property")
-    field = next((found for key in fields if (found := node.child_by_field_name(key))), None)
+    field = next((child for key in fields if (child := node.child_by_field_name(key))), None)
     if field is None:
         typedef = node.parent.child_by_field_name("declarator") if node.parent else None
         field = typedef or _child(node, ("identifier", "type_identifier"))
@@ -187,23 +187,23 @@ def name_of(node: "Node", source: bytes) -> str:
 
 
 def _line_start(source: bytes, at: int) -> int:
-    """The start of the line, where only blanks stand between."""
+    """Return the start of the line if only blanks precede `at` on it, else `at`."""
     start = source.rfind(b"\n", 0, at) + 1
     return start if not source[start:at].strip() else at
 
 
 def _widen(source: bytes, start: int, end: int) -> tuple[int, int, bytes]:
-    """What to cut so that a docstring or comment leaves neither an empty line nor a lone semicolon behind."""
+    """Widen the bytes to cut so that a docstring or comment leaves neither an empty line nor a lone semicolon."""
     if rest := re.compile(rb"[ \t]*;[ \t]*(?=\S)|[ \t]+(?=\S)").match(source, end):
-        return start, rest.end(), b""  # something follows on the line and takes the place
+        return start, rest.end(), b""  # the rest of the line takes its place
     first = _line_start(source, start)
-    if first == start and start and source[start - 1 : start] != b"\n":  # something stands before it on the line
+    if first == start and start and source[start - 1 : start] != b"\n":  # code precedes it on the line
         return start, end, b""
     return first, re.compile(rb"(?:[ \t]*(?:\n|\Z))*").match(source, end).end(), b""
 
 
 def _cut(source: bytes, start: int, end: int, edits: Sequence[tuple[int, int, bytes]]) -> str:
-    """source[start:end] with the edits carried out, as far as they reach into it."""
+    """Return source[start:end] with those edits applied that reach into it."""
     parts, at = [], start
     for first, last, new in edits:
         if last > at and first < end:
@@ -213,7 +213,7 @@ def _cut(source: bytes, start: int, end: int, edits: Sequence[tuple[int, int, by
 
 
 def _dedent(code: str) -> str:
-    """Without the first line's indentation, as far as the other lines have it; text in long strings may have none."""
+    """Remove the first line's indentation from all lines that have it; lines of long strings may lack it."""
     indent = code[: len(code) - len(code.lstrip(" \t"))]
     lines = [line.removeprefix(indent) if line.strip() else "" for line in code.rstrip().split("\n")]
     return "\n".join(lines)

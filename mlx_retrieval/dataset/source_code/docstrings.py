@@ -1,10 +1,11 @@
-"""Docstrings and comments as text that a person might have written as a question: no markers, no parameter lists.
+"""Turn docstrings and comments into text that reads like a query: no markers, no parameter lists.
 
-The rule: the paragraphs up to the first section are kept, and of these as many as fit into 600 characters, the first
-always. A section is a list of parameters, results or errors (`:param x:`, `Args:`, `@param`, `\\param`, NumPy's
+The rule: keep the paragraphs before the first section, as many as fit into 600 characters, and the first one in any
+case. A section is a list of parameters, results or errors (`:param x:`, `Args:`, `@param`, `\\param`, NumPy's
 `Parameters`, Swift's `- Parameter x:`), an example (`>>>`, a fence of backquotes), a Markdown heading or a directive.
 
-    python -c "from code_pairs.docstrings import summary; print(summary('Add two numbers.\\n\\nArgs:\\n  a: one'))"
+    from mlx_retrieval.dataset.source_code.docstrings import summary
+    print(summary("Add two numbers.\\n\\nArgs:\\n  a: one"))
 """
 
 import inspect
@@ -53,7 +54,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+")
 
 
 def strip_markers(comment: str) -> str:
-    """A comment's text without `/** */`, `///`, `//!`, `//`, `#`, `--`, `/-- -/` and the asterisks of its lines."""
+    """Return a comment's text without `/** */`, `///`, `//!`, `//`, `#`, `--`, `/-- -/` and its lines' asterisks."""
     comment = comment.strip()
     if block := re.fullmatch(r"/(?:\*+!?<?|-[-!]?)(.*?)(?:\*+|-)/", comment, re.DOTALL):
         lines = block[1].split("\n")
@@ -63,7 +64,7 @@ def strip_markers(comment: str) -> str:
 
 
 def summary(text: str) -> str:
-    """The paragraphs up to the first section, each on one line; "" where there is none."""
+    """Return the paragraphs before the first section, each on one line; "" if there is none."""
     text = BLOCK_TAG.sub(lambda tag: "\n\n" if tag[0][1:2] != "/" else "\n", text)
     paragraphs: list[list[str]] = [[]]
     for line in inspect.cleandoc(text).split("\n"):
@@ -74,21 +75,21 @@ def summary(text: str) -> str:
             paragraphs.append([])
         else:
             paragraphs[-1].append(line)
-    kept: list[str] = []
+    lines: list[str] = []
     for paragraph in paragraphs:
         joined = INLINE_TAG.sub("", " ".join(paragraph))
         for pattern, replacement in INLINE_MARKUP:
             joined = pattern.sub(replacement, joined)
         if joined := re.sub(r"\s+", " ", joined).strip():
-            if kept and sum(map(len, kept)) + len(joined) > MAX_CHARACTERS:
+            if lines and sum(map(len, lines)) + len(joined) > MAX_CHARACTERS:
                 break
-            kept.append(joined)
-    # A docstring may write half of a surrogate pair as an escape, which no file in UTF-8 can hold.
-    return "\n".join(kept).encode("utf-8", "replace").decode()
+            lines.append(joined)
+    # A docstring may hold half of a surrogate pair as an escape, which cannot be encoded as UTF-8.
+    return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 def objection(text: str, query: str) -> str:
-    """Why a docstring, whose summary `query` is, makes no query; "" = it makes one."""
+    """Return the reason why a docstring with the summary `query` is not a query; "" if it is one."""
     if NO_PROSE.match(text.lstrip()) or LICENCE.search(text):
         return "docstring no prose"
     if len(WORD.findall(query)) < MIN_WORDS:

@@ -5,8 +5,8 @@
     print(len(tree.files), tree.left_out)         # Counter: reason -> files
     text, reason, data = read_text(Path("src/main.py"))
 
-`visit` is the walker itself; `walk` lists what a search index takes, `mining/source_files.py` what code pairs are mined
-from.
+`visit` is the walker itself. `walk` lists the files for a search index, `mining/source_files.py` those that code pairs
+are mined from.
 """
 
 import os
@@ -82,7 +82,7 @@ def visit(
             yield entry
 
 
-# --- what is indexed --------------------------------------------------------------------------------------------------
+# --- files of a search index ------------------------------------------------------------------------------------------
 
 
 class File(NamedTuple):

@@ -1,4 +1,4 @@
-"""What git would ignore, for those who walk through a source tree."""
+"""Match paths against .gitignore files as git does."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,11 +10,11 @@ from mlx_retrieval.utils.errors import UserError
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
-Rules = tuple[tuple[Path, "GitIgnoreSpec"], ...]  # folder and its patterns, the weakest first
+Rules = tuple[tuple[Path, "GitIgnoreSpec"], ...]  # (folder, its patterns), from the outermost in; inner ones win
 
 
 def parse_patterns(lines: Sequence[str], origin: str) -> "GitIgnoreSpec":
-    """Patterns in .gitignore's language; UserError naming `origin` where one is none."""
+    """Parse patterns in .gitignore's language. UserError naming `origin` if one is not valid."""
     from pathspec import GitIgnoreSpec
 
     try:
@@ -24,7 +24,7 @@ def parse_patterns(lines: Sequence[str], origin: str) -> "GitIgnoreSpec":
 
 
 def read_patterns(path: Path) -> "GitIgnoreSpec | None":
-    """The patterns of a .gitignore file, without the lines that are none: git passes over them, too. None: no file."""
+    """Read the patterns of a .gitignore file, without invalid lines, as git does; None if there is no file."""
     from pathspec import GitIgnoreSpec
 
     if not path.is_file():
@@ -41,9 +41,9 @@ def read_patterns(path: Path) -> "GitIgnoreSpec | None":
 
 
 def rules_above(root: Path) -> Rules:
-    """What a git repository around `root` says of it: .git/info/exclude, and the .gitignore files above `root`.
+    """Return the rules of the git repository around `root`: .git/info/exclude, and the .gitignore files above `root`.
 
-    Patterns that name `root` or a folder around it are passed over: whoever names a folder wants it.
+    If they ignore `root` itself, none of them applies: a folder that is named is wanted.
     """
     top = next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), root)
     around = [folder for folder in reversed(root.parents) if folder.is_relative_to(top)]
@@ -53,7 +53,7 @@ def rules_above(root: Path) -> Rules:
 
 
 def is_ignored(path: Path, is_folder: bool, rules: Rules) -> bool:
-    """The deepest .gitignore that says anything about a path decides."""
+    """Whether a path is ignored. The deepest .gitignore with a pattern that matches it decides."""
     for folder, spec in reversed(rules):
         if path == folder:
             continue

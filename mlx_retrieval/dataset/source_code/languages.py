@@ -1,9 +1,10 @@
-"""The languages that code pairs are mined from: one row a language, with what its grammar calls functions and classes.
+"""The table of programming languages: for each, its file names and its grammar's names of functions and classes.
 
-Grammars are tree-sitter's, compiled in their own wheels, and imported only when a file of their language is met. Lean
-has none there and is read by regular expressions.
+Grammars are tree-sitter's, each in a wheel of its own, imported only when a file of the language is read. Lean has no
+such wheel and is read by regular expressions.
 
-    python -c "from code_pairs.languages import language_of; print(language_of('main.rs').package)"
+    from mlx_retrieval.dataset.source_code.languages import language_of
+    print(language_of("main.rs").package)
 """
 
 import importlib.util
@@ -16,24 +17,24 @@ from mlx_retrieval.utils.errors import UserError
 
 
 class Definition(NamedTuple):
-    """A function or class as it stands in a file."""
+    """A function or class of a source file."""
 
-    name: str  # qualified: Shape.area
+    name: str  # qualified, such as Shape.area
     line: int  # counted from 1, decorators included
     doc: str  # the docstring's or comment's text, without markers; "" = none
     code: str  # without docstrings, its own and those of definitions inside it, dedented
-    body: str  # the same, of the body alone; "" where the definition has none
+    body: str  # the same, of the body alone; "" if the definition has none
     is_broken: bool  # a syntax error inside
-    is_test: bool  # Rust's #[test] and what is in a module called tests
+    is_test: bool  # Rust's #[test], and everything in a module called tests
 
 
 @dataclass(frozen=True)
 class Language:
     """A language's row in the table.
 
-    query: what tree-sitter is asked; `@definition` makes a pair, `@scope` only lends its name to what is inside.
+    query: tree-sitter's query; `@definition` captures definitions, `@scope` only adds its name to those inside.
     wrappers: nodes around a definition that belong to it (decorators, `export`, `template <...>`).
-    between: nodes that may stand between comment and definition, and belong to the definition (Rust's attributes).
+    between: nodes between comment and definition that belong to the definition (Rust's attributes).
     """
 
     name: str
@@ -143,12 +144,12 @@ _TABLE = (
     ),
     Language("lean", "", (".lean",), comments=("--",)),
 )
-LANGUAGES = {language.name: language for language in _TABLE}  # of TypeScript's two grammars, the one without tags
+LANGUAGES = {language.name: language for language in _TABLE}  # of TypeScript's two grammars, the one without JSX
 BY_SUFFIX = {suffix: language for language in _TABLE for suffix in language.suffixes}
 
 
 def language_of(name: str, head: bytes = b"") -> Language | None:
-    """By a file's suffix; a `.h` is C, C++ or Objective-C by its first bytes."""
+    """Return the language of a file by its suffix; a `.h` is C, C++ or Objective-C by its first bytes (`head`)."""
     language = BY_SUFFIX.get("." + name.rpartition(".")[2].lower())
     if language is not None and name.lower().endswith(".h"):
         if re.search(rb"^\s*@(?:interface|protocol|class|import)\b|^\s*#import\b", head, re.MULTILINE):
@@ -161,7 +162,7 @@ def language_of(name: str, head: bytes = b"") -> Language | None:
 
 
 def check_grammars(languages: Iterable[Language]) -> None:
-    """Raises UserError naming all grammars that are needed and not installed."""
+    """UserError naming all grammars that are needed and not installed."""
     needed = {language.package for language in languages if language.package}
     packages = sorted(needed | {"tree-sitter"} if needed else needed)
     if missing := [package for package in packages if importlib.util.find_spec(package.replace("-", "_")) is None]:

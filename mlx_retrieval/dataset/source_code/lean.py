@@ -1,10 +1,10 @@
-"""Lean's declarations with their doc comments, by regular expressions: a comment `/-- -/`, then the declaration.
+"""Find Lean's declarations and their doc comments by regular expressions: a comment `/-- -/`, then the declaration.
 
-A declaration ends before a blank line that something at the left margin follows, or before the next one that begins
-there. Nesting by `namespace`, `section` and `mutual` is followed for the names.
+A declaration ends before a blank line if the next line starts at the left margin, or before the next declaration there.
+Names follow the nesting of `namespace`, `section` and `mutual`.
 
-    from code_pairs.lean import definitions
-    names = [found.name for found in definitions(text)]
+    from mlx_retrieval.dataset.source_code.lean import definitions
+    names = [definition.name for definition in definitions(text)]
 """
 
 import re
@@ -27,7 +27,7 @@ _END = re.compile(rf"\n[ \t]*\n(?=\S)|\n(?=/-|(?:end|namespace|section|mutual)\b
 
 
 def definitions(text: str) -> Iterator[Definition]:
-    """All declarations at the left margin, documented or not, in the order of the file."""
+    """Yield all declarations at the left margin, documented or not, in the order of the file."""
     scopes, open_scopes = list(_SCOPE.finditer(text))[::-1], []
     for match in _DECLARATION.finditer(text):
         while scopes and scopes[-1].start() < match.start():
