@@ -52,14 +52,14 @@ class Settings:
         "model",
         None,
         "what to train: embed = one vector per text, late = one vector per token, rerank = a score per query and "
-        "document, chat = answers in conversations. Default: chat if the data are conversations, else the model's own "
-        "task, else embed",
+        "document, chat = answers in conversations (default: chat if the data are conversations, else the model's own "
+        "task, else embed)",
         choices=("embed", "late", "rerank", "chat"),
     )
     reranker_type: str | None = option(
         "model",
         None,
-        "rerank: kind of reranker. Default: as the model's files define it",
+        "rerank: kind of reranker (default: as the model's files define it)",
         choices=tuple(RERANKER_DEFAULTS),
         tasks=RERANK,
     )
@@ -69,7 +69,7 @@ class Settings:
     pooling: str | None = option(
         "model",
         None,
-        "embed: how token states become one vector. Default: as the model's files define it",
+        "embed: how token states become one vector (default: as the model's files define it)",
         choices=POOLING,
         tasks=("embed",),
     )
@@ -84,10 +84,10 @@ class Settings:
         "model",
         None,
         "truncate documents to N tokens, special tokens included; rerank: query and document together; "
-        "chat: conversations. Default: the model's own limit; chat: 2048",
+        "chat: conversations (default: the model's own limit; chat: 2048)",
     )
     query_max_length: int | None = option(
-        "model", None, "truncate queries to N tokens. Default: --max-length", tasks=RETRIEVAL
+        "model", None, "truncate queries to N tokens (default: --max-length)", tasks=RETRIEVAL
     )
     projection_dim: int = option(
         "model", 0, "late: add a trained layer that projects token vectors to N dimensions; 0 = none", tasks=LATE
@@ -95,7 +95,7 @@ class Settings:
     maxsim: str | None = option(
         "model",
         None,
-        "late: combine the MaxSim of a query's tokens by their mean or sum. Default: mean",
+        "late: combine the MaxSim of a query's tokens by their mean or sum (default: mean)",
         choices=("mean", "sum"),
         tasks=LATE,
     )
@@ -114,7 +114,7 @@ class Settings:
         "data",
         ["train-data.jsonl"],
         "JSON-lines files (.gz too), Parquet, folders with train.jsonl and valid.jsonl, hf://owner/name[:split], "
-        "es://index; SOURCE:2 SOURCE:1 mixes two parts of the first with one part of the second; chat: default data/",
+        "es://index; SOURCE:2 SOURCE:1 mixes two parts of the first with one part of the second",
     )
     es_fields: str = option(
         "data",
@@ -125,9 +125,7 @@ class Settings:
     es_query: str | None = option(
         "data", None, "es://: read only documents that match this JSON query", tasks=RETRIEVAL
     )
-    batch_size: int = option(
-        "data", 64, "examples in one loss: 256 = 255 in-batch negatives for each query; chat: default 4"
-    )
+    batch_size: int = option("data", 64, "examples in one loss: 256 = 255 in-batch negatives for each query")
     skip_bad_rows: bool = option(
         "data", False, "leave out rows that cannot be used, counted and listed; else they are errors"
     )
@@ -147,15 +145,15 @@ class Settings:
     loss: str | None = option(
         "objective",
         None,
-        "loss function. Default: info_nce; rerankers: yes_no (qwen3), bce (cross-encoder), list_softmax (listwise). "
-        "kl_distill (short: kl) and margin_mse learn from a teacher's scores",
+        "loss function; kl_distill (short: kl) and margin_mse learn from a teacher's scores (default: info_nce; "
+        "rerankers: yes_no for qwen3, bce for cross-encoder, list_softmax for listwise)",
         choices=(*LOSSES, "kl"),
         tasks=RETRIEVAL,
     )
     temperature: float | None = option(
         "objective",
         None,
-        "divide scores by X; the inverse of sentence-transformers' scale. Default: 0.05; qwen3 and cross-encoder: 1",
+        "divide scores by X; the inverse of sentence-transformers' scale (default: 0.05; qwen3, cross-encoder: 1)",
         tasks=RETRIEVAL,
     )
     beta: float = option(
@@ -186,22 +184,24 @@ class Settings:
     train_type: str = option(
         "weights",
         "lora",
-        "low-rank update, or all weights",
+        "what to train: a low-rank update (lora, dora), or all weights (full)",
         choices=("lora", "dora", "full"),
     )
     lora_rank: int = option("weights", 16, "rank of the update (lora, dora)")
     lora_alpha: float = option("weights", 32.0, "scale the update by X / rank")
     lora_dropout: float = option("weights", 0.0, "share of the update's inputs to drop, from 0 to below 1; 0 = none")
     lora_keys: list[str] = option(
-        "weights", [], "linear layers to train, as names or regular expressions. Default: all except routers"
+        "weights", [], "linear layers to train, as names or regular expressions (default: all but routers)"
     )
     num_layers: int = option("weights", -1, "train only the last N blocks; -1 = all")
 
     steps: int = option("schedule", 150, "optimizer steps; 0 = as many as --epochs takes", mlx_lm_names=("--iters",))
     learning_rate: float | None = option(
-        "schedule", None, "peak learning rate of AdamW. Default: 2e-4; below 10 million parameters: 4e-3"
+        "schedule", None, "peak learning rate of AdamW (default: 2e-4; below 10 million parameters: 4e-3)"
     )
-    schedule: str = option("schedule", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
+    schedule: str = option(
+        "schedule", "cosine", "course of the learning rate after warm-up", choices=("cosine", "linear", "constant")
+    )
     warmup: float = option("schedule", 0.1, "steps of linear warm-up; below 1, the share of all steps; 0 = none")
     weight_decay: float = option("schedule", 0.0, "decoupled weight decay of AdamW; 0 = none")
     max_grad_norm: float = option("schedule", 1.0, "clip the gradient to norm X; 0 = no clipping")

@@ -49,9 +49,8 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
             groups[name] = out.add_argument_group(name)
         kind, many = _kind(f)
         default = f.default_factory() if many else f.default
-        shown = " ".join(map(str, default)) if many else default
-        note = "" if shown in (None, "", False) else f" (default: {shown})"
-        arguments = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + note}
+        text = f.metadata["help"].replace("%", "%%") + _default_note(f.name, default)
+        arguments = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction if default is None else "store_true"
         else:
@@ -62,6 +61,18 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
             arguments["metavar"] = None if "choices" in f.metadata else shape
         groups[name].add_argument(flag(f.name), *_aliases(f), **arguments)
     return out
+
+
+def _default_note(name: str, default) -> str:
+    """Return ` (default: 64; chat: 4)` for --help; "" for a default that the help describes itself."""
+    if default is None or default is False or default == []:
+        return ""
+
+    def text(value) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    others = [f"; {task}: {text(values[name])}" for task, values in TASK_DEFAULTS.items() if values.get(name)]
+    return f" (default: {text(default)}{''.join(others)})"
 
 
 def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
