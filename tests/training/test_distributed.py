@@ -41,13 +41,13 @@ import train
 from mlx_retrieval.training import distributed, run, trainer
 from mlx.utils import tree_flatten
 distributed.wait_for_main = lambda: None  # rank 0 goes on with the next command
-carry_out, update, kept, done = run.run, trainer.Trainer.update, [], []
+original, update, kept, done = run.run, trainer.Trainer.update, [], []
 def signalled(self, batch, step):
     if self.folder.name == "signalled" and step == 3 and not distributed.is_main():
         os.kill(os.getpid(), signal.SIGTERM)
     return update(self, batch, step)
 trainer.Trainer.update = signalled
-run.run = lambda job: (kept.append(job.trainer), carry_out(job))[1]
+run.run = lambda job: (kept.append(job.trainer), original(job))[1]
 for folder, argv in json.loads(sys.argv[1])[int(os.environ["MLX_RANK"])]:
     kept.clear()
     os.chdir(folder)
