@@ -64,7 +64,7 @@ def test_a_vector_for_every_token(minilm):
         assert vectors.shape == expected.shape and vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
     assert model.encode(TEXTS[0], "query").shape == (3, 384)
-    with pytest.raises(UserError, match="whole and float32"):
+    with pytest.raises(UserError, match="neither dimensions nor precision"):
         model.encode(TEXTS, dimensions=64)
 
 

@@ -328,6 +328,7 @@ def test_resume_refuses_other_conversations(settings, tmp_path, write_rows):
         train.train(train.resumed_settings({"resume": True, "output": str(tmp_path / "run")}))
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(settings, tmp_path, monkeypatch):
     from mlx_retrieval.training.reporting import Reporter
 

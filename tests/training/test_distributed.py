@@ -63,7 +63,8 @@ print("OUTCOME " + json.dumps(done), flush=True)
 # A rank that runs the command argv[3:]; in step 4 rank argv[1] gets the signal argv[2].
 VICTIM = """
 import os, sys
-import train, trainer
+import train
+from mlx_retrieval.training import trainer
 update = trainer.Trainer.update
 def stricken(self, batch, step):
     if step == 4 and os.environ["MLX_RANK"] == sys.argv[1]:
@@ -186,6 +187,14 @@ def work(tmp_path_factory, small) -> Work:
     told = [json.loads(line.removeprefix("OUTCOME ")) for line in done]
     work.outcomes, work.ended = dict(zip(lines, zip(*told, strict=True), strict=True)), {"cases": both}
 
+    return work
+
+
+@pytest.fixture(scope="module")
+def lost(work: Work) -> Work:
+    """The same, after runs in which a rank is killed or hangs."""
+    root, argv = work.root, work.argv
+
     def strike(name: str, victim: int, number: int, *more: str) -> list[str]:
         return [str(victim), str(int(number)), *argv(name, *more)]
 
@@ -273,28 +282,31 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(work):
     assert work.saved("signalled") == 3 and "step 3 is saved. Continue: " in work.ended["cases"][0].out
 
 
-def test_a_lost_rank_ends_the_others_with_what_is_saved(work):
+@pytest.mark.slow
+def test_a_lost_rank_ends_the_others_with_what_is_saved(lost):
     """Under mlx.launch, which ends with 0 all the same and sends SIGTERM to those that are left."""
-    (launcher,) = work.ended["killed"]
+    (launcher,) = lost.ended["killed"]
     (told,) = [line for line in launcher.err.splitlines() if line.startswith("train.py")]
     assert "another rank was lost, at step 4" in told and "the state after step 3 is saved" in told
-    assert told.endswith(f"python train.py --resume --output {work.root / 'killed'}")
+    assert told.endswith(f"python train.py --resume --output {lost.root / 'killed'}")
     assert "rank 0 exited with code 3" in launcher.err and launcher.code == 0
-    assert work.saved("killed") == 3 and not (work.root / "killed" / "final").exists()
-    assert train.main(work.resume("killed")) == 0 and len(work.losses("killed")) == 4
+    assert lost.saved("killed") == 3 and not (lost.root / "killed" / "final").exists()
+    assert train.main(lost.resume("killed")) == 0 and len(lost.losses("killed")) == 4
 
 
-def test_without_the_first_rank_the_last_checkpoint_remains(work):
-    dead, second = work.ended["killed-first"]
+@pytest.mark.slow
+def test_without_the_first_rank_the_last_checkpoint_remains(lost):
+    dead, second = lost.ended["killed-first"]
     assert (
-        dead.code == -signal.SIGKILL and second.code == distributed.EXIT_RANK_LOST and work.saved("killed-first") == 2
+        dead.code == -signal.SIGKILL and second.code == distributed.EXIT_RANK_LOST and lost.saved("killed-first") == 2
     )
     assert len(second.err.splitlines()) == 1 and "another rank was lost, at step 4" in second.err
 
 
-def test_a_rank_that_hangs_is_given_up(work):
-    (first,) = work.ended["halted"]
-    assert first.code == distributed.EXIT_RANK_LOST and work.saved("halted") == 3
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_given_up(lost):
+    (first,) = lost.ended["halted"]
+    assert first.code == distributed.EXIT_RANK_LOST and lost.saved("halted") == 3
     (line,) = first.err.splitlines()
     assert "said nothing for 15 seconds" in line and "the state after step 3 is saved" in line
 
