@@ -2,14 +2,18 @@
 
 python eval.py --model adapters/final                                        # on the folder eval-data/
 python eval.py --model MODEL --eval-tasks eval-data NanoMSMARCORetrieval --output results.json
-python eval.py --model adapters/final --precision float32 int8 binary --dimensions 384 128     # what storing costs
-python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                           # a reranker
+python eval.py --model adapters/final --precision float32 int8 binary --dimensions 384 128     # what compression costs
+python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                      # a reranker
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
-MTEB's tasks are searched and scored by mteb. A folder does without importing it, which takes seconds, and gets the same
-figures: every document is compared with every query, and pytrec_eval, which mteb takes, computes the metrics. Nothing
-is cached. Training calls `evaluate` every N steps with the model it trains and gets, to the last digit, what this
-command says about the saved model.
+MTEB's tasks are searched and scored by mteb. A folder is evaluated without importing mteb, which would take seconds.
+The figures are the same: every document is compared with every query, and pytrec_eval, which mteb uses, computes the
+metrics. Nothing is cached on disk. Training calls `evaluate` every N steps; this command prints the same figures, to
+the last digit, for the saved model.
+
+from eval import evaluate
+from embed import load
+evaluation = evaluate(load("adapters/final"), ["eval-data"])       # .tasks, .per_query, .average()
 """
 
 import argparse
@@ -22,111 +26,48 @@ from typing import Any
 from mlx_retrieval import backend
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_reranker, print_reranked
-from mlx_retrieval.evaluation.results import (
-    Evaluation,
-    compare,
-    compare_stored,
-    print_stored,
-    print_table,
-)
-from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_stored, forms_of
+from mlx_retrieval.evaluation.results import Evaluation, compare, compare_formats, print_formats, print_table
+from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
 from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
+__all__ = ["Evaluation", "compare", "evaluate", "evaluate_reranker"]
 
-def _evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
-    """What the flags ask for, its tables printed: the figures, and what `--output` writes."""
+
+def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluate an embedding or late-interaction model and print the tables. Return figures and `--output`'s JSON."""
     from mlx_retrieval.inference.embedder import load
 
     settings: dict[str, Any] = {"max_length": args.max_length, "query_max_length": args.query_max_length}
     settings |= {"task": args.task} if args.task else {}
     model, stored = load(args.model, args.adapter, **settings), {}
     if args.precision or args.dimensions:
-        forms = forms_of(args.precision, args.dimensions, model.dimensions)
-        result, stored = evaluate_stored(model, args.eval_tasks, forms, show_progress)
+        formats = vector_formats(args.precision, args.dimensions, model.dimensions)
+        evaluation, stored = evaluate_formats(model, args.eval_tasks, formats, show_progress)
     else:
-        result = evaluate(model, args.eval_tasks, show_progress=show_progress)
-    record = result.to_json()
-    if result.tasks:
-        print_table(result)
-    if stored and result.tasks:
-        record["stored"] = compare_stored(result, stored)
-        print_stored(record["stored"])
-    return result, record
+        evaluation = evaluate(model, args.eval_tasks, show_progress=show_progress)
+    record = evaluation.to_json()
+    if evaluation.tasks:
+        print_table(evaluation)
+    if stored and evaluation.tasks:
+        record["stored"] = compare_formats(evaluation, stored)
+        print_formats(record["stored"])
+    return evaluation, record
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    backend.prepare()
-    parser = argparse.ArgumentParser(description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
-    parser.add_argument("--model", required=True, help="adapter folder, base model's folder, or hub name")
-    parser.add_argument("--adapter", help="adapter folder to put on the base model --model")
-    tasks = "folders in BEIR layout and names of MTEB tasks (default: eval-data)"
-    parser.add_argument("--eval-tasks", nargs="+", default=["eval-data"], metavar="TASK", help=tasks)
-    parser.add_argument("--output", metavar="FILE", help="write the figures to this file, as JSON")
-    longest = "cut documents (rerank: query and document together) after N tokens"
-    parser.add_argument("--max-length", type=int, metavar="N", help=longest)
-    parser.add_argument("--query-max-length", type=int, metavar="N", help="cut queries after N tokens")
-    precisions = (
-        "also evaluate vectors stored so, from the same embeddings; int8 and uint8: ranges from the corpus, queries "
-        "stay float32; binary and ubinary: both sides are bits, compared by Hamming distance"
-    )
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help=precisions)
-    shorter = "also evaluate vectors cut to N dimensions (Matryoshka), in every --precision"
-    parser.add_argument("--dimensions", nargs="+", type=int, metavar="N", help=shorter)
-    add_flags(parser)
-    args = parser.parse_args(argv)
-    try:
-        check_flags(args)
-        output = Path(args.output).expanduser() if args.output else None
-        if output and (output.is_dir() or not output.parent.is_dir()):
-            raise UserError(f"--output {output}: not a file in a folder that exists")
-        beir.check_folders(args.eval_tasks)
-        print(backend.describe(), file=sys.stderr)
-        run = evaluate_flags if args.task == "rerank" else _evaluate_flags
-        result, record = run(args, sys.stderr.isatty())
-        for why_not in result.unreachable.values():
-            print(f"eval.py: {why_not}", file=sys.stderr)
-        if output:
-            output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except (UserError, FloatingPointError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    return 2 if not result.tasks else 1 if result.unreachable else 0
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --task and the flags of --task rerank."""
-    kinds = "embed: a vector a text; late: a vector a token; rerank: a score a pair (default: embed or late, as saved)"
-    parser.add_argument("--task", choices=("embed", "late", "rerank"), help=kinds)
-    stage = "rerank: what finds the documents, bm25 or a model of --task embed or late (default: bm25)"
-    parser.add_argument("--first-stage", metavar="MODEL", help=stage)
-    depth = f"rerank: how many of the documents found for a query are reranked (default: {DEPTH})"
-    parser.add_argument("--depth", type=int, metavar="N", help=depth)
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not fit --task."""
-    rerank = args.task == "rerank"
-    unfit = ("precision", "dimensions", "query_max_length") if rerank else ("first_stage", "depth")
-    if given := [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]:
-        raise UserError(f"{' and '.join(given)}: {'not' if rerank else 'only'} for --task rerank")
-    if args.depth is not None:
-        check_depth(args.depth)
-
-
-def evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
-    """What the flags ask for, its tables printed: the reranked figures, and what `--output` writes."""
+def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluate a reranker and print the tables. Return the figures after reranking and `--output`'s JSON."""
     from mlx_retrieval.inference.reranker import Reranker
 
-    first: Any = "bm25"
+    first_stage: Any = "bm25"
     if args.first_stage not in (None, "bm25"):
         from mlx_retrieval.inference.embedder import load
 
-        first = load(args.first_stage)
+        first_stage = load(args.first_stage)
     reranker = Reranker(args.model, args.adapter, max_length=args.max_length)
     depth = args.depth or DEPTH
-    before, after = evaluate_reranker(reranker, args.eval_tasks, first, depth, show_progress)
+    before, after = evaluate_reranker(reranker, args.eval_tasks, first_stage, depth, show_progress)
     record = after.to_json() | {"first_stage": {"model": before.model, "depth": depth, "tasks": before.tasks}}
     if after.tasks:
         print_reranked(before, after, depth)
@@ -135,6 +76,74 @@ def evaluate_flags(args: argparse.Namespace, show_progress: bool) -> tuple[Evalu
             for metric, _, _, difference, low, high in compare(before, after)
         }
     return after, record
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    out = argparse.ArgumentParser(description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
+    model = "adapter folder, base model's folder, or hub name"
+    out.add_argument("--model", "--model-path", required=True, metavar="MODEL", help=model)
+    out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
+    kinds = (
+        "embed: one vector a text; late: one vector a token; rerank: one score a pair "
+        "(default: embed or late, as the model's files say)"
+    )
+    out.add_argument("--task", choices=("embed", "late", "rerank"), help=kinds)
+    tasks = "folders in BEIR layout and names of MTEB retrieval tasks (default: eval-data)"
+    out.add_argument("--eval-tasks", nargs="+", default=["eval-data"], metavar="TASK", help=tasks)
+    out.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
+    longest = "truncate documents to N tokens; rerank: query and document together (default: the model's own limit)"
+    out.add_argument("--max-length", type=int, metavar="N", help=longest)
+    shorter = "truncate queries to N tokens; not for rerank (default: the model's own limit)"
+    out.add_argument("--query-max-length", type=int, metavar="N", help=shorter)
+    vectors = out.add_argument_group("stored vectors (--task embed)")
+    precisions = (
+        "also evaluate vectors stored at these precisions, without embedding again; int8 and uint8: ranges from the "
+        "corpus, queries stay float32; binary and ubinary: queries are bits too, compared by Hamming distance"
+    )
+    vectors.add_argument("--precision", nargs="+", choices=PRECISIONS, help=precisions)
+    dimensions = "also evaluate vectors truncated to N dimensions (Matryoshka), at every --precision"
+    vectors.add_argument("--dimensions", nargs="+", type=int, metavar="N", help=dimensions)
+    rerank = out.add_argument_group("rerankers (--task rerank)")
+    stage = "what finds the documents: bm25, or a model of --task embed or late (default: bm25)"
+    rerank.add_argument("--first-stage", metavar="MODEL", help=stage)
+    depth = f"documents of a query that are reranked (default: {DEPTH})"
+    rerank.add_argument("--depth", "--rerank-depth", type=int, metavar="N", help=depth)
+    return out
+
+
+def check_flags(args: argparse.Namespace) -> Path | None:
+    """Return the path of `--output`. Raises UserError for flags that do not fit --task, and for wrong values."""
+    is_rerank = args.task == "rerank"
+    unfit = ("precision", "dimensions", "query_max_length") if is_rerank else ("first_stage", "depth")
+    if flags := [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]:
+        raise UserError(f"{' and '.join(flags)}: {'not' if is_rerank else 'only'} for --task rerank")
+    if args.depth is not None:
+        check_depth(args.depth)
+    output = Path(args.output).expanduser() if args.output else None
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise UserError(f"--output {output}: not a file in a folder that exists")
+    beir.check_folders(args.eval_tasks)
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 0, 1 if some tasks were unreachable, or 2 for an error or no task at all."""
+    backend.prepare()
+    args = parser().parse_args(argv)
+    try:
+        output = check_flags(args)
+        print(backend.describe(), file=sys.stderr)
+        run = evaluate_rerank if args.task == "rerank" else evaluate_encoder
+        evaluation, record = run(args, sys.stderr.isatty())
+        for reason in evaluation.unreachable.values():
+            print(f"eval.py: {reason}", file=sys.stderr)
+        if output:
+            output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except (UserError, FloatingPointError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    return 2 if not evaluation.tasks else 1 if evaluation.unreachable else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from mlx_retrieval.dataset import beir
-from mlx_retrieval.evaluation.reranking import by_rank
+from mlx_retrieval.evaluation.reranking import scores_by_rank
 from mlx_retrieval.evaluation.results import METRICS
 from mlx_retrieval.evaluation.retrieval import score_rankings
 from mlx_retrieval.retrieval.bm25 import bm25
@@ -24,7 +24,7 @@ def main() -> None:
     corpus, queries, qrels = beir.read_folder(folder)
     documents = {name: beir.document_text(*row) for name, row in corpus.items()}
     found = bm25(documents, {name: text for name, (_, text) in queries.items()})
-    scores = score_rankings(qrels, {query: by_rank(ids) for query, ids in found.items()})
+    scores = score_rankings(qrels, {query: scores_by_rank(ids) for query, ids in found.items()})
     print(f"BM25 on {folder}: {len(corpus):,} documents, {len(queries):,} queries")
     for metric, name in METRICS.items():
         print(f"{name:<12}{np.mean(list(scores[metric].values())):.4f}")

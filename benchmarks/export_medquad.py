@@ -25,7 +25,7 @@ import export
 import train
 from mlx_retrieval import backend
 from mlx_retrieval.evaluation.results import Evaluation, compare
-from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_stored
+from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats
 from mlx_retrieval.exporters import job
 from mlx_retrieval.inference.embedder import load
 from mlx_retrieval.training import config
@@ -87,7 +87,7 @@ def main() -> None:
         export.export(job.Export(output=str(work / f"{bits}-bit"), adapter=adapter, format="mlx", quantize=bits))
         for bits in (8, 4)
     ]
-    ours, stored = evaluate_stored(load(whole), [test], [("int8", 384), ("binary", 384)])
+    ours, stored = evaluate_formats(load(whole), [test], [("int8", 384), ("binary", 384)])
     theirs = Peer(sentence_transformers.SentenceTransformer(str(whole), device="cpu"))
     results = {
         "base": evaluate(load(minilm()), [test]),

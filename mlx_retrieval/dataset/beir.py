@@ -39,7 +39,7 @@ def read_folder(folder: Path) -> tuple[Texts, Texts, Qrels]:
 
     Cached until the files change. Raises UserError with file, line and reason.
     """
-    return _read(*_state(folder))
+    return _read(*folder_state(folder))
 
 
 def read_texts(folder: Path, stem: str) -> Texts:
@@ -105,8 +105,8 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
     return qrels
 
 
-def _state(folder: Path) -> tuple[Path, tuple]:
-    """Return the folder and the names, times and sizes of its files: a cache key."""
+def folder_state(folder: Path) -> tuple[Path, tuple]:
+    """Return the resolved folder, and the names, times and sizes of its files: a key for caches of its contents."""
     folder = folder.resolve()
     files = sorted(p for pattern in ("*.jsonl*", "qrels/*.tsv") for p in folder.glob(pattern))
     return folder, tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)

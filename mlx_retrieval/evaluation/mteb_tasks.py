@@ -1,10 +1,10 @@
-"""Tasks of MTEB, of type Retrieval and of text: loaded, searched and scored through mteb.
+"""MTEB's text tasks of type Retrieval: load them, search them and score them through mteb.
 
-task, why_not = load("NanoMSMARCORetrieval")
-parts = task.evaluate(searcher)                    # an eval.Searcher
+task, reason = load("NanoMSMARCORetrieval")
+results = task.evaluate(searcher)                    # a tasks.CorpusSearcher
 
-mteb imports torch, datasets, scipy, pandas and scikit-learn, which takes seconds; so whoever evaluates on folders alone
-does without it, and gets the same figures (tests/test_eval.py).
+mteb imports torch, datasets, scipy, pandas and scikit-learn, which takes seconds. An evaluation on folders alone does
+not import it and gives the same figures (tests/evaluation/test_retrieval.py).
 """
 
 import difflib
@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.beir import document_text
-from mlx_retrieval.evaluation.tasks import Corpus, Part, Rankings
+from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, SplitResult, Task
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 
-def load(name: str, show_progress: bool = False) -> tuple["Task | None", str]:
-    """A task with its data and "", or None and one line saying why it could not be had.
+def load(name: str, show_progress: bool = False) -> tuple["MtebTask | None", str]:
+    """Return a task with its data and "", or None and one line that says why it could not be loaded.
 
-    Raises UserError for a name that is no task of MTEB, or none that can be evaluated here.
+    Raises UserError for a name that is not a task of MTEB, and for a task that cannot be evaluated here.
     """
     _import_mteb()
     with _quiet(show_progress):
@@ -42,30 +42,33 @@ def _import_mteb() -> None:
         import mteb  # noqa: F401
 
 
-class Task:
+class MtebTask(Task):
     """A task of MTEB with its data."""
 
     def __init__(self, task: Any):
+        super().__init__()
         self.task = task
 
-    def evaluate(self, searcher: Any) -> list[Part]:
-        """Let an `eval.Searcher` search it. What makes vectors is searched, exhaustively, by mteb."""
-        search = (_Encoder if hasattr(searcher, "encode") else _Search)(searcher)
+    def evaluate(self, searcher: CorpusSearcher) -> list[SplitResult]:
+        """Search every split and subset. A searcher that encodes texts is searched exhaustively by mteb."""
+        search = (_EncoderAdapter if hasattr(searcher, "encode") else _SearchAdapter)(searcher)
         # The task's own method: `mteb.evaluate` would import sentence-transformers, to see if it is one of its models.
-        # The model cuts its own batches; mteb only hands texts over.
+        # The model forms its own batches; mteb only passes texts on.
         options: Any = {"batch_size": 1024, "show_progress_bar": False}
         with _quiet(searcher.show_progress):
             scores = {s: self.task.evaluate(search, s, encode_kwargs=options) for s in self.task.eval_splits}
         return [
-            Part((split, subset), self.task.dataset[subset][split]["relevant_docs"], rankings, scores[split][subset])
+            SplitResult(
+                (split, subset), self.task.dataset[subset][split]["relevant_docs"], rankings, scores[split][subset]
+            )
             for (split, subset), rankings in search.rankings.items()
         ]
 
 
-class _Search:
-    """A searcher as mteb knows searches: `index(corpus)`, then `search(queries)`, which keeps what it found."""
+class _SearchAdapter:
+    """mteb's search protocol over a searcher: `index(corpus)`, then `search(queries)`. Keeps the rankings."""
 
-    def __init__(self, searcher: Any):
+    def __init__(self, searcher: CorpusSearcher):
         from mteb.models import ModelMeta
 
         self.mteb_model_meta = ModelMeta.create_empty()  # every search has to have one
@@ -79,21 +82,21 @@ class _Search:
         self.corpus = Corpus(list(corpus["id"]), texts)
 
     def search(self, queries: Any, *, top_k: int, hf_split: str, hf_subset: str, **_: Any) -> Rankings:
-        asked = dict(zip(queries["id"], queries["text"], strict=True))
-        rankings = self.searcher.search((hf_split, hf_subset), self.corpus, asked, top_k)
+        texts = dict(zip(queries["id"], queries["text"], strict=True))
+        rankings = self.searcher.search((hf_split, hf_subset), self.corpus, texts, top_k)
         self.rankings[hf_split, hf_subset] = rankings
         return rankings
 
 
-class _Encoder(_Search):
-    """A searcher's vectors as mteb knows encoders; the texts, with instructions where a task has any, are mteb's."""
+class _EncoderAdapter(_SearchAdapter):
+    """mteb's encoder protocol over a searcher's `encode`; mteb makes the texts, with instructions if a task has any."""
 
-    def __init__(self, searcher: Any):
+    def __init__(self, searcher: CorpusSearcher):
         from mteb.models import SearchEncoderWrapper
 
         super().__init__(searcher)
-        self.search_of_mteb = SearchEncoderWrapper(self)
-        self.index = self.search_of_mteb.index
+        self.mteb_search = SearchEncoderWrapper(self)
+        self.index = self.mteb_search.index
 
     def encode(self, inputs: Any, *, prompt_type: Any, **_: Any) -> np.ndarray:
         return self.searcher.encode([text for batch in inputs for text in batch["text"]], prompt_type.value)
@@ -102,14 +105,14 @@ class _Encoder(_Search):
         return np.asarray(queries) @ np.asarray(documents).T
 
     def search(self, queries: Any, **kwargs: Any) -> Rankings:
-        rankings = self.search_of_mteb.search(queries, **kwargs)
+        rankings = self.mteb_search.search(queries, **kwargs)
         self.rankings[kwargs["hf_split"], kwargs["hf_subset"]] = rankings
         return rankings
 
 
 @contextmanager
 def _quiet(show_progress: bool) -> Iterator[None]:
-    """No log lines below errors and no progress bars from mteb and what it uses."""
+    """Silence the log lines below errors, and the progress bars, of mteb and the libraries it uses."""
     import datasets
 
     levels = {logger: logger.level for logger in map(logging.getLogger, ("mteb", "datasets", "huggingface_hub"))}
@@ -132,23 +135,23 @@ def _quiet(show_progress: bool) -> Iterator[None]:
 
 @functools.cache
 def _hub_answers() -> bool:
-    """Whether the hub can be asked: one request without retries, where the libraries would try for 20 seconds."""
+    """Return whether the hub answers: one request without retries, where the libraries would try for 20 seconds."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:  # an answer all the same
+    except urllib.error.HTTPError:  # an answer, too
         return True
-    except OSError as error:  # Python may lack the certificates that the hub's library brings along
+    except OSError as error:  # Python may lack the certificates that the hub's library comes with
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
     return True
 
 
 @functools.cache
-def _load(name: str) -> tuple["Task | None", str]:
-    """As `load`; settled once a process, as asking an unreachable hub every N steps would only cost time."""
+def _load(name: str) -> tuple["MtebTask | None", str]:
+    """Like `load`, once a process: asking an unreachable hub at every evaluation would only cost time."""
     import mteb
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants, snapshot_download
@@ -157,21 +160,21 @@ def _load(name: str) -> tuple["Task | None", str]:
     try:
         task = mteb.get_task(name)
     except KeyError as error:
-        known = [task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"], exclude_superseded=False)]
-        close = ", ".join(difflib.get_close_matches(name, known))
+        names = [task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"], exclude_superseded=False)]
+        close = ", ".join(difflib.get_close_matches(name, names))
         hint = f"; close: {close}" if close else ""
         raise UserError(f"{name} is neither a folder nor an MTEB task{hint}") from error
     metadata = task.metadata
     if metadata.type != "Retrieval":
         raise UserError(f"{name} is a task of type {metadata.type}; only those of type Retrieval can be evaluated")
-    if parts := getattr(metadata, "tasks", None):
-        raise UserError(f"{name} is a bundle; name the tasks: {' '.join(part.metadata.name for part in parts)}")
+    if tasks := getattr(metadata, "tasks", None):
+        raise UserError(f"{name} is a bundle; name the tasks: {' '.join(task.metadata.name for task in tasks)}")
     if metadata.modalities != ["text"]:
         raise UserError(f"{name} is about {', '.join(metadata.modalities)}; only tasks of text can be evaluated")
     path, revision = metadata.dataset["path"], metadata.dataset["revision"]
     reason = "the hub does not answer" + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "")
     try:
-        if not _hub_answers():  # then the cache's copy of this revision is as good
+        if not _hub_answers():  # then use the cache's copy of this revision
             where = {"revision": revision, "cache_dir": constants.HF_HUB_CACHE, "local_files_only": True}
             copy = snapshot_download(path, repo_type="dataset", **where)
             task.metadata = metadata.model_copy(update={"dataset": metadata.dataset | {"path": copy}})
@@ -180,8 +183,8 @@ def _load(name: str) -> tuple["Task | None", str]:
         if not isinstance(error, LocalEntryNotFoundError):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return None, (
-            f"{name}: data set {path}, revision {revision}, can not be loaded from the cache {constants.HF_HUB_CACHE} "
-            f"(HF_HOME names another) nor from the hub: {reason}. "
-            f"To fetch it where there is a network: hf download --repo-type dataset {path} --revision {revision}"
+            f"{name}: data set {path}, revision {revision}, cannot be loaded from the cache {constants.HF_HUB_CACHE} "
+            f"(set HF_HOME for another) or from the hub: {reason}. "
+            f"To download it where there is a network: hf download --repo-type dataset {path} --revision {revision}"
         )
-    return Task(task), ""
+    return MtebTask(task), ""

@@ -1,4 +1,4 @@
-"""Evaluate a model at several precisions and dimensions with one embedding pass."""
+"""Encoders with which a model is evaluated at several precisions and dimensions after a single embedding pass."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ import numpy as np
 from mlx_retrieval.inference.quantization import CALIBRATED, quantise, restore, truncate
 
 
-class Memory:
-    """An encoder (see eval.py) whose vectors are kept, so that no text is embedded again for another stored form."""
+class CachedEncoder:
+    """An encoder (see `retrieval.Encoder`) that keeps its vectors, so that each text is embedded once."""
 
     def __init__(self, model: Any):
         self.model, self.name = model, model.name
@@ -18,37 +18,39 @@ class Memory:
         self.vectors: dict[tuple[str | None, bytes], np.ndarray] = {}  # one entry a call
 
     def encode(self, texts: list[str], prompt: str | None, show_progress: bool) -> np.ndarray:
-        """What the model gave, or gives now, for these texts: (N, D) float32."""
+        """Return the vectors of these texts, (N, D) float32: from memory if they were embedded together before."""
         key = prompt, hashlib.sha256(json.dumps(texts).encode()).digest()
         if key not in self.vectors:
             self.vectors[key] = self.model.encode(texts, prompt=prompt, show_progress=show_progress)
         return self.vectors[key]
 
     def ranges(self, dimensions: int) -> np.ndarray:
-        """(2, dimensions) float32: of all documents that were embedded so far, after truncation."""
-        parts = [
-            truncate(part, dimensions, self.normalize)
-            for (prompt, _), part in self.vectors.items()
+        """Return the lowest and highest value of each dimension over all cached documents, after truncation.
+
+        (2, dimensions) float32.
+        """
+        blocks = [
+            truncate(vectors, dimensions, self.normalize)
+            for (prompt, _), vectors in self.vectors.items()
             if prompt == "document"
         ]
-        lows, highs = ([get(part, axis=0) for part in parts] for get in (np.min, np.max))
+        lows, highs = ([reduce(block, axis=0) for block in blocks] for reduce in (np.min, np.max))
         return np.stack([np.min(lows, axis=0), np.max(highs, axis=0)])
 
 
-class Stored:
-    """An encoder as it searches stored vectors: dot products of what it gives are the scores of the stored form.
+class QuantizedEncoder:
+    """An encoder whose vectors went through quantisation: their dot products are the scores of the stored format.
 
-    int8 and uint8: ranges of the memory's documents; queries stay float32, since they are never stored.
+    int8 and uint8 take their ranges from the cached documents. Queries are never stored, so they stay float32.
     """
 
-    def __init__(self, memory: Memory, precision: str, dimensions: int):
-        self.memory, self.precision, self.dimensions, self.name = memory, precision, dimensions, memory.name
-        self.bounds = memory.ranges(dimensions) if precision in CALIBRATED else None
+    def __init__(self, cached: CachedEncoder, precision: str, dimensions: int):
+        self.cached, self.precision, self.dimensions, self.name = cached, precision, dimensions, cached.name
+        self.bounds = cached.ranges(dimensions) if precision in CALIBRATED else None
 
     def encode(self, texts: list[str], prompt: str | None, show_progress: bool) -> np.ndarray:
-        """(N, dimensions) float32."""
-        whole = self.memory.encode(texts, prompt, show_progress)
-        vectors = truncate(whole, self.dimensions, self.memory.normalize)
+        """Return (N, dimensions) float32."""
+        vectors = truncate(self.cached.encode(texts, prompt, show_progress), self.dimensions, self.cached.normalize)
         if self.precision in CALIBRATED and prompt == "query":
             return vectors
         return restore(quantise(vectors, self.precision, self.bounds), self.precision, self.bounds, self.dimensions)

@@ -1,14 +1,14 @@
-"""How much a reranker betters a ranking: the first documents that BM25, or a model, finds, in a new order.
+"""Evaluate rerankers: the first documents of a first stage (BM25 or an embedding model), put in a new order.
 
 python eval.py --task rerank --model MODEL                                       # the first 100 of BM25, on eval-data/
 python eval.py --task rerank --model MODEL --first-stage adapters/final --depth 50 --output results.json
 
+from mlx_retrieval.evaluation.reranking import evaluate_reranker
 from rerank import Reranker
-from rerank_eval import evaluate_reranker
-before, after = evaluate_reranker(Reranker("MODEL"), ["eval-data"])              # two eval.Evaluation
+before, after = evaluate_reranker(Reranker("MODEL"), ["eval-data"])              # two results.Evaluation
 
-Only the first `depth` documents of a query are scored and put in the order of their scores, equal ones as they were.
-What the first stage ranks behind them stays there, so Recall@100 and the like mean the same before and after.
+The first `depth` documents of a query are scored and sorted by score; equal scores keep the order of the first stage.
+The documents behind them stay where they are, so Recall@100 and the like mean the same before and after.
 """
 
 import sys
@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.evaluation.results import Evaluation, Scores, print_comparison
-from mlx_retrieval.evaluation.retrieval import Encoder, Searcher
-from mlx_retrieval.evaluation.tasks import Corpus, Rankings
+from mlx_retrieval.evaluation.retrieval import Encoder
+from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, Task
 from mlx_retrieval.inference.reranker import Scorer
 from mlx_retrieval.retrieval.base import RANKS
-from mlx_retrieval.retrieval.bm25 import Found, bm25
+from mlx_retrieval.retrieval.bm25 import RankedIds, bm25
 from mlx_retrieval.utils.errors import UserError
 
 DEPTH = 100
@@ -36,69 +35,86 @@ QUERIES_AT_ONCE = 16
 # --- first stage ---
 
 
-def by_rank(documents: Sequence[str]) -> Scores:
-    """Scores that keep an order as it is: trec_eval sorts by them, and equal ones by id."""
-    return {document: float(len(documents) - rank) for rank, document in enumerate(documents)}
-
-
-class _Bm25(Searcher):
-    """The first stage that is no model: its own class stands in a model's place."""
+class Bm25:
+    """BM25 as a first stage, in the place of a model."""
 
     name = "BM25"
 
-    def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
+
+BM25 = Bm25()
+
+
+class Bm25Searcher(CorpusSearcher):
+    """Ranks by BM25; needs no model."""
+
+    def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
         texts = corpus.texts(range(len(corpus.ids)))
-        found = bm25(dict(zip(corpus.ids, texts, strict=True)), queries, top_k)
-        return {query: by_rank(documents) for query, documents in found.items()}
+        ranked = bm25(dict(zip(corpus.ids, texts, strict=True)), queries, top_k)
+        return {query: scores_by_rank(documents) for query, documents in ranked.items()}
 
 
 @dataclass(frozen=True)
-class _FirstStage:
-    """What a first stage found in one task, and its figures under the task's name."""
+class FirstStageResult:
+    """The documents that a first stage ranks first in a task, and its figures."""
 
-    name: str
-    found: dict[tuple[str, str], Found]  # split, subset
+    label: str  # of the task in `figures`
+    ranked: dict[tuple[str, str], RankedIds]  # split, subset
     figures: Evaluation
 
 
-# First stage -> task -> what it found, as long as both are alive: eval_tasks keeps a bounded number of folders.
-_kept: WeakKeyDictionary[Any, WeakKeyDictionary[Any, _FirstStage]] = WeakKeyDictionary()
-
-
-def _first_stage(stage: Any, name: str, task: Any, show_progress: bool) -> _FirstStage:
-    """Search a task, once a process."""
-    known = _kept.setdefault(stage, WeakKeyDictionary())
-    if task not in known or known[task].name != name:
-        searcher = (_Bm25 if stage is _Bm25 else retrieval.searcher_of)(stage, name, show_progress)
+def first_stage_result(stage: Bm25 | Encoder, label: str, task: Task, show_progress: bool) -> FirstStageResult:
+    """Search a task. The task keeps the result for as long as the first stage exists: training asks again and again."""
+    result = task.first_stages.get(stage)
+    if result is None or result.label != label:
+        searcher = (Bm25Searcher if stage is BM25 else retrieval.searcher_for)(stage, label, show_progress)
         figures = Evaluation(stage.name, {}, {}, {})
-        found = {
-            part.key: {query: _in_order(ranking) for query, ranking in part.rankings.items()}
-            for part in retrieval.add_task(figures, searcher, task)
+        ranked = {
+            split.key: {query: _ids_by_score(scores) for query, scores in split.rankings.items()}
+            for split in retrieval.add_task(figures, searcher, task)
         }
-        known[task] = _FirstStage(name, found, figures)
-    return known[task]
+        result = task.first_stages[stage] = FirstStageResult(label, ranked, figures)
+    return result
 
 
-def _in_order(ranking: Scores) -> list[str]:
-    """Best first, as trec_eval has them: by score, equal ones by id, the last id first."""
-    return sorted(ranking, key=lambda document: (ranking[document], document), reverse=True)
+def scores_by_rank(documents: Sequence[str]) -> Scores:
+    """Return scores that preserve the order of documents in trec_eval, which sorts by score, and equal scores by id."""
+    return {document: float(len(documents) - rank) for rank, document in enumerate(documents)}
+
+
+def _ids_by_score(scores: Scores) -> list[str]:
+    """Return documents best first, as trec_eval sorts them: of equal scores, the last id first."""
+    return sorted(scores, key=lambda document: (scores[document], document), reverse=True)
 
 
 # --- second stage ---
 
 
-class _Reranking(Searcher):
-    """The first stage's rankings, their first `depth` documents ordered by a reranker."""
+class RerankingSearcher(CorpusSearcher):
+    """Ranks like the first stage, with its first `depth` documents sorted by a reranker.
 
-    def __init__(self, reranker: Scorer, first: dict[tuple[str, str], Found], depth: int, *about):
-        super().__init__(reranker, *about)
-        self.first, self.depth = first, depth
+    Args:
+        reranker: see `Scorer`.
+        ranked: the first stage's ranking of every split and subset.
+        depth: documents of a query that are scored.
+        task, show_progress: see `CorpusSearcher`.
+    """
 
-    def search(self, part: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
-        found = self.first[part]
-        heads = {query: found[query][: self.depth] for query in queries if found[query]}
-        wanted = set().union(*heads.values())
-        numbers = [i for i, document in enumerate(corpus.ids) if document in wanted]
+    def __init__(
+        self,
+        reranker: Scorer,
+        ranked: dict[tuple[str, str], RankedIds],
+        depth: int,
+        task: str,
+        show_progress: bool = False,
+    ):
+        super().__init__(reranker, task, show_progress)
+        self.ranked, self.depth = ranked, depth
+
+    def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
+        ranked = self.ranked[key]
+        heads = {query: ranked[query][: self.depth] for query in queries if ranked[query]}
+        needed = set().union(*heads.values())
+        numbers = [i for i, document in enumerate(corpus.ids) if document in needed]
         texts = dict(zip((corpus.ids[i] for i in numbers), corpus.texts(numbers), strict=True))
         rankings: Rankings = {query: {} for query in queries}
         names = list(heads)
@@ -109,7 +125,7 @@ class _Reranking(Searcher):
                 for query, scores in zip(block, self.model.score_groups(groups), strict=True):
                     order = np.argsort(-self._checked(scores, query, len(heads[query])), kind="stable")
                     head = [heads[query][i] for i in order]
-                    rankings[query] = by_rank(head + found[query][self.depth :])
+                    rankings[query] = scores_by_rank(head + ranked[query][self.depth :])
                 advance(len(block))
         return rankings
 
@@ -144,46 +160,42 @@ def evaluate_reranker(
     depth: int = DEPTH,
     show_progress: bool = False,
 ) -> tuple[Evaluation, Evaluation]:
-    """Evaluate the first stage alone, and what the reranker makes of it; `eval.compare` compares the two.
+    """Return the figures of the first stage alone and of the reranker on top of it; see `results.compare`.
 
     Args:
-        reranker: see `Scorer`; it is given the titles and texts of 16 queries' documents at once.
+        reranker: see `Scorer`. It is given the titles and texts of the documents of 16 queries at once.
         tasks: folders in BEIR layout and names of MTEB tasks of type Retrieval.
-        first_stage: "bm25", or a model that `embed.load` gave, of either kind. Each task is searched once a process,
-            and the ranking kept: a model whose weights change meanwhile is not asked again.
-        depth: how many documents a query has scored, 1 to 1,000; fewer where the first stage finds fewer.
-        show_progress: bars for downloads, embedding and reranking.
+        first_stage: "bm25", or a model from `embedder.load`, of one vector a text or a token. Each task is searched
+            once a process and the ranking is kept, so later changes of the model's weights have no effect.
+        depth: documents of a query that are scored, 1 to 1,000; fewer if the first stage finds fewer.
+        show_progress: show progress bars for downloads, embedding and reranking.
 
     A query for which BM25 finds nothing scores 0 before and after.
-    Raises UserError as `eval.evaluate` and for a depth or a first stage that can not be, ValueError where
-    `score_groups` gives other than a score a document, and FloatingPointError, with the query's id, for scores that
-    are not finite.
+    Raises UserError like `retrieval.evaluate` and for an invalid depth or first stage, ValueError if `score_groups`
+    does not return one score a document, and FloatingPointError, with the query's id, for scores that are not finite.
     """
     check_depth(depth)
     if isinstance(first_stage, str) and first_stage != "bm25":
-        raise UserError(f'first stage {first_stage!r}: "bm25", or a model from embed.load')
-    stage = _Bm25 if isinstance(first_stage, str) else first_stage
+        raise UserError(f'first stage {first_stage!r}: "bm25", or a model from embedder.load')
+    stage = BM25 if isinstance(first_stage, str) else first_stage
     loaded, unreachable = retrieval.load_tasks(tasks, show_progress)
-    before, after = (Evaluation(each.name, {}, {}, unreachable) for each in (stage, reranker))
-    for name, task in loaded.items():
-        first = _first_stage(stage, name, task, show_progress)
+    before, after = (Evaluation(name, {}, {}, unreachable) for name in (stage.name, reranker.name))
+    for label, task in loaded.items():
+        first = first_stage_result(stage, label, task, show_progress)
         before.tasks.update(first.figures.tasks)
         before.per_query.update(first.figures.per_query)
-        retrieval.add_task(after, _Reranking(reranker, first.found, depth, name, show_progress), task)
+        retrieval.add_task(after, RerankingSearcher(reranker, first.ranked, depth, label, show_progress), task)
     return before, after
 
 
-# --- what eval.py does with --task rerank ---
-
-
 def check_depth(depth: int) -> None:
-    """Raise UserError for a depth that can not be."""
+    """Raise UserError for an invalid depth."""
     if not 0 < depth <= RANKS:
         raise UserError(f"--depth {depth}: from 1 to {RANKS:,} documents are reranked")
 
 
 def print_reranked(before: Evaluation, after: Evaluation, depth: int) -> None:
-    """Print a table for every task and, where there are several, one for their mean."""
+    """Print a table for every task and, if there are several, one for their average."""
     from mlx_retrieval.utils.console import console
 
     console().print(f"{after.model} reranks the first {depth:,} documents of {before.model}", style="bold")

@@ -1,7 +1,7 @@
-"""What an evaluation found, how sure the difference of two is, and the tables of both.
+"""Results of evaluations: figures, the difference of two with its confidence interval, and their tables.
 
-from comparison import compare
-for metric, before, after, difference, low, high in compare(one, another): ...
+from mlx_retrieval.evaluation.results import compare
+for metric, before, after, difference, low, high in compare(first, second): ...
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ import numpy as np
 from mlx_retrieval.inference.quantization import CALIBRATED, row_bytes
 from mlx_retrieval.utils.errors import UserError
 
-# mteb's names and the field's spelling, in the order of the tables; the first is what "best" means in training.
+# mteb's names -> the spelling in tables, in their order. Training keeps the checkpoint that is best by the first.
 METRICS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "Recall@100", "precision_at_1": "P@1"}
-Scores = dict[str, float]  # metric -> figure
-Form = tuple[str, int]  # precision and dimensions of stored vectors
+Scores = dict[str, float]  # metric (or query id) -> figure
+VectorFormat = tuple[str, int]  # precision and dimensions of stored vectors
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Figures of one model.
 
-    tasks: task -> metric -> figure, rounded to 5 digits. A task of several subsets gives one entry each.
-    per_query: task -> metric -> query id -> that query's score; their mean is the task's figure before rounding.
-    unreachable: hub tasks that could not be loaded -> one line saying why and what to do.
+    tasks: task -> metric -> figure, rounded to 5 digits. A task of several subsets has one entry for each.
+    per_query: task -> metric -> query id -> score of that query; their mean is the task's figure before rounding.
+    unreachable: hub tasks that could not be loaded -> one line that says why and what to do.
     """
 
     model: str
@@ -34,11 +34,11 @@ class Evaluation:
     unreachable: dict[str, str]
 
     def average(self) -> Scores:
-        """Every metric's mean over the evaluated tasks; {} where there is none. See `unreachable` for the others."""
+        """Return the mean of every metric over the evaluated tasks; {} if there are none."""
         return {m: float(np.mean([s[m] for s in self.tasks.values()])) for m in METRICS} if self.tasks else {}
 
     def to_json(self) -> dict[str, Any]:
-        """What `--output` writes; "unreachable" only where some task was."""
+        """Return the record that `--output` writes; it has "unreachable" only if a task was."""
         record: dict[str, Any] = {"model": self.model, "tasks": self.tasks}
         return record | {"unreachable": self.unreachable} if self.unreachable else record
 
@@ -46,12 +46,12 @@ class Evaluation:
 def compare(
     before: Evaluation, after: Evaluation, resamples: int = 10_000, seed: int = 0
 ) -> list[tuple[str, float, float, float, float, float]]:
-    """(metric, before, after, difference, low, high) for every metric: the mean over the tasks that both hold.
+    """Return (metric, before, after, difference, low, high) for every metric: means over the tasks that both hold.
 
-    low and high bound the difference's 95 % interval: the 2.5th and 97.5th percentile over `resamples` draws of as many
-    queries as there are, with replacement, the same ones for both models (paired bootstrap; Efron and Tibshirani 1993,
-    chapter 13). Several tasks: drawn within each task, then averaged.
-    Raises UserError where they have no task in common, or a task has other queries.
+    low and high bound the 95 % confidence interval of the difference: the 2.5th and 97.5th percentile over `resamples`
+    draws of queries with replacement, the same draws for both models (paired bootstrap; Efron and Tibshirani 1993,
+    chapter 13). With several tasks, queries are drawn within each task, and the tasks averaged.
+    Raises UserError if no task is in both, or if a task was evaluated with other queries.
     """
     if not (names := [name for name in before.tasks if name in after.tasks]):
         raise UserError("the two evaluations have no task in common")
@@ -64,7 +64,7 @@ def compare(
             raise UserError(f"{name}: the two evaluations asked different queries")
         differences = np.array([[new[metric][i] - old[metric][i] for metric in METRICS] for i in ids])  # (n, metrics)
         count = len(ids)
-        chunk = max(1, 2_000_000 // count)  # resamples at once: some 65 MB
+        chunk = max(1, 2_000_000 // count)  # resamples at once: about 65 MB
         for first in range(0, resamples, chunk):
             rows = min(chunk, resamples - first)
             drawn = rng.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
@@ -79,7 +79,7 @@ def compare(
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """Print the figures of every task, and their average where there are several."""
+    """Print the figures of every task and, if there are several, their average."""
     from mlx_retrieval.utils.console import print_rows
 
     figures = list(evaluation.tasks.items())
@@ -91,7 +91,7 @@ def print_table(evaluation: Evaluation) -> None:
 
 
 def print_comparison(before: Evaluation, after: Evaluation) -> None:
-    """Print the figures of two evaluations, and how sure their difference is."""
+    """Print the figures of two evaluations, their difference and its confidence interval."""
     from mlx_retrieval.utils.console import print_rows
 
     common = [name for name in before.tasks if name in after.tasks]
@@ -104,19 +104,22 @@ def print_comparison(before: Evaluation, after: Evaluation) -> None:
     print_rows(f"{', '.join(common)}: {queries:,} queries", columns, rows)
 
 
-def compare_stored(whole: Evaluation, stored: dict[Form, Evaluation]) -> list[dict[str, Any]]:
-    """What each form takes and gives, as `--output` writes it; difference and interval are to `whole`."""
+def compare_formats(full: Evaluation, stored: dict[VectorFormat, Evaluation]) -> list[dict[str, Any]]:
+    """Return bytes a vector, figures, and the difference to `full` with its interval: a record for each format.
+
+    `--output` writes them.
+    """
     records = []
-    for (precision, dimensions), result in stored.items():
-        _, _, score, difference, low, high = compare(whole, result)[0]
+    for (precision, dimensions), evaluation in stored.items():
+        _, _, score, difference, low, high = compare(full, evaluation)[0]
         record = {"precision": precision, "dimensions": dimensions, "bytes": row_bytes(precision, dimensions)}
-        record |= {"ndcg_at_10": score, "difference": difference, "low": low, "high": high, "tasks": result.tasks}
+        record |= {"ndcg_at_10": score, "difference": difference, "low": low, "high": high, "tasks": evaluation.tasks}
         records.append(record)
     return records
 
 
-def print_stored(records: Sequence[dict[str, Any]]) -> None:
-    """Print the table of what `compare_stored` gives."""
+def print_formats(records: Sequence[dict[str, Any]]) -> None:
+    """Print the records of `compare_formats` as a table."""
     from mlx_retrieval.utils.console import print_rows
 
     rows = []

@@ -1,17 +1,20 @@
-"""What a model is evaluated on: folders in BEIR layout, loaded once a process. MTEB's tasks are in mteb_tasks.py.
+"""Evaluation tasks and what searches them: BEIR folders here, MTEB's tasks in mteb_tasks.py.
 
-A folder holds corpus.jsonl and queries.jsonl (`{"_id", "title", "text"}` a line; .gz is read too) and qrels/test.tsv
-(query id, document id, judgement, between tabs; a header line or none). To see whether one is sound:
+A BEIR folder holds corpus.jsonl and queries.jsonl (`{"_id", "title", "text"}` a line; .gz is read too) and
+qrels/test.tsv (query id, document id and judgement, separated by tabs; the header line is optional). To check one:
 
-    python -c "from eval_tasks import check_folders; check_folders(['eval-data'])"
+    python -c "from mlx_retrieval.dataset.beir import check_folders; check_folders(['eval-data'])"
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from mlx_retrieval.dataset.beir import Qrels, _read, _state, document_text
+from mlx_retrieval.dataset import beir
+from mlx_retrieval.dataset.beir import Qrels
 from mlx_retrieval.retrieval.base import RANKS
 
 Rankings = dict[str, dict[str, float]]  # query id -> document id -> score
@@ -21,11 +24,11 @@ class Corpus(NamedTuple):
     """Documents in their order."""
 
     ids: Sequence[str]
-    texts: Callable[[Sequence[int]], list[str]]  # of those with these numbers, counted from 0; see `document_text`
+    texts: Callable[[Sequence[int]], list[str]]  # numbers of documents, from 0 -> their texts; see `document_text`
 
 
-class Part(NamedTuple):
-    """What a search found in one split and subset of a task."""
+class SplitResult(NamedTuple):
+    """The rankings of one split and subset of a task."""
 
     key: tuple[str, str]  # split, subset
     qrels: Qrels
@@ -33,29 +36,60 @@ class Part(NamedTuple):
     figures: dict[str, float] | None = None  # metric -> mteb's figure; None: the means of the queries' scores
 
 
-class Folder:
-    """A folder in BEIR layout as a task. Weak references to it live as long as it is in the cache of `load`."""
+class CorpusSearcher(ABC):
+    """Ranks the documents of a task for its queries.
 
-    def __init__(self, folder: Path, state: tuple):
-        documents, queries, self.qrels = _read(folder, state)
+    A searcher with a method `encode(texts, prompt) -> (N, D)` is searched by mteb itself in MTEB's tasks.
+
+    Args:
+        model: the model that embeds or scores the texts.
+        task: the task's label, for messages.
+        show_progress: show progress bars.
+    """
+
+    def __init__(self, model: Any, task: str, show_progress: bool = False):
+        self.model, self.task, self.show_progress = model, task, show_progress
+
+    @abstractmethod
+    def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
+        """Return query id -> document id -> score of at most `top_k` documents. `key`: split and subset of the task."""
+
+
+class Task(ABC):
+    """A data set that a `CorpusSearcher` is evaluated on."""
+
+    def __init__(self):
+        # First stage of reranking -> its rankings of this task; see `reranking.first_stage_result`.
+        self.first_stages: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    @abstractmethod
+    def evaluate(self, searcher: CorpusSearcher) -> list[SplitResult]:
+        """Search every split and subset."""
+
+
+class FolderTask(Task):
+    """A folder in BEIR layout as a task of one split."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        documents, queries, self.qrels = beir.read_folder(folder)
         rows = list(documents.values())
-        self.corpus = Corpus(list(documents), lambda numbers: [document_text(*rows[i]) for i in numbers])
+        self.corpus = Corpus(list(documents), lambda numbers: [beir.document_text(*rows[i]) for i in numbers])
         self.queries = {query: text for query, (_, text) in queries.items()}
 
-    def evaluate(self, searcher: Any) -> list[Part]:
-        """Let an `eval.Searcher` search it."""
+    def evaluate(self, searcher: CorpusSearcher) -> list[SplitResult]:
         key = ("test", "default")
-        return [Part(key, self.qrels, searcher.search(key, self.corpus, self.queries, RANKS))]
+        return [SplitResult(key, self.qrels, searcher.search(key, self.corpus, self.queries, RANKS))]
 
 
-def load(folder: Path) -> Folder:
-    """The folder as it stands, read once a process as long as its files stay as they are. UserError: not sound."""
-    return _load(*_state(folder))
+def load(folder: Path) -> FolderTask:
+    """Return the folder as a task, the same object until one of its files changes.
 
-
-# --- folders in BEIR layout ---
+    Raises UserError if the folder is not sound.
+    """
+    return _load(*beir.folder_state(folder))
 
 
 @functools.lru_cache(maxsize=16)
-def _load(folder: Path, state: tuple) -> Folder:
-    return Folder(folder, state)
+def _load(folder: Path, state: tuple) -> FolderTask:
+    return FolderTask(folder)

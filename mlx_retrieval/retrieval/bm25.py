@@ -6,33 +6,34 @@ import numpy as np
 
 from mlx_retrieval.retrieval.base import RANKS
 
-Found = dict[str, list[str]]  # query id -> document ids, best first
+RankedIds = dict[str, list[str]]  # query id -> document ids, best first
 
 
-def bm25(documents: Mapping[str, str], queries: Mapping[str, str], depth: int = RANKS) -> Found:
-    """The documents that share a word with a query, at most `depth`; equal scores in the order of the ids.
+def bm25(documents: Mapping[str, str], queries: Mapping[str, str], depth: int = RANKS) -> RankedIds:
+    """Return at most `depth` documents that share a word with each query; equal scores in the order of the ids.
 
-    Both are id -> text. bm25s as it comes (Lucene's formula, k1 = 1.5, b = 0.75), English stop words, no stemming.
+    Both are id -> text. bm25s with its defaults (Lucene's formula, k1 = 1.5, b = 0.75), English stop words, no
+    stemming.
     """
     ids = sorted(documents)
-    scores_of = bm25_scores([documents[i] for i in ids])
-    found: Found = {}
+    scores_of = bm25_scorer([documents[i] for i in ids])
+    ranked: RankedIds = {}
     for query, text in queries.items():
         scores = scores_of(text)
-        hits = np.flatnonzero(scores > 0)
-        found[query] = [ids[i] for i in hits[np.argsort(-scores[hits], kind="stable")[:depth]]]
-    return found
+        matches = np.flatnonzero(scores > 0)
+        ranked[query] = [ids[i] for i in matches[np.argsort(-scores[matches], kind="stable")[:depth]]]
+    return ranked
 
 
-def bm25_scores(documents: Sequence[str]) -> Callable[[str], np.ndarray]:
-    """What gives, for a query, BM25's scores of these documents: (documents,) float32, 0 where no word is shared."""
+def bm25_scorer(documents: Sequence[str]) -> Callable[[str], np.ndarray]:
+    """Return a function from a query to the BM25 scores of these documents: (D,) float32, 0 = no shared word."""
     import bm25s
 
-    def tokenise(texts: Sequence[str], **how):
-        return bm25s.tokenize(texts, stopwords="en", show_progress=False, **how)
+    def tokenise(texts: Sequence[str], **options):
+        return bm25s.tokenize(texts, stopwords="en", show_progress=False, **options)
 
     words, retriever = tokenise(documents), bm25s.BM25()
-    if not any(words.ids):  # bm25s can not index that
+    if not any(words.ids):  # bm25s cannot index documents without words
         return lambda query: np.zeros(len(documents), np.float32)
     retriever.index(words, show_progress=False)
 

@@ -151,8 +151,8 @@ def test_ids_with_colons_are_no_lines(searcher):
         ('{"query": "q"}', 'neither "path" nor "relevant"'),
         ('{"query": "q", "relevant": []}', 'neither "path" nor "relevant"'),
         ('{"query": "q", "relevant": [1]}', 'neither "path" nor "relevant"'),
-        ('{"query": "q", "path": "a", "line": 0}', '"line" 0 is no line number'),
-        ('{"query": "q", "path": "a", "line": true}', '"line" True is no line number'),
+        ('{"query": "q", "path": "a", "line": 0}', '"line" 0 is not a line number'),
+        ('{"query": "q", "path": "a", "line": true}', '"line" True is not a line number'),
         ("", "no query in it"),
     ],
 )

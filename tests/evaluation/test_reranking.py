@@ -21,6 +21,7 @@ from mteb_folder import mteb_task
 
 import eval as evaluation
 from mlx_retrieval.evaluation import reranking
+from mlx_retrieval.evaluation import tasks as evaluation_tasks
 from mlx_retrieval.evaluation.reranking import evaluate_reranker
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.retrieval import evaluate
@@ -285,11 +286,12 @@ def test_the_first_stage_is_asked_once(words, tmp_path):
 def test_a_first_stage_is_not_kept_alive(shelf):
     model = WordCounts()
     evaluate_reranker(Judge(), [str(shelf)], model)
-    there = weakref.ref(model)
-    assert model in reranking._kept
+    task, alive = evaluation_tasks.load(shelf), weakref.ref(model)
+    assert model in task.first_stages
+    evaluate_reranker(Judge(), [str(shelf)])
     del model
     gc.collect()
-    assert there() is None
+    assert alive() is None and list(task.first_stages) == [reranking.BM25]
 
 
 # --- what can go wrong ---
@@ -441,6 +443,12 @@ def test_mistakes_that_are_found_later(rerankers, monkeypatch, capsys, words):
     with pytest.raises(SystemExit) as stopped:
         evaluation.main(["--task", "chat", "--model", "m"])
     assert stopped.value.code == 2
+
+
+def test_flags_have_the_spelling_of_other_commands():
+    args = evaluation.parser().parse_args(["--model-path", "m", "--rerank-depth", "7"])
+    assert (args.model, args.depth) == ("m", 7)
+    assert set(evaluation.__all__) <= set(vars(evaluation)) and evaluation.evaluate is evaluate
 
 
 def test_progress_is_shown_only_on_a_terminal(monkeypatch, capsys, words):

@@ -147,7 +147,7 @@ def test_folders_and_tasks_of_mteb_give_the_same(words, late):
     model = Model(dimensions=64)
     model.late = late
     found, direct = Evaluation("toy", {}, {}, {}), evaluate(model, [str(words)])
-    parts = retrieval.add_task(found, retrieval.searcher_of(model, "words"), mteb_tasks.Task(mteb_task(words)))
+    parts = retrieval.add_task(found, retrieval.searcher_for(model, "words"), mteb_tasks.MtebTask(mteb_task(words)))
     assert found == direct
     assert [part.key for part in parts] == [("test", "default")] and len(parts[0].rankings) == 40
 
@@ -434,7 +434,7 @@ FORMS = [("float32", 256), ("int8", 256), ("binary", 256), ("float32", 64), ("ui
 
 def test_stored_forms_embed_every_text_once(words, fruit):
     model = WordCounts()
-    whole, stored = retrieval.evaluate_stored(model, [str(words), str(fruit)], FORMS)
+    whole, stored = retrieval.evaluate_formats(model, [str(words), str(fruit)], FORMS)
     assert [prompt for prompt, _ in model.calls] == ["query", "document"] * 2
     assert whole == evaluate(WordCounts(), [str(words), str(fruit)])
     assert stored["float32", 256] == whole
@@ -449,7 +449,7 @@ def test_stored_forms_score_as_a_search_of_them_would(words):
     )
     dense = Dense()
     documents, asked = (dense.encode([row["text"] for row in rows]) for rows in (corpus, queries))
-    _, stored = retrieval.evaluate_stored(dense, [str(words)], [("int8", 64), ("ubinary", 60)])
+    _, stored = retrieval.evaluate_formats(dense, [str(words)], [("int8", 64), ("ubinary", 60)])
     qrels = evaluation_tasks.load(words).qrels
 
     levels = quantization.quantise(documents, "uint8", quantization.ranges(documents)).astype(np.float64)
@@ -512,12 +512,12 @@ def test_late_interaction_has_no_stored_forms(fruit):
     model = WordCounts()
     model.late = True
     with pytest.raises(UserError, match="not for late interaction"):
-        retrieval.evaluate_stored(model, [str(fruit)], [("binary", 256)])
+        retrieval.evaluate_formats(model, [str(fruit)], [("binary", 256)])
 
 
 def test_non_finite_embeddings_are_refused_before_bits_hide_them(fruit):
     with pytest.raises(FloatingPointError, match="fruit: 1 of 3 document embeddings are not finite"):
-        retrieval.evaluate_stored(WordCounts(break_at=1), [str(fruit)], [("binary", 256)])
+        retrieval.evaluate_formats(WordCounts(break_at=1), [str(fruit)], [("binary", 256)])
 
 
 # --- tables and command ---

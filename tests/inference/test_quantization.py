@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_retrieval.evaluation.quantized import Memory, Stored
+from mlx_retrieval.evaluation.quantized import CachedEncoder, QuantizedEncoder
 from mlx_retrieval.inference import quantization
 from mlx_retrieval.inference.quantization import PRECISIONS, quantise, ranges, restore, row_bytes, truncate
 from mlx_retrieval.utils.errors import UserError
@@ -169,25 +169,25 @@ class Counting:
         return vectors(50)[[int(text) for text in texts]]
 
 
-def test_memory_embeds_once_and_knows_the_documents():
+def test_cached_encoder_embeds_once_and_knows_the_documents():
     model = Counting()
-    memory = Memory(model)
+    cached = CachedEncoder(model)
     parts = [[str(i) for i in range(20)], [str(i) for i in range(20, 30)]]
     for _ in range(2):
         for texts in parts:
-            assert np.array_equal(memory.encode(texts, "document", False), vectors(50)[[int(t) for t in texts]])
-        assert np.array_equal(memory.encode(["40"], "query", False), vectors(50)[[40]])
+            assert np.array_equal(cached.encode(texts, "document", False), vectors(50)[[int(t) for t in texts]])
+        assert np.array_equal(cached.encode(["40"], "query", False), vectors(50)[[40]])
     assert len(model.seen) == len(set(model.seen)) == 31
-    assert np.array_equal(memory.ranges(24), ranges(vectors(50)[:30]))  # without the query
-    assert np.array_equal(memory.ranges(8), ranges(truncate(vectors(50)[:30], 8)))
+    assert np.array_equal(cached.ranges(24), ranges(vectors(50)[:30]))  # without the query
+    assert np.array_equal(cached.ranges(8), ranges(truncate(vectors(50)[:30], 8)))
 
 
 def test_stored_forms_of_queries_and_documents():
-    memory = Memory(Counting())
-    documents = memory.encode(["1", "2", "4"], "document", False)
+    cached = CachedEncoder(Counting())
+    documents = cached.encode(["1", "2", "4"], "document", False)
     for name in PRECISIONS:
-        form = Stored(memory, name, 8)
-        query, found = (form.encode(["1", "2", "4"], prompt, False) for prompt in ("query", "document"))
+        encoder = QuantizedEncoder(cached, name, 8)
+        query, found = (encoder.encode(["1", "2", "4"], prompt, False) for prompt in ("query", "document"))
         short = truncate(documents, 8)
         bounds = ranges(short) if name in quantization.CALIBRATED else None
         assert np.array_equal(found, restore(quantise(short, name, bounds), name, bounds, 8))
@@ -204,7 +204,7 @@ def test_vectors_of_any_length_keep_theirs():
         def encode(self, texts, prompt, show_progress):
             return 3 * vectors()[: len(texts)]
 
-    memory = Memory(Model())
-    whole = memory.encode(["a", "b"], "document", False)
-    assert np.array_equal(Stored(memory, "float32", 8).encode(["a", "b"], "document", False), whole[:, :8])
-    assert np.array_equal(memory.ranges(8), np.stack([whole[:, :8].min(axis=0), whole[:, :8].max(axis=0)]))
+    cached = CachedEncoder(Model())
+    whole = cached.encode(["a", "b"], "document", False)
+    assert np.array_equal(QuantizedEncoder(cached, "float32", 8).encode(["a", "b"], "document", False), whole[:, :8])
+    assert np.array_equal(cached.ranges(8), np.stack([whole[:, :8].min(axis=0), whole[:, :8].max(axis=0)]))

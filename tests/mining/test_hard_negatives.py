@@ -17,7 +17,7 @@ from mlx_retrieval.mining import collection, hard_negatives, output
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.hard_negatives import Retrievers, Rules
 from mlx_retrieval.retrieval import topk
-from mlx_retrieval.retrieval.bm25 import bm25, bm25_scores
+from mlx_retrieval.retrieval.bm25 import bm25, bm25_scorer
 from mlx_retrieval.retrieval.topk import NO_DOCUMENT
 from mlx_retrieval.utils.errors import UserError
 
@@ -110,10 +110,10 @@ def test_keys_sort_as_scores_and_come_back(scores):
 def test_bm25_as_in_evaluation():
     queries = ["kidney of the cat", "treated mat", "zebra"]
     expected = bm25({str(i): text for i, text in enumerate(SENTENCES)}, {q: q for q in queries})
-    found = hard_negatives.by_words(queries, bm25_scores(SENTENCES), 8, NONE, NONE)
+    found = hard_negatives.by_words(queries, bm25_scorer(SENTENCES), 8, NONE, NONE)
     assert [[str(i) for i in row[row >= 0]] for row in found.numbers] == list(expected.values())
     first = int(expected[queries[0]][0])
-    without = hard_negatives.by_words(queries[:1], bm25_scores(SENTENCES), 8, np.array([0]), np.array([first]))
+    without = hard_negatives.by_words(queries[:1], bm25_scorer(SENTENCES), 8, np.array([0]), np.array([first]))
     assert without.numbers[0].tolist() == [*found.numbers[0, 1:], NO_DOCUMENT]
     assert without.excluded[0] == found.scores[0, 0]
 
@@ -271,7 +271,7 @@ def test_known_positives_and_duplicates_are_never_mined(rows, corpus, take, by):
     with tempfile.TemporaryDirectory() as folder:
         found = gather(made, corpus, folder)
         retrievers = table.sources(found)
-        retrievers = retrievers._replace(words=bm25_scores(found.documents.read(range(len(found.documents)))))
+        retrievers = retrievers._replace(words=bm25_scorer(found.documents.read(range(len(found.documents)))))
         mined = hard_negatives.mine(found, retrievers, Rules(by=by, take=take), ResumableCache(Path(folder)))
         everything = {same(text) for text in [*corpus, *(t for _, p, n in rows for t in (p, *n))]}
         written = output.mined_rows(((r, row_formats.example_of(r)[0]) for r in made), found, mined, True)
@@ -326,7 +326,7 @@ def test_bm25_and_both_are_filtered_by_the_models_scores(tmp_path):
     table = Table((text, np.float32(rng.normal(size=4))) for text in ["cat mat", *SENTENCES])
     for by in ("bm25", "both"):
         found = gather(rows, SENTENCES)
-        retrievers = table.sources(found)._replace(words=bm25_scores(SENTENCES))
+        retrievers = table.sources(found)._replace(words=bm25_scorer(SENTENCES))
         (tmp_path / by).mkdir()
         mined = hard_negatives.mine(found, retrievers, Rules(by=by, take=3), ResumableCache(tmp_path / by))
         expected = [float(table["cat mat"] @ table[text]) for text in found.documents.read(mined.numbers[0])]
