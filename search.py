@@ -3,7 +3,7 @@
 python search.py index src --model-path adapters/final                  # once, and again after changes
 python search.py search "where are gradients cached"                    # path:line, score, snippet
 python search.py search "readLine" --bm25 --top 5 --json
-python search.py search "where are gradients cached" --rerank Qwen/Qwen3-Reranker-0.6B      # the first 50, read anew
+python search.py search "where are gradients cached" --rerank Qwen/Qwen3-Reranker-0.6B      # reranks the first 50
 python search.py search "where are gradients cached" --store es://docs      # Elasticsearch, after embed.py --to
 python search.py eval queries.jsonl                                     # bm25, semantic and hybrid side by side
 
@@ -17,7 +17,6 @@ for hit in searcher.search("where are gradients cached", top=5): print(hit.path,
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 import textwrap
@@ -28,30 +27,31 @@ from typing import TYPE_CHECKING
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.retrieval import chunks
+from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
+from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from mlx_retrieval.retrieval.base import Hit
+if TYPE_CHECKING:  # loads LanceDB, which takes a second
     from mlx_retrieval.retrieval.indexer import Summary
 
+__all__ = ["Hit", "Searcher"]
 
-# --- what is printed ---
+
+# --- output ---
 
 
 def print_summary(summary: "Summary", folder: Path, is_corpus: bool) -> None:
-    """Print what an indexing run did and left out."""
+    """Print the counts of an indexing run, and the files that were left out."""
     from mlx_retrieval.utils.console import console, print_lines, print_rows
 
     if summary.left_out:
         rows = [(reason, f"{count:,}") for reason, count in summary.left_out.most_common()]
         print_rows("left out", ("reason", "files"), rows)
     for package, count in summary.without_grammar.items():
-        console().print(f"{count:,} files were cut by lines, not by functions: pip install {package}, then --rebuild")
-    named = [] if folder == Path(".index") else ["--index", str(folder)]
+        console().print(f"{count:,} files were split by lines, not by functions: pip install {package}, then --rebuild")
+    flags = [] if folder == Path(".index") else ["--index", str(folder)]
     lines = [
         ("documents" if is_corpus else "files", f"{summary.files:,}"),
         ("chunks", f"{summary.chunks:,}"),
@@ -60,60 +60,42 @@ def print_summary(summary: "Summary", folder: Path, is_corpus: bool) -> None:
         ("removed", f"{summary.removed:,}"),
         ("index", f"{folder}, {summary.size / 1e6:,.1f} MB"),
         ("seconds", f"{summary.seconds:,.1f}"),
-        ("next", shlex.join(["python", "search.py", "search", "what you look for", *named])),
+        ("next", shlex.join(["python", "search.py", "search", "your question", *flags])),
     ]
     print_lines(lines)
 
 
-def snippet(text: str, query: str, count: int = 2) -> list[tuple[int, str]]:
-    """(row, line) of the `count` neighbouring lines that hold most of the query's words; the first, where none does."""
-    wanted, lines = set(chunks.words(query)), text.split("\n")
-    filled = [row for row, line in enumerate(lines) if line.strip()]
-    found = [wanted.intersection(chunks.words(lines[row])) for row in filled]
-    scores = [len(set().union(*found[i : i + count])) for i in range(max(1, len(filled) - count + 1))]
-    first = scores.index(max(scores))
-    return [(row, lines[row]) for row in filled[first : first + count]]
-
-
-def _highlighted(line: str, query: str) -> "Text":
-    from rich.text import Text
-
-    shown = Text(line.rstrip()[:160])
-    wanted = set(chunks.words(query))
-    for match in re.finditer(r"\w+", shown.plain):
-        if wanted.intersection(chunks.words(match[0])):
-            shown.stylize("bold yellow", *match.span())
-    return shown
-
-
-def print_hits(hits: "Sequence[Hit]", query: str, root: Path, is_corpus: bool) -> None:
-    """Print hits for people: where, score, name, and two lines of each."""
+def print_hits(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool) -> None:
+    """Print path:line, score, name and two lines of each hit."""
     from rich.text import Text
 
     from mlx_retrieval.utils.console import console
 
     for hit in hits:
-        place = hit.path if is_corpus else f"{_shown(root / hit.path)}:{hit.line}"
+        place = hit.path if is_corpus else f"{_relative(root / hit.path)}:{hit.line}"
         console().print(
             Text.assemble((place, "cyan"), f"  {hit.score:.4f}", (f"  {hit.name}" if hit.name else "", "dim"))
         )
-        found = snippet(hit.text, query)
-        lines = textwrap.dedent("\n".join(line for _, line in found)).split("\n")
-        for (row, _), line in zip(found, lines, strict=True):
+        rows = snippet(hit.text, query)
+        lines = textwrap.dedent("\n".join(line for _, line in rows)).split("\n")
+        for (row, _), line in zip(rows, lines, strict=True):
             number = "" if is_corpus else f"{hit.line + row:>6} "
-            console().print(Text.assemble((f"{number:>7}", "dim"), _highlighted(line, query)))
+            text = Text(line.rstrip()[:160])
+            for span in matching_spans(text.plain, query):
+                text.stylize("bold yellow", *span)
+            console().print(Text.assemble((f"{number:>7}", "dim"), text))
     if not hits:
         console().print("nothing found")
 
 
-def _shown(path: Path) -> str:
-    """A path from the current folder, where it lies below it."""
+def _relative(path: Path) -> str:
+    """Return a path relative to the current folder if it is inside it."""
     here = Path.cwd()
     return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)
 
 
-def hits_to_json(hits: "Sequence[Hit]", query: str, mode: str, root: Path) -> str:
-    """One JSON object."""
+def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:
+    """Return the hits as one JSON object."""
     fields = ("path", "line", "end_line", "language", "kind", "name", "score", "text")
     results = [{name: getattr(hit, name) for name in fields} for hit in hits]
     return json.dumps({"mode": mode, "query": query, "root": str(root), "results": results}, ensure_ascii=False)
@@ -123,6 +105,7 @@ def hits_to_json(hits: "Sequence[Hit]", query: str, mode: str, root: Path) -> st
 
 
 def index_command(args: argparse.Namespace) -> None:
+    """Index a folder."""
     from mlx_retrieval.inference import embedder
     from mlx_retrieval.retrieval.indexer import is_corpus, update
 
@@ -137,26 +120,31 @@ def index_command(args: argparse.Namespace) -> None:
 
 
 def search_command(args: argparse.Namespace) -> None:
+    """Search an index."""
     if args.weight is not None and args.mode != "hybrid":
         raise UserError("--weight is for --hybrid")
+    if args.field and not args.store:
+        raise UserError("--field is for --store")
     reranker, weight = None, 0.5 if args.weight is None else args.weight
     if args.rerank:
         from mlx_retrieval.inference.reranker import Reranker
 
         reranker = Reranker(args.rerank)
-    if args.field and not args.store:
-        raise UserError("--field is for --store")
     searcher = Searcher(args.store or args.index, args.model_path, reranker, args.field)
-    if not searcher.index.about.complete:
-        print("search.py: indexing was not finished, and finds only a part (search.py index goes on)", file=sys.stderr)
+    if not searcher.index.info.complete:
+        print(
+            "search.py: indexing was not finished, so some files are missing (search.py index continues)",
+            file=sys.stderr,
+        )
     hits = searcher.search(args.query, args.mode, args.top, weight, args.rerank_depth)
     if args.json:
         print(hits_to_json(hits, args.query, args.mode, searcher.index.root))
     else:
-        print_hits(hits, args.query, searcher.index.root, searcher.index.about.is_corpus)
+        print_hits(hits, args.query, searcher.index.root, searcher.index.info.is_corpus)
 
 
 def eval_command(args: argparse.Namespace) -> None:
+    """Evaluate the search of an index."""
     from mlx_retrieval.evaluation import index_search
 
     output = Path(args.output).expanduser() if args.output else None
@@ -168,54 +156,57 @@ def eval_command(args: argparse.Namespace) -> None:
     searcher = Searcher(args.index, args.model_path)
     queries, missing = index_search.resolve(queries, searcher.index)
     if missing:
-        print(f"search.py: {missing:,} of the answers are not in {args.index}: they can not be found", file=sys.stderr)
-    results = index_search.evaluate(searcher.index, searcher.model, queries, args.weight)
-    index_search.print_table(Path(args.queries).resolve().name, results)
+        print(f"search.py: {missing:,} of the answers are not in {args.index}: no search finds them", file=sys.stderr)
+    evaluations = index_search.evaluate(searcher.index, searcher.model, queries, args.weight)
+    index_search.print_table(Path(args.queries).resolve().name, evaluations)
     if output:
-        output.write_text(json.dumps(index_search.to_json(results), indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(index_search.to_json(evaluations), indent=2) + "\n", encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--index", default=".index", metavar="DIR", help="folder of the index (default: .index)")
     top = argparse.ArgumentParser(description="Search source code and texts by meaning and by words.")
     commands = top.add_subparsers(dest="command", required=True)
 
-    index = "index a folder, or bring an index up to date: only what changed is embedded"
+    index = "index a folder, or update an index: only new and changed files are embedded"
     index = commands.add_parser("index", parents=[shared], help=index, description=index)
     index.add_argument("path", metavar="PATH", help="folder of source code and texts, or one with corpus.jsonl (BEIR)")
-    index.add_argument("--model-path", required=True, metavar="DIR", help="adapter folder, model's folder, or hub name")
-    size = f"most characters of a chunk; longer functions and sections are split (default: {chunks.MAX_CHARACTERS})"
+    model = "adapter folder, base model's folder, or hub name"
+    index.add_argument("--model-path", "--model", required=True, metavar="MODEL", help=model)
+    size = "maximum characters in a chunk; longer functions and sections are split (default: %(default)s)"
     index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
-    overlap = f"most characters, in whole lines, that such parts share (default: {chunks.OVERLAP})"
+    overlap = "characters, in whole lines, that the parts of a split function share at most (default: %(default)s)"
     index.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
-    largest = f"leave out larger files, in bytes (default: {file_tree.MAX_FILE_SIZE:,})"
+    largest = f"leave out files of more than N bytes (default: {file_tree.MAX_FILE_SIZE:,})"
     index.add_argument("--max-file-size", type=int, default=file_tree.MAX_FILE_SIZE, metavar="N", help=largest)
-    exclude = "leave out what matches, besides what .gitignore names and in its language; may be given again"
+    exclude = "leave out matching files, in addition to .gitignore and in its syntax; repeatable"
     index.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
-    index.add_argument("--rebuild", action="store_true", help="begin anew, for another model or other settings")
+    rebuild = "replace the index, for another model or other settings"
+    index.add_argument("--rebuild", action="store_true", help=rebuild)
     index.set_defaults(run=index_command)
 
-    moved = "where the model of the index is now (default: where it was in indexing)"
-    weight = "share of the semantic ranks in hybrid, 0 = words alone, 1 = meaning alone (default: 0.5)"
+    moved = "the index's model, if it has moved since indexing (default: where it was)"
+    weight = "share of the semantic ranks in hybrid, 0 = words only, 1 = meaning only (default: 0.5)"
     search = "search an index: path:line, score and two lines of each hit"
     search = commands.add_parser("search", parents=[shared], help=search, description=search)
-    search.add_argument("query", help="plain words; nothing in them is syntax")
+    search.add_argument("query", metavar="QUERY", help="plain words; there are no operators")
     modes = search.add_mutually_exclusive_group()
     meaning, fused = "by meaning: cosine of vectors (the default)", "both, fused by reciprocal ranks"
     for mode, text in zip(MODES, (meaning, fused, "by words: BM25; needs no model"), strict=True):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default=MODES[0], help=text)
-    search.add_argument("--top", type=int, default=10, metavar="N", help="most hits (default: 10)")
+    search.add_argument("--top", "--top-n", type=int, default=10, metavar="N", help="maximum hits (default: 10)")
     search.add_argument("--weight", type=float, metavar="W", help=weight)
-    reranker = "order the first hits anew with this reranker: adapter folder, model's folder, or hub name"
+    reranker = "sort the first hits with this reranker: adapter folder, model's folder, or hub name"
     search.add_argument("--rerank", metavar="MODEL", help=reranker)
-    search.add_argument("--rerank-depth", type=int, default=DEPTH, metavar="N", help=f"so many (default: {DEPTH})")
+    depth = f"hits that the reranker scores (default: {DEPTH})"
+    search.add_argument("--rerank-depth", "--depth", type=int, default=DEPTH, metavar="N", help=depth)
     store = "search an Elasticsearch index whose vectors embed.py --to wrote, instead of --index"
     search.add_argument("--store", metavar="es://INDEX", help=store)
-    search.add_argument("--field", metavar="NAME", help="its field of vectors (default: the only one)")
-    search.add_argument("--json", action="store_true", help="print one JSON object with whole chunks")
-    search.add_argument("--model-path", metavar="DIR", help=moved)
+    search.add_argument("--field", metavar="NAME", help="with --store: the field of vectors (default: the only one)")
+    search.add_argument("--json", action="store_true", help="print one JSON object with the full text of each chunk")
+    search.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
     search.set_defaults(run=search_command)
 
     evaluate = "P@1, MRR@10 and nDCG@10 of bm25, semantic and hybrid, with intervals for their differences"
@@ -223,13 +214,14 @@ def parser() -> argparse.ArgumentParser:
     rows = "JSON lines with query and path, path and line, or relevant (a list); or a folder in BEIR layout"
     evaluate.add_argument("queries", metavar="QUERIES", help=rows)
     evaluate.add_argument("--weight", type=float, default=0.5, metavar="W", help=weight)
-    evaluate.add_argument("--output", metavar="FILE", help="write the figures to this file, as JSON")
-    evaluate.add_argument("--model-path", metavar="DIR", help=moved)
+    evaluate.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
+    evaluate.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
     evaluate.set_defaults(run=eval_command)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 0, 2 for an error of the user, or 130 after Ctrl-C."""
     backend.prepare()
     args = parser().parse_args(argv)
     try:
@@ -238,11 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"search.py: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        again = "; run the same command to go on" if args.command == "index" else ""
-        print(f"search.py: stopped{again}", file=sys.stderr)
+        hint = "; run the same command to continue" if args.command == "index" else ""
+        print(f"search.py: stopped{hint}", file=sys.stderr)
         return 130
     return 0
 

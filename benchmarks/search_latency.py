@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from mlx_retrieval import backend  # noqa: F401
-from mlx_retrieval.retrieval.base import About, Record
+from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.chunks import Chunk
 from mlx_retrieval.retrieval.lance_index import LATE_CANDIDATES, Index
 
@@ -62,7 +62,7 @@ class Synthetic:
 
 def build(folder: Path, data: Synthetic, chunks: int, tokens: int) -> tuple[Index, float, float]:
     """The index, the seconds of storing chunks, those of making it searchable. `tokens` of a chunk; 0 = not late."""
-    about = About("/", False, "synthetic", "", data.dimensions, 2_000, 200, maxsim="mean" if tokens else "")
+    about = IndexInfo("/", False, "synthetic", "", data.dimensions, 2_000, 200, maxsim="mean" if tokens else "")
     began = time.perf_counter()
     index = Index.create(folder, about)
     for first in range(0, chunks, BATCH):
@@ -75,7 +75,7 @@ def build(folder: Path, data: Synthetic, chunks: int, tokens: int) -> tuple[Inde
                 Chunk(line + 1, line + 1, "text", "text", "", "", text)
                 for line, text in enumerate(texts[at : at + CHUNKS_OF_A_FILE])
             ]
-            files.append((Record(name, 1, 1, name, len(cut), ""), cut))
+            files.append((FileRecord(name, 1, 1, name, len(cut), ""), cut))
         index.add(files, data.token_vectors(rows, tokens) if tokens else data.vectors(rows), set())
     stored = time.perf_counter()
     index.finish()

@@ -220,7 +220,7 @@ def test_exhaustive_search_is_the_formula(corpus, monkeypatch, how, impute, at_o
     monkeypatch.setattr(late_interaction, "TOKENS_AT_ONCE", at_once)
     queries, documents = corpus
     index = LateIndex(documents, how, impute)
-    assert "all scored" in index.how
+    assert "all scored" in index.description
     everything = np.concatenate(documents)
     for query, ranking in zip(queries, index.search(queries, 60), strict=True):
         best = np.stack([(query @ d.T).max(axis=1) if len(d) else np.full(len(query), -1.0) for d in documents], axis=1)
@@ -237,7 +237,7 @@ def test_a_large_corpus_is_searched_by_candidates(corpus, monkeypatch):
     monkeypatch.setattr(late_interaction, "EXHAUSTIVE_TOKENS", 100)
     monkeypatch.setattr(late_interaction, "CANDIDATES", 20)
     index = LateIndex(documents)
-    assert "the 20 nearest by mean vector" in index.how
+    assert "the 20 nearest by mean vector" in index.description
     means = np.stack([d.sum(axis=0) / max(1, len(d)) for d in documents])
     for query, ranking, exact in zip(queries, index.search(queries, 10), whole, strict=True):
         near = set(np.argsort(-(means @ query.mean(axis=0)))[:20].tolist())

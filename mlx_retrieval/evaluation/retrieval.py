@@ -70,7 +70,7 @@ class LateSearcher(CorpusSearcher):
         vectors, config = self._encode(corpus.texts(range(len(corpus.ids))), "document"), self.model.config
         index = LateIndex(vectors, config.maxsim, config.impute)
         if self.show_progress:
-            print(f"late interaction: {index.how}", file=sys.stderr)
+            print(f"late interaction: {index.description}", file=sys.stderr)
         rankings = index.search(self._encode(list(queries.values()), "query"), top_k)
         return {
             query: {corpus.ids[i]: score for i, score in ranking}

@@ -1,40 +1,40 @@
-"""Share types and rank fusion between the search indices."""
+"""Types that the search indices share, and rank fusion."""
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-RANKS = 1_000  # that a search gives for each query; as many as mteb asks for
+RANKS = 1_000  # documents ranked for each query; as many as mteb asks for
 FILE, LOCK, VERSION = "index.json", ".lock", 1
 RRF_K = 60  # Cormack, Clarke and Büttcher 2009
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
-class About:
-    """What an index is of; another model or other settings would need other vectors."""
+class IndexInfo:
+    """The source, model and settings of an index: index.json. Other settings would need other vectors."""
 
-    root: str  # the folder, absolute, or relative to the index where that lies within
+    root: str  # the indexed folder: absolute, or relative to the index if the index is inside it
     is_corpus: bool  # a BEIR corpus: paths are document ids
     model: str
     fingerprint: str
     dimensions: int
     max_characters: int  # of a chunk
-    overlap: int  # of parts of a chunk that was too long, in characters
-    maxsim: str = ""  # late interaction: over a query's tokens, mean or sum; "" = one vector a chunk
+    overlap: int  # characters that the parts of a function or section share, if it was too long for one chunk
+    maxsim: str = ""  # late interaction: reduction over a query's tokens, mean or sum; "" = one vector a chunk
     impute: int = 0  # late interaction: see maxsim.maxsim
-    complete: bool = False  # False while indexing goes on or was interrupted
-    partitioned: int = 0  # chunks when the vectors were partitioned; 0 = not yet
+    complete: bool = False  # False while indexing runs, or if it was interrupted
+    partitioned: int = 0  # number of chunks when the vectors were last partitioned; 0 = not yet
     version: int = VERSION
 
 
-class Record(NamedTuple):
-    """What is known of a file; `left_out` says why it has no chunks."""
+class FileRecord(NamedTuple):
+    """A file as it was when it was read; `left_out` says why it has no chunks."""
 
     path: str
     size: int
-    stamp: int  # time of the last change in nanoseconds; of a document, of its text
+    stamp: int  # modification time in nanoseconds; for a document, a hash of its text
     sha256: str
     chunks: int
     left_out: str
@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk that was found. `score` is the mode's own: BM25, cosine, or the fused reciprocal ranks."""
+    """A chunk that a search returns. `score` depends on the mode: BM25, cosine, or fused reciprocal ranks."""
 
     id: str
     path: str

@@ -1,11 +1,11 @@
-"""Cut files into the pieces that search finds: functions and classes, sections of markdown, paragraphs.
+"""Split files into chunks for search: functions and classes, sections of markdown, paragraphs.
 
-from chunks import cut
-for chunk in cut("src/main.py", text):
+from mlx_retrieval.retrieval.chunks import chunk_file
+for chunk in chunk_file("src/main.py", text):
     print(chunk.line, chunk.end_line, chunk.kind, chunk.name)
 
-No line of a file that holds anything is left out. A chunk's text is the file's lines from `line` to `end_line`, both
-counted from 1; `context` is a line from further up (the head of its class or section) that is embedded with it.
+Every line that is not blank is in a chunk. A chunk's text is the lines of the file from `line` to `end_line`, both
+counted from 1. `context` is a line from further up, such as the head of its class or section, that is embedded with it.
 """
 
 import importlib.util
@@ -19,10 +19,10 @@ from mlx_retrieval.dataset.source_code.languages import Language, language_of
 if TYPE_CHECKING:
     from tree_sitter import Node
 
-MAX_CHARACTERS = 2_000  # of a chunk: about 500 tokens
-OVERLAP = 200  # characters, in whole lines, that two parts of what was too long have in common
-HEAD = 200  # characters of each line of context
-FEWEST_LINES = 3  # code between functions is a chunk of its own from so many lines that hold something
+MAX_CHARACTERS = 2_000  # in a chunk: about 500 tokens
+OVERLAP = 200  # characters, in whole lines, that consecutive parts of a long function or section share
+HEAD = 200  # characters kept of each line of context
+FEWEST_LINES = 3  # lines, not counting blank ones, from which code between functions is a chunk of its own
 
 _COMMENTS = ("comment", "line_comment", "block_comment", "multiline_comment")
 _FUNCTION = re.compile(r"function|method|constructor|init_|macro|declarator|assignment|field_definition")
@@ -39,33 +39,33 @@ class Chunk(NamedTuple):
 
     line: int
     end_line: int
-    language: str  # as code_pairs.languages names it; "markdown", "text"
+    language: str  # a name in dataset.source_code.languages, "markdown" or "text"
     kind: str  # function, class, module, section, text, document
-    name: str  # qualified, "" = none
-    context: str  # "" = none
+    name: str  # qualified; "" = no name
+    context: str  # "" = no context
     text: str
 
     @property
     def embedded(self) -> str:
-        """What the model reads."""
+        """The text that the model embeds."""
         return f"{self.context}\n{self.text}" if self.context else self.text
 
 
 def words(text: str) -> list[str]:
-    """What BM25 compares: the words, in lower case, and besides the parts of readLine, read_line and HTTPServer2.
+    """Return the terms for BM25: lower-case words, and the parts of readLine, read_line and HTTPServer2.
 
-    Characters that are written without spaces come in overlapping pairs. None of the words holds anything but letters
-    and digits, so no search engine can take one for an operator.
+    Scripts without spaces give overlapping pairs of characters. Terms hold only letters and digits, so no search
+    engine can take one for an operator.
     """
-    found: list[str] = []
+    terms: list[str] = []
     for run in re.findall(r"\w+", text):
         pieces = [piece.lower() for piece in _WORD.findall(run)]
         if len(pieces) > 1:
-            found.append("".join(pieces))
+            terms.append("".join(pieces))
         for word, piece in zip(_WORD.findall(run), pieces, strict=True):
             parts = [part.lower() for part in _split(word)]
-            found += parts if parts == [piece] else [piece, *parts]
-    return found
+            terms += parts if parts == [piece] else [piece, *parts]
+    return terms
 
 
 def _split(word: str) -> Iterator[str]:
@@ -77,47 +77,47 @@ def _split(word: str) -> Iterator[str]:
     yield from _PART.findall(word[at:])
 
 
-def cut(path: str, text: str, limit: int = MAX_CHARACTERS, overlap: int = OVERLAP) -> list[Chunk]:
-    """The chunks of a file, in its order.
+def chunk_file(path: str, text: str, limit: int = MAX_CHARACTERS, overlap: int = OVERLAP) -> list[Chunk]:
+    """Return the chunks of a file, in order.
 
     Args:
-        path: its suffix tells the language; no file is read.
-        text: with `\\n` line ends.
-        limit: most characters of a chunk's text.
-        overlap: most characters that parts of the same function or section share.
+        path: its suffix determines the language; the file is not read.
+        text: the file's content, with `\\n` as line ends.
+        limit: maximum number of characters in a chunk.
+        overlap: maximum number of characters that parts of the same function or section share.
     """
-    cutter = _Cutter(text, limit, overlap)
+    chunker = _Chunker(text, limit, overlap)
     language = language_of(path.rpartition("/")[2], text.encode())
     if language is not None and has_grammar(language):
-        return list(cutter.code(language))
+        return list(chunker.code(language))
     if path.lower().endswith(_MARKDOWN):
-        return list(cutter.markdown())
+        return list(chunker.markdown())
     name = language.name if language is not None else "text"
-    return list(cutter.parts(0, len(cutter.lines), name, "text"))
+    return list(chunker.parts(0, len(chunker.lines), name, "text"))
 
 
 def has_grammar(language: Language) -> bool:
-    """Whether functions of this language can be found; without its grammar a file is cut as text."""
+    """Return whether the grammar of this language is installed; without it, files are split as text."""
     modules = ("tree_sitter", language.package.replace("-", "_"))
     return bool(language.package) and all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 def missing_grammar(path: str) -> str:
-    """The package whose grammar would cut this file by functions, but is not installed; "" = none."""
+    """Return the package of the grammar that this file needs, if it is not installed, else ""."""
     language = language_of(path.rpartition("/")[2])
     return language.package if language is not None and language.package and not has_grammar(language) else ""
 
 
 class _Span:
-    """Rows `start` to before `end` of a definition, the row `head` that names it, and the definitions inside it."""
+    """A definition: rows `start` up to `end` (exclusive), the row `head` with its name, and the definitions inside."""
 
     def __init__(self, start: int, end: int, head: int, name: str, kind: str):
         self.start, self.end, self.head, self.name, self.kind = start, end, head, name, kind
         self.inside: list[_Span] = []
 
 
-class _Cutter:
-    """One file; rows are counted from 0."""
+class _Chunker:
+    """Splits one file; rows are counted from 0."""
 
     def __init__(self, text: str, limit: int, overlap: int):
         self.text, self.lines, self.limit, self.overlap = text, text.split("\n"), limit, overlap
@@ -127,9 +127,9 @@ class _Cutter:
     def parts(
         self, start: int, end: int, language: str, kind: str, name: str = "", heads: Sequence[int] = ()
     ) -> Iterator[Chunk]:
-        """Rows `start` to before `end`, in as many chunks as it takes; blank rows at a chunk's edges are left out.
+        """Split rows `start` up to `end` (exclusive) by size, without blank rows at the edges of chunks.
 
-        The rows `heads` are the context of chunks that begin further down.
+        The rows `heads` are the context of chunks that begin below them.
         """
 
         def chunk(first: int, last: int, text: str) -> Chunk:
@@ -154,7 +154,7 @@ class _Cutter:
             start = self._with_overlap(start, stop)
 
     def _end_of_paragraph(self, start: int, stop: int) -> int:
-        """`stop`, or a blank row before it where that leaves the chunk at least half full."""
+        """Return the last blank row before `stop` that leaves the chunk at least half full, else `stop`."""
         size = sum(len(line) + 1 for line in self.lines[start:stop])
         for row in range(stop, start + 1, -1):
             if not self.lines[row].strip() or not self.lines[row - 1].strip():
@@ -165,7 +165,7 @@ class _Cutter:
         return stop
 
     def _with_overlap(self, start: int, stop: int) -> int:
-        """Where the chunk after the rows `start` to `stop` begins."""
+        """Return the first row of the chunk that follows the rows `start` to `stop`."""
         row, size = stop, 0
         while row - 1 > start and (size := size + len(self.lines[row - 1]) + 1) <= self.overlap:
             row -= 1
@@ -187,7 +187,7 @@ class _Cutter:
     # --- markdown ---
 
     def markdown(self) -> Iterator[Chunk]:
-        """By sections, whose headings name them; a `#` in a fenced block is none."""
+        """Split by sections, named by their headings; a `#` in a fenced block is not a heading."""
         sections: list[tuple[int, list[str]]] = [(0, [])]
         fence = ""
         for row, line in enumerate(self.lines):
@@ -206,19 +206,19 @@ class _Cutter:
     # --- code ---
 
     def code(self, language: Language) -> Iterator[Chunk]:
-        """By functions and classes, with the comments above them; of classes that are too long, by their methods."""
+        """Split by functions and classes, with the comments above them; long classes by their methods."""
         spans = _spans(self.text.encode(), language)
         yield from self._region(_Span(0, len(self.lines), 0, "", "module"), spans, language.name, ())
 
     def _region(self, around: _Span, spans: Sequence[_Span], language: str, heads: tuple[int, ...]) -> Iterator[Chunk]:
-        """The rows of `around`, of which `spans` are parts, one after the other."""
+        """Split the rows of `around`, which holds `spans` in order."""
         pieces: list[_Span] = []
         pending = around.start
         for span in spans:
             if self._filled(pending, span.start) >= FEWEST_LINES:
                 pieces.append(_Span(pending, span.start, around.head, around.name, around.kind))
                 pending = span.start
-            span.start, pending = pending, span.end  # lines too few to stand alone belong to what follows them
+            span.start, pending = pending, span.end  # too few lines for a chunk: they join the next one
             pieces.append(span)
         if pieces and self._filled(pending, around.end) < FEWEST_LINES:
             pieces[-1].end = around.end
@@ -234,12 +234,12 @@ class _Cutter:
 
 
 def _spans(source: bytes, language: Language) -> list[_Span]:
-    """The definitions that lie in no other one; those inside them are in `inside`."""
+    """Return the top-level definitions; the definitions inside them are in `inside`."""
     from tree_sitter import QueryCursor
 
     parser, query = grammar(language)
-    found = QueryCursor(query).captures(parser.parse(source).root_node)
-    nodes = {node for capture in ("definition", "scope") for node in found.get(capture, ())}
+    captures = QueryCursor(query).captures(parser.parse(source).root_node)
+    nodes = {node for capture in ("definition", "scope") for node in captures.get(capture, ())}
     top: list[_Span] = []
     open_spans: list[_Span] = []
     for node in sorted(nodes, key=lambda node: (node.start_byte, -node.end_byte)):
@@ -256,9 +256,9 @@ def _spans(source: bytes, language: Language) -> list[_Span]:
         kind = "function" if _FUNCTION.search(node.type) else "class"
         span = _Span(_first_row(outer, language), last, node.start_point.row, name.removesuffix(".?"), kind)
         beside = around.inside if around is not None else top
-        if around is not None and last > around.end:  # on the last row of one, and longer
+        if around is not None and last > around.end:  # starts on the last row of another definition and is longer
             around.end = last
-        elif beside and span.start < beside[-1].end:  # shares a row with the one before: a row belongs to one chunk
+        elif beside and span.start < beside[-1].end:  # shares a row with the one before; a row belongs to one chunk
             beside[-1].end = max(beside[-1].end, last)
         else:
             beside.append(span)
@@ -267,10 +267,10 @@ def _spans(source: bytes, language: Language) -> list[_Span]:
 
 
 def _first_row(node: "Node", language: Language) -> int:
-    """Where the comments and attributes directly above a definition begin."""
+    """Return the first row of the comments and attributes directly above a definition."""
     first, before = node.start_point.row, node.prev_sibling
     while before is not None and (before.type in _COMMENTS or before.type in language.between):
-        last = before.end_point.row - (before.end_point.column == 0)  # Rust's line comments hold their line's end
+        last = before.end_point.row - (before.end_point.column == 0)  # Rust's line comments include the line end
         further = before.prev_sibling
         beside = further is not None and further.end_point.row == before.start_point.row and further.end_point.column
         if first - last > 1 or beside:
@@ -280,7 +280,7 @@ def _first_row(node: "Node", language: Language) -> int:
 
 
 def _pieces(line: str, limit: int) -> Iterator[str]:
-    """A long line, cut at blanks where there are any."""
+    """Split a long line, at spaces if there are any."""
     line = line.strip()
     while len(line) > limit:
         at = line.rfind(" ", limit // 2, limit) + 1 or limit

@@ -1,11 +1,11 @@
-"""Bring an index up to date with a folder: what changed is embedded, what vanished is removed, the rest stays.
+"""Bring an index up to date with a folder: embed new and changed files, remove deleted ones, keep the rest.
 
-from search_update import update
+from mlx_retrieval.retrieval.indexer import update
 summary = update(Path("src"), Path(".index"), model)
 print(summary.files, summary.chunks, summary.left_out)
 
-A kill at any moment costs at most the batch that was under way: a batch's chunks are stored before the records of
-their files, and chunks without a record are removed by the next run.
+A kill at any moment loses at most the batch in progress: the chunks of a batch are stored before the records of their
+files, and the next run removes chunks without a record.
 """
 
 import hashlib
@@ -17,75 +17,74 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
-from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.embedder import Model, embed
 from mlx_retrieval.retrieval import base, chunks, lance_index
-from mlx_retrieval.retrieval.base import About, Record
+from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.chunks import Chunk
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils import locks
 from mlx_retrieval.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from mlx_retrieval.inference.embedder import Model
-
-BATCH = 512  # chunks that are embedded and stored together
+BATCH = 512  # chunks embedded and stored together
 
 
 @dataclass
 class Summary:
-    """What `update` did. Files that were left out count in `left_out` alone."""
+    """Counts of an `update`. Files that were left out count only in `left_out`."""
 
     files: int = 0
     chunks: int = 0
     embedded: int = 0  # chunks, by this run
-    changed: int = 0  # files, new ones among them
+    changed: int = 0  # files, including new ones
     unchanged: int = 0
     removed: int = 0
     size: int = 0  # of the index, in bytes
     seconds: float = 0.0
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> files
-    without_grammar: Counter[str] = field(default_factory=Counter)  # package -> files cut as text for want of it
+    without_grammar: Counter[str] = field(
+        default_factory=Counter
+    )  # package -> files split as text because it is missing
 
 
-class Source(Protocol):
-    """What is indexed."""
+class IndexSource(Protocol):
+    """Files or documents to index."""
 
     files: list[File]
     left_out: Counter[str]
 
     def read(self, file: File) -> tuple[list[Chunk], str, str]:
-        """(chunks, sha256, why the file is left out or "")."""
+        """Return (chunks, sha256, the reason why the file is left out or "")."""
 
 
-class Tree:
+class FileTree:
     """A folder of source code and texts."""
 
-    def __init__(self, root: Path, about: About, max_file_size: int, exclude: Sequence[str], index: Path):
-        found = file_tree.walk(root, max_file_size, exclude, skip=[index])
-        self.files, self.left_out, self.root, self.about = found.files, found.left_out, root, about
+    def __init__(self, root: Path, info: IndexInfo, max_file_size: int, exclude: Sequence[str], index: Path):
+        tree = file_tree.walk(root, max_file_size, exclude, skip=[index])
+        self.files, self.left_out, self.root, self.info = tree.files, tree.left_out, root, info
 
     def read(self, file: File) -> tuple[list[Chunk], str, str]:
         text, reason, data = file_tree.read_text(self.root / file.path)
         sha256 = hashlib.sha256(data).hexdigest()
         if reason:
             return [], sha256, reason
-        return chunks.cut(file.path, text, self.about.max_characters, self.about.overlap), sha256, ""
+        return chunks.chunk_file(file.path, text, self.info.max_characters, self.info.overlap), sha256, ""
 
 
-class Corpus:
-    """corpus.jsonl of a folder in BEIR layout: a document is a file, and a chunk."""
+class BeirCorpus:
+    """corpus.jsonl of a folder in BEIR layout: each document is a file of one chunk."""
 
     def __init__(self, root: Path):
         self.left_out: Counter[str] = Counter()
         self.texts: dict[str, str] = {}
         for name, (title, text) in beir.read_texts(root, "corpus").items():
-            if whole := beir.document_text(title, text):
-                self.texts[name] = whole.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
+            if document := beir.document_text(title, text):
+                self.texts[name] = document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
             else:
                 self.left_out[file_tree.EMPTY] += 1
         self.files = [File(name, len(text), _stamp(text)) for name, text in sorted(self.texts.items())]
@@ -97,41 +96,43 @@ class Corpus:
 
 
 def _stamp(text: str) -> int:
-    """63 bits of a text's hash, in place of the time of its last change."""
+    """Return 63 bits of a text's hash, in place of a modification time."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def is_corpus(root: Path) -> bool:
-    """Whether a folder is in BEIR layout."""
+    """Return whether a folder is in BEIR layout."""
     return any((root / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz"))
 
 
 def update(
     root: Path,
     folder: Path,
-    model: "Model",
+    model: Model,
     max_characters: int = chunks.MAX_CHARACTERS,
     overlap: int = chunks.OVERLAP,
     max_file_size: int = file_tree.MAX_FILE_SIZE,
     exclude: Sequence[str] = (),
     rebuild: bool = False,
 ) -> Summary:
-    """Make the index in `folder`, or bring it up to date with what is in `root`.
+    """Create the index in `folder`, or bring it up to date with the files in `root`.
 
     Args:
-        root: source code and texts, or a BEIR corpus.
-        model: what embeds; an index of another model, folder or chunk size is refused unless `rebuild`.
-        max_characters, overlap: see chunks.cut. max_file_size, exclude: see search_files.walk.
-        rebuild: begin anew whatever is there.
+        root: folder of source code and texts, or of a BEIR corpus.
+        model: the embedding model.
+        max_characters, overlap: see chunks.chunk_file.
+        max_file_size: in bytes; exclude: patterns. See file_tree.walk.
+        rebuild: replace an existing index.
 
-    Raises UserError also where another process is at it, or there is nothing to index.
+    Raises UserError if the index has another model, folder or chunk size (unless `rebuild`), if another process is
+    indexing, and if there is nothing to index.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     root = root.expanduser().resolve()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     inside = folder.resolve().is_relative_to(root)
-    about = About(
+    info = IndexInfo(
         root=os.path.relpath(root, folder.resolve()) if inside else str(root),
         is_corpus=is_corpus(root),
         model=_name(model),
@@ -142,29 +143,29 @@ def update(
         maxsim=model.config.maxsim if model.late else "",
         impute=model.config.impute if model.late else 0,
     )
-    source = Corpus(root) if about.is_corpus else Tree(root, about, max_file_size, exclude, folder)
+    source = BeirCorpus(root) if info.is_corpus else FileTree(root, info, max_file_size, exclude, folder)
     if not source.files:
         reasons = "".join(f", {count} {reason}" for reason, count in source.left_out.items())
         raise UserError(f"{root}: nothing to index{reasons}")
     lance_index.check_folder(folder)
     with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
         exists = (folder / base.FILE).is_file()
-        index = Index.open(folder) if exists and not rebuild else Index.create(folder, about)
-        _check(index, about)
+        index = Index.open(folder) if exists and not rebuild else Index.create(folder, info)
+        _check(index, info)
         summary = _bring_up_to_date(index, source, model)
-    summary.size, summary.seconds = index.size(), time.monotonic() - began
+    summary.size, summary.seconds = index.size(), time.monotonic() - started
     return summary
 
 
-def _name(model: "Model") -> str:
+def _name(model: Model) -> str:
     from mlx_retrieval.backbones.hub import toolkit_relative
 
     return toolkit_relative(model.name)
 
 
-def _check(index: Index, wanted: About) -> None:
-    """UserError naming all in which an index differs from what is wanted now."""
-    have = index.about
+def _check(index: Index, wanted: IndexInfo) -> None:
+    """Raise UserError that names all differences between an index and the settings of this run."""
+    have = index.info
     differences = []
     if index.root != (index.folder.resolve() / wanted.root).resolve():
         differences.append(f"of {index.root}")
@@ -180,19 +181,19 @@ def _check(index: Index, wanted: About) -> None:
         differences.append("of a BEIR corpus" if have.is_corpus else "of files")
     if differences:
         raise UserError(
-            f"--index {index.folder} was made {' and '.join(differences)}: --rebuild makes it anew, "
-            "or name another folder with --index"
+            f"--index {index.folder} was made {' and '.join(differences)}: --rebuild replaces it, "
+            "or choose another folder with --index"
         )
 
 
-def _bring_up_to_date(index: Index, source: Source, model: "Model") -> Summary:
+def _bring_up_to_date(index: Index, source: IndexSource, model: Model) -> Summary:
     summary = Summary(left_out=Counter(source.left_out))
     records = index.records()
     index.remove_orphans(records)
     pending = [file for file in source.files if not _is_same(file, records.get(file.path))]
     gone = sorted(set(records) - {file.path for file in source.files})
-    if pending or gone or not index.about.complete:
-        index.about.complete, index.about.model = False, _name(model)
+    if pending or gone or not index.info.complete:
+        index.info.complete, index.info.model = False, _name(model)
         index.write()
         index.remove(gone)
         summary.removed = sum(not records.pop(path).left_out for path in gone)
@@ -202,32 +203,37 @@ def _bring_up_to_date(index: Index, source: Source, model: "Model") -> Summary:
     summary.files, summary.chunks = len(indexed), sum(record.chunks for record in indexed)
     summary.unchanged = summary.files - summary.changed
     summary.left_out += Counter(record.left_out for record in records.values() if record.left_out)
-    if isinstance(source, Tree):
-        lacking = (chunks.missing_grammar(record.path) for record in indexed)
-        summary.without_grammar = Counter(package for package in lacking if package)
+    if isinstance(source, FileTree):
+        packages = (chunks.missing_grammar(record.path) for record in indexed)
+        summary.without_grammar = Counter(package for package in packages if package)
     return summary
 
 
 def _embed(
-    index: Index, source: Source, model: "Model", pending: Sequence[File], records: dict[str, Record], summary: Summary
+    index: Index,
+    source: IndexSource,
+    model: Model,
+    pending: Sequence[File],
+    records: dict[str, FileRecord],
+    summary: Summary,
 ) -> None:
-    """Read, embed and store files in batches; `records` and `summary` follow."""
-    known, touched = set(records), []
-    batch: list[tuple[Record, list[Chunk]]] = []
+    """Read, embed and store files in batches; updates `records` and `summary`."""
+    stored, touched = set(records), []
+    batch: list[tuple[FileRecord, list[Chunk]]] = []
     with _bar(len(pending)) as advance:
         for number, file in enumerate(pending, start=1):
-            cut, sha256, reason = source.read(file)
-            before, record = records.get(file.path), Record(*file, sha256, len(cut), reason)
+            pieces, sha256, reason = source.read(file)
+            before, record = records.get(file.path), FileRecord(*file, sha256, len(pieces), reason)
             records[file.path] = record
-            if before is not None and before.sha256 == sha256:  # only the time is another
+            if before is not None and before.sha256 == sha256:  # only the time has changed
                 touched.append(record)
             else:
                 summary.changed += not reason
-                batch.append((record, cut))
+                batch.append((record, pieces))
             count = sum(record.chunks for record, _ in batch)
             if batch and (count >= BATCH or len(batch) >= BATCH or number == len(pending)):
-                texts = [chunk.embedded for _, cut in batch for chunk in cut]
-                index.add(batch, embedder.embed(model, texts, "document"), known)
+                texts = [chunk.embedded for _, pieces in batch for chunk in pieces]
+                index.add(batch, embed(model, texts, "document"), stored)
                 summary.embedded += count
                 batch = []
             advance(number, summary.embedded)
@@ -235,7 +241,7 @@ def _embed(
         index.record(touched)
 
 
-def _is_same(file: File, record: Record | None) -> bool:
+def _is_same(file: File, record: FileRecord | None) -> bool:
     return record is not None and (record.size, record.stamp) == (file.size, file.mtime)
 
 

@@ -1,7 +1,7 @@
-"""Search by late interaction: which documents' token vectors answer a query's best.
+"""Search by late interaction: rank documents by MaxSim between their token vectors and a query's.
 
-Every document is scored while the corpus has at most EXHAUSTIVE_TOKENS token vectors. In larger ones the CANDIDATES
-whose mean vector is nearest to the query's are scored; `LateIndex.how` says which.
+Up to EXHAUSTIVE_TOKENS token vectors, every document is scored. In a larger corpus only the CANDIDATES documents whose
+mean vector is nearest to the query's are scored. `LateIndex.description` says which of the two applies.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from mlx_retrieval.models.maxsim import score
 
 EXHAUSTIVE_TOKENS = 20_000_000
 CANDIDATES = 1_000
-TOKENS_AT_ONCE = 1 << 16  # of documents, padding included
+TOKENS_AT_ONCE = 1 << 16  # tokens of documents that are compared at once, padding included
 QUERIES_AT_ONCE = 64
 
 
@@ -23,50 +23,51 @@ class LateIndex:
     """The token vectors of a corpus.
 
     Args:
-        vectors: (L_i, d) float32 of every document; queries are given in the same way.
-        how: over a query's tokens, mean or sum.
-        impute: see `maxsim.maxsim`; the tokens of all scored documents are what a query token retrieves from.
+        vectors: (L_i, d) float32 for every document. Queries have the same form.
+        reduction: how the best similarities of a query's tokens are combined, "mean" or "sum".
+        impute: see `maxsim.maxsim`; a query token retrieves from the tokens of all scored documents.
     """
 
-    def __init__(self, vectors: Sequence[np.ndarray], how: str = "mean", impute: int = 0):
-        self.vectors, self.reduction, self.impute = vectors, how, impute
+    def __init__(self, vectors: Sequence[np.ndarray], reduction: str = "mean", impute: int = 0):
+        self.vectors, self.reduction, self.impute = vectors, reduction, impute
         self.lengths = np.array([len(v) for v in vectors])
         self.exhaustive = int(self.lengths.sum()) <= EXHAUSTIVE_TOKENS
         if not self.exhaustive:
             self.means = np.stack([v.sum(axis=0) / max(1, len(v)) for v in vectors])
 
     @property
-    def how(self) -> str:
-        """How it searches, in words."""
+    def description(self) -> str:
+        """Size and method of the search, in words."""
         count = f"{len(self.vectors):,} documents, {int(self.lengths.sum()):,} token vectors"
         if self.exhaustive:
             return f"{count}: all scored by MaxSim"
         return f"{count}: the {CANDIDATES:,} nearest by mean vector scored by MaxSim"
 
     def search(self, queries: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
-        """(document, score) of the `top_k` best documents of every query, best first; equal scores by number."""
-        found = []
+        """Return (document, score) of the `top_k` best documents of every query, best first; equal scores by number."""
+        rankings = []
         everything = np.arange(len(self.vectors))
         if self.exhaustive:
             for first in range(0, len(queries), QUERIES_AT_ONCE):
                 block = queries[first : first + QUERIES_AT_ONCE]
-                found += [_best(everything, row, top_k) for row in self._scores(block, everything)]
-            return found
+                rankings += [_best(everything, row, top_k) for row in self._scores(block, everything)]
+            return rankings
         for query in queries:
             near = np.argsort(-(self.means @ query.mean(axis=0)), kind="stable")[:CANDIDATES]
             tokens = np.concatenate([self.vectors[i] for i in near])
-            found.append(_best(near, score(query, tokens, self.lengths[near], self.reduction, self.impute), top_k))
-        return found
+            scores = score(query, tokens, self.lengths[near], self.reduction, self.impute)
+            rankings.append(_best(near, scores, top_k))
+        return rankings
 
     def _scores(self, queries: Sequence[np.ndarray], documents: np.ndarray) -> np.ndarray:
-        """(queries, documents) float32."""
+        """Return MaxSim scores, (queries, documents) float32."""
         padded = _pad(queries)
         tokens = maxsim.counted(padded)
         best = np.empty((*padded.shape[:2], len(documents)), np.float32)
         nearest: list[mx.array] = []  # of every query token, over all documents, for imputation
-        for part in self._parts(documents):
-            vectors = _pad([self.vectors[i] for i in documents[part]])
-            best[:, :, part] = np.array(maxsim.nearest(padded, vectors)[0])
+        for block in self._blocks(documents):
+            vectors = _pad([self.vectors[i] for i in documents[block]])
+            best[:, :, block] = np.array(maxsim.nearest(padded, vectors)[0])
             if self.impute:
                 nearest.append(_top(padded, vectors, self.impute))
                 nearest = [_highest(mx.concatenate(nearest, axis=-1), self.impute)]
@@ -76,20 +77,20 @@ class LateIndex:
             similarities = mx.maximum(similarities, nearest[0].min(axis=-1)[..., None])
         return np.array(maxsim.reduce(similarities, tokens, self.reduction))
 
-    def _parts(self, documents: np.ndarray) -> list[np.ndarray]:
-        """Documents of similar length, as positions in `documents`, a bounded number of tokens at once."""
+    def _blocks(self, documents: np.ndarray) -> list[np.ndarray]:
+        """Return positions in `documents`, in blocks of similar length and at most TOKENS_AT_ONCE tokens."""
         lengths = np.maximum(self.lengths[documents], 1)
         order = np.argsort(-lengths, kind="stable")
-        parts, first = [], 0
+        blocks, first = [], 0
         while first < len(order):
             count = max(1, TOKENS_AT_ONCE // int(lengths[order[first]]))
-            parts.append(order[first : first + count])
+            blocks.append(order[first : first + count])
             first += count
-        return parts
+        return blocks
 
 
 def _top(queries: mx.array, documents: mx.array, k: int) -> mx.array:
-    """(Q, Lq, at most k): the highest similarities of every query token to all tokens of these documents."""
+    """Return (Q, Lq, at most k): the highest similarities of every query token to the tokens of these documents."""
     real = mx.array(np.flatnonzero(np.array(maxsim.counted(documents)).ravel()))
     return _highest(queries @ documents.reshape(-1, documents.shape[-1])[real].T, k)
 
@@ -99,7 +100,7 @@ def _highest(values: mx.array, k: int) -> mx.array:
 
 
 def _pad(vectors: Sequence[np.ndarray]) -> mx.array:
-    """(N, longest, d), zero where a text has no more tokens."""
+    """Return (N, longest, d), zero behind the last token of each text."""
     longest = max(1, *(len(v) for v in vectors))
     padded = np.zeros((len(vectors), longest, vectors[0].shape[1]), np.float32)
     for row, v in zip(padded, vectors, strict=True):

@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from mlx_retrieval.inference.reranker import Reranker
     from mlx_retrieval.retrieval.base import Hit
 
-# The first is the default: with trained models it found more than both fused (benchmarks/code_search.py).
+# The first is the default: with trained models it ranked better than hybrid (benchmarks/code_search.py).
 MODES = ("semantic", "hybrid", "bm25")
-DEPTH = 50  # hits that a reranker orders anew
+DEPTH = 50  # hits that a reranker scores
 
 
 class Searcher:
-    """An index and, from the first search that needs it, the model that made it.
+    """An index and the model that made it, which is loaded by the first search that needs it.
 
     Args:
         index: folder that `search.py index` made, or es://INDEX with vectors that `embed.py --to` wrote.
-        model: the model's folder or name, where it is no longer found under the name that the index knows.
-        reranker: a `rerank.Reranker`, or anything with its `score`, that orders the first hits anew; None = none does.
-        field: of the vectors in Elasticsearch; None = the only one.
+        model: the model's folder or name, if it has moved since indexing.
+        reranker: a `reranker.Reranker`, or any object with its `score`, that sorts the first hits; None = no reranking.
+        field: field of the vectors in Elasticsearch; None = the only one.
 
-    Raises UserError where there is no index, and in searching where the model is not the one that made it.
+    Raises UserError if there is no index, and in a search if the model is not the one that made the index.
     """
 
     def __init__(
@@ -46,37 +46,41 @@ class Searcher:
             from mlx_retrieval.retrieval.lance_index import Index
 
             self.index = Index.open(index)
-        self._name, self.reranker = model, reranker
+        self._model_name, self.reranker = model, reranker
 
     @functools.cached_property
     def model(self) -> "Model":
-        """The model, loaded."""
+        """The model of the index. Raises UserError if it is missing, or is not the model that made the index."""
         from mlx_retrieval.inference import embedder
 
-        name, about = self._name or self.index.about.model, self.index.about
+        info = self.index.info
+        name = self._model_name or info.model
         try:
             model = embedder.load(name)
         except UserError as error:
-            hint = "" if self._name else "; --model-path names the place where the index's model is now"
+            hint = "" if self._model_name else "; give the model's new place with --model-path"
             raise UserError(f"{error}{hint}") from error
-        if model.fingerprint() != about.fingerprint:
-            what = f"another model than {about.model}," if self._name else "no longer the model"
+        if model.fingerprint() != info.fingerprint:
+            reason = f"is another model than {info.model}," if self._model_name else "is no longer the model"
             raise UserError(
-                f"{name} is {what} with which {self.index.folder} was made. To make it anew: {self.index.again(name)}"
+                f"{name} {reason} with which {self.index.folder} was made. "
+                f"To rebuild the index: {self.index.rebuild_command(name)}"
             )
         return model
 
     def search(
         self, query: str, mode: str = MODES[0], top: int = 10, weight: float = 0.5, depth: int = DEPTH
     ) -> "list[Hit]":
-        """The best chunks for a query, best first.
+        """Return the best chunks for a query, best first.
 
         Args:
-            query: plain words; nothing in it is syntax.
-            mode: "bm25", "semantic" or "hybrid", which fuses both by reciprocal ranks.
-            top: most hits.
-            weight: of semantic ranks in hybrid, from 0 (words alone) to 1 (meaning alone).
-            depth: how many hits the reranker orders anew; `score` is then the reranker's, and others are not returned.
+            query: plain words; no character in it is an operator.
+            mode: "semantic", "bm25" or "hybrid", which fuses both by reciprocal ranks.
+            top: maximum number of hits.
+            weight: share of the semantic ranks in hybrid, from 0 (words only) to 1 (meaning only).
+            depth: hits that the reranker scores, at least `top`; `score` is then the reranker's.
+
+        Raises UserError for an empty query and for values out of range.
         """
         if self.reranker is None:
             return self._search(query, mode, top, weight)

@@ -1,78 +1,83 @@
-"""The k documents with the greatest scores, exactly, of documents that come in blocks: see `search` and `merge`.
+"""Exact top-k search over documents that come in blocks.
 
     nearest = Nearest(queries, k, count)
     for block in blocks: nearest.add(block)
     numbers, scores = nearest.best()
 
-Memory depends on the queries, k and a block, not on how many documents there are. The order of equal scores is settled,
-so that what lies behind rank k never decides what lies before it. Equal means to the last digit of float32, which in a
-matrix product depends on its shape: documents that are the same may differ there.
+Memory depends on the queries, k and the size of a block, not on the number of documents. Equal scores have a fixed
+order, so the ranking up to rank k never depends on k. Scores are equal if all digits of float32 are; those of a matrix
+product depend on its shape, so identical documents may get scores that differ in the last digit.
 """
 
 import numpy as np
 
-DOCUMENTS, QUERIES = 8_192, 1_024  # that are compared at once
+DOCUMENTS, QUERIES = 8_192, 1_024  # compared at once
 NO_DOCUMENT = -1
 
 
 class Nearest:
-    """Exhaustive search by dot product. Of equal scores the document that came last ranks first: where documents come
-    sorted by their ids, that is how trec_eval has them.
+    """Exhaustive search by dot product.
+
+    Of documents with equal scores, the one that was added last ranks first. If documents are added in the order of
+    their ids, this is the order of trec_eval.
 
     Args:
         queries: (Q, d) float32, Q > 0.
-        k: how many documents each query is to find.
-        count: of the documents that will come; fewer of them than k are found.
+        k: documents to return for each query, or all of them if there are fewer.
+        count: number of documents that will be added.
     """
 
     def __init__(self, queries: np.ndarray, k: int, count: int):
-        self.parts = [queries[first : first + QUERIES] for first in range(0, len(queries), QUERIES)]
+        self.blocks = [queries[first : first + QUERIES] for first in range(0, len(queries), QUERIES)]
         self.k, self.count, self.left = min(k, count), count, count
-        self.keys = [np.empty((len(part), 0), np.int64) for part in self.parts]
+        self.keys = [np.empty((len(block), 0), np.int64) for block in self.blocks]
 
     def add(self, documents: np.ndarray) -> None:
-        """The next documents, (N, d) float32."""
+        """Add the next documents, (N, d) float32."""
         for first in range(0, len(documents), DOCUMENTS):
-            # Numbered from the last one on (see `pack`), and laid out so once, not in every product.
+            # Numbered from the last document on (see `pack`); copied once, not in every product.
             block = np.ascontiguousarray(documents[first : first + DOCUMENTS][::-1])
             self.left -= len(block)
-            for i, part in enumerate(self.parts):
-                self.keys[i] = merge(self.keys[i], part @ block.T, self.left, self.k)
+            for i, queries in enumerate(self.blocks):
+                self.keys[i] = merge(self.keys[i], queries @ block.T, self.left, self.k)
 
     def best(self) -> tuple[np.ndarray, np.ndarray]:
-        """(documents, scores), both (Q, at most k), best first, once all have come. Documents are counted from 0."""
+        """Return (documents, scores), both (Q, at most k), best first. Call it after the last `add`.
+
+        Documents are numbered from 0 in the order in which they were added.
+        """
         numbers, scores = zip(*(best_first(keys, self.k) for keys in self.keys), strict=True)
         return self.count - 1 - np.concatenate(numbers), np.concatenate(scores)
 
 
 def pack(scores: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """int64 keys that sort like the float32 scores of documents; of equal scores, the lower number is the greater key.
+    """Return int64 keys that sort like float32 scores; of equal scores, the lower number has the greater key.
 
-    Their partition is thus exact, whatever the blocks. Shapes as numpy broadcasts them; at most 2**32 documents.
+    No two keys are equal, so a partition of them is exact for any blocks. Shapes broadcast; at most 2**32 documents.
     """
-    bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32).astype(np.int64)  # + 0: there is no -0
+    bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32).astype(np.int64)  # + 0 turns -0 into 0
     order = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (order << 32) | (0xFFFFFFFF - numbers)
 
 
 def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(documents, scores) of keys; a score of -inf makes it NO_DOCUMENT."""
+    """Return (documents, scores) of keys; a document with the score -inf becomes NO_DOCUMENT."""
     order = keys >> 32
     scores = np.where(order < 0, order ^ 0x7FFFFFFF, order).astype(np.int32).view(np.float32)
     return np.where(np.isneginf(scores), NO_DOCUMENT, 0xFFFFFFFF - (keys & 0xFFFFFFFF)), scores
 
 
 def largest(keys: np.ndarray, k: int) -> np.ndarray:
-    """(Q, at most k): the greatest keys of each row, in no order."""
+    """Return (Q, at most k): the greatest keys of each row, unordered."""
     return keys if keys.shape[1] <= k else np.partition(keys, keys.shape[1] - k, axis=1)[:, -k:]
 
 
 def merge(best: np.ndarray, scores: np.ndarray, first: int, k: int) -> np.ndarray:
-    """(Q, at most k): the greatest keys of `best` (Q, any) and of documents `first`, ... with scores (Q, N)."""
+    """Return (Q, at most k): the greatest keys of `best` (Q, any) and of documents `first`, ... with scores (Q, N)."""
     if best.shape[1] < k:
         numbers = np.arange(first, first + scores.shape[1])
         return largest(np.concatenate([best, pack(scores, numbers)], axis=1), k)
-    # Few documents of a later block are among the best: only their keys are made.
+    # Few documents of a later block are among the best: compute only their keys.
     rows, columns = np.nonzero(scores >= unpack(best.min(axis=1))[1][:, None])
     counts = np.bincount(rows, minlength=len(scores))
     places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
@@ -82,7 +87,7 @@ def merge(best: np.ndarray, scores: np.ndarray, first: int, k: int) -> np.ndarra
 
 
 def best_first(keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents, scores), both (Q, k): rows of fewer keys are filled up."""
+    """Return (documents, scores), both (Q, k), best first; short rows are filled with NO_DOCUMENT and -inf."""
     numbers, scores = unpack(-np.sort(-keys, axis=1)[:, :k])
     short = k - numbers.shape[1]
     fill = ((0, 0), (0, short))

@@ -314,12 +314,12 @@ def test_another_models_vectors_are_not_mixed_in(login, small, capsys, monkeypat
     monkeypatch.setattr(elastic_index, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         embed.main([*to, "--max-length", "8", "--overwrite"])
-    assert not elastic_index.ElasticIndex(f"es://{small}").about.complete
+    assert not elastic_index.ElasticIndex(f"es://{small}").info.complete
     monkeypatch.setattr(
         elastic_index, "_write", lambda server, hits, *rest: (written.extend(hits), write(server, hits, *rest))
     )
     assert embed.main([*to, "--max-length", "8"]) == 0
-    assert len(written) == 300 and elastic_index.ElasticIndex(f"es://{small}").about.complete
+    assert len(written) == 300 and elastic_index.ElasticIndex(f"es://{small}").info.complete
     with pytest.raises(errors.UserError, match=r"embed\.py .*--overwrite"):
         _ = retrieval_searcher.Searcher(f"es://{small}", model="gemma-3-tiny-mlx").model
 

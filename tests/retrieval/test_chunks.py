@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_retrieval.retrieval import chunks
-from mlx_retrieval.retrieval.chunks import cut, words
+from mlx_retrieval.retrieval.chunks import chunk_file, words
 
 # One definition a language, with what belongs to it: its first and last line, its kind and its name.
 SNIPPETS = {
@@ -31,7 +31,7 @@ SNIPPETS = {
 
 def check(path: str, text: str, **limits) -> list[chunks.Chunk]:
     """Cut, and see that every chunk is what stands in its lines, and that no line is lost."""
-    lines, found, seen = text.split("\n"), cut(path, text, **limits), set()
+    lines, found, seen = text.split("\n"), chunk_file(path, text, **limits), set()
     limit = limits.get("limit", chunks.MAX_CHARACTERS)
     for chunk in found:
         body = "\n".join(lines[chunk.line - 1 : chunk.end_line])

@@ -51,7 +51,7 @@ def write(path: Path, content: str | bytes) -> None:
 def rows(folder: Path) -> tuple[list[tuple], np.ndarray]:
     """Everything that is in an index, in the order of places."""
     index = Index.open(folder)
-    assert index.about.complete and index.remove_orphans(index.records()) == 0
+    assert index.info.complete and index.remove_orphans(index.records()) == 0
     found = sorted(index.chunks.search().limit(None).to_list(), key=lambda row: (row["path"], row["id"]))
     fields = ("id", "path", "line", "end_line", "language", "kind", "name", "context", "text", "tokens", "file_hash")
     return [tuple(row[name] for name in fields) for row in found], np.array([row["vector"] for row in found])
@@ -128,7 +128,7 @@ def test_increments_end_where_one_run_does(tree, model, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import embed
+from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import indexer
 from mlx_retrieval.retrieval.lance_index import Index
 root, index, small, moment, count = sys.argv[1:]
@@ -144,7 +144,7 @@ def die_after(name, when):
             os.kill(os.getpid(), signal.SIGKILL)
     setattr(Index, name, method)
 die_after(*moment.split())
-indexer.update(Path(root), Path(index), embed.load(small))
+indexer.update(Path(root), Path(index), embedder.load(small))
 print("not killed")
 """
 
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on(tree, model, small, tmp_path, run_python, moment, 
     killed = run_python(KILLED, tree, index, small, moment, count)
     assert killed.returncode == -signal.SIGKILL, killed.stderr  # the third batch is the first with two chunks
     half = Index.open(index)
-    assert not half.about.complete and 0 < half.chunks.count_rows() <= 6
+    assert not half.info.complete and 0 < half.chunks.count_rows() <= 6
     stored = {path for path, record in half.records().items() if not record.left_out}
     summary = update(tree, index, model)
     assert summary.unchanged == len(stored) and summary.changed == 4 - len(stored)
@@ -243,11 +243,11 @@ def test_a_damaged_index_is_told_and_rebuilt(tree, model, tmp_path):
     whole = (index / base.FILE).read_text()
     for text in ("{", "[]", '{"version": 1}', json.dumps(json.loads(whole) | {"version": 0})):
         (index / base.FILE).write_text(text)
-        with pytest.raises(UserError, match="--rebuild renews it"):
+        with pytest.raises(UserError, match="--rebuild replaces it"):
             update(tree, index, model)
     (index / base.FILE).write_text(whole)
     shutil.rmtree(index / "chunks.lance")
-    with pytest.raises(UserError, match="damaged .* --rebuild renews it"):
+    with pytest.raises(UserError, match="damaged .* --rebuild replaces it"):
         update(tree, index, model)
     assert update(tree, index, model, rebuild=True).embedded == 6
     (index / base.FILE).unlink()  # a kill in the middle of making it

@@ -10,7 +10,6 @@ from mlx_retrieval.backend import mx
 import numpy as np
 import pytest
 
-import embed
 from mlx_retrieval.backbones import lora
 from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.evaluation.index_search import evaluate, read_queries
@@ -20,6 +19,7 @@ from mlx_retrieval.retrieval import lance_index
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils import files
+from mlx_retrieval.utils.errors import UserError
 
 WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town", "kettle", "hiss")
 
@@ -60,7 +60,7 @@ def index(beir, model, tmp_path_factory):
 def test_semantic_search_is_maxsim(beir, model, index):
     """All chunks are candidates here, so the figures are those of the exhaustive search of eval.py."""
     searcher = Searcher(index)
-    assert searcher.index.about.maxsim == "mean"
+    assert searcher.index.info.maxsim == "mean"
     results = evaluate(searcher.index, searcher.model, read_queries(beir))
     expected = retrieval.evaluate(model, [str(beir)])
     assert results["semantic"].tasks["queries"]["ndcg_at_10"] == pytest.approx(
@@ -95,5 +95,5 @@ def test_a_changed_document_is_embedded_again(beir, model, tmp_path):
 
 
 def test_an_index_of_single_vectors_is_not_searched_by_tokens(beir, model, index, small):
-    with pytest.raises(embed.UserError, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         update(beir, index, embedder.load(small))

@@ -14,12 +14,12 @@ import pytest
 import search
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import base, lance_index
-from mlx_retrieval.retrieval.base import About, Hit, Record, fuse_hits, reciprocal_rank_fusion
+from mlx_retrieval.retrieval.base import FileRecord, Hit, IndexInfo, fuse_hits, reciprocal_rank_fusion
 from mlx_retrieval.retrieval.chunks import Chunk, words
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.searcher import Searcher
+from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils.errors import UserError
-from search import snippet
 
 TEXTS = {
     "reader.py": "def readLine(file):\n    # gives what comes before the end\n    return file.readline()\n",
@@ -97,10 +97,12 @@ def test_bm25_by_hand(tmp_path):
         "a bird",
         "the fish and the cat ran far away",
     ]
-    index = Index.create(tmp_path / "index", About("/", True, "", "", 4, 2_000, 200))
+    index = Index.create(tmp_path / "index", IndexInfo("/", True, "", "", 4, 2_000, 200))
     for i, text in enumerate([*texts, "cat dog bird " * 5]):
         vector = np.eye(4, dtype=np.float32)[[i % 4]]
-        index.add([(Record(f"d{i}", 1, 1, "", 1, ""), [Chunk(1, 1, "text", "document", "", "", text)])], vector, set())
+        index.add(
+            [(FileRecord(f"d{i}", 1, 1, "", 1, ""), [Chunk(1, 1, "text", "document", "", "", text)])], vector, set()
+        )
         index.finish()
     index.remove([f"d{len(texts)}"])
     index.finish()
@@ -127,7 +129,7 @@ def test_bm25_finds_identifiers_by_their_words(searcher):
         assert paths(searcher.search(query, "bm25"))[0] == "reader.py"
     assert paths(searcher.search("boiler", "bm25")) == ["boiler.md"]  # headings and file names count
     assert paths(searcher.search("reader", "bm25")) == ["reader.py"]
-    assert "_model" not in vars(searcher) and searcher.search("zebra", "bm25") == []
+    assert "model" not in vars(searcher) and searcher.search("zebra", "bm25") == []
 
 
 def test_bm25_needs_no_model(indexed, tmp_path):
@@ -135,7 +137,7 @@ def test_bm25_needs_no_model(indexed, tmp_path):
     about = json.loads((index / base.FILE).read_text())
     (index / base.FILE).write_text(json.dumps(about | {"model": str(tmp_path / "gone")}))
     assert paths(Searcher(index).search("boiler", "bm25")) == ["boiler.md"]
-    with pytest.raises(UserError, match="no folder .*gone.*--model-path names the place"):
+    with pytest.raises(UserError, match="no folder .*gone.*give the model.s new place with --model-path"):
         Searcher(index).search("boiler")
     assert len(Searcher(index, about["model"]).search("boiler", "semantic")) == 4
 
@@ -168,16 +170,16 @@ def test_partitions_find_what_comparing_all_finds(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((600, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = Index.create(tmp_path / "index", About("/", True, "", "", 16, 2_000, 200))
+    index = Index.create(tmp_path / "index", IndexInfo("/", True, "", "", 16, 2_000, 200))
     trained = []
     for first, last in ((0, 300), (300, 500), (500, 600)):
         files = [
-            (Record(f"d{i}", 1, 1, "", 1, ""), [Chunk(1, 1, "text", "document", "", "", f"text {i}")])
+            (FileRecord(f"d{i}", 1, 1, "", 1, ""), [Chunk(1, 1, "text", "document", "", "", f"text {i}")])
             for i in range(first, last)
         ]
         index.add(files, vectors[first:last], set())
         index.finish()
-        trained.append(index.about.partitioned)
+        trained.append(index.info.partitioned)
     assert trained == [0, 500, 500]
     assert index.chunks.index_stats("vector_idx").num_unindexed_rows == 0
     for query in vectors[::50] + 0.1:
@@ -309,7 +311,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path, small, capsys):
     monkeypatch.setattr(embedder.Model, "encode", stop)
     flags = ["index", str(tmp_path), "--model-path", small, "--index", str(tmp_path / "index")]
     assert search.main(flags) == 130
-    assert "stopped; run the same command to go on" in capsys.readouterr().err
+    assert "stopped; run the same command to continue" in capsys.readouterr().err
 
 
 def test_help_is_quick_and_names_every_flag(run_python):
@@ -331,6 +333,14 @@ def test_snippets_show_the_lines_with_most_words():
     assert snippet(text, "beta gamma") == [(3, "    beta = 2"), (4, "    gamma = 3")]
     assert snippet(text, "zebra") == [(0, "def f():"), (2, "    alpha = 1")]
     assert snippet("one line", "zebra") == [(0, "one line")]
+    assert list(matching_spans("def readLine(file):", "read a file")) == [(4, 12), (13, 17)]
+
+
+def test_flags_have_the_spelling_of_other_commands():
+    args = search.parser().parse_args(["search", "q", "--model", "m", "--top-n", "3", "--depth", "7"])
+    assert (args.model_path, args.top, args.rerank_depth) == ("m", 3, 7)
+    assert search.parser().parse_args(["index", ".", "--model", "m"]).model_path == "m"
+    assert search.Searcher is Searcher and set(search.__all__) <= set(vars(search))
 
 
 # --- reranking --------------------------------------------------------------------------------------------------------
