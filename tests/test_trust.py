@@ -169,11 +169,15 @@ def test_secrets_of_the_environment_reach_no_file_and_no_screen(small, tmp_path)
     assert not leaks
 
 
-def test_a_crash_tells_no_secret():
-    """What a run prints of itself at the top, and what doctor.py tells of the environment, names no values."""
+def test_what_commands_report_of_the_machine_holds_no_secret(small, tmp_path):
+    """Regression: the test ran a file without a command, which printed nothing, secrets or not."""
     assert "environ" not in backend.describe()
-    done = subprocess.run(
-        [sys.executable, "doctor.py"], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"WANDB_API_KEY": "c0ffee" * 7}, timeout=120,
-    )  # fmt: skip
-    assert "c0ffee" not in done.stdout + done.stderr
+    marks = {name: f"c0ffee{i}" * 5 for i, name in enumerate(SECRETS)}
+    for model, code, line in ((small, 0, "padding invariance"), (tmp_path / "none", 2, "none")):
+        done = subprocess.run(
+            [sys.executable, "embed.py", "--check", str(model)], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | marks, timeout=300,
+        )  # fmt: skip
+        output = done.stdout + done.stderr
+        assert done.returncode == code and line in output, output
+        assert "c0ffee" not in output

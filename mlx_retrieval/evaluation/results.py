@@ -128,7 +128,7 @@ def print_formats(records: Sequence[dict[str, Any]]) -> None:
         interval = f"[{r['low']:+.4f}, {r['high']:+.4f}]"
         rows.append((r["precision"], f"{r['dimensions']}", f"{r['bytes']:,}", score, change, interval))
     columns = ("stored as", "dims", "bytes a vector", METRICS["ndcg_at_10"], "difference", "95 % interval")
-    title = "difference: to whole float32 vectors. "
+    title = "difference: to full float32 vectors. "
     if any(r["precision"] in CALIBRATED for r in records):
         title += "int8, uint8: ranges from the corpus, queries stay float32. "
     if any(r["precision"].endswith("binary") for r in records):

@@ -75,7 +75,7 @@ class Index:
         if not (folder / FILE).is_file():
             raise UserError(
                 f"--index {folder}: no index there. To create one: "
-                f"python search.py index PATH --model-path DIR --index {folder}"
+                f"python search.py index PATH --model-path MODEL --index {folder}"
             )
         try:
             values = json.loads((folder / FILE).read_text(encoding="utf-8"))

@@ -289,7 +289,7 @@ def test_an_unfinished_index_is_told(indexed, capsys, tmp_path):
 def test_mistakes_are_one_line(tmp_path, small, indexed, capsys):
     (tmp_path / "file").write_text("x")
     cases = [
-        (["search", "a", "--index", str(tmp_path / "none")], "python search.py index PATH --model-path DIR --index "),
+        (["search", "a", "--index", str(tmp_path / "none")], "python search.py index PATH --model-path MODEL --index "),
         (["search", "  ", "--index", str(indexed[1])], "the query is empty"),
         (["index", str(tmp_path / "none"), "--model-path", small], "no such folder"),
         (["index", str(tmp_path / "file"), "--model-path", small], "no such folder"),
