@@ -146,7 +146,7 @@ def test_ids_with_colons_are_no_lines(searcher):
     ("row", "message"),
     [
         ("{", "broken JSON"),
-        ("[]", '"query" is missing'),
+        ("[]", "not a JSON object"),
         ('{"query": " ", "path": "a"}', '"query" is missing'),
         ('{"query": "q"}', 'neither "path" nor "relevant"'),
         ('{"query": "q", "relevant": []}', 'neither "path" nor "relevant"'),
