@@ -1,4 +1,4 @@
-"""Mistakes are told in one clear message with exit code 2, before anything is written and without loss.
+"""Wrong input ends in one clear message and exit code 2, before anything is written or lost.
 
 python -m pytest tests/test_bad_input.py
 """
@@ -25,7 +25,7 @@ GOOD = "".join(json.dumps({"query": f"query {i}", "document": f"document {i}"}) 
 
 @pytest.fixture
 def attempt(tmp_path: Path, capsys, small: str):
-    """Runs train.py with a data file and flags; gives (exit code, stderr) and checks that nothing was written."""
+    """Return a function that runs train.py on a data file, checks that nothing was written, and returns stderr."""
 
     def run(*flags: str, data: bytes | str = GOOD) -> str:
         file, output = tmp_path / "rows.jsonl", tmp_path / "run"
@@ -71,7 +71,7 @@ def test_a_model_that_is_nowhere(attempt):
     ('["a", "b"]', "not a JSON object"),
     ('{"query": "q", "document": "d", "rank": 0}', "rank 0"),
 ], ids=lambda value: value if isinstance(value, str) and len(value) < 40 else "bytes")  # fmt: skip
-def test_a_bad_row_is_told_by_file_and_line(attempt, bad, reason):
+def test_a_bad_row_is_named_by_file_and_line(attempt, bad, reason):
     bad = bad if isinstance(bad, bytes) else bad.encode()
     error = attempt(data=GOOD.encode() + bad + b"\n" + GOOD.encode())
     assert "rows.jsonl:21: " in error and reason in error and len(error) < 500
@@ -101,7 +101,7 @@ def test_lora_keys_that_match_nothing(attempt):
     (["--resume"], "no run in"),
     (["--eval-tasks", "no-such-task-or-folder"], "neither a folder nor an MTEB task"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
-def test_values_that_make_no_sense(attempt, flags, message):
+def test_invalid_values(attempt, flags, message):
     assert message in attempt(*flags)
 
 
@@ -134,7 +134,7 @@ def test_output_folder_with_another_run_in_it(finished, small, capsys):
 
 
 def test_adapter_of_another_base_model(finished, small, tmp_path, capsys):
-    """The same architecture with other weights is another model, too."""
+    """The same architecture with other weights is another model."""
     from mlx_retrieval.backend import mx
 
     other = tmp_path / "other"

@@ -1,4 +1,4 @@
-"""The texts and the model that a fresh checkout trains with: formats, separation, and that the script makes them again.
+"""The texts and the model of a fresh checkout: formats, separation, and that the script reproduces them.
 
 python -m pytest tests/test_default_data.py
 """

@@ -1,4 +1,4 @@
-"""Whatever stands in rows, flags and YAML files: it is taken, or told as a user's mistake; no traceback, no hang.
+"""Arbitrary rows, flags and YAML files are accepted, or refused with a message: no traceback, no hang.
 
 python -m pytest tests/test_fuzz.py
 """
@@ -61,7 +61,7 @@ def tokenizer() -> TextTokenizer:
 @same_folder
 @given(lines=st.lists(LINES, max_size=6), skip=st.booleans(), zipped=st.booleans(), cut=st.integers(0, 40))
 def test_rows_and_batches(tmp_path, tokenizer, lines, skip, zipped, cut):
-    """What a file of rows holds is refused with its line, or every row of it can be read and made into batches."""
+    """A file of rows is refused with the line, or every row can be read and made into batches."""
     file = tmp_path / ("rows.jsonl.gz" if zipped else "rows.jsonl")
     content = b"\n".join(lines)
     packed = gzip.compress(content) if zipped else content
@@ -86,7 +86,7 @@ def test_rows_and_batches(tmp_path, tokenizer, lines, skip, zipped, cut):
 
 
 def _pairs(tokenizer: TextTokenizer):
-    """A tokenizer of groups that needs no reranker: each document a text of its own."""
+    """A tokenizer of groups that needs no reranker: each document is a text of its own."""
 
     class Sequences:
         def __init__(self, groups):
@@ -131,7 +131,7 @@ FLAGS = st.lists(
 @same_folder
 @given(argv=FLAGS.filter(lambda argv: not {"-h", "--help"} & {*argv}))
 def test_flags(argv):
-    """Settings, or a mistake that is told: by argparse with exit code 2, or by ourselves."""
+    """Flags give settings, or an error: argparse's with exit code 2, or a UserError."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
             made, given_ = from_flags("", argv=argv)
@@ -180,7 +180,7 @@ def test_yaml_that_confuses_its_reader(tmp_path, document):
 
 
 def read_one(file: Path, document: bytes) -> None:
-    """Settings, which survive being written and read again, or one told mistake. No YAML makes Python objects."""
+    """YAML gives settings that survive writing and reading, or one UserError. No YAML creates Python objects."""
     file.write_bytes(document)
     try:
         made = Settings(**read_yaml(file))

@@ -1,4 +1,4 @@
-"""Docstrings and comments as queries: markers, sections and markup taken away, what is no prose refused.
+"""Docstrings and comments as queries: markers, sections and markup are removed, text that is not prose is refused.
 
 python -m pytest tests/dataset/test_docstrings.py
 """

@@ -1,4 +1,4 @@
-"""An Elasticsearch index as a source of rows, against a real server where one is there.
+"""An Elasticsearch index as a source of rows, against a real server if one is installed.
 
 python tools/elasticsearch_server.py fetch              once; without it these tests are skipped, and say so
 python -m pytest -m slow tests/dataset/test_elastic.py
@@ -40,7 +40,7 @@ MAPPING = fields.parse("query=query,document=title+snippet,rank=rank")
 
 
 def made_rows():
-    """Rows of the real data where it is there, else as many that are made up."""
+    """Rows of the real data if it is there, else as many synthetic ones."""
     if MEDQUAD.is_file():
         rows = (json.loads(line) for line in MEDQUAD.open(encoding="utf-8"))
         return [{"query": row["query"], "title": f"row {i}", "snippet": row["document"]} for i, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""What is asked of Elasticsearch and what is made of its answers, against a stub: contracts, no proof of the server.
+"""Requests to Elasticsearch and the handling of its responses, against a stub: contracts, not a test of the server.
 
 python -m pytest tests/dataset/test_elastic_calls.py
 """
@@ -22,7 +22,7 @@ from mlx_retrieval.utils import errors
 
 
 class Stub:
-    """A server that answers as `answers(method, path, body)` says: (status, JSON); it notes what it was asked."""
+    """A server that answers with `answers(method, path, body)`, (status, JSON), and records its requests in `asked`."""
 
     def __init__(self):
         self.asked, self.answers, self.headers = [], None, {"X-Elastic-Product": "Elasticsearch"}
@@ -63,7 +63,7 @@ def stub(monkeypatch):
 
 
 class Shard:
-    """Answers of an index with documents of these sources; views have numbers, and those in `lost` are gone."""
+    """Responses of an index with documents of these sources; views are numbered, and those in `lost` have expired."""
 
     def __init__(self, sources):
         self.sources, self.views, self.lost = sources, 0, set()
@@ -115,7 +115,7 @@ def test_views_change_their_names_and_pages_follow(stub, monkeypatch):
     assert stub.asked[-1][:3] == ("DELETE", "/_pit", {"id": "view 1'''"})
 
 
-def test_a_range_of_a_lost_view_is_read_anew(stub):
+def test_a_range_of_a_lost_view_is_read_again(stub):
     stub.answers = shard = Shard([{"text": f"t{i}"} for i in range(1500)])
     documents = Documents(stub.address, ["text"])
     shard.lost.add("view 1'")  # between the first page and the second
@@ -124,7 +124,7 @@ def test_a_range_of_a_lost_view_is_read_anew(stub):
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_a_server_that_is_busy_is_asked_again(stub, status):
+def test_a_busy_server_is_asked_again(stub, status):
     rows = rows_of(stub)
     answer, left = stub.answers, [3]
 
@@ -149,7 +149,7 @@ def test_patience_has_an_end_and_pauses_grow(stub):
     assert len(stub.asked) - before <= 4  # after 0, 0.25, 0.75 and 1.75 s: no storm
 
 
-def test_who_waits_can_be_called_off(stub):
+def test_a_waiting_call_can_be_cancelled(stub):
     rows = rows_of(stub)
     stub.answers = lambda *_: (503, {"error": "away", "status": 503})
     threading.Timer(0.5, rows.documents.server.close).start()
@@ -168,14 +168,14 @@ def test_who_waits_can_be_called_off(stub):
         (400, {"error": {"root_cause": [{"reason": "failed to parse query"}]}}, "failed to parse query"),
     ],
 )
-def test_refusals_are_told_and_not_repeated(stub, status, answer, message):
+def test_refused_requests_are_reported_and_not_repeated(stub, status, answer, message):
     stub.answers = lambda *_: (status, answer)
     with pytest.raises(errors.UserError, match=message) as told:
         ElasticRows(stub.address, fields.parse("query=q,document=d"))
     assert len(stub.asked) == 1 and "\n" not in str(told.value)
 
 
-def test_what_is_not_elasticsearch_is_refused(stub):
+def test_a_server_that_is_not_elasticsearch_is_refused(stub):
     stub.headers = {}
     stub.answers = lambda *_: (200, {"fields": {}})
     with pytest.raises(errors.UserError, match="OpenSearch is not supported"):
@@ -224,7 +224,7 @@ def test_addresses(monkeypatch, source, environment, expected):
         ("es://docs", {"ES_NODE": "http://host:many"}, "ES_NODE: an address such as"),
     ],
 )
-def test_addresses_that_are_none(monkeypatch, source, environment, message):
+def test_invalid_addresses(monkeypatch, source, environment, message):
     for name in ("ES_NODE", "ES_INDEX"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -234,7 +234,7 @@ def test_addresses_that_are_none(monkeypatch, source, environment, message):
     assert "secret" not in str(told.value)
 
 
-def test_a_wrong_authority_file_is_told(stub, monkeypatch, tmp_path):
+def test_a_wrong_authority_file_is_reported(stub, monkeypatch, tmp_path):
     monkeypatch.setenv("ES_CA_CERTS", str(tmp_path / "some.pem"))
     for text in (None, "no certificate"):
         if text:
@@ -273,7 +273,7 @@ def test_rows_are_made_of_fields():
         ("query=a,query=b", "query twice"),
     ],
 )
-def test_mappings_that_are_none(text, message):
+def test_invalid_mappings(text, message):
     with pytest.raises(errors.UserError, match=message):
         fields.parse(text)
 
@@ -284,8 +284,8 @@ def test_a_mapping_that_makes_no_row(stub):
         ElasticRows(stub.address, fields.parse("query=q"))
 
 
-def test_nothing_to_read_is_no_mistake_of_the_reader(stub):
-    """As where all documents have their vectors; Elasticsearch refuses a histogram of intervals of 0."""
+def test_nothing_to_read_is_not_an_error(stub):
+    """As when all documents have their vectors. Elasticsearch refuses a histogram with intervals of 0."""
     stub.answers = Shard([{"text": "t"}])
     documents = Documents(stub.address, ["text"])
     stub.answers.sources = []

@@ -1,4 +1,4 @@
-"""Which files are indexed: .gitignore as git reads it, and every omission counted.
+"""The files of a search index: .gitignore is read as git reads it, and every omission is counted.
 
 python -m pytest tests/dataset/test_file_tree.py
 """
@@ -46,7 +46,7 @@ IGNORING = {
 
 
 def test_gitignore_as_git_reads_it(tmp_path):
-    """git itself is the reference, where it is installed; the list below otherwise."""
+    """git itself is the reference if it is installed, else the list below."""
     make(tmp_path, IGNORING)
     expected = [".gitignore", "a.py", "deep/.gitignore", "deep/a.log", "deep/only-here.txt", "docs/draft.txt"]
     expected += ["keep.log", "with space/é.txt"]

@@ -1,4 +1,4 @@
-"""JSON lines: one reader, and one message with file, line and reason for everything that cannot be read.
+"""JSON lines: one reader, and one message with file, line and reason for every error.
 
 python -m pytest tests/dataset/test_json_lines.py
 """
@@ -54,7 +54,7 @@ def test_one_message_for_every_reader(tmp_path, line):
 
 
 @pytest.mark.parametrize("value", ["1", "null", '["text"]', "true"])
-def test_values_that_are_no_rows(tmp_path, value):
+def test_values_that_are_not_objects(tmp_path, value):
     """Bug guarded against: a number in a file of texts ended embed.py with a TypeError."""
     with pytest.raises(RowError, match="not a JSON object"):
         parse_object(value)
@@ -64,7 +64,7 @@ def test_values_that_are_no_rows(tmp_path, value):
         list(read_texts(file))
 
 
-def test_numbers_count_blank_lines_and_a_byte_order_mark_is_no_text(tmp_path):
+def test_line_numbers_count_blank_lines_and_byte_order_marks_are_dropped(tmp_path):
     content = '\ufeff{"text": "á"}\r\n\n  \n{"text": "\\ud800"}'.encode()
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))

@@ -1,4 +1,4 @@
-"""What `--data` names: files of several forms, hub data sets, and mixtures by weight.
+"""The sources of `--data`: files in several formats, hub data sets, and mixtures by weight.
 
 python -m pytest tests/dataset/test_sources.py
 """
@@ -113,14 +113,14 @@ def test_parquet(tmp_path):
     assert read.where(2400).endswith("rows.parquet:2401")
 
 
-def test_parquet_that_is_none(tmp_path):
+def test_invalid_parquet(tmp_path):
     (tmp_path / "rows.parquet").write_text("no parquet")
     with pytest.raises(errors.UserError, match=r"rows\.parquet: "):
         Rows(find_files([str(tmp_path / "rows.parquet")]))
 
 
-def test_a_data_set_of_the_hubs_form(tmp_path, monkeypatch):
-    """A local folder stands for the hub's, whose names have the same form."""
+def test_a_hub_data_set(tmp_path, monkeypatch):
+    """A local folder stands for a hub data set; their names have the same form."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     table = pa.Table.from_pylist([{"query": f"q{i}", "document": f"d{i}"} for i in range(12)])
@@ -133,12 +133,12 @@ def test_a_data_set_of_the_hubs_form(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hf://", "hf://a//b", "hf://a/b/c/d"])
-def test_names_that_are_none(name):
+def test_invalid_hub_names(name):
     with pytest.raises(errors.UserError, match="a data set's name is needed"):
         Rows(find_files([name]))
 
 
-def test_es_queries_that_are_none():
+def test_invalid_es_queries():
     for query in ("{", "[1]"):
         with pytest.raises(errors.UserError, match="--es-query"):
             sources.open_source(["es://docs"], es_query=query)

@@ -1,4 +1,4 @@
-"""Mining of code pairs: every rule with a snippet that it counts, duplicates, order, and the command.
+"""Mining code pairs: a snippet for every rule, duplicates, order, and the command.
 
 python -m pytest tests/mining/test_code_pairs.py
 """
@@ -261,8 +261,8 @@ def test_duplicates(tree):
     assert len(found) == 4 and not counts.left_out
 
 
-def test_what_was_left_out_makes_no_duplicate(tree):
-    """A query whose pair was left out for its code was taken as seen."""
+def test_a_pair_that_was_left_out_makes_no_duplicate(tree):
+    """Bug guarded against: a query whose pair was left out for its code counted as seen."""
     second = function(1, doc="Something about it all.")
     folder = tree({"a.py": function(1), "b.py": second, "c.py": function(3, doc="Something about it all.")})
     assert [pair.path for pair in mined(folder)[0]] == ["a.py", "c.py"]
@@ -318,7 +318,7 @@ def test_order_is_that_of_paths_and_lines(tree):
     assert all(first.line < second.line for first, second in zip(found[::2], found[1::2], strict=True))
 
 
-def test_progress_is_told_after_every_file(tree):
+def test_progress_is_reported_after_every_file(tree):
     told = []
     list(pairs([tree({"a.py": GOOD, "b.py": b"\xff"})], progress=lambda *counts: told.append(counts)))
     assert told == [(1, 2), (2, 2)]

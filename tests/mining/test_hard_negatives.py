@@ -1,4 +1,4 @@
-"""Hard negatives: ranks and filters by hand, parity with sentence-transformers, what is never mined; any blocks.
+"""Hard negatives: ranks and filters by hand, parity with sentence-transformers, exclusions, blocks of any size.
 
 python -m pytest tests/mining/test_hard_negatives.py
 """
@@ -183,7 +183,7 @@ def test_random_sampling():
         ({"min_score": 0.5, "max_score": 0.2}, "nothing lies between"),
     ],
 )
-def test_rules_that_can_not_be(settings, message):
+def test_invalid_rules(settings, message):
     with pytest.raises(UserError, match=message):
         Rules(**settings)
 
@@ -215,7 +215,7 @@ PARITY = {
 @pytest.mark.parametrize("two_positives", (False, True))
 @pytest.mark.parametrize("name", PARITY)
 def test_the_same_as_sentence_transformers(name, two_positives, tmp_path, capsys):
-    """Every document is looked at: their range counts known positives that were not found, ours counts none."""
+    """Every document is looked at: their range counts known positives that were not retrieved, ours does not."""
     datasets = pytest.importorskip("datasets")
     from sentence_transformers.util import mine_hard_negatives
 

@@ -109,6 +109,11 @@ def test_flags_have_their_effect(small, pairs, tmp_path, capsys):
     assert (tmp_path / "work").is_dir()
 
 
+def test_names_of_flags_that_other_commands_have():
+    required = ["negatives", "--data", "a", "--output", "b"]
+    assert mine.parser().parse_args([*required, "--model-path", "m"]).model == "m"
+
+
 def test_a_reranker_judges_and_late_models_are_refused_as_retrievers(pairs, tmp_path, capsys, monkeypatch):
     cross_encoder("bert", tmp_path / "judge")
     output = tmp_path / "mined.jsonl"
@@ -202,7 +207,7 @@ def small_blocks(monkeypatch):
 
 
 class Stop:
-    """`function`, which stops at a call and counts the texts that it was given."""
+    """A wrapper of `function` that raises at call number `at`, and counts calls and texts."""
 
     def __init__(self, function, at: int | None, error: type[BaseException] = KeyboardInterrupt):
         self.function, self.at, self.error, self.calls, self.texts = function, at, error, 0, 0
@@ -248,7 +253,7 @@ def test_resume_after_other_settings_or_texts_starts_over(small, small_blocks, p
     monkeypatch.setattr(embedder, "embed", calls)
 
     def texts(*flags) -> tuple[int, str]:
-        """How many were embedded, and what was told."""
+        """Return how many texts were embedded, and the messages."""
         before = calls.texts
         arguments = ("--data", pairs, "--work", work, "--output", output, "--overwrite", "--relative-margin", "off")
         assert run(*arguments, "--model", small, *flags) == 0
@@ -378,7 +383,7 @@ def test_resume_of_scoring_gives_the_identical_file(at, small, small_blocks, tmp
     assert (tmp_path / "scored.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_the_kind_of_teacher_can_be_told(small, tmp_path, write_rows, capsys):
+def test_the_kind_of_teacher_can_be_set(small, tmp_path, write_rows, capsys):
     data = write_rows(SCORED, "rows.jsonl")
     flags = ("--data", data, "--teacher", small, "--output", tmp_path / "out.jsonl")
     assert score(*flags, "--teacher-kind", "reranker") == 0  # probabilities of "yes"

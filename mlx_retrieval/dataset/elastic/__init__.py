@@ -1,1 +1,1 @@
-"""Elasticsearch: documents to train on, vectors written back, and an index that is searched there."""
+"""Read documents and training rows from Elasticsearch."""
