@@ -28,7 +28,7 @@ NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "referen
 
 
 def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_batch_tokens: int | str = 0):
-    """A run of the toolkit that is ready to take steps; see `train.prepare`."""
+    """A run of the toolkit that is ready to take steps; see `run.prepare`."""
     from mlx_retrieval.training import config, run
 
     settings = config.Settings(

@@ -25,6 +25,7 @@ from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models import loading
 from mlx_retrieval.training import checkpoint, run
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils import locks
 from mlx_retrieval.utils.errors import UserError
 
 QWEN, MINILM = "Qwen/Qwen3-Reranker-0.6B", "cross-encoder/ms-marco-MiniLM-L-6-v2"
@@ -392,6 +393,13 @@ def test_wrong_settings_are_told_at_once(changes, message):
 def test_what_does_not_fit_is_told_by_its_name(hub, changes, message):
     with pytest.raises(UserError, match=f"^{message}"):
         Qwen3RerankerTrainer(qwen(**changes)).train(rows())
+
+
+def test_a_run_s_folder_that_is_in_use_is_named(hub):
+    """Errors from deep within a run name parameters, too."""
+    in_use = locks.only_one(hub / "ours_run" / ".lock", "held")
+    with in_use, pytest.raises(UserError, match="^adapter_path ours_run: another process is training there"):
+        Qwen3RerankerTrainer(qwen(adapter_path="ours")).train(rows(6))
 
 
 def test_errors_about_a_cross_encoder_name_its_own_parameters(hub):

@@ -18,7 +18,7 @@ from mlx_retrieval.training import checkpoint, distributed
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError
 
 # Called after each optimizer step with a record to report, or None. Returns whether training ends here.
 AfterStep = Callable[[dict | None], bool]
@@ -171,16 +171,20 @@ class BaseTrainer(ABC):
             reason: which step, and which numbers it gave.
             examples: the word for the data's rows, such as "Examples".
             places: where the rows concerned are, as file:line.
-            advice: a sentence about what may help, without its end.
+            advice: a sentence about what may help, without its end; settings in braces, as in `SettingError`.
         """
         if self.settings.skip_bad_batches:
             self.state.skipped_batches += 1
             self.reporter.warn(f"{reason}; the batch is skipped. {examples} concerned: {', '.join(places)}")
             return
         listing = "\n  ".join(places)
-        raise UserError(
-            f"{reason}{self.save_last_good()}. {examples} concerned:\n  {listing}\n"
-            f"{advice}; --skip-bad-batches leaves such batches out."
+        raise SettingError(
+            f"{{reason}}{{saved}}. {{examples}} concerned:\n  {{listing}}\n{advice}; "
+            "{skip_bad_batches} leaves such batches out.",
+            reason=reason,
+            saved=self.save_last_good(),
+            examples=examples,
+            listing=listing,
         )
 
     # --- several ranks ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.console import print_lines
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 
 class Run(Protocol):
@@ -86,7 +86,7 @@ def run(job: Run) -> dict:
         # Begin, or find the step to continue from. Rank 0 does it, and holds the lock until the run ends.
         with distributed.raise_together("the begin"):
             if distributed.is_main():
-                refusal = f"--output {job.folder}: another process is training there"
+                refusal = SettingError("{output} {folder}: another process is training there", folder=job.folder)
                 stack.enter_context(locks.only_one(job.folder / ".lock", refusal))
                 begin(job)
         if distributed.size() > 1:
@@ -120,13 +120,14 @@ def run(job: Run) -> dict:
 def check_output(folder: Path, settings: Settings) -> None:
     """Raise UserError if the run would mix with another one in the folder."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: this is a file")
+        raise SettingError("{output} {folder}: this is a file", folder=folder)
     if settings.resume or settings.overwrite or settings.dry_run or settings.profile:
         return
     if checkpoint.holds_run(folder):
-        raise UserError(
-            f"--output {folder}: another run is in this folder. Continue it with --resume, remove it with --overwrite, "
-            "or name another folder"
+        raise SettingError(
+            "{output} {folder}: another run is in this folder. Continue it with {resume}, remove it with {overwrite}, "
+            "or name another folder",
+            folder=folder,
         )
 
 

@@ -27,7 +27,7 @@ from mlx_retrieval.training import distributed, memory
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, State, learning_rate
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.gradient_cache import GradientCache, Objective, StepResult
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 VALIDATION_BATCHES = 8
 
@@ -101,7 +101,7 @@ class Trainer(BaseTrainer):
                 mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         else:
             reason = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
-            advice = "A lower --learning-rate or a higher --temperature may help if the rows are sound"
+            advice = "A lower {learning_rate} or a higher {temperature} may help if the rows are sound"
             self.skip_or_refuse(reason, "Examples", self._not_finite(batch, result), advice)
         if self.settings.micro_batch_tokens != "auto":  # then `fit_memory` has bounded it
             memory.bound_cache()
@@ -174,9 +174,11 @@ class Trainer(BaseTrainer):
             share = -(-batch.tokens // cache.accumulation) if cache.accumulation else backend.MICRO_BATCH_TOKENS
             budget = min(cache.budget or share, batch.tokens) // 2
             if budget < batch.texts.lengths.max() // 2 or budget == 0:
-                raise UserError(
-                    f"memory ran out on a single text ({reason}); --grad-checkpoint, a lower --max-length or a smaller "
-                    f"model need less{self.save_last_good()}"
+                raise SettingError(
+                    "memory ran out on a single text ({reason}); {grad_checkpoint}, a lower {max_length} or a smaller "
+                    "model need less{saved}",
+                    reason=reason,
+                    saved=self.save_last_good(),
                 )
             cache.budget = self.state.micro_batch_tokens = budget
             message = f"memory ran out ({reason}): from here on {budget:,} tokens at once, and the step is repeated"

@@ -13,7 +13,7 @@ from mlx_retrieval.utils.errors import UserError
 
 
 @contextmanager
-def only_one(path: Path, refusal: str) -> Iterator[None]:
+def only_one(path: Path, refusal: str | UserError) -> Iterator[None]:
     """Hold the lock file `path`, which is made where it is missing, and so is its folder.
 
     Raises UserError with `refusal` where another process holds it, and where it cannot be made.
@@ -27,5 +27,5 @@ def only_one(path: Path, refusal: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(refusal) from error
+            raise (refusal if isinstance(refusal, UserError) else UserError(refusal)) from error
         yield

@@ -591,7 +591,7 @@ def test_keep(settings, tmp_path):
 def test_rank_timeout(settings, monkeypatch):
     """It reaches the watch over the other ranks, of which test_distributed.py shows the effect."""
     told = []
-    monkeypatch.setattr(train.ranks, "start", told.append)
+    monkeypatch.setattr(train.distributed, "start", told.append)
     assert train.main(["--data", "nothing.jsonl", "--rank-timeout", "7"]) == 2 and told == [7]
     with pytest.raises(UserError, match="--rank-timeout -1"):
         settings(rank_timeout=-1)

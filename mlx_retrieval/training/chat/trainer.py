@@ -189,7 +189,7 @@ class ChatTrainer(BaseTrainer):
             trained = counts.trained
         else:
             reason = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
-            advice = "A lower --learning-rate may help if they are sound"
+            advice = "A lower {learning_rate} may help if they are sound"
             self.skip_or_refuse(reason, "Conversations", self._not_finite(numbers), advice)
         more = (loss * trained if trained else 0.0, trained, counts.tokens, counts.padded, seconds)
         state.sums = [total + new for total, new in zip(state.sums, more, strict=True)]
