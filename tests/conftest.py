@@ -236,7 +236,7 @@ def write_rows(tmp_path) -> Callable[..., Path]:
 def run_python() -> Callable[..., subprocess.CompletedProcess]:
     """`run_python(code, *arguments)` runs code in a fresh interpreter that can import the toolkit."""
 
-    def run(code: str, *arguments, timeout: float = 120) -> subprocess.CompletedProcess:
+    def run(code: str, *arguments, timeout: float = 600) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", code, *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

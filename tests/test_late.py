@@ -20,6 +20,7 @@ import export
 import train
 from mlx_retrieval.backbones import lora
 from mlx_retrieval.evaluation import retrieval
+from mlx_retrieval.exporters import parity
 from mlx_retrieval.exporters import pylate_files as exporters_pylate_files
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading, maxsim, pylate_files
@@ -124,11 +125,15 @@ def test_folders_of_sentence_transformers(minilm, tmp_path, expansion):
 
 
 @pytest.mark.parametrize("flags", [
-    {}, {"projection": 16, "skiplist": list(string.punctuation), "query_prompt": "find: "},
+    pytest.param({}, marks=pytest.mark.slow),
+    pytest.param({"projection": 16, "skiplist": list(string.punctuation), "query_prompt": "find: "},
+                 marks=pytest.mark.slow),
     {"query_expansion": 20, "max_length": 40, "query_max_length": 20, "maxsim": "sum"},
 ], ids=str)  # fmt: skip
-def test_exported_folders(minilm, tmp_path, flags):
+def test_exported_folders(minilm, tmp_path, monkeypatch, flags):
     """PyLate's layout, read by sentence-transformers: MaxSim scores as before, and here everything as it was."""
+    monkeypatch.setattr(parity, "COUNTS", (1, 4, 25))  # fewer and shorter texts than users' exports are checked with
+    monkeypatch.setattr(parity, "LONGEST", 30)
     library = pytest.importorskip("sentence_transformers")
     mx.random.seed(0)
     model, config, _ = loading.build(str(minilm), task="late", **flags)

@@ -463,6 +463,7 @@ def test_embeddings(whole):
         np.testing.assert_allclose(found[index], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_passes(whole):
     """Gradients of several micro-batches, however they are computed, are those of one plain pass."""
     model, config, folder = loading.build(str(whole))

@@ -185,6 +185,7 @@ def test_mlx_folders(adapters, vectors, tmp_path, kind):
         assert tokenizer._tokenizer("the cat sat")["input_ids"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "llama", "gemma3_text"])
 def test_hf_folders_keep_the_whole_model(bases, adapters, vectors, tmp_path, kind):
     folder = run_export(tmp_path / "out", adapter=adapters[kind], format="hf")
@@ -204,6 +205,7 @@ def test_a_bidirectional_model_that_was_trained_causal(bases, tmp_path):
     assert worst(sentence_transformer(folder).encode(few, prompt_name="STS"), model.encode(few, "STS")) >= 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "whole", "without"),
     [("t5", "T5ForConditionalGeneration", ("decoder.", "lm_head.")), ("modernbert", "ModernBertForMaskedLM", ())],
@@ -274,6 +276,7 @@ def test_base_models_and_other_copies_of_the_base(bases, adapters, vectors, tmp_
     assert worst(embedder.load(folder).encode(some_texts(), "query"), vectors("bert")["query"]) >= 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", job.FORMATS)
 def test_exporting_an_exported_folder_changes_nothing(adapters, tmp_path, form):
     """But the card, which names another base."""
@@ -316,6 +319,7 @@ def test_shards(adapters, vectors, tmp_path, monkeypatch):
     assert worst(found, vectors("bert")["query"]) >= 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "stored"), [(None, mx.bfloat16), ("float32", mx.float32), ("float16", mx.float16)])
 @pytest.mark.parametrize("form", ["mlx", "sentence-transformers"])
 def test_dtype(bases, tmp_path, form, asked, stored):

@@ -281,6 +281,7 @@ def merging_tokenizer(manner: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manner", ["gemma", "llama 3", "llama 2", "metaspace"])
 def test_vocabularies_without_the_prompts_tokens(tmp_path, manner):
     """What ends a document and what begins behind it would be one token; the tokenizer is told to cut there."""
@@ -337,6 +338,7 @@ def test_quantised(adapters, tmp_path, capsys, name, bits):
         np.testing.assert_allclose(mlx_lm_scores(folder, ids, ours.tokenizer.answers), found, rtol=0, atol=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "xlm-roberta"])
 def test_hf_and_mlx_folders(adapters, tmp_path, name):
     adapter = adapters(name) if name == "qwen3" else adapters(name, train_type="lora")
@@ -380,6 +382,7 @@ def test_a_quantised_base_is_made_whole(bases, adapters, tmp_path, qwen_tokenize
 # --- used again -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "bert", "listwise"])
 def test_training_goes_on_from_an_exported_folder(adapters, tmp_path, name):
     """Which is a base like others: its scores at first, other ones after, and it can be exported again."""
@@ -412,6 +415,7 @@ def test_training_goes_on_from_an_exported_folder(adapters, tmp_path, name):
     np.testing.assert_allclose(Reranker(str(second)).score(QUERY, DOCUMENTS), expected, rtol=0, atol=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "bert", "listwise"])
 def test_exporting_an_exported_folder_changes_nothing(adapters, tmp_path, name):
     """But the card and the base model's name. An exported folder says itself that it reranks."""

@@ -149,7 +149,10 @@ print("not killed")
 """
 
 
-@pytest.mark.parametrize(("moment", "count"), [("record before", 3), ("record after", 3), ("finish before", 1)])
+@pytest.mark.parametrize(("moment", "count"), [
+    ("record before", 3),
+    pytest.param("record after", 3, marks=pytest.mark.slow), pytest.param("finish before", 1, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_killed_run_goes_on(tree, model, small, tmp_path, run_python, moment, count):
     """Between a batch's chunks and its records, between batches, and before the end."""
     index = tmp_path / "index"
@@ -164,6 +167,7 @@ def test_a_killed_run_goes_on(tree, model, small, tmp_path, run_python, moment, 
     assert_same(index, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_replaces_goes_on(tree, model, small, tmp_path, run_python):
     index = tmp_path / "index"
     update(tree, index, model)

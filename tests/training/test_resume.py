@@ -52,7 +52,10 @@ def resume(folder: Path) -> dict:
     return train.train(train.resumed_settings({"output": str(folder), "resume": True}))
 
 
-@pytest.mark.parametrize("task", [{}, {"task": "late"}, {"task": "rerank", "loss": "ranknet"}], ids=str)
+@pytest.mark.parametrize("task", [
+    {}, pytest.param({"task": "late"}, marks=pytest.mark.slow),
+    pytest.param({"task": "rerank", "loss": "ranknet"}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_a_resumed_run_is_the_same_bit_for_bit(settings, rows, tmp_path, monkeypatch, task):
     """Weights, optimizer, metrics, the order of the data: with dropout, gradient caching, and over epochs."""
     (tmp_path / "data").mkdir()

@@ -36,14 +36,17 @@ def prepared(settings: Settings):
     return run.trainer
 
 
+SLOW = (  # the same for more losses, poolings and training types
+    {"loss": "symmetric_info_nce"}, {"loss": "hard_negative_info_nce"}, {"positive_aware": "perc"}, {"pooling": "last"},
+    {"bidirectional": True}, {"margin_weight": 0.5}, {"loss": "margin_mse"}, {"task": "late", "maxsim": "sum"},
+    {"task": "late", "loss": "kl_distill", "skip_punctuation": True}, {"train_type": "full", "num_layers": 2},
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("changes", [
-    {}, {"loss": "symmetric_info_nce"}, {"loss": "nt_xent"}, {"loss": "hard_negative_info_nce"},
-    {"positive_aware": "perc"}, {"matryoshka_dims": [8, 16]}, {"pooling": "last"}, {"bidirectional": True},
-    {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"loss": "margin_mse"}, {"task": "late"},
-    {"task": "late", "maxsim": "sum"},
+    {}, {"loss": "nt_xent"}, {"matryoshka_dims": [8, 16]}, {"loss": "kl_distill"}, {"task": "late"},
     {"task": "late", "loss": "xtr", "xtr_k": 50, "projection_dim": 8, "margin_weight": 0.5},
-    {"task": "late", "loss": "kl_distill", "skip_punctuation": True},
-    {"train_type": "dora"}, {"train_type": "full", "num_layers": 2}, {"grad_checkpoint": True},
+    {"train_type": "dora"}, {"grad_checkpoint": True}, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
 ], ids=str)  # fmt: skip
 def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, changes):
     trainer = prepared(settings(**changes))
