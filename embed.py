@@ -13,6 +13,7 @@ python embed.py --check adapters/final               # exit code 1 if a check fa
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.inference import quantization
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
-from mlx_retrieval.utils import imports
+from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.errors import UserError
 
 __all__ = ["Model", "load"]
@@ -44,18 +45,10 @@ def read_ranges(path: Path) -> np.ndarray:
 
 def write_arrays(arrays: dict[Path, np.ndarray]) -> None:
     """Write .npy files, all or none: first under temporary names, then renamed."""
-    temporary = {path: path.with_name(f".{path.name}.new") for path in arrays}
-    path = None
-    try:
+    with ExitStack() as stack:
         for path, array in arrays.items():
-            with open(temporary[path], "wb") as file:
+            with open(stack.enter_context(files.replacing(path, f"--output {path}")), "wb") as file:
                 np.save(file, array)
-        for path in arrays:
-            temporary[path].replace(path)
-    except OSError as error:
-        for leftover in temporary.values():
-            leftover.unlink(missing_ok=True)
-        raise UserError(f"--output {path}: {error.strerror}") from error
 
 
 def embed_file(args: argparse.Namespace) -> str:

@@ -28,7 +28,7 @@ from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.output import check_output
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
-from mlx_retrieval.utils import imports
+from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -91,19 +91,16 @@ def run_code(args: argparse.Namespace) -> None:
         raise UserError(f"--min-lines {args.min_lines} --max-lines {args.max_lines}: needs 0 < min <= max")
     rules = code_pairs.Rules(args.languages, args.min_lines, args.max_lines, args.include_tests, args.keep_duplicates)
     counts = code_pairs.Counts()
-    draft = output.with_name(f".{output.name}.new")
-    try:
-        with open(draft, "w", encoding="utf-8", newline="\n") as file, progress_bar("mining", "files") as progress:
+    with files.replacing(output, f"--output {output}") as temporary:
+        with (
+            open(temporary, "w", encoding="utf-8", newline="\n") as file,
+            progress_bar("mining", "files") as progress,
+        ):
             for pair in code_pairs.pairs(args.paths, rules, counts, progress):
                 file.write(json.dumps(pair._asdict(), ensure_ascii=False) + "\n")
         print_counts(counts)
         if not counts.pairs:
             raise UserError(f"{' '.join(args.paths)}: no pair found in {counts.files.total()} source files")
-        draft.replace(output)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
     print_lines(
         [
             ("written", f"{output} ({counts.pairs.total():,} pairs)"),

@@ -12,8 +12,7 @@ The documents behind them stay where they are, so Recall@100 and the like mean t
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from mlx_retrieval.inference.reranker import Scorer
 from mlx_retrieval.retrieval.base import RANKS
 from mlx_retrieval.retrieval.bm25 import RankedIds, bm25
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
 
 DEPTH = 100
 QUERIES_AT_ONCE = 16
@@ -118,7 +118,8 @@ class RerankingSearcher(CorpusSearcher):
         texts = dict(zip((corpus.ids[i] for i in numbers), corpus.texts(numbers), strict=True))
         rankings: Rankings = {query: {} for query in queries}
         names = list(heads)
-        with _bar(len(names), self.show_progress) as advance:
+        show = self.show_progress and sys.stderr.isatty()
+        with progress_bar("reranking", "queries", len(names), show) as progress:
             for first in range(0, len(names), QUERIES_AT_ONCE):
                 block = names[first : first + QUERIES_AT_ONCE]
                 groups = [(queries[query], [texts[document] for document in heads[query]]) for query in block]
@@ -126,7 +127,7 @@ class RerankingSearcher(CorpusSearcher):
                     order = np.argsort(-self._checked(scores, query, len(heads[query])), kind="stable")
                     head = [heads[query][i] for i in order]
                     rankings[query] = scores_by_rank(head + ranked[query][self.depth :])
-                advance(len(block))
+                progress(first + len(block))
         return rankings
 
     def _checked(self, scores: Any, query: str, count: int) -> np.ndarray:
@@ -136,21 +137,6 @@ class RerankingSearcher(CorpusSearcher):
         if bad := int((~np.isfinite(scores)).sum()):
             raise FloatingPointError(f"{self.task}: query {query}: {bad} of {count} scores are not finite")
         return scores
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[int], Any]]:
-    """A progress bar on standard error, where that is a terminal."""
-    if not (show and total and sys.stderr.isatty()):
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("reranking", BarColumn(), MofNCompleteColumn(), "queries", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda count: progress.advance(bar, count)
 
 
 def evaluate_reranker(

@@ -109,7 +109,7 @@ class Model:
         results = [None] * len(texts) if self.late else np.empty((len(texts), self.dimensions), np.float32)
         self.model.eval()
         done = 0
-        with progress_bar("embedding", "texts", show_progress, transient=False) as progress:
+        with progress_bar("embedding", "texts", len(texts), show_progress) as progress:
             for first in range(0, len(texts), CHUNK):
                 tokens = self.tokenizer(texts[first : first + CHUNK], prompt)
                 budget = batch_tokens or backend.MICRO_BATCH_TOKENS
@@ -123,8 +123,7 @@ class Model:
                     else:
                         results[first + index] = vectors
                     done += len(index)
-                    if progress:
-                        progress(done, len(texts))
+                    progress(done)
         if self.late:
             return results
         vectors = truncate(results, dimensions, self.config.normalize)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.mining.collection import TextFile
-from mlx_retrieval.utils import locks
+from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import Progress
 
@@ -106,11 +106,8 @@ class ResumableCache:
 
 
 def _write(path: Path, fill: Callable[[Any], Any]) -> None:
-    """Write a file under a temporary name, then rename it."""
-    draft = path.with_name(f".{path.name}.new")
-    with open(draft, "wb") as file:
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         fill(file)
-    draft.replace(path)
 
 
 @contextmanager

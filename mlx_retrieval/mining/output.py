@@ -8,6 +8,7 @@ from typing import Any
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.mining.collection import Collection, text_key
 from mlx_retrieval.mining.hard_negatives import Mined
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
 REPLACED = ("anchor", "query", "document", "positive", "negative", "negatives", "scores")
@@ -23,14 +24,10 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write rows as JSON lines, all or none, and return their number."""
-    draft, count = output.with_name(f".{output.name}.new"), 0
-    try:
-        with open(draft, "wb") as file:
-            for count, row in enumerate(rows, start=1):  # noqa: B007
-                file.write(_line(row))
-        draft.replace(output)
-    finally:
-        draft.unlink(missing_ok=True)
+    count = 0
+    with files.replacing(output) as temporary, open(temporary, "wb") as file:
+        for count, row in enumerate(rows, start=1):  # noqa: B007
+            file.write(_line(row))
     return count
 
 

@@ -10,11 +10,9 @@ files, and the next run removes chunks without a record.
 
 import hashlib
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +27,7 @@ from mlx_retrieval.retrieval.chunks import Chunk
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils import locks
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
 
 BATCH = 512  # chunks embedded and stored together
 
@@ -220,7 +219,7 @@ def _embed(
     """Read, embed and store files in batches; updates `records` and `summary`."""
     stored, touched = set(records), []
     batch: list[tuple[FileRecord, list[Chunk]]] = []
-    with _bar(len(pending)) as advance:
+    with progress_bar("embedding", "files", len(pending)) as progress:
         for number, file in enumerate(pending, start=1):
             pieces, sha256, reason = source.read(file)
             before, record = records.get(file.path), FileRecord(*file, sha256, len(pieces), reason)
@@ -236,25 +235,10 @@ def _embed(
                 index.add(batch, embed(model, texts, "document"), stored)
                 summary.embedded += count
                 batch = []
-            advance(number, summary.embedded)
+            progress(number, note=f"{summary.embedded:,} chunks")
     if touched:
         index.record(touched)
 
 
 def _is_same(file: File, record: FileRecord | None) -> bool:
     return record is not None and (record.size, record.stamp) == (file.size, file.mtime)
-
-
-@contextmanager
-def _bar(total: int):
-    """A progress bar on standard error, where that is a terminal."""
-    if not sys.stderr.isatty() or not total:
-        yield lambda files, chunks: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = ("embedding", BarColumn(), MofNCompleteColumn(), "files,", TextColumn("{task.fields[chunks]:,} chunks"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, chunks=0)
-        yield lambda files, chunks: progress.update(task, completed=files, chunks=chunks)

@@ -25,6 +25,7 @@ import numpy as np
 
 from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, fuse_hits, sort_hits
 from mlx_retrieval.retrieval.chunks import Chunk, words
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,9 +107,7 @@ class Index:
 
     def write(self) -> None:
         """Write index.json atomically."""
-        temporary = self.folder / f".{FILE}.new"
-        temporary.write_text(json.dumps(dataclasses.asdict(self.info), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / FILE)
+        files.write_file(self.folder / FILE, json.dumps(dataclasses.asdict(self.info), indent=2) + "\n")
 
     def size(self) -> int:
         """Return the size on disk in bytes."""

@@ -25,7 +25,7 @@ from mlx_retrieval.backbones.hub import (
     save_tensors,
 )
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
-from mlx_retrieval.utils.files import _beside, _tidy
+from mlx_retrieval.utils.files import beside, tidy
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 FILES = ("config.yaml", "metrics.jsonl", "curves.png", "results.json", "before.json")  # of a run
@@ -38,9 +38,9 @@ def recover(run: Path) -> None:
     """Repair what a kill interrupted: bring back a folder that was moved away, remove an incomplete one."""
     for path in [*run.glob(".*.old"), *run.glob(".*.new")]:
         if _is_saved(folder := run / path.stem[1:]):
-            _tidy(folder)
+            tidy(folder)
     for name in FILES:
-        _beside(run / name, "new").unlink(missing_ok=True)
+        beside(run / name, "new").unlink(missing_ok=True)
 
 
 def save_training(folder: Path, optimizer, state: dict) -> None:

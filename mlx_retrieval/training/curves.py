@@ -6,9 +6,10 @@ Also here: reading a metrics file, and spelling its names.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from mlx_retrieval.utils import files
 
 MAIN_METRIC = "ndcg_at_10"
 METRIC_NAMES = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "recall": "Recall", "precision": "P"}
@@ -107,6 +108,5 @@ def draw_curves(metrics_file: str | Path, png: str | Path) -> None:
     figure.align_ylabels()
     progress = f"step {last}" if seen else "nothing recorded yet"
     figure.suptitle(f"{Path(metrics_file).resolve().parent.name}, {progress}", weight="bold")
-    draft = Path(png).with_suffix(".tmp")
-    figure.savefig(draft, format="png")
-    os.replace(draft, png)
+    with files.replacing(Path(png)) as temporary:
+        figure.savefig(temporary, format="png")

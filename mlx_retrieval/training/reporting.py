@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_retrieval.training.curves import MAIN_METRIC, draw_curves, is_number, metric_name, read_metrics
-from mlx_retrieval.utils import imports
+from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
@@ -43,7 +43,16 @@ class NullReporter:
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 # Errors of drawing, none of which may end a run.
-DRAWING_ERRORS = (ImportError, OSError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
+DRAWING_ERRORS = (
+    files.SaveError,
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+)
 SECRET_KEY = re.compile(r"(api|access|private).?key|passw|secret|credential|(token|pwd|auth)$", re.IGNORECASE)
 
 
@@ -177,12 +186,7 @@ class Reporter:
         for record in records:
             if record["type"] == "eval":
                 self._note_evaluation(record["step"], record.get("metrics", {}))
-        draft = file.with_suffix(".tmp")
-        try:
-            draft.write_text("".join(json.dumps(_clean(r)) + "\n" for r in records), encoding="utf-8")
-            os.replace(draft, file)
-        except OSError as error:
-            raise UserError(f"could not write {file}: {error.strerror}") from error
+        files.write_file(file, "".join(json.dumps(_clean(r)) + "\n" for r in records))
         if not self.first_step:
             (self.folder / CURVES_FILE).unlink(missing_ok=True)
 

@@ -2,27 +2,27 @@
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_retrieval.utils.errors import UserError
 
 
 class SaveError(UserError):
-    """Something could not be written, mostly for want of space. What was saved before is whole."""
+    """A file or folder could not be written, mostly because the disk is full. Everything saved before is intact."""
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make `folder` with what `fill` writes into it: all or nothing, in the order that survives a loss of power.
+    """Create `folder` with the files that `fill` writes into it: all or nothing, even if the power fails.
 
-    `fill` writes into a temporary folder beside it; files and folder are flushed to disk, then renamed. A folder that
-    stands there already is replaced. Whatever goes wrong, what was there stays; a full disk is a SaveError.
+    `fill` writes into a temporary folder beside it; files and folder are flushed to disk, then renamed. A folder of
+    that name is replaced. After an error the old one is still there; SaveError if the disk is full.
     """
-    temporary, old = _beside(folder, "new"), _beside(folder, "old")
+    temporary, old = beside(folder, "new"), beside(folder, "old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
+        tidy(folder)
         temporary.mkdir()
         fill(temporary)
         for path in (*temporary.rglob("*"), temporary):
@@ -36,47 +36,68 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             f"could not save {folder}: {error.strerror or error}; what was saved before is whole"
         ) from error
     finally:
-        _tidy(folder)
+        tidy(folder)
 
 
-def _tidy(folder: Path) -> None:
+def tidy(folder: Path) -> None:
     """Remove what an interrupted `write_folder` left beside a folder; bring the folder back if it was moved away."""
-    old = _beside(folder, "old")
+    old = beside(folder, "old")
     if old.is_dir() and not folder.exists():
         old.rename(folder)
-    for leftover in (old, _beside(folder, "new")):
+    for leftover in (old, beside(folder, "new")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a text file in one piece: readers see the old one or the new one, after a loss of power too.
+@contextmanager
+def replacing(path: Path, name: str = "") -> Iterator[Path]:
+    """Yield a temporary path beside `path`; the file written there replaces `path`, unless the block fails.
 
-    SaveError where the disk is full.
+    Readers see the old file or the new one, even after the power failed. To write several files, all or none, enter
+    several.
+
+    Args:
+        name: how an error names the file, for instance `--output FILE`; "" = its path.
+
+    Raises SaveError if the file cannot be written, for instance because the disk is full.
     """
-    temporary = _beside(path, "new")
+    temporary = beside(path, "new")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         _flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        _flush_folder(path.absolute().parent)
     except OSError as error:
-        if temporary.is_file():
+        own = error.filename in (None, str(path), str(temporary), temporary, path)
+        reason = (error.strerror or error) if own else error
+        raise SaveError(f"{name or f'could not write {path}'}: {reason}") from error
+    finally:
+        with suppress(OSError):  # renamed, or never created
             temporary.unlink()
-        raise SaveError(f"could not write {path}: {error.strerror}") from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file in one piece: see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:
-    """Make a run's folder where it is missing, its name flushed to disk: its checkpoints are found through it."""
+    """Create a run's folder if it is missing, its name flushed to disk: its checkpoints are found through it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(PermissionError):  # the folder around it need not be ours to read
-            _flush(folder.absolute().parent)
+        _flush_folder(folder.absolute().parent)
     except OSError as error:
         raise SaveError(f"{folder}: {error.strerror}") from error
 
 
-def _beside(folder: Path, what: str) -> Path:
-    return folder.parent / f".{folder.name}.{what}"
+def beside(path: Path, suffix: str) -> Path:
+    """Return the hidden path beside `path` for its next or last contents: `.best.new` for `best` and `new`."""
+    return path.parent / f".{path.name}.{suffix}"
+
+
+def _flush_folder(folder: Path) -> None:
+    with suppress(PermissionError):  # a folder that may be written to need not be readable
+        _flush(folder)
 
 
 def _flush(path: Path) -> None:

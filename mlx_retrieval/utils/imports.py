@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_hidden: set[str] = set()
+
 
 def hide(*packages: str) -> None:
     """Make installed packages count as missing in this process, until `reveal`. Packages in use stay.
@@ -13,14 +15,16 @@ def hide(*packages: str) -> None:
     doubles the time to a first result, for nothing that MLX needs. transformers does not look for torch twice.
     """
     for name in packages:
-        sys.modules.setdefault(name, None)  # Python's own sign for "not to be imported"
+        if name not in sys.modules:
+            sys.modules[name] = None  # Python's own sign for "not to be imported"
+            _hidden.add(name)
 
 
 def reveal(*packages: str) -> None:
-    """Let hidden packages be imported again."""
-    for name in packages:
-        if name in sys.modules and sys.modules[name] is None:
-            del sys.modules[name]
+    """Let packages that `hide` hid be imported again."""
+    for name in _hidden.intersection(packages):
+        _hidden.discard(name)
+        del sys.modules[name]
 
 
 @contextmanager

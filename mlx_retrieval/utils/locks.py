@@ -1,31 +1,34 @@
-"""One process at a time in a folder: the system lets go of the lock whatever ends the process, so none is ever stale.
+"""Let one process at a time work in a folder. The system releases the lock however the process ends.
 
 with only_one(folder / ".lock", f"--output {folder}: another process is training there"):
     ...
 """
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mlx_retrieval.utils.errors import UserError
 
 
 @contextmanager
 def only_one(path: Path, refusal: str | UserError) -> Iterator[None]:
-    """Hold the lock file `path`, which is made where it is missing, and so is its folder.
+    """Hold the lock file `path`; it and its folder are created if they are missing.
 
-    Raises UserError with `refusal` where another process holds it, and where it cannot be made.
+    Raises UserError: with `refusal` if another process holds it; if it cannot be created or the disk has no locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
+        # A lock that is a mere file would outlive a process that is killed.
+        lock = FileLock(path, timeout=0, fallback_to_soft=False)
+        lock.acquire()
+    except Timeout as error:  # an OSError, too
+        raise (refusal if isinstance(refusal, UserError) else UserError(refusal)) from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise (refusal if isinstance(refusal, UserError) else UserError(refusal)) from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,0 +1,115 @@
+"""Files are replaced in one piece or not at all; locks end with their process; one bar for all.
+
+python -m pytest tests/utils/test_files.py
+"""
+
+import errno
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from mlx_retrieval.utils import files, locks
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "could not write .*/file: No space left on device"),
+        (OSError(errno.EACCES, "Permission denied", "source.py"), "could not write .*/file: .*denied: 'source.py'"),
+        (KeyboardInterrupt(), None),
+    ],
+)
+@pytest.mark.parametrize("old", [True, False])
+def test_a_block_that_fails_leaves_the_old_file(tmp_path, error, expected, old):
+    path = tmp_path / "file"
+    if old:
+        path.write_text("old")
+    with (
+        pytest.raises(files.SaveError if expected else KeyboardInterrupt, match=expected),
+        files.replacing(path) as new,
+    ):
+        new.write_text("half")
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] * old and (not old or path.read_text() == "old")
+
+
+def test_several_files_all_or_none(tmp_path):
+    def write(count: int) -> None:
+        with ExitStack() as stack:
+            for name in ("a", "b", "missing/c")[:count]:
+                stack.enter_context(files.replacing(tmp_path / name, f"--output {name}")).write_text("new")
+
+    with pytest.raises(files.SaveError, match="^--output missing/c: No such file"):
+        write(3)
+    assert list(tmp_path.iterdir()) == []
+    write(2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_that_does_not_exist_is_told_in_one_line(tmp_path):
+    name = f"--output {tmp_path / 'no' / 'file'}"
+    with pytest.raises(files.SaveError) as caught, files.replacing(tmp_path / "no" / "file", name) as new:
+        new.write_text("text")
+    assert str(caught.value) == f"{name}: No such file or directory"
+
+
+def test_a_folder_that_cannot_be_read_can_be_written_to(tmp_path, monkeypatch):
+    real = os.open
+
+    def refuse(path, *arguments, **options):
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    files.write_file(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_one_process_holds_the_lock_until_it_ends(tmp_path):
+    """Even if it is killed: no lock is ever stale."""
+    path = tmp_path / "new" / ".lock"
+    code = (
+        "import sys, time; from pathlib import Path; from mlx_retrieval.utils.locks import only_one\n"
+        "with only_one(Path(sys.argv[1]), 'held'): print('holding', flush=True); time.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "holding\n"
+        with pytest.raises(UserError, match="^another works there$"), locks.only_one(path, "another works there"):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with locks.only_one(path, "held"), pytest.raises(UserError, match="held"), locks.only_one(path, "held"):
+        pass
+    with locks.only_one(path, "held"):
+        path.unlink()  # as a folder that is removed with its lock
+    (path.parent / "file").write_text("")
+    with pytest.raises(UserError, match="file"), locks.only_one(path.parent / "file" / ".lock", "held"):
+        pass
+
+
+def test_one_bar_for_all(monkeypatch, capsys):
+    with progress_bar("embedding", "texts", 6, show=True) as progress:
+        progress(2)
+        progress(6, note="3 chunks")
+    err = capsys.readouterr().err
+    assert "embedding" in err and "6/6" in err and "texts" in err and "3 chunks" in err
+    with progress_bar("mining", "files", show=True) as progress:
+        progress(1, 2)
+    assert "1/2" in capsys.readouterr().err
+    for total, terminal in ((6, False), (0, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with progress_bar("embedding", "texts", total) as progress:
+            progress(2)
+        assert capsys.readouterr() == ("", "")
