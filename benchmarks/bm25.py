@@ -1,8 +1,8 @@
-"""What word overlap alone reaches: BM25's nDCG@10 on a folder in BEIR layout.
+"""Measure what word overlap alone reaches: BM25's nDCG@10 on a folder in BEIR layout.
 
     python benchmarks/bm25.py eval-data
 
-The BM25 that is the first stage of `eval.py --task rerank`, scored as eval.py scores a model.
+It is the BM25 of `eval.py --task rerank`, its first stage, and it is scored as eval.py scores a model.
 """
 
 import sys

@@ -5,7 +5,7 @@
 
 Both sides start from the same weights and LoRA matrices and take the same steps on the same batches, which are those
 that mlx-lm makes (rows in the file's order, its own shuffle of batches), with AdamW at a constant rate; both have this
-toolkit's BLAS. The validation loss of both adapters is measured by one and the same function. Figures in
+toolkit's BLAS. The validation loss of both adapters is measured by the same function. Figures in
 benchmarks/README.md.
 """
 
@@ -53,7 +53,7 @@ def write_conversations(source: Path, folder: Path, count: int) -> None:
 
 
 def ours(given: dict, seed: int) -> tuple[dict, float, float]:
-    """(results, wall seconds, of these in steps) of `train.py` on mlx-lm's batches."""
+    """Train with this toolkit on mlx-lm's batches; return (results, wall seconds, seconds in steps)."""
     began = time.perf_counter()
     run = prepare(for_task("chat", given))
     size = run.settings.batch_size
@@ -66,7 +66,7 @@ def ours(given: dict, seed: int) -> tuple[dict, float, float]:
 
 
 def theirs(settings: Settings, folder: Path) -> float:
-    """Wall seconds of mlx-lm's command with the same settings; it writes its adapter into `folder`."""
+    """Run mlx-lm's command with the same settings, which writes its adapter into `folder`; return the wall seconds."""
     final = Path(settings.output) / "final"
     adapted = json.loads((final / loading.ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config = {
@@ -102,7 +102,7 @@ def theirs(settings: Settings, folder: Path) -> float:
 
 
 def validation_loss(given: dict, adapter: Path) -> float:
-    """The loss of an adapter on all validation conversations."""
+    """Return the loss of an adapter on all validation conversations."""
     run = prepare(for_task("chat", given | {"val_batches": -1}))
     loading.load_trainable(run.trainer.model, read_safetensors(adapter / loading.ADAPTERS), adapter)
     return run.trainer.evaluate(0)["validation_loss"]

@@ -1,7 +1,7 @@
-"""Peak memory and speed of chat fine-tuning, by what can be set, beside the estimate that a run prints.
+"""Peak memory and speed of chat fine-tuning by its settings, beside the estimate that a run prints.
 
     python benchmarks/chat_memory.py                      the README's table, some minutes
-    python benchmarks/chat_memory.py --hidden 64 --layers 2 --length 64       a look at it
+    python benchmarks/chat_memory.py --hidden 64 --layers 2 --length 64       a quick look
 
 A Llama with random weights, LoRA r = 16, conversations of equal lengths; the second and third of three steps, each case
 in a process of its own. Figures in the README and in benchmarks/README.md.
@@ -52,7 +52,7 @@ def random_llama(folder: Path, hidden: int, layers: int, vocabulary: int, bits: 
 
 
 def conversations(folder: Path, length: int, count: int = 16) -> None:
-    """Write `train.jsonl` with conversations of about `length` tokens and more, of the texts that come along."""
+    """Write `train.jsonl` with conversations of about `length` tokens or more, from the toolkit's texts."""
     rows = [json.loads(line) for line in (ROOT / "train-data.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = itertools.cycle(row["document"] for row in rows)
     folder.mkdir(parents=True)
@@ -65,7 +65,7 @@ def conversations(folder: Path, length: int, count: int = 16) -> None:
 
 
 def measure(folder: str, bits: int, num_layers: int, grad_checkpoint: bool, batch: int, length: int) -> dict:
-    """Peak and estimate in bytes, and tokens/s, of one case."""
+    """Measure one case; return its peak and estimate in bytes, and its tokens/s."""
     from mlx_retrieval import backend
     from mlx_retrieval.training.chat.run import prepare
     from mlx_retrieval.training.config import for_task

@@ -40,7 +40,7 @@ SHOWN = ("precision_at_1", "mrr_at_10", "ndcg_at_10")
 
 
 def hold_out(found: list[Pair], modules: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """(to train on, held out): all pairs of `modules` random modules are held out."""
+    """Split pairs into (to train on, held out): all pairs of `modules` random modules are held out."""
     names = sorted({pair.path for pair in found})
     if modules >= len(names):
         sys.exit(f"only {len(names)} modules have pairs; --modules {modules} leaves none to train on")
@@ -49,7 +49,7 @@ def hold_out(found: list[Pair], modules: int, seed: int = 0) -> tuple[list[Pair]
 
 
 def write_task(folder: Path, held_out: list[Pair], queries: int) -> Path:
-    """The held-out functions as a BEIR corpus; docstrings of a random part of them as its queries."""
+    """Write the held-out functions as a BEIR corpus, with the docstrings of a random part of them as queries."""
     (folder / "qrels").mkdir(parents=True)
     asked = np.random.default_rng(1).permutation(len(held_out))[:queries].tolist()
     corpus = ({"_id": f"f{i}", "title": "", "text": pair.positive} for i, pair in enumerate(held_out))
@@ -62,7 +62,7 @@ def write_task(folder: Path, held_out: list[Pair], queries: int) -> Path:
 
 
 def measure(model: Model, task: Path, index: Path) -> dict[str, Evaluation]:
-    """Index the corpus and search it; mode -> figures."""
+    """Index the corpus and search it; return figures by mode."""
     indexer.update(task, index, model, max_characters=100_000)
     opened = lance_index.Index.open(index)
     queries, _ = index_search.resolve(index_search.read_queries(task), opened)
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def print_figures(kind: str, results: dict[str, dict[str, Evaluation]]) -> None:
-    """What was found before and after training, and what training gained."""
+    """Print the figures before and after training, and the gain."""
     rows = []
     for when, modes in results.items():
         for mode, result in modes.items():
@@ -135,7 +135,7 @@ def print_figures(kind: str, results: dict[str, dict[str, Evaluation]]) -> None:
 
 
 def print_candidates(model: Model, task: Path, folder: Path, counts: list[int]) -> None:
-    """How many of the ten best of all functions are found, and how fast, where `counts` of them are compared."""
+    """Print how many of the true ten best are found, and how fast, if only `counts` functions are compared."""
     index = lance_index.Index.open(folder)
     queries = model.encode([query.text for query in index_search.read_queries(task)][:200], prompt="query")
     stored = index.chunks.search().select(["id", "token_vectors"]).limit(None).to_arrow()

@@ -3,8 +3,8 @@
 python benchmarks/data_memory.py                               50,000 against 5,000,000 rows: 2 GB of disk, some minutes
 python benchmarks/data_memory.py --rows 5000 300000            in seconds
 
-Measured is the peak of resident memory from the interpreter's start to the last of ten batches, which are read and
-tokenised in the background as in training. What grows is the place of each row in its file and the order of an epoch.
+It measures the peak of resident memory from the interpreter's start to the last of ten batches, which are read and
+tokenised in the background as in training. Row positions and the order of an epoch grow with the data.
 """
 
 import argparse
@@ -22,7 +22,7 @@ WORDS = SENTENCE.split()
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Rows of about 400 bytes, all different."""
+    """Write rows of about 400 bytes, all different."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             first = i % len(WORDS)
@@ -32,7 +32,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes this process had resident. Not getrusage on Linux: that may tell the parent's from before exec."""
+    """Return the peak resident bytes of this process. On Linux, getrusage may count the parent's from before exec."""
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

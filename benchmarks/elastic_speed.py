@@ -39,7 +39,7 @@ FIELDS = "query=query,document=document"
 
 
 def fill(running: elasticsearch_server.Running, file: Path) -> int:
-    """Put the rows of a file into the index; returns how many."""
+    """Put the rows of a file into the index; return their number."""
     from elasticsearch import helpers
 
     texts = {"query": {"type": "text"}, "document": {"type": "text"}}
@@ -52,7 +52,7 @@ def fill(running: elasticsearch_server.Running, file: Path) -> int:
 
 
 def drain(settings: Settings) -> float:
-    """Documents a second into batches of token ids, over one epoch."""
+    """Return the documents a second that become batches of token ids, over one epoch."""
     rows = sources.open_source(settings.data, settings.es_fields)
     batches = Batches(rows, load(minilm(), max_length=settings.max_length).tokenizer, settings.batch_size)
     count = len(rows) // settings.batch_size
@@ -63,7 +63,7 @@ def drain(settings: Settings) -> float:
 
 
 def waiting(settings: Settings) -> tuple[float, float]:
-    """(seconds of a training step, its share spent waiting for data)."""
+    """Return (seconds of a training step, share of it spent waiting for data)."""
     with contextlib.redirect_stdout(io.StringIO()):
         found = run.prepare(settings).measure()
     return found["step"], found["data"] / found["step"]

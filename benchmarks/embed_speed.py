@@ -5,8 +5,8 @@
     python benchmarks/embed_speed.py --texts 500 --rounds 1
 
 The first answers of MedQuAD; both sides have the same weights and limit and sort by length themselves. A turn is one
-call of `encode`, from texts to numpy vectors, which must agree; the first one, with what is compiled and allocated only
-once, stands by itself. Figures in benchmarks/README.md.
+call of `encode`, from texts to numpy vectors, which must agree; the first one, which also compiles and allocates, is
+reported separately. Figures in benchmarks/README.md.
 """
 
 import argparse

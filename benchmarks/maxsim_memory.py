@@ -18,7 +18,7 @@ SHAPES = (256, 32, 128), (256, 180, 128)
 
 
 def measure(side: str) -> tuple[float, float]:
-    """(seconds, peak MB beyond the arguments) of scores and both gradients; the second of two runs."""
+    """Return (seconds, peak MB beyond the arguments) of scores and both gradients, in the second of two runs."""
     from mlx_retrieval.backend import mx
 
     from mlx_retrieval import backend

@@ -5,7 +5,7 @@
 
 Both sides start from the same weights and take the same steps on the same batches with the same LoRA targets, learning
 rate, schedule, clipping and temperature, each in a process of its own, one after the other; the peer trains with
-CachedMultipleNegativesRankingLoss. Both are evaluated by eval.py on the test folder. Prints how near the vectors are,
+CachedMultipleNegativesRankingLoss. Both are evaluated by eval.py on the test folder. Prints how close the vectors are,
 nDCG@10 of both before and after, and wall times. Figures in benchmarks/README.md.
 """
 
@@ -23,7 +23,7 @@ LINEAR = ["query", "key", "value", "attention.output.dense", "intermediate.dense
 
 
 class Peer:
-    """A SentenceTransformer under the names that eval.py wants."""
+    """A SentenceTransformer with the attributes that the evaluation reads."""
 
     name = "sentence-transformers"
 
@@ -35,7 +35,7 @@ class Peer:
 
 
 class Outcome(NamedTuple):
-    """What one side did."""
+    """The results of one side."""
 
     vectors: np.ndarray  # of the first documents, before training
     before: float  # nDCG@10
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 def evaluated(model: Any, test: str) -> tuple[np.ndarray, float, float]:
-    """Vectors of the first documents, nDCG@10, and the wall seconds that this took."""
+    """Return vectors of the first documents, nDCG@10, and the wall seconds that the evaluation took."""
     from mlx_retrieval.dataset.text_files import read_texts
     from mlx_retrieval.evaluation.retrieval import evaluate
 
@@ -68,7 +68,7 @@ def our_side(settings: dict[str, Any], test: str) -> Outcome:
 
 
 def steps_of(settings: dict[str, Any]) -> list[tuple[float, list[str], list[str]]]:
-    """(learning rate, queries, positives) of every step that the toolkit takes."""
+    """Return (learning rate, queries, positives) of every step that the toolkit takes."""
     from mlx_retrieval.training import config, run
     from mlx_retrieval.training.trainer import learning_rate
 
@@ -82,7 +82,7 @@ def steps_of(settings: dict[str, Any]) -> list[tuple[float, list[str], list[str]
 
 
 def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
-    """Nothing of the toolkit is imported before the training is over."""
+    """Train the peer. This process imports the toolkit only after training."""
     import peft
     import torch
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss

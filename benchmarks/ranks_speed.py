@@ -3,9 +3,9 @@
     python benchmarks/ranks_speed.py --data ../shared/data/medquad
     python benchmarks/ranks_speed.py --model gemma-3-tiny-mlx --batch-size 32 --rounds 3
 
-The two are ranks over mlx's ring on loopback, as `mlx.launch -n 2 --backend ring` starts them. Each process is held to
+The two are ranks over mlx's ring on loopback, as `mlx.launch -n 2 --backend ring` starts them. Each process is bound to
 a core and its libraries to a thread. A turn is a whole step, from token ids to updated weights; both sides have the
-same batches, so their losses must agree. Linux only, for want of a way to hold a process to a core elsewhere. Figures
+same batches, so their losses must agree. Linux only: other systems cannot bind a process to a core. Figures
 in benchmarks/README.md.
 """
 
@@ -29,7 +29,7 @@ THREADS = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_
 
 
 def held(core: int, environment: dict[str, str], arguments: tuple, steps: int) -> Callable[[int], Turn]:
-    """Hold this process to a core; the first turn loads everything, so that ranks do it at the same time."""
+    """Bind this process to a core; the first turn loads everything, so that ranks do it at the same time."""
     os.sched_setaffinity(0, {core})
     os.environ.update({name: "1" for name in THREADS} | environment)
     run = []

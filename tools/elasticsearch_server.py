@@ -36,12 +36,12 @@ START_SECONDS = 180
 
 
 def archive(version: str = VERSION) -> Path:
-    """Where Maven keeps the server."""
+    """Return the path where Maven stores the server."""
     return Path.home() / ".m2" / "repository" / Path(*PARTS) / version / f"elasticsearch-{version}.zip"
 
 
 def fetch(version: str = VERSION) -> Path:
-    """Fetch the server with Maven, unless it is there. RuntimeError says why it cannot be had."""
+    """Fetch the server with Maven unless it is there. RuntimeError says why it is not available."""
     if archive(version).is_file():
         return archive(version)
     if not shutil.which("mvn"):
@@ -57,7 +57,7 @@ def fetch(version: str = VERSION) -> Path:
 
 
 def java(version: str = VERSION) -> Path | None:
-    """The home of a Java that this server runs on; None where there is none."""
+    """Return the home of a Java that this server runs on; None if there is none."""
     least = 17 if version.startswith("8.") else 21
     found = [os.environ.get("ES_JAVA_HOME"), os.environ.get("JAVA_HOME"), *sorted(Path("/usr/lib/jvm").glob("*"))]
     if on_path := shutil.which("java"):
@@ -79,7 +79,7 @@ class Running:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers. RuntimeError with the end of its log where it does not."""
+        """Start it, and wait until it answers. RuntimeError with the end of its log if it does not."""
         log = self.folder.parent / "server.log"
         nobody = pwd.getpwnam("nobody")
         user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
@@ -108,13 +108,13 @@ class Running:
         raise RuntimeError(f"Elasticsearch did not start: {log.read_text(errors='replace')[-1500:]}")
 
     def kill(self) -> None:
-        """SIGKILL, without a chance to tidy up."""
+        """Send SIGKILL, so that the server cannot clean up."""
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def ask(self, method: str, path: str, body: dict | None = None) -> dict:
-        """One request as the superuser. OSError where it is refused."""
+        """Send one request as the superuser. OSError if it is refused."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
         if self.security:
@@ -128,7 +128,7 @@ class Running:
 
 @contextmanager
 def running(folder: Path, port: int = 0, security: bool = False, version: str = VERSION) -> Iterator[Running]:
-    """A server that is gone, with its data, at the end. RuntimeError says why there can be none.
+    """Run a server, and remove it and its data at the end. RuntimeError says why it cannot run.
 
     Args:
         folder: an empty one that any user may enter; the server and its data are put there.

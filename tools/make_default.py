@@ -1,4 +1,4 @@
-"""Make what a fresh checkout trains with: `train-data.jsonl`, `eval-data/` and `gemma-3-tiny-mlx/`.
+"""Make the files that a fresh checkout trains with: `train-data.jsonl`, `eval-data/` and `gemma-3-tiny-mlx/`.
 
 Run it again only to change them: the results are part of the repository. On one machine the same seed gives the same
 bytes; on another the model's weights may differ in their last digits. The data takes a second, the tokenizer a few,
@@ -25,7 +25,7 @@ STEPS = 700
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=TOOLS.parent, help="folder to write to (default: the checkout)")
     parser.add_argument("--data-only", action="store_true", help="write the data, leave the model alone")

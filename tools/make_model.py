@@ -1,8 +1,8 @@
 """Make the default base model: a Gemma 3 architecture of a few million weights and its tokenizer, from nothing.
 
 The tokenizer is a byte-fallback BPE trained on generated text; the model is a causal language model trained on the same
-kind of text for a few minutes. It knows the words of tools/vocabulary.yaml and how sentences go on, and nothing of
-retrieval: that is what train.py is for. `check` compares its hidden states in MLX and in transformers.
+kind of text for a few minutes. It knows the words of tools/vocabulary.yaml and how sentences go on, but not
+retrieval, which train.py teaches it. `check` compares its hidden states in MLX and in transformers.
 
     python tools/make_default.py
 """

@@ -295,7 +295,7 @@ def test_queries_of_another_length(bases, tmp_path, capsys):
     """sentence-transformers has one limit, the larger; embed.py keeps both."""
     _, adapter = trained(bases["bert"], tmp_path / "run" / "final", max_length=300, query_max_length=20)
     folder = run_export(tmp_path / "out", adapter=adapter, skip_library_check=False)
-    assert "one limit: 300 tokens" in capsys.readouterr().out
+    assert "one limit for all texts: 300 tokens" in capsys.readouterr().out
     assert read_json(folder, "sentence_bert_config.json")["max_seq_length"] == 300
     model = embedder.load(folder)
     assert (model.config.max_length, model.config.query_max_length) == (300, 20)
