@@ -267,6 +267,7 @@ def data(tmp_path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_t5_training_equals_torch(t5, data, tmp_path):
     """InfoNCE + margin over MaxSim with LoRA on q and v, as XTR-base was trained: twenty steps of the same loss."""
     from transformers import T5EncoderModel

@@ -39,6 +39,8 @@ KINDS = {
     "llama": "full",
     "bidirectional": "lora",
 }
+QUICK = ("bert", "t5", "qwen3")
+ALL_KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 POSITIONS = 700
 
 
@@ -147,7 +149,7 @@ def sentence_transformer(folder: Path):
 # --- the same vectors -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_sentence_transformers_and_embed_give_the_unmerged_models_vectors(bases, adapters, vectors, tmp_path, kind):
     expected = vectors(kind)
     few = some_texts()[::7]
@@ -168,7 +170,7 @@ def test_sentence_transformers_and_embed_give_the_unmerged_models_vectors(bases,
     assert read_json(folder, "retrieval_config.json")["base_model"] == str(bases[kind])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_mlx_folders(adapters, vectors, tmp_path, kind):
     """mlx-lm gives the same states where it knows the architecture and it is causal; embed.load the same vectors."""
     folder = run_export(tmp_path / "out", adapter=adapters[kind], format="mlx")

@@ -535,6 +535,7 @@ def test_more_work_takes_more_memory_and_checkpointing_never_adds(rows, width, l
     assert checkpointed <= plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"grad_checkpoint": True}, {"num_layers": 1}, {"batch_size": 8}], ids=str)
 def test_the_estimate_is_near_the_peak(settings, bases, changes):
     run = prepare(settings(**{"model": bases["llama"], "batch_size": 4} | changes))
