@@ -196,6 +196,7 @@ def test_what_must_be_saved_must(settings, tmp_path, full_disk, monkeypatch):
 def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, monkeypatch, number, code):
     """And continued, the run ends as one that nobody stopped."""
     monkeypatch.undo()  # the process below computes with the usual shapes
+    monkeypatch.setattr(backend, "COMPILED", backend.FUSED)  # as that process, where quick tests do without
     s = settings(steps=50, lora_dropout=0.2, save_steps=1000)
     s.write(tmp_path / "settings.yaml")
     process = subprocess.Popen(
