@@ -321,8 +321,8 @@ def add_score(commands: argparse._SubParsersAction) -> None:
     add_files(out, "rows with negatives, or with documents")
     flag = out.add_argument
     flag("--teacher", required=True, metavar="MODEL", help="a reranker, or an embedding model")
-    flag("--teacher-kind", choices=KINDS, help="default: as its files say; a language model whose files do not say is "
-         "a reranker if its name has 'rerank'")  # fmt: skip
+    flag("--teacher-kind", choices=KINDS, help="kind of teacher (default: as its files say; a language model whose "
+         "files do not say is a reranker if its name has 'rerank')")  # fmt: skip
     flag("--reranker-type", metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--max-length", type=int, metavar="N", help="truncate texts to N tokens (default: as saved)")
     out.set_defaults(run=run_score)

@@ -40,7 +40,7 @@ REASONS = {
     "test function": "named test*, Rust's #[test], or in a Rust module tests",
     "no docstring": "nor a comment directly above",
     "syntax error": "inside the definition",
-    "docstring no prose": "TODO, licence, linter's marks, code, or less than half letters",
+    "docstring no prose": "TODO, licence, linter directive, code, or less than half of it letters",
     "docstring too short": f"fewer than {MIN_WORDS} words before the first section (parameters, returns, ...)",
     "trivial body": "under --min-lines lines of code, or a body that only passes, raises, or gets or sets one value",
     "too long": f"over --max-lines lines, or over {MAX_CHARACTERS:,} characters",
