@@ -22,25 +22,32 @@ def checkpoint_blocks(backbone: Backbone) -> None:
     parameters stay as they are.
     """
     for layer in backbone.layers:
-        kind = type(layer)
-        if kind.__call__ is _call:  # already
-            continue
-        layer.__class__ = type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": _call})
+        if not _is_checkpointed(layer):
+            layer.__class__ = _checkpointing(type(layer))
 
 
 def checkpointed(backbone: Backbone) -> bool:
-    """Whether `checkpoint_blocks` was called on it."""
-    return any(type(layer).__call__ is _call for layer in backbone.layers)
+    """Return whether `checkpoint_blocks` was called on it."""
+    return any(_is_checkpointed(layer) for layer in backbone.layers)
 
 
-def _call(self: nn.Module, *args, **kwargs):
-    # A block runs twice, and both times has to drop the same inputs: it starts from a seed of its own.
-    dropout_seed = _draw.getrandbits(32)
+def _is_checkpointed(layer: nn.Module) -> bool:
+    return getattr(type(layer), "recomputes", False)
 
-    def block(parameters: dict, *args, **kwargs):
-        mx.random.seed(dropout_seed)
-        self.update(parameters)
-        return super(type(self), self).__call__(*args, **kwargs)
 
-    # All arrays among the arguments are traced: some blocks take more than x that has a gradient.
-    return mx.checkpoint(block)(self.trainable_parameters(), *args, **kwargs)
+def _checkpointing(kind: type) -> type:
+    """Return a subclass that recomputes; classes may be derived from it in turn."""
+
+    def call(self: nn.Module, *args, **kwargs):
+        # A block runs twice, and both times has to drop the same inputs: it starts from a seed of its own.
+        dropout_seed = _draw.getrandbits(32)
+
+        def block(parameters: dict, *args, **kwargs):
+            mx.random.seed(dropout_seed)
+            self.update(parameters)
+            return kind.__call__(self, *args, **kwargs)
+
+        # All arrays among the arguments are traced: some blocks take more than x that has a gradient.
+        return mx.checkpoint(block)(self.trainable_parameters(), *args, **kwargs)
+
+    return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call, "recomputes": True})

@@ -10,20 +10,21 @@ from mlx_retrieval.backbones.ops import known_linear, merged_linear
 
 
 def mergeable(model: nn.Module) -> list[nn.Module]:
-    """The LoRA layers whose weight can have the adapter added without loss: float32, not quantised, no dropout."""
+    """Return the LoRA layers whose adapter can be added to the weight exactly: float32, not quantised, no dropout."""
     adapters = sys.modules.get("mlx_lm.tuner.lora")  # a second to import; without it, no layer can be one of its
     found = []
     for module in model.modules() if adapters else []:
         if not isinstance(module, adapters.LoRALinear) or module.dropout._p_1 < 1:
             continue
         if type(module.linear) is nn.Linear and module.linear.weight.dtype == mx.float32:
-            _teach(module)
+            if not hasattr(type(module), "_merged"):
+                module.__class__ = _merging(type(module))
             found.append(module)
     return found
 
 
 def merge(layer: nn.Module) -> mx.array:
-    """(out, in): the weight of a `mergeable` layer with its adapter added."""
+    """Return the weight (out, in) of a `mergeable` layer with its adapter added."""
     return layer.linear.weight + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
 
 
@@ -45,7 +46,7 @@ class Products:
 
 
 def product_size(layers: Sequence[nn.Module]) -> int:
-    """Bytes a token of the products of `mergeable` layers."""
+    """Return the bytes that the products of `mergeable` layers take for each token."""
     return sum(layer.linear.weight.shape[0] * layer.linear.weight.itemsize for layer in layers)
 
 
@@ -65,16 +66,14 @@ def merged(layers: Sequence[nn.Module], weights: Sequence[mx.array], products: P
             object.__setattr__(layer, "_merged", None)
 
 
-def _teach(layer: nn.Module) -> None:
-    """Give a layer a class of its own that knows merged weights; mlx-lm's class and all names stay as they are."""
-    kind = type(layer)
-    if kind.__call__ is not _call:
-        layer.__class__ = type(f"Merging{kind.__name__}", (kind,), {"__call__": _call, "_merged": None})
+def _merging(kind: type) -> type:
+    """Return a subclass that uses merged weights; mlx-lm's class and all names of parameters stay the same."""
 
+    def call(self: nn.Module, x: mx.array) -> mx.array:
+        if self._merged is None:
+            return kind.__call__(self, x)
+        weight, products = self._merged
+        y = products(x, weight, self.lora_a, self.scale * self.lora_b)
+        return y + self.linear.bias if "bias" in self.linear else y
 
-def _call(self: nn.Module, x: mx.array) -> mx.array:
-    if self._merged is None:
-        return super(type(self), self).__call__(x)
-    weight, products = self._merged
-    y = products(x, weight, self.lora_a, self.scale * self.lora_b)
-    return y + self.linear.bias if "bias" in self.linear else y
+    return type(f"Merging{kind.__name__}", (kind,), {"__call__": call, "_merged": None})

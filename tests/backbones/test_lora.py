@@ -16,7 +16,7 @@ from backbone_checks import assert_checkpointing_changes_nothing, direction, gra
 from mlx.utils import tree_flatten, tree_unflatten
 from random_models import LAYERS, shake, texts
 
-from mlx_retrieval.backbones import Backbone, count_parameters, gradient_checkpointing, load_backbone, lora
+from mlx_retrieval.backbones import Backbone, count_parameters, gradient_checkpointing, load_backbone, lora, merged_lora
 from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.utils.errors import UserError
 
@@ -421,3 +421,17 @@ def test_adapters_do_not_change_the_comparison_of_bases(folders, tmp_path):
     found = marks(folders["qwen3"])
     assert lora.differing({}, found) == []  # nothing is known of the base
     assert lora.differing(found | {"norms": "not what is written there"}, found) == ["norms"]
+
+
+def test_changed_classes_can_be_stacked():
+    """Regression: `super(type(self), self)` called itself without end where a class was derived from a changed one."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    layer = LoRALinear.from_base(nn.Linear(4, 3))
+    x = mx.ones((2, 4))
+    expected = layer(x)
+    layer.__class__ = merged_lora._merging(type(layer))
+    layer.__class__ = type("Derived", (gradient_checkpointing._checkpointing(type(layer)),), {})
+    assert mx.array_equal(layer(x), expected)
+    layer.__class__ = merged_lora._merging(type(layer))
+    assert mx.array_equal(layer(x), expected)
