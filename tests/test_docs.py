@@ -1,0 +1,555 @@
+"""The documentation keeps its word: commands parse, snippets import, bodies fit, links and paths lead somewhere.
+
+python -m pytest tests/test_docs.py
+
+Every fenced block of README.md, docs/, CONTRIBUTING.md and the notebooks of examples/ is checked, without running it:
+
+    sh        each command goes through the real argparse parser of its script, with abbreviations refused
+    python    compiled; imports are executed; calls of our own functions are held against their signatures
+    json, jsonl, yaml    read; training rows and server bodies by the code that reads them in earnest
+    text      a screen or a tree of files: only looked at
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "adapters" / "README.md", ROOT / "benchmarks" / "README.md"]
+TOPICS = [page for page in PAGES if page.parent.name == "docs" and page.name != "README.md"]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+LANGUAGES = {"sh", "python", "json", "jsonl", "yaml", "text"}
+
+FOLDERS = ("benchmarks", "configs", "docs", "eval-data", "examples", "gemma-3-tiny-mlx", "mlx_retrieval", "tests")
+FOLDERS += ("tools",)
+ELSEWHERE = {"convert_hf_to_gguf.py"}  # scripts of other projects
+OPTIONAL = {"openai"}  # libraries that a reader may have and the tests have not
+# Commands whose words are not checked; every other command has to be known to `check_command`.
+UNCHECKED = {"cd", "git", "ruff", "source", "lint-imports", ".ci/run"}
+ROW_KEYS = ({"query", "document"}, {"query", "positive"}, {"query", "documents"}, {"anchor", "positive"})
+
+
+class Block(NamedTuple):
+    """A fenced block, or the code cells of a notebook."""
+
+    where: str  # file:line
+    language: str
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks of a page."""
+    name = page.relative_to(ROOT) if page.is_relative_to(ROOT) else page.name
+    out, fence, start, language, lines = [], "", 0, "", []
+    for number, line in enumerate(page.read_text(encoding="utf-8").split("\n"), start=1):
+        match = re.match(r"^ *(```+)\s*([\w-]*)", line)
+        if match and not fence:
+            fence, language, start, lines = match[1], match[2], number, []
+        elif match and match[1] == fence and not match[2]:
+            out.append(Block(f"{name}:{start}", language, "\n".join(lines) + "\n"))
+            fence = ""
+        elif fence:
+            lines.append(line)
+    assert not fence, f"{name}:{start}: the fence is never closed"
+    return out
+
+
+def prose_of(page: Path) -> str:
+    """A page without its fenced blocks."""
+    out, fence = [], ""
+    for line in page.read_text(encoding="utf-8").split("\n"):
+        match = re.match(r"^ *(```+)", line)
+        if match and fence in ("", match[1]):
+            fence = "" if fence else match[1]
+        elif not fence:
+            out.append(line)
+    return "\n".join(out)
+
+
+def cells_of(notebook: Path) -> Block:
+    """The code of a notebook as one block."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return Block(str(notebook.relative_to(ROOT)), "python", "\n".join(code))
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def blocks_in(*languages: str) -> list:
+    """The blocks in these languages, as parameters that are named by their place."""
+    return [pytest.param(block, id=block.where) for block in BLOCKS if block.language in languages]
+
+
+# --- shell ------------------------------------------------------------------------------------------------------------
+
+
+def simple_commands(text: str) -> Iterator[list[str]]:
+    """The words of each command of a shell block, without comments and assignments; `&&`, `;`, `|` and `&` separate."""
+    pending = ""
+    for line in text.split("\n"):
+        pending += line
+        if pending.endswith("\\"):
+            pending = pending[:-1]
+            continue
+        try:
+            shlex.split(pending, comments=True)
+        except ValueError:  # a quotation that goes on
+            pending += "\n"
+            continue
+        lexer = shlex.shlex(pending, posix=True, punctuation_chars=";&|")
+        lexer.whitespace_split, pending, words = True, "", []
+        for word in [*lexer, ";"]:
+            if set(word) <= set(";&|"):
+                while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0], re.DOTALL):
+                    words.pop(0)
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+    assert not pending, f"the command never ends: {pending}"
+
+
+class Parsed(BaseException):
+    """Raised instead of all that follows the parsing of a command line; no command catches it."""
+
+
+PARSE_ARGS = argparse.ArgumentParser.parse_args
+
+
+def _exact(parser: argparse.ArgumentParser) -> None:
+    """Refuse abbreviated flags, in subcommands too."""
+    parser.allow_abbrev = False
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                _exact(child)
+
+
+def _parse_and_stop(self: argparse.ArgumentParser, args=None, namespace=None):
+    _exact(self)
+    raise Parsed(PARSE_ARGS(self, args, namespace))
+
+
+def parse(main: Callable, words: list[str]) -> argparse.Namespace:
+    """The flags of a command line as its own parser reads them; AssertionError with the parser's message."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", _parse_and_stop)
+        patch.setattr(sys, "argv", ["command", *words])
+        patch.chdir(ROOT)
+        try:
+            with contextlib.redirect_stderr(errors):
+                main(words) if inspect.signature(main).parameters else main()
+        except Parsed as done:
+            return done.args[0]
+        except SystemExit:
+            raise AssertionError(errors.getvalue().strip().splitlines()[-1]) from None
+    raise AssertionError("the command does not parse its flags with argparse")
+
+
+def check_script(script: str, words: list[str]) -> None:
+    """The flags of a script exist."""
+    if script in ELSEWHERE:
+        return
+    assert (ROOT / script).is_file(), f"{script}: no such file"
+    if "/" not in script:
+        parse(importlib.import_module(script.removesuffix(".py")).main, words)
+        return
+    # Benchmarks and tools import peers that take seconds: their flags are looked up in the source.
+    source = (ROOT / script).read_text(encoding="utf-8")
+    for word in words:
+        flag = word.partition("=")[0]
+        assert not flag.startswith("--") or f'"{flag}"' in source, f"{script} has no {flag}"
+
+
+def check_pytest(words: list[str]) -> None:
+    config = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    for word in words:
+        if word.startswith("-"):
+            assert word in ("-k", "-q", "-x", "--lf") or f'"{word}"' in config, f"pytest has no {word}"
+        elif "/" in word or word.endswith(".py"):
+            assert (ROOT / word.partition("::")[0]).exists(), f"{word}: no such file"
+
+
+def check_pip(words: list[str]) -> None:
+    for flag, value in itertools.pairwise(words):
+        if flag in ("-r", "--requirement"):
+            assert (ROOT / value).is_file(), f"{value}: no such file"
+
+
+def check_curl(words: list[str]) -> None:
+    """A request to the server: its path, its headers and its body."""
+    path = next(re.sub(r"https?://[^/]+", "", word) for word in words if word.startswith("http"))
+    bodies = [words[i + 1] for i, word in enumerate(words) if word in ("-d", "--data", "--json")]
+    if not bodies:
+        assert path == "/health", f"{path} takes a body"
+        return
+    kind = [word.lower().replace(" ", "") for word in words]
+    assert "--json" in words or "content-type:application/json" in kind, "the server wants a Content-Type"
+    check_body(path, json.loads(bodies[0]))
+
+
+def check_body(path: str, body: dict) -> None:
+    """A request's body, by the models of the server."""
+    from mlx_retrieval.inference.server import EmbeddingsBody, RerankBody
+
+    {"/v1/rerank": RerankBody, "/rerank": RerankBody, "/v1/embeddings": EmbeddingsBody}[path].model_validate(body)
+
+
+def check_command(words: list[str]) -> None:
+    """AssertionError where a command of the documentation can not work; an unknown command is one."""
+    name, *rest = words
+    if name == "mlx.launch":
+        assert "python" in rest, "mlx.launch needs `python` before the script"
+        check_command(rest[rest.index("python") :])
+    elif name in ("python", "python3") and rest[0] == "-m":
+        {"pytest": check_pytest, "pip": check_pip, "venv": lambda _: None}[rest[1]](rest[2:])
+    elif name in ("python", "python3") and rest[0] == "-c":
+        check_python(rest[1])
+    elif name in ("python", "python3"):
+        check_script(rest[0], rest[1:])
+    elif name.startswith("mlx_lm."):
+        parse(importlib.import_module(name).main, rest)
+    elif name == "pip":
+        check_pip(rest)
+    elif name == "curl":
+        check_curl(rest)
+    else:
+        assert name in UNCHECKED, f"{name}: this test does not know how to check that command"
+
+
+@pytest.mark.parametrize("block", blocks_in("sh"))
+def test_commands_parse(block):
+    for words in simple_commands(block.text):
+        try:
+            check_command(words)
+        except (AssertionError, ValueError, LookupError) as error:
+            pytest.fail(f"{block.where}: {shlex.join(words)}: {error}", pytrace=False)
+
+
+TRAIN = [
+    pytest.param(words, id=block.where)
+    for block in BLOCKS
+    if block.language == "sh"
+    for words in simple_commands(block.text)
+    if "train.py" in words
+]
+
+
+@pytest.mark.parametrize("words", TRAIN)
+def test_training_commands_are_sound(words, monkeypatch):
+    """Values are in range, no flag belongs to another task, a run has a folder of its own, and --config can be read."""
+    from mlx_retrieval.training.flags import from_flags
+
+    monkeypatch.chdir(ROOT)
+    argv = words[words.index("train.py") + 1 :]
+    for i in [i for i, word in enumerate(argv) if word == "--config" and argv[i + 1].startswith("adapters/")]:
+        del argv[i : i + 2]  # of a run that the reader has made
+    settings, given = from_flags("", "", argv)
+    if settings.task:
+        settings.check_task(settings.task)
+    free = {"dry_run", "profile", "resume", "overwrite"} & given.keys()
+    assert not argv or given.keys() & {"output"} or free, "a second run in adapters/ is refused: add --output"
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+
+def is_ours(module: str) -> bool:
+    root = module.partition(".")[0]
+    return (ROOT / f"{root}.py").is_file() or (ROOT / root / "__init__.py").is_file()
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> dict[str, Any]:
+    """What an import statement binds, for modules of ours; others must only be there."""
+    if isinstance(node, ast.Import):
+        modules = [(alias.asname or alias.name, alias.name, "") for alias in node.names]
+    else:
+        modules = [(alias.asname or alias.name, node.module, alias.name) for alias in node.names]
+    out = {}
+    for bound, module, attribute in modules:
+        if not is_ours(module):
+            root = module.partition(".")[0]
+            assert root in OPTIONAL or importlib.util.find_spec(root), f"no module {root}"
+            continue
+        out[bound] = importlib.import_module(module)
+        if attribute and not hasattr(out[bound], attribute):
+            importlib.import_module(f"{module}.{attribute}")
+        if attribute:
+            out[bound] = getattr(out[bound], attribute)
+    return out
+
+
+class Calls(ast.NodeVisitor):
+    """Holds calls of our own functions, classes and methods against their signatures."""
+
+    def __init__(self):
+        self.objects: dict[str, Any] = {}  # names that imports bind
+        self.kinds: dict[str, type] = {}  # variables -> class of their value
+
+    def resolve(self, node: ast.expr) -> Any:
+        """The function or class that an expression names; None where it is not one of ours."""
+        if isinstance(node, ast.Name):
+            return self.objects.get(node.id)
+        if isinstance(node, ast.Attribute):
+            owner = self.resolve(node.value)
+            if owner is None and isinstance(node.value, ast.Name):
+                owner = self.kinds.get(node.value.id)
+            if owner is not None:
+                assert hasattr(owner, node.attr), f"{ast.unparse(node)}: {owner} has no {node.attr}"
+                return getattr(owner, node.attr)
+        return None
+
+    def visit_Import(self, node):
+        self.objects |= imported(node)
+
+    def visit_ImportFrom(self, node):
+        self.objects |= imported(node)
+
+    def visit_Assign(self, node):
+        self.generic_visit(node)
+        called = self.resolve(node.value.func) if isinstance(node.value, ast.Call) else None
+        if called is not None and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            if not inspect.isclass(called):
+                try:
+                    called = typing.get_type_hints(called).get("return")
+                except NameError:  # a type that is imported for type checkers only
+                    called = None
+            if inspect.isclass(called) and is_ours(called.__module__):
+                self.kinds[node.targets[0].id] = called
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        called = self.resolve(node.func)
+        if not callable(called) or any(isinstance(a, ast.Starred) for a in node.args):
+            return
+        keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+        bind = inspect.signature(called).bind
+        if any(keyword.arg is None for keyword in node.keywords):
+            bind = inspect.signature(called).bind_partial
+        method = isinstance(node.func, ast.Attribute) and inspect.isfunction(called) and "." in called.__qualname__
+        try:
+            bind(*[None] * (len(node.args) + method), **keywords)
+        except TypeError as error:
+            raise AssertionError(f"{ast.unparse(node)[:80]}: {error}") from None
+
+
+def check_python(source: str) -> None:
+    """AssertionError, ImportError or SyntaxError where a snippet can not work."""
+    Calls().visit(ast.parse(source))
+
+
+@pytest.mark.parametrize("block", [*blocks_in("python"), *(pytest.param(cells_of(n), id=n.name) for n in NOTEBOOKS)])
+def test_snippets_import(block):
+    try:
+        check_python(block.text)
+    except (AssertionError, ImportError, SyntaxError) as error:
+        pytest.fail(f"{block.where}: {error}", pytrace=False)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", blocks_in("json", "jsonl"))
+def test_rows_and_bodies_are_read(block):
+    from mlx_retrieval.dataset.row_formats import parse as parse_row
+    from mlx_retrieval.training.chat.data import messages_of, row_format
+
+    if block.language == "json":
+        json.loads(block.text)
+        return
+    for line in filter(str.strip, block.text.split("\n")):
+        row = json.loads(line)
+        if any(keys <= row.keys() for keys in ROW_KEYS):
+            parse_row(line.encode())
+        elif row_format(row) in ("messages", "prompt"):
+            messages_of(row)
+
+
+@pytest.mark.parametrize("block", blocks_in("yaml"))
+def test_settings_in_yaml_exist(block, tmp_path):
+    from mlx_retrieval.training.flags import read_yaml
+
+    (tmp_path / "settings.yaml").write_text(block.text)
+    assert read_yaml(tmp_path / "settings.yaml").keys() == yaml.safe_load(block.text).keys()
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    slugs = []
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose_of(page), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slugs.append(re.sub(r"[^\w\- ]", "", plain).replace(" ", "-"))
+    repeated = {f"{slug}-{n}" for slug in slugs for n in range(1, slugs.count(slug))}
+    return {*slugs, *repeated}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links of a page that lead nowhere."""
+    text, out = re.sub(r"`[^`\n]*`", "", prose_of(page)), []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            out.append(link)
+    return out
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page):
+    assert broken_links(page) == []
+
+
+def is_path_of_ours(text: str) -> bool:
+    """Whether a word in backticks is meant as a file or folder of the repository."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", text) or text in ELSEWHERE:
+        return False
+    folder, slash, _ = text.partition("/")
+    return folder in FOLDERS if slash else text.endswith((".py", ".toml", ".ipynb"))
+
+
+def lost_paths(text: str) -> list[str]:
+    """Paths of the repository in a page's prose and shell blocks that do not exist."""
+    words = [word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()]
+    return sorted({word for word in words if is_path_of_ours(word) and not (ROOT / word).exists()})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_exist(page):
+    assert lost_paths(prose_of(page)) == []
+    shell = [f"`{word}`" for block in blocks_of(page) if block.language == "sh" for word in block.text.split()]
+    assert lost_paths(" ".join(word for word in shell if "/" in word)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_has_a_language(page):
+    assert [block.where for block in blocks_of(page) if block.language not in LANGUAGES] == []
+
+
+def test_the_readme_is_short_and_leads_everywhere():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 160
+    for index, prefix in (("README.md", "docs/"), ("docs/README.md", "")):
+        text = (ROOT / index).read_text(encoding="utf-8")
+        assert [page.name for page in TOPICS if f"({prefix}{page.name}" not in text] == [], index
+
+
+def test_the_readme_begins_with_the_commands_that_ci_runs():
+    first, second = [block for block in blocks_of(ROOT / "README.md") if block.language == "sh"][:2]
+    assert first.text.strip() == "pip install -r requirements.txt && python train.py"
+    assert second.text.strip() == "pip install -r tests/requirements.txt && python -m pytest"
+
+
+@pytest.mark.parametrize("page", TOPICS, ids=lambda page: page.name)
+def test_a_page_opens_with_a_command(page):
+    head = page.read_text(encoding="utf-8").split("\n## ")[0]
+    assert head.startswith("# ") and "```sh\n" in head
+
+
+def test_the_tree_in_architecture_is_whole():
+    """Every tracked file at the top and every package is in the tree, and nothing that does not exist."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    tree = next(b.text for b in blocks_of(ROOT / "docs" / "architecture.md") if "train.py" in b.text)
+    tracked = [path.split("/") for path in done.stdout.split() if not path.startswith(".")]
+    packages = {parts[1] for parts in tracked if parts[0] == "mlx_retrieval" and len(parts) > 2}
+    assert {name for name in {parts[0] for parts in tracked} if name not in tree} == set()
+    assert {name for name in packages if f"  {name}/" not in tree} == set()
+    inside = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
+    assert {name for name in inside if not (ROOT / "mlx_retrieval" / name).is_dir()} == set()
+    named = re.findall(r"^([\w.-]+(?:/|\.\w+))", tree, re.MULTILINE)
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+# --- these tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("python train.py --batchsize 64", "--batchsize"),
+        ("python train.py --batch 64", "--batch"),  # argparse alone would take this for --batch-size
+        ("python train.py --batch-size many", "invalid int"),
+        ("python eval.py --model M --tasks eval-data", "--tasks"),
+        ("python search.py index src --modle M", "--modle|required"),
+        ("python search.py find words", "invalid choice"),
+        ("python mine.py code src", "--output"),
+        ("python export.py --adapter A", "--output"),
+        ("mlx.launch -n 2 python train.py --wrong", "--wrong"),
+        ("cd x && ES_NODE=http://host:9200 python train.py --wrong", "--wrong"),
+        ("python nowhere.py", "no such file"),
+        ("python benchmarks/bm25.py --wrong eval-data", "has no --wrong"),
+        ("pip install -r nowhere.txt", "no such file"),
+        ("pytohn train.py", "does not know"),
+        ("curl http://127.0.0.1:8000/v1/rerank -d '{}'", "Content-Type"),
+        ("curl http://127.0.0.1:8000/v1/rerank --json '{'", "Expecting"),
+        ('curl http://127.0.0.1:8000/v1/rerank --json \'{"query": "a"}\'', "documents"),
+    ],
+)
+def test_a_wrong_command_is_found(command, message):
+    with pytest.raises((AssertionError, ValueError), match=message):
+        for words in simple_commands(command):
+            check_command(words)
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "from mlx_retrieval import lode",
+        "import mlx_retrieval.nothing",
+        "from no_such_library import x",
+        "def f(:",
+        "from mlx_retrieval import load\nload()",
+        "from mlx_retrieval import load\nmodel = load('x')\nmodel.embed(['a'])",
+        "from mlx_retrieval import load\nmodel = load('x')\nmodel.encode(['a'], prompts='query')",
+        "from mlx_retrieval import Searcher\nSearcher('.index', modle='x')",
+    ],
+)
+def test_a_wrong_snippet_is_found(snippet):
+    with pytest.raises((AssertionError, ImportError, SyntaxError)):
+        check_python(snippet)
+
+
+def test_shell_blocks_are_read_as_a_shell_does():
+    text = "# no\nA=1 python x.py \\\n  --a 'b # c' && d  # no\ncurl u --json '{\n}'\ne | f &\n"
+    commands = [["python", "x.py", "--a", "b # c"], ["d"], ["curl", "u", "--json", "{\n}"], ["e"], ["f"]]
+    assert list(simple_commands(text)) == commands
+
+
+def test_wrong_links_paths_and_fences_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b` c\n[x](#a-b-c) [y](#nothing) [z](gone.md) `[q](r.md)` [w](https://a.b)\n")
+    assert broken_links(page) == ["#nothing", "gone.md"]
+    assert lost_paths("`train.py` `nothing.py` `tests/no.py` `docs.jsonl` `src/a.py` `convert_hf_to_gguf.py`") == [
+        "nothing.py",
+        "tests/no.py",
+    ]
+    page.write_text("```sh\npython train.py\n")
+    with pytest.raises(AssertionError, match="never closed"):
+        blocks_of(page)
