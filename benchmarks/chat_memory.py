@@ -1,10 +1,10 @@
 """Peak memory and speed of chat fine-tuning by its settings, beside the estimate that a run prints.
 
-    python benchmarks/chat_memory.py                      the README's table, some minutes
+    python benchmarks/chat_memory.py                      the table of docs/chat.md, some minutes
     python benchmarks/chat_memory.py --hidden 64 --layers 2 --length 64       a quick look
 
 A Llama with random weights, LoRA r = 16, conversations of equal lengths; the second and third of three steps, each case
-in a process of its own. Figures in the README and in benchmarks/README.md.
+in a process of its own. Figures in docs/chat.md and in benchmarks/README.md.
 """
 
 import argparse

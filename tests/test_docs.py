@@ -34,7 +34,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "adapters" / "README.md", ROOT / "benchmarks" / "README.md"]
-TOPICS = [page for page in PAGES if page.parent.name == "docs" and page.name != "README.md"]
+TOPICS = [page for page in PAGES if page.parent == ROOT / "docs" and page.name != "README.md"]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 LANGUAGES = {"sh", "python", "json", "jsonl", "yaml", "text"}
 
@@ -256,12 +256,10 @@ TRAIN = [
 ]
 
 
-@pytest.mark.parametrize("words", TRAIN)
-def test_training_commands_are_sound(words, monkeypatch):
-    """Values are in range, no flag belongs to another task, a run has a folder of its own, and --config can be read."""
+def check_training(words: list[str]) -> None:
+    """UserError for a wrong value, a wrong --config or a flag of another task; AssertionError without --output."""
     from mlx_retrieval.training.flags import from_flags
 
-    monkeypatch.chdir(ROOT)
     argv = words[words.index("train.py") + 1 :]
     for i in [i for i, word in enumerate(argv) if word == "--config" and argv[i + 1].startswith("adapters/")]:
         del argv[i : i + 2]  # of a run that the reader has made
@@ -270,6 +268,12 @@ def test_training_commands_are_sound(words, monkeypatch):
         settings.check_task(settings.task)
     free = {"dry_run", "profile", "resume", "overwrite"} & given.keys()
     assert not argv or given.keys() & {"output"} or free, "a second run in adapters/ is refused: add --output"
+
+
+@pytest.mark.parametrize("words", TRAIN)
+def test_training_commands_are_sound(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_training(words)
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------
@@ -463,6 +467,8 @@ def test_the_readme_begins_with_the_commands_that_ci_runs():
     first, second = [block for block in blocks_of(ROOT / "README.md") if block.language == "sh"][:2]
     assert first.text.strip() == "pip install -r requirements.txt && python train.py"
     assert second.text.strip() == "pip install -r tests/requirements.txt && python -m pytest"
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "-r requirements.txt && python train.py" in script and "\npython -m pytest" in script
 
 
 @pytest.mark.parametrize("page", TOPICS, ids=lambda page: page.name)
@@ -534,6 +540,23 @@ def test_a_wrong_command_is_found(command, message):
 def test_a_wrong_snippet_is_found(snippet):
     with pytest.raises((AssertionError, ImportError, SyntaxError)):
         check_python(snippet)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data a.jsonl", "add --output"),
+        ("--batch-size 0 --output a", "must be above 0"),
+        ("--task embed --mask-prompt --output a", "is for --task chat"),
+        ("--config configs/nowhere.yaml --output a", "No such file"),
+    ],
+)
+def test_an_unsound_training_command_is_found(flags, message, monkeypatch):
+    from mlx_retrieval.utils.errors import UserError
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, UserError), match=message):
+        check_training(["python", "train.py", *flags.split()])
 
 
 def test_shell_blocks_are_read_as_a_shell_does():

@@ -548,7 +548,7 @@ def test_the_estimate_is_near_the_peak(settings, bases, changes):
 
 
 def test_the_command_that_people_know(settings, small, tmp_path, monkeypatch, capsys):
-    """As it stands in the README, with a local model, from a folder with data/: conversations are recognised."""
+    """The command of docs/chat.md with a local model, in a folder with data/: conversations are recognised."""
     monkeypatch.chdir(tmp_path)
     flags = "--batch-size 4 --iters 8 --learning-rate 2e-4 --num-layers 1 --grad-checkpoint --steps-per-eval 8"
     flags += " --val-batches 2 --steps-per-report 4 --save-every 8"

@@ -340,7 +340,7 @@ def test_profile(settings, tmp_path):
 
 
 def test_command(settings, tmp_path, capsys):
-    """The README's line, with a small model."""
+    """The command of docs/rerankers.md, with a small model."""
     chosen = settings("qwen3")
     command = ["--task", "rerank", "--model", chosen.model, "--data", chosen.data[0], "--batch-size", "4"]
     command += ["--steps", "2", "--max-length", "300", "--output", str(tmp_path / "cli"), "--eval-tasks"]
