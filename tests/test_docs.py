@@ -468,7 +468,7 @@ def test_the_readme_begins_with_the_commands_that_ci_runs():
     assert first.text.strip() == "pip install -r requirements.txt && python train.py"
     assert second.text.strip() == "pip install -r tests/requirements.txt && python -m pytest"
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "-r requirements.txt && python train.py" in script and "\npython -m pytest" in script
+    assert "-r requirements.txt && python train.py" in script and "time python -m pytest |" in script
 
 
 @pytest.mark.parametrize("page", TOPICS, ids=lambda page: page.name)
