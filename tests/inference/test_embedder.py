@@ -146,7 +146,7 @@ def test_the_command_calibrates_and_reads_ranges(model, small, tmp_path, capsys)
     beside = tmp_path / "v.ranges.npy"
     assert line == (
         f"{tmp_path / 'v.npy'}: 100 vectors of 16 dimensions, int8, 16 bytes a vector; calibrated on the 100 texts of "
-        f"the input; ranges in {beside}: give them with --ranges for queries"
+        f"the input; ranges in {beside}: pass them with --ranges for queries"
     )
     documents = model.encode(MANY, "document", dimensions=16)
     assert np.array_equal(np.load(beside), quantization.ranges(documents))

@@ -134,7 +134,7 @@ def test_mistakes():
     for message, arguments in (
         ("precision 'int4' is unknown; known: float32, int8", (some, "int4")),
         ("99 texts are too few", (some[:99], "int8")),
-        (r"share ranges.*precision\.ranges\(model\.encode\(sample\)\)", (some[:3], "uint8")),
+        (r"share ranges.*quantization\.ranges\(model\.encode\(sample\)\)", (some[:3], "uint8")),
         (r"ranges are \(2, 16\), but vectors of 24 dimensions need \(2, 24\)", (some, "int8", np.zeros((2, 16)))),
         ("a smallest value above its largest", (some, "int8", ranges(some)[::-1])),
         ("ranges: not finite", (some, "int8", ranges(some) * np.nan)),

@@ -124,7 +124,7 @@ def test_no_room_for_the_text(toy_tokenizer_folder, minilm):
         gemma(toy_tokenizer_folder, 3)
     with pytest.raises(UserError, match="of a document"):
         bert(minilm, prompts={"document": "passage: "}, document=4)
-    with pytest.raises(UserError, match="max length 0"):
+    with pytest.raises(UserError, match="--max-length 0"):
         bert(minilm, query=0)
 
 
