@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from same_bits_cases import CASES, Case
+from same_bits_cases import CASES, WARM_UP, Case
 from same_bits_compare import compare
 from same_bits_inputs import make_inputs
 
@@ -61,13 +61,18 @@ class Bench:
     python: str
     words: dict[str, str]
 
+    def warm_up(self) -> None:
+        """Compile a checkout's first kernels: a run that does it says so, and the other side's would not."""
+        for side in SIDES:
+            self._run_side(WARM_UP, False, f"warm-up/{side}", "warm-up", self.checkouts[side])
+
     def run(self, case: Case, plain: bool) -> Outcome:
         """Run a case on both sides, one after the other, and compare."""
         outcome = Outcome(f"{case.name} plain" if plain else case.name)
         place = outcome.name.replace(" ", "-")
         for side in SIDES:
             began = time.monotonic()
-            failures = self._run_side(case, plain, side, place)
+            failures = self._run_side(case, plain, side, place, self.checkouts[side])
             outcome.seconds.append(time.monotonic() - began)
             outcome.differences += failures
         folders = [self.work / side / place for side in SIDES]
@@ -75,9 +80,9 @@ class Bench:
         outcome.differences += differences
         return outcome
 
-    def _run_side(self, case: Case, plain: bool, side: str, place: str) -> list[str]:
+    def _run_side(self, case: Case, plain: bool, side: str, place: str, checkout: Path) -> list[str]:
         """Run a case's commands for one side; returns what failed. stderr goes to the logs, stdout is compared."""
-        folder, logs, checkout = self.work / side / place, self.work / "logs" / side, self.checkouts[side]
+        folder, logs = self.work / side / place, self.work / "logs" / side
         for path in (folder, logs):
             path.mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_RETRIEVAL_PLAIN", "PYTHONPATH"))}
@@ -193,7 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     words = make_inputs(checkouts["old"], work / "inputs", args.python)
     print(f"{len(cases)} cases, in {work}; models and data: {time.monotonic() - began:.1f} s", flush=True)
-    outcomes = run_all(Bench(checkouts, work, args.python, words), cases, args.jobs)
+    bench = Bench(checkouts, work, args.python, words)
+    bench.warm_up()
+    print(f"kernels compiled: {time.monotonic() - began:.1f} s", flush=True)
+    outcomes = run_all(bench, cases, args.jobs)
     print_table(outcomes)
     print(f"{time.monotonic() - began:.0f} s in all")
     different = any(outcome.differences for outcome in outcomes)

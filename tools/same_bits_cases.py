@@ -32,6 +32,7 @@ QUERIES = "--input {inputs}/eval/queries.jsonl --prompt query"
 CORPUS = "--input {inputs}/eval/corpus.jsonl"
 MINED = "--data {inputs}/rows.jsonl --corpus {inputs}/eval/corpus.jsonl"
 
+WARM_UP = Case("warm-up", (f"train.py --data {{inputs}}/rows.jsonl {PARTS} --steps 1 --eval-tasks --output run",))
 CASES = (
     Case("help", tuple(f"{name}.py --help" for name in ("train", "eval", "embed", "rerank", "export")), plain=False),
     Case("help-of-subcommands", tuple(
