@@ -4,6 +4,7 @@ python -m pytest tests/test_same_bits.py
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -157,15 +158,15 @@ sys.exit({code})
 def command(tmp_path, monkeypatch, capsys):
     """`command(losses, codes)`: exit code and output of comparing two checkouts whose training is a few lines."""
 
-    def run(losses=(1, 1), codes=(0, 0), *flags: str) -> tuple[int, str]:
+    def run(losses=(1, 1), codes=(0, 0), *flags: str, texts=(TRAIN, TRAIN)) -> tuple[int, str]:
         monkeypatch.setattr(
             same_bits, "CASES", (Case("train", ("train.py",)), Case("twice", ("train.py", "eval.py"), False))
         )
         monkeypatch.setattr(same_bits, "make_inputs", lambda *_: {"inputs": "", "query": ""})
-        for side, loss, code in zip(same_bits.SIDES, losses, codes, strict=True):
+        for side, loss, code, text in zip(same_bits.SIDES, losses, codes, texts, strict=True):
             (tmp_path / side).mkdir(exist_ok=True)
             for name in same_bits.COMMANDS:
-                (tmp_path / side / name).write_text(TRAIN.format(loss=loss, code=code))
+                (tmp_path / side / name).write_text(text.format(loss=loss, code=code))
         arguments = [str(tmp_path / "old"), str(tmp_path / "new"), "--work", str(tmp_path / "work"), *flags]
         return same_bits.main(arguments), capsys.readouterr().out
 
@@ -182,6 +183,16 @@ def test_another_result_fails_and_is_kept(command, tmp_path):
     code, printed = command((1, 2))
     assert code == 1 and "DIFFERENT: 3 of 3 cases" in printed and "m.json: key loss: 1 became 2" in printed
     assert json.loads((tmp_path / "work" / "new" / "train-plain" / "m.json").read_text())["plain"] == "1"
+
+
+def test_another_wording_is_accepted_only_where_it_is_said(command, tmp_path):
+    replaced = TRAIN.replace('"loss"', '"the loss"', 1)
+    code, printed = command((1, 1), (0, 0), "--only", "train", "--plain", "with", texts=(TRAIN, replaced))
+    assert code == 1 and "1-train.printed.txt: line 1: loss 1 at <checkout>/train.py became the loss 1" in printed
+    shutil.rmtree(tmp_path / "work")
+    flags = ("--any-wording", "--only", "train", "--plain", "with")
+    code, printed = command((1, 1), (0, 0), *flags, texts=(TRAIN, replaced))
+    assert code == 0 and "train plain: same, 1 files" in printed
 
 
 def test_a_command_that_fails_is_never_the_same(command):

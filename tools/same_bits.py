@@ -3,6 +3,7 @@
 python tools/same_bits.py OLD NEW                       every case, in some ten minutes on two cores
 python tools/same_bits.py OLD NEW --only 'rerank-*'     some of them; --list names them all
 python tools/same_bits.py OLD OLD                       are runs repeatable on this machine?
+python tools/same_bits.py OLD NEW --any-wording         what commands say to people may be worded anew
 python tools/same_bits.py OLD NEW --work work --keep    look at what both wrote, under work/old and work/new
 
 Both sides are given the same small random models and data, and run the same commands on this machine, one process each:
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from same_bits_cases import CASES, WARM_UP, Case
-from same_bits_compare import compare
+from same_bits_compare import WORDED, compare
 from same_bits_inputs import make_inputs
 
 SIDES = ("old", "new")
@@ -49,7 +50,8 @@ class Outcome:
     @property
     def result(self) -> str:
         """In a word or two."""
-        return f"{len(self.differences)} DIFFERENT" if self.differences else "same"
+        same = "same" if self.files else "same exit codes"
+        return f"{len(self.differences)} DIFFERENT" if self.differences else same
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Bench:
     work: Path
     python: str
     words: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
     def warm_up(self) -> None:
         """Compile a checkout's first kernels: a run that does it says so, and the other side's would not."""
@@ -76,7 +79,7 @@ class Bench:
             outcome.seconds.append(time.monotonic() - began)
             outcome.differences += failures
         folders = [self.work / side / place for side in SIDES]
-        outcome.files, differences = compare(*folders, *(self._places(side) for side in SIDES))
+        outcome.files, differences = compare(*folders, *map(self._places, SIDES), self.left_out)
         outcome.differences += differences
         return outcome
 
@@ -104,7 +107,8 @@ class Bench:
                 text=True,
                 encoding="utf-8",
             )
-            (folder / f"{name}.printed.txt").write_text(done.stdout, "utf-8")
+            printed = "json" if "--json" in command else "printed.txt"
+            (folder / f"{name}.{printed}").write_text(done.stdout, "utf-8")
             (logs / f"{place}-{name}.txt").write_text(f"{shlex.join(command)}\n{done.stderr}", "utf-8")
             if case.code:
                 (folder / f"{name}.errors.txt").write_text(done.stderr, "utf-8")
@@ -130,6 +134,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--list", action="store_true", help="print the cases and their commands, run nothing")
     plain = "with MLX_RETRIEVAL_PLAIN=1, without, or both (default: both)"
     out.add_argument("--plain", choices=("with", "without", "both"), default="both", help=plain)
+    wording = f"leave out what people read: {', '.join(WORDED)}; what --json prints is compared"
+    out.add_argument("--any-wording", action="store_true", help=wording)
     out.add_argument("--jobs", type=int, default=2, metavar="N", help="cases at a time (default: 2)")
     work = "folder to work in, empty or new (default: a temporary one)"
     out.add_argument("--work", type=Path, metavar="DIR", help=work)
@@ -198,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     words = make_inputs(checkouts["old"], work / "inputs", args.python)
     print(f"{len(cases)} cases, in {work}; models and data: {time.monotonic() - began:.1f} s", flush=True)
-    bench = Bench(checkouts, work, args.python, words)
+    bench = Bench(checkouts, work, args.python, words, WORDED if args.any_wording else ())
     bench.warm_up()
     print(f"kernels compiled: {time.monotonic() - began:.1f} s", flush=True)
     outcomes = run_all(bench, cases, args.jobs)

@@ -32,6 +32,8 @@ TIMED_TEXTS = (
 )
 # LanceDB names its files at random and dates them: searches are compared in their place. Locks are empty.
 LEFT_OUT = (".lock", "*.lance")
+# What people read, where it may be worded anew.
+WORDED = ("*.printed.txt", "*.errors.txt", "README.md")
 BINARY = (".safetensors", ".npy", ".png")  # some of whose files could be read as text
 
 _KEYS = re.compile(rf'("(?:{"|".join(TIMED_KEYS)})": )(?:[-+.\deE]+|null)')
@@ -40,9 +42,14 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 DTYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "BF16": "<u2"}
 
 
-def compare(old: Path, new: Path, old_places: dict[str, str], new_places: dict[str, str]) -> tuple[int, list[str]]:
-    """How many files were compared, and a line for each that differs or is missing on one side."""
-    ours, theirs = set(files(old)), set(files(new))
+def compare(
+    old: Path, new: Path, old_places: dict[str, str], new_places: dict[str, str], left_out: tuple[str, ...] = ()
+) -> tuple[int, list[str]]:
+    """How many files were compared, and a line for each that differs or is missing on one side.
+
+    `left_out`: patterns of names that are not compared, besides LEFT_OUT.
+    """
+    ours, theirs = (set(files(folder, (*LEFT_OUT, *left_out))) for folder in (old, new))
     differences = []
     for name in sorted(ours | theirs):
         if name not in theirs or name not in ours:
@@ -52,11 +59,11 @@ def compare(old: Path, new: Path, old_places: dict[str, str], new_places: dict[s
     return len(ours | theirs), differences
 
 
-def files(folder: Path) -> Iterator[str]:
+def files(folder: Path, left_out: tuple[str, ...] = LEFT_OUT) -> Iterator[str]:
     """The files below a folder, by their names in it."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and not any(Path(part).match(pattern) for part in name.parts for pattern in LEFT_OUT):
+        if path.is_file() and not any(Path(part).match(pattern) for part in name.parts for pattern in left_out):
             yield name.as_posix()
 
 
