@@ -29,7 +29,7 @@ from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_rera
 from mlx_retrieval.evaluation.results import Evaluation, compare, compare_formats, print_formats, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
 from mlx_retrieval.inference.quantization import PRECISIONS
-from mlx_retrieval.utils import imports
+from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.errors import UserError
 
 __all__ = ["Evaluation", "compare", "evaluate", "evaluate_reranker"]
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for reason in evaluation.unreachable.values():
             print(f"eval.py: {reason}", file=sys.stderr)
         if output:
-            output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            files.write_file(output, json.dumps(record, indent=2) + "\n", f"--output {output}")
     except (UserError, FloatingPointError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

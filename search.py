@@ -30,7 +30,7 @@ from mlx_retrieval.retrieval import chunks
 from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet
-from mlx_retrieval.utils import imports
+from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:  # loads LanceDB, which takes a second
@@ -160,7 +160,7 @@ def eval_command(args: argparse.Namespace) -> None:
     evaluations = index_search.evaluate(searcher.index, searcher.model, queries, args.weight)
     index_search.print_table(Path(args.queries).resolve().name, evaluations)
     if output:
-        output.write_text(json.dumps(index_search.to_json(evaluations), indent=2) + "\n", encoding="utf-8")
+        files.write_file(output, json.dumps(index_search.to_json(evaluations), indent=2) + "\n", f"--output {output}")
 
 
 def parser() -> argparse.ArgumentParser:

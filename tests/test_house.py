@@ -159,6 +159,19 @@ def test_the_contract_fails_on_an_import_that_is_turned_round(tmp_path, file, li
     assert result.returncode == 1 and f"{broken} BROKEN" in result.stdout, result.stdout + result.stderr
 
 
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS - {"mlx_cross_encoder"}))
+def test_a_command_runs_as_a_script(command, tmp_path):
+    """From any folder."""
+    result = subprocess.run(
+        [sys.executable, ROOT / f"{command}.py", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: {command}.py ")
+
+
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 

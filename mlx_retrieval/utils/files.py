@@ -75,9 +75,9 @@ def replacing(path: Path, name: str = "") -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str, name: str = "") -> None:
     """Write a text file in one piece: see `replacing`."""
-    with replacing(path) as temporary:
+    with replacing(path, name) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -3,9 +3,11 @@
 python -m pytest tests/evaluation/test_retrieval.py
 """
 
+import errno
 import gzip
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -582,6 +584,27 @@ def test_command_finds_mistakes_before_it_loads_a_model(capsys, tmp_path):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_command_replaces_its_output_or_leaves_it(monkeypatch, capsys, tmp_path, fruit):
+    """Regression: the file was opened for writing in place, and an error named no flag."""
+    from mlx_retrieval.inference import embedder
+
+    monkeypatch.setattr(embedder, "load", lambda *_, **__: WordCounts(name="m"))
+    file = tmp_path / "results.json"
+    file.write_text("old")
+    command = ["--model", "m", "--eval-tasks", str(fruit), "--output", str(file)]
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(os, "fsync", fsync)
+        assert evaluation.main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"eval.py: --output {file}: No space left on device"
+    assert file.read_text() == "old" and list(tmp_path.glob(".*")) == []
+    assert evaluation.main(command) == 0
+    assert json.loads(file.read_text())["model"] == "m"
 
 
 def test_help_is_light():
