@@ -10,10 +10,11 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import bert, decoder, modernbert, t5
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.backbones.hub import read_config, read_weights, resolve
+from mlx_retrieval.utils.errors import UserError
 
 __all__ = ["ENCODERS", "Backbone", "load_backbone", "resolve"]
 
-# What is no decoder of mlx-lm's: the module that loads each model_type.
+# The module that loads each model_type that is not a decoder: each has `load` and `sanitize`.
 ENCODERS = {kind: module for module in (bert, modernbert, t5) for kind in module.MODEL_TYPES}
 
 
@@ -25,11 +26,14 @@ def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: mx.Dty
         bidirectional: None takes what is natural for the architecture (and `is_causal` of its config, if it says so).
         dtype: of the floating-point weights; None: the checkpoint's on a GPU, float32 on CPUs.
 
-    Raises UserError for a folder without weights, an unknown architecture, tensors that do not fit.
+    Raises UserError for a folder without weights, an unknown architecture, an encoder that is asked to be causal, and
+    tensors that do not fit.
     """
     config = read_config(folder)
     if encoder := ENCODERS.get(config["model_type"]):
-        model = encoder.load(folder, config, read_weights(folder), bidirectional in (None, True))
+        if bidirectional is False:
+            raise UserError(f"{folder}: {config['model_type']} is an encoder and cannot be made causal")
+        model = encoder.load(folder, config, read_weights(folder))
     else:
         model = decoder.load(folder, config, bidirectional)
     set_dtype(model, dtype)

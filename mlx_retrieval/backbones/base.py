@@ -1,6 +1,12 @@
 """What every backbone offers. Backbones know no tasks: token ids in, token states out."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from mlx_retrieval.backend import mx, nn
+
+from mlx_retrieval.backbones.ops import ACTIVATIONS
+from mlx_retrieval.utils.errors import UserError
 
 
 class Backbone(nn.Module):
@@ -48,3 +54,16 @@ class Backbone(nn.Module):
 def real_tokens(ids: mx.array, lengths: mx.array) -> mx.array:
     """(R, L) bool: which positions hold a real token."""
     return mx.arange(ids.shape[1])[None, :] < lengths[:, None]
+
+
+def check_sizes(folder: Path, config: dict, names: Sequence[str]) -> None:
+    """Raise UserError that names every size that the folder's config.json lacks."""
+    if missing := [name for name in names if not config.get(name)]:
+        raise UserError(f"{folder / 'config.json'}: no {', '.join(missing)}")
+
+
+def check_activation(folder: Path, name: str) -> None:
+    """Raise UserError if the activation that the folder's config.json names is not in `ops.ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"{folder / 'config.json'}: activation {name!r} is unknown; known: {known}")

@@ -8,19 +8,16 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
-from mlx_retrieval.backbones.base import Backbone, real_tokens
+from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import load_strictly
-from mlx_retrieval.backbones.ops import attention, gelu_tanh
+from mlx_retrieval.backbones.ops import ACTIVATIONS, attention
 from mlx_retrieval.utils.errors import UserError
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
-ACTIVATIONS = {
-    "gelu": nn.gelu,
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "max_position_embeddings",
+)
 
 
 class Embeddings(nn.Module):
@@ -150,15 +147,15 @@ def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return clean
 
 
-def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional: bool = True) -> Bert:
-    """Build the encoder and load `weights` into it; every missing, extra or misshapen tensor is told at once."""
-    if not bidirectional:
-        raise UserError(f"{folder}: {config['model_type']} is an encoder and cannot be made causal")
+def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> Bert:
+    """Build the encoder and load `weights` into it.
+
+    Raises UserError if the config is not supported, or with every missing, unknown and misshapen tensor.
+    """
+    check_sizes(folder, config, SIZES)
     if (kind := config.get("position_embedding_type", "absolute")) != "absolute":
         raise UserError(f"{folder}: {kind!r} position embeddings are not supported, only absolute ones")
-    if (activation := config.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        raise UserError(f"{folder}: activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+    check_activation(folder, config.get("hidden_act", "gelu"))
     model = Bert(config)
-    weights = sanitize(weights)
-    load_strictly(model, weights, folder, config.get("quantization"))
+    load_strictly(model, sanitize(weights), folder, config.get("quantization"))
     return model

@@ -105,12 +105,12 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
             if not all(isinstance(name, str) for name in names):
-                raise TypeError("names that are no text")
+                raise TypeError("names that are not text")
             files = sorted(inside(folder, name, index.name) for name in names)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: no index of safetensors ({error})") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors ({error})") from error
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{folder}: shards named by {index.name} are missing: {', '.join(missing)}")
     else:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
-from mlx_retrieval.backbones.base import Backbone, real_tokens
-from mlx_retrieval.backbones.bert import ACTIVATIONS
+from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.ops import ACTIVATIONS
 from mlx_retrieval.utils.errors import UserError
 
 MODEL_TYPES = ("modernbert",)
@@ -150,14 +150,12 @@ def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 def _check(folder: Path, config: dict) -> None:
     """UserError for settings that are missing, contradict each other or are not supported."""
+    check_sizes(folder, config, SIZES)
     where = folder / "config.json"
-    if missing := [name for name in SIZES if not config.get(name)]:
-        raise UserError(f"{where}: no {', '.join(missing)}")
     size, heads = config["hidden_size"], config["num_attention_heads"]
     if size % heads:
         raise UserError(f"{where}: hidden_size {size} is not a multiple of num_attention_heads {heads}")
-    if (activation := config.get("hidden_activation", "gelu")) not in ACTIVATIONS:
-        raise UserError(f"{where}: activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+    check_activation(folder, config.get("hidden_activation", "gelu"))
     types = layer_types(config)
     if len(types) != config["num_hidden_layers"] or set(types) - {FULL, LOCAL}:
         raise UserError(
@@ -171,12 +169,12 @@ def _check(folder: Path, config: dict) -> None:
             raise UserError(f"{where}: rotary positions of type {kind!r} are not supported, only unscaled ones")
 
 
-def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional: bool = True) -> ModernBert:
-    """Build the encoder and load `weights` into it; every missing, extra or misshapen tensor is told at once."""
-    if not bidirectional:
-        raise UserError(f"{folder}: {config['model_type']} is an encoder and cannot be made causal")
+def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> ModernBert:
+    """Build the encoder and load `weights` into it.
+
+    Raises UserError if the config is not supported, or with every missing, unknown and misshapen tensor.
+    """
     _check(folder, config)
     model = ModernBert(config)
-    weights = sanitize(weights)
-    load_strictly(model, weights, folder, config.get("quantization"))
+    load_strictly(model, sanitize(weights), folder, config.get("quantization"))
     return model

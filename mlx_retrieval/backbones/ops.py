@@ -93,6 +93,16 @@ def gelu_tanh(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x * (c + (0.044715 * c) * (x * x)))
 
 
+# The encoders' activations, by the names of Hugging Face's configs.
+ACTIVATIONS = {
+    "gelu": nn.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
 @mx.custom_function
 def merged_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array) -> mx.array:
     """x (..., in) through a linear layer whose adapter is already in its weight: x merged^T.

@@ -13,10 +13,9 @@ from mlx_retrieval.backend import mx, nn
 
 import numpy as np
 
-from mlx_retrieval.backbones.base import Backbone, real_tokens
-from mlx_retrieval.backbones.bert import ACTIVATIONS
+from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import load_strictly
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.backbones.ops import ACTIVATIONS
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
@@ -188,22 +187,13 @@ def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return {name.replace("encoder.embed_tokens.", "shared."): value for name, value in embeddings.items()} | clean
 
 
-def _check(folder: Path, config: dict) -> None:
-    """UserError for settings that are missing or not supported."""
-    where = folder / "config.json"
-    if missing := [name for name in SIZES if not config.get(name)]:
-        raise UserError(f"{where}: no {', '.join(missing)}")
-    activation = feed_forward(config)[1]
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{where}: activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> T5:
+    """Build the encoder and load `weights` into it.
 
-
-def load(folder: Path, config: dict, weights: dict[str, mx.array], bidirectional: bool = True) -> T5:
-    """Build the encoder and load `weights` into it; every missing, extra or misshapen tensor is told at once."""
-    if not bidirectional:
-        raise UserError(f"{folder}: {config['model_type']} is an encoder here and cannot be made causal")
-    _check(folder, config)
+    Raises UserError if the config is not supported, or with every missing, unknown and misshapen tensor.
+    """
+    check_sizes(folder, config, SIZES)
+    check_activation(folder, feed_forward(config)[1])
     model = T5(config)
-    weights = sanitize(weights)
-    load_strictly(model, weights, folder, config.get("quantization"))
+    load_strictly(model, sanitize(weights), folder, config.get("quantization"))
     return model

@@ -80,7 +80,7 @@ def test_missing_shards_are_all_named(folder):
 def test_a_broken_index(folder, text):
     shard(folder)
     (folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
-    refused(folder, r"index.json: no index of safetensors")
+    refused(folder, "index.json: not valid JSON" if text in "{\xff" else "index.json: not an index of safetensors")
 
 
 def test_no_weights(folder):
@@ -194,6 +194,12 @@ def test_configs_that_cannot_be_used(whole, tmp_path, text, message):
     else:
         (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(folder, message)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "max_position_embeddings"])
+def test_a_size_that_is_missing(whole, tmp_path, name):
+    """Regression: BERT's ended in a KeyError."""
+    refused(random_models.changed(whole["bert"], tmp_path / "model", **{name: None}), f"config.json: no {name}")
 
 
 def test_code_that_comes_with_a_model_is_never_run(folder):

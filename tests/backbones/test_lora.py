@@ -125,7 +125,7 @@ def test_keys_are_names_or_regular_expressions(folders, keys, expected):
         ({"num_layers": -2}, "--num-layers -2"),
         ({"keys": ["qproj"]}, "--lora-keys qproj match nothing; .* has mlp.up_proj, .*self_attn.q_proj"),
         ({"keys": ["lm_head"]}, "--lora-keys lm_head match nothing"),
-        ({"keys": ["[q"]}, r"--lora-keys \[q: not a name nor a regular expression"),
+        ({"keys": ["[q"]}, r"--lora-keys \[q: neither a name nor a regular expression"),
         ({"keys": [".*embed.*"]}, "match nothing"),
     ],
 )
