@@ -33,7 +33,7 @@ def test_what_lies_inside():
     assert inside(folder, "a/./b", "x") == folder / "a/b"
     for name in OUTSIDE:
         if name != "":
-            with pytest.raises(UserError, match="no path within"):
+            with pytest.raises(UserError, match="not a path within"):
                 inside(folder, name, "modules.json")
 
 
@@ -46,7 +46,7 @@ def test_an_index_of_weights_names_files_of_its_folder(base_folders, tmp_path, n
     shutil.copytree(base_folders["bert"], tmp_path / "other")
     index = {"weight_map": {"a": "model.safetensors", "b": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index.json: (.* is no path within|not an index of)"):
+    with pytest.raises(UserError, match=r"index.json: (.* is not a path within|not an index of)"):
         weight_files(folder)
 
 
@@ -62,7 +62,7 @@ def test_modules_are_those_of_the_folder(base_folders, tmp_path, layout, name):
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "config_sentence_transformers.json").write_text('{"model_type": "ColBERT"}')
-    with pytest.raises(UserError, match=r"modules.json: .* is no path within"):
+    with pytest.raises(UserError, match=r"modules.json: .* is not a path within"):
         layout.read(folder)
 
 
@@ -73,7 +73,7 @@ def test_layers_of_an_adapter_are_those_of_its_base(base_folders, tmp_path, name
     config = json.loads((folder / FILE).read_text())
     layer = {"path": name, "in_features": 64, "out_features": 8, "bias": False, "activation": "Identity"}
     (folder / FILE).write_text(json.dumps(config | {"dense": [layer]}))
-    with pytest.raises(UserError, match="no path within"):
+    with pytest.raises(UserError, match="not a path within"):
         loading.open_model(None, str(folder))
     done = subprocess.run(
         [sys.executable, "export.py", "--adapter", str(folder), "--output", str(tmp_path / "out")],

@@ -1,4 +1,4 @@
-"""Backbones: token ids to token states. `load_backbone` picks the class that fits a folder's config.json."""
+"""Backbones: from token ids to token states. `load_backbone` chooses the class by a folder's config.json."""
 
 from pathlib import Path
 
@@ -22,9 +22,9 @@ def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: mx.Dty
     """Load the backbone in `folder`, frozen and in evaluation mode.
 
     Args:
-        folder: config.json and *.safetensors, Hugging Face's or mlx-lm's, quantised or not.
-        bidirectional: None takes what is natural for the architecture (and `is_causal` of its config, if it says so).
-        dtype: of the floating-point weights; None: the checkpoint's on a GPU, float32 on CPUs.
+        folder: config.json and *.safetensors of Hugging Face or mlx-lm, quantised or not.
+        bidirectional: whether tokens also attend to later ones; None = as the architecture and its config say.
+        dtype: of the floating-point weights; None = the checkpoint's on a GPU, float32 on CPUs.
 
     Raises UserError for a folder without weights, an unknown architecture, an encoder that is asked to be causal, and
     tensors that do not fit.
@@ -43,7 +43,7 @@ def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: mx.Dty
 
 
 def set_dtype(model: Backbone, dtype: mx.Dtype | None) -> None:
-    """Cast floating-point weights to `dtype`, or to what the device computes fastest in; quantised ones stay."""
+    """Cast floating-point weights to `dtype`; None = `backend.default_dtype`. Quantised weights stay integers."""
 
     def cast(value: mx.array) -> mx.array:
         if not mx.issubdtype(value.dtype, mx.floating):
@@ -54,7 +54,7 @@ def set_dtype(model: Backbone, dtype: mx.Dtype | None) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters; those of quantised layers are counted as the numbers they stand for."""
+    """Return the number of all and of trainable parameters. A quantised layer counts as its dequantised weights."""
     from mlx_lm.utils import get_total_parameters
 
     trainable = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))

@@ -1,4 +1,4 @@
-"""What every backbone offers. Backbones know no tasks: token ids in, token states out."""
+"""The interface of every backbone: token ids in, token states out. A backbone knows no task."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ class Backbone(nn.Module):
     (R, L) int32, right-padded, and lengths (R,) int32. Padding never changes a real token's state; the states at
     padded positions are arbitrary. Parameters keep the checkpoint's own names below `adapted`.
 
-    BERT also takes `second`, (R,) int32: from there on, tokens are of the second text of a pair. Causal decoders also
+    BERT also takes `second`, (R,) int32: the position at which the second text of a pair begins. Causal decoders also
     take `past`: see `Decoder.past`.
     """
 
@@ -25,12 +25,12 @@ class Backbone(nn.Module):
 
     @property
     def adapted(self) -> nn.Module:
-        """The module that adapters are relative to: its parameter names are those in `adapters.safetensors`."""
+        """The module whose parameter names are those in `adapters.safetensors`."""
         return self
 
     @property
     def trunk(self) -> nn.Module:
-        """The module that computes hidden states, without a language model's head."""
+        """The module that computes hidden states, without the head of a language model."""
         return self
 
     @property
@@ -40,19 +40,21 @@ class Backbone(nn.Module):
 
     @property
     def hidden_size(self) -> int:
+        """D, the width of a token's state."""
         return self.config["hidden_size"]
 
     @property
     def max_positions(self) -> int:
-        """Longest text in tokens that the model has positions for."""
+        """The length in tokens of the longest text that the model has positions for."""
         return self.config.get("max_position_embeddings", 512)
 
     def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
+        """Return the states (R, L, D) of the last layer: see the class."""
         raise AttributeError(f"{type(self).__name__} computes no hidden states")
 
 
 def real_tokens(ids: mx.array, lengths: mx.array) -> mx.array:
-    """(R, L) bool: which positions hold a real token."""
+    """Return (R, L) bool: True where a position holds a real token, not padding."""
     return mx.arange(ids.shape[1])[None, :] < lengths[:, None]
 
 
@@ -65,5 +67,5 @@ def check_sizes(folder: Path, config: dict, names: Sequence[str]) -> None:
 def check_activation(folder: Path, name: str) -> None:
     """Raise UserError if the activation that the folder's config.json names is not in `ops.ACTIVATIONS`."""
     if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"{folder / 'config.json'}: activation {name!r} is unknown; known: {known}")
+        names = ", ".join(ACTIVATIONS)
+        raise UserError(f"{folder / 'config.json'}: activation {name!r} is unknown; known: {names}")

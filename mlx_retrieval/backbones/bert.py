@@ -35,7 +35,7 @@ class Embeddings(nn.Module):
 
     def __call__(self, ids: mx.array, second: mx.array | None = None) -> mx.array:
         positions = mx.arange(self._first_position, self._first_position + ids.shape[1])
-        positions = mx.minimum(positions, self._last_position)  # padding may reach past the table
+        positions = mx.minimum(positions, self._last_position)  # padding may lie beyond the table
         states = self.word_embeddings(ids) + self.position_embeddings(positions)
         types = mx.array([0]) if second is None else mx.arange(ids.shape[1])[None, :] >= second[:, None]
         return self.LayerNorm(states + self.token_type_embeddings(types.astype(mx.int32)))
@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """Projection, residual, norm: the second half of both sublayers."""
+    """Project, add the residual and normalise: the second half of both sublayers."""
 
     def __init__(self, width: int, config: dict):
         super().__init__()
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
 
 
 class Bert(Backbone):
-    """Bidirectional by nature; `bidirectional=False` is refused when it is loaded."""
+    """BERT or RoBERTa; always bidirectional."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -132,12 +132,12 @@ class Bert(Backbone):
 
 
 def first_position(config: dict) -> int:
-    """RoBERTa's positions begin behind the padding id, BERT's at 0."""
+    """Return the position of the first token: 0 in BERT, one after the padding id in RoBERTa."""
     return 0 if config["model_type"] == "bert" else config.get("pad_token_id", 1) + 1
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Drop heads and buffers, and the prefix of checkpoints that were saved with a head."""
+    """Remove heads and buffers, and the name prefix of checkpoints that were saved with a head."""
     clean = {}
     for name, value in weights.items():
         name = re.sub(r"^(bert|roberta|model)\.", "", name)

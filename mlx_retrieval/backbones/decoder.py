@@ -1,7 +1,8 @@
 """Any decoder that mlx-lm loads, as a backbone: causal as trained, or bidirectional.
 
-Nothing of mlx-lm is patched. Its blocks take their attention masks from the cache they are given, so a bidirectional
-trunk gets caches that keep nothing and answer with a mask that knows windows and padding.
+Nothing of mlx-lm is patched. Its blocks take their attention masks from the cache that they are given, so a
+bidirectional trunk is given caches that store nothing and return a mask of windows and padding. On CPUs, the models are
+built from private copies of mlx-lm's modules that compute with `ops`.
 """
 
 import functools
@@ -18,11 +19,11 @@ from mlx_retrieval.backbones.hub import tensor_table, weight_files
 from mlx_retrieval.backbones.ops import attention, gelu_tanh
 from mlx_retrieval.utils.errors import UserError
 
-HEADS = ("score.", "projector.", "linear1.", "linear2.")  # rerankers' own tensors, which `rerankers.layout` loads
+HEADS = ("score.", "projector.", "linear1.", "linear2.")  # rerankers' tensors, which models/rerankers.py loads
 
 
 class _Mask:
-    """Stands where mlx-lm expects a layer's cache; stores nothing, only builds the bidirectional mask."""
+    """The bidirectional mask, in the place of a layer's cache in mlx-lm. Stores nothing."""
 
     offset = 0
 
@@ -36,7 +37,7 @@ class _Mask:
         positions = mx.arange(length)
         distance = mx.abs(positions[:, None] - positions[None, :])
         seen = distance < window_size if window_size else mx.ones((length, length), dtype=mx.bool_)
-        # The diagonal keeps rows of padding from attending to nothing, which would be NaN.
+        # Padding sees itself: attention to nothing would be NaN.
         return (seen[None, None] & self.real[:, None, None, :]) | (distance == 0)[None, None]
 
 
@@ -44,9 +45,9 @@ Past = list[tuple[mx.array, mx.array]]  # of every layer: keys and values (1, kv
 
 
 class _Past:
-    """Stands where mlx-lm expects a layer's cache: the keys and values of P tokens that all rows begin with.
+    """The keys and values of P tokens with which all rows begin, in the place of a layer's cache in mlx-lm.
 
-    Keeps what the layer adds to them as `keys` and `values`.
+    After the layer was called, `keys` and `values` include those of its tokens.
     """
 
     def __init__(self, keys: mx.array | None = None, values: mx.array | None = None):
@@ -86,11 +87,16 @@ class Decoder(Backbone):
 
     @property
     def trunk(self) -> nn.Module:
-        inner = self.lm.language_model if "language_model" in self.lm else self.lm
+        inner = self._text_model
         for name in ("model", "transformer", "backbone"):
             if name in inner:
                 return inner[name]
-        raise UserError(f"{self.config.get('model_type')}: this architecture has no trunk that gives hidden states")
+        raise UserError(f"{self.config.get('model_type')}: this architecture has no trunk that computes hidden states")
+
+    @property
+    def _text_model(self) -> nn.Module:
+        """The language model, which multimodal models hold one level down."""
+        return self.lm.language_model if "language_model" in self.lm else self.lm
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -106,12 +112,11 @@ class Decoder(Backbone):
         return min(text.get("max_position_embeddings", 1 << 20), self._unbuilt_window(text) or 1 << 20)
 
     def _unbuilt_window(self, config: dict) -> int | None:
-        """The sliding window that transformers keeps to and mlx-lm's model of this type does not build.
+        """Return the sliding window in tokens if transformers uses one but mlx-lm's model of this type does not.
 
-        Mistral, Gemma 2 and Phi 3 have one. Texts that are no longer are computed alike.
+        Mistral, Gemma 2 and Phi 3 have one. For texts of up to that length, the two compute the same.
         """
-        inner = self.lm.language_model if "language_model" in self.lm else self.lm
-        arguments = vars(getattr(inner, "args", SimpleNamespace()))
+        arguments = vars(getattr(self._text_model, "args", SimpleNamespace()))
         types = arguments.get("layer_types")
         built = arguments.get("sliding_window") and (types is None or "sliding_attention" in types)
         return config.get("sliding_window") if config.get("use_sliding_window", True) and not built else None
@@ -120,44 +125,44 @@ class Decoder(Backbone):
         if past:
             return self.trunk(ids, cache=[_Past(*layer) for layer in past])
         if not self.bidirectional:
-            return self.trunk(ids, cache=None)  # a causal model never looks right, where the padding is
+            return self.trunk(ids, cache=None)  # causal attention never sees the padding, which is on the right
         return self.trunk(ids, cache=[_Mask(real_tokens(ids, lengths))] * len(self.layers))
 
     def _recurrent(self) -> list[str]:
-        """The kinds of layers that are no attention, by the caches that they have."""
+        """Return the names of the caches of layers that are not attention."""
         if not hasattr(self.lm, "make_cache"):
             return []
         return sorted({type(cache).__name__ for cache in self.lm.make_cache()} - {"KVCache", "RotatingKVCache"})
 
     def _refuse_recurrent(self) -> None:
-        """State-space and linear-attention layers have a direction that no mask can take away."""
+        """Raise UserError for state-space and linear-attention layers: no mask makes them bidirectional."""
         if other := self._recurrent():
             raise UserError(
                 f"--bidirectional needs attention in every layer; {self.config.get('model_type')} also has layers "
                 f"with {', '.join(other)}"
             )
 
-    # --- as a judge of pairs (rerankers) ---
+    # --- for rerankers ---
 
     @property
     def has_past(self) -> bool:
-        """Whether `past` can be computed: causal attention in every layer, each with keys of its own."""
+        """Whether `past` can be computed: every layer has causal attention and its own keys."""
         return not (self.bidirectional or self._recurrent()) and not self.config.get("num_kv_shared_layers")
 
     def past(self, ids: mx.array, before: Past | None = None) -> Past:
-        """Keys and values of the tokens ids (1, P) int32, which may follow those of `before`.
+        """Return the keys and values of every layer for the tokens ids (1, P) int32, which follow those of `before`.
 
-        `hidden_states(..., past=...)` then computes the states of rows that begin with these tokens, without them.
+        `hidden_states(ids, lengths, past)` computes the states of rows that begin with these tokens; ids are the rest.
         """
         layers = [_Past(*layer) for layer in before] if before else [_Past() for _ in self.layers]
         self.trunk(ids, cache=layers)
         return [(layer.keys, layer.values) for layer in layers]
 
     def logits_of(self, tokens: list[int], states: mx.array) -> mx.array:
-        """(R, len(tokens)) float32 logits of some tokens, of final states (R, D); those of no others are computed."""
-        inner = self.lm.language_model if "language_model" in self.lm else self.lm
+        """Return the float32 logits (R, len(tokens)) of these tokens alone, from final states (R, D)."""
+        inner = self._text_model
         table = inner.lm_head if "lm_head" in inner else self.trunk.embed_tokens
-        if hasattr(table, "linear"):  # an adapter of it has no part in two rows
+        if hasattr(table, "linear"):  # without the head's adapter
             table = table.linear
         chosen = mx.array(tokens)
         rows = table.weight[chosen]
@@ -174,37 +179,39 @@ class Decoder(Backbone):
 
 
 def _classic_rope(config: dict) -> dict:
-    """The RoPE settings of a config written by transformers 5, under the names that mlx-lm reads.
+    """Return the RoPE settings of a config written by transformers 5, under the names that mlx-lm reads.
 
-    transformers 5 nests them in `rope_parameters`; several mlx-lm models then silently take their default instead.
+    transformers 5 nests them in `rope_parameters`, where several models of mlx-lm do not look: they silently use their
+    defaults.
     """
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return {}
-    if "full_attention" in rope:  # one set for each kind of layer, as Gemma 3 has
+    if "full_attention" in rope:  # one set for each kind of layer, as in Gemma 3
         full, local = rope["full_attention"], rope.get("sliding_attention", {})
-        found = _classic_rope({"rope_parameters": full})
+        settings = _classic_rope({"rope_parameters": full})
         if "rope_theta" in local:
-            found["rope_local_base_freq"] = local["rope_theta"]
-        return found
-    found = {}
+            settings["rope_local_base_freq"] = local["rope_theta"]
+        return settings
+    settings = {}
     if "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
+        settings["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        settings["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     if "partial_rotary_factor" in rope:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return found
+        settings["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return settings
 
 
-# Architectures that mlx-lm builds from a period alone (every n-th layer sees everything), and its default for each.
+# Architectures that mlx-lm builds from a period alone (every n-th layer has full attention), with its default period.
 PERIODS = {"gemma3_text": 6, "cohere2": 4, "plamo3": 8}
 
 
 def _window_pattern(config: dict) -> dict:
-    """The period of the layers without a window, from the list of types that wins over it in transformers.
+    """Return the period of the layers without a window, from the list of layer types if the config has one.
 
-    Raises UserError where mlx-lm could not build these layers: it would compute them wrong, or fail at the first text.
+    transformers prefers that list to the period. Raises UserError for layers that mlx-lm cannot build: it would compute
+    wrong states or fail at the first text.
     """
     kind = config.get("model_type")
     if kind not in PERIODS:
@@ -215,14 +222,16 @@ def _window_pattern(config: dict) -> dict:
         period = types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
         regular = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(types))]
         if types != regular:
-            raise UserError(f"{kind}: mlx-lm cannot build these layer_types, which have no period: {', '.join(types)}")
+            raise UserError(
+                f"{kind}: mlx-lm cannot build these layer_types, which are not periodic: {', '.join(types)}"
+            )
     if period > config.get("num_hidden_layers", period):
         raise UserError(f"{kind}: mlx-lm cannot build it without a layer of full attention (every {period}. is one)")
     return {"sliding_window_pattern": period}
 
 
 def _bidirectional_window(config: dict) -> dict:
-    """The window in mlx-lm's sense (distance < window) of a model that says itself that it is bidirectional."""
+    """Return the window as mlx-lm counts it (distance < window), for a config that declares itself bidirectional."""
     window = config.get("sliding_window")
     if not window:
         return {}
@@ -234,13 +243,13 @@ def _bidirectional_window(config: dict) -> dict:
 
 
 def naturally_bidirectional(config: dict) -> bool:
-    """Whether the config says that tokens see the whole text."""
+    """Return whether the config declares the model bidirectional."""
     text = config.get("text_config") or config
     return text.get("is_causal") is False or text.get("use_bidirectional_attention") is True
 
 
 def normalised(config: dict, bidirectional: bool = False) -> dict:
-    """What to change in a checkpoint's config so that mlx-lm reads it as transformers does."""
+    """Return the changes to a checkpoint's config that make mlx-lm read it as transformers does."""
     changes = _classic_rope(config) | _window_pattern(config)
     if bidirectional:
         changes |= _bidirectional_window(config)
@@ -250,7 +259,7 @@ def normalised(config: dict, bidirectional: bool = False) -> dict:
 
 
 def _is_bare(names: Iterable[str]) -> bool:
-    """Whether a trunk was saved by itself, as transformers' AutoModel and sentence-transformers do."""
+    """Return whether these are the tensors of a trunk alone, as AutoModel and sentence-transformers save it."""
     return any(name.startswith("layers.") for name in names)
 
 
@@ -265,9 +274,9 @@ def _attention(
 
 @functools.cache
 def _own_copy(name: str) -> ModuleType:
-    """One of mlx-lm's model files once more, as a module of our own that computes with `models.ops`.
+    """Load a private copy of one of mlx-lm's model modules that computes with `ops`.
 
-    The module that everybody else imports under this name stays as it is.
+    The module that others import under this name does not change.
     """
     spec = importlib.util.find_spec(name)
     module = importlib.util.module_from_spec(spec)
@@ -283,7 +292,7 @@ def _own_copy(name: str) -> ModuleType:
 
 
 def _classes(config: dict) -> tuple[type, type]:
-    """mlx-lm's classes for a config, the model's such that it also takes a trunk's weights without `model.` before."""
+    """Return mlx-lm's model and argument classes for a config. The model also loads weights of a trunk saved alone."""
     from mlx_lm.utils import _get_classes
 
     model_class, arguments_class = _get_classes(config)
@@ -302,10 +311,12 @@ def _classes(config: dict) -> tuple[type, type]:
 
 
 def load(folder: Path, config: dict, bidirectional: bool | None = None) -> Decoder:
-    """Load a decoder's safetensors, quantised or not, lazily: weights that are never used are never read.
+    """Load a decoder's safetensors, quantised or not. Tensors are read when they are first used.
 
     Args:
-        bidirectional: None = as the config says, else causal.
+        bidirectional: None = as the config says; causal if it says nothing.
+
+    Raises UserError for an architecture that mlx-lm lacks, and for a config or tensors that it cannot load.
     """
     from mlx_lm.utils import load_model
 
@@ -314,16 +325,16 @@ def load(folder: Path, config: dict, bidirectional: bool | None = None) -> Decod
     changes = normalised(config, natural and bidirectional)
     names = {name for file in weight_files(folder) for name in tensor_table(file)}
     if _is_bare(names) and "lm_head.weight" not in names:
-        changes["tie_word_embeddings"] = True  # no head is there, and none is needed
+        changes["tie_word_embeddings"] = True  # without a head; hidden states need no head
     try:
         model, config = load_model(folder, lazy=True, model_config=changes, get_model_classes=_classes)
     except ValueError as error:
         if "not supported" in str(error):
             raise UserError(
-                f"{folder}: model type {config.get('model_type')!r} is known neither here (BERT, RoBERTa, "
-                "XLM-RoBERTa, ModernBERT, T5) nor to the installed mlx-lm"
+                f"{folder}: model type {config.get('model_type')!r} is supported neither here (BERT, RoBERTa, "
+                "XLM-RoBERTa, ModernBERT, T5) nor by the installed mlx-lm"
             ) from error
         raise UserError(f"{folder}: {error}") from error
-    except (KeyError, TypeError, RuntimeError, FileNotFoundError) as error:  # settings, tensors, files that it expects
+    except (KeyError, TypeError, RuntimeError, FileNotFoundError) as error:  # missing settings, tensors or files
         raise UserError(f"{folder}: mlx-lm cannot load it ({type(error).__name__}: {error})") from error
     return Decoder(model, config, bidirectional)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of transformer blocks: keep a block's input, compute the rest again for the gradient."""
+"""Gradient checkpointing of transformer blocks: keep a block's input, recompute the rest for the gradient."""
 
 import random
 
@@ -16,10 +16,10 @@ def seed(value: int) -> None:
 
 
 def checkpoint_blocks(backbone: Backbone) -> None:
-    """Let every block of this backbone recompute its inside in the backward pass.
+    """Let every block of this backbone recompute its activations in the backward pass.
 
-    Each block object gets a class of its own that derives from its old one, so the library's classes and the names of
-    parameters stay as they are.
+    Each block object becomes an instance of a subclass of its class, so the library's classes and the names of
+    parameters do not change.
     """
     for layer in backbone.layers:
         if not _is_checkpointed(layer):
@@ -27,7 +27,7 @@ def checkpoint_blocks(backbone: Backbone) -> None:
 
 
 def checkpointed(backbone: Backbone) -> bool:
-    """Return whether `checkpoint_blocks` was called on it."""
+    """Return whether `checkpoint_blocks` was called on this backbone."""
     return any(_is_checkpointed(layer) for layer in backbone.layers)
 
 
@@ -36,10 +36,10 @@ def _is_checkpointed(layer: nn.Module) -> bool:
 
 
 def _checkpointing(kind: type) -> type:
-    """Return a subclass that recomputes; classes may be derived from it in turn."""
+    """Return a subclass that recomputes. It can be subclassed in turn."""
 
     def call(self: nn.Module, *args, **kwargs):
-        # A block runs twice, and both times has to drop the same inputs: it starts from a seed of its own.
+        # A block runs twice and must drop the same inputs both times, so each call has a seed.
         dropout_seed = _draw.getrandbits(32)
 
         def block(parameters: dict, *args, **kwargs):
@@ -47,7 +47,7 @@ def _checkpointing(kind: type) -> type:
             self.update(parameters)
             return kind.__call__(self, *args, **kwargs)
 
-        # All arrays among the arguments are traced: some blocks take more than x that has a gradient.
+        # Every array argument is traced: in some blocks, others than x have a gradient, too.
         return mx.checkpoint(block)(self.trainable_parameters(), *args, **kwargs)
 
     return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call, "recomputes": True})

@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder or the Hub, its config.json and its safetensors. Never pickles."""
+"""Find a model in a local folder or on the Hub; read its config.json and safetensors, never a pickle."""
 
 import json
 from pathlib import Path
@@ -14,35 +14,35 @@ TOOLKIT = Path(__file__).resolve().parents[2]
 
 
 def toolkit_relative(name: str) -> str:
-    """How a saved folder names its base model: as given, but absolute where that depends on the current folder."""
+    """Return a base model's name for a saved folder: absolute if it depends on the current folder, else as given."""
     if not Path(name).expanduser().is_dir() or (TOOLKIT / name).is_dir():
         return name
     return str(Path(name).expanduser().resolve())
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model named by a path or by a hub name such as `Qwen/Qwen3-Embedding-0.6B`.
+    """Return the folder of a model, from a path or from a hub name such as `Qwen/Qwen3-Embedding-0.6B`.
 
-    Raises UserError saying what was looked for, and how to fetch or convert the model.
+    Raises UserError that names the places searched and the command that fetches or converts the model.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if (TOOLKIT / name).is_dir():  # the model that comes with the toolkit, from wherever it is called
+    if (TOOLKIT / name).is_dir():  # the toolkit's own model, from any current folder
         return TOOLKIT / name
     if folder.exists():
         raise SettingError(
             "{model} {name}: this is a file; a model is a folder with config.json and *.safetensors", name=name
         )
-    looked = f"no folder {folder.absolute()}"
+    searched = f"no folder {folder.absolute()}"
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise SettingError("{model} {name}: {looked}", name=name, looked=looked)
+        raise SettingError("{model} {name}: {searched}", name=name, searched=searched)
     if "/" not in name:
         raise SettingError(
-            "{model} {name}: {looked}, and a hub name would be OWNER/NAME. To make such a folder from a hub model:\n"
+            "{model} {name}: {searched}, and a hub name would be OWNER/NAME. To make such a folder from a hub model:\n"
             "  mlx_lm.convert --hf-path OWNER/{source} --mlx-path {name}",
             name=name,
-            looked=looked,
+            searched=searched,
             source=name.removesuffix("-mlx"),
         )
     from huggingface_hub import constants, snapshot_download
@@ -52,33 +52,36 @@ def resolve(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
-        raise SettingError("{model} {name}: {looked}, and it is no valid hub name", name=name, looked=looked) from error
-    except (HTTPError, OSError) as error:  # the hub's own errors derive from these, a failing proxy's from the first
         raise SettingError(
-            "{model} {name}: {looked}; not in the cache {cache}; and the hub could not give it ({reason}).\n"
+            "{model} {name}: {searched}, and it is not a valid hub name", name=name, searched=searched
+        ) from error
+    except (HTTPError, OSError) as error:  # the hub's errors derive from these, a proxy's from HTTPError
+        raise SettingError(
+            "{model} {name}: {searched}; not in the cache {cache}; and the download from the hub failed ({reason}).\n"
             "On a machine with network, fetch it there and copy the folder here, for instance:\n"
             "  mlx_lm.convert --hf-path {name} --mlx-path {target}-mlx",
             name=name,
-            looked=looked,
+            searched=searched,
             cache=constants.HF_HUB_CACHE,
             reason=type(error).__name__,
             target=name.split("/")[-1],
         ) from error
 
 
-def inside(folder: Path, name: object, said: str) -> Path:
-    """What the file `said` names within a folder. UserError where the name leads out of it: files come from strangers.
+def inside(folder: Path, name: object, source: str) -> Path:
+    """Return the path `name`, relative to a folder, that its file `source` names.
 
-    Links are followed as everywhere: the Hub's own folders consist of them, and no file's content makes one.
+    Raises UserError if the name leads out of the folder: the file may come from a stranger. Symbolic links are
+    followed, because the Hub's cache consists of them and no file's contents can create one.
     """
     parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ("..",)
     if ".." in parts or Path(*parts).is_absolute():
-        raise UserError(f"{folder / said}: {name!r} is no path within {folder}")
+        raise UserError(f"{folder / source}: {name!r} is not a path within {folder}")
     return folder.joinpath(*parts)
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a model's or a saved folder; UserError where it is missing or broken."""
+    """Return the contents of a JSON file. UserError if it is missing or not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -88,7 +91,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_config(folder: Path) -> dict:
-    """The folder's config.json."""
+    """Return the folder's config.json. UserError if it is missing, has no model_type or asks to run code."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json, so this is not a model's folder")
@@ -101,7 +104,7 @@ def read_config(folder: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors, all shards that its index names; UserError where one is missing or cut short."""
+    """Return the folder's safetensors files: every shard in its index. UserError if one is missing or truncated."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -123,9 +126,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_table(path: Path) -> dict[str, dict]:
-    """Names, dtypes and shapes in a safetensors file; UserError where it is none, or shorter than it says itself.
+    """Return the header of a safetensors file: name -> dtype, shape, data_offsets.
 
-    mlx reads tensors when they are first used, so it would notice a file that is cut short only in mid-run.
+    Raises UserError if the file is not safetensors, or shorter than its header says. mlx reads a tensor when it is
+    first used, so it would notice a truncated file only in the middle of a run.
     """
     try:
         with open(path, "rb") as file:
@@ -142,12 +146,12 @@ def tensor_table(path: Path) -> dict[str, dict]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: not readable as safetensors ({error})") from error
     if size < end:
-        raise UserError(f"{path}: cut short, {size:,} of {end:,} bytes: copy or download it again")
+        raise UserError(f"{path}: truncated, {size:,} of {end:,} bytes: copy or download it again")
     return table
 
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
-    """The tensors of one file, read lazily."""
+    """Return the tensors of one file, read lazily. UserError as in `tensor_table`."""
     tensor_table(path)
     try:
         return mx.load(str(path))
@@ -156,7 +160,7 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """Every tensor of the folder's safetensors, read lazily."""
+    """Return every tensor of the folder's safetensors, read lazily."""
     weights: dict[str, mx.array] = {}
     for file in weight_files(folder):
         weights |= read_safetensors(file)
@@ -164,7 +168,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def check_fit(wanted: dict[str, mx.array], weights: dict[str, mx.array], origin: Path) -> None:
-    """UserError that tells all missing, unknown and misshapen tensors of `weights`."""
+    """Raise UserError that lists every missing, unknown and misshapen tensor of `weights`; `origin` is their folder."""
     problems = [f"missing {name} {tuple(wanted[name].shape)}" for name in wanted if name not in weights]
     problems += [f"unknown {name} {tuple(weights[name].shape)}" for name in weights if name not in wanted]
     problems += [
@@ -179,9 +183,10 @@ def check_fit(wanted: dict[str, mx.array], weights: dict[str, mx.array], origin:
 def load_strictly(
     model: nn.Module, weights: dict[str, mx.array], origin: Path, quantization: dict | None = None
 ) -> None:
-    """Load `weights` into `model`; all missing, unknown and misshapen tensors are told in one UserError.
+    """Load `weights` into `model`. UserError that lists every missing, unknown and misshapen tensor.
 
-    `quantization`: group_size and bits of the layers that have scales among the weights, as config.json has them.
+    Args:
+        quantization: group_size and bits from config.json; layers that have scales among the weights are quantised.
     """
     if quantization:
         nn.quantize(
@@ -195,11 +200,12 @@ def load_strictly(
 
 
 def save_tensors(path: Path, tensors: dict[str, mx.array], form: str = "mlx") -> None:
-    """Write safetensors, and compare their size: whatever mlx notices of a full disk, a file cut short is an error.
+    """Write safetensors. OSError if the file is incomplete, which mlx does not always report on a full disk.
 
-    `form`: "mlx", or "pt" as transformers wants it.
+    Args:
+        form: "mlx", or "pt" as transformers expects.
     """
-    tensors = dict(sorted(tensors.items()))  # equal states give equal bytes, whatever order they were made in
+    tensors = dict(sorted(tensors.items()))  # equal tensors give equal bytes, in whatever order they come
     mx.eval(tensors)
     try:
         mx.save_safetensors(str(path), tensors, metadata={"format": form})

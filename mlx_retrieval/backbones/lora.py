@@ -1,7 +1,7 @@
-"""What is trained: LoRA or DoRA layers (mlx-lm's own), or the layers themselves.
+"""Choose the weights to train: LoRA or DoRA layers, which are mlx-lm's, or the layers themselves.
 
-`adapt` prepares a frozen backbone and returns what mlx-lm calls `adapter_config.json`, from which `attach` does the
-same again before saved weights are loaded.
+`adapt` prepares a frozen backbone and returns the contents of mlx-lm's `adapter_config.json`. From these, `attach`
+prepares a backbone in the same way before saved weights are loaded.
 """
 
 import base64
@@ -17,11 +17,11 @@ from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.utils.errors import SettingError
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
-ROUTERS = ("gate", "router")  # the names that mlx-lm's mixtures of experts give to the layer that picks experts
+ROUTERS = ("gate", "router")  # in mlx-lm's mixtures of experts: the layer that chooses the experts
 
 
 def linear_names(backbone: Backbone, num_layers: int = -1) -> list[str]:
-    """Names of the linear layers within a block, such as `self_attn.q_proj`, of the last N blocks together."""
+    """Return the names within a block, such as `self_attn.q_proj`, of the linear layers of the last N blocks."""
     names: dict[str, None] = {}
     for layer in backbone.layers[-max(num_layers, 0) :]:
         names |= {name: None for name, module in layer.named_modules() if _is_linear(module)}
@@ -33,8 +33,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def matching(names: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """The `names` that a key equals, ends (`q_proj`), or matches whole as a regular expression."""
-    found = []
+    """Return the `names` that a key equals, ends (`q_proj`), or fully matches as a regular expression."""
+    matches = []
     for name in names:
         for key in keys:
             try:
@@ -44,9 +44,9 @@ def matching(names: Sequence[str], keys: Sequence[str]) -> list[str]:
                     "{lora_keys} {key}: neither a name nor a regular expression ({reason})", key=key, reason=error
                 ) from error
             if hit:
-                found.append(name)
+                matches.append(name)
                 break
-    return found
+    return matches
 
 
 def adapt(
@@ -63,11 +63,11 @@ def adapt(
     Args:
         train_type: `lora`, `dora`, or `full` (the blocks' own weights; embeddings and final norm too if all blocks).
         rank, alpha, dropout: of the low-rank update, which is scaled by alpha / rank.
-        keys: linear layers within a block, as names or regular expressions; none = all of them (as QLoRA found to be
-            needed, Dettmers et al. 2023) but the routers of mixtures of experts, whose balance a small data set spoils.
+        keys: linear layers within a block, as names or regular expressions; () = all of them, as QLoRA needs (Dettmers
+            et al. 2023), but the routers of mixtures of experts, whose balance a small data set spoils.
         num_layers: the last N blocks; -1 = all.
 
-    Returns the dictionary for `adapter_config.json`. UserError where nothing would be trained.
+    Returns the dictionary for `adapter_config.json`. Raises UserError if nothing would be trained.
     """
     total = len(backbone.layers)
     if num_layers > total or num_layers < -1 or num_layers == 0:
@@ -92,7 +92,7 @@ def adapt(
 
 
 def attach(backbone: Backbone, config: dict) -> None:
-    """Give a frozen backbone the trainable parts that `adapter_config.json` describes, freshly initialised."""
+    """Add to a frozen backbone the trainable weights that `adapter_config.json` describes, newly initialised."""
     backbone.freeze()
     count = config["num_layers"]
     if config["fine_tune_type"] == "full":
@@ -105,9 +105,6 @@ def attach(backbone: Backbone, config: dict) -> None:
         linear_to_lora_layers(backbone.adapted, count, config["lora_parameters"], use_dora=use_dora)
     except ValueError as error:  # mixtures of experts have no DoRA
         raise SettingError("{train_type} {value}: {reason}", value=config["fine_tune_type"], reason=error) from error
-
-
-# --- adapters inside the weights ----------------------------------------------------------------------------------
 
 
 def _unfreeze(backbone: Backbone, count: int) -> None:
@@ -123,11 +120,14 @@ def _is_quantised(backbone: Backbone) -> bool:
     return any(name.endswith(".scales") for name, _ in tree_flatten(backbone.trunk.parameters()))
 
 
-def fingerprint(backbone: Backbone) -> dict[str, str]:
-    """Marks of a base model's weights, by which an adapter knows the base it was trained on; see `differing`.
+# --- fingerprints of base models ------------------------------------------------------------------------------------
 
-    `norms` holds numbers that survive quantisation; `matrices` tells two models of one architecture apart and is left
-    out where the base is quantised. Both are float32 in base64, taken from all over the depth of the blocks.
+
+def fingerprint(backbone: Backbone) -> dict[str, str]:
+    """Return samples of a base model's weights, by which an adapter recognises its base; compare with `differing`.
+
+    `norms` holds numbers that survive quantisation. `matrices` distinguishes two models of one architecture and is left
+    out if the base is quantised. Both are float32 in base64, sampled over the whole depth of the blocks.
     """
     samples: dict[str, list[mx.array]] = {"norms": [], "matrices": []}
     quantised = _is_quantised(backbone)
@@ -137,29 +137,29 @@ def fingerprint(backbone: Backbone) -> dict[str, str]:
                 samples["norms"].append(value.reshape(-1)[:8])
             elif name.endswith(".weight") and value.ndim == 2 and not quantised:
                 samples["matrices"].append(value[0, :8])
-    marks = {"architecture": f"{backbone.config['model_type']} {backbone.hidden_size} {len(backbone.layers)}"}
+    result = {"architecture": f"{backbone.config['model_type']} {backbone.hidden_size} {len(backbone.layers)}"}
     for kind, values in samples.items():
         if values:
             spread = sorted({round(i) for i in np.linspace(0, len(values) - 1, 16)})
             numbers = mx.concatenate([values[i].astype(mx.float32) for i in spread])
-            marks[kind] = base64.b64encode(np.array(numbers)).decode("ascii")
-    return marks
+            result[kind] = base64.b64encode(np.array(numbers)).decode("ascii")
+    return result
 
 
-def differing(saved: dict[str, str], found: dict[str, str]) -> list[str]:
-    """The kinds of marks by which two fingerprints, as far as both have them, are of different models.
+def differing(saved: dict[str, str], other: dict[str, str]) -> list[str]:
+    """Return the keys that two fingerprints share and by which they belong to different models.
 
-    Numbers may differ by what rounding to bfloat16 or float16, or to one after the other, does to them.
+    Numbers may differ by the rounding to bfloat16, to float16, or to one after the other.
     """
-    both = sorted(saved.keys() & found.keys())
-    return [kind for kind in both if saved[kind] != found[kind] and not _near(saved[kind], found[kind])]
+    both = sorted(saved.keys() & other.keys())
+    return [kind for kind in both if saved[kind] != other[kind] and not _near(saved[kind], other[kind])]
 
 
-def _near(saved: str, found: str) -> bool:
-    """Whether two marks hold nearly the same numbers; an architecture's holds none."""
+def _near(saved: str, other: str) -> bool:
+    """Return whether two entries hold nearly the same numbers; False for an architecture, which has none."""
     try:
-        a, b = (np.frombuffer(base64.b64decode(text), np.float32) for text in (saved, found))
+        a, b = (np.frombuffer(base64.b64decode(text), np.float32) for text in (saved, other))
     except ValueError:  # not what `fingerprint` writes
         return False
-    # 2**-7 is the distance of neighbours in bfloat16; tiny numbers have fewer digits in float16.
+    # Neighbours in bfloat16 are 2**-7 apart, relatively; tiny numbers have fewer digits in float16.
     return a.shape == b.shape and np.allclose(a, b, rtol=2**-7, atol=1e-5 * np.abs(a).mean())

@@ -6,21 +6,21 @@ from contextlib import contextmanager
 
 from mlx_retrieval.backend import mx, nn
 
-from mlx_retrieval.backbones.ops import known_linear, merged_linear
+from mlx_retrieval.backbones.ops import merged_linear, saved_linear
 
 
 def mergeable(model: nn.Module) -> list[nn.Module]:
     """Return the LoRA layers whose adapter can be added to the weight exactly: float32, not quantised, no dropout."""
-    adapters = sys.modules.get("mlx_lm.tuner.lora")  # a second to import; without it, no layer can be one of its
-    found = []
+    adapters = sys.modules.get("mlx_lm.tuner.lora")  # a second to import; where nobody did, there is no LoRA layer
+    layers = []
     for module in model.modules() if adapters else []:
         if not isinstance(module, adapters.LoRALinear) or module.dropout._p_1 < 1:
             continue
         if type(module.linear) is nn.Linear and module.linear.weight.dtype == mx.float32:
             if not hasattr(type(module), "_merged"):
                 module.__class__ = _merging(type(module))
-            found.append(module)
-    return found
+            layers.append(module)
+    return layers
 
 
 def merge(layer: nn.Module) -> mx.array:
@@ -29,20 +29,21 @@ def merge(layer: nn.Module) -> mx.array:
 
 
 class Products:
-    """The matrix products of `merged` layers, in the order of their calls: computed and noted, or `known` from before.
+    """The matrix products of `merged` layers, in the order of their calls.
 
-    Known ones save most of a forward pass that is repeated for its gradient.
+    Without `saved`, each product is computed and appended to `computed`. With `saved`, the products of an earlier pass,
+    those are returned in turn: that spares most of a forward pass that is repeated for its gradient.
     """
 
-    def __init__(self, known: Sequence[mx.array] = ()):
-        self.noted: list[mx.array] = []
-        self._known = iter(known) if known else None
+    def __init__(self, saved: Sequence[mx.array] = ()):
+        self.computed: list[mx.array] = []
+        self._saved = iter(saved) if saved else None
 
     def __call__(self, x: mx.array, weight: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        if self._known:
-            return known_linear(x, weight, a, b, next(self._known))
-        self.noted.append(merged_linear(x, weight, a, b))
-        return self.noted[-1]
+        if self._saved:
+            return saved_linear(x, weight, a, b, next(self._saved))
+        self.computed.append(merged_linear(x, weight, a, b))
+        return self.computed[-1]
 
 
 def product_size(layers: Sequence[nn.Module]) -> int:
@@ -52,13 +53,15 @@ def product_size(layers: Sequence[nn.Module]) -> int:
 
 @contextmanager
 def merged(layers: Sequence[nn.Module], weights: Sequence[mx.array], products: Products) -> Iterator[None]:
-    """Let `mergeable` layers compute with these `merge`d weights. Equal up to rounding, gradients too, and cheaper: one
-    matrix product for three, and none of the sums. Without weights, layers compute as always."""
+    """Let `mergeable` layers compute with the weights that `merge` returned, one for each; without weights, as always.
+
+    Results and gradients are equal up to rounding, and cheaper: one matrix product instead of three, and no sum.
+    """
     if not weights:
         yield
         return
     for layer, weight in zip(layers, weights, strict=True):
-        object.__setattr__(layer, "_merged", (weight, products))  # past nn.Module, which takes arrays for parameters
+        object.__setattr__(layer, "_merged", (weight, products))  # nn.Module's own would make the weight a parameter
     try:
         yield
     finally:

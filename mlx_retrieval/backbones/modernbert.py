@@ -1,7 +1,8 @@
 """ModernBERT encoders, with the parameter names of their Hugging Face checkpoints.
 
-Warner et al. 2024 (arXiv 2412.13663). Every n-th layer sees the whole text, the others a window; positions are rotary,
-with one base for each of these two kinds; the feed-forward part is gated (GeGLU, Shazeer 2020, arXiv 2002.05202).
+Warner et al. 2024 (arXiv 2412.13663). Every n-th layer attends to the whole text, the others to a window. Positions are
+rotary, with one base for each of these two kinds. The feed-forward part is gated (GeGLU; Shazeer 2020, arXiv
+2002.05202).
 """
 
 import re
@@ -20,7 +21,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 
 def layer_types(config: dict) -> list[str]:
-    """The kind of every layer: listed in configs that transformers 5 wrote, a period in older ones."""
+    """Return the kind of every layer. Configs of transformers 5 list them; older ones give a period."""
     if config.get("layer_types"):
         return config["layer_types"]
     period = config.get("global_attn_every_n_layers", 3)
@@ -28,17 +29,17 @@ def layer_types(config: dict) -> list[str]:
 
 
 def rope_bases(config: dict) -> dict[str, float]:
-    """The base of the rotary positions of each kind of layer, from new and old configs."""
+    """Return the base of the rotary positions of each kind of layer, from new and old configs."""
     whole, local = config.get("global_rope_theta", 160_000.0), config.get("local_rope_theta", 10_000.0)
-    found = {FULL: whole, LOCAL: whole if local is None else local}
+    bases = {FULL: whole, LOCAL: whole if local is None else local}
     for kind, settings in (config.get("rope_parameters") or {}).items():
-        if kind in found and settings:
-            found[kind] = settings.get("rope_theta", found[kind])
-    return found
+        if kind in bases and settings:
+            bases[kind] = settings.get("rope_theta", bases[kind])
+    return bases
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
-    """Attention of q, k, v (R, heads, L, d) under a bool mask (R, 1, 1 or L, L), True = seen -> (R, heads, L, d)."""
+    """Return attention (R, heads, L, d) of q, k, v (R, heads, L, d). mask: bool (R, 1, 1 or L, L), True = seen."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
 
 
@@ -75,7 +76,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Wi gives what is activated and what it is multiplied with, side by side."""
+    """Gated feed-forward part; one matrix, Wi, computes the activated half and the gate."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -92,7 +93,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: dict, rope_base: float, first: bool):
         super().__init__()
-        self.attn_norm = nn.Identity() if first else _norm(config)  # the embeddings are normed already
+        self.attn_norm = nn.Identity() if first else _norm(config)  # the embeddings are normalised
         self.attn = Attention(config, rope_base)
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
@@ -130,26 +131,26 @@ class ModernBert(Backbone):
         return self.final_norm(x)
 
     def _masks(self, real: mx.array) -> dict[str, mx.array]:
-        """What a token sees in each kind of layer: bool (R, 1, 1 or L, L), from real (R, L)."""
-        whole = real[:, None, None, :]  # every row has a real token
+        """Return the attention mask of each kind of layer, bool (R, 1, 1 or L, L), True = seen; from real (R, L)."""
+        whole = real[:, None, None, :]  # no row is empty
         positions = mx.arange(real.shape[1])
         distance = mx.abs(positions[:, None] - positions)
         reach = self.config.get("local_attention", 128) // 2
         if real.shape[1] <= reach + 1:
             return {FULL: whole, LOCAL: whole}
-        # The diagonal keeps padding far behind a text from seeing nothing, which would be NaN.
+        # Padding far behind a text sees itself: attention to nothing would be NaN.
         return {FULL: whole, LOCAL: ((distance <= reach) & whole) | (distance == 0)}
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Drop heads, and the prefix of checkpoints that were saved with one."""
+    """Remove heads, and the name prefix of checkpoints that were saved with one."""
     names = {name: name.removeprefix("model.") for name in weights}
     heads = re.compile(r"(head|decoder|classifier)\.")
     return {names[name]: value for name, value in weights.items() if not heads.match(names[name])}
 
 
 def _check(folder: Path, config: dict) -> None:
-    """UserError for settings that are missing, contradict each other or are not supported."""
+    """Raise UserError for settings that are missing, contradict each other or are not supported."""
     check_sizes(folder, config, SIZES)
     where = folder / "config.json"
     size, heads = config["hidden_size"], config["num_attention_heads"]

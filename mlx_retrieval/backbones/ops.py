@@ -1,7 +1,8 @@
-"""Attention, activation and adapted linear layers in forms that are quick on CPUs; elsewhere they are mlx's own.
+"""Attention, activations and linear layers with adapters, in forms that are fast on CPUs. On GPUs they are mlx's own.
 
-On CPUs, mlx computes softmax and tanh one number at a time. Written out in multiplications, additions and exponentials,
-`mx.compile` fuses them into loops that g++ vectorises (see `backend.KERNELS`). Equal up to float32 rounding.
+On CPUs, mlx computes softmax and tanh one number at a time. Here they are written in multiplications, additions and
+exponentials, which `mx.compile` fuses into loops that g++ vectorises (see `backend.KERNELS`). Results are equal up to
+float32 rounding.
 """
 
 import math
@@ -10,19 +11,19 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval import backend
 
-HIDDEN = -1e30  # score of a key that must not be seen
+HIDDEN = -1e30  # score of a masked key
 
 
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None = None, *, real: mx.array = None
 ) -> mx.array:
-    """softmax(scale q k^T) v, as `mx.fast.scaled_dot_product_attention` gives it.
+    """Return softmax(scale q k^T) v, as `mx.fast.scaled_dot_product_attention` does.
 
     Args:
-        q: (R, heads, Q, d). k, v: (R, kv heads, K, d); every kv head serves heads / kv heads query heads.
+        q: (R, heads, Q, d). k, v: (R, kv heads, K, d); heads / kv heads query heads share a kv head.
         mask: bool, True = seen, broadcasts to (R, heads, Q, K); or "causal". A query that sees nothing gets an
             arbitrary finite state.
-        real: (R, K) bool, instead of `mask`: which keys are no padding; every row has one, its first.
+        real: (R, K) bool, instead of `mask`: True for keys that are not padding. The first key of every row is real.
 
     Returns (R, heads, Q, d). No gradient flows to the mask.
     """
@@ -38,7 +39,7 @@ def attention(
         seen = _transposed(seen, kv_heads, heads // kv_heads, queries)
     one = mx.ones((1, 1, 1, 1))
     if real is not None:
-        # Padding takes the first key's place, so that no maximum changes, and brings nothing: neither value nor count.
+        # Padding becomes a copy of the first key, so that no maximum changes, with a value and a count of zero.
         real = real[:, None, :, None]
         k, v, one = mx.where(real, k, k[:, :, :1]), mx.where(real, v, 0.0), real.astype(mx.float32)
     v = mx.concatenate([v, mx.broadcast_to(one, (rows, kv_heads, keys, 1))], axis=-1)
@@ -48,10 +49,10 @@ def attention(
 
 
 def _weighted_sums(scale: float, seen: mx.array | None) -> mx.custom_function:
-    """(q, k, v) -> values summed by their weights, not normalised, and the weights.
+    """Return a function from (q, k, v) to the weighted sums of values, not normalised, and the weights.
 
-    Everything is held as (keys, queries), in both directions: maxima over keys then run along memory, and the gradient
-    of the scores, which is the weights' times the weights, meets them in the same order.
+    Scores, weights and their gradients are (keys, queries): kernels then read them in the order in which they lie in
+    memory, in both passes.
     """
 
     @mx.custom_function
@@ -66,7 +67,7 @@ def _weighted_sums(scale: float, seen: mx.array | None) -> mx.custom_function:
     def sums_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
         (q, k, v), slopes, weights = primals, mx.contiguous(cotangents[0]), outputs[1]
         scores = scale * (weights * (v @ mx.swapaxes(slopes, -1, -2)))
-        if seen is not None:  # a query that sees nothing weighs all keys alike, which no score can change
+        if seen is not None:  # a query that sees nothing gives all keys equal weight, whatever their scores
             scores = mx.where(seen, scores, 0.0)
         return mx.swapaxes(scores, -1, -2) @ k, scores @ q, weights @ slopes
 
@@ -74,7 +75,7 @@ def _weighted_sums(scale: float, seen: mx.array | None) -> mx.custom_function:
 
 
 def _transposed(mask: mx.array, kv_heads: int, group: int, queries: int) -> mx.array:
-    """A mask that broadcasts to (R, heads, Q, K), as one that broadcasts to (R, kv heads, K, group * Q)."""
+    """Turn a mask that broadcasts to (R, heads, Q, K) into one that broadcasts to (R, kv heads, K, group * Q)."""
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     r, h, _, keys = mask.shape
     mask = mx.broadcast_to(mask, (r, h, queries, keys))
@@ -86,7 +87,7 @@ def _transposed(mask: mx.array, kv_heads: int, group: int, queries: int) -> mx.a
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """The tanh form of gelu (`gelu_new`, `gelu_pytorch_tanh`), by 0.5 (1 + tanh u) = sigmoid(2u). Any shape."""
+    """Return the tanh form of gelu (`gelu_new`, `gelu_pytorch_tanh`), by 0.5 (1 + tanh u) = sigmoid(2u). Any shape."""
     if not backend.FUSED:
         return nn.gelu_approx(x)
     c = 2 * math.sqrt(2 / math.pi)
@@ -105,18 +106,18 @@ ACTIVATIONS = {
 
 @mx.custom_function
 def merged_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    """x (..., in) through a linear layer whose adapter is already in its weight: x merged^T.
+    """Return x merged^T, for x (..., in) and a linear layer whose weight contains its adapter.
 
     Args:
-        merged: (out, in), the base's weight + (a b)^T; gets no gradient.
-        a, b: (in, r) and (r, out), the adapter (b with its scale), which get theirs as if x a b had been added.
+        merged: (out, in), the base's weight + (a b)^T; its gradient is zero.
+        a, b: (in, r) and (r, out), the adapter (b with its scale); their gradients are those of x a b.
     """
     return x @ merged.T
 
 
 @mx.custom_function
-def known_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array, product: mx.array) -> mx.array:
-    """`merged_linear` where its `product` (..., out) was computed before: only the gradient is left to compute."""
+def saved_linear(x: mx.array, merged: mx.array, a: mx.array, b: mx.array, product: mx.array) -> mx.array:
+    """Return `product` (..., out), an earlier result of `merged_linear`, with the gradient of `merged_linear`."""
     return product
 
 
@@ -128,4 +129,4 @@ def _merged_linear_vjp(primals: tuple, cotangent: mx.array, _) -> tuple:
 
 
 merged_linear.vjp(_merged_linear_vjp)
-known_linear.vjp(_merged_linear_vjp)
+saved_linear.vjp(_merged_linear_vjp)

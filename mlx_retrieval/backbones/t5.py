@@ -1,8 +1,9 @@
 """The encoders of T5, T5 v1.1, mT5 and umT5, with the parameter names of their Hugging Face checkpoints.
 
 Raffel et al. 2020 (arXiv 1910.10683), Xue et al. 2021 (mT5, arXiv 2010.11934), Chung et al. 2023 (umT5, arXiv
-2304.09151). Where two tokens stand to each other is told to attention alone, as a bias on its scores; there is no
-other bias, scores are not scaled, and norms leave the mean as it is (Zhang and Sennrich 2019, arXiv 1910.07467).
+2304.09151). Positions enter through attention alone, as a bias on its scores that depends on the distance of two
+tokens. Nothing else has a bias, scores are not scaled, and norms subtract no mean (Zhang and Sennrich 2019, arXiv
+1910.07467).
 """
 
 import math
@@ -22,19 +23,19 @@ SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 
 
 def feed_forward(config: dict) -> tuple[bool, str]:
-    """(gated, name of the activation), from `feed_forward_proj` such as `relu` or `gated-gelu`."""
-    said = config.get("feed_forward_proj", "relu" if config["model_type"] == "t5" else "gated-gelu")
-    gate, _, activation = said.rpartition("-")
-    if said == "gated-gelu":
-        activation = "gelu_new"  # v1.1 was trained with the tanh form, whatever the name says
+    """Return (gated, name of the activation), from `feed_forward_proj` such as `relu` or `gated-gelu`."""
+    projection = config.get("feed_forward_proj", "relu" if config["model_type"] == "t5" else "gated-gelu")
+    gate, _, activation = projection.rpartition("-")
+    if projection == "gated-gelu":
+        activation = "gelu_new"  # despite its name, v1.1 was trained with the tanh form
     return config.get("is_gated_act", gate == "gated"), config.get("dense_act_fn", activation)
 
 
 def buckets(distances: np.ndarray, count: int, farthest: int) -> np.ndarray:
-    """The bucket of every distance (key's position - query's): int64 of the same shape, from 0 to count - 1.
+    """Return the bucket of every distance (key's position - query's): int64 of the same shape, from 0 to count - 1.
 
-    Half of the buckets are for keys to the right. Of either half, one half holds a single distance each, the other
-    logarithmically growing ranges; the last of these has no end. Computed in float32, in which the models were trained.
+    Half of the buckets are for keys to the right. Within each half, the first buckets hold one distance each, the
+    others ranges that grow logarithmically; the last range has no end. Computed in float32, as the models were trained.
     """
     half = count // 2
     exact = half // 2
@@ -45,7 +46,7 @@ def buckets(distances: np.ndarray, count: int, farthest: int) -> np.ndarray:
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
-    """Unscaled attention of q, k, v (R, heads, L, d) with `bias` (R, heads, L, L) on its scores -> (R, heads, L, d)."""
+    """Return unscaled attention (R, heads, L, d) of q, k, v (R, heads, L, d); bias (R, heads, L, L) adds to scores."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
 
 
@@ -64,7 +65,7 @@ class SelfAttention(nn.Module):
             self.relative_attention_bias = nn.Embedding(self._buckets, self._heads)
 
     def position_bias(self, length: int) -> mx.array:
-        """(heads, L, L): what is added to the score of a query (rows) and a key (columns), by their distance."""
+        """Return the bias (heads, L, L) of the score of a query (rows) and a key (columns), by their distance."""
         distances = np.arange(1 - length, length)
         table = self.relative_attention_bias(mx.array(buckets(distances, self._buckets, self._farthest)))
         positions = mx.arange(length)
@@ -98,7 +99,7 @@ class Dense(nn.Module):
 
 
 class Sublayer(nn.Module):
-    """A norm and, under its checkpoint's name, what is computed of the normed states."""
+    """A norm, and the module that takes the normalised states, under its name in the checkpoint."""
 
     def __init__(self, config: dict, name: str, module: nn.Module):
         super().__init__()
@@ -121,7 +122,7 @@ class Block(nn.Module):
 
 
 def _finite(x: mx.array) -> mx.array:
-    """T5's states, trained in bfloat16, outgrow float16; as large as it goes they are still near their direction."""
+    """Clip float16 states to finite numbers: T5 was trained in bfloat16, whose range float16 does not have."""
     if x.dtype != mx.float16:
         return x
     return mx.clip(x, mx.finfo(mx.float16).min, mx.finfo(mx.float16).max)
@@ -130,13 +131,13 @@ def _finite(x: mx.array) -> mx.array:
 class Encoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
-        every = config["model_type"] == "umt5"  # every block has a bias of its own; else the first block's is for all
+        every = config["model_type"] == "umt5"  # each block has its own bias; elsewhere all share the first
         self.block = [Block(config, every or i == 0) for i in range(config["num_layers"])]
         self.final_layer_norm = nn.RMSNorm(config["d_model"], eps=config.get("layer_norm_epsilon", 1e-6))
 
 
 class T5(Backbone):
-    """Bidirectional by nature; `bidirectional=False` is refused when it is loaded."""
+    """The encoder of a T5 model; always bidirectional."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -155,7 +156,7 @@ class T5(Backbone):
 
     @property
     def max_positions(self) -> int:
-        """No limit: all far distances share a bucket. `n_positions` of some configs is how long pretraining's were."""
+        """No limit: far distances share a bucket. `n_positions` in some configs is the texts' length in pretraining."""
         return 1 << 20
 
     def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
@@ -165,7 +166,7 @@ class T5(Backbone):
         for block in self.layers:
             attention = block.layer[0].SelfAttention
             if "relative_attention_bias" in attention:
-                # Padding is told with the bias, since attention takes one or the other. (R, heads, L, L)
+                # The bias also masks padding, since attention takes one of the two. (R, heads, L, L)
                 bias = attention.position_bias(ids.shape[1]).astype(x.dtype)
                 bias = mx.where(real, bias, mx.finfo(x.dtype).min)
             x = block(x, bias)
@@ -173,17 +174,17 @@ class T5(Backbone):
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Keep the encoder alone, and bring the names of checkpoints saved in other wholes or parts to T5's own."""
+    """Keep the encoder's tensors; rename those of checkpoints that were saved as part of a model, or in parts."""
     clean = {}
     for name, value in weights.items():
         name = re.sub(r"^(transformer|model|t5)\.", "", name)
         if re.match(r"(decoder|lm_head|classification_head|classifier|qa_outputs)\.", name):
             continue
-        if re.match(r"(embed_tokens|block|final_layer_norm)\.", name):  # the stack saved by itself
+        if re.match(r"(embed_tokens|block|final_layer_norm)\.", name):  # saved as a stack of blocks alone
             name = f"encoder.{name}"
         clean[name] = value
     embeddings = {name: clean.pop(name) for name in list(clean) if name.startswith("encoder.embed_tokens.")}
-    # Where both names are there, they are one and the same embedding.
+    # A checkpoint that has both names holds the same embedding twice.
     return {name.replace("encoder.embed_tokens.", "shared."): value for name, value in embeddings.items()} | clean
 
 

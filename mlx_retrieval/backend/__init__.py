@@ -1,16 +1,16 @@
 """Choose the BLAS, device, dtype and batch shapes of this machine. Import it before any `mlx` module.
 
-On Linux CPUs the mlx wheel carries a reference BLAS of a few GFLOP/s. Loading a real one with global symbols before
-`mlx.core` makes float32 matrix products about thirty times faster, so importing this module does that, and nothing
-else to the process. On macOS and CUDA there is nothing to load.
+On Linux CPUs the mlx wheel contains a reference BLAS of a few GFLOP/s. A fast one, loaded with global symbols before
+`mlx.core`, makes float32 matrix products about thirty times faster. Importing this module loads it, and changes nothing
+else in the process. On macOS and CUDA there is nothing to load.
 
     python -c "from mlx_retrieval import backend; backend.prepare(); print(backend.describe())"
 
-`prepare` makes the process itself faster and exact; commands call it first, a notebook may. Without it everything works
-and gives the same results up to rounding, more slowly on CPUs.
+`prepare` sets up the process for speed and exact float32. Commands call it first; a notebook may. Without it, results
+are the same up to rounding, and slower on CPUs.
 
-`MLX_RETRIEVAL_PLAIN=1` in the environment turns off everything done for CPUs beyond the BLAS (vectorised kernels,
-compiled passes, worker threads, merged weights), for comparison: losses and vectors are the same up to rounding.
+`MLX_RETRIEVAL_PLAIN=1` in the environment turns off the optimisations for CPUs beyond the BLAS (vectorised kernels,
+compiled passes, worker threads, merged weights), for comparison. Losses and vectors are the same up to rounding.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ from mlx_retrieval.backend import blas, cpu_kernels
 
 
 def _load_blas() -> str | None:
-    """Load a fast BLAS, so that mlx's own calls resolve to it. Return its name."""
+    """Load a fast BLAS, so that mlx's calls resolve to it. Return its name; warn and return None if that fails."""
     if "mlx.core" in sys.modules:
         warnings.warn("mlx was imported before backend: a fast BLAS can no longer be loaded", stacklevel=3)
         return None
     if (name := blas.load()) is None:
         warnings.warn(
-            "no fast BLAS found: matrix products will be about 30 times slower than need be "
+            "no fast BLAS found: matrix products will be about 30 times slower than necessary "
             "(pip install mkl, or install the system's OpenBLAS)",
             stacklevel=3,
         )
@@ -55,19 +55,19 @@ import mlx.nn as nn  # noqa: E402, F401  (other modules write `from mlx_retrieva
 IS_GPU = mx.default_device() == mx.Device(mx.gpu)
 IS_CUDA = IS_GPU and platform.system() == "Linux"
 
-# Whether what `mx.compile` fuses is written out, adapters are merged and worker threads used: pays on CPUs only.
+# Whether functions are written for `mx.compile` to fuse, adapters merged and worker threads used: pays on CPUs only.
 FUSED = not IS_GPU and not PLAIN
 # Whether passes are compiled.
 COMPILED = FUSED
-# Micro-batches computed side by side, each on a thread of its own: element-wise functions use one core each. One more
-# than there are cores fills the moments in which a thread waits for its next operation.
+# Micro-batches computed at the same time, each on its own thread: element-wise functions use one core each. One thread
+# more than there are cores fills the moments in which another waits for its next operation.
 WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
-# Tokens (rows x padded length) that go through the backbone at once, where the user names no budget.
+# Tokens (rows x padded length) that go through the backbone at once, unless --micro-batch-tokens says otherwise.
 MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
-# What one more micro-batch costs, in tokens: below this, less padding is not worth it. MiniLM on a CPU: about 30; on an
-# H100, where every operation of it is launched and few tokens leave most of the card idle, 17 took twice as long as 6.
+# The cost of one more micro-batch, in tokens: saving less padding than this does not pay. MiniLM on a CPU: about 30. On
+# an H100, where launches cost time and few tokens leave most of the card idle, 17 of them took twice as long as 6.
 MICRO_BATCH_OVERHEAD = 2_048 if IS_CUDA else 32
-# Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes their graphs.
+# Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes graphs.
 LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
 
 
@@ -75,12 +75,12 @@ LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
 def prepare() -> None:
     """Set up this process for speed and exact float32. Call it before the first computation; later calls do nothing.
 
-    - `MLX_ENABLE_TF32=0` unless it is set: where there are units for it, mlx otherwise rounds the factors of float32
-      products to 10 bits. mlx reads the variable at its first product, and never again.
+    - `MLX_ENABLE_TF32=0` unless it is set: on GPUs with TF32, mlx otherwise rounds the factors of float32 products to
+      10 bits. mlx reads the variable only once, at its first product.
     - `TOKENIZERS_PARALLELISM=true` unless it is set: tokenizers works on all cores after a fork, too.
-    - On CPUs, the arrays that mlx keeps for reuse are limited to 256 MB: without a limit they grew to gigabytes.
+    - On CPUs, the memory that mlx keeps for reuse is limited to 256 MB; without a limit it grew to gigabytes.
     - On Linux CPUs, malloc keeps freed memory, and `PATH` and `TMPDIR` lead mlx to a g++ that vectorises its kernels
-      (see cpu_kernels.py).
+      (cpu_kernels.py).
     """
     global KERNELS
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -99,23 +99,23 @@ def _tune_malloc() -> None:
     except OSError:  # musl and other C libraries have no mallopt
         return
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    libc.mallopt(m_arena_max, 1)  # the arenas of other threads return memory whatever the threshold
+    libc.mallopt(m_arena_max, 1)  # other arenas return memory regardless of the threshold
     libc.mallopt(m_mmap_threshold, 32 << 20)
     libc.mallopt(m_trim_threshold, 1 << 30)
 
 
 def default_dtype(checkpoint: mx.Dtype) -> mx.Dtype:
-    """The dtype to compute in: the checkpoint's on a GPU, float32 on CPUs (bfloat16 is 40 times slower there)."""
+    """Return the dtype to compute in: the checkpoint's on a GPU, float32 on CPUs, where bfloat16 is 40 times slower."""
     return checkpoint if IS_GPU else mx.float32
 
 
 def device_name() -> str:
-    """For instance `Apple M3 Max GPU` or `Intel(R) Xeon(R) Processor CPU`."""
+    """Return the device's name, for instance `Apple M3 Max GPU` or `Intel(R) Xeon(R) Processor CPU`."""
     return f"{mx.device_info().get('device_name', 'unknown')} {'GPU' if IS_GPU else 'CPU'}"
 
 
 def describe() -> str:
-    """One line for the top of every run: device, BLAS, dtype advice, versions."""
+    """Return one line for the top of every run: mlx's version, device, BLAS, cores, missing kernels."""
     parts = [f"mlx {importlib.metadata.version('mlx')}", device_name()]
     if not IS_GPU and platform.system() == "Linux":
         parts.append(f"BLAS {BLAS or 'reference (slow)'}")
@@ -126,5 +126,5 @@ def describe() -> str:
 
 
 def peak_memory() -> int:
-    """Most bytes that mlx arrays held since the start or the last `mx.reset_peak_memory()`."""
+    """Return the peak of bytes in mlx arrays since the start or the last `mx.reset_peak_memory()`."""
     return mx.get_peak_memory()

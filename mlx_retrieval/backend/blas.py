@@ -1,8 +1,8 @@
-"""The BLAS that mlx's matrix products run on, on Linux CPUs. Called by backend.py before anything imports mlx.
+"""Load the BLAS that mlx's matrix products use on Linux CPUs, before anything imports mlx.
 
-mlx's wheel carries a reference BLAS of a few GFLOP/s. Its calls resolve to whichever library is loaded first with
-global symbols, so `load` does that with a fast one: Intel's on Intel's processors, OpenBLAS elsewhere, where Intel's
-computes with the vectors of ten years ago (benchmarks/LOG.md). It imports no mlx, and of the toolkit only kernels.py.
+mlx's wheel contains a reference BLAS of a few GFLOP/s. Its calls resolve to the library that is loaded first with
+global symbols, so `load` loads a fast one: MKL on Intel's processors, OpenBLAS on others, where MKL uses older vector
+instructions (benchmarks/LOG.md). This file must not import mlx.
 
 `MLX_RETRIEVAL_BLAS=MKL` or `OpenBLAS` in the environment overrides the choice.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mlx_retrieval.backend import cpu_kernels
 
-# PyPI's OpenBLAS has a prefix before every name, so that it disturbs no other; mlx calls these three without.
+# In PyPI's OpenBLAS every name has a prefix, against clashes; mlx calls these three names without it.
 SHIM = "".join(
     f"""
 void (*{kind}_to)(int, int, int, int, int, int, {scalar}, const void*, int, const void*, int, {scalar}, void*, int);
@@ -32,23 +32,25 @@ void cblas_{kind}(int order, int ta, int tb, int m, int n, int k, {scalar} alpha
 """
     for kind, scalar in (("sgemm", "float"), ("dgemm", "double"), ("cgemm", "const void*"))
 )
-_set_threads: Callable[[int], None] | None = None  # of OpenBLAS; MKL's threads are TBB's, which share the cores anyway
+_set_threads: Callable[[int], None] | None = None  # of OpenBLAS; MKL uses TBB, whose threads share the cores
 
 
 def load() -> str | None:
-    """Load the best BLAS there is with global symbols. Its name and whose vectors it uses, None where there is none."""
+    """Load the fastest BLAS available, with global symbols. Return its name and processor type; None without one."""
     kinds = {"MKL": _load_mkl, "OpenBLAS": _load_openblas}
-    wanted = os.environ.get("MLX_RETRIEVAL_BLAS") or ("MKL" if _vendor() == "GenuineIntel" else "OpenBLAS")
-    for name in sorted(kinds, key=lambda name: name.lower() != wanted.lower()):
-        if loaded := kinds[name]():
-            return loaded
+    preferred = os.environ.get("MLX_RETRIEVAL_BLAS") or ("MKL" if _vendor() == "GenuineIntel" else "OpenBLAS")
+    for name in sorted(kinds, key=lambda name: name.lower() != preferred.lower()):
+        if description := kinds[name]():
+            return description
     return None
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While several threads compute products side by side, each product stays on its own: OpenBLAS would let only one
-    of them at a time compute, on all cores."""
+    """Let each matrix product use one thread while several worker threads compute products.
+
+    Otherwise OpenBLAS computes one product at a time, on all cores.
+    """
     if _set_threads is None:
         yield
         return
@@ -60,19 +62,19 @@ def one_thread() -> Iterator[None]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _vendor() -> str:
-    """The processor's maker as Linux calls it: GenuineIntel, AuthenticAMD; empty on Arm."""
+    """Return the processor's vendor_id on Linux: GenuineIntel, AuthenticAMD; "" on Arm."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def _installed(package: str, file: str) -> str | None:
-    """Path of a shared library that a PyPI package brought, without importing anything."""
+    """Return the path of a shared library in an installed PyPI package, without importing it; None if missing."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -88,14 +90,14 @@ def _load_mkl() -> str | None:
         ctypes.CDLL(tbb, mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     if tbb:
-        # MKL's default threads (OpenMP) spin while they wait and take the cores from everything else that runs: a
-        # step beside other work took up to ten times as long as with TBB, whose threads sleep.
+        # MKL's default threads (OpenMP) spin while they wait and take the cores from everything else: a step beside
+        # other work took up to ten times as long as with TBB, whose threads sleep.
         library.MKL_Set_Threading_Layer(4)
     return "MKL"
 
 
 def _load_openblas() -> str | None:
-    """PyPI's, with the names that mlx calls put before it by a few compiled lines; else the system's."""
+    """Load OpenBLAS from PyPI, under the names that mlx calls (see `_shim`), or else the system's."""
     global _set_threads
     if (path := _installed("scipy-openblas32", "libscipy_openblas.so")) and (shim := _shim()):
         library, prefix = ctypes.CDLL(path), "scipy_"
@@ -114,7 +116,7 @@ def _load_openblas() -> str | None:
 
 
 def _shim() -> ctypes.CDLL | None:
-    """The names that mlx calls, as a library: compiled once and kept; None where nothing can compile it."""
+    """Return a library that forwards the names that mlx calls; compiled once a user. None without a C++ compiler."""
     compiler = shutil.which("g++")
     folder = cpu_kernels.private_folder(f"{SHIM}{platform.machine()}") if compiler else None
     if folder is None:
@@ -122,10 +124,10 @@ def _shim() -> ctypes.CDLL | None:
     library = folder / "blas.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as draft:
-            source, made = Path(draft) / "blas.cpp", Path(draft) / "blas.so"
+            source, output = Path(draft) / "blas.cpp", Path(draft) / "blas.so"
             source.write_text(f'extern "C" {{{SHIM}}}\n', encoding="utf-8")
-            command = [compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(made)]
+            command = [compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(output)]
             if subprocess.run(command, check=False, capture_output=True).returncode != 0:
                 return None
-            made.replace(library)  # another process never sees half a library
+            output.replace(library)  # another process never sees half a library
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

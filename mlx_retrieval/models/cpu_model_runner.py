@@ -126,7 +126,7 @@ class CompiledFunctions:
 
     def forward_saving(self, weights: dict, merged: list[mx.array], *micro_batch: mx.array) -> list[mx.array]:
         products = merged_lora.Products()
-        return [self._with(weights, merged, products, lambda: self.model(MicroBatch(*micro_batch))), *products.noted]
+        return [self._with(weights, merged, products, lambda: self.model(MicroBatch(*micro_batch))), *products.computed]
 
     def gradient(
         self, weights: dict, merged: list, trained: dict, cotangent: mx.array, products: list, *micro_batch: mx.array

@@ -201,8 +201,8 @@ def test_layer_types_become_a_period(tmp_path, period):
 @pytest.mark.parametrize(
     ("types", "message"),
     [
-        (["full_attention", "sliding_attention", "full_attention", "full_attention"], "no period"),
-        (["sliding_attention", "full_attention", "full_attention", "sliding_attention"], "no period"),
+        (["full_attention", "sliding_attention", "full_attention", "full_attention"], "not periodic"),
+        (["sliding_attention", "full_attention", "full_attention", "sliding_attention"], "not periodic"),
         (["sliding_attention"] * 4, "without a layer of full attention"),
     ],
 )

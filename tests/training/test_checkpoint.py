@@ -126,7 +126,7 @@ def test_everything_that_does_not_fit_is_told_at_once(base_folders, tmp_path, tr
     ("spoil", "message"),
     [
         (lambda f: (f / ADAPTERS).unlink(), f"{ADAPTERS}: No such file"),
-        (lambda f: (f / ADAPTERS).write_bytes((f / ADAPTERS).read_bytes()[:-100]), "cut short"),
+        (lambda f: (f / ADAPTERS).write_bytes((f / ADAPTERS).read_bytes()[:-100]), "truncated"),
         (lambda f: (f / ADAPTERS).write_bytes(b"not tensors at all"), f"{ADAPTERS}: not readable as safetensors"),
         (lambda f: (f / ADAPTER_CONFIG).unlink(), f"{ADAPTER_CONFIG}: No such file"),
         (lambda f: (f / ADAPTER_CONFIG).write_text("{"), f"{ADAPTER_CONFIG}: not valid JSON"),
