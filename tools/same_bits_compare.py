@@ -84,7 +84,8 @@ def of_bytes(path: Path, old: bytes, new: bytes) -> str:
     if path.suffix == ".safetensors":
         return of_tensors(old, new)
     if path.suffix == ".npy":
-        return of_arrays(*(np.load(io.BytesIO(data)) for data in (old, new))) or "the same numbers, but headers differ"
+        arrays = (np.load(io.BytesIO(data), allow_pickle=False) for data in (old, new))
+        return of_arrays(*arrays) or "the same numbers, but headers differ"
     at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     return f"byte {at:,} differs, of {len(old):,} and {len(new):,}"
 
