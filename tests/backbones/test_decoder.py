@@ -21,13 +21,13 @@ from mlx_retrieval.utils.errors import UserError
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """`folders[kind]`: a random model of every kind."""
+    """Return folders of random models, by kind."""
     root = tmp_path_factory.mktemp("models")
     return {kind: random_models.save(kind, root / kind) for kind in KINDS}
 
 
 def reference(folder: Path, ids: mx.array, lengths: mx.array, mask=None) -> list[np.ndarray]:
-    """transformers' states of each row's real tokens; `mask` (L, L) replaces its own attention masks."""
+    """Return transformers' states of each row's real tokens; `mask` (L, L) replaces its attention masks."""
     import torch
     from transformers import AutoModel
 
@@ -74,7 +74,7 @@ def test_bidirectional_as_transformers_makes_it(folders, tmp_path, kind):
     ids, lengths = texts()
     expected = reference(folder, ids, lengths)
     assert_close(rows_of(load_backbone(folders[kind], bidirectional=True), ids, lengths), expected, 1e-4)
-    backbone = load_backbone(folder)  # the config says so itself
+    backbone = load_backbone(folder)  # the config says so
     assert backbone.bidirectional
     assert_close(rows_of(backbone, ids, lengths), expected, 1e-4)
     assert not load_backbone(folder, bidirectional=False).bidirectional
@@ -83,15 +83,15 @@ def test_bidirectional_as_transformers_makes_it(folders, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "says",
+    "settings",
     [
         {"is_causal": False, "sliding_window": WINDOW - 1},
         {"use_bidirectional_attention": True, "sliding_window": 2 * (WINDOW - 1)},
     ],
 )
-def test_gemma_bidirectional_window(folders, tmp_path, says):
-    """Distance < window, as mlx-lm counts; a config that says so itself counts as transformers does."""
-    folder = random_models.changed(folders["gemma3_text"], tmp_path / "m", **says)
+def test_gemma_bidirectional_window(folders, tmp_path, settings):
+    """Distance < window, as mlx-lm counts; a config that declares it counts as transformers does."""
+    folder = random_models.changed(folders["gemma3_text"], tmp_path / "m", **settings)
     ids, lengths = texts()
     expected = reference(folder, ids, lengths)
     assert_close(rows_of(load_backbone(folders["gemma3_text"], bidirectional=True), ids, lengths), expected, 1e-4)
@@ -171,20 +171,20 @@ def test_gemma_rope_of_each_kind_of_layer(folders, tmp_path, rope):
     ],
 )
 def test_texts_end_at_a_window_that_is_not_built(tmp_path, kind, changes, longest):
-    """Where mlx-lm leaves a sliding window out, longer texts would not be what transformers computes."""
+    """If mlx-lm leaves out a sliding window, it computes longer texts otherwise than transformers."""
     folder = random_models.save(kind, tmp_path / "whole")
     folder = random_models.changed(folder, tmp_path / "changed", **changes)
     assert load_backbone(folder).max_positions == longest
 
 
 def test_mistral_differs_from_its_window_on(folders):
-    """The reason for the limit: equal up to the window's length, and not after it."""
+    """The reason for the limit: states are equal up to the window's length, and not beyond."""
     backbone = load_backbone(folders["mistral"])
     window = backbone.max_positions
     for length, near in ((window, True), (window + 8, False)):
         ids, lengths = texts((length,))
-        found, expected = rows_of(backbone, ids, lengths)[0], reference(folders["mistral"], ids, lengths)[0]
-        assert np.allclose(found, expected, atol=1e-4) == near
+        actual, expected = rows_of(backbone, ids, lengths)[0], reference(folders["mistral"], ids, lengths)[0]
+        assert np.allclose(actual, expected, atol=1e-4) == near
 
 
 @pytest.mark.parametrize("period", [1, 3, 4])
@@ -208,10 +208,10 @@ def test_layer_types_become_a_period(tmp_path, period):
 )
 @pytest.mark.parametrize("pattern", [None, 2])
 def test_layer_types_without_a_period_are_refused(folders, tmp_path, types, message, pattern):
-    """transformers goes by layer_types and ignores a period beside them; mlx-lm knows the period alone."""
-    says = {"layer_types": types, "sliding_window_pattern": pattern}
+    """transformers reads layer_types and ignores a period; mlx-lm reads the period alone."""
+    settings = {"layer_types": types, "sliding_window_pattern": pattern}
     with pytest.raises(UserError, match=message):
-        load_backbone(random_models.changed(folders["gemma3_text"], tmp_path / "m", **says))
+        load_backbone(random_models.changed(folders["gemma3_text"], tmp_path / "m", **settings))
 
 
 def test_layer_types_win_over_a_period(folders, tmp_path):
@@ -221,9 +221,9 @@ def test_layer_types_win_over_a_period(folders, tmp_path):
 
 
 def test_gemma_with_fewer_layers_than_the_default_period_is_refused(folders, tmp_path):
-    says = {"layer_types": None, "_sliding_window_pattern": None}
+    settings = {"layer_types": None, "_sliding_window_pattern": None}
     with pytest.raises(UserError, match="without a layer of full attention"):
-        load_backbone(random_models.changed(folders["gemma3_text"], tmp_path / "m", **says))
+        load_backbone(random_models.changed(folders["gemma3_text"], tmp_path / "m", **settings))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -238,7 +238,7 @@ def test_trunk_saved_by_itself(tmp_path, kind, tied):
 
 
 def test_multimodal_gemma_by_its_text_config(folders, tmp_path):
-    """Weights and settings one level down, as the 4B models of Gemma 3 have them."""
+    """Weights and settings one level down, as in the 4B models of Gemma 3."""
     inner = json.loads((folders["gemma3_text"] / "config.json").read_text())
     folder = random_models.changed(
         folders["gemma3_text"], tmp_path / "m", model_type="gemma3", text_config=inner, vocab_size=512, hidden_size=None
@@ -283,14 +283,14 @@ def test_loaded_frozen_in_evaluation_mode_and_float32_on_cpu(folders, tmp_path, 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_decoder(folders, tmp_path, bits, bidirectional):
-    """Near the whole model, the same padded and alone, counted as the numbers they stand for."""
+    """Close to the original model, equal padded and alone, and counted as dequantised weights."""
     folder = random_models.quantised(folders["gemma3_text"], tmp_path / "q", bits=bits)
     whole, backbone = (load_backbone(f, bidirectional, mx.float32) for f in (folders["gemma3_text"], folder))
     ids, lengths = texts()
-    found = rows_of(backbone, ids, lengths)
-    assert_close(found, alone(backbone, ids, lengths), 1e-4)  # the matrix-vector kernel sums in another order
+    actual = rows_of(backbone, ids, lengths)
+    assert_close(actual, alone(backbone, ids, lengths), 1e-4)  # the matrix-vector kernel sums in another order
     expected = rows_of(whole, ids, lengths)
-    assert np.corrcoef(found[0].ravel(), expected[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
+    assert np.corrcoef(actual[0].ravel(), expected[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
     assert count_parameters(backbone)[0] == count_parameters(whole)[0]
 
 
@@ -304,10 +304,10 @@ def test_quantised_encoder(folders, tmp_path, bits, embeddings):
     folder = random_models.changed(folders["bert"], tmp_path / "q", quantization=quantisation)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(whole.parameters())))
     backbone, (ids, lengths) = load_backbone(folder), texts()
-    found = rows_of(backbone, ids, lengths)
-    assert_close(found, rows_of(whole, ids, lengths), 0)
-    assert_close(found, alone(backbone, ids, lengths), 1e-4)
-    near = np.corrcoef(found[0].ravel(), rows_of(load_backbone(folders["bert"]), ids, lengths)[0].ravel())[0, 1]
+    actual = rows_of(backbone, ids, lengths)
+    assert_close(actual, rows_of(whole, ids, lengths), 0)
+    assert_close(actual, alone(backbone, ids, lengths), 1e-4)
+    near = np.corrcoef(actual[0].ravel(), rows_of(load_backbone(folders["bert"]), ids, lengths)[0].ravel())[0, 1]
     assert near > {4: 0.7, 8: 0.99}[bits]
 
 

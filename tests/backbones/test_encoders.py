@@ -48,7 +48,7 @@ def torch_model(folder: Path):
 
 
 def torch_states(model, ids: mx.array, lengths: mx.array):
-    """(states (R, L, D), which are of real tokens (R, L))."""
+    """Return the states (R, L, D) and a mask (R, L) of real tokens."""
     import torch
 
     real = torch.tensor(np.arange(ids.shape[1]) < np.array(lengths)[:, None])
@@ -56,13 +56,13 @@ def torch_states(model, ids: mx.array, lengths: mx.array):
 
 
 def reference(folder: Path, ids: mx.array, lengths: mx.array) -> list[np.ndarray]:
-    """transformers' states of each row's real tokens."""
+    """Return transformers' states of each row's real tokens."""
     states, _ = torch_states(torch_model(folder), ids, lengths)
     return [states[row, :length].detach().numpy() for row, length in enumerate(lengths.tolist())]
 
 
 def rewritten(folder: Path, target: Path, rename, **config) -> Path:
-    """A copy whose tensors are called what `rename` makes of their names; None leaves one out."""
+    """Return a copy of a folder with each tensor named `rename(name)`; None leaves it out."""
     random_models.changed(folder, target, **config)
     weights = mx.load(str(target / "model.safetensors"))
     weights = {rename(name): value for name, value in weights.items() if rename(name)}
@@ -72,7 +72,7 @@ def rewritten(folder: Path, target: Path, rename, **config) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A random model of every kind."""
+    """Return folders of random models, by kind."""
     root = tmp_path_factory.mktemp("encoders")
     return {kind: save(kind, root / kind) for kind in KINDS}
 
@@ -101,7 +101,7 @@ def test_padding_changes_no_state(folders, kind):
 
 
 def test_padding_sees_something(folders):
-    """Attention to nothing is NaN with some kernels, and a NaN in padding is one everywhere in the next layer."""
+    """Attention to nothing is NaN in some kernels, and a NaN in padding spreads in the next layer."""
     ids, lengths = texts(LENGTHS)
     masks = load_backbone(folders["modernbert"])._masks(mx.arange(ids.shape[1]) < lengths[:, None])
     assert all(mask.any(axis=-1).all() for mask in masks.values())
@@ -109,14 +109,14 @@ def test_padding_sees_something(folders):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_and_windows_show_in_the_states(folders, kind):
-    """Without them the comparisons above would not tell a right model from a wrong one."""
+    """Otherwise the comparisons above could not distinguish a right model from a wrong one."""
     backbone, (ids, lengths) = load_backbone(folders[kind]), texts((60,))
-    found = rows_of(backbone, ids, lengths)[0]
+    actual = rows_of(backbone, ids, lengths)[0]
     swapped = mx.concatenate([ids[:, :1], ids[:, 2:3], ids[:, 1:2], ids[:, 3:]], axis=1)
-    assert np.abs(rows_of(backbone, swapped, lengths)[0][0] - found[0]).max() > 1e-2
+    assert np.abs(rows_of(backbone, swapped, lengths)[0][0] - actual[0]).max() > 1e-2
     if kind in MODERN:
         backbone.config = backbone.config | {"local_attention": 1000}
-        assert np.abs(rows_of(backbone, ids, lengths)[0] - found).max() > 1e-2
+        assert np.abs(rows_of(backbone, ids, lengths)[0] - actual).max() > 1e-2
 
 
 @pytest.mark.parametrize("length", [8, 9, 10, 17])
@@ -148,7 +148,7 @@ def test_buckets_are_those_of_transformers(count, farthest):
 
 
 def test_modernbert_configs_of_older_transformers(folders, tmp_path):
-    """Bases and a period, where transformers 5 writes `rope_parameters` and `layer_types`."""
+    """Older configs have bases and a period; transformers 5 writes `rope_parameters` and `layer_types`."""
     new = json.loads((folders["modernbert"] / "config.json").read_text())
     assert {"rope_parameters", "layer_types"} <= set(new) and "global_rope_theta" not in new
     old = {"global_rope_theta": 5000.0, "local_rope_theta": 300.0, "global_attn_every_n_layers": 2}
@@ -156,15 +156,15 @@ def test_modernbert_configs_of_older_transformers(folders, tmp_path):
     old |= {"rope_parameters": None, "layer_types": None}
     folder = random_models.changed(folders["modernbert"], tmp_path / "m", **old)
     ids, lengths = texts(LENGTHS)
-    found = rows_of(load_backbone(folder), ids, lengths)
-    assert_close(found, reference(folder, ids, lengths), 1e-4)
-    assert np.abs(found[0] - rows_of(load_backbone(folders["modernbert"]), ids, lengths)[0]).max() > 1e-2
+    actual = rows_of(load_backbone(folder), ids, lengths)
+    assert_close(actual, reference(folder, ids, lengths), 1e-4)
+    assert np.abs(actual[0] - rows_of(load_backbone(folders["modernbert"]), ids, lengths)[0]).max() > 1e-2
     one = random_models.changed(folder, tmp_path / "n", local_rope_theta=None)  # then the default
     assert_close(rows_of(load_backbone(one), ids, lengths), reference(one, ids, lengths), 1e-4)
 
 
 def test_modernbert_without_a_local_base_has_one_base(folders, tmp_path):
-    """null, which transformers 4 took for "the same", and 5 cannot load."""
+    """transformers 4 read null as "the same"; 5 cannot load it."""
     settings = {"rope_parameters": None, "global_rope_theta": 500.0}
     null = random_models.changed(folders["modernbert"], tmp_path / "m", **settings)
     config = json.loads((null / "config.json").read_text()) | {"local_rope_theta": None}
@@ -186,9 +186,9 @@ def test_modernbert_without_a_local_base_has_one_base(folders, tmp_path):
 def test_modernbert_settings(folders, tmp_path, changes):
     folder = random_models.changed(folders["modernbert"], tmp_path / "m", **changes)
     ids, lengths = texts(LENGTHS)
-    found = rows_of(load_backbone(folder), ids, lengths)
-    assert_close(found, reference(folder, ids, lengths), 1e-4)
-    assert np.abs(found[0] - rows_of(load_backbone(folders["modernbert"]), ids, lengths)[0]).max() > 1e-3
+    actual = rows_of(load_backbone(folder), ids, lengths)
+    assert_close(actual, reference(folder, ids, lengths), 1e-4)
+    assert np.abs(actual[0] - rows_of(load_backbone(folders["modernbert"]), ids, lengths)[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_t5_settings(tmp_path, kind, changes):
 
 @pytest.mark.parametrize("kind", T5)
 def test_t5_configs_that_leave_out_what_is_usual(folders, tmp_path, kind):
-    """The first T5 configs name neither the farthest bucket nor, under mT5, the feed-forward part."""
+    """Early T5 configs lack the maximum distance and, for mT5, the feed-forward part."""
     usual = {"relative_attention_max_distance": None, "dense_act_fn": None, "is_gated_act": None}
     usual |= {} if kind == "t5-v1.1" else {"feed_forward_proj": None}
     folder = random_models.changed(folders[kind], tmp_path / "m", **usual)
@@ -252,9 +252,9 @@ def test_encoders_saved_in_a_larger_model(tmp_path, kind, whole, beside):
 )
 def test_other_names_of_the_same_tensors(folders, tmp_path, kind, pattern, name):
     folder = rewritten(folders[kind], tmp_path / "m", lambda old: re.sub("^" + pattern, name, old))
-    found, expected = (dict(tree_flatten(load_backbone(f).parameters())) for f in (folder, folders[kind]))
-    assert set(found) == set(expected)
-    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+    actual, expected = (dict(tree_flatten(load_backbone(f).parameters())) for f in (folder, folders[kind]))
+    assert set(actual) == set(expected)
+    assert all(mx.array_equal(actual[name], expected[name]) for name in expected)
 
 
 def test_an_embedding_under_both_names_is_one(folders, tmp_path):
@@ -263,8 +263,8 @@ def test_an_embedding_under_both_names_is_one(folders, tmp_path):
     extra = {f"{stack}.embed_tokens.weight": weights["shared.weight"] for stack in ("encoder", "decoder")}
     extra["lm_head.weight"] = mx.zeros((VOCABULARY, 64))
     mx.save_safetensors(str(folder / "model.safetensors"), weights | extra, metadata={"format": "pt"})
-    found = dict(tree_flatten(load_backbone(folder).parameters()))
-    assert set(found) == {name for name in weights if not name.startswith("encoder.embed_tokens.")}
+    actual = dict(tree_flatten(load_backbone(folder).parameters()))
+    assert set(actual) == {name for name in weights if not name.startswith("encoder.embed_tokens.")}
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "t5", "mt5"])
@@ -308,12 +308,12 @@ def test_encoders_cannot_be_made_causal(folders, kind):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantised(folders, tmp_path, kind, bits, embeddings):
-    """The same from the file as in memory, and near the whole model."""
+    """Equal from the file and in memory, and close to the original model."""
     kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
     source = save(kind, tmp_path / "whole", **({} if kind in MODERN else {"d_kv": 16}))
     whole, (ids, lengths) = load_backbone(source), texts(LENGTHS)
     expected, total = rows_of(whole, ids, lengths), count_parameters(whole)[0]
-    # T5's table of a bias a head is too narrow.
+    # T5's table of biases, one a head, is too narrow to be quantised.
     nn.quantize(whole, 32, bits, class_predicate=lambda _, m: isinstance(m, kinds) and m.weight.shape[-1] % 32 == 0)
     folder = random_models.changed(source, tmp_path / "q", quantization={"group_size": 32, "bits": bits})
     prefix = "model." if kind in MODERN else ""
@@ -321,10 +321,10 @@ def test_quantised(folders, tmp_path, kind, bits, embeddings):
     assert sum(name.endswith(".scales") for name in tensors) == len(lora.linear_names(whole)) * LAYERS + embeddings
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     backbone = load_backbone(folder)
-    found = rows_of(backbone, ids, lengths)
-    assert_close(found, rows_of(whole, ids, lengths), 0)
-    assert_close(found, alone(backbone, ids, lengths), 1e-4)
-    assert np.corrcoef(found[0].ravel(), expected[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
+    actual = rows_of(backbone, ids, lengths)
+    assert_close(actual, rows_of(whole, ids, lengths), 0)
+    assert_close(actual, alone(backbone, ids, lengths), 1e-4)
+    assert np.corrcoef(actual[0].ravel(), expected[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
     assert count_parameters(backbone)[0] == total
     lora.adapt(backbone, rank=2)
     assert count_parameters(backbone)[1] > 0
@@ -345,7 +345,7 @@ def test_t5_in_float16_stays_finite(folders, kind):
 
 
 def torch_gradients(folder: Path, tensors: dict[str, mx.array], scale: float, ids, lengths) -> dict[str, np.ndarray]:
-    """Gradients of test_lora's `pooled_loss` with respect to `tensors`: adapters' matrices, or weights themselves."""
+    """Return the gradients of `pooled_loss` with respect to `tensors`: matrices of adapters, or weights."""
     import torch
 
     model = torch_model(folder)
@@ -372,20 +372,20 @@ def torch_gradients(folder: Path, tensors: dict[str, mx.array], scale: float, id
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_torch(folders, kind, train_type):
-    """All tensors; T5's bias of distances included, whose gradient comes through attention's mask."""
+    """Of all tensors, including T5's position bias, whose gradient comes through attention's mask."""
     backbone, batch = load_backbone(folders[kind]), texts((40, 20, 3))
     mx.random.seed(0)
     lora.adapt(backbone, train_type, rank=4, alpha=2.0)
     if train_type == "lora":
         shake(backbone)
-    _, found = gradient(backbone, *batch)
+    _, actual = gradient(backbone, *batch)
     expected = torch_gradients(folders[kind], trainable(backbone), 0.5, *batch)
-    assert set(found) == set(expected)
-    assert any("relative_attention_bias" in name for name in found) == (kind in T5 and train_type == "full")
+    assert set(actual) == set(expected)
+    assert any("relative_attention_bias" in name for name in actual) == (kind in T5 and train_type == "full")
     for name, value in expected.items():
         if train_type == "full" and name.endswith("Wqkv.bias"):  # a third of it, the key's, has no effect at all
-            found[name], value = (np.delete(np.array(v), slice(64, 128)) for v in (found[name], value))
-        assert np.abs(np.array(found[name]) - value).max() <= 1e-3 * np.abs(value).max(), name
+            actual[name], value = (np.delete(np.array(v), slice(64, 128)) for v in (actual[name], value))
+        assert np.abs(np.array(actual[name]) - value).max() <= 1e-3 * np.abs(value).max(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -405,7 +405,7 @@ def test_adapters_are_for_all_linear_layers(folders, kind):
 
 
 def test_t5_base_with_q_and_v_has_as_many_parameters_as_published():
-    """12 layers, 2 matrices of 768 x 768, each with 16 x (768 + 768). No weight is computed for this."""
+    """12 layers, 2 matrices of 768 x 768, each with 16 x (768 + 768). No weight is computed."""
     shape = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
     backbone = t5.T5({"model_type": "t5", **shape})
     config = lora.adapt(backbone, rank=16, keys=["q", "v"])
@@ -434,7 +434,7 @@ TEXTS = ["a", "the cat sat on the mat", "", "a kidney stone is a hard piece of m
 
 @pytest.fixture(params=["modernbert", "t5-v1.1"])
 def whole(request, folders, tmp_path, toy_tokenizer_folder) -> Path:
-    """An encoder with a tokenizer and sentence-transformers' word on how it is used."""
+    """Return the folder of an encoder with a tokenizer and the files of sentence-transformers."""
     folder = shutil.copytree(folders[request.param], tmp_path / "model")
     shutil.copytree(toy_tokenizer_folder, folder, dirs_exist_ok=True)
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
@@ -447,10 +447,10 @@ def whole(request, folders, tmp_path, toy_tokenizer_folder) -> Path:
 
 
 def test_embeddings(whole):
-    """From text to vector, as torch pools; compiled and with worker threads where that is how things are done."""
+    """From text to vector, pooled as in torch; compiled and with worker threads where the backend uses them."""
     import torch
 
-    found = embedder.load(whole).encode(TEXTS)
+    actual = embedder.load(whole).encode(TEXTS)
     model, config, folder = loading.build(str(whole))
     assert isinstance(model, RetrievalModel) and folder == whole
     assert (config.dimensions, config.pooling, config.max_length, config.bidirectional) == (64, "mean", 200, True)
@@ -460,12 +460,12 @@ def test_embeddings(whole):
         states, real = torch_states(theirs, rows.ids, rows.lengths)
         means = (states * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
         expected = torch.nn.functional.normalize(means, dim=1).detach().numpy()
-        np.testing.assert_allclose(found[index], expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual[index], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_training_passes(whole):
-    """Gradients of several micro-batches, however they are computed, are those of one plain pass."""
+    """The gradient of several micro-batches is that of one plain pass, on every device."""
     model, config, folder = loading.build(str(whole))
     mx.random.seed(0)
     lora.adapt(model.backbone, rank=4, alpha=4.0)  # a strong adapter makes T5's gradient a matter of rounding
@@ -475,15 +475,15 @@ def test_training_passes(whole):
     assert len(rows) > 1
     cotangents = [mx.random.normal((len(part.lengths), 64), key=mx.random.key(i)) for i, part in enumerate(rows)]
     mx.eval(rows, cotangents)
-    found = dict(tree_flatten(make_runner(model).gradient(rows, [0] * len(rows), cotangents)))
+    actual = dict(tree_flatten(make_runner(model).gradient(rows, [0] * len(rows), cotangents)))
 
     def loss() -> mx.array:
         return sum((model(part) * cotangent).sum() for part, cotangent in zip(rows, cotangents, strict=True))
 
     expected = dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert mx.abs(found[name] - value).max() <= 1e-4 * mx.abs(value).max(), name
+        assert mx.abs(actual[name] - value).max() <= 1e-4 * mx.abs(value).max(), name
 
 
 def test_every_encoder_is_registered():

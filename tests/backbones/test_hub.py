@@ -1,4 +1,4 @@
-"""Where models come from: every way in which a folder can be wrong has its own clear error, and no pickle is opened.
+"""Finding and reading models: every fault of a folder has its own clear error, and no pickle is opened.
 
 python -m pytest tests/backbones/test_hub.py
 """
@@ -24,20 +24,20 @@ KINDS = ("qwen3", "bert")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, Path]:
-    """A sound decoder and a sound encoder."""
+def originals(tmp_path_factory) -> dict[str, Path]:
+    """Return folders of an intact decoder and encoder."""
     root = tmp_path_factory.mktemp("models")
     return {kind: random_models.save(kind, root / kind, num_hidden_layers=2) for kind in KINDS}
 
 
 @pytest.fixture(params=KINDS)
-def folder(request, whole, tmp_path) -> Path:
-    """A copy to spoil."""
-    return shutil.copytree(whole[request.param], tmp_path / "model")
+def folder(request, originals, tmp_path) -> Path:
+    """Return a copy that a test may damage."""
+    return shutil.copytree(originals[request.param], tmp_path / "model")
 
 
 def shard(folder: Path) -> list[str]:
-    """Cut model.safetensors into three shards with an index; returns their names."""
+    """Split model.safetensors into three shards with an index. Return their names."""
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
     (folder / "model.safetensors").unlink()
@@ -59,21 +59,21 @@ def refused(folder: Path, message: str) -> str:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def test_shards_make_the_same_model(folder, whole):
+def test_shards_make_the_same_model(folder, originals):
     expected = dict(tree_flatten(load_backbone(folder).parameters()))
     files = shard(folder)
     assert [file.name for file in weight_files(folder)] == files
-    found = dict(tree_flatten(load_backbone(folder).parameters()))
-    assert set(found) == set(expected)
-    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+    actual = dict(tree_flatten(load_backbone(folder).parameters()))
+    assert set(actual) == set(expected)
+    assert all(mx.array_equal(actual[name], expected[name]) for name in expected)
 
 
 def test_missing_shards_are_all_named(folder):
     files = shard(folder)
     for file in files[1:]:
         (folder / file).unlink()
-    told = refused(folder, "shards named by model.safetensors.index.json are missing")
-    assert files[1] in told and files[2] in told and files[0] not in told
+    message = refused(folder, "shards named by model.safetensors.index.json are missing")
+    assert files[1] in message and files[2] in message and files[0] not in message
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', "\xff"])
@@ -89,7 +89,7 @@ def test_no_weights(folder):
 
 
 class Bomb:
-    """Leaves a file where it is unpickled."""
+    """Create a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -132,7 +132,7 @@ def spoil_header(data: bytes) -> bytes:
 )
 @pytest.mark.parametrize("sharded", [False, True])
 def test_damaged_safetensors(folder, spoil, message, sharded):
-    """The file is named, before anything is computed: mlx reads lazily and would fail in the middle of a run."""
+    """The error names the file before anything is computed: mlx reads lazily and would fail in the middle of a run."""
     name = shard(folder)[2] if sharded else "model.safetensors"
     (folder / name).write_bytes(spoil((folder / name).read_bytes()))
     refused(folder, f"{re.escape(name)}: {message}")
@@ -144,28 +144,28 @@ def test_a_dtype_that_mlx_does_not_know(folder):
     refused(folder, "Q99")
 
 
-def test_all_tensors_that_do_not_fit_are_told(folder):
+def test_all_tensors_that_do_not_fit_are_named(folder):
     weights = read_weights(folder)
     mx.eval(weights)
     names = sorted(name for name in weights if "layer" in name and name.endswith("weight"))[:3]
     weights["colour"] = weights.pop(names[0])
     weights.pop(names[1])
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    told = refused(folder, re.escape(str(folder)))
-    assert "colour" in told
+    message = refused(folder, re.escape(str(folder)))
+    assert "colour" in message
 
 
-def test_an_encoder_tells_names_and_shapes(whole, tmp_path):
-    folder = shutil.copytree(whole["bert"], tmp_path / "model")
+def test_an_encoder_s_error_has_names_and_shapes(originals, tmp_path):
+    folder = shutil.copytree(originals["bert"], tmp_path / "model")
     weights = read_weights(folder)
     mx.eval(weights)
     weights["colour"] = mx.zeros((2, 3))
     weights.pop("embeddings.LayerNorm.bias")
     weights["embeddings.word_embeddings.weight"] = mx.zeros((7, 64))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    told = refused(folder, "3 tensors do not fit the model")
-    assert "unknown colour (2, 3)" in told and "missing embeddings.LayerNorm.bias (64,)" in told
-    assert "embeddings.word_embeddings.weight is (7, 64), not (512, 64)" in told
+    message = refused(folder, "3 tensors do not fit the model")
+    assert "unknown colour (2, 3)" in message and "missing embeddings.LayerNorm.bias (64,)" in message
+    assert "embeddings.word_embeddings.weight is (7, 64), not (512, 64)" in message
 
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def test_an_encoder_tells_names_and_shapes(whole, tmp_path):
         ('{"model_type": "llama"}', r"mlx-lm cannot load it \(TypeError: .*hidden_size"),
     ],
 )
-def test_configs_that_cannot_be_used(whole, tmp_path, text, message):
-    folder = shutil.copytree(whole["qwen3"], tmp_path / "model")
+def test_configs_that_cannot_be_used(originals, tmp_path, text, message):
+    folder = shutil.copytree(originals["qwen3"], tmp_path / "model")
     if text is None:
         (folder / "config.json").unlink()
     else:
@@ -197,9 +197,9 @@ def test_configs_that_cannot_be_used(whole, tmp_path, text, message):
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "max_position_embeddings"])
-def test_a_size_that_is_missing(whole, tmp_path, name):
-    """Regression: BERT's ended in a KeyError."""
-    refused(random_models.changed(whole["bert"], tmp_path / "model", **{name: None}), f"config.json: no {name}")
+def test_a_size_that_is_missing(originals, tmp_path, name):
+    """Regression: without one of BERT's sizes, loading ended in a KeyError."""
+    refused(random_models.changed(originals["bert"], tmp_path / "model", **{name: None}), f"config.json: no {name}")
 
 
 def test_code_that_comes_with_a_model_is_never_run(folder):
@@ -215,21 +215,21 @@ def test_code_that_comes_with_a_model_is_never_run(folder):
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-def test_folders_are_found_by_path(whole, monkeypatch, tmp_path):
-    assert resolve(str(whole["bert"])) == whole["bert"]
-    monkeypatch.setenv("HOME", str(whole["bert"].parent))
-    assert resolve("~/bert") == whole["bert"]
-    monkeypatch.chdir(whole["bert"].parent)
-    assert resolve("bert").resolve() == whole["bert"].resolve()
-    assert toolkit_relative("bert") == str(whole["bert"].resolve())  # still found from elsewhere
+def test_folders_are_found_by_path(originals, monkeypatch, tmp_path):
+    assert resolve(str(originals["bert"])) == originals["bert"]
+    monkeypatch.setenv("HOME", str(originals["bert"].parent))
+    assert resolve("~/bert") == originals["bert"]
+    monkeypatch.chdir(originals["bert"].parent)
+    assert resolve("bert").resolve() == originals["bert"].resolve()
+    assert toolkit_relative("bert") == str(originals["bert"].resolve())  # still found from elsewhere
     assert toolkit_relative("OWNER/NAME") == "OWNER/NAME"
     monkeypatch.chdir(tmp_path)
     assert resolve("tests") == TOOLKIT / "tests" and toolkit_relative("tests") == "tests"
 
 
-def test_a_file_instead_of_a_folder(whole):
+def test_a_file_instead_of_a_folder(originals):
     with pytest.raises(UserError, match="this is a file; a model is a folder with config.json"):
-        resolve(str(whole["bert"] / "model.safetensors"))
+        resolve(str(originals["bert"] / "model.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/model", "~/missing/model", "a/b/c"])
@@ -243,13 +243,13 @@ def test_a_converted_folder_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         resolve("gemma-3-270m-mlx")
-    told = str(caught.value)
-    assert f"no folder {tmp_path / 'gemma-3-270m-mlx'}" in told and "a hub name would be OWNER/NAME" in told
-    assert "mlx_lm.convert --hf-path OWNER/gemma-3-270m --mlx-path gemma-3-270m-mlx" in told
+    message = str(caught.value)
+    assert f"no folder {tmp_path / 'gemma-3-270m-mlx'}" in message and "a hub name would be OWNER/NAME" in message
+    assert "mlx_lm.convert --hf-path OWNER/gemma-3-270m --mlx-path gemma-3-270m-mlx" in message
 
 
 def test_a_hub_name_without_a_hub(tmp_path, run_python):
-    """At once, from a cache with nothing in it; says what was looked for, where, and what to do."""
+    """The error comes at once, and names the places searched and the command that helps."""
     code = """
 import os, sys, time
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": sys.argv[1]}
@@ -264,18 +264,18 @@ except UserError as error:
 print(time.perf_counter() - began)
 """
     done = run_python(code, tmp_path / "cache")
-    *told, seconds = done.stdout.strip().split("\n")
-    told = "\n".join(told)
+    *message, seconds = done.stdout.strip().split("\n")
+    message = "\n".join(message)
     assert float(seconds) < 5, done.stderr
-    assert told.startswith("--model Qwen/Qwen3-Embedding-0.6B: no folder /")
-    assert f"not in the cache {tmp_path / 'cache'}" in told
-    assert "mlx_lm.convert --hf-path Qwen/Qwen3-Embedding-0.6B --mlx-path Qwen3-Embedding-0.6B-mlx" in told
+    assert message.startswith("--model Qwen/Qwen3-Embedding-0.6B: no folder /")
+    assert f"not in the cache {tmp_path / 'cache'}" in message
+    assert "mlx_lm.convert --hf-path Qwen/Qwen3-Embedding-0.6B --mlx-path Qwen3-Embedding-0.6B-mlx" in message
 
 
-def test_a_cached_model_needs_no_hub(tmp_path, run_python, whole):
+def test_a_cached_model_needs_no_hub(tmp_path, run_python, originals):
     revision = "0" * 40
     cached = tmp_path / "models--someone--small"
-    shutil.copytree(whole["bert"], cached / "snapshots" / revision)
+    shutil.copytree(originals["bert"], cached / "snapshots" / revision)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
     code = """

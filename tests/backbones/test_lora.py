@@ -1,4 +1,4 @@
-"""What is trained: names, gradients against torch, refusals; gradient checkpointing; fingerprints of base models.
+"""Trained weights: names, gradients against torch, refusals. Gradient checkpointing. Fingerprints of base models.
 
 python -m pytest tests/backbones/test_lora.py
 """
@@ -25,10 +25,10 @@ KINDS = ("gemma3_text", "qwen3", "bert")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A random model of some kinds, and a quantised one."""
+    """Return folders of random models, one of them quantised."""
     root = tmp_path_factory.mktemp("models")
-    made = {kind: random_models.save(kind, root / kind) for kind in KINDS}
-    return made | {"4-bit": random_models.quantised(made["qwen3"], root / "4-bit")}
+    plain = {kind: random_models.save(kind, root / kind) for kind in KINDS}
+    return plain | {"4-bit": random_models.quantised(plain["qwen3"], root / "4-bit")}
 
 
 # --- what is trainable ----------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_full_trains_the_trunk_and_nothing_else(folders, kind):
 
 
 def test_full_leaves_out_a_multimodal_models_head(tmp_path, folders):
-    """The head one level down has no gradient either, so an optimizer's weight decay would wear it away."""
+    """A head one level down has no gradient either: weight decay would shrink it."""
     settings = json.loads((folders["gemma3_text"] / "config.json").read_text())
     target = random_models.changed(
         folders["gemma3_text"], tmp_path / "m", model_type="gemma3", text_config=settings, vocab_size=512
@@ -177,7 +177,7 @@ def test_a_layer_without_dora_is_a_users_error():
 
 
 def torch_gradients(folder: Path, tensors: dict[str, mx.array], scale: float, ids, lengths) -> dict[str, np.ndarray]:
-    """Gradients of `pooled_loss` by hand-made LoRA or DoRA layers in torch that hold the same tensors."""
+    """Return the gradients of `pooled_loss` by hand-written LoRA or DoRA layers in torch with the same tensors."""
     import torch
     from transformers import AutoModel
 
@@ -216,17 +216,17 @@ def test_gradients_are_those_of_torch(folders, kind, train_type):
     config = lora.adapt(backbone, train_type, rank=4, alpha=2.0)
     assert config["lora_parameters"]["scale"] == 0.5
     shake(backbone)
-    _, found = gradient(backbone, *texts())
+    _, actual = gradient(backbone, *texts())
     tensors = trainable(backbone)
     expected = torch_gradients(folders[kind], tensors, 0.5, *texts())
-    found = {name.removeprefix("lm."): value for name, value in found.items()}
-    assert set(found) == set(expected)
+    actual = {name.removeprefix("lm."): value for name, value in actual.items()}
+    assert set(actual) == set(expected)
     for name, value in expected.items():
-        assert np.abs(np.array(found[name]) - value).max() <= 1e-3 * np.abs(value).max(), name
+        assert np.abs(np.array(actual[name]) - value).max() <= 1e-3 * np.abs(value).max(), name
 
 
 def test_quantised_base_has_the_gradients_of_its_dequantised_self(folders, tmp_path):
-    """QLoRA: what 4 bits stand for is the base, exactly."""
+    """QLoRA: the base is exactly the dequantised weights."""
     from mlx_lm.utils import dequantize_model, load_model, save_config, save_model
 
     model, config = load_model(folders["4-bit"])
@@ -305,7 +305,7 @@ def test_dropout_of_the_backward_pass_is_that_of_the_forward_pass(folders, check
 
 
 def test_blocks_drop_differently(folders):
-    """Every checkpointed block starts from a seed of its own, not all from the same."""
+    """Each checkpointed block has its own seed."""
     backbone = load_backbone(folders["bert"])
     lora.adapt(backbone, rank=8, dropout=0.5)
     gradient_checkpointing.checkpoint_blocks(backbone)
@@ -335,7 +335,7 @@ def test_checkpointing_touches_this_model_alone(folders, kind):
 
 
 class TwoInputs(Backbone):
-    """A block that is also given something with a gradient beside x, as Gemma 3n's blocks are."""
+    """A block with a second differentiable input beside x, like Gemma 3n's."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -379,19 +379,19 @@ def marks(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_base_in_another_dtype_is_the_same(folders, tmp_path, kind, dtype):
-    found, other = marks(folders[kind]), marks(random_models.recast(folders[kind], tmp_path / "m", dtype))
-    assert set(found) == {"architecture", "norms", "matrices"}
-    assert lora.differing(found, other) == lora.differing(other, found) == []
+    base, other = marks(folders[kind]), marks(random_models.recast(folders[kind], tmp_path / "m", dtype))
+    assert set(base) == {"architecture", "norms", "matrices"}
+    assert lora.differing(base, other) == lora.differing(other, base) == []
     twice = marks(random_models.recast(tmp_path / "m", tmp_path / "n", mx.bfloat16))
-    assert lora.differing(found, twice) == lora.differing(other, twice) == []
+    assert lora.differing(base, twice) == lora.differing(other, twice) == []
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("kind", ["gemma3_text", "qwen3"])
 def test_the_same_base_quantised_is_the_same(folders, tmp_path, kind, dtype):
-    found, other = marks(folders[kind]), marks(random_models.quantised(folders[kind], tmp_path / "m", dtype))
+    base, other = marks(folders[kind]), marks(random_models.quantised(folders[kind], tmp_path / "m", dtype))
     assert set(other) == {"architecture", "norms"}
-    assert lora.differing(found, other) == lora.differing(other, found) == []
+    assert lora.differing(base, other) == lora.differing(other, base) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -418,13 +418,13 @@ def test_adapters_do_not_change_the_comparison_of_bases(folders, tmp_path):
     assert lora.differing(marks(folders["qwen3"]), marks(folders["bert"]))[0] == "architecture"
     fewer = random_models.save("qwen3", tmp_path / "m", num_hidden_layers=2)
     assert "architecture" in lora.differing(marks(folders["qwen3"]), marks(fewer))
-    found = marks(folders["qwen3"])
-    assert lora.differing({}, found) == []  # nothing is known of the base
-    assert lora.differing(found | {"norms": "not what is written there"}, found) == ["norms"]
+    base = marks(folders["qwen3"])
+    assert lora.differing({}, base) == []  # nothing is known of the base
+    assert lora.differing(base | {"norms": "not what is written there"}, base) == ["norms"]
 
 
 def test_changed_classes_can_be_stacked():
-    """Regression: `super(type(self), self)` called itself without end where a class was derived from a changed one."""
+    """Regression: `super(type(self), self)` recursed without end in a subclass of a changed class."""
     from mlx_lm.tuner.lora import LoRALinear
 
     layer = LoRALinear.from_base(nn.Linear(4, 3))

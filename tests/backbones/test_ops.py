@@ -1,4 +1,4 @@
-"""Attention, activation and merged layers are mlx's own, up to rounding, forward and backward.
+"""Attention, activations and merged layers equal mlx's up to rounding, forward and backward.
 
 python -m pytest tests/backbones/test_ops.py
 """
@@ -25,13 +25,13 @@ def own(q, k, v, scale, mask=None):
 
 
 def agree(function, reference, inputs: list[mx.array], weights: mx.array = None, tolerance: float = 2e-5) -> None:
-    """Values and gradients of all inputs, plain and compiled."""
+    """Assert equal values and gradients of all inputs, plain and compiled."""
     out = reference(*inputs)
     cotangent = arrays(out.shape)[0] if weights is None else weights
     expected = [out, *mx.vjp(lambda *x: [reference(*x)], inputs, [cotangent])[1]]
     for wrap in (lambda f: f, mx.compile):
-        found = wrap(lambda *x: [function(*x), *mx.vjp(lambda *y: [function(*y)], list(x), [cotangent])[1]])(*inputs)
-        for a, b in zip(found, expected, strict=True):
+        actual = wrap(lambda *x: [function(*x), *mx.vjp(lambda *y: [function(*y)], list(x), [cotangent])[1]])(*inputs)
+        for a, b in zip(actual, expected, strict=True):
             largest = float(mx.abs(b).max())
             np.testing.assert_allclose(np.array(a), np.array(b), atol=tolerance * largest, rtol=tolerance)
 
@@ -54,7 +54,7 @@ def test_attention_under_every_mask(kind, kv_heads):
 
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_padding_has_no_weight_whatever_it_holds(size):
-    """Scores of hundreds, all of them far from zero, and padding that would win."""
+    """Scores are in the hundreds and far from zero, and padding would win."""
     q, k, v = arrays((3, 4, 37, 16), (3, 4, 37, 16), (3, 4, 37, 16), scale=size)
     k = k - 20.0  # as a large bias of the keys' layer would do
     lengths = np.array([37, 20, 1])
@@ -105,7 +105,7 @@ def test_a_merged_layer_is_a_layer_and_its_adapter():
 
 @only_cpu
 def test_kernels_keep_infinities_and_nan_and_are_exact_enough():
-    """The flags of the kernels' compiler must not be those that let it ignore what is not finite."""
+    """The compiler's flags must not let it ignore numbers that are not finite."""
     x = np.concatenate([np.linspace(-90, 90, 10_001), [np.inf, -np.inf, np.nan, 0.0]]).astype(np.float32)
     forms = {
         "exp": (lambda x: mx.exp(x) * 1.5, lambda x: np.exp(x) * 1.5),
@@ -118,10 +118,10 @@ def test_kernels_keep_infinities_and_nan_and_are_exact_enough():
     for name, (function, reference) in forms.items():
         with np.errstate(all="ignore"):
             expected = reference(x.astype(np.float64)).astype(np.float32)
-        found = np.array(mx.compile(function)(mx.array(x)))
+        actual = np.array(mx.compile(function)(mx.array(x)))
         usual = np.abs(x) < 87  # beyond it exp is 0 or infinity in mlx
         usual |= ~np.isfinite(x)
-        np.testing.assert_allclose(found[usual], expected[usual], rtol=1e-5, atol=1e-37, err_msg=name)
+        np.testing.assert_allclose(actual[usual], expected[usual], rtol=1e-5, atol=1e-37, err_msg=name)
 
 
 @only_cpu
