@@ -11,7 +11,7 @@ from mlx_retrieval.backbones.ops import merged_linear, saved_linear
 
 def mergeable(model: nn.Module) -> list[nn.Module]:
     """Return the LoRA layers whose adapter can be added to the weight exactly: float32, not quantised, no dropout."""
-    adapters = sys.modules.get("mlx_lm.tuner.lora")  # a second to import; where nobody did, there is no LoRA layer
+    adapters = sys.modules.get("mlx_lm.tuner.lora")  # slow to import; before that, no LoRA layer exists
     layers = []
     for module in model.modules() if adapters else []:
         if not isinstance(module, adapters.LoRALinear) or module.dropout._p_1 < 1:
