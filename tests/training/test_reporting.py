@@ -44,7 +44,8 @@ def screen(monkeypatch):
         stream = io.StringIO()
         out = Console(file=stream, width=width, force_terminal=width is not None, soft_wrap=True, markup=False)
         monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setattr(console, "console", lambda: out)
+        for module in (console, reporting):  # where it is defined, and where it is used
+            monkeypatch.setattr(module, "console", lambda: out)
         return stream
 
     return make
