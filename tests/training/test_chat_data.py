@@ -82,7 +82,7 @@ def test_the_mask_covers_the_assistant_s_turns_and_nothing_else(tokenizers, name
     tokenizer = tokenizers[name]
     assert [text.strip(" ") for text in said(tokenizer, TALK)] == [text.strip(" ") for text in EXPECTED[name]]
     rendered = tokenizer.render(TALK, mask_prompt=True)
-    assert rendered.whole == (name != "shortened")
+    assert rendered.complete == (name != "shortened")
     assert [rendered.text[a:b] for a, b in rendered.spans] == EXPECTED[name]
 
 
