@@ -264,6 +264,7 @@ def test_steps_and_batches():
     assert config.folders()[1] == Path("adapters/qwen3-reranker-lora_best")
 
 
+@pytest.mark.slow
 def test_best_is_that_of_the_lowest_validation_loss(hub):
     """Labels of eval_data that contradict train_data's: the first evaluation is the best one."""
     opposite = [row | {"label": 1 - row["label"]} for row in rows()]
@@ -278,6 +279,7 @@ def test_best_is_that_of_the_lowest_validation_loss(hub):
     assert {path.name for path in best.iterdir()} == {path.name for path in last.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_second_run(hub, capsys):
     """The same trainer begins anew; another one must be told to replace what is there."""
     trainer = Qwen3RerankerTrainer(qwen())

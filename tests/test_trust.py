@@ -150,6 +150,7 @@ def test_a_model_s_own_code_is_never_run(base_folders, tmp_path):
 SECRETS = ("WANDB_API_KEY", "ES_API_KEY", "HF_TOKEN", "RERANK_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_reach_no_file_and_no_screen(small, tmp_path):
     """Nothing that a run with W&B writes or prints, checkpoints included, holds a key that the environment has."""
     marks = {name: f"c0ffee{i}" * 5 for i, name in enumerate(SECRETS)}  # W&B takes keys of 40 digits

@@ -480,6 +480,7 @@ def test_a_run_with_eval_tasks_eval_steps_save_steps_output(settings, small_task
     assert again.returncode == 2 and "--resume" in again.stderr and "--overwrite" in again.stderr
 
 
+@pytest.mark.slow
 def test_skip_eval_init_and_early_stopping(settings, small_task):
     s = settings()
     flags = ["--steps", "9", "--eval-tasks", str(small_task), "--eval-steps", "1", "--skip-eval-init"]
@@ -491,6 +492,7 @@ def test_skip_eval_init_and_early_stopping(settings, small_task):
     assert (Path(s.output) / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_before_its_first_evaluation(settings, small_task):
     """Regression: it was saved, and then ended with a traceback, as it had no results to tell. Nor does it import what
     only evaluations need."""
@@ -507,6 +509,7 @@ def test_a_run_that_stops_before_its_first_evaluation(settings, small_task):
     assert results["before"] is None and results["after"] is None
 
 
+@pytest.mark.slow
 def test_stop_after_and_resume_and_overwrite_and_dry_run(settings):
     s = settings()
     flags = ["--eval-tasks", "--steps", "5", "--save-steps", "2"]
@@ -537,6 +540,7 @@ def test_profile_shows_phases_and_writes_nothing(settings, capsys):
     assert done.returncode == 0 and "backward" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_wandb_and_its_project(settings, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     s = settings()
