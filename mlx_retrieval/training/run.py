@@ -5,6 +5,7 @@ results = train(Settings(model="gemma-3-tiny-mlx", data=["train-data.jsonl"]))
 `run` is the page to read first. Its `Run` is a retrieval model's (retrieval_run.py) or a chat model's (chat/run.py).
 """
 
+import dataclasses
 import gc
 import json
 import signal
@@ -144,7 +145,9 @@ def begin(job: Run) -> None:
             print_lines([("resumed", f"from {last}")])
         job.restore()
     files.make_folder(job.folder)
-    files.write_file(job.folder / "config.yaml", job.settings.to_yaml())
+    # For --config, too: a new run with these settings neither continues a run nor removes one.
+    again = dataclasses.replace(job.settings, resume=False, overwrite=False)
+    files.write_file(job.folder / "config.yaml", again.to_yaml())
 
 
 def open_reporter(job: Run) -> Reporter | NullReporter:

@@ -12,6 +12,7 @@ from mlx_retrieval.backend import nn
 
 import mlx.optimizers as optim
 import pytest
+import yaml
 
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
 from mlx_retrieval.training import run
@@ -161,3 +162,11 @@ def test_every_run_has_the_methods_of_the_protocol(kind):
     methods = {name for name, value in vars(run.Run).items() if callable(value) and not name.startswith("_")}
     assert {"measure", "restore", "results", "print_results", "next_lines"} == methods
     assert all(callable(getattr(kind, name)) for name in methods)
+
+
+def test_the_settings_of_a_resumed_run_serve_a_new_one(toy):
+    """Regression: config.yaml of a resumed run said `resume: true`, so that --config with it found no run."""
+    run.run(toy(stop_after=2, overwrite=True))
+    run.run(toy(resume=True))
+    saved = yaml.safe_load((toy().folder / "config.yaml").read_text())
+    assert saved["steps"] == 4 and not saved["resume"] and not saved["overwrite"]
