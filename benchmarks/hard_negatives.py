@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--relative-margin", default="0.05", help="of mine.py negatives")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--seeds", type=int, default=1, help="train so often on either side, and take the means")
+    parser.add_argument("--seeds", type=int, default=1, help="runs on each side, with other seeds; the means count")
     parser.add_argument("--output", help="keep rows and adapters in this new folder")
     args = parser.parse_args()
     work = Path(args.output or tempfile.mkdtemp())

@@ -41,7 +41,7 @@ class Request:
 
 @dataclass
 class Tally:
-    """What the clients met."""
+    """The clients' answers and errors."""
 
     seconds: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ def sample(pid: int, began: float, samples: list[tuple[float, float]], stop: thr
 
 
 def wait_for(port: int, server: subprocess.Popen) -> dict:
-    """What /health says, once it says something."""
+    """Return the answer of /health, as soon as there is one."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:

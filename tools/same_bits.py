@@ -3,7 +3,7 @@
 python tools/same_bits.py OLD NEW                       every case, in some ten minutes on two cores
 python tools/same_bits.py OLD NEW --only 'rerank-*'     some of them; --list names them all
 python tools/same_bits.py OLD OLD                       are runs repeatable on this machine?
-python tools/same_bits.py OLD NEW --any-wording         what commands say to people may be worded anew
+python tools/same_bits.py OLD NEW --any-wording         messages to people may be reworded
 python tools/same_bits.py OLD NEW --work work --keep    look at what both wrote, under work/old and work/new
 
 Both sides are given the same small random models and data, and run the same commands on this machine, one process each:

@@ -32,7 +32,7 @@ TIMED_TEXTS = (
 )
 # LanceDB names its files at random and dates them: searches are compared in their place. Locks are empty.
 LEFT_OUT = (".lock", "*.lance")
-# What people read, where it may be worded anew.
+# Texts for people, which may be reworded.
 WORDED = ("*.printed.txt", "*.errors.txt", "README.md")
 BINARY = (".safetensors", ".npy", ".png")  # some of whose files could be read as text
 

@@ -24,7 +24,7 @@ DOCUMENTS = 50_000  # embedded at once, so that memory need not hold the vectors
 
 
 class Encoder(Protocol):
-    """What evaluation needs of an embedding model; `embedder.Model` is one."""
+    """The interface of an embedding model in evaluation; `embedder.Model` has it."""
 
     name: str
 

@@ -16,7 +16,7 @@ from mlx_retrieval.utils.errors import UserError
 # The dtype of each. `binary` and `ubinary` pack eight dimensions into a number, the first into its highest bit.
 PRECISIONS = {"float32": np.float32, "int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
 CALIBRATED = ("int8", "uint8")
-FEWEST_TEXTS = 100  # texts from which ranges are taken if none are given
+FEWEST_TEXTS = 100  # fewest texts that ranges can be taken from
 CHUNK = 65_536  # vectors quantised at once, to save memory
 
 

@@ -40,7 +40,7 @@ class SourceFile(NamedTuple):
     """A file to mine."""
 
     path: Path
-    relative: str  # its path as it stands in the mined rows
+    relative: str  # its path in the mined rows
     language: Language
 
 

@@ -1,4 +1,4 @@
-"""Exported folders: the vectors of the unmerged model, whoever loads them; and no folder where anything is wrong.
+"""Exported folders: the unmerged model's vectors in every library that loads them; no folder if anything is wrong.
 
 python -m pytest tests/exporters/test_export.py
 """

@@ -1,4 +1,4 @@
-"""Exported rerankers: the scores of the trained model, whoever loads the folder; and no folder where anything is wrong.
+"""Exported rerankers: the trained model's scores in every library that loads them; no folder if anything is wrong.
 
 Texts that spell special tokens are left out of the comparisons with other libraries, which let them become such tokens.
 

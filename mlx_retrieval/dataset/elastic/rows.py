@@ -1,8 +1,8 @@
 """Training rows from an Elasticsearch index, streamed in a seeded order with bounded memory.
 
 An epoch's ranges of documents (see elastic/documents.py) are read in a seeded order; the documents of BLOCK ranges are
-shuffled together. A document that is written during an epoch gets a number beyond the last range, so none is read twice
-in an epoch, even if the server restarts.
+shuffled together. A document that is written during an epoch gets a number beyond the last range, so no document is
+read twice in an epoch, even if the server restarts.
 """
 
 import dataclasses
