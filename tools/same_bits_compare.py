@@ -86,8 +86,12 @@ def of_bytes(path: Path, old: bytes, new: bytes) -> str:
     if path.suffix == ".npy":
         arrays = (np.load(io.BytesIO(data), allow_pickle=False) for data in (old, new))
         return of_arrays(*arrays) or "the same numbers, but headers differ"
-    at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    return f"byte {at:,} differs, of {len(old):,} and {len(new):,}"
+    return f"byte {_parting(old, new):,} differs, of {len(old):,} and {len(new):,}"
+
+
+def _parting(old: str | bytes, new: str | bytes) -> int:
+    """Return how many characters or bytes are equal at the beginning."""
+    return next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ def of_texts(old: str, new: str) -> str:
     ours, theirs = old.splitlines(), new.splitlines()
     for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=1):
         if a != b:
-            return f"line {number}: {_of_json(a, b) or f'{_short(a)} became {_short(b)}'}"
+            return f"line {number}: {_of_json(a, b) or _became(a, b)}"
     return f"{len(ours)} lines became {len(theirs)}" if len(ours) != len(theirs) else "line ends differ"
 
 
@@ -134,12 +138,15 @@ def _of_values(old, new, key: str = "") -> str:
         found = next((found for i, (a, b) in enumerate(pairs) if (found := _of_values(a, b, f"{key}[{i}]"))), "")
         return found or (f"key {key}: {len(old)} items became {len(new)}" if len(old) != len(new) else "")
     same = type(old) is type(new) and (old == new or (old != old and new != new))
-    return "" if same else f"key {key}: {_short(old)} became {_short(new)}"
+    return "" if same else f"key {key}: {_became(old, new)}"
 
 
-def _short(value) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+def _became(old, new) -> str:
+    """Two values side by side; of long ones, from a little before they part."""
+    texts = [value if isinstance(value, str) else repr(value) for value in (old, new)]
+    start = max(0, _parting(*texts) - 40) if max(map(len, texts)) > 100 else 0
+    shown = ["..." * (start > 0) + text[start : start + 100] + "..." * (len(text) > start + 100) for text in texts]
+    return f"{shown[0]} became {shown[1]}"
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
