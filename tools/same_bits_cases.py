@@ -50,7 +50,7 @@ CASES = (
         "mine.py negatives --data {inputs}/rows.jsonl --by both --output out.jsonl",
     ), plain=False, code=2),
     Case("check", ("embed.py --check gemma-3-tiny-mlx", "embed.py --check {inputs}/bert"), plain=False),
-    Case("defaults", ("train.py --steps 3 --seed 3 --skip-eval-init --output {folder}/run",), here=True),
+    Case("defaults", ("train.py --steps 3 --seed 3 --skip-eval-init --output {folder}/run",), plain=False, here=True),
     Case("embed-lora", (
         f"train.py --data {{inputs}}/rows.jsonl {RUN} {DROPOUT} --matryoshka-dims 32 64",
         f"embed.py --model run/best {CORPUS} --output docs.npy",
@@ -71,12 +71,12 @@ CASES = (
     Case("embed-kl", (
         f"train.py --model {{inputs}}/bert --data {{inputs}}/scored.jsonl {RUN} {DROPOUT} --loss kl_distill "
         "--teacher-temperature 2 --pooling cls --lora-keys query value --num-layers 1",
-    )),
+    ), plain=False),
     Case("embed-quantised", (
         f"train.py --model {{inputs}}/quantised --data {{inputs}}/rows.jsonl {RUN} {DROPOUT} --bidirectional "
         "--loss nt_xent --eval-steps 0",
         "export.py --adapter run/final --output exported --format mlx --skip-library-check",
-    )),
+    ), plain=False),
     Case("resumed", (
         f"train.py --data {{inputs}}/rows.jsonl {RUN} {DROPOUT} --stop-after 2",
         "train.py --config run/config.yaml --steps 2 --stop-after 0 --output again",
@@ -94,7 +94,7 @@ CASES = (
         f"train.py --task late --model {{inputs}}/bert --data {{inputs}}/negatives.jsonl {RUN} --loss xtr --xtr-k 40 "
         "--query-expansion 24 --impute 30 --train-type full",
         "export.py --adapter run/final --output exported",
-    )),
+    ), plain=False),
     Case("rerank-qwen3", (
         f"train.py --task rerank --model {{inputs}}/qwen3 --data {{inputs}}/negatives.jsonl {RUN} {DROPOUT} "
         "--max-length 200 --rerank-depth 8",
@@ -116,7 +116,7 @@ CASES = (
         "--max-length 120 --rerank-depth 8 --eval-steps 0",
         f"train.py --task rerank --model {{inputs}}/bert --data {{inputs}}/scored.jsonl {RUN} --loss margin_mse "
         "--train-type dora --max-length 120 --eval-steps 0 --skip-eval-init --output margin",
-    )),
+    ), plain=False),
     Case("rerank-listwise", (
         f"train.py --task rerank --model {{inputs}}/listwise --data {{inputs}}/negatives.jsonl {RUN} {DROPOUT} "
         "--max-length 120 --rerank-depth 8 --random-negatives 2",
@@ -152,7 +152,7 @@ CASES = (
         "--relative-margin off --max-length 64 --output reranked.jsonl",
         "mine.py score --data {inputs}/negatives.jsonl --teacher {inputs}/cross --output scored.jsonl",
         "mine.py score --data {inputs}/negatives.jsonl --teacher gemma-3-tiny-mlx --output by-vectors.jsonl",
-    )),
+    ), plain=False),
     Case("search", (
         "search.py index {inputs}/sources --model-path gemma-3-tiny-mlx --chunk-size 600 --overlap 60",
         "search.py index {inputs}/sources --model-path gemma-3-tiny-mlx --chunk-size 600 --overlap 60",
@@ -162,5 +162,5 @@ CASES = (
         "search.py search 'write a header' --rerank {inputs}/cross --rerank-depth 9 --json",
         "search.py index {inputs}/eval --model-path gemma-3-tiny-mlx --index corpus",
         "search.py eval {inputs}/eval --index corpus --output results.json",
-    )),
+    ), plain=False),
 )  # fmt: skip
