@@ -6,6 +6,8 @@ python -m pytest --all      both
 
 The quick tests run models as GPUs do. Compiling the kernels of CPUs would take most of their time, so this is left to
 tests marked `compiled` and to the other two commands. A test that is named (`file.py::test`) always runs.
+
+Processes share the files (pytest-xdist), as most tests keep one core busy. A file that is named runs in this process.
 """
 
 import atexit
@@ -38,10 +40,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     def end() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(int(session.exitstatus))
+        os._exit(int(getattr(session, "exitstatus", 0)))
 
-    if not hasattr(session.config, "workerinput"):
-        atexit.register(end)
+    atexit.register(end)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,6 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["MLX_DISABLE_COMPILE"] = "1"  # for processes that tests start
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of processes: 0 = this one, if files or single tests are named; their output is wanted."""
+    return 0 if any(Path(name.partition("::")[0]).is_file() for name in config.args) else min(backend.blas.cores(), 4)
+
+
 def _quick(config: pytest.Config) -> bool:
     """Whether slow tests are left out: neither all tests nor certain ones are asked for."""
     return not (config.getoption("--all") or config.getoption("-m") or any("::" in name for name in config.args))
@@ -66,6 +72,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
         config.stash[LEFT_OUT] = len(slow)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+def pytest_testnodedown(node, error) -> None:
+    if count := getattr(node, "workeroutput", {}).get("left out"):  # all processes collect the same tests
+        node.config.stash[LEFT_OUT] = count
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

@@ -229,7 +229,7 @@ def test_checkpoints_of_more_than_the_encoder(bases, tmp_path, kind, whole, with
     assert worst(sentence_transformer(folder).encode(some_texts()[::7]), expected) >= 0.9999
 
 
-@pytest.mark.parametrize("form", ["sentence-transformers", "mlx"])
+@pytest.mark.parametrize("form", [pytest.param("sentence-transformers", marks=pytest.mark.slow), "mlx"])
 def test_a_quantised_base_is_made_whole(bases, tmp_path, form):
     whole = random_models.save("qwen3", tmp_path / "whole", tokenizer=bases["bert"].parent / "framed")
     quantised = random_models.quantised(whole, tmp_path / "4-bit", mx.float32)
@@ -245,8 +245,8 @@ def test_a_quantised_base_is_made_whole(bases, tmp_path, form):
     assert worst(found, expected) >= 0.9999
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", ["qwen3", "t5"])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("t5", marks=pytest.mark.slow)])
 def test_quantised_export(adapters, vectors, tmp_path, capsys, kind, bits):
     """Near the whole model, small on disk, and read by mlx-lm."""
     whole = run_export(tmp_path / "whole", adapter=adapters[kind], format="mlx")

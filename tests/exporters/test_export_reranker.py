@@ -211,7 +211,9 @@ def _rows(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [*JUDGES, "trunk"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in (*JUDGES, "trunk") if name != "qwen3")]
+)
 def test_judges_in_every_library(bases, adapters, tmp_path, name):
     """One folder for CrossEncoder, which gets plain pairs, for mlx-lm and for Reranker."""
     adapter = adapters(name)
@@ -296,6 +298,7 @@ def test_vocabularies_without_the_prompts_tokens(tmp_path, manner):
     np.testing.assert_allclose(library_scores(folder), scores(ours), rtol=0, atol=EXACT)
 
 
+@pytest.mark.slow
 def test_listwise(bases, adapters, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parity, "LONGEST", 30)
     adapter = adapters("listwise")
@@ -321,7 +324,9 @@ def test_listwise(bases, adapters, tmp_path, capsys, monkeypatch):
 # --- other forms ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "bits"), [("qwen3", 4), ("qwen3", 8), ("bare", 8), ("listwise", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("qwen3", 4), ("qwen3", 8), ("bare", 8), pytest.param("listwise", 4, marks=pytest.mark.slow)]
+)
 def test_quantised(adapters, tmp_path, capsys, name, bits):
     adapter = adapters(name)
     folder = run_export(tmp_path / "out", adapter=adapter, format="mlx", quantize=bits)

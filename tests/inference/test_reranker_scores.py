@@ -238,6 +238,7 @@ def test_listwise_equals_the_published_layout(tmp_path, qwen_tokenizer, as_file,
     np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_listwise_blocks_and_marks_in_users_texts(tmp_path, qwen_tokenizer):
     _, folder, _ = listwise(tmp_path, qwen_tokenizer)
     ours = Reranker(str(folder))

@@ -48,7 +48,7 @@ def tokenizer(tmp_path_factory, toy_tokenizer_folder) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine", None])
+@pytest.mark.parametrize("similarity", [pytest.param("dot", marks=pytest.mark.slow), "cosine", None])
 def test_models_that_do_not_normalise(models, tmp_path, similarity):
     """Dot products of what pooling gives, where the model says so; else a cosine, to which lengths do not matter."""
     from sentence_transformers import SentenceTransformer

@@ -162,7 +162,7 @@ def work(tmp_path_factory, small) -> Work:
     rows = [row | {"query": "another"} if i == changed else row for i, row in enumerate(work.rows)]
     elsewhere = write(root / "elsewhere" / "train.jsonl", rows).parent
 
-    patient = ["--early-stopping", "1", "--eval-steps", "1", "--learning-rate", "1e-9"]
+    patient = ["--early-stopping", "1", "--eval-steps", "1", "--learning-rate", "1e-30"]  # too little to change a score
     here = str(root)
     work.commands = {name: argv(name, *flags) for name, flags in CASES.items()} | {
         "stopped": argv("by-two", "--stop-after", "2"),

@@ -197,7 +197,7 @@ def test_micro_batches_change_nothing(kind, name, settings):
             np.testing.assert_allclose(np.array(gradient[key]), np.array(expected), atol=2e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "listwise" else k for k in KINDS])
 def test_training_learns_and_the_adapter_scores_as_the_trained_model(kind, settings, tmp_path, monkeypatch):
     """Loss falls, `Reranker` of the saved folder gives the scores of the model in memory, positives come first."""
     changes = {"steps": 25, "learning_rate": 3e-3, "lora_rank": 8}
@@ -334,7 +334,7 @@ def test_quantised_judges_are_trained_and_used(settings, bases, tmp_path, train_
 
 
 def test_profile(settings, tmp_path):
-    found = train.train(settings("cross-encoder", profile=1))
+    found = train.train(settings("cross-encoder", profile=1, gradient_accumulation_steps=2))
     assert {"data", "forward", "loss", "backward", "optimizer", "step"} <= set(found)
     assert not (tmp_path / "run").exists()
 

@@ -52,30 +52,38 @@ def resume(folder: Path) -> dict:
     return train.train(train.resumed_settings({"output": str(folder), "resume": True}))
 
 
-@pytest.mark.parametrize("task", [
-    {}, pytest.param({"task": "late"}, marks=pytest.mark.slow),
-    pytest.param({"task": "rerank", "loss": "ranknet"}, marks=pytest.mark.slow),
+@pytest.mark.parametrize("task, steps, stop", [
+    ({}, 16, 7),
+    pytest.param({}, 40, 17, marks=pytest.mark.slow),
+    pytest.param({"task": "late"}, 40, 17, marks=pytest.mark.slow),
+    pytest.param({"task": "rerank", "loss": "ranknet"}, 40, 17, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
-def test_a_resumed_run_is_the_same_bit_for_bit(settings, rows, tmp_path, monkeypatch, task):
+def test_a_resumed_run_is_the_same_bit_for_bit(settings, rows, tmp_path, monkeypatch, task, steps, stop):
     """Weights, optimizer, metrics, the order of the data: with dropout, gradient caching, and over epochs."""
     (tmp_path / "data").mkdir()
     lines = Path(rows).read_text().splitlines(keepends=True)
     (tmp_path / "data" / "train.jsonl").write_text("".join(lines[:50]))
     (tmp_path / "data" / "valid.jsonl").write_text("".join(lines[50:]))
     same = {"lora_dropout": 0.2, "gradient_accumulation_steps": 3, "schedule": "linear", "weight_decay": 0.01, **task}
-    same |= {"data": [str(tmp_path / "data")], "steps": 40, "batch_size": 4, "eval_steps": 20, "max_length": 250}
+    same |= {
+        "data": [str(tmp_path / "data")],
+        "steps": steps,
+        "batch_size": 4,
+        "eval_steps": steps // 2,
+        "max_length": 250,
+    }
     order, update = [], Trainer.update
     monkeypatch.setattr(Trainer, "update", lambda *a: order.append(a[1].rows.tolist()) or update(*a))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.train(settings(**same, output=str(whole)))
-    train.train(settings(**same, output=str(broken), stop_after=17))
-    assert last_step(broken).name == "step-000017"
+    train.train(settings(**same, output=str(broken), stop_after=stop))
+    assert last_step(broken).name == f"step-{stop:06}"
     resume(broken)
     assert folder_bytes(whole / "final") == folder_bytes(broken / "final")
     assert folder_bytes(whole / "best") == folder_bytes(broken / "best")
-    assert metrics_of(whole) == metrics_of(broken) and len(metrics_of(whole)) == 40
+    assert metrics_of(whole) == metrics_of(broken) and len(metrics_of(whole)) == steps
     assert metrics_of(whole, "eval") == metrics_of(broken, "eval") and len(metrics_of(whole, "eval")) == 3
-    assert order[:40] == order[40:] and min(r["micro_batches"] for r in metrics_of(whole)) > 1
+    assert order[:steps] == order[steps:] and min(r["micro_batches"] for r in metrics_of(whole)) > 1
 
 
 def test_a_run_that_was_killed_while_it_stopped_early_trains_no_further(settings, tmp_path, rows):
@@ -192,6 +200,7 @@ def test_what_must_be_saved_must(settings, tmp_path, full_disk, monkeypatch):
     assert folder_bytes(tmp_path / "run" / "final") == folder_bytes(tmp_path / "whole" / "final")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, monkeypatch, number, code):
     """And continued, the run ends as one that nobody stopped."""

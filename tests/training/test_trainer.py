@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import train
+from mlx_retrieval import backend
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings
@@ -96,11 +97,11 @@ def test_dropout_is_the_same_in_both_passes(settings, checkpointing):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_what_has_room_at_once_goes_through_once(settings, monkeypatch, dropout):
     """Where passes are not compiled: several micro-batches under one gradient, equal to gradient caching."""
-    monkeypatch.setattr("backend.COMPILED", False)
+    monkeypatch.setattr(backend, "COMPILED", False)
     trainer = prepared(settings(lora_dropout=dropout))
     trainer.model.train()
     step, batch = trainer.grad_cache, trainer.batches.batch(0)
-    monkeypatch.setattr("backend.MICRO_BATCH_TOKENS", 1 << 20)
+    monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1 << 20)
     once = step(batch, seed=3)
     assert once.micro_batches > 1 and step.clock.seconds.keys() == {"forward, loss, backward"}
     monkeypatch.setattr(step.objective, "loss_and_grad", mx.value_and_grad(step.objective), raising=False)
