@@ -32,10 +32,13 @@ from mlx_retrieval.training.chat.run import prepare
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.utils.console import print_lines, print_rows
 
+backend.prepare()  # as commands do
+
 VALID = 64
 # mlx-lm's command, in a process that has loaded the toolkit's BLAS first.
 COMMAND = (
-    "import sys; from mlx_retrieval import backend; from mlx_lm.lora import main; sys.argv[0] = 'mlx_lm.lora'; main()"
+    "import sys; from mlx_retrieval import backend; backend.prepare(); "
+    "from mlx_lm.lora import main; sys.argv[0] = 'mlx_lm.lora'; main()"
 )
 
 

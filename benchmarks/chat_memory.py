@@ -70,6 +70,7 @@ def measure(folder: str, bits: int, num_layers: int, grad_checkpoint: bool, batc
     from mlx_retrieval.training.chat.run import prepare
     from mlx_retrieval.training.config import for_task
 
+    backend.prepare()  # as commands do
     given = {"model": f"{folder}/{bits}", "data": [f"{folder}/data"], "batch_size": batch, "max_length": length}
     given |= {"num_layers": num_layers, "grad_checkpoint": grad_checkpoint, "dry_run": True}
     run = prepare(for_task("chat", given))

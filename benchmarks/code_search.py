@@ -35,6 +35,8 @@ from mlx_retrieval.retrieval.late_interaction import LateIndex
 from mlx_retrieval.training import config
 from mlx_retrieval.utils.console import print_lines, print_rows
 
+backend.prepare()  # as commands do
+
 MODES = ("semantic", "hybrid")
 SHOWN = ("precision_at_1", "mrr_at_10", "ndcg_at_10")
 

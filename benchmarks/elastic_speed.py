@@ -34,6 +34,8 @@ from mlx_retrieval.training import run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.console import print_lines, print_rows
 
+backend.prepare()  # as commands do
+
 INDEX = "benchmark"
 FIELDS = "query=query,document=document"
 

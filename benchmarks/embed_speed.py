@@ -19,8 +19,10 @@ from sides import Side, Turn
 
 
 def ours(folder: str, texts: list[str], max_length: int, batch_tokens: int | None) -> Callable[[int], Turn]:
+    from mlx_retrieval import backend
     from mlx_retrieval.inference import embedder
 
+    backend.prepare()  # as commands do
     model = embedder.load(folder, max_length=max_length)
     tokens = int(model.tokenizer(texts, "document").lengths.sum())
 

@@ -154,10 +154,12 @@ def _loads(run: Path) -> bool:
 
 def watch(folder: Path, steps: int, longest: int = 60) -> list[tuple[int, int]]:
     """Run in this process; return (step, resident bytes) at about twenty steps. Texts have 1 to `longest` words."""
+    from mlx_retrieval import backend
     from mlx_retrieval.training import config
     from mlx_retrieval.training import run as training_run
     from mlx_retrieval.training.reporting import Reporter
 
+    backend.prepare()  # as commands do
     run = training_run.prepare(
         config.Settings(**settings_of(folder, steps, longest, save_steps=0, output=str(folder / "long")))
     )

@@ -31,6 +31,8 @@ from mlx_retrieval.inference.embedder import load
 from mlx_retrieval.training import config
 from mlx_retrieval.utils.console import print_rows
 
+backend.prepare()  # as commands do
+
 
 def sample(source: Path, target: Path, queries: int, documents: int) -> Path:
     """Write a task of the first queries, the documents that answer them, and others."""

@@ -39,6 +39,8 @@ from mlx_retrieval.training import config
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.trainer import Trainer
 
+backend.prepare()  # as commands do
+
 FACTORS = (1, 2, 4, 8)
 BERT = {
     "model_type": "bert",

@@ -35,6 +35,8 @@ from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.training import config
 from mlx_retrieval.utils.console import print_lines, print_rows
 
+backend.prepare()  # as commands do
+
 
 def document_tokens(data: Path, model: Model, size: int, steps: int, seed: int) -> int:
     """Tokens of documents in `steps` batches of `size` rows; as in training, a batch has every distinct text once."""

@@ -18,6 +18,8 @@ import torch
 
 from mlx_retrieval import backend
 
+backend.prepare()  # as commands do
+
 SIZES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 384, 1536), (4096, 640, 2048)]
 ROUNDS = 5
 

@@ -24,6 +24,7 @@ def measure(side: str) -> tuple[float, float]:
     from mlx_retrieval import backend
     from mlx_retrieval.models import maxsim
 
+    backend.prepare()  # as commands do
     queries, documents = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(SHAPES))
     gradient = mx.random.normal((256, 32, 256), key=mx.random.key(2))
     mx.eval(queries, documents, gradient)

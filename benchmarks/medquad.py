@@ -57,9 +57,11 @@ def evaluated(model: Any, test: str) -> tuple[np.ndarray, float, float]:
 
 def our_side(settings: dict[str, Any], test: str) -> Outcome:
     import train
+    from mlx_retrieval import backend
     from mlx_retrieval.inference.embedder import load
     from mlx_retrieval.training import config
 
+    backend.prepare()  # as commands do
     vectors, before, evaluation = evaluated(load(settings["model"]), test)
     began = time.perf_counter()
     train.train(config.Settings(**settings))

@@ -34,6 +34,8 @@ from mlx_retrieval.training import config
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.utils.console import print_lines, print_rows
 
+backend.prepare()  # as commands do
+
 NEGATIVES, DEPTH = 4, 50
 
 

@@ -24,6 +24,8 @@ from mlx_retrieval import backend
 from mlx_retrieval.inference import reranker as inference_reranker
 from mlx_retrieval.models.pair_tokenizers import INSTRUCTION, PREFIX, SUFFIX, body
 
+backend.prepare()  # as commands do
+
 WIDTH = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
 QUERY = "what helps against a stone in the kidney and how long does it last"
 

@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from mlx_retrieval import backend  # noqa: F401
+from mlx_retrieval import backend
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.chunks import Chunk
 from mlx_retrieval.retrieval.lance_index import LATE_CANDIDATES, Index
+
+backend.prepare()  # as commands do
 
 VOCABULARY, WORDS, QUERY_WORDS = 30_000, 120, 6
 QUERY_TOKENS = 16  # vectors of a query, late interaction

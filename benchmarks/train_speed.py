@@ -29,8 +29,10 @@ NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "referen
 
 def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_batch_tokens: int | str = 0):
     """Return a run of the toolkit that is ready to take steps; see `run.prepare`."""
+    from mlx_retrieval import backend
     from mlx_retrieval.training import config, run
 
+    backend.prepare()  # as commands do
     settings = config.Settings(
         model=model,
         data=[str(rows)],

@@ -4,12 +4,14 @@ python -m pytest tests/test_benchmarks.py
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from mlx_retrieval import backend  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 import growth
 import train_speed
@@ -31,3 +33,14 @@ def test_a_step_of_the_reference_design(small, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     turn = train_speed.reference(small, tmp_path / "rows.jsonl", batch_size=20, max_length=16)(0)
     assert 0 < turn.value < 10 and turn.tokens < turn.padded_tokens and turn.padded_tokens % 40 == 0
+
+
+def test_what_is_measured_is_prepared_as_in_commands():
+    """Regression: an import no longer sets up the process, and benchmarks measured kernels that were not vectorised."""
+    computing = re.compile(
+        r"mlx_retrieval\.(inference|models\.(loading|maxsim|batching))|training import run|training\.run"
+    )
+    texts = {file.name: file.read_text() for file in BENCHMARKS.glob("*.py")}
+    users = {name for name, text in texts.items() if computing.search(text)}
+    assert len(users) > 10
+    assert not [name for name in sorted(users) if "backend.prepare()" not in texts[name]]
