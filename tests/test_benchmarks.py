@@ -10,8 +10,7 @@ from pathlib import Path
 
 from mlx_retrieval import backend  # noqa: F401
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import growth
 import train_speed
