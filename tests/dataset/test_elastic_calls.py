@@ -123,7 +123,7 @@ def test_a_range_of_a_lost_view_is_read_again(stub):
     assert shard.views == 2
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("status", [429, *(pytest.param(code, marks=pytest.mark.slow) for code in (502, 503, 504))])
 def test_a_busy_server_is_asked_again(stub, status):
     rows = rows_of(stub)
     answer, left = stub.answers, [3]

@@ -39,7 +39,7 @@ KINDS = {
     "llama": "full",
     "bidirectional": "lora",
 }
-QUICK = ("bert", "t5", "qwen3")
+QUICK = ("bert", "qwen3")
 ALL_KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 POSITIONS = 700
 

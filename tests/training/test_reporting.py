@@ -198,7 +198,7 @@ def test_messages_are_taken_literally(tmp_path, no_terminal):
     ]
 
 
-@pytest.mark.parametrize("width", [10, 40, 80, 120, 240])
+@pytest.mark.parametrize("width", [10, 80, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 120, 240))])
 def test_the_bar_never_wraps(tmp_path, screen, width):
     stream = screen(width)
     big = {"loss": 12345.678, "tokens_per_second": 1.2e6, "peak_memory_bytes": 123.4e9, "epoch": 12.5}
@@ -467,7 +467,7 @@ assert sys.stdin.isatty() == (sys.argv[1] == "terminal")
 """
 
 
-@pytest.mark.parametrize("stdin", ["terminal", "nothing"])
+@pytest.mark.parametrize("stdin", ["terminal", pytest.param("nothing", marks=pytest.mark.slow)])
 def test_wandb_offline_run_is_written_and_never_asks(tmp_path, stdin):
     pytest.importorskip("wandb")
     pty = pytest.importorskip("pty")

@@ -100,6 +100,7 @@ def test_a_run_that_was_killed_while_it_stopped_early_trains_no_further(settings
     assert folder_bytes(run / "final") == before and last_step(run).name == last != "step-000009"
 
 
+@pytest.mark.slow
 def test_bad_batches_are_skipped_counted_and_told(settings, tmp_path, monkeypatch, capsys):
     """--skip-bad-batches: no update, the step goes on, the count survives a resume, which is still exact."""
     original, sick = GradientCache.__call__, {2: "loss", 3: "gradient", 5: "loss"}
@@ -173,6 +174,7 @@ def test_a_full_disk_ends_no_run(settings, tmp_path, rows, full_disk, capsys):
         assert (run / "final" / name).read_bytes() == (tmp_path / "whole" / "final" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_must_be_saved_must(settings, tmp_path, full_disk, monkeypatch):
     """The last step of a process that stops, and `final`: there a full disk is an error, and nothing older is lost."""
     full = full_disk("step-000003")
