@@ -45,18 +45,29 @@ OTHER_SOURCES = {
     "notes.md": "# Notes\n\nHow headers are written.\n\n## Folding\n\nLong lines of a header are folded at spaces.\n",
 }
 
-BACKBONES = """
+PREPARE = """
+try:
+    from mlx_retrieval import backend
+except ImportError:  # a checkout of before the package, where `import embed` did this
+    pass
+else:
+    backend.prepare()
+"""
+BACKBONES = f"""
 import sys
+{PREPARE}
 from embed import load
 
 import numpy as np
 
 texts = [line.strip() for line in open(sys.argv[1] + "/texts.txt", encoding="utf-8")]
 for name in ("bert", "roberta", "modernbert", "t5", "qwen3", "llama", "quantised"):
-    model = load(f"{sys.argv[1]}/{name}")
-    np.save(f"{name}.npy", model.encode(texts, prompt="document", show_progress=False))
+    model = load(f"{{sys.argv[1]}}/{{name}}")
+    np.save(f"{{name}}.npy", model.encode(texts, prompt="document", show_progress=False))
 """
-NOTEBOOK = """
+NOTEBOOK = (
+    PREPARE
+    + """
 import json
 import sys
 from embed import load
@@ -87,6 +98,7 @@ trainer = MLXCrossEncoderTrainer(model, MLXCrossEncoderConfig(save_path="cross-f
 answers["trained cross"] = [trainer.train(rows), model.predict([(texts[0], t) for t in texts[1:]]).tolist()]
 json.dump(answers, open("answers.json", "w", encoding="utf-8"), indent=1)
 """
+)
 
 
 def make_inputs(checkout: Path, folder: Path, python: str) -> dict[str, str]:
