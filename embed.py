@@ -25,6 +25,7 @@ from mlx_retrieval.inference import quantization
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
 from mlx_retrieval.utils import files, imports
+from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
 
 __all__ = ["Model", "load"]
@@ -115,7 +116,7 @@ def embed_index(args: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's flags."""
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog="embed.py", description="Embed the texts of a file or of an Elasticsearch index, or check a model."
     )
     out.add_argument(
@@ -175,28 +176,25 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+@command("embed.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if a check fails, 2 for an error the user can fix."""
     backend.prepare()
-    command = parser()
-    args = command.parse_args(argv)
+    flags = parser()
+    args = flags.parse_args(argv)
     needed = {"--model": args.model, "--input": args.input, "--output": args.output}
     if args.to is not None:
         if args.input is not None or args.output is not None:
-            command.error("--to reads from and writes to an index: leave out --input and --output")
+            flags.error("--to reads from and writes to an index: leave out --input and --output")
         needed = {"--model": args.model}
     if args.check is not None:
         if given := [name for name, value in needed.items() if value is not None]:
-            command.error(f"--check embeds nothing: leave out {', '.join(given)}")
+            flags.error(f"--check embeds nothing: leave out {', '.join(given)}")
     elif missing := [name for name, value in needed.items() if value is None]:
-        command.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
-    try:
-        if args.check is not None:
-            return check_model(args.check, args.adapter)
-        print(embed_index(args) if args.to is not None else embed_file(args))
-    except UserError as error:
-        print(f"embed.py: {error}", file=sys.stderr)
-        return 2
+        flags.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
+    if args.check is not None:
+        return check_model(args.check, args.adapter)
+    print(embed_index(args) if args.to is not None else embed_file(args))
     return 0
 
 

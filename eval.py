@@ -30,6 +30,7 @@ from mlx_retrieval.evaluation.results import Evaluation, compare, compare_format
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
 from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.utils import files, imports
+from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
 
 __all__ = ["Evaluation", "compare", "evaluate", "evaluate_reranker"]
@@ -80,7 +81,7 @@ def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    out = argparse.ArgumentParser(description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
+    out = Parser(prog="eval.py", description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
     model = "adapter folder, base model's folder, or hub name"
     out.add_argument("--model", "--model-path", required=True, metavar="MODEL", help=model)
     out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
@@ -127,22 +128,19 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     return output
 
 
+@command("eval.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, 1 if some tasks were unreachable, or 2 for an error or no task at all."""
     backend.prepare()
     args = parser().parse_args(argv)
-    try:
-        output = check_flags(args)
-        print(backend.describe(), file=sys.stderr)
-        run = evaluate_rerank if args.task == "rerank" else evaluate_encoder
-        evaluation, record = run(args, sys.stderr.isatty())
-        for reason in evaluation.unreachable.values():
-            print(f"eval.py: {reason}", file=sys.stderr)
-        if output:
-            files.write_file(output, json.dumps(record, indent=2) + "\n", f"--output {output}")
-    except (UserError, FloatingPointError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
+    output = check_flags(args)
+    print(backend.describe(), file=sys.stderr)
+    run = evaluate_rerank if args.task == "rerank" else evaluate_encoder
+    evaluation, record = run(args, sys.stderr.isatty())
+    for reason in evaluation.unreachable.values():
+        print(f"eval.py: {reason}", file=sys.stderr)
+    if output:
+        files.write_file(output, json.dumps(record, indent=2) + "\n", f"--output {output}")
     return 2 if not evaluation.tasks else 1 if evaluation.unreachable else 0
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from mlx_retrieval import backend
 from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.command import Parser, command
 
 __all__ = ["Export", "export"]
 
@@ -64,7 +64,7 @@ def export(job: Export) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's flags."""
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog="export.py",
         description="Export a trained model, its adapter merged, as a folder that other libraries load.",
         epilog="Exit codes: 0 = written and checked; 2 = bad input or a failed check, and nothing was written.",
@@ -113,18 +113,15 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+@command("export.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for an error the user can fix."""
     backend.prepare()
     args = parser().parse_args(argv)
     try:
         export(Export(**vars(args)))
-    except UserError as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("export.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("interrupted, nothing was written") from stop
     return 0
 
 

@@ -29,6 +29,7 @@ from mlx_retrieval.mining.output import check_output
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
 from mlx_retrieval.utils import files, imports
+from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -54,14 +55,11 @@ def add_files(out: argparse.ArgumentParser, data: str) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Turn Ctrl-C into exit code 130 and a hint, and disk errors into UserError, in commands that can be continued."""
+    """Add a hint to Ctrl-C, in commands that can be continued."""
     try:
         yield
-    except KeyboardInterrupt:
-        print("\nmine.py: stopped; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:
-        raise UserError(f"{error.filename or 'writing'}: {error.strerror or error}") from error
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("stopped; the same command continues") from stop
 
 
 def notify(message: str) -> None:
@@ -333,21 +331,19 @@ def add_score(commands: argparse._SubParsersAction) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    out = argparse.ArgumentParser(description="Mine training data. `mine.py COMMAND --help` explains a command.")
+    out = Parser(prog="mine.py", description="Mine training data. `mine.py COMMAND --help` explains a command.")
     commands = out.add_subparsers(required=True, metavar="command")
     for add in (add_code, add_negatives, add_score):
         add(commands)
     return out
 
 
+@command("mine.py")
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 0; see docs/troubleshooting.md for the exit codes of errors."""
     backend.prepare()
     args = parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (UserError, FloatingPointError) as error:
-        notify(str(error))
-        return 2
+    args.run(args)
     return 0
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.rerankers import KINDS
 from mlx_retrieval.utils import imports
+from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
@@ -64,7 +66,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's flags."""
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog="rerank.py", description="Rank documents for a query, or serve rerankers and embedding models over HTTP."
     )
     out.add_argument(
@@ -114,34 +116,30 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+@command("rerank.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, or 2 for an error the user can fix."""
+    """Run the command; return its exit code: 0, 2 for an error the user can fix, or 130 after Ctrl-C."""
     backend.prepare()
-    command = parser()
-    args = command.parse_args(argv)
+    flags = parser()
+    args = flags.parse_args(argv)
     needed = {"--model": args.model, "--query": args.query, "--documents": args.documents}
     if args.serve and not (args.model or args.embedding_model):
-        command.error("--serve needs --model, --embedding-model or both")
+        flags.error("--serve needs --model, --embedding-model or both")
     if not args.serve and (missing := [name for name, value in needed.items() if not value]):
-        command.error(f"the following arguments are required: {', '.join(missing)} (or --serve)")
-    try:
-        if args.serve:
+        flags.error(f"the following arguments are required: {', '.join(missing)} (or --serve)")
+    if args.serve:
+        with suppress(KeyboardInterrupt):  # the way to end a server: no message
             serve(args)
-            return 0
-        documents = read_documents(Path(args.documents), args.field)
-        reranker = open_reranker(args)
-        results = reranker.rerank(args.query, documents, args.top_n)
-        if args.json:
-            print("\n".join(json.dumps(result, ensure_ascii=False) for result in results))
-        else:
-            print_results(results, len(documents), reranker.name)
-        if reranker.cut:
-            print(f"rerank.py: {reranker.cut:,} documents were truncated at their end (--max-length)", file=sys.stderr)
-    except (UserError, FloatingPointError) as error:
-        print(f"rerank.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
         return 130
+    documents = read_documents(Path(args.documents), args.field)
+    reranker = open_reranker(args)
+    results = reranker.rerank(args.query, documents, args.top_n)
+    if args.json:
+        print("\n".join(json.dumps(result, ensure_ascii=False) for result in results))
+    else:
+        print_results(results, len(documents), reranker.name)
+    if reranker.cut:
+        print(f"rerank.py: {reranker.cut:,} documents were truncated at their end (--max-length)", file=sys.stderr)
     return 0
 
 

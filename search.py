@@ -31,6 +31,7 @@ from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils import files, imports
+from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
 
 if TYPE_CHECKING:  # loads LanceDB, which takes a second
@@ -165,9 +166,9 @@ def eval_command(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--index", default=".index", metavar="DIR", help="folder of the index (default: .index)")
-    top = argparse.ArgumentParser(description="Search source code and texts by meaning and by words.")
+    top = Parser(prog="search.py", description="Search source code and texts by meaning and by words.")
     commands = top.add_subparsers(dest="command", required=True)
 
     index = "index a folder, or update an index: only new and changed files are embedded"
@@ -220,22 +221,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+@command("search.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, 2 for an error of the user, or 130 after Ctrl-C."""
     backend.prepare()
     args = parser().parse_args(argv)
     try:
         args.run(args)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"search.py: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         hint = "; run the same command to continue" if args.command == "index" else ""
-        print(f"search.py: stopped{hint}", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"stopped{hint}") from stop
     return 0
 
 

@@ -20,6 +20,7 @@ from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.training.run import continue_command, train
 from mlx_retrieval.utils import imports
+from mlx_retrieval.utils.command import command
 from mlx_retrieval.utils.errors import UserError, flag
 
 __all__ = ["Settings", "main", "train"]
@@ -28,8 +29,9 @@ DESCRIPTION = (
     "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation on your folders or MTEB."
 )
 EPILOG = (
-    "Exit codes: 0 done, 2 bad input (nothing is lost), 3 another rank was lost, 130 and 143 stopped by Ctrl-C or "
-    "SIGTERM, saved. mlx.launch itself always exits with 0: a run is done when it has the folder final."
+    "Exit codes: 0 done, 2 bad input (nothing is lost), 3 another rank was lost, 129, 130 and 143 stopped by a "
+    "lost terminal, Ctrl-C or SIGTERM, saved. mlx.launch itself always exits with 0: a run is done when it has the "
+    "folder final."
 )
 
 
@@ -53,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     return flags.parser(DESCRIPTION, EPILOG)
 
 
+@command("train.py", goes_on=True)
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code, see EPILOG."""
     backend.prepare()
     settings = None
     try:
@@ -75,16 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.wait_for_main()
         return 2
     except distributed.RankLost as error:
-        command = continue_command(Path(settings.output))
+        again = continue_command(Path(settings.output))
         print(
             f"train.py{distributed.rank_label()}: {error}. "
-            f"Continue from the last saved step, with any number of ranks: {command}",
+            f"Continue from the last saved step, with any number of ranks: {again}",
             file=sys.stderr,
         )
         return distributed.EXIT_RANK_LOST
-    except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -110,7 +110,7 @@ def test_unknown_flag_and_unknown_yaml_key(attempt, tmp_path, capsys):
         train.main(["--no-such-flag", "1"])
     assert stop.value.code == 2 and "--no-such-flag" in capsys.readouterr().err
     (tmp_path / "settings.yaml").write_text("stepz: 3\n")
-    assert "unknown key 'stepz'; did you mean 'steps'?" in attempt("--config", str(tmp_path / "settings.yaml"))
+    assert "unknown key 'stepz'; did you mean steps?" in attempt("--config", str(tmp_path / "settings.yaml"))
 
 
 @pytest.fixture

@@ -501,10 +501,10 @@ def test_the_tree_in_architecture_is_whole():
     [
         ("python train.py --batchsize 64", "--batchsize"),
         ("python train.py --batch 64", "--batch"),  # argparse alone would take this for --batch-size
-        ("python train.py --batch-size many", "invalid int"),
+        ("python train.py --batch-size many", "not a whole number"),
         ("python eval.py --model M --tasks eval-data", "--tasks"),
         ("python search.py index src --modle M", "--modle|required"),
-        ("python search.py find words", "invalid choice"),
+        ("python search.py find words", "find is not one of index, search, eval"),
         ("python mine.py code src", "--output"),
         ("python export.py --adapter A", "--output"),
         ("mlx.launch -n 2 python train.py --wrong", "--wrong"),

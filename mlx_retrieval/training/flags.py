@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_task
-from mlx_retrieval.utils.errors import UserError, flag
+from mlx_retrieval.utils.command import Parser
+from mlx_retrieval.utils.errors import UserError, flag, near_miss
 
 
 def _name(flag: str) -> str:
@@ -39,8 +40,12 @@ def _kind(f: dataclasses.Field) -> tuple[type, bool]:
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """Return a parser with one flag for every field. Flags that are not given have no default, so that YAML counts."""
-    out = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    out = Parser(
+        prog="train.py",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     out.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -89,8 +94,6 @@ def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
 
 def read_yaml(path: Path) -> dict:
     """Return the settings in a YAML file. UserError for an unknown key or a value of a wrong type."""
-    import difflib
-
     import yaml
 
     try:
@@ -108,8 +111,7 @@ def read_yaml(path: Path) -> dict:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            raise UserError(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"--config {path}: unknown key {key!r}{near_miss(name, fields)}")
         clean[fields[name].name] = _checked(fields[name], value, f"--config {path}: {key}")
     return clean
 
@@ -125,7 +127,8 @@ def _checked(f: dataclasses.Field, value, where: str):
         return value
     value = _scalar(kind, value, where)
     if "choices" in f.metadata and value not in f.metadata["choices"]:
-        raise UserError(f"{where}: {value!r} is not one of {', '.join(f.metadata['choices'])}")
+        choices = f.metadata["choices"]
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(choices)}{near_miss(value, choices)}")
     return value
 
 

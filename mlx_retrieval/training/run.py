@@ -273,15 +273,21 @@ class Signals:
 
 @contextmanager
 def noted_signals() -> Iterator[Signals]:
-    """Note the first SIGINT or SIGTERM; the run ends after its current step. A second SIGINT ends it at once."""
+    """Note the first SIGINT, SIGTERM or SIGHUP; the run ends after its current step. A second SIGINT ends it at once.
+
+    SIGHUP comes when the terminal or the connection is gone. Under nohup it is ignored, and stays so.
+    """
     signals = Signals()
 
     def handle(number: int, _frame) -> None:
         signals.noted = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not the main thread: the notebook or test that started this one handles signals
         previous = {}
     try:

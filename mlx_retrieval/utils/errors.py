@@ -1,6 +1,7 @@
 """Errors that the user can fix, in the words of the interface that the user has."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,12 @@ from typing import Any, NamedTuple
 def flag(setting: str) -> str:
     """Return a setting's name as the command line spells it: `--max-length` of `max_length`."""
     return "--" + setting.replace("_", "-")
+
+
+def near_miss(word: object, known: Iterable[object]) -> str:
+    """Return `; did you mean info_nce?` for a misspelt word, or "" if it is like none of the known ones."""
+    near = difflib.get_close_matches(str(word)[:80], [*map(str, known)], n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class UserError(Exception):

@@ -216,7 +216,7 @@ def test_missing_arguments_are_named(capsys):
     for flags, message in (
         (["--model", "m"], "the following arguments are required: --input, --output (or only --check MODEL)"),
         (["--check", "m", "--input", "x"], "--check embeds nothing: leave out --input"),
-        (["--model", "m", "--input", "x", "--output", "y", "--precision", "int4"], "invalid choice: 'int4'"),
+        (["--model", "m", "--input", "x", "--output", "y", "--precision", "int4"], "int4 is not one of float32"),
     ):
         with pytest.raises(SystemExit) as exit:
             embed.main(flags)

@@ -231,8 +231,7 @@ def test_resume_gives_the_identical_file(at, small, small_blocks, pairs, tmp_pat
 
     stopped = Stop(plain, at)
     monkeypatch.setattr(embedder, "embed", stopped)
-    with pytest.raises(SystemExit, match="130"):
-        run(*flags, "--output", tmp_path / "mined.jsonl")
+    assert run(*flags, "--output", tmp_path / "mined.jsonl") == 130
     assert "the same command continues" in capsys.readouterr().err
     assert not (tmp_path / "mined.jsonl").exists() and (tmp_path / ".mined.jsonl.work").is_dir()
 
@@ -373,8 +372,7 @@ def test_resume_of_scoring_gives_the_identical_file(at, small, small_blocks, tmp
     with monkeypatch.context() as patch:
         stop = Stop(plain, at)
         patch.setattr(teacher.Teacher, "_by_vectors", lambda self, groups: stop(self, groups))
-        with pytest.raises(SystemExit, match="130"):
-            score(*flags, tmp_path / "scored.jsonl")
+        assert score(*flags, tmp_path / "scored.jsonl") == 130
     assert not (tmp_path / "scored.jsonl").exists()
     count = Stop(plain, None)
     monkeypatch.setattr(teacher.Teacher, "_by_vectors", lambda self, groups: count(self, groups))

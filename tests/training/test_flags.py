@@ -557,7 +557,7 @@ def test_config_file_flags_win_and_unknown_keys_are_refused(tmp_path):
     assert (made.steps, made.learning_rate, made.lora_keys) == (9, 1e-3, ["q_proj"])
     assert given == {"steps": 9, "learning_rate": 1e-3, "lora_keys": ["q_proj"]}
     for text, message in (
-        ("stepz: 7", "did you mean 'steps'"),
+        ("stepz: 7", "did you mean steps"),
         ("steps: many", "not of type int"),
         ("loss: mse", "not one of"),
         ("steps: [", "not valid YAML"),

@@ -202,8 +202,25 @@ def test_what_must_be_saved_must(settings, tmp_path, full_disk, monkeypatch):
     assert folder_bytes(tmp_path / "run" / "final") == folder_bytes(tmp_path / "whole" / "final")
 
 
+def test_a_lost_terminal_saves_the_run_unless_nohup_ignores_it(settings, tmp_path, monkeypatch):
+    original = Reporter.step
+    note = lambda self, record: original(self, record) or os.kill(os.getpid(), signal.SIGHUP)  # noqa: E731
+    monkeypatch.setattr(Reporter, "step", note)
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(settings(steps=3))
+    assert stopped.value.code == 129 and last_step(tmp_path / "run").name == "step-000001"
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        resume(tmp_path / "run")
+        assert (tmp_path / "run" / "final").is_dir() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, monkeypatch, number, code):
     """And continued, the run ends as one that nobody stopped."""
     monkeypatch.undo()  # the process below computes with the usual shapes
