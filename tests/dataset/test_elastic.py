@@ -186,6 +186,26 @@ def test_documents_that_come_later_wait_for_the_next_epoch(login, small):
     assert "new" in rest[290:] and len(set(rest[290:])) == 301
 
 
+def test_what_is_written_while_an_epoch_is_used_is_in_the_next_one(login, small):
+    """Regression: 301 documents are one block, and five written and one edited at example 50 missed two epochs."""
+    rows = rows_of(small)
+    numbers = rows.numbers(0, 0)
+    drawn = [rows.where(next(numbers)).rpartition(" ")[2] for _ in range(50)]
+    time.sleep(1)  # whatever is read ahead has been read
+    late = [f"late{i}" for i in range(5)]
+    for name in late:
+        login.ask("PUT", f"/{small}/_doc/{name}?refresh=true", {"query": "q", "title": "t", "snippet": "s"})
+    edited = next(name for name in map(str, range(300)) if name not in drawn)
+    login.ask("PUT", f"/{small}/_doc/{edited}?refresh=true", {"query": "edited", "title": "t", "snippet": "s"})
+    drawn += [rows.where(next(numbers)).rpartition(" ")[2] for _ in range(250)]
+    assert sorted(drawn) == sorted(map(str, range(300)))
+    for _ in range(2):
+        epoch = list(islice(numbers, 305))
+        names = [rows.where(n).rpartition(" ")[2] for n in epoch]
+        assert sorted(names) == sorted([*map(str, range(300)), *late])
+        assert [rows[n].query for n in epoch if rows.where(n).endswith(f" {edited}")] == ["edited"]
+
+
 def test_changed_documents_are_told_and_begin_a_new_epoch(login, small, capfd):
     rows = rows_of(small)
     ids(rows, 10)

@@ -307,6 +307,28 @@ def test_no_more_than_a_few_blocks_are_held(stub, monkeypatch):
     assert len(seen) == 1000 and 32 <= held <= 3 * 2 * 32
 
 
+@pytest.mark.parametrize("block", [1, 16], ids=["several blocks", "one block"])
+def test_documents_written_during_an_epoch_are_in_the_next_one(stub, monkeypatch, block):
+    """Regression: an epoch was surveyed as soon as the last block of the one before had been read ahead."""
+    monkeypatch.setattr(documents, "RANGE", 8)
+    monkeypatch.setattr(elastic_rows, "BLOCK", block)
+    rows = rows_of(stub, 40)
+    numbers = rows.numbers(0, 0)
+    drawn = [rows.where(next(numbers)) for _ in range(39)]
+    cursor = json.loads(json.dumps(rows.cursor(39)))
+    time.sleep(0.05)  # whatever is read ahead has been read
+    stub.answers.sources.append({"query": "new", "title": "new", "snippet": "s"})
+    drawn += [rows.where(next(numbers)) for _ in range(1 + 41)]
+    assert len(set(drawn[:40])) == 40 and len(set(drawn[40:])) == 41
+    assert sum(place.endswith("document 40") for place in drawn) == 1
+    numbers.close()
+    assert rows.cursor(40)["epoch"] == rows.cursor(80)["epoch"] == 1 and rows.cursor(39) == cursor
+
+    again = rows_of(stub, 41)  # stopped at 39, resumed when the document is there: the same rows
+    again.restore(cursor, 39)
+    assert [again.where(n) for n in islice(again.numbers(0, 39), 42)] == drawn[39:]
+
+
 def test_an_index_of_which_nothing_is_usable(stub):
     rows = rows_of(stub, skip_bad=True)
     stub.answers.sources = [{"query": "", "title": "", "snippet": ""}] * 40

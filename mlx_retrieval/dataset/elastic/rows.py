@@ -2,7 +2,8 @@
 
 An epoch's ranges of documents (see elastic/documents.py) are read in a seeded order; the documents of BLOCK ranges are
 shuffled together. A document that is written during an epoch gets a number beyond the last range, so no document is
-read twice in an epoch, even if the server restarts.
+read twice in an epoch, even if the server restarts. The next epoch has it: an epoch is surveyed only when the one
+before is used up, so nothing is read ahead across its end.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ class ElasticRows:
     # --- the sequence -------------------------------------------------------------------------------------------------
 
     def numbers(self, seed: int, position: int) -> Iterator[int]:
-        """Yield row numbers from a position on; the next block is read while one is used."""
+        """Yield row numbers from a position on; an epoch's next block is read while one is used."""
         self.documents.server.open()
         cursor = max((m for m in self._cursors if m.start <= position), key=lambda m: m.start)
         start, fruitless = cursor.start, 0
@@ -108,20 +109,23 @@ class ElasticRows:
             coming = reader.submit(self._block, seed, cursor)
             try:
                 while True:
-                    documents, after = coming.result()
+                    documents, following = coming.result()
                     if start > self._cursors[-1].start:
                         self._cursors.append(dataclasses.replace(cursor, start=start))
                     self._recent = [*self._recent[-2:], (start, documents)]
-                    coming = reader.submit(self._block, seed, after)
+                    if following:
+                        coming = reader.submit(self._block, seed, following)
                     yield from range(max(start, position), start + len(documents))
                     start += len(documents)
                     fruitless = 0 if documents else fruitless
-                    if after.epoch > cursor.epoch:
+                    if not following:
                         self._report_bad()
                         fruitless += 1
                         if fruitless > 1:  # a whole epoch without a usable document
                             raise UserError(f"{self.address}: no usable document is left")
-                    cursor = after
+                        following = self._next_epoch(cursor)
+                        coming = reader.submit(self._block, seed, following)
+                    cursor = following
             except Closed:
                 return
             finally:
@@ -143,8 +147,16 @@ class ElasticRows:
             block = Cursor(position, block.epoch + 1, 0, self.documents.survey())
         self._cursors = [block]
 
-    def _block(self, seed: int, cursor: Cursor) -> tuple[list[tuple[str, Example]], Cursor]:
-        """Return a block's shuffled (id, example)s, and the cursor of the next block, whose start is still unknown."""
+    def _next_epoch(self, cursor: Cursor) -> Cursor:
+        """Return the cursor of the epoch after this one, with all documents that the index has by now."""
+        self.documents.view.close()
+        return Cursor(0, cursor.epoch + 1, 0, self.documents.survey())
+
+    def _block(self, seed: int, cursor: Cursor) -> tuple[list[tuple[str, Example]], Cursor | None]:
+        """Return a block's shuffled (id, example)s, and the cursor of the epoch's next block; None if it is the last.
+
+        The start of the next block is still unknown.
+        """
         ranges = self.documents.ranges(cursor.survey)
         order = np.random.default_rng([seed, cursor.epoch]).permutation(len(ranges))[self.part[0] :: self.part[1]]
         hits = [
@@ -156,10 +168,8 @@ class ElasticRows:
         shuffled = np.random.default_rng([seed, cursor.epoch, cursor.block]).permutation(len(hits))
         examples = ((hits[i]["_id"], self._example(hits[i])) for i in shuffled)
         documents = [(name, example) for name, example in examples if example is not None]
-        if (cursor.block + 1) * BLOCK < len(order):
-            return documents, dataclasses.replace(cursor, block=cursor.block + 1)
-        self.documents.view.close()  # the next epoch sees new documents
-        return documents, Cursor(0, cursor.epoch + 1, 0, self.documents.survey())
+        is_last = (cursor.block + 1) * BLOCK >= len(order)
+        return documents, None if is_last else dataclasses.replace(cursor, block=cursor.block + 1)
 
     def _example(self, hit: dict) -> Example | None:
         try:
