@@ -20,13 +20,14 @@ import numpy as np
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.elastic import fields
-from mlx_retrieval.dataset.text_files import read_texts
+from mlx_retrieval.dataset.text_files import read_numbered_texts
 from mlx_retrieval.inference import quantization
 from mlx_retrieval.inference.embedder import Model, load
+from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, UserError
 
 __all__ = ["Model", "load"]
 
@@ -54,7 +55,8 @@ def write_arrays(arrays: dict[Path, np.ndarray]) -> None:
 
 def embed_file(args: argparse.Namespace) -> str:
     """Embed `--input` into `--output`; return the line that tells what was written."""
-    texts, ranges, output = list(read_texts(Path(args.input), args.field)), None, Path(args.output)
+    rows, ranges, output = list(read_numbered_texts(Path(args.input), args.field)), None, Path(args.output)
+    texts = [text for _, text in rows]
     if not texts:
         raise UserError(f"{args.input}: contains no text")
     if output.is_dir() or not output.parent.is_dir():
@@ -73,7 +75,10 @@ def embed_file(args: argparse.Namespace) -> str:
     model = load(args.model, args.adapter, max_length=args.max_length)
     dimensions = args.dimensions or model.dimensions
     quantization.check(args.precision, max(len(texts), FEWEST_TEXTS), dimensions, ranges)
-    vectors = model.encode(texts, args.prompt, dimensions=args.dimensions)
+    try:
+        vectors = model.encode(texts, args.prompt, dimensions=args.dimensions)
+    except NonFiniteError as error:
+        raise error.placed(lambda number: str(Place(args.input, rows[number][0]))) from error
     if model.late:
         lengths = output.with_name(f"{output.stem}.lengths.npy")
         write_arrays({output: np.concatenate(vectors), lengths: np.array([len(v) for v in vectors])})
@@ -199,13 +204,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_model(path: str, adapter: str | None) -> int:
-    """Print the findings of every check; return 1 if one fails, else 0."""
+    """Print the findings of every check and a verdict; return 1 if a check fails, else 0."""
     import data_loader
     from mlx_retrieval.inference import checks
 
     findings = checks.check(path, data_loader.make_batch, adapter)
-    checks.print_findings(path, findings)
-    if failed := [finding.name for finding in findings if finding.passed is False]:
+    if failed := checks.report(path, findings):
         print(f"embed.py: FAILED: {', '.join(failed)}", file=sys.stderr)
         return 1
     return 0

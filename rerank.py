@@ -6,6 +6,7 @@ reranker.rerank("where is Kyoto", documents, top_n=2)        # [{"index", "score
 reranker.score("where is Kyoto", documents)                  # numpy float32, in the documents' order
 
 python rerank.py --model adapters/best --query "where is Kyoto" --documents docs.jsonl --top-n 10
+python rerank.py --check adapters/best                       # exit code 1 if a check fails
 python rerank.py --model adapters/best --serve --port 8000   # /v1/rerank, and /v1/embeddings with --embedding-model
 """
 
@@ -113,20 +114,40 @@ def parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="answer /v1/embeddings with this adapter or model; if RERANK_API_KEY is set, clients must send it",
     )
+    out.add_argument(
+        "--check",
+        metavar="MODEL",
+        help="rank nothing, but check whether this reranker is sound; exit code 1 if a check fails",
+    )
     return out
+
+
+def check_model(args: argparse.Namespace) -> int:
+    """Print the findings of every check and a verdict; return 1 if a check fails, else 0."""
+    from mlx_retrieval.inference import checks, reranker_checks
+
+    args.model = args.check
+    if failed := checks.report(args.check, reranker_checks.examine(open_reranker(args))):
+        print(f"rerank.py: FAILED: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 @command("rerank.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, 2 for an error the user can fix, or 130 after Ctrl-C."""
+    """Run the command; return its exit code: 0, 1 if a check fails, 2 for a user's error, 130 after Ctrl-C."""
     backend.prepare()
     flags = parser()
     args = flags.parse_args(argv)
     needed = {"--model": args.model, "--query": args.query, "--documents": args.documents}
+    if args.check is not None:
+        if given := [name for name, value in (needed | {"--serve": args.serve}).items() if value]:
+            flags.error(f"--check ranks nothing: leave out {', '.join(given)}")
+        return check_model(args)
     if args.serve and not (args.model or args.embedding_model):
         flags.error("--serve needs --model, --embedding-model or both")
     if not args.serve and (missing := [name for name, value in needed.items() if not value]):
-        flags.error(f"the following arguments are required: {', '.join(missing)} (or --serve)")
+        flags.error(f"the following arguments are required: {', '.join(missing)} (or --serve, or only --check MODEL)")
     if args.serve:
         with suppress(KeyboardInterrupt):  # the way to end a server: no message
             serve(args)

@@ -18,12 +18,16 @@ def read_texts(path: Path, field: str | None = None) -> Iterator[str]:
 
     Raises UserError with file, line and reason.
     """
+    return (text for _, text in read_numbered_texts(path, field))
+
+
+def read_numbered_texts(path: Path, field: str | None = None) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of the texts that `read_texts` yields."""
     if path.suffix == ".txt":
-        for _, line in read_lines(path):
-            yield line
+        yield from read_lines(path)
     else:
         for number, row in read_values(path):
-            yield _text_of(row, field, f"{path}:{number}")
+            yield number, _text_of(row, field, f"{path}:{number}")
 
 
 def _text_of(row: Any, field: str | None, place: str) -> str:

@@ -17,6 +17,7 @@ from mlx_retrieval.evaluation import tasks as evaluation_tasks
 from mlx_retrieval.evaluation.quantized import CachedEncoder, QuantizedEncoder
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, Scores, VectorFormat
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, SplitResult, Task
+from mlx_retrieval.inference import finite
 from mlx_retrieval.retrieval.topk import Nearest
 from mlx_retrieval.utils.errors import UserError
 
@@ -32,22 +33,37 @@ class Encoder(Protocol):
         """Return vectors (N, D), float32, in the texts' order; `prompt` is "query" or "document"."""
 
 
+def encode_finite(
+    searcher: CorpusSearcher, texts: list[str], prompt: str, ids: Sequence[str] | None = None
+) -> np.ndarray | list[np.ndarray]:
+    """Return the vectors that the searcher's model gives texts.
+
+    Raises NonFiniteError, with the id of the first text if `ids` are given, as NaN would be ranked, and high.
+    """
+
+    def place(number: int) -> str:
+        return f"{searcher.task}: {prompt} {ids[number] if ids else f'number {number + 1:,}'}"
+
+    try:
+        vectors = searcher.model.encode(texts, prompt=prompt, show_progress=searcher.show_progress)
+        finite.check_vectors(searcher.model.name, texts, vectors)  # other encoders than ours do not check
+    except finite.NonFiniteError as error:
+        raise error.placed(place) from error
+    return vectors
+
+
 class DenseSearcher(CorpusSearcher):
     """Ranks by the dot product of one vector a text, exhaustively."""
 
-    def encode(self, texts: list[str], prompt: str) -> np.ndarray:
-        vectors = self.model.encode(texts, prompt=prompt, show_progress=self.show_progress)
-        if not np.isfinite(vectors).all():  # NaN would be ranked, and high
-            rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-            count = f"{len(rows)} of {len(texts)} {prompt} embeddings"
-            raise FloatingPointError(f"{self.task}: {count} are not finite")
-        return vectors
+    def encode(self, texts: list[str], prompt: str, ids: Sequence[str] | None = None) -> np.ndarray:
+        return encode_finite(self, texts, prompt, ids)
 
     def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
         count = len(corpus.ids)
-        nearest = Nearest(self.encode(list(queries.values()), "query"), top_k, count)
+        nearest = Nearest(self.encode(list(queries.values()), "query", list(queries)), top_k, count)
         for first in range(0, count, DOCUMENTS):
-            nearest.add(self.encode(corpus.texts(range(first, min(first + DOCUMENTS, count))), "document"))
+            block = range(first, min(first + DOCUMENTS, count))
+            nearest.add(self.encode(corpus.texts(block), "document", [corpus.ids[i] for i in block]))
         best_numbers, best_scores = nearest.best()
         if not np.isfinite(best_scores).all():
             raise FloatingPointError(f"{self.task}: products of query and document embeddings are not finite")
@@ -60,18 +76,16 @@ class DenseSearcher(CorpusSearcher):
 class LateSearcher(CorpusSearcher):
     """Ranks by MaxSim over one vector a token."""
 
-    # Not `encode`: mteb would take the token vectors for one vector a text.
-    def _encode(self, texts: list[str], prompt: str) -> list[np.ndarray]:
-        return self.model.encode(texts, prompt=prompt, show_progress=self.show_progress)
-
+    # It has no method `encode`: mteb would take the token vectors for one vector a text.
     def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
         from mlx_retrieval.retrieval.late_interaction import LateIndex
 
-        vectors, config = self._encode(corpus.texts(range(len(corpus.ids))), "document"), self.model.config
+        config = self.model.config
+        vectors = encode_finite(self, corpus.texts(range(len(corpus.ids))), "document", corpus.ids)
         index = LateIndex(vectors, config.maxsim, config.impute)
         if self.show_progress:
             print(f"late interaction: {index.description}", file=sys.stderr)
-        rankings = index.search(self._encode(list(queries.values()), "query"), top_k)
+        rankings = index.search(encode_finite(self, list(queries.values()), "query", list(queries)), top_k)
         return {
             query: {corpus.ids[i]: score for i, score in ranking}
             for query, ranking in zip(queries, rankings, strict=True)

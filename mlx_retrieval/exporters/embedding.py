@@ -55,7 +55,8 @@ class EmbeddingWriter:
         if self.job.quantize:
             original, reader = expected, "embed.load, against the quantised model in memory"
             self._in_float32()
-            expected = self._vectors(self.config)
+            with parity.of_exported_model("vectors"):
+                expected = self._vectors(self.config)
             worst, mean = parity.compare(expected, original)
             self._note("check", f"quantised, against the original model: worst cosine {worst:.4f}, mean {mean:.4f}")
         parity.release(self.model)
@@ -75,7 +76,7 @@ class EmbeddingWriter:
 
     def _vectors(self, config: RetrievalConfig) -> parity.Vectors:
         """Return the present model's vectors of the check's texts under `config`."""
-        model = Model(self.model, config, config.tokenizer(self.base), "in memory")
+        model = Model(self.model, config, config.tokenizer(self.base), self.job.source)
         return parity.vectors(model.encode, config.prompts, self.limit)
 
     def _write(self, folder: Path) -> None:

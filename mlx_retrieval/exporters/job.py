@@ -40,6 +40,11 @@ class Export:
         if self.adapter is not None:
             check_adapter(self.adapter)
 
+    @property
+    def source(self) -> str:
+        """The name of the exported model: the adapter's folder, or the base model."""
+        return self.adapter or self.model
+
 
 def check_adapter(adapter: str) -> None:
     """Raise UserError if this folder is not an adapter, and name the adapters in it."""

@@ -8,7 +8,8 @@ Both sides compute in float32, so that the comparison is about weights and files
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
@@ -18,6 +19,7 @@ import numpy as np
 from mlx_retrieval import backbones
 from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.models import pylate_files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
@@ -72,6 +74,18 @@ def compare(actual: Vectors, expected: Vectors) -> tuple[float, float]:
     return float(cosines.min()), float(cosines.mean())
 
 
+@contextmanager
+def of_exported_model(kind: str) -> Iterator[None]:
+    """Turn a NonFiniteError of this block into one about the exported model; `kind`: vectors or scores."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise UserError(
+            f"some {kind} of the exported model are not finite, {error.first}: nothing was written. The original "
+            "model's are: another --dtype has room for larger numbers (float16 ends at 65,504)"
+        ) from error
+
+
 def accept(actual: Vectors, expected: Vectors, reader: str) -> str:
     """Return a line with the worst cosine of the vectors that `reader` gave. UserError if it is too low."""
     worst, _ = compare(actual, expected)
@@ -93,7 +107,8 @@ def check_own(folder: Path, expected: Vectors, limit: int, reader: str = "embed.
     """Check the folder with this toolkit's own embedder; see `accept`."""
     model = embedder.load(folder)
     backbones.set_dtype(model.model.backbone, mx.float32)
-    actual = vectors(model.encode, model.config.prompts, limit)
+    with of_exported_model("vectors"):
+        actual = vectors(model.encode, model.config.prompts, limit)
     release(model.model)
     return accept(actual, expected, reader)
 

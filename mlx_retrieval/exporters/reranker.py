@@ -88,7 +88,8 @@ class RerankerWriter:
         if self.job.quantize:
             original, tolerance = expected, reranker_parity.EXACT
             reader = "rerank.Reranker, against the quantised model in memory"
-            expected = self._scores()
+            with parity.of_exported_model("scores"):
+                expected = self._scores()
             worst, mean = reranker_parity.difference(expected, original)
             self._note("check", f"quantised, against the original model: worst difference {worst:.4f}, mean {mean:.4f}")
         parity.release(self.model)
@@ -108,7 +109,7 @@ class RerankerWriter:
     def _scores(self) -> np.ndarray:
         """Return the present model's scores of the check's pairs, computed in float32."""
         set_dtype(self.model.backbone, mx.float32)
-        reranker = Reranker.of(self.model, self.config, self.tokenizer, "in memory")
+        reranker = Reranker.of(self.model, self.config, self.tokenizer, self.job.source)
         return reranker_parity.scores(reranker, self.groups)
 
     def _write(self, folder: Path, dtype: mx.Dtype) -> None:

@@ -73,9 +73,8 @@ def own_scores(folder: Path, groups: list[Group]) -> np.ndarray:
     reranker = Reranker(str(folder))
     backbones.set_dtype(reranker.model.backbone, mx.float32)
     try:
-        return scores(reranker, groups)
-    except FloatingPointError as error:
-        raise UserError(f"{error}: nothing was written") from error
+        with parity.of_exported_model("scores"):
+            return scores(reranker, groups)
     finally:
         parity.release(reranker.model)
 

@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.row_formats import Example
-from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference import embedder, weight_checks
+from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import Texts, pad_rows, plan
 from mlx_retrieval.models.runners import make_runner
@@ -110,24 +111,37 @@ def adapter(model: embedder.Model) -> tuple[bool | None, str]:
     return _different(model.encode(TEXTS, "document"), bare.encode(TEXTS, "document"), "from the base model")
 
 
-def finite(model: embedder.Model) -> tuple[bool | None, str]:
-    """Check that unusual texts have finite vectors of unit length."""
-    texts = {
+def weights(model: embedder.Model) -> tuple[bool, str]:
+    """Check that every number of the weights is finite, also where no text of the other checks would show it."""
+    return weight_checks.finite_weights(model.model, model.tokenizer.tokenizer)
+
+
+def unusual_texts(limit: int) -> dict[str, str]:
+    """Return texts that models stumble over, by name; `limit` is the most tokens of a text."""
+    return {
         "empty": "",
         "blank": " ",
         "one token": "a",
-        "over-long": prose(3 * max(model.tokenizer.max_lengths.values())),
+        "over-long": prose(3 * limit),
         "emoji": "🚲🔥👩‍🚀",
         "lone surrogate": "half a \ud83d pair",
     }
 
-    def off(vectors: np.ndarray) -> float:
+
+def finite(model: embedder.Model) -> tuple[bool | None, str]:
+    """Check that unusual texts have finite vectors of unit length."""
+    texts = unusual_texts(max(model.tokenizer.max_lengths.values()))
+
+    def off(text: str, role: str) -> float:
+        try:
+            vectors = model.encode(text, role)
+        except NonFiniteError:
+            return np.nan
         if not model.config.normalize:
-            return 0.0 if np.isfinite(vectors).all() else np.nan
+            return 0.0
         return np.abs(np.linalg.norm(np.atleast_2d(vectors), axis=1) - 1).max(initial=0)
 
-    roles = ("query", "document")
-    worst = np.max([[off(v) for v in model.encode(list(texts.values()), role)] for role in roles], axis=0)
+    worst = np.max([[off(text, role) for text in texts.values()] for role in ("query", "document")], axis=0)
     failing = [name for name, difference in zip(texts, worst, strict=True) if not difference <= 1e-4]
     if failing:
         return False, f"not finite or not of unit length: {', '.join(failing)}"
@@ -196,7 +210,9 @@ def prompts(model: embedder.Model) -> tuple[bool | None, str]:
     return _different(model.encode(TEXTS, "query"), model.encode(TEXTS, "document"), "of query and document")
 
 
+WEIGHTS = "finite weights"
 CHECKS = {
+    WEIGHTS: weights,
     "padding invariance": padding,
     "training and use agree": training,
     "adapter changes the embedding": adapter,
@@ -227,23 +243,32 @@ def examine(model: embedder.Model, make_batch: MakeBatch) -> list[Finding]:
     quick.tokenizer.max_lengths = {role: min(n, LONGEST) for role, n in model.tokenizer.max_lengths.items()}
     findings = []
     for name, function in CHECKS.items():
-        try:
-            if function is training:
-                passed, detail = training(quick, make_batch)
-            else:
-                passed, detail = function(model if function in (truncation, injection) else quick)
-        except FAILURES as error:
-            passed, detail = False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        findings.append(Finding(name, passed, detail))
+        arguments = (quick, make_batch) if function is training else (quick,)
+        findings.append(run_check(name, function, *((model,) if function in (truncation, injection) else arguments)))
     return findings
 
 
-def print_findings(path: str, findings: Sequence[Finding]) -> None:
-    """Print a table: name of the check; ok, FAILED or not applicable; detail."""
+def run_check(name: str, function: Callable[..., tuple[bool | None, str]], *arguments: Any) -> Finding:
+    """Return a check's finding; a check that raises one of FAILURES fails."""
+    try:
+        return Finding(name, *function(*arguments))
+    except FAILURES as error:
+        return Finding(name, False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def report(path: str, findings: Sequence[Finding]) -> list[str]:
+    """Print a table, with the verdict in its last line; return the names of the checks that failed.
+
+    A line has the name of a check; ok, FAILED or not applicable; and the detail.
+    """
     from mlx_retrieval.utils.console import print_lines
 
     words = {True: "ok", False: "FAILED", None: "not applicable"}
-    print_lines([("model", path), *((f.name, f"{words[f.passed]:<14}   {f.detail}") for f in findings)])
+    failed = [finding.name for finding in findings if finding.passed is False]
+    verdict = f"not fit for use, as {len(failed)} of {len(findings)} checks failed: {', '.join(failed)}"
+    lines = [(f.name, f"{words[f.passed]:<14}   {f.detail}") for f in findings]
+    print_lines([("model", path), *lines, ("verdict", verdict if failed else "fit for use")])
+    return failed
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

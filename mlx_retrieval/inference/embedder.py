@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
-from mlx_retrieval.inference import fingerprint
+from mlx_retrieval.inference import fingerprint, finite
 from mlx_retrieval.inference.quantization import check, quantise, truncate
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import Texts, micro_batches
@@ -88,7 +88,7 @@ class Model:
             ranges: for int8 and uint8, (2, D) smallest and largest value of each dimension, which queries and documents
                 must share: `quantization.ranges(model.encode(sample))`. None = taken from `texts`, at least 100.
 
-        Raises UserError for a wrong argument.
+        Raises UserError for a wrong argument, and NonFiniteError, which names a text, if a vector is not finite.
         """
         if isinstance(texts, str):
             return self.encode([texts], prompt, False, dimensions, batch_tokens, precision, ranges)[0]
@@ -124,6 +124,7 @@ class Model:
                         results[first + index] = vectors
                     done += len(index)
                     progress(done)
+                finite.check_vectors(self.name, texts, results[first:done], first)
         if self.late:
             return results
         vectors = truncate(results, dimensions, self.config.normalize)
@@ -142,11 +143,8 @@ class Model:
 
 
 def embed(model: Model, texts: Sequence[str], prompt: str) -> np.ndarray | list[np.ndarray]:
-    """Return `model.encode(texts, prompt)` in float32; UserError if a vector is not finite."""
-    vectors = model.encode(texts, prompt=prompt, show_progress=False)
-    if count := sum(not np.isfinite(vector).all() for vector in vectors):
-        raise UserError(f"{model.name}: the vectors of {count} of {len(texts)} texts are not finite (embed.py --check)")
-    return vectors
+    """Return `model.encode(texts, prompt)` without a progress bar."""
+    return model.encode(texts, prompt=prompt, show_progress=False)
 
 
 def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Model:

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
-from mlx_retrieval.inference import embedder, fingerprint
+from mlx_retrieval.inference import embedder, fingerprint, finite
 from mlx_retrieval.models import loading, maxsim
 from mlx_retrieval.models.batching import Texts, micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
@@ -158,7 +158,7 @@ class Reranker:
     def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """Score the documents of several queries together; return the array of `score` for each (query, documents).
 
-        Raises FloatingPointError if a score is not finite.
+        Raises NonFiniteError, which names a document, if a score is not finite.
         """
         for query, documents in groups:
             if isinstance(documents, str) or not all(isinstance(text, str) for text in (query, *documents)):
@@ -169,10 +169,7 @@ class Reranker:
             return [np.zeros(0, np.float32) for _ in groups]
         score = self._late if self.late else self._listwise if self.kind == "listwise" else self._pairs
         scores = score([group for group in groups if group[1]])
-        if not np.isfinite(scores).all():
-            raise FloatingPointError(
-                f"{self.name}: {np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite"
-            )
+        finite.check_scores(self.name, [text for _, documents in groups for text in documents], scores)
         if self.config.activation == "sigmoid":
             scores = 1 / (1 + np.exp(-scores))
         return np.split(scores.astype(np.float32), np.cumsum(lengths)[:-1])

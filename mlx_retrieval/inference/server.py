@@ -16,6 +16,7 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import logging
 import re
 import socket
 import uuid
@@ -32,6 +33,7 @@ from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.inference.server_queue import Job, ModelThread
 from mlx_retrieval.utils.errors import UserError
@@ -141,6 +143,9 @@ async def _refused(request: Request, error: Exception) -> Response:
         return _error(error.status_code, str(error.detail), error.headers)
     if isinstance(error, RequestValidationError):
         return _error(400, _message(error))
+    if isinstance(error, NonFiniteError):  # the model's fault, not the request's
+        logging.getLogger("uvicorn.error").error(str(error))
+        return _error(500, str(error))
     if isinstance(error, UserError):
         return _error(400, str(error))
     return _error(500, "the server failed to answer; its log has the reason")  # uvicorn logs it

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlx_retrieval.inference import finite
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
 
@@ -146,8 +147,13 @@ class ModelThread:
             together = [text for _, texts in pieces for text in texts]
             vectors = self.model.encode(together, prompt=first.prompt, show_progress=False, dimensions=first.dimensions)
             results = np.split(vectors, np.cumsum(counts[:-1]))
-        if [len(rows) for rows in results] != counts or not all(np.isfinite(rows).all() for rows in results):
-            raise ArithmeticError("the model's results are not finite, or not one row for each text")
+        if [len(rows) for rows in results] != counts:
+            raise ArithmeticError("the model's results are not one row for each text")
+        for (job, texts), rows in zip(pieces, results, strict=True):  # of other models than ours, which check
+            if job.query is None:
+                finite.check_vectors(self.model.name, texts, rows)
+            else:
+                finite.check_scores(self.reranker.name, texts, rows)
         if first.query is None:
             for job, texts in pieces:
                 job.tokens += int(self.model.tokenizer(texts, first.prompt).lengths.sum())

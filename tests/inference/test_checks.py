@@ -57,10 +57,10 @@ def test_real_weights_are_sound_within_a_minute(minilm, capsys):
     out, err = capsys.readouterr()
     assert err == "" and "\x1b" not in out
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
-    assert list(rows) == ["model", *checks.CHECKS]
+    assert list(rows) == ["model", *checks.CHECKS, "verdict"]
     not_applicable = {name for name, words in rows.items() if words[:2] == ["not", "applicable"]}
     assert not_applicable == {NOT_BROKEN, "prompts"}
-    assert all(words[0] == "ok" for name, words in rows.items() if name not in {"model", *not_applicable})
+    assert all(words[0] == "ok" for name, words in rows.items() if name not in {"model", "verdict", *not_applicable})
 
 
 def test_the_toolkits_own_model_is_sound():
@@ -191,14 +191,18 @@ def test_numbers_that_are_not_finite(model, capsys, monkeypatch):
     table = model.model.backbone.trunk.embed_tokens
     table.weight = mx.where(mx.arange(len(table.weight))[:, None] == token, mx.nan, table.weight)
     findings = {finding.name: finding for finding in checks.examine(model, data_loader.make_batch)}
-    assert [name for name, finding in findings.items() if finding.passed is False] == ["finite and unit length"]
+    assert [name for name, finding in findings.items() if finding.passed is False] == [
+        checks.WEIGHTS,
+        "finite and unit length",
+    ]
     assert findings["finite and unit length"].detail.endswith(": emoji")
+    assert "embed_tokens.weight (1 of " in findings[checks.WEIGHTS].detail
     model.model.update(tree_map(lambda v: v * mx.nan, model.model.parameters()))
     monkeypatch.setattr(embedder, "load", lambda *_: model)
     assert embed.main(["--check", "m"]) == 1
     names = capsys.readouterr().err.removeprefix("embed.py: FAILED: ").strip().split(", ")
     of_numbers = {"padding invariance", "training and use agree", "finite and unit length", "order and batching"}
-    assert set(names) == {*of_numbers, "prompts"}
+    assert set(names) == {*of_numbers, checks.WEIGHTS, "prompts"}
 
 
 def test_vectors_that_are_not_of_unit_length(model, monkeypatch):

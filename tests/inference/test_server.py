@@ -238,7 +238,7 @@ def test_mistakes_crashes_and_numbers_that_are_none(client):
     refused(rerank(client, documents=["a", "mistake"]), 400, "this text is a mistake")
     for text in ("crash", "nan"):
         message = refused(rerank(client, documents=["a", text]), 500)
-        assert "secret" not in message
+        assert "secret" not in message and ("rerank.py --check a-reranker" in message) == (text == "nan")
     assert rerank(client).status_code == 200
 
 

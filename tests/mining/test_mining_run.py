@@ -18,6 +18,7 @@ from mlx_retrieval.inference import embedder, reranker
 from mlx_retrieval.mining import cache, collection, hard_negatives, teacher
 from mlx_retrieval.mining import output as mining_output
 from mlx_retrieval.mining.cache import ResumableCache
+from mlx_retrieval.models import heads
 
 ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in SENTENCES]
 
@@ -190,7 +191,7 @@ def test_what_is_refused(flags, message, tmp_path, write_rows, capsys, monkeypat
 def test_numbers_that_are_none_and_vectors_that_are_not_finite(small, pairs, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run("--data", pairs, "--output", tmp_path / "x.jsonl", "--relative-margin", "much")
-    monkeypatch.setattr(embedder.Model, "encode", lambda self, texts, *_, **__: np.full((len(texts), 32), np.nan))
+    monkeypatch.setattr(heads, "unit", lambda vectors: vectors * np.nan)
     assert run("--data", pairs, "--model", small, "--output", tmp_path / "x.jsonl") == 2
     assert "are not finite" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ import pytest
 
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.inference import embedder, fingerprint
+from mlx_retrieval.models import heads
 from mlx_retrieval.retrieval import base, indexer
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.lance_index import Index
@@ -269,7 +270,7 @@ def test_one_process_at_a_time(tree, model, tmp_path):
 
 
 def test_vectors_that_are_not_finite_are_refused(tree, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "encode", lambda texts, **_: np.full((len(texts), model.dimensions), np.nan, np.float32))
+    monkeypatch.setattr(heads, "unit", lambda vectors: vectors * np.nan)
     with pytest.raises(UserError, match="vectors of 6 of 6 texts are not finite"):
         update(tree, tmp_path / "index", model)
 
