@@ -33,6 +33,7 @@ from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
+from mlx_retrieval.utils.text import writable
 
 __all__ = ["Teacher", "code_pairs", "mine_negatives"]
 
@@ -95,7 +96,7 @@ def run_code(args: argparse.Namespace) -> None:
             progress_bar("mining", "files") as progress,
         ):
             for pair in code_pairs.pairs(args.paths, rules, counts, progress):
-                file.write(json.dumps(pair._asdict(), ensure_ascii=False) + "\n")
+                file.write(writable(json.dumps(pair._asdict(), ensure_ascii=False)) + "\n")
         print_counts(counts)
         if not counts.pairs:
             raise UserError(f"{' '.join(args.paths)}: no pair found in {counts.files.total()} source files")

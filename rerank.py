@@ -27,6 +27,7 @@ from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 __all__ = ["Reranker"]
 
@@ -86,11 +87,12 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--instruction",
+        type=writable,
         metavar="TEXT",
         help="the instruction by which a qwen3 or listwise model judges (default: as the model was saved)",
     )
     rank = out.add_argument_group("rank a file")
-    rank.add_argument("--query", metavar="TEXT", help="the query")
+    rank.add_argument("--query", type=writable, metavar="TEXT", help="the query")
     rank.add_argument(
         "--documents",
         metavar="FILE",

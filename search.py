@@ -33,6 +33,7 @@ from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 if TYPE_CHECKING:  # loads LanceDB, which takes a second
     from mlx_retrieval.retrieval.indexer import Summary
@@ -192,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     weight = "share of the semantic ranks in hybrid, 0 = words only, 1 = meaning only (default: 0.5)"
     search = "search an index: path:line, score and two lines of each hit"
     search = commands.add_parser("search", parents=[shared], help=search, description=search)
-    search.add_argument("query", metavar="QUERY", help="plain words; there are no operators")
+    search.add_argument("query", type=writable, metavar="QUERY", help="plain words; there are no operators")
     modes = search.add_mutually_exclusive_group()
     meaning, fused = "by meaning: cosine of vectors (the default)", "both, fused by reciprocal ranks"
     for mode, text in zip(MODES, (meaning, fused, "by words: BM25; needs no model"), strict=True):

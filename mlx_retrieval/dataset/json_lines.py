@@ -9,12 +9,16 @@ bounded in size, and a bad row can be left out.
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable_values
+
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 MAX_ROW_BYTES = 500_000  # a longer line is a file that lacks its line breaks, not a training example
 
@@ -36,9 +40,14 @@ class Line(NamedTuple):
 
 
 def parse_value(line: str | bytes) -> Any:
-    """Return the JSON value of a line. RowError if it is not valid UTF-8 or not valid JSON."""
+    """Return the JSON value of a line. RowError if it is not valid UTF-8 or not valid JSON.
+
+    Escapes can spell half a surrogate pair, which nothing could print or write: it becomes U+FFFD.
+    """
     try:
-        return json.loads(line.decode("utf-8") if isinstance(line, bytes) else line)
+        text = line.decode("utf-8") if isinstance(line, bytes) else line
+        value = json.loads(text)
+        return writable_values(value) if ESCAPED_SURROGATE.search(text) else value
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
     except json.JSONDecodeError as error:

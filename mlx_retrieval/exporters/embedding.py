@@ -21,6 +21,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pylate_files import PROJECTION
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 
 class EmbeddingWriter:
@@ -123,4 +124,4 @@ class EmbeddingWriter:
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or config.base_model
         card = model_card.write(config, base, adapter, job.format, name, Path(job.output).name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(writable(card), encoding="utf-8")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
 FORMATS = ("sentence-transformers", "mlx", "hf")
@@ -59,6 +60,7 @@ def check_adapter(adapter: str) -> None:
 
 def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     """Refuse to replace files that are not an export, or the models in `sources`."""
+    files.check_name(output, "--output")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: this is a file")
     target = output.resolve()

@@ -33,6 +33,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.sentence_transformers_files import MODULES, SENTENCE, SETTINGS
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 ACTIVATIONS = {"sigmoid": "torch.nn.modules.activation.Sigmoid", "": "torch.nn.modules.linear.Identity"}
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -145,7 +146,7 @@ class RerankerWriter:
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or self.config.base_model
         card = model_card.write(self.config, base, adapter, self.form, name, Path(job.output).name, self.answers)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(writable(card), encoding="utf-8")
 
     def _write_tokenizer(self, folder: Path) -> str:
         if self.kind == "cross-encoder":

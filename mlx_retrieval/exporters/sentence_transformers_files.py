@@ -8,6 +8,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.sentence_transformers_files import MODULES, POOLING_FLAGS, SENTENCE, SETTINGS
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 # Weight of the tokenizer's own tokens if pooling ignores them: they only count in a text that has no other tokens.
 NEGLIGIBLE = 1e-8
@@ -77,4 +78,5 @@ def write_dense(folder: Path, layer: dict[str, Any]) -> Path:
 def write_json(folder: Path, content: Any, file: str = "config.json") -> None:
     """Write a JSON file into `folder`, which is made if it is missing."""
     folder.mkdir(exist_ok=True)
-    (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = writable(json.dumps(content, indent=2, ensure_ascii=False)) + "\n"
+    (folder / file).write_text(text, encoding="utf-8")

@@ -17,7 +17,6 @@ import base64
 import contextlib
 import hmac
 import logging
-import re
 import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -37,9 +36,9 @@ from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.inference.server_queue import Job, ModelThread
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 SHUTDOWN_S = 10  # seconds that requests may go on after Ctrl-C
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON escapes can spell lone surrogates, which cannot be encoded
 AGAIN = {"Retry-After": "1"}  # seconds
 TYPES = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
 
@@ -220,12 +219,13 @@ class Service:
             raise HTTPException(404, "this server has no reranker")
         self._check("query", [body.query] if body.query.strip() else [], 1)
         self._check("documents", body.documents, self.limits.documents)
-        scores = await self._answer(request, Job(body.documents, body.query))
+        documents = [writable(text) for text in body.documents]
+        scores = await self._answer(request, Job(documents, writable(body.query)))
         results = []
         for i in np.argsort(-scores, kind="stable")[: body.top_n].tolist():
             results.append({"index": i, "relevance_score": float(scores[i])})
             if body.return_documents:
-                results[-1]["document"] = {"text": body.documents[i]}
+                results[-1]["document"] = {"text": documents[i]}
         meta = {"api_version": {"version": "1"}}
         return _json({"id": str(uuid.uuid4()), "model": self.reranker.name, "results": results, "meta": meta})
 
@@ -236,7 +236,9 @@ class Service:
         if body.input_type and body.prompt and body.input_type != body.prompt:
             raise HTTPException(400, "input_type and prompt name different prompts: send only one")
         self._check("input", body.input, self.limits.inputs)
-        job = Job(body.input, None, body.input_type or body.prompt or "document", body.dimensions)
+        job = Job(
+            [writable(text) for text in body.input], None, body.input_type or body.prompt or "document", body.dimensions
+        )
         vectors = await self._answer(request, job)  # (N, D)
         if body.encoding_format == "base64":
             embeddings = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
@@ -247,7 +249,7 @@ class Service:
         return _json({"object": "list", "data": data, "model": self.model.name, "usage": usage})
 
     def _check(self, name: str, texts: list[str], most: int) -> None:
-        """Refuse (400) a list without texts, with more than `most`, or with a text that is too long or not Unicode."""
+        """Refuse (400) a list without texts, with more than `most`, or with a text that is too long."""
         if not texts:
             raise HTTPException(400, f"{name}: empty")
         if len(texts) > most:
@@ -256,8 +258,6 @@ class Service:
             where = name if name == "query" else f"{name}[{i}]"
             if len(text) > self.limits.characters:
                 raise HTTPException(400, f"{where}: {len(text):,} characters; at most {self.limits.characters:,}")
-            if SURROGATE.search(text):
-                raise HTTPException(400, f"{where}: contains a lone surrogate, which is not a character")
 
     async def _answer(self, request: Request, job: Job) -> np.ndarray:
         """Return the result of the model's thread, unless the client disconnects before."""

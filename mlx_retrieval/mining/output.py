@@ -10,6 +10,7 @@ from mlx_retrieval.mining.collection import Collection, text_key
 from mlx_retrieval.mining.hard_negatives import Mined
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 REPLACED = ("anchor", "query", "document", "positive", "negative", "negatives", "scores")
 
@@ -32,10 +33,7 @@ def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
-        return json.dumps(row).encode() + b"\n"
+    return writable(json.dumps(row, ensure_ascii=False)).encode() + b"\n"
 
 
 def mined_rows(

@@ -18,6 +18,7 @@ from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import SettingError, UserError
+from mlx_retrieval.utils.text import writable
 
 Group = tuple[str, Sequence[str]]  # a query and its documents
 
@@ -177,7 +178,7 @@ class ListTokenizer(PairTokenizer):
 
     def _truncated(self, texts: Sequence[str], limit: int) -> tuple[list[str], int]:
         """Return the texts without the marks, at most `limit` tokens each, and the number of those truncated."""
-        texts = [text.replace(PASSAGE_END, "").replace(QUERY_END, "") for text in texts]
+        texts = [writable(text).replace(PASSAGE_END, "").replace(QUERY_END, "") for text in texts]
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         long = [len(e) > limit for e in encoded]
         ends = [e.offsets[limit - 1][1] if is_long else None for e, is_long in zip(encoded, long, strict=True)]

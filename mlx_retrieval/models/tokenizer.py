@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.utils.errors import SettingError, UserError
+from mlx_retrieval.utils.text import writable
 
 UNUSED = re.compile(r"[<\[]unused\d+[>\]]")  # tokens kept free for prompts, as Gemma and BERT have them
 
@@ -70,15 +71,6 @@ def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
     return token[0] if isinstance(token, list) else token
 
 
-def well_formed(text: str) -> str:
-    """Replace lone surrogates, which no tokenizer takes, by U+FFFD."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 class TextTokenizer:
     """Turn texts into `Texts` under one set of prompts and limits.
 
@@ -107,6 +99,7 @@ class TextTokenizer:
         attend_expansion: bool = False,
     ):
         self.tokenizer = load_tokenizer(folder)
+        prompts = {name: writable(prompt) for name, prompt in prompts.items()}
         self.prompts, self.max_lengths = prompts, max_lengths
         self.pool_special, self.pool_prompt, self.lowercase = pool_special, pool_prompt, lowercase
         self.opening, self.closing = self._frame()
@@ -216,7 +209,7 @@ class TextTokenizer:
 
         Reserved tokens may appear in the prompt; if a text spells them, they are ordinary characters.
         """
-        texts = [well_formed(text.lower() if self.lowercase else text) for text in texts]
+        texts = [writable(text.lower() if self.lowercase else text) for text in texts]
         encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts], add_special_tokens=False)
         head = max((i + 1 for i, token in enumerate(self._plain(prompt)) if token in self._reserved), default=0)
         reserved = frozenset(self._reserved)

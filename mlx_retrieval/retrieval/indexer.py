@@ -83,7 +83,7 @@ class BeirCorpus:
         self.texts: dict[str, str] = {}
         for name, (title, text) in beir.read_texts(root, "corpus").items():
             if document := beir.document_text(title, text):
-                self.texts[name] = document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+                self.texts[name] = document
             else:
                 self.left_out[file_tree.EMPTY] += 1
         self.files = [File(name, len(text), _stamp(text)) for name, text in sorted(self.texts.items())]

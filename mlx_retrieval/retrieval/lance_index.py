@@ -244,6 +244,7 @@ class Index:
 
 def check_folder(folder: Path) -> None:
     """Raise UserError if a folder holds other files than an index: `create` removes and adds files."""
+    files.check_name(folder, "--index")
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= OURS):
         raise UserError(f"--index {folder}: holds something else; choose a folder for the index alone")
 

@@ -120,6 +120,7 @@ def run(job: Run) -> dict:
 
 def check_output(folder: Path, settings: Settings) -> None:
     """Raise UserError if the run would mix with another one in the folder."""
+    files.check_name(folder, "--output")
     if folder.exists() and not folder.is_dir():
         raise SettingError("{output} {folder}: this is a file", folder=folder)
     if settings.resume or settings.overwrite or settings.dry_run or settings.profile:

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from mlx_retrieval.utils import streams
 from mlx_retrieval.utils.errors import UserError, near_miss
+from mlx_retrieval.utils.text import writable
 
 NUMBERS = {"int": "a whole number", "float": "a number"}
 Main = Callable[[Sequence[str] | None], int]
@@ -47,7 +48,7 @@ def command(program: str, goes_on: bool = False) -> Callable[[Main], Main]:
                 message, code = f"standard output: {reason}", 2
             if message:
                 with suppress(OSError):
-                    print(f"{program}: {message}", file=sys.stderr)
+                    print(f"{program}: {writable(message)}", file=sys.stderr)
             return code
 
         return run

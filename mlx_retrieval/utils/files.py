@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable
 
 
 class SaveError(UserError):
@@ -78,7 +79,13 @@ def replacing(path: Path, name: str = "") -> Iterator[Path]:
 def write_file(path: Path, text: str, name: str = "") -> None:
     """Write a text file in one piece: see `replacing`."""
     with replacing(path, name) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(writable(text), encoding="utf-8")
+
+
+def check_name(path: Path, name: str) -> None:
+    """Raise UserError, with the flag `name`, for a path that is not UTF-8: MLX and LanceDB cannot open it."""
+    if writable(str(path)) != str(path):
+        raise UserError(f"{name} {path}: not a name in UTF-8, which the libraries that write there need")
 
 
 def make_folder(folder: Path) -> None:

@@ -1,17 +1,23 @@
-"""Text that can be written: without halves of surrogate pairs, quoted for the shell."""
+"""Text that can be written: without halves of surrogate pairs, quoted for the shell.
 
-import re
+JSON can spell half of a pair as an escape. Python also reads a byte of a file's name or of the command line that is not
+UTF-8 as one.
+"""
+
 import shlex
 from pathlib import Path
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON writes one as an escape; a byte of argv that is not UTF-8 becomes one
 
 
 def writable(text: str) -> str:
-    """Return the text with U+FFFD for each half of a surrogate pair, which no encoding can write."""
-    return text if text.isascii() else SURROGATE.sub(REPLACEMENT, text)
+    """Return the text with U+FFFD for each half of a surrogate pair, which no encoding and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def writable_values(value: Any) -> Any:

@@ -258,6 +258,7 @@ def test_rows_are_made_of_fields():
     assert fields.row_of(source, mapping) == {"query": "what", "document": "A\nB", "rank": 3}
     assert fields.row_of({"q": "what", "title": "", "meta.text": "B"}, mapping) == {"query": "what", "document": "B"}
     assert fields.joined({"a": ["x", "y"], "b": 3}, ["a", "b", "c"]) == "x\ny\n3"
+    assert fields.row_of({"q": "\ud800", "title": "\ud83d"}, mapping) == {"query": "\ufffd", "document": "\ufffd"}
     lists = fields.parse("query=q,positive=p,negatives=n,scores=s")
     row = fields.row_of({"q": "a", "p": "b", "n": ["c"], "s": [1.0, 0.5]}, lists)
     assert example_of(row)[0] == ("a", "b", ("c",), 1, (1.0, 0.5))

@@ -69,11 +69,18 @@ def test_line_numbers_count_blank_lines_and_byte_order_marks_are_dropped(tmp_pat
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
     for name in ("a.jsonl", "a.jsonl.gz"):
-        assert list(read_objects(tmp_path / name)) == [(1, {"text": "á"}), (4, {"text": "\ud800"})]
-        assert list(read_texts(tmp_path / name)) == ["á", "\ud800"]
+        assert list(read_objects(tmp_path / name)) == [(1, {"text": "á"}), (4, {"text": "\ufffd"})]
+        assert list(read_texts(tmp_path / name)) == ["á", "\ufffd"]
         assert [number for number, _ in read_lines(tmp_path / name)] == [1, 2, 3, 4]
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\ntwo".encode())
     assert list(read_texts(tmp_path / "a.txt")) == ["one", "", "two"]
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character():
+    """Escapes can spell what no encoding can write: in texts, ids and keys, however deep. Whole pairs stay."""
+    line = r'{"_id": "a\ud800", "\udc00": ["\uD83D", {"x": "\ud83d\ude00 \u00e9"}], "n": 1.5, "none": null}'
+    expected = {"_id": "a\ufffd", "\ufffd": ["\ufffd", {"x": "😀 é"}], "n": 1.5, "none": None}
+    assert parse_value(line) == parse_value(line.encode()) == expected
 
 
 def test_files_that_cannot_be_read(tmp_path):

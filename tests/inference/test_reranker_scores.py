@@ -353,6 +353,23 @@ def test_late_models_rerank_too(minilm, tmp_path):
     np.testing.assert_allclose(ours.score(QUERY, documents), expected, atol=1e-5)
 
 
+def test_half_a_surrogate_pair_is_printed(tmp_path, capsysbinary, monkeypatch):
+    """In the query as an odd byte of the command line, in the documents as JSON's escape; plain and --json."""
+
+    class Echo:
+        name, cut = "echo", 0
+
+        def rerank(self, query, documents, top_n):
+            return [{"index": i, "score": 0.5, "document": f"{query} {text}"} for i, text in enumerate(documents)]
+
+    monkeypatch.setattr(rerank, "open_reranker", lambda args: Echo())
+    (tmp_path / "docs.jsonl").write_text(r'{"text": "half \ud83d emoji"}')
+    flags = ["--model", "m", "--query", "whale\udcff", "--documents", str(tmp_path / "docs.jsonl")]
+    for format in ([], ["--json"]):
+        assert rerank.main(flags + format) == 0
+        assert "whale\ufffd half \ufffd emoji".encode() in capsysbinary.readouterr().out
+
+
 def test_command(tmp_path, capsys):
     cross_encoder("bert", tmp_path / "model")
     file = tmp_path / "docs.jsonl"

@@ -411,7 +411,7 @@ def test_what_score_refuses(rows, flags, message, small, tmp_path, write_rows, c
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path):
     assert mining_output.write_rows(tmp_path / "a.jsonl", [{"query": "\ud800 a"}, {"query": "ü"}]) == 2
-    assert read(tmp_path / "a.jsonl") == [{"query": "\ud800 a"}, {"query": "ü"}]
+    assert read(tmp_path / "a.jsonl") == [{"query": "\ufffd a"}, {"query": "ü"}]
     texts = collection.TextFile(tmp_path)
     assert [texts.add(text) for text in ("\ud800 a", "ü", "Ü ")] == [0, 1, 1]
     texts.close()

@@ -197,6 +197,12 @@ def test_lone_surrogates(toy_tokenizer_folder, minilm):
         assert rows(tokenizer(["cat \ud83d" + "\ude00 dog"], "query")) == rows(tokenizer([whole], "query"))
 
 
+def test_a_prompt_with_half_a_surrogate_pair(toy_tokenizer_folder):
+    lengths = {"query": 32}
+    halves, whole = (TextTokenizer(toy_tokenizer_folder, {"query": p}, lengths) for p in ("cat \ud83d", "cat \ufffd"))
+    assert rows(halves(["dog"], "query")) == rows(whole(["dog"], "query"))
+
+
 def test_very_long_texts(toy_tokenizer_folder, minilm):
     for tokenizer in (gemma(toy_tokenizer_folder), bert(minilm)):
         found = tokenizer(["x" * 300_000, "kidney stone " * 30_000, "<eos>[SEP]" * 3_000], "document")

@@ -303,6 +303,21 @@ def test_mistakes_are_one_line(tmp_path, small, indexed, capsys):
         assert told.startswith("search.py: ") and message in told
 
 
+def test_half_a_surrogate_pair_in_ids_texts_and_queries(small, tmp_path, capsysbinary):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "corpus.jsonl").write_text(r'{"_id": "a\ud800", "title": "", "text": "whale \udc00"}')
+    index = ["--index", str(tmp_path / "index")]
+    assert search.main(["index", str(corpus), "--model-path", small, *index]) == 0
+    capsysbinary.readouterr()
+    for format in ([], ["--json"]):
+        assert search.main(["search", "whale\udcff", *index, *format]) == 0
+        out = capsysbinary.readouterr().out.decode()
+        assert "a\ufffd" in out and "whale \ufffd" in out
+    assert search.main(["index", str(corpus), "--model-path", small, "--index", str(tmp_path / "\udcff")]) == 2
+    assert b"not a name in UTF-8" in capsysbinary.readouterr().err
+
+
 def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path, small, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import writable, writable_values
 
 SINGLE = ("query", "document", "positive", "anchor", "rank", "label")  # a list of one value stands for the value
 KEYS = (*SINGLE, "negative", "negatives", "documents", "scores")
@@ -35,14 +36,14 @@ def row_of(source: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
         value = value_at(source, names[0]) if len(names) == 1 else joined(source, names)
         if value is not None:
             row[key] = value[0] if key in SINGLE and isinstance(value, list) and len(value) == 1 else value
-    return row
+    return writable_values(row)
 
 
 def joined(source: Mapping[str, Any], names: Sequence[str]) -> str:
     """Join the texts of several fields, and of lists in them, by line breaks; missing fields are left out."""
     values = [value for name in names if (value := value_at(source, name)) is not None]
     texts = [str(text) for value in values for text in (value if isinstance(value, list) else [value])]
-    return "\n".join(text for text in texts if text.strip())
+    return writable("\n".join(text for text in texts if text.strip()))
 
 
 def value_at(source: Mapping[str, Any], name: str) -> Any:

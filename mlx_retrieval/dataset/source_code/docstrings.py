@@ -11,6 +11,8 @@ case. A section is a list of parameters, results or errors (`:param x:`, `Args:`
 import inspect
 import re
 
+from mlx_retrieval.utils.text import writable
+
 MAX_CHARACTERS = 600
 MIN_WORDS = 3
 
@@ -84,8 +86,7 @@ def summary(text: str) -> str:
             if lines and sum(map(len, lines)) + len(joined) > MAX_CHARACTERS:
                 break
             lines.append(joined)
-    # A docstring may hold half of a surrogate pair as an escape, which cannot be encoded as UTF-8.
-    return "\n".join(lines).encode("utf-8", "replace").decode()
+    return writable("\n".join(lines))  # an escape in a docstring can spell half a surrogate pair
 
 
 def objection(text: str, query: str) -> str:

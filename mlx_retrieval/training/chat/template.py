@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from mlx_retrieval.dataset.row_formats import RowError
-from mlx_retrieval.models.tokenizer import vocabulary_size, well_formed
+from mlx_retrieval.models.tokenizer import vocabulary_size
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
+from mlx_retrieval.utils.text import writable
 
 TEMPLATE_FILE = "chat_template.jinja"  # where transformers and mlx-lm look for a template in a model's folder
 PROBE = "xqprobeqx"  # replaces an answer, to find where the template puts it
@@ -84,7 +85,7 @@ class ChatTokenizer:
         except (TemplateError, *TEMPLATE_ERRORS) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise RowError(f"the chat template refuses this conversation ({roles}): {error}") from error
-        return well_formed(text)
+        return writable(text)
 
     def _attempt(self, messages: list[dict], tools: list | None, opening: bool = False) -> str | None:
         try:
