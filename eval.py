@@ -42,6 +42,7 @@ def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Eva
 
     settings: dict[str, Any] = {"max_length": args.max_length, "query_max_length": args.query_max_length}
     settings |= {"task": args.task} if args.task else {}
+    settings |= {"truncate_dim": 0} if args.dimensions else {}  # the flag wins over the model's files
     model, stored = load(args.model, args.adapter, **settings), {}
     if args.precision or args.dimensions:
         formats = vector_formats(args.precision, args.dimensions, model.dimensions)

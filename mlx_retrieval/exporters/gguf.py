@@ -39,6 +39,9 @@ def adapt_config(config: dict, folder: Path, retrieval: RetrievalConfig, tokeniz
         name = name.removesuffix("Model") + "ForCausalLM"
     config["architectures"] = [name]
     lines = []
+    if retrieval.truncate_dim:
+        cut = f"keep the first {retrieval.truncate_dim} of its {retrieval.dimensions} dimensions"
+        lines.append(f"a GGUF holds no truncate_dim: {cut}, and scale them to unit length again")
     if retrieval.dense:
         lines.append("convert with --sentence-transformers-dense-modules, which adds the dense layers")
     if kind not in GGUF:

@@ -156,7 +156,10 @@ def _description(config: RetrievalConfig, dtype: str) -> str:
         exceptions += [] if config.pool_special else ["without the tokenizer's own tokens"]
         exceptions += [] if config.pool_prompt else ["without the prompt's tokens"]
     lengths = f"{config.query_max_length:,} of a query, {config.max_length:,} of a document"
-    vector = f"{config.dimensions} dimensions, {'unit length' if config.normalize else 'compared by dot products'}"
+    first = f"the first {config.truncate_dim} of " if config.truncate_dim else ""
+    vector = (
+        f"{first}{config.dimensions} dimensions, {'unit length' if config.normalize else 'compared by dot products'}"
+    )
     pooling = ", ".join([POOLING[config.pooling], *exceptions])
     if config.task == "late":
         vector = f"one for every token, {vector}"

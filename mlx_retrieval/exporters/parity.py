@@ -21,6 +21,7 @@ from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.models import pylate_files
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
 
@@ -127,10 +128,14 @@ def check_sentence_transformers(folder: Path, expected: Vectors, limit: int) -> 
             kind = sentence_transformers.MultiVectorEncoder if late else sentence_transformers.SentenceTransformer
             model = kind(str(folder), **options)
 
+        config = RetrievalConfig.read(folder)
+        # It does not scale truncated vectors to unit length again; its cosines are the same.
+        lengths = {"normalize_embeddings": True} if config.truncate_dim and config.normalize else {}
+
         def encode(texts: list[str], prompt: str | None) -> np.ndarray | list[np.ndarray]:
             method = {"query": model.encode_query, "document": model.encode_document}.get(prompt if late else None)
             if method is None:
-                method = functools.partial(model.encode, prompt_name=prompt)
+                method = functools.partial(model.encode, prompt_name=prompt, **lengths)
             result = method(texts, batch_size=8, show_progress_bar=False)
             return [np.array(v.tolist(), np.float32) for v in result] if late else result
 

@@ -45,6 +45,7 @@ def write(folder: Path, config: RetrievalConfig, tokenizer: TextTokenizer, width
     settings = {"__version__": {"sentence_transformers": "5.0.0"}, "model_type": "SentenceTransformer"}
     settings |= {"prompts": config.prompts, "default_prompt_name": None}
     settings["similarity_fn_name"] = "cosine" if config.normalize else "dot"
+    settings |= {"truncate_dim": config.truncate_dim} if config.truncate_dim else {}
     write_json(folder, settings, SETTINGS)
 
 

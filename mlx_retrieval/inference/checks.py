@@ -96,7 +96,9 @@ def training(model: embedder.Model, make_batch: MakeBatch) -> tuple[bool | None,
     finally:
         model.model.eval()
     trained = [trained[i] for i in np.argsort(np.concatenate(groups))]
-    passed, detail = _equal(model, trained, [*model.encode(queries, "query"), *model.encode(TEXTS, "document")])
+    full = {} if model.late else {"dimensions": model.config.dimensions}
+    expected = [*model.encode(queries, "query", **full), *model.encode(TEXTS, "document", **full)]
+    passed, detail = _equal(model, trained, expected)
     return passed, detail + (f" (dropout {dropout:g} set to 0)" if dropout else "")
 
 

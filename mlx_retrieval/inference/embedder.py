@@ -48,8 +48,8 @@ class Model:
 
     @property
     def dimensions(self) -> int:
-        """Length of a vector."""
-        return self.config.dimensions
+        """Length of a vector that `encode` returns by default; see `RetrievalConfig.truncate_dim`."""
+        return self.config.truncate_dim or self.config.dimensions
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides this model's vectors; see `fingerprint.fingerprint`."""
@@ -81,7 +81,8 @@ class Model:
             prompt: put this prompt of the model before each text: "query", "document" or the name of a further one;
                 None = no prompt.
             show_progress: show a progress bar; None = for more than 2,000 texts, if standard error is a terminal.
-            dimensions: keep only the first N dimensions (Matryoshka), scaled to unit length again; None = all.
+            dimensions: keep only the first N dimensions (Matryoshka), scaled to unit length again; None = as many as
+                the model's files say, mostly all.
             batch_tokens: most tokens in the backbone at once, padding included; None = suited to the device.
             precision: "float32", "int8", "uint8", "binary" or "ubinary", applied after `dimensions`; see
                 quantization.py.
@@ -94,8 +95,9 @@ class Model:
             return self.encode([texts], prompt, False, dimensions, batch_tokens, precision, ranges)[0]
         if prompt is not None and prompt not in self.config.prompts:
             raise UserError(f"prompt {prompt!r} is unknown; known: {', '.join(self.config.prompts)}")
-        if dimensions is not None and not 0 < dimensions <= self.dimensions:
-            raise UserError(f"dimensions {dimensions}: the model has {self.dimensions}")
+        full = self.config.dimensions
+        if dimensions is not None and not 0 < dimensions <= full:
+            raise UserError(f"dimensions {dimensions}: the model has {full}")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"texts[{i}] is a {type(text).__name__}, not a text")
@@ -106,7 +108,7 @@ class Model:
         check(precision, len(texts), dimensions or self.dimensions, ranges)
         if show_progress is None:
             show_progress = len(texts) > 2_000 and sys.stderr.isatty()
-        results = [None] * len(texts) if self.late else np.empty((len(texts), self.dimensions), np.float32)
+        results = [None] * len(texts) if self.late else np.empty((len(texts), full), np.float32)
         self.model.eval()
         done = 0
         with progress_bar("embedding", "texts", len(texts), show_progress) as progress:
@@ -127,7 +129,7 @@ class Model:
                 finite.check_vectors(self.name, texts, results[first:done], first)
         if self.late:
             return results
-        vectors = truncate(results, dimensions, self.config.normalize)
+        vectors = truncate(results, dimensions or self.dimensions, self.config.normalize)
         return vectors if precision == "float32" else quantise(vectors, precision, ranges)
 
     def _counted(self, vectors: np.ndarray, texts: Texts, index: np.ndarray, prompt: str | None) -> list[np.ndarray]:

@@ -25,6 +25,8 @@ def fingerprint(config: RetrievalConfig, base: Path, adapter: Path | None = None
         adapter: the adapter's folder; None = there is none.
     """
     settings = dataclasses.asdict(config) | {"base_model": ""}  # folders may move
+    if not config.truncate_dim:  # a later field: indices of before stay valid
+        del settings["truncate_dim"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     patterns = ("*.safetensors", "*/*.safetensors", "config.json", "tokenizer.json")
     files = [file for pattern in patterns for file in sorted(base.glob(pattern))]

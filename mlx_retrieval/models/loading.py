@@ -69,6 +69,8 @@ def build(
         config.dense = [{"path": "", **size, "bias": False, "activation": "Identity"}]
     if config.task != "rerank":
         config.dimensions = config.dense[-1]["out_features"] if config.dense else backbone.hidden_size
+    if config.task != "embed" or config.truncate_dim >= config.dimensions:
+        config.truncate_dim = 0
     return _assemble(backbone, config, folder), config, folder
 
 

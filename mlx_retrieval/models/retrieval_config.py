@@ -49,7 +49,8 @@ class RetrievalConfig:
     reranker: str = ""  # rerank: one of rerankers.KINDS; max_length is then of query and document together
     instruction: str = ""  # rerank: the instruction by which qwen3 and listwise models judge
     activation: str = ""  # rerank: of scores in inference: sigmoid, or "" = none
-    dimensions: int = 0  # length of a vector
+    dimensions: int = 0  # length of a vector, as it is trained
+    truncate_dim: int = 0  # embed: only the first N dimensions are used; 0 = all
     matryoshka_dims: list[int] = field(default_factory=list)  # shorter vector lengths that were trained as well
 
     @property

@@ -63,7 +63,25 @@ def read(folder: Path) -> dict[str, Any]:
     }
     if limit := longest(folder, sentence):
         fields["max_length"] = fields["query_max_length"] = limit
-    return fields | prompts(optional_json(folder / SETTINGS))
+    settings = optional_json(folder / SETTINGS)
+    if limit := truncate_dim(folder / SETTINGS, settings):
+        if normalize and similarity != "cosine":
+            raise UserError(
+                f"{folder / SETTINGS}: truncate_dim with dot products of vectors that were of unit length before is "
+                "not supported; remove truncate_dim from the file, or give similarity_fn_name cosine"
+            )
+        fields["truncate_dim"] = limit
+    return fields | prompts(settings)
+
+
+def truncate_dim(path: Path, settings: dict) -> int:
+    """Return the number of leading dimensions that are used, or 0 if the file `path` sets no limit."""
+    limit = settings.get("truncate_dim")
+    if limit is None:
+        return 0
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise UserError(f"{path}: truncate_dim {limit!r} is not a number of dimensions")
+    return limit
 
 
 def longest(folder: Path, sentence: dict) -> int | None:

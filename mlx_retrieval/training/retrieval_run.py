@@ -223,7 +223,11 @@ def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
         return f"{retrieval.reranker} reranker, {settings.loss}, {lengths}"
     if retrieval.task == "late":
         return f"a vector of {retrieval.dimensions} dimensions for every token, MaxSim ({retrieval.maxsim}), {lengths}"
-    return f"{retrieval.pooling} pooling, {lengths}"
+    truncated = ""
+    if (used := retrieval.truncate_dim) and used not in retrieval.matryoshka_dims:
+        truncated = f", trained at {retrieval.dimensions} dimensions and used at the first {used} (truncate_dim of the "
+        truncated += f"base model; --matryoshka-dims {used} trains these by themselves as well)"
+    return f"{retrieval.pooling} pooling, {lengths}{truncated}"
 
 
 def prepare(settings: Settings) -> RetrievalRun:

@@ -13,19 +13,25 @@ import numpy as np
 import pytest
 import random_encoders
 import random_models
+from beir_folders import write_folder
 from mlx.utils import tree_flatten
 from random_models import shake
 from sample_texts import EDGE_CASES
+from served import served
 
 import data_loader
 import embed
+import eval as evaluation
 import export
+import mine
+import search
 import train
 from mlx_retrieval.backbones import lora
 from mlx_retrieval.inference import checks, embedder
 from mlx_retrieval.models import loading, sentence_transformers_files
 from mlx_retrieval.models.batching import micro_batches
 from mlx_retrieval.models.runners import make_runner
+from mlx_retrieval.retrieval.lance_index import Index
 
 GEMMA_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: ", "STS": "same: "}
 QWEN_PROMPTS = {"query": "Instruct: find the passages that answer the question\nQuery:", "document": ""}
@@ -71,6 +77,140 @@ def test_models_that_do_not_normalise(models, tmp_path, similarity):
         again = SentenceTransformer(str(tmp_path / "out"), device="cpu")
         np.testing.assert_allclose(again.encode(texts, prompt_name="query"), expected, rtol=1e-4, atol=2e-5)
         assert again.similarity_fn_name == "dot"
+
+
+def with_truncate_dim(folder: Path, target: Path, dimensions: int | None, normalizes: bool = True, **settings) -> Path:
+    """Copy a model's folder, with truncate_dim and other settings in its files."""
+    shutil.copytree(folder, target)
+    if not normalizes:
+        modules = json.loads((target / "modules.json").read_text())
+        (target / "modules.json").write_text(json.dumps([m for m in modules if not m["type"].endswith("Normalize")]))
+    file = target / "config_sentence_transformers.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"truncate_dim": dimensions} | settings))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("normalizes", "similarity"),
+    [(True, "cosine"), (False, "dot"), pytest.param(False, None, marks=pytest.mark.slow)],
+)
+def test_truncate_dim_is_obeyed(models, tmp_path, normalizes, similarity):
+    """Regression: 64 dimensions were given where sentence-transformers gives 16."""
+    from sentence_transformers import SentenceTransformer
+
+    settings = {"similarity_fn_name": similarity}
+    folder = with_truncate_dim(models["qwen3"], tmp_path / "model", 16, normalizes, **settings)
+    texts = [text for text in EDGE_CASES if text.strip() and "<" not in text]
+    ours, theirs = embedder.load(folder), SentenceTransformer(str(folder), device="cpu")
+    unit = similarity != "dot"
+    for model in (theirs, embedder.load(folder)):
+        assert len(model.encode(texts)[0]) == 16
+    expected = theirs.encode(texts, prompt_name="query", normalize_embeddings=unit)
+    vectors = ours.encode(texts, "query")
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=2e-5)
+    # The library compares by its own similarity, this toolkit by dot products: the same scores.
+    similarities = theirs.similarity(*(2 * [theirs.encode(texts, prompt_name="query")]))
+    np.testing.assert_allclose(vectors @ vectors.T, similarities, rtol=1e-4, atol=2e-5)
+    assert ours.dimensions == 16 and ours.encode(texts, dimensions=40).shape == (len(texts), 40)  # the caller wins
+    wide = theirs.encode(texts, truncate_dim=40, normalize_embeddings=unit)
+    np.testing.assert_allclose(ours.encode(texts, dimensions=40), wide, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("normalizes", "similarity"), [(True, "cosine"), (False, "dot")])
+def test_truncate_dim_is_exported(models, tmp_path, normalizes, similarity):
+    from sentence_transformers import SentenceTransformer
+
+    settings = {"similarity_fn_name": similarity}
+    folder = with_truncate_dim(models["qwen3"], tmp_path / "model", 16, normalizes, **settings)
+    assert export.main(["--model", str(folder), "--output", str(tmp_path / "out")]) == 0
+    theirs, again = (SentenceTransformer(str(each), device="cpu") for each in (folder, tmp_path / "out"))
+    assert again.truncate_dim == 16
+    expected = theirs.encode(EDGE_CASES[:2], prompt_name="query", normalize_embeddings=normalizes)
+    actual = again.encode(EDGE_CASES[:2], prompt_name="query", normalize_embeddings=normalizes)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-5)
+    vectors = embedder.load(tmp_path / "out").encode(EDGE_CASES[:2], "query")
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=2e-5)
+    assert "the first 16 of 64 dimensions" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_values_of_truncate_dim(models, tmp_path):
+    for name, value, expected in (("none", None, 0), ("as many", 64, 0), ("more", 999, 0)):
+        folder = with_truncate_dim(models["qwen3"], tmp_path / name, value)
+        assert loading.build(str(folder))[1].truncate_dim == expected
+    for name, value in (("zero", 0), ("text", "16"), ("float", 16.0), ("true", True)):
+        with pytest.raises(embed.UserError, match=f"truncate_dim {value!r} is not a number of dimensions"):
+            loading.build(str(with_truncate_dim(models["qwen3"], tmp_path / name, value)))
+    mixed = with_truncate_dim(models["qwen3"], tmp_path / "mixed", 16, similarity_fn_name="dot")
+    with pytest.raises(embed.UserError, match="truncate_dim with dot products .* is not supported"):
+        loading.build(str(mixed))
+    assert loading.build(str(tmp_path / "none"), task="late")[1].truncate_dim == 0
+
+
+@pytest.mark.slow
+def test_every_command_obeys_truncate_dim(models, tmp_path, capsys):
+    """Except for its own --dimensions, which wins."""
+    folder = str(with_truncate_dim(models["qwen3"], tmp_path / "model", 16))
+    texts = [f"text number {i}" for i in range(6)]
+    beir = write_folder(
+        tmp_path / "beir",
+        [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)],
+        [{"_id": "q", "text": "number 3"}],
+        "q\td3\t1\n",
+    )
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    output = tmp_path / "v.npy"
+    flags = ["--model", folder, "--input", str(tmp_path / "texts.txt"), "--output", str(output)]
+    for more, dimensions in (([], 16), (["--dimensions", "8"], 8), (["--dimensions", "40"], 40)):
+        output.unlink(missing_ok=True)
+        assert embed.main([*flags, *more]) == 0
+        assert np.load(output).shape == (6, dimensions)
+        assert f"vectors of {dimensions} dimensions" in capsys.readouterr().out
+    assert embed.main(["--check", folder]) == 0
+
+    results = tmp_path / "results.json"
+    flags = ["--model", folder, "--eval-tasks", str(beir), "--output", str(results), "--precision", "binary"]
+    for more, dimensions in (([], {16}), (["--dimensions", "8", "40"], {8, 40})):
+        results.unlink(missing_ok=True)
+        assert evaluation.main([*flags, *more]) == 0
+        assert {entry["dimensions"] for entry in json.loads(results.read_text())["stored"]} == dimensions
+
+    index = tmp_path / "index"
+    assert search.main(["index", str(beir), "--model-path", folder, "--index", str(index)]) == 0
+    assert Index.open(index).info.dimensions == 16
+    assert search.main(["search", "number 3", "--index", str(index)]) == 0
+
+    rows = "".join(json.dumps({"query": f"query {i}", "positive": text}) + "\n" for i, text in enumerate(texts))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    mined = ["--data", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "mined.jsonl"), "--take", "1"]
+    assert mine.main(["negatives", "--model", folder, *mined, "--relative-margin", "off"]) == 0
+
+    model = embedder.load(folder)
+    model.encode("the thread that loads weights computes them")
+    with served(model=model) as client:
+        for body, dimensions in (({}, 16), ({"dimensions": 8}, 8), ({"dimensions": 40}, 40)):
+            data = client.post("/v1/embeddings", json={"input": "a text"} | body).json()["data"]
+            assert len(data[0]["embedding"]) == dimensions
+
+
+@pytest.mark.slow
+def test_training_is_at_full_length_and_keeps_truncate_dim(models, tmp_path, capsys):
+    folder = str(with_truncate_dim(models["qwen3"], tmp_path / "model", 16))
+    rows = "".join(json.dumps({"query": f"query {i}", "positive": f"text number {i}"}) + "\n" for i in range(6))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    flags = ["--model", folder, "--data", str(tmp_path / "pairs.jsonl"), "--batch-size", "6", "--steps", "1"]
+    flags += ["--eval-tasks", "--learning-rate", "0.01"]
+    losses = {}
+    for name, more in (("full", []), ("both", ["--matryoshka-dims", "16"]), ("untruncated", [])):
+        model = ["--model", str(models["qwen3"])] if name == "untruncated" else []
+        assert train.main([*flags, *model, *more, "--output", str(tmp_path / name)]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = next(row["loss"] for row in map(json.loads, lines) if "loss" in row)
+        told = "trained at 64 dimensions and used at the first 16" in capsys.readouterr().out
+        assert told == (name == "full")
+    assert losses["full"] == losses["untruncated"] != losses["both"]  # as in sentence-transformers
+    trained = embedder.load(tmp_path / "full" / "final")
+    assert trained.encode("a text").shape == (16,) and trained.encode("a text", dimensions=64).shape == (64,)
 
 
 @pytest.mark.parametrize("similarity", ["euclidean", "manhattan"])
