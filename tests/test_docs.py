@@ -377,7 +377,8 @@ def test_snippets_import(block):
 @pytest.mark.parametrize("block", blocks_in("json", "jsonl"))
 def test_rows_and_bodies_are_read(block):
     from mlx_retrieval.dataset.row_formats import parse as parse_row
-    from mlx_retrieval.training.chat.data import messages_of, row_format
+    from mlx_retrieval.training.chat.data import row_format
+    from mlx_retrieval.training.chat.messages import dialogue_of
 
     if block.language == "json":
         json.loads(block.text)
@@ -387,7 +388,7 @@ def test_rows_and_bodies_are_read(block):
         if any(keys <= row.keys() for keys in ROW_KEYS):
             parse_row(line.encode())
         elif row_format(row) in ("messages", "prompt"):
-            messages_of(row)
+            dialogue_of(row)
 
 
 @pytest.mark.parametrize("block", blocks_in("yaml"))

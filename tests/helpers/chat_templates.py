@@ -10,6 +10,12 @@ TALK = [
     {"role": "assistant", "content": "the cat sat"},
 ]
 
+# With a thought, as Qwen 3's are written.
+THOUGHTFUL = [
+    {"role": "user", "content": "what is a kidney stone"},
+    {"role": "assistant", "content": "<think>\nthe cat\n</think>\n\na hard piece"},
+]
+
 _LOOP = "{% for m in messages %}"
 _NAMED = "{% if add_generation_prompt %}"
 
@@ -39,6 +45,24 @@ TEMPLATES = {
     + "{% endfor %}"
     + _NAMED
     + "<|im_start|>assistant\n{% endif %}",
+    # Qwen 3 as mlx-lm uses it: without thinking, the prompt for an answer closes an empty thought. After the last
+    # question, the last message and those with a thought keep one; a thought may have a key of its own.
+    "switchable": "{% set ns = namespace(last=0) %}"
+    + _LOOP
+    + "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    + _LOOP
+    + "{% set parts = (m.content or '').split('</think>') %}{% set answer = parts[-1].lstrip('\n') %}"
+    + "{% set thought = m.reasoning_content or (parts[0].split('<think>')[-1].strip('\n') if parts[1:] else '') %}"
+    + "{{ '<|im_start|>' + m.role + '\n' }}"
+    + "{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) %}"
+    + "{{ '<think>\n' + thought + '\n</think>\n\n' + answer }}"
+    + "{% elif m.role == 'tool' %}{{ '<tool_response>' + m.content + '</tool_response>' }}"
+    + "{% else %}{{ answer }}{% endif %}"
+    + "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function.name + '</tool_call>' }}{% endfor %}"
+    + "{{ '<|im_end|>\n' }}{% endfor %}"
+    + _NAMED
+    + "<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+    + "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
     # DeepSeek R1: the prompt for an answer opens a thought, answers are kept without.
     "opened": "{{ bos_token }}"
     + _LOOP
@@ -63,6 +87,7 @@ EXPECTED = {
     "llama3": ["a hard piece<|eot_id|>", "the cat sat<|eot_id|>"],
     "mistral": [" a hard piece<eos>", " the cat sat<eos>"],
     "thinking": [" a hard piece <|im_end|>\n", "<think>\n\n</think>\n\nthe cat sat<|im_end|>\n"],
+    "switchable": [" a hard piece <|im_end|>\n", "the cat sat<|im_end|>\n"],
     "opened": [" a hard piece <eos>", "the cat sat<eos>"],
     "shortened": ["the cat sat\n"],
 }

@@ -12,10 +12,11 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
-from chat_templates import EXPECTED, TALK, TEMPLATES
+from chat_templates import EXPECTED, TALK, TEMPLATES, THOUGHTFUL
 
 from mlx_retrieval.dataset.row_formats import RowError
 from mlx_retrieval.training.chat.data import GRID, POOL, ChatBatches, Conversations, is_chat
+from mlx_retrieval.training.chat.messages import Dialogue, dialogue_of
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.utils.errors import UserError
 
@@ -70,9 +71,10 @@ def read(tiny, write_rows):
 # --- templates and masks --------------------------------------------------------------------------------------------
 
 
-def said(tokenizer: ChatTokenizer, messages: list[dict]) -> list[str]:
+def said(tokenizer: ChatTokenizer, messages: list[dict], mask_prompt: bool = True) -> list[str]:
     """The runs of tokens that are trained on, as text."""
-    (ids, mask), *_ = tokenizer.tokens([tokenizer.render(messages, mask_prompt=True)])
+    dialogue = dialogue_of({"messages": messages})
+    (ids, mask), *_ = tokenizer.tokens([tokenizer.render(dialogue, mask_prompt)])
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(int))).reshape(-1, 2)
     return [tokenizer.tokenizer.decode(ids[a:b]) for a, b in edges]
 
@@ -81,7 +83,7 @@ def said(tokenizer: ChatTokenizer, messages: list[dict]) -> list[str]:
 def test_the_mask_covers_the_assistant_s_turns_and_nothing_else(tokenizers, name):
     tokenizer = tokenizers[name]
     assert [text.strip(" ") for text in said(tokenizer, TALK)] == [text.strip(" ") for text in EXPECTED[name]]
-    rendered = tokenizer.render(TALK, mask_prompt=True)
+    rendered = tokenizer.render(Dialogue(TALK), mask_prompt=True)
     assert rendered.complete == (name != "shortened")
     assert [rendered.text[a:b] for a, b in rendered.spans] == EXPECTED[name]
 
@@ -94,7 +96,7 @@ def test_tokens_are_those_of_the_template(tokenizers, name):
         whole = [message | {"content": message["content"].replace("\ud83d", "\ufffd")} for message in messages]
         expected = tokenizers[name].wrapper.apply_chat_template(whole)
         for masked in (False, name != "shortened"):
-            (ids, mask), *_ = tokenizers[name].tokens([tokenizers[name].render(messages, mask_prompt=masked)])
+            (ids, mask), *_ = tokenizers[name].tokens([tokenizers[name].render(Dialogue(messages), masked)])
             assert ids.tolist() == expected and ids.dtype == np.int32 and mask.any()
 
 
@@ -104,8 +106,112 @@ def test_of_one_turn_the_mask_is_mlx_lm_s(tokenizers, name):
 
     tokenizer = tokenizers[name]
     expected, offset = ChatDataset([], tokenizer.wrapper, mask_prompt=True).process({"messages": TALK[:2]})
-    (ids, mask), *_ = tokenizer.tokens([tokenizer.render(TALK[:2], mask_prompt=True)])
+    (ids, mask), *_ = tokenizer.tokens([tokenizer.render(Dialogue(TALK[:2]), mask_prompt=True)])
     assert ids.tolist() == expected and mask.tolist() == [i >= offset for i in range(len(ids))]
+
+
+ASK, HARD, AGAIN, SAT = TALK[0], {"role": "assistant", "content": "a hard piece"}, TALK[2], TALK[3]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+RESULT = {"role": "tool", "content": "", "tool_call_id": "c1"}
+THOUGHT = "<think>\nthe cat\n</think>\n\na hard piece<|im_end|>\n"
+EMPTY = "<think>\n\n</think>\n\n"
+TOLD_HARD, TOLD_SAT = "a hard piece<|im_end|>\n", "the cat sat<|im_end|>\n"
+CALLED = "<tool_call>look</tool_call><|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        # Regression: refused, as the prompt closes an empty thought.
+        (THOUGHTFUL, [THOUGHT]),
+        ([ASK, HARD | {"reasoning_content": "the cat"}], [THOUGHT]),
+        # Without a thought, the prompt's own is not trained on.
+        ([ASK, HARD, AGAIN, SAT], [TOLD_HARD, TOLD_SAT]),
+        # An earlier thought is left out by the template.
+        ([*THOUGHTFUL, AGAIN, SAT], [TOLD_HARD, TOLD_SAT]),
+        ([ASK, HARD, SAT], [TOLD_HARD, TOLD_SAT]),
+        ([ASK, SAT, *THOUGHTFUL[1:]], [TOLD_SAT, THOUGHT]),
+        ([*THOUGHTFUL, SAT], [THOUGHT, TOLD_SAT]),
+    ],
+)
+def test_thoughts_where_no_token_marks_them(tokenizers, messages, expected):
+    assert said(tokenizers["switchable"], messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([ASK, HARD, AGAIN, SAT], [TOLD_HARD, EMPTY + TOLD_SAT]),
+        # Regression: of turns in a row, the last one lost its empty thought.
+        ([ASK, HARD, SAT], [TOLD_HARD, EMPTY + TOLD_SAT]),
+        ([ASK, HARD, SAT, SAT], [TOLD_HARD, TOLD_SAT, EMPTY + TOLD_SAT]),
+        (THOUGHTFUL, [THOUGHT]),
+        ([ASK, CALL, RESULT, SAT], [CALLED, EMPTY + TOLD_SAT]),
+        ([ASK, CALL, RESULT, RESULT, CALL, RESULT, SAT], [CALLED, CALLED, EMPTY + TOLD_SAT]),
+    ],
+)
+def test_thoughts_where_tokens_mark_them(tokenizers, monkeypatch, messages, expected):
+    """As Qwen 3's own tokenizer has them: then the prompt for an answer opens no thought."""
+    tokenizer = tokenizers["switchable"]
+    monkeypatch.setattr(type(tokenizer.wrapper), "has_thinking", True)
+    assert said(tokenizer, messages) == expected
+
+
+# --- OpenAI's format ------------------------------------------------------------------------------------------------
+
+
+def test_a_message_of_weight_0_is_context(tokenizers, read):
+    """Regression: it was trained on. With the prompt masked or not, only its own tokens differ."""
+    talk = [ASK, HARD | {"weight": 0}, AGAIN, SAT | {"weight": 1}]
+    assert said(tokenizers["chatml"], talk) == [TOLD_SAT]
+    assert said(tokenizers["chatml"], [ASK, HARD, AGAIN, SAT | {"weight": 0}]) == [TOLD_HARD]
+    before = "<|im_start|>user\nwhat is a kidney stone<|im_end|>\n<|im_start|>assistant\n"
+    after = "<|im_start|>user\nand the mat?<|im_end|>\n<|im_start|>assistant\nthe cat sat<|im_end|>\n"
+    assert said(tokenizers["chatml"], talk, mask_prompt=False) == [before, after]
+    plain, weighted = (read([{"messages": rows}], tokenizer=tokenizers["chatml"]) for rows in (TALK, talk))
+    assert plain.trained[0].all() and not weighted.trained[0].all()
+    null = read([{"messages": [ASK, HARD | {"weight": None}, AGAIN, SAT]}], tokenizer=tokenizers["chatml"])
+    assert null.trained[0].all()
+    with pytest.raises(UserError, match=":1: message 2: the chat template does not let this turn of weight 0 be found"):
+        read([{"messages": talk}], tokenizer=tokenizers["counted"])
+    # An earlier turn that cannot be located does not matter if it is context.
+    rows = read([{"messages": talk}], tokenizer=tokenizers["shortened"], mask_prompt=True)
+    assert rows.last_only == 0 and rows.trained[0].sum() > 0
+
+
+def test_content_may_be_a_list_of_parts(read):
+    parts = [{"type": "text", "text": "what is a "}, {"type": "text", "text": "kidney stone"}]
+    rows = read([{"messages": [{"role": "user", "content": parts}, HARD]}, {"messages": [ASK, HARD]}])
+    assert rows.ids[0].tolist() == rows.ids[1].tolist()
+
+
+def test_a_developer_is_the_system_where_the_template_has_none(tokenizers):
+    brief = [{"role": "developer", "content": "be brief"}, ASK, HARD]
+    tokenizer = tokenizers["chatml"]
+    assert tokenizer.render(Dialogue(brief)).text.startswith("<|im_start|>system\nbe brief<|im_end|>\n")
+    known = "{# of a developer #}" + TEMPLATES["chatml"]
+    before, tokenizer.tokenizer.chat_template = tokenizer.tokenizer.chat_template, known
+    try:
+        assert tokenizer.render(Dialogue(brief)).text.startswith("<|im_start|>developer\nbe brief<|im_end|>\n")
+    finally:
+        tokenizer.tokenizer.chat_template = before
+
+
+def test_a_tool_may_return_nothing(tokenizers):
+    row = {"messages": [ASK, CALL, RESULT, SAT], "tools": [{"type": "function", "function": {"name": "look"}}]}
+    text = tokenizers["switchable"].render(dialogue_of(row)).text
+    assert "<|im_start|>tool\n<tool_response></tool_response><|im_end|>\n" in text
+    assert said(tokenizers["switchable"], row["messages"]) == [CALLED, TOLD_SAT]
+
+
+def test_null_is_absent(read):
+    """As Parquet and the datasets library write rows whose other rows have a key."""
+    nothing = {"name": None, "tool_calls": None, "weight": None, "refusal": None}
+    full = {"messages": [ASK | nothing, HARD | nothing], "tools": None, "text": None, "prompt": None}
+    plain = read([{"messages": [ASK, HARD]}])
+    assert read([full]).ids[0].tolist() == plain.ids[0].tolist()
+    assert dialogue_of(full) == dialogue_of({"messages": [ASK, HARD]})
+    assert read([{"messages": None, "text": "the cat"}]).ids[0].tolist() == read([{"text": "the cat"}]).ids[0].tolist()
 
 
 def test_a_mask_that_cannot_be_found_is_an_error_of_its_row(tokenizers, read):
@@ -120,11 +226,11 @@ def test_a_system_message_and_tools_go_into_the_template(tokenizers, read):
     tokenizer = tokenizers["chatml"]
     system = {"role": "system", "content": "be brief"}
     calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
-    text = tokenizer.render([system, *TALK]).text
+    text = tokenizer.render(Dialogue([system, *TALK])).text
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n") and len(said(tokenizer, [system, *TALK])) == 2
     before, tokenizer.tokenizer.chat_template = tokenizer.tokenizer.chat_template, template
     try:
-        assert tokenizer.render(TALK, [{"name": "look"}]).text.startswith("look|<|im_start|>")
+        assert tokenizer.render(Dialogue(TALK, [{"name": "look"}])).text.startswith("look|<|im_start|>")
     finally:
         tokenizer.tokenizer.chat_template = before
     with pytest.raises(UserError, match="ChatML has no form for tool calls"):
@@ -137,20 +243,21 @@ def test_chatml_stands_in_and_ends_where_generation_stops(tokenizers, tmp_path):
 
     tokenizer = tokenizers["none"]
     assert not tokenizer.own_template and tokenizers["gemma"].own_template and not tokenizers["gemma"].template
-    text = tokenizer.render(TALK[:2]).text
+    text = tokenizer.render(Dialogue(TALK[:2])).text
     assert text == "<bos><|im_start|>user\nwhat is a kidney stone<eos>\n<|im_start|>assistant\n a hard piece <eos>\n"
     assert said(tokenizer, TALK[:2]) == [" a hard piece <eos>\n"]
     folder = folder_with(None, tmp_path / "model")
     (folder / TEMPLATE_FILE).write_text(tokenizer.template)
     again = load_tokenizer(folder)
-    assert again.has_chat_template and again.apply_chat_template(TALK, tokenize=False) == tokenizer.render(TALK).text
+    rendered = tokenizer.render(Dialogue(TALK)).text
+    assert again.has_chat_template and again.apply_chat_template(TALK, tokenize=False) == rendered
     settings = json.loads((folder / "tokenizer.json").read_text())
     settings["added_tokens"].append(settings["added_tokens"][0] | {"id": 3072, "content": "<|im_end|>"})
     (folder / TEMPLATE_FILE).unlink()
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, 3072]}))
-    assert ChatTokenizer(folder).render(TALK[:2]).text.endswith(" a hard piece <|im_end|>\n")
+    assert ChatTokenizer(folder).render(Dialogue(TALK[:2])).text.endswith(" a hard piece <|im_end|>\n")
 
 
 def test_a_text_gets_the_tokenizer_s_own_special_tokens_and_an_end(read, tiny):
@@ -159,6 +266,26 @@ def test_a_text_gets_the_tokenizer_s_own_special_tokens_and_an_end(read, tiny):
     assert rows.ids[0][0] == tiny.tokenizer.bos_token_id and rows.trained[0].all()
     with pytest.raises(UserError, match=":1: --mask-prompt is for conversations"):
         read([{"text": "the cat sat"}], mask_prompt=True)
+
+
+def test_no_conversation_begins_with_two_tokens_of_the_beginning(read, tiny, tokenizers):
+    """Regression: the tokenizer put its own before a text that was rendered with one."""
+    plain = read([{"text": "the cat sat"}]).ids[0].tolist()
+    assert plain[0] == 2 and read([{"text": "<bos>the cat sat"}]).ids[0].tolist() == plain
+    rendered = tiny.render(Dialogue(TALK[:2])).text
+    assert rendered.startswith("<bos><start_of_turn>user")
+    one = read([{"text": rendered}]).ids[0].tolist()
+    assert one[:2] == [2, tiny.tokenizer.convert_tokens_to_ids("<start_of_turn>")] and one.count(2) == 1
+    for name in ("gemma", "llama3", "mistral", "opened", "none"):  # these templates begin with it
+        for row in ({"messages": TALK[:2]}, {"prompt": "what", "completion": "a cat"}):
+            assert read([row], tokenizer=tokenizers[name]).ids[0].tolist()[:3].count(2) == 1
+    bare = tokenizers["chatml"]
+    before, bare.tokenizer.chat_template = bare.tokenizer.chat_template, "{{ bos_token + messages[0].content }}"
+    try:
+        rows = read([{"prompt": "<bos>what", "completion": "a"}, {"prompt": "what", "completion": "a"}], tokenizer=bare)
+        assert rows.ids[0].tolist() == rows.ids[1].tolist()
+    finally:
+        bare.tokenizer.chat_template = before
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -172,6 +299,7 @@ def test_formats_agree(read):
 
 
 USER = {"role": "user", "content": "hi"}
+PART = r"message 1 \(user\): content: part 1 is of type image_url, and only text can be read"
 
 
 @pytest.mark.parametrize(
@@ -179,11 +307,19 @@ USER = {"role": "user", "content": "hi"}
     [
         ({"messages": [USER]}, "no message of the assistant's"),
         ({"messages": []}, "no message of the assistant's"),
-        ({"messages": [USER, {"role": "bot", "content": "ho"}]}, "message 2: role 'bot' is none of system, user"),
+        ({"messages": [USER, {"role": "bot", "content": "ho"}]}, "message 2: role 'bot' is none of system, dev"),
         ({"messages": [USER, {"content": "ho"}]}, "message 2: role None is none of"),
         ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, r"message 2 \(assistant\): content is empty"),
         ({"messages": [USER, {"role": "assistant"}]}, "content is not a text"),
-        ({"messages": [USER, {"role": "assistant", "content": ["a"]}]}, "content is not a text"),
+        ({"messages": [USER, {"role": "assistant", "content": ["a"]}]}, "content is not a text or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, *TALK[1:]]}, PART),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]}, "content: part 1 has no text"),
+        ({"messages": [USER, {"role": "assistant", "content": []}]}, r"message 2 \(assistant\): content is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5 is neither 0 nor 1"),
+        ({"messages": [USER, {"role": "assistant", "content": "a", "weight": 0}]}, "every message .* has weight 0"),
+        ({"messages": [USER | {"weight": 0}, *TALK[1:]]}, "weight is for messages of the assistant"),
+        ({"messages": [USER, {"role": "tool"}, TALK[1]]}, r"message 2 \(tool\): content is not a text"),
+        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "no form for tool_calls"),
         ({"messages": "hi"}, "messages is not a list of objects"),
         ({"messages": ["hi"]}, "messages is not a list of objects"),
         ({"messages": TALK, "tools": "look"}, "tools is not a list"),
@@ -351,4 +487,4 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
 
 def test_refusals_are_row_errors(tokenizers):
     with pytest.raises(RowError, match="refuses"):
-        tokenizers["mistral"].render(TALK[1:])
+        tokenizers["mistral"].render(Dialogue(TALK[1:]))

@@ -25,10 +25,10 @@ from mlx_retrieval.dataset.json_lines import RowError, lines_of
 from mlx_retrieval.dataset.row_formats import decode
 from mlx_retrieval.dataset.rows import find_files, open_rows
 from mlx_retrieval.dataset.sources import local
+from mlx_retrieval.training.chat.messages import dialogue_of, text_of
 from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
 from mlx_retrieval.utils.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
 FORMATS = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}
 POOL = 50  # batches that are sorted by length together
 GRID = 16  # padded lengths are multiples of this, so that few shapes are compiled
@@ -39,12 +39,13 @@ CHUNK = 512  # conversations that are tokenised at once
 
 
 def row_format(row: dict) -> str | None:
-    """Return the format of a row, by its keys; None if it is not a conversation."""
-    if "messages" in row:
+    """Return the format of a row, by its keys that are not null; None if it is not a conversation."""
+    keys = {key for key, value in row.items() if value is not None}
+    if "messages" in keys:
         return "messages"
-    if "prompt" in row and "completion" in row:
+    if keys >= {"prompt", "completion"}:
         return "prompt"
-    return "text" if "text" in row and not {"query", "anchor"} & row.keys() else None
+    return "text" if "text" in keys and not {"query", "anchor"} & keys else None
 
 
 def is_chat(sources: Sequence[str]) -> bool:
@@ -60,33 +61,6 @@ def is_chat(sources: Sequence[str]) -> bool:
         return False
 
 
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{name} is not a text")
-    if not value.strip():
-        raise RowError(f"{name} is empty")
-    return value
-
-
-def messages_of(row: dict) -> list[dict]:
-    """Return the checked messages of a row. RowError if something is wrong with them."""
-    if "messages" not in row:
-        contents = {"user": _text(row["prompt"], "prompt"), "assistant": _text(row["completion"], "completion")}
-        return [{"role": role, "content": content} for role, content in contents.items()]
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise RowError("messages is not a list of objects with role and content")
-    for number, message in enumerate(messages, start=1):
-        if (role := message.get("role")) not in ROLES:
-            raise RowError(f"message {number}: role {repr(role)[:30]} is none of {', '.join(ROLES)}")
-        if role == "assistant" and message.get("tool_calls"):  # calls may come without words
-            continue
-        _text(message.get("content"), f"message {number} ({role}): content")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no message of the assistant's: nothing to learn")
-    return messages
-
-
 def _render(row: dict, kind: str | None, tokenizer: ChatTokenizer, mask_prompt: bool) -> Rendered:
     form = row_format(row)
     if form is None:
@@ -95,12 +69,9 @@ def _render(row: dict, kind: str | None, tokenizer: ChatTokenizer, mask_prompt: 
     if form != kind:
         raise RowError(f"has the format {FORMATS[form]}, but the rows before have {FORMATS[kind]}")
     if kind == "text":
-        text = _text(row["text"], "text")
+        text = text_of(row["text"], "text")
         return Rendered(text, [(0, len(text))], plain=True)
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowError("tools is not a list")
-    return tokenizer.render(messages_of(row), tools, mask_prompt)
+    return tokenizer.render(dialogue_of(row), mask_prompt)
 
 
 class Conversations:
