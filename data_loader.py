@@ -34,12 +34,13 @@ class Batch:
     rows: np.ndarray  # (B,) int64: the examples' source rows, for messages
     scored: np.ndarray  # (B, K) int32: documents that a teacher scored, the positive first; -1 = no more
     scores: np.ndarray  # (B, K) float32: the teacher's scores
+    known: np.ndarray  # (P, 2) int32: query and document of every known positive, the examples' own first
 
     @property
     def relevant(self) -> np.ndarray:
-        """(Q, C) bool: whether an example of the batch has this document as the positive of this query."""
+        """(Q, C) bool: whether an example has this document as a positive of this query, or its row has."""
         relation = np.zeros((self.queries, len(self.texts) - self.queries), dtype=bool)
-        relation[self.query, self.document] = True
+        relation[tuple(self.known.T)] = True
         return relation
 
     @property
@@ -62,6 +63,9 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: Text
     for example in examples:
         for negative in example.negatives:
             documents.setdefault(negative, len(documents))
+    known = list(zip(query, document, strict=True))
+    for example, number in zip(examples, query, strict=True):
+        known += [(number, documents[text]) for text in example.other_positives if text in documents]
     texts = Texts.join([tokenizer(list(queries), "query"), tokenizer(list(documents), "document")])
     rank = np.array([e.rank for e in examples], np.int32)
     width = max(1, *(len(e.scores) for e in examples))  # mlx-data carries no empty arrays
@@ -79,13 +83,14 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: Text
         rows=np.array(rows, np.int64),
         scored=scored,
         scores=scores,
+        known=np.array(known, np.int32),
     )
 
 
 class Batches:
-    """An endless, seeded sequence of batches: batch k holds the k-th `size` rows of epoch after epoch.
+    """An endless, seeded sequence of batches: batch k holds the k-th `size` examples of epoch after epoch.
 
-    A batch may cross from one epoch into the next, so no row is ever dropped.
+    A batch may cross from one epoch into the next, so no example is ever dropped.
 
     Args:
         rows: a source, see dataset/sources.py; it defines the order.
@@ -108,7 +113,10 @@ class Batches:
         if size > len(rows):
             raise UserError(f"--batch-size {size} is larger than the data: {len(rows)} rows")
         if make is make_batch and rows.format == "label":
-            raise UserError(f"{rows.names[0]}: rows with a label are for --task rerank")
+            raise UserError(
+                f"{rows.names[0]}: rows with a label, score or similarity are for --task rerank; for other tasks, "
+                "keep the rows whose document answers the query, and leave the key out"
+            )
         if make is make_batch and size == 1 and not rows.has_negatives:
             raise UserError("--batch-size 1: rows without negatives leave each query one candidate; nothing to learn")
         self.rows = rows

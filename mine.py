@@ -289,7 +289,7 @@ def run_score(args: argparse.Namespace) -> None:
     output = Path(args.output).expanduser()
     check_output(output, args.overwrite)
     files = find_files(args.data)
-    counts, skipped = run.count_rows(files, args.skip_bad_rows)
+    counts, skipped = run.count_rows(files, args.skip_bad_rows, notify)
     teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type)
     name = teacher.model.name
     print_lines([("teacher", f"{name}, {teacher.kind}")])

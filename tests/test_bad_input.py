@@ -65,9 +65,10 @@ def test_a_model_that_is_nowhere(attempt):
     ('{"query": "a"}', "no positive"),
     ('{"query": "", "document": "d"}', "query is empty"),
     ('{"query": "q", "document": "  "}', "document is empty"),
-    ('{"query": "q", "positive": "p"}', "the rows before have query/document"),
+    ('{"query": "q", "positive": "p", "label": 0}', "the rows before have query/document"),
+    ('{"query": "q", "positive": "p", "bm25_score": 3}', "bm25_score cannot be used"),
     (b'{"query": "caf\xe9", "document": "d"}', "not UTF-8"),
-    ('{"query": "q", "document": "' + "x" * 1_000_000 + '"}', "line breaks missing"),
+    ('{"query": "q", "document": "d"} {"query": "q", "document": "d"}', "line break missing"),
     ('["a", "b"]', "not a JSON object"),
     ('{"query": "q", "document": "d", "rank": 0}', "rank 0"),
 ], ids=lambda value: value if isinstance(value, str) and len(value) < 40 else "bytes")  # fmt: skip

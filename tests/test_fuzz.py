@@ -35,11 +35,21 @@ VALUES = st.recursive(
     TEXTS | NUMBERS | st.none(), lambda v: st.lists(v, max_size=4) | st.dictionaries(TEXTS, v, max_size=2), max_leaves=5
 )
 KEYS = ("query", "document", "positive", "anchor", "negative", "negatives", "documents", "scores", "label", "rank")
+KEYS += ("question", "text", "pos", "neg", "pos_scores", "neg_scores", "prompt", "negative_1", "title", "bm25_score")
 STRANGE = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5)
 WORDS = st.text("ab \ud800é", min_size=1, max_size=8)
 SOUND = st.fixed_dictionaries(
     {"query": WORDS, "document": WORDS},
     optional={"rank": st.integers(0, 3), "negatives": WORDS | st.lists(WORDS, max_size=3), "label": NUMBERS},
+)
+SEVERAL = st.integers(0, 3).flatmap(
+    lambda n: st.fixed_dictionaries(
+        {"question": WORDS, "pos": st.lists(WORDS, max_size=3)},
+        optional={
+            "neg": st.lists(WORDS | st.fixed_dictionaries({"title": TEXTS, "text": WORDS}), max_size=2),
+            "scores": st.lists(NUMBERS, min_size=n, max_size=n),
+        },
+    )
 )
 JUDGED = st.integers(1, 4).flatmap(
     lambda n: st.fixed_dictionaries(
@@ -47,9 +57,21 @@ JUDGED = st.integers(1, 4).flatmap(
     )
 )
 LINES = st.one_of(
-    *((rows | VALUES).map(lambda row: json.dumps(row).encode()) for rows in (SOUND, JUDGED, STRANGE)),
+    *((rows | VALUES).map(lambda row: json.dumps(row).encode()) for rows in (SOUND, JUDGED, SEVERAL, STRANGE)),
     st.binary(max_size=30),
-    st.sampled_from([b"", b"\r", b"[" * 5000, b'{"query": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}", b"NaN"]),
+    st.sampled_from(
+        [
+            b"",
+            b"\r",
+            b"[",
+            b',{"query": "q", "document": "d"}',
+            b"]",
+            b"[" * 5000,
+            b'{"query": ' + b"9" * 5000 + b"}",
+            b"\xef\xbb\xbf{}",
+            b"NaN",
+        ]
+    ),
 )
 
 
@@ -71,7 +93,7 @@ def test_rows_and_batches(tmp_path, tokenizer, lines, skip, zipped, cut):
     except UserError as error:
         assert str(file) in str(error) and len(str(error)) < 1000
         return
-    assert 0 < len(rows) <= len(lines) and (skip or not rows.skipped)
+    assert len(rows) and (skip or not rows.skipped)
     for i in range(len(rows)):
         example = rows[i]
         assert all(isinstance(text, str) and text.strip() for text in (example.query, example.positive))

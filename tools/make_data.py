@@ -94,7 +94,7 @@ Topic = tuple[Thing, Fault]
 
 def load_topics(path: Path = VOCABULARY) -> list[Topic]:
     """Every thing with every fault of its family and of the groups that its family names under `also`."""
-    vocabulary = yaml.safe_load(path.read_text(encoding="utf-8"))
+    vocabulary = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     faults = {
         name: [Fault(**{key: tuple(texts) for key, texts in fault.items()}) for fault in family["faults"]]
         for name, family in vocabulary.items()

@@ -83,7 +83,7 @@ def inside(folder: Path, name: object, source: str) -> Path:
 def read_json(path: Path) -> Any:
     """Return the contents of a JSON file. UserError if it is missing or not valid JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -3,15 +3,19 @@
     for number, row in read_objects(Path("corpus.jsonl")):
         print(number, row["text"])
 
+A file that begins with `[` is read as one JSON array: its elements count as lines. A byte order mark is dropped.
+
 Training data is read in two steps instead, `lines_of` and `parse_object`: the place of every row is kept, lines are
 bounded in size, and a bad row can be left out.
 """
 
+import codecs
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,20 +24,25 @@ from mlx_retrieval.utils.text import writable_values
 
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-MAX_ROW_BYTES = 500_000  # a longer line is a file that lacks its line breaks, not a training example
+MAX_ROW_BYTES = 64_000_000  # a longer line is a file that lacks its line breaks, not a row
+CHUNK = 1 << 16  # bytes of an array that are read at once
 
 
 class RowError(ValueError):
     """The reason why one row cannot be used, without its place."""
 
 
-class Line(NamedTuple):
-    """A line that is not blank, and its place in the file."""
+class Fault(bytes):
+    """In place of a line's data: the reason, as text, why it is no row."""
 
-    number: int  # counted from 1
+
+class Line(NamedTuple):
+    """A line that is not blank, or an element of an array, and its place in the file."""
+
+    number: int  # of its first line, counted from 1
     start: int  # bytes before it
     size: int  # bytes, line break included
-    data: bytes  # at most the first MAX_ROW_BYTES + 1 of them
+    data: bytes  # a `Fault` if it is longer than MAX_ROW_BYTES
 
 
 # --- one line ---------------------------------------------------------------------------------------------------------
@@ -44,18 +53,25 @@ def parse_value(line: str | bytes) -> Any:
 
     Escapes can spell half a surrogate pair, which nothing could print or write: it becomes U+FFFD.
     """
+    if isinstance(line, Fault):
+        raise RowError(line.decode())
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
-        value = json.loads(text)
+        value = json.loads(text.rstrip("\r\n"))
         return writable_values(value) if ESCAPED_SURROGATE.search(text) else value
     except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+        raise RowError(_not_utf8(error)) from error
     except json.JSONDecodeError as error:
-        raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1})") from error
+        missing = "; is a line break missing?" if error.msg == "Extra data" else ""
+        raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1}){missing}") from error
     except ValueError as error:  # a number of thousands of digits
         raise RowError(f"broken JSON ({error})") from error
     except RecursionError as error:
         raise RowError("JSON nested too deeply") from error
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte {error.start + 1} of the line)"
 
 
 def parse_object(line: str | bytes) -> dict[str, Any]:
@@ -65,42 +81,138 @@ def parse_object(line: str | bytes) -> dict[str, Any]:
     raise RowError("not a JSON object")
 
 
-# --- a file -----------------------------------------------------------------------------------------------------------
+# --- lines of a file --------------------------------------------------------------------------------------------------
 
 
 def lines_of(handle: BinaryIO) -> Iterator[Line]:
-    """Yield the lines that are not blank. Of a line that is too long, only the beginning is kept in memory."""
-    number = start = 0
-    while data := handle.readline(MAX_ROW_BYTES + 1):
-        number += 1
-        size, end = len(data), data
-        while not end.endswith(b"\n") and (end := handle.readline(MAX_ROW_BYTES)):
+    """Yield the lines that are not blank, or the elements of the array, of a file that is opened at its beginning."""
+    head, start = _without_mark(handle.readline(CHUNK))
+    number = 1
+    while head and not head.strip():
+        number += head.endswith(b"\n")
+        start += len(head)
+        head = handle.readline(CHUNK)
+    if head.lstrip().startswith(b"["):
+        yield from _elements(handle, head, number, start)
+    else:
+        yield from (line for line in _lines(handle, head, number, start) if line.data.strip())
+
+
+def _without_mark(head: bytes) -> tuple[bytes, int]:
+    """Return the first bytes of a file without a byte order mark, and the size of the mark."""
+    size = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    return head[size:], size
+
+
+def _lines(handle: BinaryIO, head: bytes, number: int, start: int) -> Iterator[Line]:
+    """Yield all lines, blank ones too. `head`: the beginning of the first one, which is read already."""
+    while head:
+        data, size, end = head, len(head), head
+        while not end.endswith(b"\n") and (end := handle.readline(max(CHUNK, MAX_ROW_BYTES + 1 - size))):
             size += len(end)
-        if data.strip():
-            yield Line(number, start, size, data)
+            data = data + end if size <= MAX_ROW_BYTES else b""
+        yield Line(number, start, size, data if size <= MAX_ROW_BYTES else _too_long("line"))
+        number += 1
         start += size
+        head = handle.readline(MAX_ROW_BYTES + 1)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text without its line break) of every line of a UTF-8 file, `.gz` or plain. UserError."""
+def _too_long(unit: str) -> Fault:
+    limit = f"{MAX_ROW_BYTES:,} bytes"
+    return Fault(
+        f"the {unit} has more than {limit}; are line breaks missing? A text of that size must be split".encode()
+    )
+
+
+def _elements(handle: BinaryIO, head: bytes, number: int, start: int) -> Iterator[Line]:
+    """Yield the elements of an array. `head`: the file from there on, as far as it is read; `[` after white space."""
+    opening = head.index(b"[") + 1
+    number += head.count(b"\n", 0, opening)
+    start += opening
+    element, size, breaks, closed = bytearray(), 0, 0, False
+    for piece, end in _pieces(handle, head[opening:]):
+        if not size:
+            text = piece.lstrip()
+            number += piece.count(b"\n", 0, len(piece) - len(text))
+            start += len(piece) - len(text)
+            piece = text
+        size += len(piece)
+        breaks += piece.count(b"\n")
+        if closed and (size or end):
+            yield Line(number, start, size, Fault(b"text behind the end of the JSON array"))
+            return
+        if size <= MAX_ROW_BYTES:
+            element += piece
+        else:
+            element.clear()
+        if end:
+            if size or end == b",":
+                yield Line(number, start, size, bytes(element) if size <= MAX_ROW_BYTES else _too_long("element"))
+            number += breaks
+            start += size + 1
+            element.clear()
+            size = breaks = 0
+            closed = end == b"]"
+    if not closed:
+        yield Line(number, start, size, Fault(b"the JSON array does not end: its last bytes are missing"))
+
+
+_OUTSIDE_TEXTS = re.compile(rb'[][{}",]')
+_INSIDE_TEXTS = re.compile(rb'["\\]')
+
+
+def _pieces(handle: BinaryIO, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (bytes, the `,` or `]` that ends an element behind them), or with b"" the bytes up to a chunk's end."""
+    depth, in_text, at = 0, False, 0
+    chunk = chunk or handle.read(CHUNK)
+    while chunk:
+        begin = 0
+        while match := (_INSIDE_TEXTS if in_text else _OUTSIDE_TEXTS).search(chunk, at):
+            sign, at = match[0], match.end()
+            if sign == b"\\":
+                at += 1  # perhaps in the next chunk
+            elif sign == b'"':
+                in_text = not in_text
+            elif sign in b"[{":
+                depth += 1
+            elif depth:
+                depth -= sign in b"]}"
+            elif sign != b"}":
+                yield chunk[begin : match.start()], sign
+                begin = at
+        yield chunk[begin:], b""
+        at = max(0, at - len(chunk))
+        chunk = handle.read(CHUNK)
+
+
+# --- a file by its path -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, `.gz` or plain. UserError if it cannot be read."""
     try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isascii():
-                    _check_utf8(line, f"{path}:{number}")
-                yield number, line.rstrip("\r\n")
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:  # the latter two: a broken .gz
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check_utf8(line: str, place: str) -> None:
-    """UserError if a line holds bytes that were escaped because they are not UTF-8."""
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:
-        byte = len(line[: error.start].encode()) + 1
-        raise UserError(f"{place}: not UTF-8 (byte {byte} of the line)") from error
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text without its line break) of every line of a UTF-8 file, `.gz` or plain. UserError.
+
+    A lone carriage return ends no line. A byte order mark is dropped.
+    """
+    with _opened(path) as file:
+        head, start = _without_mark(file.readline(CHUNK))
+        for line in _lines(file, head, 1, start):
+            if isinstance(line.data, Fault):
+                raise UserError(f"{path}:{line.number}: {line.data.decode()}")
+            try:
+                text = line.data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{line.number}: {_not_utf8(error)}") from error
+            yield line.number, text.removesuffix("\n").removesuffix("\r")
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
@@ -113,10 +225,10 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return _read(path, parse_object)
 
 
-def _read(path: Path, parse) -> Iterator[tuple[int, Any]]:
-    for number, line in read_lines(path):
-        if line.strip():
+def _read(path: Path, parse: Callable[[bytes], Any]) -> Iterator[tuple[int, Any]]:
+    with _opened(path) as file:
+        for line in lines_of(file):
             try:
-                yield number, parse(line)
+                yield line.number, parse(line.data)
             except RowError as error:
-                raise UserError(f"{path}:{number}: {error}") from error
+                raise UserError(f"{path}:{line.number}: {error}") from error

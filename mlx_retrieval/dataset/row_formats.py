@@ -1,124 +1,264 @@
-"""Parse one row of training data into an example."""
+"""Parse one row of training data into examples, by the names of its keys.
 
-from typing import NamedTuple
+A row is a pair of a query and its document, with negatives or without; a pair with a label; or documents that a teacher
+has scored. `ROLES` lists the names that a key may have. A key without a value (null) is absent. Keys of other names are
+ignored, and counted unless they look like ids or origins (`ORIGIN`); a row with one that looks like a label, a score or
+a negative (`SUSPECT`) is refused.
+"""
 
-import numpy as np
+import functools
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from mlx_retrieval.dataset.json_lines import MAX_ROW_BYTES, RowError, parse_object
+from mlx_retrieval.dataset.beir import document_text
+from mlx_retrieval.dataset.json_lines import RowError, parse_object
 
-FORMATS = {
-    "document": ("query", "document"),
-    "positive": ("query", "positive"),
-    "anchor": ("anchor", "positive"),
-    "documents": ("query", "documents"),
-    "label": ("query", "document"),
+# Role -> names of keys. Upper and lower case, "-", " " and "_" do not count.
+ROLES = {
+    "query": ("query", "anchor", "question"),
+    "document": ("document", "positive", "positives", "pos", "passage", "answer", "positive_passages"),
+    "documents": ("documents",),
+    "negatives": ("negative", "negatives", "neg", "hard_negative", "hard_negatives", "negative_passages"),
+    "label": ("label", "score", "similarity"),
+    "scores": ("scores",),
+    "positive scores": ("pos_scores",),
+    "negative scores": ("neg_scores",),
+    "rank": ("rank",),
+    "prompt": ("prompt",),
 }
-NEGATIVES = ("negatives", "negative")
+# Names that often hold something else: they count where no other key has the role.
+WEAK_ROLES = {
+    "query": ("sentence1", "input"),
+    "document": ("response", "context", "text", "sentence2"),
+}
+OWN_KEYS = {"query", "anchor", "document", "positive", "documents", "negative", "negatives", "scores", "rank"}
+NUMBERED_NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?_?\d+")
+SUSPECT = re.compile(
+    r"(?:.*_)?(?:neg|negative|distractor|label|score|similarity|distance|relevance|relevant|irrelevant|grade|rating"
+    r"|judge?ment|qrel|reward)s?(?:_?\d+)?(?:_.*)?"
+)
+ORIGIN = re.compile(
+    r"(?:.*_)?(?:(?:doc|query|passage|[qdp]|gu|uu)?ids?|idx|index|hash|sha\d*|ur[il]|link|path|file|filename|line|row"
+    r"|source|origin|corpus|dataset|subset|split|lang|language|license|author|date|time|timestamp|created|updated"
+    r"|version|name|tags?|topic|category|domain|type|kind|meta|metadata|comment|notes?)(?:_at|_\d+)?"
+)
+KINDS = {"pair": "query/document", "documents": "query/documents/scores", "label": "query/document/label"}
 MAX_RANK = 2**31 - 1
 
 
 class Example(NamedTuple):
-    """One row: a query, its positive, its own hard negatives, and the rank of the positive (1 = best)."""
+    """A query, a positive of it, its own hard negatives, and the rank of the positive (1 = best)."""
 
     query: str
     positive: str
     negatives: tuple[str, ...]
     rank: int
     scores: tuple[float, ...] = ()  # a teacher's, of the positive and the negatives; () = not scored
+    other_positives: tuple[str, ...] = ()  # of the same row; each is the positive of another example
 
 
-def row_format(row: dict) -> str:
-    """Return the format of a row, by its keys. RowError if they fit none."""
-    if "anchor" in row:
-        return "anchor"
-    if "query" in row and "documents" in row:
-        return "documents"
-    if "query" in row and "document" in row:
-        return "label" if "label" in row else "document"
-    if "query" in row and "positive" in row:
-        return "positive"
-    if "query" in row:
+class Reading(NamedTuple):
+    """The keys of a row by their roles; None or () = not there."""
+
+    kind: str  # one of KINDS
+    query: str
+    document: str  # or "documents", if a teacher has scored them
+    negatives: tuple[str, ...] = ()
+    label: str | None = None
+    scores: str | None = None
+    positive_scores: str | None = None
+    negative_scores: str | None = None
+    rank: str | None = None
+    prompt: str | None = None
+    ignored: tuple[str, ...] = ()  # keys that are not read, and whose names are not those of ids or origins
+
+    @property
+    def used(self) -> set[str]:
+        """All keys that are read."""
+        return {key for field in self[1:-1] if field for key in ([field] if isinstance(field, str) else field)}
+
+
+def _name(key: str) -> str:
+    """Return a key as ROLES spells it: `hardNegatives` and `hard-negatives` as `hard_negatives`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip()).lower().replace("-", "_").replace(" ", "_")
+
+
+@functools.lru_cache(maxsize=256)
+def reading_of(keys: tuple[str, ...]) -> Reading:
+    """Return the roles of the keys of a row. RowError if they make no row, or could be read in more than one way."""
+    names = {key: _name(key) for key in keys}
+
+    def find(role: str) -> str | None:
+        for words in (ROLES[role], WEAK_ROLES.get(role, ())):
+            if len(found := [key for key in keys if names[key] in words]) > 1:
+                raise RowError(f"{' and '.join(found)} could each be the {role}: keep one of the keys")
+            if found:
+                return found[0]
+        return None
+
+    query, document, documents = find("query"), find("document"), find("documents")
+    if query is None:
+        raise RowError(
+            f"keys {', '.join(sorted(keys)) or '(none)'} fit no format "
+            "(query and document, with negatives or without; query, document and label; query, documents and scores)"
+        )
+    if document is None and documents is None:
         raise RowError("no positive: a row with a query needs a document or a positive")
-    raise RowError(
-        f"keys {', '.join(sorted(row)) or '(none)'} fit no format (query and document; query and positive; "
-        "anchor, positive and negative)"
-    )
+    if documents is not None:
+        if document is not None and names[document] not in WEAK_ROLES["document"]:
+            raise RowError(f"{document} and {documents} could each be the document: keep one of the keys")
+        reading = Reading("documents", query, documents, scores=find("scores"))
+    elif (label := find("label")) is not None:
+        reading = Reading("label", query, document, label=label)
+    else:
+        negatives = [key for key in keys if names[key] in ROLES["negatives"]]
+        numbered = [key for key in keys if NUMBERED_NEGATIVE.fullmatch(names[key])]
+        numbered.sort(key=lambda key: int(re.search(r"\d+$", names[key])[0]))
+        prompt = find("prompt") if names[document] == "pos" else None  # FlagEmbedding's
+        scores = find("scores")
+        by_side = (None, None) if scores else (find("positive scores"), find("negative scores"))
+        if by_side[0] is None and by_side[1] is not None:
+            raise RowError(f"{by_side[1]} without pos_scores")
+        rest = (scores, *by_side, find("rank"), prompt)
+        reading = Reading("pair", query, document, tuple(negatives + numbered), None, *rest)
+    unread = [key for key in keys if key not in reading.used]
+    if suspects := [key for key in unread if SUSPECT.fullmatch(names[key]) and not ORIGIN.fullmatch(names[key])]:
+        raise RowError(
+            f"{', '.join(suspects)} cannot be used beside {', '.join(key for key in keys if key in reading.used)}: "
+            "remove the key, or name a label `label`, a teacher's scores `scores` and negatives `negatives`"
+        )
+    return reading._replace(ignored=tuple(key for key in unread if not ORIGIN.fullmatch(names[key])))
 
 
-def _text(row: dict, key: str) -> str:
-    if key not in row:
-        raise RowError(f"no {key}")
-    if not isinstance(row[key], str):
-        raise RowError(f"{key} is not a text")
-    if not row[key].strip():
-        raise RowError(f"{key} is empty")
-    return row[key]
+def parse(line: bytes, expected: str | None = None) -> tuple[list[Example], Reading]:
+    """Return the examples of one line, and how it was read. RowError gives the reason if the line is not a row."""
+    return examples_of(parse_object(line), expected)
 
 
-def decode(line: bytes) -> dict:
-    """Return the JSON object of one line of training data. RowError, also if the line is too long for a row."""
-    if len(line) > MAX_ROW_BYTES:
-        raise RowError(f"the line has more than {MAX_ROW_BYTES:,} bytes; are line breaks missing?")
-    return parse_object(line)
+def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], Reading]:
+    """Return the examples of a row, one for each positive, and how it was read.
 
+    Args:
+        expected: the kind of the rows before, which this one must have as well.
 
-def parse(line: bytes, expected: str | None = None) -> tuple[Example, str]:
-    """Return the example of one line, and its format. RowError gives the reason if the line is not a row."""
-    return example_of(decode(line), expected)
-
-
-def example_of(row: dict, expected: str | None = None) -> tuple[Example, str]:
-    """Return the example of a decoded row, and its format; see `parse`."""
-    form = row_format(row)
-    if expected is not None and form != expected:
-        here, before = ("/".join((*FORMATS[name], *(["label"] * (name == "label")))) for name in (form, expected))
+    Raises RowError if the row is not of that kind, or a value is not what its key needs.
+    """
+    reading = reading_of(tuple(key for key, value in row.items() if value is not None))
+    if expected is not None and reading.kind != expected:
+        here, before = KINDS[reading.kind], KINDS[expected]
         raise RowError(f"has the format {here}, but the rows before have {before}")
-    if form == "documents":
-        return _scored_documents(row), form
-    query, positive = (_text(row, key) for key in FORMATS[form])
-    negatives: list[str] = []
-    for key in NEGATIVES:
-        negatives += _texts(row, key)
-    if form == "anchor" and not negatives:
-        raise RowError("no negative")
-    if form == "label":
-        label = row["label"]
+    query = _text(row[reading.query], reading.query)
+    if reading.prompt:
+        query = _text(row[reading.prompt], reading.prompt) + query
+    if reading.kind == "documents":
+        return [_scored_documents(query, row, reading)], reading
+    positives = _positives(row, reading.document)
+    if reading.kind == "label":
+        label = row[reading.label]
         if not isinstance(label, (int, float)) or not 0 <= label <= 1:
-            raise RowError(f"label {repr(label)[:20]} is not a number from 0 to 1")
-        return Example(query, positive, (), 1, (float(label),)), form
-    rank = row.get("rank", 1)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-        raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
-    return Example(query, positive, tuple(negatives), rank, _scores(row, 1 + len(negatives))), form
+            raise RowError(f"{reading.label} {repr(label)[:20]} is not a number from 0 to 1")
+        return [Example(query, text, (), 1, (float(label),)) for text in dict.fromkeys(positives)], reading
+    negatives = tuple(text for key in reading.negatives for text in _texts(row, key))
+    rank = _rank(row[reading.rank]) if reading.rank else 1
+    of_positives, of_negatives = _teacher_scores(row, reading, len(positives), len(negatives))
+    places = {text: i for i, text in reversed(list(enumerate(positives)))}  # the first, of equal ones
+    examples = []
+    for text in dict.fromkeys(positives):
+        scores = (of_positives[places[text]], *of_negatives) if of_positives else ()
+        others = tuple(other for other in dict.fromkeys(positives) if other != text)
+        examples.append(Example(query, text, negatives, rank, scores, others))
+    return examples, reading
 
 
-def _texts(row: dict, key: str) -> list[str]:
-    value = row.get(key, [])
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
-        raise RowError(f"{key} must be a text or a list of texts, none of them empty")
+def own_row(row: dict, reading: Reading, example: Example) -> dict:
+    """Return the row of one example: as it is if it has the toolkit's own keys and one positive, else with these."""
+    if reading.used <= OWN_KEYS and not example.other_positives:
+        return row
+    others = {key: value for key, value in row.items() if key not in reading.used and value is not None}
+    return {"query": example.query, "positive": example.positive, **others, "negatives": list(example.negatives)}
+
+
+def ignored_keys(counts: Counter[str]) -> str:
+    """Return one line about keys that were not read, and in how many rows."""
+    shown = [f"{key} ({count:,} rows)" for key, count in counts.most_common(8)]
+    more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
+    return f"keys that are not read: {', '.join(shown)}{more}"
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any, key: str) -> str:
+    """Return a text, or the title and text of an object that has them."""
+    if isinstance(value, dict) and isinstance(value.get("text"), str):
+        title = value.get("title")
+        value = document_text(title, value["text"]) if title is None or isinstance(title, str) else None
+    if not isinstance(value, str):
+        raise RowError(f"{key} is not a text")
+    if not value.strip():
+        raise RowError(f"{key} is empty")
     return value
 
 
-def _scores(row: dict, count: int) -> tuple[float, ...]:
-    """Return a teacher's scores of a row's documents; () if the row has none."""
-    scores = row.get("scores")
-    if scores is None:
-        return ()
-    numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores)
-    if not numbers or len(scores) != count or not np.isfinite(scores).all():
-        raise RowError(f"scores must be {count} finite numbers, one for each document")
+def _positives(row: dict, key: str) -> list[str]:
+    values = row[key] if isinstance(row[key], list) else [row[key]]
+    if not (texts := [_text(value, key) for value in values if value is not None]):
+        raise RowError(f"{key} is empty")
+    return texts
+
+
+def _texts(row: dict, key: str) -> list[str]:
+    values = row[key] if isinstance(row[key], list) else [row[key]]
+    try:
+        return [_text(value, key) for value in values if value is not None]
+    except RowError as error:
+        raise RowError(f"{key} must be a text or a list of texts, none of them empty") from error
+
+
+def _rank(rank: Any) -> int:
+    if isinstance(rank, float) and rank.is_integer():  # a column of numbers with gaps is one of floats
+        rank = int(rank)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise RowError(f"rank {repr(rank)[:20]} is not a whole number from 1 to {MAX_RANK:,}")
+    return rank
+
+
+def _teacher_scores(row: dict, reading: Reading, positives: int, negatives: int) -> tuple[Sequence, Sequence]:
+    """Return the scores of the positives and of the negatives; both empty if the row has none."""
+    if reading.scores:
+        scores = _scores(row, reading.scores, positives + negatives)
+        return scores[:positives], scores[positives:]
+    if not reading.positive_scores:
+        return (), ()
+    if not reading.negative_scores and negatives:
+        raise RowError(f"{reading.positive_scores} without neg_scores")
+    of_negatives = _scores(row, reading.negative_scores, negatives) if reading.negative_scores else ()
+    return _scores(row, reading.positive_scores, positives), of_negatives
+
+
+def _scores(row: dict, key: str, count: int) -> tuple[float, ...]:
+    scores = row[key]
+    if not isinstance(scores, list) or len(scores) != count or not all(map(_is_finite, scores)):
+        raise RowError(f"{key} must be {count} finite numbers, one for each document")
     return tuple(map(float, scores))
 
 
-def _scored_documents(row: dict) -> Example:
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # false for NaN, and for an integer beyond all floats
+
+
+def _scored_documents(query: str, row: dict, reading: Reading) -> Example:
     """Return the example of documents that a teacher has scored: the best is the positive, the rest are negatives."""
-    documents = _texts(row, "documents")
+    documents = _texts(row, reading.document)
     if len(documents) < 2:
         raise RowError("documents must be at least two texts")
-    if not (scores := _scores(row, len(documents))):
+    if reading.scores is None:
         raise RowError("no scores")
+    scores = _scores(row, reading.scores, len(documents))
     order = sorted(range(len(documents)), key=lambda i: -scores[i])
     best, *rest = (documents[i] for i in order)
-    return Example(_text(row, "query"), best, tuple(rest), 1, tuple(scores[i] for i in order))
+    return Example(query, best, tuple(rest), 1, tuple(scores[i] for i in order))

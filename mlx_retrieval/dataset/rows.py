@@ -1,19 +1,20 @@
 """Rows of training data in files: `Rows` checks them once and reads them one by one.
 
-Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl`:
+Rows are JSON objects, one a line or in an array, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl`:
 
     {"query": ..., "document": ..., "rank": 1}            rank is optional: 1 = best, weight 1 / log2(1 + rank)
-    {"query": ..., "positive": ..., "negatives": [...]}   negatives are optional
+    {"query": ..., "positive": ..., "negatives": [...]}   negatives are optional, a text or a list of texts
     {"anchor": ..., "positive": ..., "negative": ...}
 
-`negative` and `negatives`, a text or a list of texts, may stand in all of them. `scores` are a teacher's, of the
-positive and then the negatives, for distillation. A teacher may also have scored documents without a known positive:
+row_formats.py lists the other names that keys may have. A row with several positives makes an example of each. `scores`
+are a teacher's, of the positive and then the negatives, for distillation. A teacher may also have scored documents
+without a known positive:
 
     {"query": ..., "documents": [...], "scores": [...]}
 
 Rerankers also learn from single pairs, `{"query": ..., "document": ..., "label": 1}`, with a label from 0 to 1.
 
-Every row is read and checked once, before training. After that only its place in the file is kept in memory.
+Every row is read and checked once, before training. After that only the places of the examples are kept in memory.
 """
 
 import gzip
@@ -24,6 +25,7 @@ import shutil
 import tempfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -121,7 +123,7 @@ def _hub_rows(source: str) -> Iterator[dict]:
 
 
 class Rows:
-    """A `sources.Source`: the checked rows of files. Texts stay on disk, only the place of each row is in memory.
+    """A `sources.Source`: the examples of files. Texts stay on disk, only the place of each example is in memory.
 
     Args:
         files: JSON lines, plain or `.gz`, Parquet, or `hf://` names. All but plain JSON lines are written once to a
@@ -134,6 +136,7 @@ class Rows:
     def __init__(self, files: Sequence[Path | str], skip_bad: bool = False):
         self.files = list(files)
         self.skipped: list[str] = []
+        self.ignored: Counter[str] = Counter()
         self.format: str | None = None
         self.has_negatives = False
         self.has_scores = True
@@ -155,7 +158,7 @@ class Rows:
         for line in lines_of(handle):
             place = Place(file, line.number)
             try:
-                example, self.format = parse(line.data, self.format)
+                examples, reading = parse(line.data, self.format)
             except RowError as error:
                 if not skip_bad:
                     raise SettingError(
@@ -163,16 +166,19 @@ class Rows:
                     ) from error
                 self.skipped.append(f"{place}: {error}")
                 continue
-            self.has_negatives |= bool(example.negatives)
-            self.has_scores &= bool(example.scores)
-            if example.scores:
-                low, high = self.score_range
-                self.score_range = min(low, *example.scores), max(high, *example.scores)
-                if max(example.scores) <= 0 and not self.without_positive:
-                    self.without_positive = place
-            starts.append(line.start)
-            sizes.append(line.size)
-            numbers.append(line.number)
+            self.format = reading.kind
+            self.ignored.update(reading.ignored)
+            for example in examples:
+                self.has_negatives |= bool(example.negatives)
+                self.has_scores &= bool(example.scores)
+                if example.scores:
+                    low, high = self.score_range
+                    self.score_range = min(low, *example.scores), max(high, *example.scores)
+                    if max(example.scores) <= 0 and not self.without_positive:
+                        self.without_positive = place
+                starts.append(line.start)
+                sizes.append(line.size)
+                numbers.append(line.number)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -180,10 +186,16 @@ class Rows:
     def __getitem__(self, i: int) -> Example:
         file = int(np.searchsorted(self._counts, i, side="right")) - 1
         line = os.pread(self._handles[file].fileno(), int(self._sizes[i]), int(self._starts[i]))
+        # The examples of a row have its place, one after the other.
+        first = self._counts[file] + np.searchsorted(self._starts[self._counts[file] : i + 1], self._starts[i])
         try:
-            return parse(line, self.format)[0]
-        except RowError as error:
-            raise UserError(f"{self.where(i)}: the file was changed during the run ({error})") from error
+            examples = parse(line, self.format)[0]
+            if i - first < len(examples):
+                return examples[i - first]
+            error = "the row has fewer positives"
+        except RowError as reason:
+            error = reason
+        raise UserError(f"{self.where(i)}: the file was changed during the run ({error})")
 
     @property
     def names(self) -> list[str]:

@@ -9,6 +9,7 @@
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
@@ -29,18 +30,18 @@ LARGEST = 1000  # of the whole numbers that stand for weights
 
 @runtime_checkable
 class Source(Protocol):
-    """Checked rows of training data in an endless, seeded order: what `data_loader.Batches` draws from.
+    """Checked examples of training data in an endless, seeded order: what `data_loader.Batches` draws from.
 
     `rows.Rows` reads files, `elastic.rows.ElasticRows` an index, `InterleavedRows` several sources at once.
 
-    A row has a number, by which it is read and named in messages; `numbers` gives the order of the run. A run's
-    position is the count of examples drawn before. A source whose order does not
-    follow from the position alone saves a cursor (JSON) as well, so that a resumed run draws the same rows.
+    An example has a number, by which it is read and named in messages; `numbers` gives the order of the run. A row
+    with several positives is as many examples. A run's position is the count of examples drawn before. A source whose
+    order does not follow from the position alone saves a cursor (JSON) as well, so that a resumed run draws the same.
     """
 
     @property
     def format(self) -> str | None:
-        """One of `row_formats.FORMATS`; all rows have it."""
+        """One of `row_formats.KINDS`; all rows have it."""
 
     @property
     def has_negatives(self) -> bool:
@@ -63,20 +64,24 @@ class Source(Protocol):
         """Rows that were left out because they cannot be used, as "place: reason"."""
 
     @property
+    def ignored(self) -> Counter[str]:
+        """Keys of rows that are not read, and how many rows have them."""
+
+    @property
     def names(self) -> list[str]:
         """Where the rows come from, for messages."""
 
     def __len__(self) -> int:
-        """Return the number of rows of an epoch."""
+        """Return the number of examples of an epoch."""
 
     def __getitem__(self, i: int) -> Example:
-        """Return the row of a number that `numbers` gave."""
+        """Return the example of a number that `numbers` gave."""
 
     def where(self, i: int) -> str:
-        """Return the place of a row for messages, such as file:line."""
+        """Return the place of an example's row for messages, such as file:line."""
 
     def numbers(self, seed: int, position: int) -> Iterator[int]:
-        """Yield row numbers, epoch after epoch, from a position of the run on. It ends only when `close` is called."""
+        """Yield numbers of examples, epoch after epoch, from a position of the run on, until `close` is called."""
 
     def cursor(self, position: int) -> dict[str, Any]:
         """Return what `restore` needs, besides the position, to continue there in another process."""
@@ -194,6 +199,10 @@ class InterleavedRows:
     @property
     def skipped(self) -> list[str]:
         return [line for source in self.sources for line in source.skipped]
+
+    @property
+    def ignored(self) -> Counter[str]:
+        return sum((source.ignored for source in self.sources), Counter())
 
     @property
     def names(self) -> list[str]:

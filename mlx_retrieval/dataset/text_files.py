@@ -11,7 +11,7 @@ TEXT_FIELDS = ("text", "document", "query", "positive")
 
 
 def read_texts(path: Path, field: str | None = None) -> Iterator[str]:
-    """Yield the texts of a .txt file (one a line, blank ones too) or of JSON lines, `.gz` or plain.
+    """Yield the texts of a .txt file (one a line, blank ones too), of JSON lines or a JSON array, `.gz` or plain.
 
     Args:
         field: key of the text in a row; default: the first of TEXT_FIELDS that is there, its title put before it.
@@ -23,7 +23,7 @@ def read_texts(path: Path, field: str | None = None) -> Iterator[str]:
 
 def read_numbered_texts(path: Path, field: str | None = None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text) of the texts that `read_texts` yields."""
-    if path.suffix == ".txt":
+    if path.name.removesuffix(".gz").endswith(".txt"):
         yield from read_lines(path)
     else:
         for number, row in read_values(path):

@@ -103,7 +103,7 @@ def _settings(adapter: Path | None) -> dict[str, Any]:
         path = folder / "config.yaml"
         if path.is_file():
             try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+                values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
             except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
                 raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
             return values if isinstance(values, dict) else {}

@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_retrieval.dataset.json_lines import RowError, lines_of
-from mlx_retrieval.dataset.row_formats import Example, decode, example_of, row_format
+from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
+from mlx_retrieval.dataset.row_formats import Example, Reading, examples_of, own_row, reading_of
 from mlx_retrieval.dataset.rows import open_rows
 from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.utils.errors import UserError
 
-MINED = ("document", "positive", "anchor")  # formats of rows that negatives are mined for
+MINED = ("pair",)  # kinds of rows that negatives are mined for
 SCORED = (*MINED, "documents")  # ... and that a teacher scores
 
 
@@ -31,34 +32,48 @@ SCORED = (*MINED, "documents")  # ... and that a teacher scores
 
 
 def read_rows(
-    files: Sequence[Path], formats: Sequence[str], skipped: list[str] | None = None
+    files: Sequence[Path],
+    kinds: Sequence[str],
+    skipped: list[str] | None = None,
+    ignored: Counter[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Example]]:
-    """Yield (the row's JSON object, its example) of every row, in order. Scores in the rows are not checked.
+    """Yield (its row as a JSON object, example) of every example, in order. Scores in the rows are not checked.
 
     Args:
-        formats: the formats of rows that are accepted, see row_formats.
+        kinds: the kinds of rows that are accepted, see row_formats.
         skipped: takes "file:line: reason" of bad rows; None = a bad row raises UserError.
+        ignored: counts the keys that are not read.
     """
     expected = None
     for file in files:
         with open_rows(file) as handle:
             for line in lines_of(handle):
                 try:
-                    row = decode(line.data)
-                    form = row_format(row)
-                    if form not in formats:
-                        raise RowError(f"has the key {form}: {_UNFIT[form]}")
-                    plain = {key: value for key, value in row.items() if key != "scores"}
-                    if form == "documents" and isinstance(row["documents"], list):  # equal scores keep the order
-                        plain["scores"] = [0.0] * len(row["documents"])
-                    example, expected = example_of(plain, expected)
+                    row = parse_object(line.data)
+                    examples, reading = _examples(row, kinds, expected)
                 except RowError as error:
                     if skipped is None:
                         where = f"{file}:{line.number}: {error}"
                         raise UserError(f"{where} (--skip-bad-rows leaves such rows out)") from error
                     skipped.append(f"{file}:{line.number}: {error}")
                     continue
-                yield row, example
+                expected = reading.kind
+                if ignored is not None:
+                    ignored.update(reading.ignored)
+                for example in examples:
+                    yield own_row(row, reading, example), example
+
+
+def _examples(row: dict[str, Any], kinds: Sequence[str], expected: str | None) -> tuple[list[Example], Reading]:
+    """Return the examples of a row as if it had no scores, and how it was read. RowError."""
+    reading = reading_of(tuple(key for key, value in row.items() if value is not None))
+    if reading.kind not in kinds:
+        raise RowError(f"has the key {reading.label or reading.document}: {_UNFIT[reading.kind]}")
+    scores = (reading.scores, reading.positive_scores, reading.negative_scores)
+    plain = {key: value for key, value in row.items() if key not in scores}
+    if reading.kind == "documents" and isinstance(row[reading.document], list):  # equal scores keep the order
+        plain["scores"] = [0.0] * len(row[reading.document])
+    return examples_of(plain, expected)[0], reading
 
 
 _UNFIT = {

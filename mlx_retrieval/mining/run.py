@@ -7,12 +7,14 @@ with cache_folder(Path("mined.jsonl"), None) as cache:
     found.write(Path("mined.jsonl"), with_scores=False)
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.dataset.elastic.server import is_address
+from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.mining import collection, hard_negatives, output, teacher
 from mlx_retrieval.mining.cache import ResumableCache
@@ -90,8 +92,10 @@ def mine_negatives(
     """
     from mlx_retrieval.retrieval import bm25
 
-    skipped = [] if skip_bad else None
-    texts = collection.collect(collection.read_rows(files, collection.MINED, skipped), corpus, cache.folder)
+    skipped, ignored = [] if skip_bad else None, Counter()
+    texts = collection.collect(collection.read_rows(files, collection.MINED, skipped, ignored), corpus, cache.folder)
+    if ignored:
+        notify(ignored_keys(ignored))
     fingerprints = texts.fingerprints | vars(rules)
     fingerprints |= {"model": model.fingerprint() if model else "", "reranker": judge.fingerprint if judge else ""}
     open_cache(cache, fingerprints, ("corpus", "model"), skipped, notify)
@@ -114,10 +118,17 @@ def _encoder(model: embedder.Model, prompt: str):
     return lambda texts: embedder.embed(model, texts, prompt)
 
 
-def count_rows(files: Sequence[Path | str], skip_bad: bool = False) -> tuple[teacher.Counts, list[str] | None]:
-    """Return the counts of rows and documents to score, and the bad rows. UserError if no row has negatives."""
-    skipped = [] if skip_bad else None
-    counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped))
+def count_rows(
+    files: Sequence[Path | str], skip_bad: bool = False, notify: Notify = print
+) -> tuple[teacher.Counts, list[str] | None]:
+    """Return the counts of rows and documents to score, and the bad rows. UserError if no row has negatives.
+
+    `notify` takes a message about keys that are not read.
+    """
+    skipped, ignored = [] if skip_bad else None, Counter()
+    counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped, ignored))
+    if ignored:
+        notify(ignored_keys(ignored))
     if counts.documents == counts.rows:
         raise UserError("--data: no row has negatives, so there is nothing to compare (mine.py negatives finds some)")
     return counts, skipped

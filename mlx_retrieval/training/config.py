@@ -113,8 +113,8 @@ class Settings:
     data: list[str] = option(
         "data",
         ["train-data.jsonl"],
-        "JSON-lines files (.gz too), Parquet, folders with train.jsonl and valid.jsonl, hf://owner/name[:split], "
-        "es://index; SOURCE:2 SOURCE:1 mixes two parts of the first with one part of the second",
+        "files of JSON lines or a JSON array (.gz too), Parquet, folders with train.jsonl and valid.jsonl, "
+        "hf://owner/name[:split], es://index; SOURCE:2 SOURCE:1 mixes two parts of the first with one of the second",
     )
     es_fields: str = option(
         "data",

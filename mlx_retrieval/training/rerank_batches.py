@@ -63,7 +63,8 @@ class GroupMaker:
             return [example.positive], list(example.scores)
         documents = [example.positive, *example.negatives]
         labels = list(example.scores) or [1.0] + [0.0] * len(example.negatives)
-        relevant = {e.positive for e in examples if e.query == example.query} | set(documents)
+        relevant = {e.positive for e in examples if e.query == example.query}
+        relevant.update(documents, example.other_positives)
         others = (examples[(i + step) % len(examples)].positive for step in range(1, len(examples)))
         more = list(dict.fromkeys(text for text in others if text not in relevant))[: self.random_negatives]
         return documents + more, labels + [0.0] * len(more)

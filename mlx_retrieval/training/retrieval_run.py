@@ -18,6 +18,7 @@ from data_loader import Batches
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters, lora
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
+from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.sources import Source, local, open_source
 from mlx_retrieval.evaluation.reranking import evaluate_reranker
@@ -281,5 +282,6 @@ def prepare(settings: Settings) -> RetrievalRun:
         headline.append(("ranks", f"{distributed.size()} processes share the passes of every batch"))
     if backend.KERNELS and cpu_kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
+    headline += [("ignored", ignored_keys(rows.ignored))] if rows.ignored else []
     headline += [("left out", line) for line in rows.skipped[:20]]
     return RetrievalRun(settings, folder, trainer, evaluations, retrieval, headline)

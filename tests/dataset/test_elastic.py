@@ -238,7 +238,7 @@ def test_no_document_is_left(login, small):
     login.ask("PUT", f"/{small}/_settings", {"index.max_result_window": 10_000})
     with pytest.raises(errors.UserError, match="no document matches --es-query"):
         rows_of(small, query={"term": {"rank": 99}})
-    assert rows.format == "document" and "rank" not in rows.fields
+    assert rows.format == "pair" and "rank" not in rows.fields
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mlx_retrieval.dataset.elastic import rows as elastic_rows
 from mlx_retrieval.dataset.elastic import server as connection
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
-from mlx_retrieval.dataset.row_formats import example_of
+from mlx_retrieval.dataset.row_formats import Example, examples_of
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.utils import errors
 
@@ -261,7 +261,7 @@ def test_rows_are_made_of_fields():
     assert fields.row_of({"q": "\ud800", "title": "\ud83d"}, mapping) == {"query": "\ufffd", "document": "\ufffd"}
     lists = fields.parse("query=q,positive=p,negatives=n,scores=s")
     row = fields.row_of({"q": "a", "p": "b", "n": ["c"], "s": [1.0, 0.5]}, lists)
-    assert example_of(row)[0] == ("a", "b", ("c",), 1, (1.0, 0.5))
+    assert examples_of(row)[0] == [Example("a", "b", ("c",), 1, (1.0, 0.5))]
 
 
 @pytest.mark.parametrize(

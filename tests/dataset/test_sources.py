@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from mlx_retrieval.dataset import sources
+from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import Rows, find_files
 from mlx_retrieval.utils import errors
 
@@ -84,7 +85,7 @@ def test_rows_keep_their_texts_and_places(files):
     for n in islice(mixed.numbers(0, 0), 20):
         number = int(mixed[n].query.rpartition("q")[2])
         assert mixed.where(n).endswith(f"{mixed[n].query[0]}.jsonl:{number + 1}")
-    assert len(mixed) == 37 and mixed.format == "document" and not mixed.has_negatives
+    assert len(mixed) == 37 and mixed.format == "pair" and not mixed.has_negatives
 
 
 def test_without_weights_files_are_one_set(files):
@@ -108,8 +109,8 @@ def test_parquet(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": [f"n{i}", "m"], "id": i} for i in range(2500)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     read = Rows(find_files([str(tmp_path / "rows.parquet")]))
-    assert len(read) == 2500 and read.format == "positive" and read.has_negatives
-    assert read[2400] == ("q2400", "p2400", ("n2400", "m"), 1, ())
+    assert len(read) == 2500 and read.format == "pair" and read.has_negatives
+    assert read[2400] == Example("q2400", "p2400", ("n2400", "m"), 1)
     assert read.where(2400).endswith("rows.parquet:2401")
 
 

@@ -33,7 +33,7 @@ def ranked(queries, documents, k, excluded=(), block=hard_negatives.DOCUMENTS):
 def gather(rows, corpus=(), folder=None):
     """A Collection of rows (dicts), read as from a file."""
     with tempfile.TemporaryDirectory() as made:
-        read = ((row, row_formats.example_of(row)[0]) for row in rows)
+        read = ((row, row_formats.examples_of(row)[0][0]) for row in rows)
         return collection.collect(read, corpus, Path(folder or made))
 
 
@@ -274,7 +274,7 @@ def test_known_positives_and_duplicates_are_never_mined(rows, corpus, take, by):
         retrievers = retrievers._replace(words=bm25_scorer(found.documents.read(range(len(found.documents)))))
         mined = hard_negatives.mine(found, retrievers, Rules(by=by, take=take), ResumableCache(Path(folder)))
         everything = {same(text) for text in [*corpus, *(t for _, p, n in rows for t in (p, *n))]}
-        written = output.mined_rows(((r, row_formats.example_of(r)[0]) for r in made), found, mined, True)
+        written = output.mined_rows(((r, row_formats.examples_of(r)[0][0]) for r in made), found, mined, True)
         for row, before in zip(written, made, strict=True):
             positives = {same(r["positive"]) for r in made if same(r["query"]) == same(row["query"])}
             keys = [same(text) for text in row["negatives"]]

@@ -158,7 +158,7 @@ def test_bad_rows_can_be_left_out(tmp_path, write_rows, capsys):
         (("--output", "no/where.jsonl"), "not a file in a folder that exists"),
         (("--data", "labels.jsonl"), "labels.jsonl:1: has the key label"),
         (("--data", "judged.jsonl"), "judged.jsonl:1: has the key documents"),
-        (("--data", "mixed.jsonl"), "mixed.jsonl:2: has the format"),
+        (("--data", "mixed.jsonl"), "mixed.jsonl:2: has the key label"),
         (("--data", "empty.jsonl"), "--data: no row in it"),
         (("--work", "folder"), "holds other files"),
         (("--work", "old.jsonl"), "not a folder"),
@@ -170,7 +170,7 @@ def test_what_is_refused(flags, message, tmp_path, write_rows, capsys, monkeypat
     write_rows(ROWS, "pairs.jsonl")
     write_rows([{"query": "a", "document": "b", "label": 1}], "labels.jsonl")
     write_rows([{"query": "a", "documents": ["b", "c"], "scores": [1, 0]}], "judged.jsonl")
-    write_rows([{"query": "a", "positive": "b"}, {"query": "a", "document": "c"}], "mixed.jsonl")
+    write_rows([{"query": "a", "positive": "b"}, {"query": "a", "document": "c", "label": 0}], "mixed.jsonl")
     write_rows([{"query": "a", "positive": "b"}], "one.jsonl")
     write_rows([{"query": "a"}], "old.jsonl")
     write_rows([{"words": "a"}], "other.jsonl")

@@ -394,6 +394,16 @@ def test_gzip_and_what_is_recognised(tmp_path, tiny):
     assert not is_chat([str(tmp_path / "rows.jsonl.gz")])
 
 
+def test_a_byte_order_mark_is_dropped_and_arrays_are_read(tmp_path, tiny, read):
+    expected = read([talk(2), talk(3)])
+    contents = ("\ufeff" + "\n".join(json.dumps(talk(n)) for n in (2, 3)), json.dumps([talk(2), talk(3)], indent=1))
+    for content in contents:
+        (tmp_path / "marked.json").write_text(content, encoding="utf-8")
+        assert is_chat([str(tmp_path / "marked.json")])
+        again = Conversations([tmp_path / "marked.json"], tiny, 2048)
+        assert [ids.tolist() for ids in again.ids] == [ids.tolist() for ids in expected.ids]
+
+
 def test_long_conversations_are_cut_and_counted(read):
     rows = read([talk(2), talk(90), talk(300)], limit=50)
     assert rows.truncated == 2 and rows.lengths.max() == 50 and rows.longest > 300 and rows.empty == 0

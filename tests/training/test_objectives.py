@@ -46,6 +46,7 @@ def batch() -> Batch:
         rows=np.arange(3),
         scored=np.array([[0, 3], [1, 3], [-1, -1]], np.int32),
         scores=np.array([[3.0, 1.0], [0.5, 0.6], [0.0, 0.0]], np.float32),
+        known=np.array([[0, 0], [1, 1], [2, 2]], np.int32),
     )
 
 

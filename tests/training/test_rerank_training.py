@@ -308,7 +308,7 @@ def test_validation_rows_are_checked_as_well(settings, tmp_path):
 
 def test_labels_and_rerank_flags_are_for_rerankers(settings, small):
     labelled = [{"query": "q", "document": f"d{i}", "label": 1} for i in range(8)]
-    with pytest.raises(UserError, match="label are for --task rerank"):
+    with pytest.raises(UserError, match="label, score or similarity are for --task rerank"):
         training_run.prepare(settings("cross-encoder", labelled, model=small, task="embed"))
     with pytest.raises(UserError, match="--random-negatives is for --task rerank"):
         training_run.prepare(settings("cross-encoder", model=small, task="embed", random_negatives=2))

@@ -8,6 +8,7 @@ before is used up, so nothing is read ahead across its end.
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from mlx_retrieval.dataset.elastic.documents import Documents, Survey
 from mlx_retrieval.dataset.elastic.fields import Fields, row_of
 from mlx_retrieval.dataset.elastic.server import Address, Closed
-from mlx_retrieval.dataset.row_formats import Example, RowError, example_of, row_format
+from mlx_retrieval.dataset.row_formats import Example, RowError, examples_of, reading_of
 from mlx_retrieval.utils.errors import UserError
 
 BLOCK = 16  # ranges that are shuffled together
@@ -50,7 +51,7 @@ class ElasticRows:
         skip_bad: leave out documents that make no row; they are counted, and `skipped` lists the first.
         part: (index, count): read only that part of the ranges, where several processes share an index.
 
-    A row's number is its position in the run. Only rows of the last blocks can be read by number.
+    An example's number is its position in the run. Only examples of the last blocks can be read by number.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class ElasticRows:
         self.names = [str(address)]
         self.documents = Documents(address, [name for names in fields.values() for name in names], query)
         self.skipped: list[str] = []
+        self.ignored: Counter[str] = Counter()
         self.bad = 0
-        self._recent: list[tuple[int, list[tuple[str, Example]]]] = []  # (start, documents) of the last blocks
+        self._recent: list[tuple[int, list[tuple[str, Example]]]] = []  # (start, examples) of the last blocks
         self.format = self._check_fields()
-        self.has_negatives = bool({"negative", "negatives", "documents"} & set(fields)) or self.format == "anchor"
+        self.has_negatives = bool({"negative", "negatives", "documents"} & set(fields))
         self.has_scores = bool({"scores", "label"} & set(fields))
         self.score_range, self.without_positive = (0.0, 1.0), None
         survey = self.documents.survey()
@@ -153,7 +155,7 @@ class ElasticRows:
         return Cursor(0, cursor.epoch + 1, 0, self.documents.survey())
 
     def _block(self, seed: int, cursor: Cursor) -> tuple[list[tuple[str, Example]], Cursor | None]:
-        """Return a block's shuffled (id, example)s, and the cursor of the epoch's next block; None if it is the last.
+        """Return a block's (id, example)s, shuffled by document, and the epoch's next block; None if it is the last.
 
         The start of the next block is still unknown.
         """
@@ -166,14 +168,13 @@ class ElasticRows:
         ]
         hits.sort(key=lambda hit: (hit["sort"][0], hit["_index"], hit["_id"]))  # an order that no restart changes
         shuffled = np.random.default_rng([seed, cursor.epoch, cursor.block]).permutation(len(hits))
-        examples = ((hits[i]["_id"], self._example(hits[i])) for i in shuffled)
-        documents = [(name, example) for name, example in examples if example is not None]
+        documents = [(hits[i]["_id"], example) for i in shuffled for example in self._examples(hits[i])]
         is_last = (cursor.block + 1) * BLOCK >= len(order)
         return documents, None if is_last else dataclasses.replace(cursor, block=cursor.block + 1)
 
-    def _example(self, hit: dict) -> Example | None:
+    def _examples(self, hit: dict) -> list[Example]:
         try:
-            return example_of(row_of(hit["_source"], self.fields), self.format)[0]
+            return examples_of(row_of(hit["_source"], self.fields), self.format)[0]
         except RowError as error:
             place = f"{self.address}: document {hit['_id']}: {error}"
             if not self.skip_bad:
@@ -181,7 +182,7 @@ class ElasticRows:
             self.bad += 1
             if len(self.skipped) < KEPT_SKIPPED:
                 self.skipped.append(place)
-            return None
+            return []
 
     def _report_bad(self) -> None:
         if self.bad:
@@ -198,6 +199,6 @@ class ElasticRows:
             known = ", ".join(there) or "none"
             raise UserError(f"{self.address}: no field {', '.join(sorted(missing))} (there: {known}); see --es-fields")
         try:
-            return row_format(dict.fromkeys(self.fields, ""))
+            return reading_of(tuple(self.fields)).kind
         except RowError as error:
             raise UserError(f"--es-fields: {error}") from error

@@ -30,7 +30,7 @@ def read_patterns(path: Path) -> "GitIgnoreSpec | None":
     if not path.is_file():
         return None
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     patterns = []

@@ -21,8 +21,8 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 
-from mlx_retrieval.dataset.json_lines import RowError, lines_of
-from mlx_retrieval.dataset.row_formats import decode
+from mlx_retrieval.dataset import row_formats
+from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
 from mlx_retrieval.dataset.rows import find_files, open_rows
 from mlx_retrieval.dataset.sources import local
 from mlx_retrieval.training.chat.messages import dialogue_of, text_of
@@ -45,7 +45,7 @@ def row_format(row: dict) -> str | None:
         return "messages"
     if keys >= {"prompt", "completion"}:
         return "prompt"
-    return "text" if "text" in keys and not {"query", "anchor"} & keys else None
+    return "text" if "text" in keys and not {*row_formats.ROLES["query"]} & keys else None
 
 
 def is_chat(sources: Sequence[str]) -> bool:
@@ -56,7 +56,7 @@ def is_chat(sources: Sequence[str]) -> bool:
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
             row = next((line.data for line in lines_of(handle)), b"{}")
-        return row_format(decode(row)) is not None
+        return row_format(parse_object(row)) is not None
     except (RowError, OSError, EOFError, zlib.error):
         return False
 
@@ -139,7 +139,7 @@ class Conversations:
             for line in lines_of(handle):
                 place = f"{file}:{line.number}"
                 try:
-                    yield place, decode(line.data)
+                    yield place, parse_object(line.data)
                 except RowError as error:
                     self._refuse(place, error, skip_bad)
 
