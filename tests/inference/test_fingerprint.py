@@ -22,8 +22,11 @@ def test_the_bytes_that_are_hashed(tmp_path):
     (base / "README.md").write_text("not hashed")
     (adapter / "optimizer.safetensors").write_text("not hashed")
     config = RetrievalConfig(base_model=str(base))
-    settings = json.dumps(dataclasses.asdict(config) | {"base_model": ""}, sort_keys=True).encode()
+    values = dataclasses.asdict(config) | {"base_model": ""}
+    assert values.pop("truncate_dim") == 0  # a field of later versions, hashed where it is set
+    settings = json.dumps(values, sort_keys=True).encode()
     base_bytes = settings + b"model.safetensors 1\nmmodel.safetensors 5\ndenseconfig.json 2\n{}"
     adapter_bytes = b"adapters.safetensors 1\naadapter_config.json 2\n{}"
     assert fingerprint(config, base) == hashlib.sha256(base_bytes).hexdigest()
+    assert fingerprint(config.override(truncate_dim=8), base) != fingerprint(config, base)
     assert fingerprint(config, base, adapter) == hashlib.sha256(base_bytes + adapter_bytes).hexdigest()
