@@ -67,7 +67,8 @@ def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
         from mlx_retrieval.inference.embedder import load
 
         first_stage = load(args.first_stage)
-    reranker = Reranker(args.model, args.adapter, max_length=args.max_length)
+    # By logits: large ones have the same sigmoid in float32, and would tie.
+    reranker = Reranker(args.model, args.adapter, max_length=args.max_length, raw_scores=True)
     depth = args.depth or DEPTH
     before, after = evaluate_reranker(reranker, args.eval_tasks, first_stage, depth, show_progress)
     record = after.to_json() | {"first_stage": {"model": before.model, "depth": depth, "tasks": before.tasks}}

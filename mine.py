@@ -290,7 +290,7 @@ def run_score(args: argparse.Namespace) -> None:
     check_output(output, args.overwrite)
     files = find_files(args.data)
     counts, skipped = run.count_rows(files, args.skip_bad_rows, notify)
-    teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type)
+    teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type, args.raw_scores)
     name = teacher.model.name
     print_lines([("teacher", f"{name}, {teacher.kind}")])
     with cache_folder(output, args.work) as cache:
@@ -324,6 +324,8 @@ def add_score(commands: argparse._SubParsersAction) -> None:
          "files do not say is a reranker if its name has 'rerank')")  # fmt: skip
     flag("--reranker-type", metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--max-length", type=int, metavar="N", help="truncate texts to N tokens (default: as saved)")
+    flag("--raw-scores", action="store_true", help="logits of a reranker, not their sigmoid (default: as its files "
+         "say; logits of a cross-encoder whose files do not say)")  # fmt: skip
     out.set_defaults(run=run_score)
 
 

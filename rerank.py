@@ -53,7 +53,8 @@ def print_results(results: Sequence[dict[str, Any]], count: int, name: str) -> N
 
 def open_reranker(args: argparse.Namespace) -> Reranker:
     """Load the reranker that the flags name."""
-    return Reranker(args.model, args.adapter, args.reranker_type, args.max_length, args.instruction)
+    settings = (args.reranker_type, args.max_length, args.instruction, args.raw_scores)
+    return Reranker(args.model, args.adapter, *settings)
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -90,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
         type=writable,
         metavar="TEXT",
         help="the instruction by which a qwen3 or listwise model judges (default: as the model was saved)",
+    )
+    out.add_argument(
+        "--raw-scores",
+        action="store_true",
+        help="give logits, without the sigmoid that most rerankers' files ask for; the ranking is the same",
     )
     rank = out.add_argument_group("rank a file")
     rank.add_argument("--query", type=writable, metavar="TEXT", help="the query")

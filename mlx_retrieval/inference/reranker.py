@@ -44,6 +44,7 @@ class Reranker:
         reranker_type: one of `rerankers.KINDS`; None = by the model's files, see `rerankers.reranker_kind`.
         max_length: most tokens of query and document together (listwise: of a document); None = as saved.
         instruction: the instruction by which a qwen3 or listwise model judges; None = as saved.
+        raw_scores: give logits, without the sigmoid that most rerankers' files ask for.
 
     Raises UserError if anything is missing or does not fit.
 
@@ -58,11 +59,13 @@ class Reranker:
         reranker_type: str | None = None,
         max_length: int | None = None,
         instruction: str | None = None,
+        raw_scores: bool = False,
     ):
         base: str | None = str(model)
         if adapter is None and loading.is_adapter(Path(model).expanduser()):
             base, adapter = None, model
         flags: dict[str, Any] = {"max_length": max_length, "instruction": instruction}
+        flags |= {"activation": ""} if raw_scores else {}
         if adapter is None and loading.detect_kind(base) != "late":
             flags |= {"task": "rerank", "reranker": reranker_type}
         opened, config, folder = loading.open_model(base, str(adapter) if adapter else None, **flags)
@@ -143,15 +146,18 @@ class Reranker:
         """
         if top_n is not None and top_n < 1:
             raise UserError(f"top_n {top_n}: at least 1")
-        scores = self.score(query, documents)
-        order = np.argsort(-scores, kind="stable")[:top_n]
+        _check([(query, documents)])
+        raw = self._raw([(query, documents)])  # large logits have the same sigmoid in float32
+        order = np.argsort(-raw, kind="stable")[:top_n]
+        scores = self._activated(raw)
         return [{"index": int(i), "score": float(scores[i]), "document": documents[i]} for i in order]
 
     def score(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """Return (N,) float32 scores in the documents' order.
 
-        They are 0 to 1 from qwen3 and most cross-encoders, a cosine from listwise, and a sum or mean of cosines from
-        late-interaction models.
+        They are 0 to 1, a sigmoid, from qwen3 and cross-encoders whose files do not name another activation (as by
+        sentence-transformers' CrossEncoder), a cosine from listwise, and a sum or mean of cosines from late-interaction
+        models.
         """
         return self.score_groups([(query, documents)])[0]
 
@@ -160,19 +166,27 @@ class Reranker:
 
         Raises NonFiniteError, which names a document, if a score is not finite.
         """
-        for query, documents in groups:
-            if isinstance(documents, str) or not all(isinstance(text, str) for text in (query, *documents)):
-                raise UserError("a query must be a text, and documents a list of texts")
-        self.model.eval()
+        _check(groups)
+        if not groups:
+            return []
         lengths = [len(documents) for _, documents in groups]
-        if not sum(lengths):
-            return [np.zeros(0, np.float32) for _ in groups]
+        return np.split(self._activated(self._raw(groups)), np.cumsum(lengths)[:-1])
+
+    def _raw(self, groups: Sequence[Group]) -> np.ndarray:
+        """Return the scores of all groups' documents before the activation, one group after another."""
+        self.model.eval()
+        if not any(documents for _, documents in groups):
+            return np.zeros(0, np.float32)
         score = self._late if self.late else self._listwise if self.kind == "listwise" else self._pairs
         scores = score([group for group in groups if group[1]])
         finite.check_scores(self.name, [text for _, documents in groups for text in documents], scores)
+        return scores
+
+    def _activated(self, scores: np.ndarray) -> np.ndarray:
         if self.config.activation == "sigmoid":
-            scores = 1 / (1 + np.exp(-scores))
-        return np.split(scores.astype(np.float32), np.cumsum(lengths)[:-1])
+            with np.errstate(over="ignore"):  # exp of a large number: the score is 0
+                scores = 1 / (1 + np.exp(-scores))
+        return scores.astype(np.float32)
 
     def _late(self, groups: Sequence[Group]) -> np.ndarray:
         queries = self.late.encode([query for query, _ in groups], "query", False)
@@ -241,6 +255,13 @@ class Reranker:
         lengths = texts.lengths - count
         rest = np.concatenate([row[count:] for row in rows])
         return Texts(rest, lengths, np.zeros_like(lengths), lengths.copy()), past
+
+
+def _check(groups: Sequence[Group]) -> None:
+    """Raise UserError for anything but texts."""
+    for query, documents in groups:
+        if isinstance(documents, str) or not all(isinstance(text, str) for text in (query, *documents)):
+            raise UserError("a query must be a text, and documents a list of texts")
 
 
 def _lots(groups: Sequence[Group], most: int, alone: int) -> Iterator[list[Group]]:

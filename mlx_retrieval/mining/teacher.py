@@ -13,15 +13,18 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_retrieval.backbones import resolve
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.hard_negatives import Groups
 from mlx_retrieval.mining.output import shortened
-from mlx_retrieval.models.loading import detect_kind
+from mlx_retrieval.models.loading import detect_kind, is_adapter
+from mlx_retrieval.models.rerankers import gives_logits_to_students
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import Progress
 
@@ -38,19 +41,27 @@ class Teacher:
         kind: one of KINDS; None = by `loading.detect_kind`.
         max_length: see inference.reranker.Reranker and inference.embedder.load; in tokens.
         reranker_type: the kind of reranker, if its files do not say.
+        raw_scores: teach with logits, not with their sigmoid. A cross-encoder whose files name no activation always
+            does: its makers distil so.
 
     Raises UserError if the model cannot be loaded, or is a late-interaction model and `kind` is "embedder".
     """
 
     def __init__(
-        self, name: str, kind: str | None = None, max_length: int | None = None, reranker_type: str | None = None
+        self,
+        name: str,
+        kind: str | None = None,
+        max_length: int | None = None,
+        reranker_type: str | None = None,
+        raw_scores: bool = False,
     ):
         by_files = "embedder" if not reranker_type and detect_kind(name) == "embed" else "reranker"
         self.kind = kind or by_files
         if self.kind == "reranker":
             from mlx_retrieval.inference.reranker import Reranker
 
-            self.model: Any = Reranker(name, reranker_type=reranker_type, max_length=max_length)
+            raw_scores |= not is_adapter(Path(name).expanduser()) and gives_logits_to_students(resolve(name))
+            self.model: Any = Reranker(name, reranker_type=reranker_type, max_length=max_length, raw_scores=raw_scores)
             self.score_groups: Callable[[Groups], list[np.ndarray]] = self.model.score_groups
         else:
             from mlx_retrieval.inference import embedder

@@ -17,6 +17,7 @@ from mlx_retrieval.backbones import ENCODERS, Backbone
 from mlx_retrieval.backbones.hub import (
     check_fit,
     load_strictly,
+    read_config,
     read_safetensors,
     read_weights,
     tensor_table,
@@ -30,9 +31,11 @@ from mlx_retrieval.models.pair_tokenizers import (
     PairTokenizer,
     YesNoTokenizer,
 )
+from mlx_retrieval.models.sentence_transformers_files import MODULES, SETTINGS, optional_json
 from mlx_retrieval.utils.errors import SettingError, UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
+ACTIVATIONS = {"Sigmoid": "sigmoid", "Identity": ""}  # torch's names -> `RetrievalConfig.activation`
 
 PROJECTOR = "projector.safetensors"  # in jina-reranker-v3's MLX conversion
 DIMENSIONS = 512  # of the vectors of a listwise reranker's new projector
@@ -76,16 +79,48 @@ def describe(folder: Path, config: dict, kind: str | None = None) -> dict[str, A
             "{reranker_type} {kind} needs a language model, and {folder} is an encoder", kind=kind, folder=folder
         )
     fields = {"task": "rerank", "reranker": kind, "max_length": LENGTHS[kind], "query_max_length": LENGTHS[kind]}
-    if kind == "qwen3":
-        return fields | {"activation": "sigmoid", "instruction": INSTRUCTION}
     if kind == "listwise":
         return fields | {"query_max_length": LIST_QUERY}
-    activation = config.get("sentence_transformers", {}).get("activation_fn") or config.get(
-        "sbert_ce_default_activation_function", ""
-    )
-    has_head = any(name.startswith("out.") for name in classifier(folder, config))
-    # A new head learns labels by cross-entropy, so its sigmoid is a probability.
-    return fields | {"activation": "sigmoid" if "Sigmoid" in activation or not has_head else ""}
+    # sentence-transformers' default for one label; a new head learns labels by cross-entropy, which fits it.
+    declared = declared_activation(folder, config)
+    fields["activation"] = "sigmoid" if declared is None else declared
+    return fields | ({"instruction": INSTRUCTION} if kind == "qwen3" else {})
+
+
+def declared_activation(folder: Path, config: dict) -> str | None:
+    """Return the activation of scores that a folder's files name, in the form of `RetrievalConfig.activation`.
+
+    None = they name none, or one that is code of their own. It is looked for where sentence-transformers' CrossEncoder
+    looks: in its own settings file, if there is a list of modules, then in config.json.
+
+    Raises UserError for a function of torch that is not supported.
+    """
+    settings = optional_json(folder / SETTINGS) if (folder / MODULES).is_file() else {}
+    library = config.get("sentence_transformers")
+    names = [settings.get("activation_fn")]
+    if isinstance(library, dict) and "activation_fn" in library:
+        names.append(library["activation_fn"])
+    else:
+        names.append(config.get("sbert_ce_default_activation_function"))
+    name = next((name for name in names if isinstance(name, str) and name.startswith("torch.")), None)
+    if name is None:
+        return None
+    if (function := name.rpartition(".")[2]) not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"{folder}: scores by the activation {name} are not supported; known: {known}")
+    return ACTIVATIONS[function]
+
+
+def gives_logits_to_students(folder: Path) -> bool:
+    """Return whether a base model is a cross-encoder whose files name no activation: a teacher by its logits."""
+    config = read_config(folder)
+    named = declared_activation(folder, config) is not None
+    return not named and reranker_kind(folder, config) == "cross-encoder" and has_head(folder, config)
+
+
+def has_head(folder: Path, config: dict) -> bool:
+    """Return whether a folder holds the weights of a cross-encoder's last layer."""
+    return any(name.startswith("out.") for name in classifier(folder, config))
 
 
 def tokenizer(folder: Path, kind: str, max_length: int, query_max_length: int, instruction: str) -> PairTokenizer:

@@ -209,7 +209,7 @@ def make_evaluator(
 ) -> Callable[[], Evaluation]:
     """Return a function that evaluates the model, with the weights that it has when the function is called."""
     if retrieval.task == "rerank":
-        reranker = Reranker.of(model, retrieval, tokenizer, settings.model)
+        reranker = Reranker.of(model, retrieval.override(activation=""), tokenizer, settings.model)  # as eval.py
         return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth)[1]
     embedder = Model(model, retrieval, tokenizer, settings.model)
     return lambda: evaluate(embedder, settings.eval_tasks)

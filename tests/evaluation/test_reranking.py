@@ -335,7 +335,7 @@ def rerankers(monkeypatch) -> list[tuple]:
     made: list[tuple] = []
 
     class Reranker(Hash):
-        def __init__(self, model, adapter=None, reranker_type=None, max_length=None):
+        def __init__(self, model, adapter=None, reranker_type=None, max_length=None, raw_scores=False):
             super().__init__()
             self.name = model
             made.append((model, adapter, reranker_type, max_length))

@@ -136,7 +136,7 @@ def mlx_lm_scores(folder: Path, ids: list[list[int]], answers: list[int]) -> np.
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_cross_encoders(bases, adapters, tmp_path, kind, activation):
     adapter = adapters(kind, train_type="dora" if kind == "roberta" else "lora")
-    if activation:
+    if not activation:
         if kind not in ("bert", "modernbert"):
             pytest.skip("two are enough")
         adapter = shutil.copytree(adapter, tmp_path / "adapter")

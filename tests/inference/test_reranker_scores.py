@@ -4,6 +4,8 @@ python -m pytest tests/inference/test_reranker_scores.py
 """
 
 import json
+import shutil
+from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
@@ -25,11 +27,13 @@ from random_rerankers import (
     save,
 )
 
+import mine
 import rerank
 from mlx_retrieval import backend
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.inference import reranker
 from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.mining.teacher import Teacher
 from mlx_retrieval.models import cpu_model_runner, loading, pair_tokenizers
 from mlx_retrieval.models.batching import pad_rows
 from mlx_retrieval.utils.errors import UserError
@@ -139,7 +143,7 @@ def test_quantised_language_model(tmp_path, qwen_tokenizer):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_cross_encoders_equal_transformers(kind, tmp_path):
     theirs = cross_encoder(kind, tmp_path)
-    ours = Reranker(str(tmp_path), max_length=100)
+    ours = Reranker(str(tmp_path), max_length=100, raw_scores=True)
     assert ours.kind == "cross-encoder" and ours.config.activation == ""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     long = " ".join(["stone"] * 90)
@@ -159,13 +163,110 @@ def test_cross_encoders_equal_transformers(kind, tmp_path):
             assert np.abs(theirs(**tokens).logits[:, 0].numpy() - expected).max() > 1e-2
 
 
-def test_sigmoid_where_the_models_config_asks_for_it(tmp_path):
-    cross_encoder("bert", tmp_path)
-    raw = Reranker(str(tmp_path)).score(QUERY, DOCUMENTS)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.0.0"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    np.testing.assert_allclose(Reranker(str(tmp_path)).score(QUERY, DOCUMENTS), 1 / (1 + np.exp(-raw)), atol=1e-6)
+SIGMOID, IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.linear.Identity"
+
+
+@pytest.fixture(scope="module")
+def plain_cross_encoder(tmp_path_factory) -> Path:
+    """A cross-encoder whose files name no activation, as bge-reranker's."""
+    folder = tmp_path_factory.mktemp("cross") / "plain"
+    cross_encoder("bert", folder)
+    file = folder / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], "model_max_length": 100}
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    return folder
+
+
+def declare(folder: Path, target: Path, settings: dict | None = None, **config) -> str:
+    """Copy a folder, with keys added to config.json, and perhaps sentence-transformers' own settings file."""
+    shutil.copytree(folder, target)
+    (target / "config.json").write_text(json.dumps(json.loads((target / "config.json").read_text()) | config))
+    if settings is not None:
+        (target / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("declared", "sigmoid"),
+    [
+        ({}, True),
+        ({"sentence_transformers": {"activation_fn": SIGMOID, "version": "5.0.0"}}, True),
+        ({"sentence_transformers": {"activation_fn": IDENTITY, "version": "5.0.0"}}, False),
+        ({"sentence_transformers": {"version": "5.0.0"}}, True),
+        ({"sbert_ce_default_activation_function": IDENTITY}, False),
+        ({"sbert_ce_default_activation_function": SIGMOID}, True),
+        ({"sbert_ce_default_activation_function": None}, True),
+        ({"sentence_transformers": {"activation_fn": "my_code.Activation"}}, True),
+        ({"settings": {"model_type": "CrossEncoder", "activation_fn": IDENTITY}}, True),  # without modules.json
+    ],
+)
+def test_activations_are_those_of_sentence_transformers(plain_cross_encoder, tmp_path, declared, sigmoid):
+    """Regression: without a declaration, scores were logits; sentence-transformers gives their sigmoid."""
+    library = pytest.importorskip("sentence_transformers")
+    folder = declare(plain_cross_encoder, tmp_path / "model", **declared)
+    ours, raw = (Reranker(folder, max_length=100, raw_scores=logits) for logits in (False, True))
+    scores, logits = ours.score(QUERY, DOCUMENTS), raw.score(QUERY, DOCUMENTS)
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits)) if sigmoid else logits, rtol=0, atol=1e-6)
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    expected = library.CrossEncoder(folder, device="cpu", local_files_only=True).predict(pairs)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    order = [[result["index"] for result in each.rerank(QUERY, DOCUMENTS)] for each in (ours, raw)]
+    assert order[0] == order[1]
+
+
+@pytest.mark.parametrize("function", ["Sigmoid", "Identity"])
+def test_activations_that_the_library_saved(plain_cross_encoder, tmp_path, function):
+    library = pytest.importorskip("sentence_transformers")
+    activation = getattr(torch.nn, function)()
+    saved = library.CrossEncoder(str(plain_cross_encoder), device="cpu", activation_fn=activation)
+    saved.save(str(tmp_path / "saved"), create_model_card=False)
+    expected = saved.predict([(QUERY, document) for document in DOCUMENTS])
+    ours = Reranker(str(tmp_path / "saved"), max_length=100)
+    assert ours.config.activation == {"Sigmoid": "sigmoid", "Identity": ""}[function]
+    np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-5)
+
+
+def test_other_activations_are_refused(plain_cross_encoder, tmp_path):
+    folder = declare(plain_cross_encoder, tmp_path / "m", sentence_transformers={"activation_fn": "torch.nn.Softplus"})
+    with pytest.raises(UserError, match="torch.nn.Softplus are not supported; known: Sigmoid, Identity"):
+        Reranker(folder)
+
+
+def test_large_logits_keep_their_ranking(plain_cross_encoder):
+    """The sigmoid of 18 and of 20 are the same number in float32."""
+    reranker = Reranker(str(plain_cross_encoder))
+    reranker.model.head.out.bias = reranker.model.head.out.bias + 40
+    results = reranker.rerank(QUERY, DOCUMENTS)
+    raw = Reranker(str(plain_cross_encoder), raw_scores=True).rerank(QUERY, DOCUMENTS)
+    assert {result["score"] for result in results} == {1.0}
+    assert [result["index"] for result in results] == [result["index"] for result in raw]
+
+
+def test_the_command_prints_either(plain_cross_encoder, tmp_path, capsys):
+    file = tmp_path / "docs.txt"
+    file.write_text("\n".join(DOCUMENTS))
+    flags = ["--model", str(plain_cross_encoder), "--query", QUERY, "--documents", str(file), "--json"]
+    printed = []
+    for more in ([], ["--raw-scores"]):
+        assert rerank.main([*flags, *more]) == 0
+        printed.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    scores, logits = (np.array([row["score"] for row in rows]) for rows in printed)
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits)), atol=1e-6)
+    assert [row["index"] for row in printed[0]] == [row["index"] for row in printed[1]]
+    arguments = rerank.parser().parse_args(["--serve", "--model", str(plain_cross_encoder), "--raw-scores"])
+    assert rerank.open_reranker(arguments).config.activation == ""  # what the server answers with
+
+
+def test_teachers_give_what_their_files_say_else_logits(plain_cross_encoder, tmp_path):
+    """So that students of cross-encoders without a declaration learn what they learned before."""
+    groups = [(QUERY, DOCUMENTS)]
+    logits = Reranker(str(plain_cross_encoder), raw_scores=True).score(*groups[0])
+    np.testing.assert_array_equal(Teacher(str(plain_cross_encoder)).score_groups(groups)[0], logits)
+    declared = declare(plain_cross_encoder, tmp_path / "m", sentence_transformers={"activation_fn": SIGMOID})
+    np.testing.assert_allclose(Teacher(declared).score_groups(groups)[0], 1 / (1 + np.exp(-logits)), atol=1e-6)
+    np.testing.assert_array_equal(Teacher(declared, raw_scores=True).score_groups(groups)[0], logits)
+    arguments = mine.parser().parse_args(["score", "--data", "a", "--output", "b", "--teacher", "c", "--raw-scores"])
+    assert arguments.raw_scores
 
 
 def test_classifier_of_several_labels_is_refused(tmp_path):
@@ -193,7 +294,7 @@ def test_decoder_with_a_score_layer(tmp_path, qwen_tokenizer):
     config.num_labels, config.pad_token_id = 1, 0
     theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     save(theirs, tmp_path / "scores", qwen_tokenizer)
-    ours = Reranker(str(tmp_path / "scores"))
+    ours = Reranker(str(tmp_path / "scores"), raw_scores=True)
     assert ours.kind == "cross-encoder"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "scores")
     for document in DOCUMENTS[:3]:

@@ -120,7 +120,7 @@ def test_a_reranker_judges_and_late_models_are_refused_as_retrievers(pairs, tmp_
     output = tmp_path / "mined.jsonl"
     flags = ("--reranker", tmp_path / "judge", "--relative-margin", "off", "--scores", "--take", 2)
     assert run("--data", pairs, "--output", output, *flags) == 0
-    judge = reranker.Reranker(str(tmp_path / "judge"))
+    judge = reranker.Reranker(str(tmp_path / "judge"), raw_scores=True)  # its files name no activation
     rows = read(output)
     assert any(row["negatives"] for row in rows)
     for row in rows:
@@ -355,7 +355,7 @@ def test_a_rerankers_scores_and_rows_of_documents(tmp_path, write_rows, capsys):
     ]
     data, output = write_rows(rows, "rows.jsonl"), tmp_path / "scored.jsonl"
     assert score("--data", data, "--teacher", tmp_path / "judge", "--output", output) == 0
-    judge = reranker.Reranker(str(tmp_path / "judge"))
+    judge = reranker.Reranker(str(tmp_path / "judge"), raw_scores=True)  # its files name no activation
     for row, before in zip(read(output), rows, strict=True):
         np.testing.assert_allclose(row["scores"], judge.score(row["query"], before["documents"]), atol=1e-5)
         assert row["documents"] == before["documents"]
