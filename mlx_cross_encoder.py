@@ -276,7 +276,7 @@ class _Trainer:
 
         Ctrl-C saves the run and ends the process, as in train.py, which can then resume it.
 
-        Returns {"steps", "best_step" (0 without eval_data), "folder"}.
+        Returns {"steps", "best_step" (0 without eval_data, or if no step beat the untrained model), "folder"}.
         """
         data = {"train_data": train_data} | ({} if eval_data is None else {"eval_data": eval_data})
         _, best, folder = self._folders()

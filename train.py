@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_retrieval import backend
-from mlx_retrieval.training import distributed, flags
+from mlx_retrieval.dataset.sources import local
+from mlx_retrieval.training import distributed, flags, improvement
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.training.run import continue_command, train
@@ -29,9 +30,9 @@ DESCRIPTION = (
     "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation on your folders or MTEB."
 )
 EPILOG = (
-    "Exit codes: 0 done, 2 bad input (nothing is lost), 3 another rank was lost, 129, 130 and 143 stopped by a "
-    "lost terminal, Ctrl-C or SIGTERM, saved. mlx.launch itself always exits with 0: a run is done when it has the "
-    "folder final."
+    "Exit codes: 0 done, 2 bad input (nothing is lost), 3 another rank was lost, 4 no step beat the untrained model "
+    "and --require-improvement is given, 129, 130 and 143 stopped by a lost terminal, Ctrl-C or SIGTERM, saved. "
+    "mlx.launch itself always exits with 0: a run is done when it has the folder final."
 )
 
 
@@ -40,14 +41,21 @@ def resumed_settings(given: dict) -> Settings:
     folder = Path(given.get("output", Settings().output)).expanduser()
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: no run in {folder}")
-    saved = Settings(**read_yaml(folder / "config.yaml"))
+    saved = Settings(**read_yaml(folder / "config.yaml")).with_absolute_paths()
+    wanted = for_task(given.get("task"), given).with_absolute_paths()
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
-    differing = [name for name, value in given.items() if name not in free and getattr(saved, name) != value]
+    free |= {"accept_changed_data", "require_improvement"}
+    differing = [name for name in given if name not in free and getattr(saved, name) != getattr(wanted, name)]
     if differing:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
         raise UserError(f"--resume continues the run as it was begun, but {listing}")
+    names = [name for name in (saved.model, *local(saved.data), *saved.eval_tasks) if Path(name).is_absolute()]
+    if missing := [name for name in names if not Path(name).exists()]:
+        raise UserError(
+            f"--resume: {', '.join(missing)}: no such file or folder; if it has moved, correct {folder / 'config.yaml'}"
+        )
     values = saved.to_dict() | {name: given[name] for name in free if name in given}
-    return Settings(**values | {"stop_after": given.get("stop_after", 0), "overwrite": False})
+    return Settings(**values | {"output": str(folder), "stop_after": given.get("stop_after", 0), "overwrite": False})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 chat = is_chat(settings.data)
             if chat:
                 settings = for_task("chat", given)
-        train(settings)
+        results = train(settings)
     except (UserError, FloatingPointError) as error:
         print(f"train.py{distributed.rank_label()}: {error}", file=sys.stderr)
         distributed.wait_for_main()
@@ -86,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return distributed.EXIT_RANK_LOST
-    return 0
+    return improvement.exit_code(settings, results)
 
 
 if __name__ == "__main__":

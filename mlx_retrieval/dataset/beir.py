@@ -44,9 +44,7 @@ def read_folder(folder: Path) -> tuple[Texts, Texts, Qrels]:
 
 def read_texts(folder: Path, stem: str) -> Texts:
     """Read the rows of `stem`.jsonl or `stem`.jsonl.gz. UserError with file, line and reason."""
-    path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
-    if path is None:
-        raise UserError(f"{folder / stem}.jsonl: no such file (nor .jsonl.gz); an evaluation folder needs it")
+    path = _texts_file(folder, stem)
     rows: Texts = {}
     for number, row in read_objects(path):
         where = f"{path}:{number}"
@@ -61,6 +59,18 @@ def read_texts(folder: Path, stem: str) -> Texts:
     if not rows:
         raise UserError(f"{path}: empty")
     return rows
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the three files that `read_folder` reads. UserError if one is missing."""
+    return [_texts_file(folder, "corpus"), _texts_file(folder, "queries"), _qrels_file(folder)]
+
+
+def _texts_file(folder: Path, stem: str) -> Path:
+    path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{folder / stem}.jsonl: no such file (nor .jsonl.gz); an evaluation folder needs it")
+    return path
 
 
 def _qrels_file(folder: Path) -> Path:

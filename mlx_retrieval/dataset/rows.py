@@ -18,6 +18,7 @@ Every row is read and checked once, before training. After that only the places 
 """
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError, lines_of
 from mlx_retrieval.dataset.row_formats import Example, parse
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
@@ -142,11 +144,13 @@ class Rows:
         self.has_scores = True
         self.score_range = (0.0, 1.0)
         self.without_positive: Place | None = None
+        self.contents: list[Content] = []
         self._handles = [open_rows(file) for file in self.files]
         starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
         for file, handle in zip(self.files, self._handles, strict=True):
-            self._check(file, handle, skip_bad, starts, sizes, numbers)
+            digest = self._check(file, handle, skip_bad, starts, sizes, numbers)
             counts.append(len(starts))
+            self.contents.append(Content(str(file), counts[-1] - counts[-2], "rows", digest))
         if not starts:
             raise SettingError("{files}: no usable row", files=[Place(file) for file in self.files])
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
@@ -154,8 +158,11 @@ class Rows:
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
         self._counts = np.array(counts)
 
-    def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> None:
+    def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> str:
+        """Check every row of a file, and note its place; return a hash of all rows."""
+        digest = hashlib.sha256()
         for line in lines_of(handle):
+            digest.update(line.data)
             place = Place(file, line.number)
             try:
                 examples, reading = parse(line.data, self.format)
@@ -179,6 +186,7 @@ class Rows:
                 starts.append(line.start)
                 sizes.append(line.size)
                 numbers.append(line.number)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._starts)

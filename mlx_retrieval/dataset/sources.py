@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.elastic import fields, server
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
@@ -70,6 +71,10 @@ class Source(Protocol):
     @property
     def names(self) -> list[str]:
         """Where the rows come from, for messages."""
+
+    @property
+    def contents(self) -> list[Content]:
+        """What each file or index held when it was opened."""
 
     def __len__(self) -> int:
         """Return the number of examples of an epoch."""
@@ -207,6 +212,10 @@ class InterleavedRows:
     @property
     def names(self) -> list[str]:
         return [name for source in self.sources for name in source.names]
+
+    @property
+    def contents(self) -> list[Content]:
+        return [content for source in self.sources for content in source.contents]
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))

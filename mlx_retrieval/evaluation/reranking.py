@@ -181,12 +181,24 @@ def check_depth(depth: int) -> None:
 
 
 def print_reranked(before: Evaluation, after: Evaluation, depth: int) -> None:
-    """Print a table for every task and, if there are several, one for their average."""
+    """Print a table for every task and, if there are several, one for their average, and whether reranking helps."""
     from mlx_retrieval.utils.console import console
 
+    names = (before.model if before.model == BM25.name else "first stage", "reranked")
     console().print(f"{after.model} reranks the first {depth:,} documents of {before.model}", style="bold")
     if len(after.tasks) > 1:
         for task in after.tasks:
             alone = (Evaluation(e.model, {task: e.tasks[task]}, {task: e.per_query[task]}, {}) for e in (before, after))
-            print_comparison(*alone)
-    print_comparison(before, after)
+            print_comparison(*alone, names)
+    print_comparison(before, after, names)
+    if line := harm(before, after):
+        console().print(line)
+
+
+def harm(first: Evaluation, reranked: Evaluation) -> str:
+    """Return a line if a reranker's order is worse than the one that it was given, by nDCG@10; else ""."""
+    metric = "ndcg_at_10"
+    before, after = first.average().get(metric, 0.0), reranked.average().get(metric, 0.0)
+    if after >= before:
+        return ""
+    return f"reranking does not help: nDCG@10 {after:.4f}, and {before:.4f} in the order of {first.model}"

@@ -90,8 +90,18 @@ def print_table(evaluation: Evaluation) -> None:
     print_rows(evaluation.model, ("task", *METRICS.values()), rows)
 
 
-def print_comparison(before: Evaluation, after: Evaluation) -> None:
-    """Print the figures of two evaluations, their difference and its confidence interval."""
+def print_comparison(
+    before: Evaluation,
+    after: Evaluation,
+    names: tuple[str, str] = ("before", "after"),
+    reference: Evaluation | None = None,
+) -> None:
+    """Print the figures of two evaluations, their difference and its confidence interval.
+
+    Args:
+        names: of the two, for the head of the table.
+        reference: an evaluation of the same tasks whose figures stand beside the two, under its model's name.
+    """
     from mlx_retrieval.utils.console import print_rows
 
     common = [name for name in before.tasks if name in after.tasks]
@@ -100,7 +110,13 @@ def print_comparison(before: Evaluation, after: Evaluation) -> None:
         (METRICS[metric], f"{old:.4f}", f"{new:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]")
         for metric, old, new, difference, low, high in compare(before, after)
     ]
-    columns = ("metric", "before", "after", "difference", "95 % interval")
+    columns = ("metric", *names, "difference", "95 % interval")
+    if reference:
+        columns = ("metric", reference.model, *columns[1:])
+        rows = [
+            (row[0], f"{np.mean([reference.tasks[name][metric] for name in common]):.4f}", *row[1:])
+            for row, metric in zip(rows, METRICS, strict=True)
+        ]
     print_rows(f"{', '.join(common)}: {queries:,} queries", columns, rows)
 
 

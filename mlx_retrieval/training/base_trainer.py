@@ -6,7 +6,7 @@ trainer.py builds on it for retrieval models, chat/trainer.py for chat models; r
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlx_retrieval.backend import nn
@@ -14,9 +14,10 @@ from mlx_retrieval.backend import nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.training import checkpoint, distributed
+from mlx_retrieval.training import checkpoint, distributed, improvement
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.reporting import NullReporter, Reporter
+from mlx_retrieval.training.state import State
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import SettingError
 
@@ -37,20 +38,6 @@ def learning_rate(settings: Settings, step: int) -> float:
 def due(step: int, every: int) -> bool:
     """Return whether an action that is due after every `every` steps is due after this one; 0 = never."""
     return every > 0 and step % every == 0
-
-
-@dataclass
-class State:
-    """The state of a run besides weights and optimizer; saved as trainer_state.json."""
-
-    step: int = 0
-    tokens: int = 0  # real tokens trained on so far
-    best: float | None = None
-    best_step: int = 0
-    evaluations_since_best: int = 0
-    cursor: dict = field(default_factory=dict)  # where the data source continues
-    skipped_batches: int = 0  # with --skip-bad-batches
-    micro_batch_tokens: int = 0  # the budget, if memory decided it; see memory.py
 
 
 class BaseTrainer(ABC):
@@ -115,22 +102,19 @@ class BaseTrainer(ABC):
         return bool(patience) and self.state.evaluations_since_best >= patience
 
     def keep_best(self, metrics: dict[str, float]) -> None:
-        """Save the model to `best` if these metrics are the best so far, by nDCG@10 or else by validation loss."""
-        state = self.state
-        score = metrics.get("ndcg_at_10", -metrics.get("validation_loss", math.inf))
-        better = state.best is None or score > state.best
-        if not better:
-            state.evaluations_since_best += 1
+        """Note an evaluation, and save the model to `best` if it is better than untrained and at all steps before."""
+        before = replace(self.state)
+        if not improvement.note(self.state, metrics):
             return
-        previous = state.best, state.best_step
-        state.best = score
-        state.best_step = state.step
-        state.evaluations_since_best = 0
         try:
             files.write_folder(self.folder / "best", self.write)
         except files.SaveError as error:  # `best` still holds the previous one
-            state.best, state.best_step = previous
+            self.state.best, self.state.best_step = before.best, before.best_step
             self.reporter.warn(f"{error}; the run goes on")
+
+    def forget_evaluations(self) -> None:
+        """Forget the figures so far: evaluations from now on are of other data."""
+        improvement.forget(self.state)
 
     # --- saving and resuming ------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
 from mlx_retrieval.utils.files import beside, tidy
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
-FILES = ("config.yaml", "metrics.jsonl", "curves.png", "results.json", "before.json")  # of a run
+FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results.json", "before.json")  # of a run
 
 
 # --- the state of training ------------------------------------------------------------------------------------------

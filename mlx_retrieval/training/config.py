@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loss import FILTERS, LOSSES
+from mlx_retrieval.backbones.hub import toolkit_relative
 from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import SettingError
 
 # The default loss of each kind of reranker.
@@ -236,6 +239,9 @@ class Settings:
     early_stopping: int = option(
         "evaluation", 0, "stop after N evaluations without a better nDCG@10, or validation loss in chat; 0 = never"
     )
+    require_improvement: bool = option(
+        "evaluation", False, "exit with code 4 if no evaluated step is better than the untrained model"
+    )
 
     epochs: int | None = option(
         "chat",
@@ -251,6 +257,9 @@ class Settings:
     save_steps: int = option("run", 50, "save every N steps; 0 = only at the end", mlx_lm_names=("--save-every",))
     keep: int = option("run", 0, "keep only the newest N saved steps, besides best and final; 0 = keep all")
     resume: bool = option("run", False, "continue the run in --output from its last saved step")
+    accept_changed_data: bool = option(
+        "run", False, "with --resume: continue although the data or the evaluation have changed since the run was begun"
+    )
     overwrite: bool = option("run", False, "first remove the run in --output")
     stop_after: int = option("run", 0, "stop after step N, saved and resumable; 0 = run to the end")
     dry_run: bool = option("run", False, "plan and measure one step, then end; nothing is trained or written")
@@ -291,6 +300,12 @@ class Settings:
             (bool(self.data), "data", "needs at least one file or folder"),
             (not (self.resume and self.overwrite), "resume", "and {overwrite} exclude each other"),
             (
+                not (self.require_improvement and self.skip_eval_init),
+                "require_improvement",
+                "needs the evaluation before training, and {skip_eval_init} leaves it out",
+            ),
+            (self.resume or not self.accept_changed_data, "accept_changed_data", "is for {resume}"),
+            (
                 self.positive_aware == "off" or self.loss in (None, "info_nce", "hard_negative_info_nce"),
                 "positive_aware",
                 "works with info_nce and hard_negative_info_nce, not with {chosen}",
@@ -298,7 +313,9 @@ class Settings:
         ]
         for good, name, message in (*self._numbers(), *checks):
             if not good:
-                raise SettingError(f"{{{name}}} {{value}}: {message}", value=getattr(self, name), chosen=self.loss)
+                value = getattr(self, name)
+                shown = "" if value is True else f" {value}"
+                raise SettingError(f"{{{name}}}{{value}}: {message}", value=shown, chosen=self.loss)
 
     def _numbers(self) -> Iterator[tuple[bool, str, str]]:
         for f in dataclasses.fields(self):
@@ -364,6 +381,25 @@ class Settings:
         """Warm-up in steps."""
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
+    def with_absolute_paths(self) -> "Settings":
+        """Return a copy that means the same in any current folder: its files and folders are named by whole paths."""
+
+        def absolute(name: str) -> str:
+            path = Path(name).expanduser()
+            return str(path.absolute()) if "://" not in name and path.exists() else name
+
+        def source(name: str) -> str:
+            path, weight = weight_of(name)
+            return absolute(path) + name.removeprefix(path) if weight else absolute(name)
+
+        return dataclasses.replace(
+            self,
+            model=toolkit_relative(self.model),
+            data=[source(name) for name in self.data],
+            eval_tasks=[absolute(name) for name in self.eval_tasks],
+            output=str(Path(self.output).expanduser().absolute()),
+        )
+
     def to_dict(self) -> dict:
         """Return plain values, for YAML and JSON."""
         return dataclasses.asdict(self)
@@ -375,8 +411,14 @@ class Settings:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def write(self, path: Path) -> None:
-        """Write `to_yaml` to a file."""
-        path.write_text(self.to_yaml(), encoding="utf-8")
+        """Write the settings of a new run like this one to a YAML file, in one piece, valid in any current folder.
+
+        With `--config`, they neither continue a run nor remove one.
+        """
+        again = dataclasses.replace(
+            self.with_absolute_paths(), resume=False, overwrite=False, accept_changed_data=False
+        )
+        files.write_file(path, again.to_yaml())
 
 
 def for_task(task: str | None, given: dict) -> Settings:

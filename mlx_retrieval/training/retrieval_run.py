@@ -21,7 +21,7 @@ from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, se
 from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.sources import Source, local, open_source
-from mlx_retrieval.evaluation.reranking import evaluate_reranker
+from mlx_retrieval.evaluation.reranking import evaluate_reranker, harm
 from mlx_retrieval.evaluation.results import Evaluation, print_comparison, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
 from mlx_retrieval.inference.embedder import Model
@@ -31,15 +31,16 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import distributed
+from mlx_retrieval.training import distributed, improvement
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.console import console, print_lines
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -47,18 +48,20 @@ class Evaluations:
     """Evaluates the model, and keeps the first and the last result for the final table.
 
     Args:
-        evaluate: returns the result of the model as it is now.
+        evaluate: returns the result of the first stage, None for a model that finds documents itself, and the result
+            of the model as it is now.
         folder: the run's, where the first result is saved for a resumed run.
     """
 
-    def __init__(self, evaluate: Callable[[], Evaluation], folder: Path):
+    def __init__(self, evaluate: Callable[[], tuple[Evaluation | None, Evaluation]], folder: Path):
         self.evaluate = evaluate
         self.file = folder / "before.json"
+        self.first_stage: Evaluation | None = None
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
 
     def __call__(self, step: int) -> Evaluation:
-        result = self.evaluate()
+        self.first_stage, result = self.evaluate()
         if step == 0:
             self.before = result
             files.write_file(self.file, json.dumps(dataclasses.asdict(result)))
@@ -81,6 +84,7 @@ class RetrievalRun:
     trainer: Trainer
     evaluations: Evaluations | None
     retrieval: RetrievalConfig
+    base: Path  # the base model's folder
     headline: list[tuple[str, str]]
 
     def measure(self) -> dict:
@@ -126,9 +130,19 @@ class RetrievalRun:
         )
         return plan
 
-    def restore(self) -> None:
-        """Before a resumed run continues, read back its first evaluation."""
-        if self.evaluations:
+    def contents(self) -> Contents:
+        """Return what the run's data, evaluation and base model hold."""
+        trainer = self.trainer
+        return {
+            "data": trainer.batches.rows.contents,
+            "validation": trainer.validation.rows.contents if trainer.validation else [],
+            "evaluation": evaluation_contents(self.settings.eval_tasks),
+            BASE: base_contents(self.base, self.folder),
+        }
+
+    def restore(self, changed: set[str]) -> None:
+        """Before a resumed run continues, read back its first evaluation, unless it was of other data."""
+        if self.evaluations and "evaluation" not in changed:
             self.evaluations.restore()
 
     def results(self) -> dict:
@@ -141,17 +155,25 @@ class RetrievalRun:
             last = after or before  # neither, if a run stops before its first evaluation
             if last and last.unreachable:
                 results["unreachable"] = last.unreachable  # the averages are without these tasks
+            if first := evaluations.first_stage:
+                results["first_stage"] = {"model": first.model, **first.average()}
         if self.settings.skip_bad_batches:
             results["skipped_batches"] = self.trainer.state.skipped_batches
         return results
 
     def print_results(self) -> None:
         """Print the table of metrics that ends a run."""
-        if self.evaluations and self.evaluations.after:
-            if self.evaluations.before:
-                print_comparison(self.evaluations.before, self.evaluations.after)
-            else:
-                print_table(self.evaluations.after)
+        if not (self.evaluations and self.evaluations.after):
+            return
+        first, before, after = self.evaluations.first_stage, self.evaluations.before, self.evaluations.after
+        if before:
+            print_comparison(before, after, reference=first)
+        elif first:
+            print_comparison(first, after, (first.model, "after"))
+        else:
+            print_table(after)
+        if first and (line := harm(first, after)):
+            console().print(line)
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained model."""
@@ -206,13 +228,13 @@ def make_evaluator(
     model: RetrievalModel,
     retrieval: RetrievalConfig,
     tokenizer: TextTokenizer,
-) -> Callable[[], Evaluation]:
-    """Return a function that evaluates the model, with the weights that it has when the function is called."""
+) -> Callable[[], tuple[Evaluation | None, Evaluation]]:
+    """Return the function of `Evaluations`; it evaluates the weights that the model has when the function is called."""
     if retrieval.task == "rerank":
         reranker = Reranker.of(model, retrieval.override(activation=""), tokenizer, settings.model)  # as eval.py
-        return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth)[1]
+        return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth)
     embedder = Model(model, retrieval, tokenizer, settings.model)
-    return lambda: evaluate(embedder, settings.eval_tasks)
+    return lambda: (None, evaluate(embedder, settings.eval_tasks))
 
 
 def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
@@ -257,6 +279,8 @@ def prepare(settings: Settings) -> RetrievalRun:
         size = min(settings.batch_size, len(held_out_rows))
         validation = make_batches(settings, retrieval, held_out_rows, tokenizer, size)
 
+    improvement.check_evaluated(settings, bool(validation))
+
     def save_model(target: Path) -> None:
         loading.save_model(target, model, adapter_config, retrieval)
         settings.write(target / "config.yaml")
@@ -284,4 +308,4 @@ def prepare(settings: Settings) -> RetrievalRun:
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += [("ignored", ignored_keys(rows.ignored))] if rows.ignored else []
     headline += [("left out", line) for line in rows.skipped[:20]]
-    return RetrievalRun(settings, folder, trainer, evaluations, retrieval, headline)
+    return RetrievalRun(settings, folder, trainer, evaluations, retrieval, base, headline)

@@ -5,7 +5,6 @@ results = train(Settings(model="gemma-3-tiny-mlx", data=["train-data.jsonl"]))
 `run` is the page to read first. Its `Run` is a retrieval model's (retrieval_run.py) or a chat model's (chat/run.py).
 """
 
-import dataclasses
 import gc
 import json
 import signal
@@ -16,9 +15,10 @@ from typing import Protocol
 
 from mlx_retrieval.backend import mx
 
-from mlx_retrieval.training import checkpoint, distributed
+from mlx_retrieval.training import checkpoint, contents, distributed, improvement
 from mlx_retrieval.training.base_trainer import BaseTrainer, due
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.contents import Contents
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.console import print_lines
@@ -36,8 +36,14 @@ class Run(Protocol):
     def measure(self) -> dict:
         """For --dry-run and --profile: measure steps, print and return the figures. Write nothing."""
 
-    def restore(self) -> None:
-        """Before a resumed run continues, read back its results so far, as far as the trainer's state lacks them."""
+    def contents(self) -> Contents:
+        """Return what the run's data, evaluation and base model hold."""
+
+    def restore(self, changed: set[str]) -> None:
+        """Before a resumed run continues, read back its results so far, as far as the trainer's state lacks them.
+
+        `changed`: parts of `contents` that are accepted although they have changed since the run was begun.
+        """
 
     def results(self) -> dict:
         """Return the content of `results.json`: metrics before and after training, and figures of the run."""
@@ -94,9 +100,9 @@ def run(job: Run) -> dict:
             trainer.follow()
         try:
             with open_reporter(job) as trainer.reporter:
-                # Evaluate the untrained model.
+                # Evaluate the untrained model: its score is the one to beat.
                 if trainer.state.step == 0 and not settings.skip_eval_init and distributed.is_main():
-                    trainer.evaluate(0)
+                    trainer.keep_best(trainer.evaluate(0))
                 # Take the steps; each is reported, evaluated and saved as it is due.
                 take_steps(trainer)
                 # Save the trained model.
@@ -109,6 +115,8 @@ def run(job: Run) -> dict:
         results = {}
         if distributed.is_main():
             results = job.results()
+            if is_finished(trainer):
+                results["improved"] = improvement.improved(trainer.state)
             files.write_file(job.folder / "results.json", json.dumps(results, indent=2) + "\n")
             conclude(job)
         distributed.barrier()
@@ -137,18 +145,21 @@ def begin(job: Run) -> None:
     """Make the run's folder, or load the last step that was saved in it. Of several ranks, the first one does it."""
     if job.settings.overwrite:
         checkpoint.remove_run(job.folder)
+    now = job.contents()
     if job.settings.resume:
         checkpoint.recover(job.folder)
         if (job.folder / "final").is_dir():
             raise UserError(f"--resume: the run in {job.folder} is finished")
         if (last := checkpoint.last_step(job.folder)) is not None:
+            changed = contents.check(job.folder, now, job.settings.accept_changed_data)
             job.trainer.resume(last)
+            if changed & {"evaluation", "validation"}:
+                job.trainer.forget_evaluations()
+            job.restore(changed)
             print_lines([("resumed", f"from {last}")])
-        job.restore()
     files.make_folder(job.folder)
-    # For --config, too: a new run with these settings neither continues a run nor removes one.
-    again = dataclasses.replace(job.settings, resume=False, overwrite=False)
-    files.write_file(job.folder / "config.yaml", again.to_yaml())
+    job.settings.write(job.folder / "config.yaml")
+    contents.write(job.folder, now)
 
 
 def open_reporter(job: Run) -> Reporter | NullReporter:
@@ -311,9 +322,7 @@ def conclude(job: Run) -> None:
         print_lines([("stopped", f"at step {state.step}, saved"), ("continue", continue_command(folder))])
         return
     job.print_results()
-    lines = [("adapter", f"{folder / 'final'}")]
-    if (folder / "best").is_dir():
-        lines.append(("best", f"{folder / 'best'} (step {state.best_step})"))
+    lines = [("adapter", f"{folder / 'final'}"), *improvement.conclusion(state, folder)]
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
     print_lines([*lines, *job.next_lines()])
 

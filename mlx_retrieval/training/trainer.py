@@ -24,9 +24,10 @@ from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.training import distributed, memory
-from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, State, learning_rate
+from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, learning_rate
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.gradient_cache import GradientCache, Objective, StepResult
+from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import SettingError, UserError
 
 VALIDATION_BATCHES = 8

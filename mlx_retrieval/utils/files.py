@@ -9,6 +9,9 @@ from pathlib import Path
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import writable
 
+READ_WHOLE = 64 << 20  # bytes; of a larger file, `sampled_blocks` reads BLOCKS blocks of BLOCK bytes
+BLOCKS, BLOCK = 64, 256 << 10
+
 
 class SaveError(UserError):
     """A file or folder could not be written, mostly because the disk is full. Everything saved before is intact."""
@@ -95,6 +98,19 @@ def make_folder(folder: Path) -> None:
         _flush_folder(folder.absolute().parent)
     except OSError as error:
         raise SaveError(f"{folder}: {error.strerror}") from error
+
+
+def sampled_blocks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes to hash a file by: all of them, or of more than READ_WHOLE bytes BLOCKS blocks spread over it."""
+    size = path.stat().st_size
+    starts = range(0, size, BLOCK)
+    if size > READ_WHOLE:
+        last = size - BLOCK
+        starts = [*(int(i * (last / (BLOCKS - 1))) for i in range(BLOCKS - 1)), last]
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            yield file.read(BLOCK)
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -357,6 +357,9 @@ def test_command(rerankers, capsys, tmp_path, words, shelf, no_hub):
     rows = compare(before, after)
     assert record["differences"] == {m: {"difference": d, "low": low, "high": high} for m, _, _, d, low, high in rows}
     assert "[m] reranks the first 100 documents of BM25" in out and "words: 40 queries" in out
+    assert ["metric", "BM25", "reranked", "difference"] in [line.split()[:4] for line in out.splitlines()]
+    worse = compare(before, after)[0][3] < 0
+    assert ("reranking does not help: nDCG@10 " in out) == worse
     assert "\x1b" not in out and max(map(len, out.splitlines())) <= 80
     table = {line.split()[0]: line.split()[1:4] for line in out.splitlines() if line.split()[:1]}
     for metric, old, new, difference, *_ in rows:

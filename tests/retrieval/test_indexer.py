@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from mlx_retrieval.dataset.source_code import file_tree
-from mlx_retrieval.inference import embedder, fingerprint
+from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import heads
 from mlx_retrieval.retrieval import base, indexer
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
 FILES = {
@@ -291,9 +292,9 @@ def test_the_fingerprint_sees_changes_even_in_sampled_files(small, tmp_path, mon
         return model.fingerprint() != before
 
     assert changes(1)
-    monkeypatch.setattr(fingerprint, "READ_WHOLE", 1_000)
-    monkeypatch.setattr(fingerprint, "BLOCK", 100)
-    assert changes(len(whole) // fingerprint.BLOCKS + 100) and not changes(0)
+    monkeypatch.setattr(files, "READ_WHOLE", 1_000)
+    monkeypatch.setattr(files, "BLOCK", 100)
+    assert changes(len(whole) // files.BLOCKS + 100) and not changes(0)
 
 
 def test_batches_do_not_decide_what_is_indexed(tree, model, tmp_path, monkeypatch):

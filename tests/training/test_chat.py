@@ -325,8 +325,13 @@ def test_checkpointed_blocks_drop_others_in_every_step(settings):
 def test_resume_refuses_other_conversations(settings, tmp_path, write_rows):
     train.train(settings(stop_after=2))
     write_rows(rows(22, seed=5), "data/train.jsonl")
+    resumed = train.resumed_settings({"resume": True, "output": str(tmp_path / "run")})
+    message = r"train.jsonl: 22 conversations as then, .*\n.*all conversations: [\d,]+ tokens"
+    with pytest.raises(UserError, match=message):
+        train.train(resumed)
+    (tmp_path / "run" / "contents.json").unlink()  # as an earlier version leaves it
     with pytest.raises(UserError, match="conversations are not those"):
-        train.train(train.resumed_settings({"resume": True, "output": str(tmp_path / "run")}))
+        train.train(resumed)
 
 
 @pytest.mark.slow
@@ -355,7 +360,8 @@ def test_early_stopping_and_best_go_by_the_validation_loss(settings, tmp_path, c
     train.train(settings(steps=30, eval_steps=1, early_stopping=3, learning_rate=1e-12))
     steps = [record["step"] for record in metrics(tmp_path / "run", "eval")]
     assert len(steps) < 15 and "no better for 3 evaluations" in capsys.readouterr().out
-    assert (tmp_path / "run" / "best").is_dir() and (tmp_path / "run" / "final").is_dir()
+    assert not (tmp_path / "run" / "best").exists()  # no step was better than the untrained model
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 def test_a_dry_run_measures_and_writes_nothing(settings, tmp_path, capsys):

@@ -462,12 +462,12 @@ def small_task(tmp_path: Path) -> Path:
 def test_a_run_with_eval_tasks_eval_steps_save_steps_output(settings, small_task):
     s = settings()
     flags = ["--steps", "4", "--eval-tasks", str(small_task), "--eval-steps", "2", "--save-steps", "3", "--warmup", "0"]
-    done = command(*run_flags(s, *flags))
-    assert done.returncode == 0, done.stderr
+    done = command(*run_flags(s, *flags, "--require-improvement"))
+    assert done.returncode == 4, done.stderr  # the untrained model is as good
     run = Path(s.output)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["type"] == "eval"] == [0, 2, 4]
-    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["best", "final", "step-000003", "step-000004"]
+    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["final", "step-000003", "step-000004"]
     results = json.loads((run / "results.json").read_text())
     assert (
         set(results["before"])
@@ -573,7 +573,15 @@ def test_config_file_flags_win_and_unknown_keys_are_refused(tmp_path):
 def test_settings_survive_yaml(tmp_path):
     made = Settings(lora_keys=["a"], pooling="cls", bidirectional=True, matryoshka_dims=[4], learning_rate=1e-5)
     made.write(tmp_path / "config.yaml")
-    assert Settings(**read_yaml(tmp_path / "config.yaml")) == made
+    assert Settings(**read_yaml(tmp_path / "config.yaml")) == made.with_absolute_paths()
+
+
+def test_accept_changed_data(tmp_path):
+    """For resumed runs, and not saved; what it does, test_contents.py shows."""
+    with pytest.raises(UserError, match="--accept-changed-data: is for --resume"):
+        Settings(accept_changed_data=True)
+    Settings(accept_changed_data=True, resume=True).write(tmp_path / "config.yaml")
+    assert "accept_changed_data: false" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)

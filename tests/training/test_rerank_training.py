@@ -18,12 +18,15 @@ import loss
 import train
 from data_loader import pack, unpack
 from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.evaluation.reranking import evaluate_reranker
+from mlx_retrieval.evaluation.results import METRICS, Evaluation
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models import pair_tokenizers
 from mlx_retrieval.models.pair_tokenizers import CrossEncoderTokenizer
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.training.retrieval_run import Evaluations, RetrievalRun
 from mlx_retrieval.utils.errors import UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
@@ -260,7 +263,7 @@ def test_resume_is_exact(settings, tmp_path):
         np.testing.assert_array_equal(np.array(value), np.array(head[name]))
 
 
-def test_evaluation_while_training(settings, tmp_path):
+def test_evaluation_while_training(settings, tmp_path, capsys):
     """BM25's ranking is reranked before, during and after; results.json has the figures."""
     folder = tmp_path / "task"
     (folder / "qrels").mkdir(parents=True)
@@ -273,6 +276,46 @@ def test_evaluation_while_training(settings, tmp_path):
     (folder / "qrels" / "test.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(3)))
     results = train.train(settings("cross-encoder", eval_tasks=[str(folder)], steps=10, learning_rate=3e-3))
     assert 0 <= results["before"]["ndcg_at_10"] <= 1 and results["after"]["ndcg_at_10"] > 0.7
+    bm25 = evaluate_reranker(Unchanged(), [str(folder)])[0].average()
+    assert results["first_stage"] == {"model": "BM25", **bm25}
+    row = [line.split()[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith(" nDCG@10")]
+    assert row == [[f"{figures['ndcg_at_10']:.4f}" for figures in (bm25, results["before"], results["after"])]]
+
+
+class Unchanged:
+    """A reranker that keeps the first stage's order."""
+
+    name = "unchanged"
+
+    def score_groups(self, groups):
+        return [np.zeros(len(documents)) for _, documents in groups]
+
+
+def evaluation(name: str, *scores: float) -> Evaluation:
+    """Figures of two queries, the same for every metric."""
+    per_query = {metric: {f"q{i}": score for i, score in enumerate(scores)} for metric in METRICS}
+    return Evaluation(name, {"task": dict.fromkeys(METRICS, float(np.mean(scores)))}, {"task": per_query}, {})
+
+
+@pytest.mark.parametrize("before", [evaluation("r", 0.2, 0.4), None])
+def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, before):
+    """With --skip-eval-init, too; and a reranker below BM25 is told."""
+    evaluations = Evaluations(lambda: None, tmp_path)
+    evaluations.first_stage, evaluations.before = evaluation("BM25", 0.5, 0.7), before
+    evaluations.after = evaluation("r", 0.4, 0.6)
+    run = RetrievalRun(Settings(), tmp_path, None, evaluations, None, tmp_path, [])
+    run.print_results()
+    out = capsys.readouterr().out
+    head, row = (next(line.split() for line in out.splitlines() if word in line) for word in ("metric", " nDCG@10"))
+    assert head[:4] == (["metric", "BM25", "before", "after"] if before else ["metric", "BM25", "after", "difference"])
+    assert row[:4] == (
+        ["nDCG@10", "0.6000", "0.3000", "0.5000"] if before else ["nDCG@10", "0.6000", "0.5000", "-0.1000"]
+    )
+    assert "reranking does not help: nDCG@10 0.5000, and 0.6000 in the order of BM25" in out
+    assert max(map(len, out.splitlines())) <= 80
+    evaluations.after = evaluation("r", 0.6, 0.7)
+    run.print_results()
+    assert "does not help" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

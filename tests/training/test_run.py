@@ -14,12 +14,14 @@ import mlx.optimizers as optim
 import pytest
 import yaml
 
+from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
-from mlx_retrieval.training import run
-from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, State
+from mlx_retrieval.training import checkpoint, improvement, run
+from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer
 from mlx_retrieval.training.chat.run import ChatRun
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.retrieval_run import RetrievalRun
+from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -71,11 +73,15 @@ class ToyRun:
         self.folder = trainer.folder
         self.trainer = trainer
         self.headline = [("model", "toy")]
+        self.now = {"data": [Content("rows.jsonl", 40, "rows", "abc")]}
 
     def measure(self) -> dict:
         return {"measured": True}
 
-    def restore(self) -> None:
+    def contents(self) -> dict:
+        return self.now
+
+    def restore(self, changed: set[str]) -> None:
         self.trainer.events.append("restore")
 
     def results(self) -> dict:
@@ -101,7 +107,8 @@ def toy(tmp_path):
 
 def test_a_run_begins_evaluates_steps_saves_and_concludes(toy, capsys):
     job = toy()
-    assert run.run(job) == {"steps": 4} == json.loads((job.folder / "results.json").read_text())
+    results = {"steps": 4, "improved": True}
+    assert run.run(job) == results == json.loads((job.folder / "results.json").read_text())
     assert job.trainer.events == [
         *("evaluate 0", "step 1", "step 2", "evaluate 2", "save best", "save step-000002"),
         *("step 3", "step 4", "evaluate 4", "save best", "save step-000004", "save final", "print"),
@@ -111,7 +118,7 @@ def test_a_run_begins_evaluates_steps_saves_and_concludes(toy, capsys):
 
 
 def test_a_stopped_run_continues_at_its_step(toy):
-    assert run.run(toy(stop_after=3)) == {"steps": 3}
+    assert run.run(toy(stop_after=3)) == {"steps": 3}  # not "improved": it has not ended
     job = toy(resume=True)
     run.run(job)
     assert job.trainer.events[:3] == ["load step-000003", "restore", "step 4"]
@@ -132,7 +139,7 @@ def test_a_signal_ends_the_run_after_its_step_with_its_code(toy, number, capsys)
 
 
 def test_evaluations_without_a_gain_end_the_run(toy, capsys):
-    job = toy(scores=(0.5, 0.5, 0.4), eval_steps=1, early_stopping=1)
+    job = toy(scores=(0.4, 0.5, 0.5), eval_steps=1, early_stopping=1)
     run.run(job)
     assert job.trainer.state.step == 2 and job.trainer.state.best_step == 1 and (job.folder / "final").is_dir()
     assert "no better for 1 evaluations: stopped at step 2" in capsys.readouterr().out
@@ -140,15 +147,98 @@ def test_evaluations_without_a_gain_end_the_run(toy, capsys):
 
 def test_a_run_that_took_all_its_steps_does_not_report_an_early_stop(toy, capsys):
     """Regression: retrieval runs reported one if the patience ended with the last step."""
-    job = toy(scores=(0.5, 0.5, 0.4), eval_steps=2, early_stopping=1)
+    job = toy(scores=(0.4, 0.5, 0.5), eval_steps=2, early_stopping=1)
     run.run(job)
     assert job.trainer.state.step == 4 and "no better" not in capsys.readouterr().out
 
 
 def test_a_nan_evaluation_is_not_the_best(toy):
-    job = toy(scores=(0.5, 0.5, float("nan")))
+    job = toy(scores=(0.4, 0.5, float("nan")))
     run.run(job)
     assert job.trainer.state.best_step == 2 and job.trainer.state.evaluations_since_best == 1
+
+
+# --- better than untrained --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_got_worse_names_no_step_best_and_says_so(toy, capsys):
+    """Regression: 0.585 untrained and 0.559 at step 2 gave "best (step 2)", and early stopping went by that one."""
+    job = toy(scores=(0.585, 0.559, 0.5601))
+    assert run.run(job)["improved"] is False
+    out = capsys.readouterr().out
+    assert not (job.folder / "best").exists() and (job.folder / "final").is_dir() and "best   " not in out
+    assert "worse     nDCG@10 0.5601 after training, 0.5850 before: no step was better than the untrained model" in out
+    assert (job.trainer.state.best, job.trainer.state.best_step, job.trainer.state.untrained) == (0.585, 0, 0.585)
+    job = toy(scores=(0.585, 0.559, 0.57, 0.58), eval_steps=1, early_stopping=2, overwrite=True)
+    run.run(job)
+    assert job.trainer.state.step == 2
+    job = toy(scores=(0.5, 0.5, 0.5), overwrite=True)
+    assert run.run(job)["improved"] is False and "no gain   nDCG@10 0.5000 after" in capsys.readouterr().out
+
+
+def test_a_run_whose_last_step_is_worse_than_its_start_names_the_better_one(toy, capsys):
+    job = toy(scores=(0.5, 0.6, 0.4))
+    assert run.run(job)["improved"] is True and (job.folder / "best").is_dir()
+    out = capsys.readouterr().out
+    assert "(step 2)\n" in out and "worse     nDCG@10 0.4000 after training, 0.5000 before" in out
+    assert "step 2 was better than both" in out
+
+
+def test_without_the_first_evaluation_it_is_not_known(toy, capsys):
+    job = toy(scores=(0.5, 0.4), skip_eval_init=True)
+    assert run.run(job)["improved"] is None and job.trainer.state.best_step == 2
+    assert "(step 2); the untrained model was not evaluated, so it may be better" in capsys.readouterr().out
+
+
+def test_a_resumed_run_remembers_the_untrained_score(toy, capsys):
+    """And a best step that was saved before; states of earlier versions have no untrained score."""
+    run.run(toy(scores=(0.585, 0.559), stop_after=3))
+    job = toy(scores=(0.57,), resume=True)
+    assert run.run(job)["improved"] is False and "0.5850 before" in capsys.readouterr().out
+    assert not (job.folder / "best").exists()
+    run.run(toy(scores=(0.5, 0.6), stop_after=3, overwrite=True))
+    file = checkpoint.last_step(job.folder) / checkpoint.STATE
+    state = json.loads(file.read_text())
+    for name in ("metric", "untrained", "last"):
+        del state[name]
+    file.write_text(json.dumps(state))
+    job = toy(scores=(0.55,), resume=True)
+    assert run.run(job)["improved"] is None and job.trainer.state.best_step == 2
+
+
+def test_other_evaluation_data_are_not_compared_with_the_first(toy):
+    run.run(toy(scores=(0.9, 0.95), stop_after=3))
+    job = toy(scores=(0.3,), resume=True, accept_changed_data=True)
+    job.now["evaluation"] = [Content("corpus.jsonl", 5, "bytes", "new")]
+    assert run.run(job)["improved"] is None
+    assert (job.trainer.state.best, job.trainer.state.best_step) == (0.3, 4)
+
+
+def test_a_loss_counts_negative_and_metrics_without_the_run_s_own_decide_nothing():
+    state = State()
+    assert not improvement.note(state, {}) and not improvement.note(state, {"validation_loss": 2.0})
+    state.step = 1
+    assert improvement.note(state, {"validation_loss": 1.5}) and not improvement.note(state, {"ndcg_at_10": 0.9})
+    assert (state.best, state.untrained, state.last, state.evaluations_since_best) == (-1.5, -2.0, -1.5, 0)
+    assert not improvement.note(state, {"validation_loss": 1.5}) and state.evaluations_since_best == 1
+    assert improvement.conclusion(state, Path("nowhere")) == []
+    state.last, state.best_step = -2.5, 0
+    assert improvement.conclusion(state, Path("nowhere"))[0][1].startswith("validation loss 2.5000 after training, 2.0")
+
+
+def test_require_improvement_decides_the_exit_code():
+    settings = Settings(require_improvement=True)
+    for improved, code in ((True, 0), (False, 4), (None, 4)):
+        assert improvement.exit_code(settings, {"improved": improved}) == code
+        assert improvement.exit_code(Settings(), {"improved": improved}) == 0
+    assert improvement.exit_code(settings, {}) == 0  # another rank, or a run that is to be continued
+    with pytest.raises(UserError, match="--require-improvement: nothing is evaluated"):
+        improvement.check_evaluated(Settings(require_improvement=True, eval_tasks=[]), False)
+    with pytest.raises(UserError, match="--require-improvement: needs the evaluation before training, and --skip-eval"):
+        Settings(require_improvement=True, skip_eval_init=True)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def test_measurements_write_nothing(toy):
@@ -160,7 +250,7 @@ def test_measurements_write_nothing(toy):
 @pytest.mark.parametrize("kind", [ToyRun, RetrievalRun, ChatRun])
 def test_every_run_has_the_methods_of_the_protocol(kind):
     methods = {name for name, value in vars(run.Run).items() if callable(value) and not name.startswith("_")}
-    assert {"measure", "restore", "results", "print_results", "next_lines"} == methods
+    assert {"measure", "contents", "restore", "results", "print_results", "next_lines"} == methods
     assert all(callable(getattr(kind, name)) for name in methods)
 
 

@@ -60,6 +60,15 @@ class Documents:
         }
         return absent, sorted(name for name in there if not name.startswith("_"))
 
+    def identity(self) -> str:
+        """Return the ids of the indices that the address names; "" if the key or user may not read them."""
+        try:
+            names = {"index": self.address.index, "name": "index.uuid"}
+            answer = self.server.call(self.server.client.indices.get_settings, **names)
+        except UserError:
+            return ""
+        return " ".join(sorted(f"{name} {index['settings']['index']['uuid']}" for name, index in answer.items()))
+
     def filter(self, low: int | None = None, high: int | None = None) -> dict:
         """Return the query for the documents with numbers from `low` to `high` - 1."""
         bounds = {name: value for name, value in (("gte", low), ("lt", high)) if value is not None}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.elastic.documents import Documents, Survey
 from mlx_retrieval.dataset.elastic.fields import Fields, row_of
 from mlx_retrieval.dataset.elastic.server import Address, Closed
@@ -96,6 +97,11 @@ class ElasticRows:
             if start <= i < start + len(documents):
                 return documents[i - start]
         raise IndexError(f"row {i} was not read lately")
+
+    @property
+    def contents(self) -> list[Content]:
+        """The identity of the index. Its documents may change while a run is stopped; `restore` deals with that."""
+        return [Content(str(self.address), 0, "", self.documents.identity())]
 
     def close(self) -> None:
         self.documents.close()

@@ -12,6 +12,7 @@ continue anywhere. No row is dropped: an epoch's last batch may be smaller.
 """
 
 import gzip
+import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mlx_retrieval.backend import mx
 import numpy as np
 
 from mlx_retrieval.dataset import row_formats
+from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
 from mlx_retrieval.dataset.rows import find_files, open_rows
 from mlx_retrieval.dataset.sources import local
@@ -91,6 +93,7 @@ class Conversations:
         longest: tokens of the longest one before truncation.
         empty: how many were left out, as nothing to train on is within the limit.
         last_only: how many are trained on their last turn only.
+        contents: of the files.
 
     Raises UserError with file, line and reason at the first bad row, or if no row is left.
     """
@@ -106,6 +109,7 @@ class Conversations:
         self.ids: list[np.ndarray] = []
         self.trained: list[np.ndarray] = []
         self.skipped: list[str] = []
+        self.contents: list[Content] = []
         self.truncated = 0
         self.longest = 0
         self.empty = 0
@@ -135,13 +139,17 @@ class Conversations:
         self.lengths = np.array([len(ids) for ids in self.ids], np.int64)
 
     def _rows(self, file: Path, skip_bad: bool) -> Iterator[tuple[str, dict]]:
+        digest, count = hashlib.sha256(), 0
         with open_rows(file) as handle:
             for line in lines_of(handle):
                 place = f"{file}:{line.number}"
+                digest.update(line.data)
+                count += 1
                 try:
                     yield place, parse_object(line.data)
                 except RowError as error:
                     self._refuse(place, error, skip_bad)
+        self.contents.append(Content(str(file), count, "conversations", digest.hexdigest()))
 
     def _refuse(self, place: str, error: RowError, skip_bad: bool) -> None:
         if not skip_bad:

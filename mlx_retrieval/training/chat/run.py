@@ -18,13 +18,16 @@ from mlx_retrieval.backbones import ENCODERS, count_parameters, hub, load_backbo
 from mlx_retrieval.backbones.decoder import Decoder, normalised
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.backbones.hub import read_config
+from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.rows import find_files, find_validation
 from mlx_retrieval.models import loading
+from mlx_retrieval.training import improvement
 from mlx_retrieval.training.chat.data import ChatBatches, Conversations
 from mlx_retrieval.training.chat.memory import Estimate, Work, estimate, shape_of
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.contents import BASE, Contents, base_contents
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
 
@@ -38,11 +41,23 @@ class ChatRun:
     settings: Settings
     folder: Path
     trainer: ChatTrainer
+    base: Path  # the base model's folder
     headline: list[tuple[str, str]]
     template: str  # ChatML in place of a chat template; "" = the tokenizer has its own
     estimate: Estimate
 
-    def restore(self) -> None:
+    def contents(self) -> Contents:
+        """Return what the run's conversations and its base model hold."""
+        trainer = self.trainer
+        rows = trainer.batches.rows
+        return {
+            "data": rows.contents,
+            "tokens": [Content("all conversations", int(rows.lengths.sum()), "tokens", str(rows.checksum))],
+            "validation": trainer.validation.rows.contents if trainer.validation else [],
+            BASE: base_contents(self.base, self.folder),
+        }
+
+    def restore(self, changed: set[str]) -> None:
         """Do nothing: the trainer's state holds all results."""
 
     def print_results(self) -> None:
@@ -120,6 +135,7 @@ def prepare(settings: Settings) -> ChatRun:
     parts = min(settings.gradient_accumulation_steps or 1, size)
     batches = ChatBatches(rows, size, settings.seed, parts, tokenizer.pad_id)
     validation = ChatBatches(valid, settings.batch_size, settings.seed, 1, tokenizer.pad_id) if valid else None
+    improvement.check_evaluated(settings, bool(validation))
     length = resolve_steps(settings, batches.per_epoch)
     adapter_config = adapt(backbone, settings)
     parameters, trainable = count_parameters(backbone)
@@ -151,7 +167,7 @@ def prepare(settings: Settings) -> ChatRun:
     if backend.KERNELS and cpu_kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += warnings(settings, rows, valid) + rope_warning(base)
-    return ChatRun(settings, folder, trainer, headline, tokenizer.template, expected)
+    return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, expected)
 
 
 def adapt(backbone: Decoder, settings: Settings) -> dict:

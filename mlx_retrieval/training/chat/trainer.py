@@ -22,10 +22,11 @@ from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.models import loading
-from mlx_retrieval.training import memory
-from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, State, due, learning_rate
+from mlx_retrieval.training import contents, memory
+from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, due, learning_rate
 from mlx_retrieval.training.chat.data import ChatBatches, Counts, Part
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import UserError
 
 # --- a step ---------------------------------------------------------------------------------------------------------
@@ -275,6 +276,10 @@ class ChatTrainer(BaseTrainer):
             tune(self.model, self.optimizer, parts, 3, self.batches.parts, Stopwatch())
         return times[2] - times[1], self.batches.counts(numbers)
 
+    def forget_evaluations(self) -> None:
+        super().forget_evaluations()
+        self.state.before = self.state.after = None
+
     # --- resuming -----------------------------------------------------------------------------------------------------
 
     def load_weights(self, folder: Path) -> None:
@@ -282,9 +287,10 @@ class ChatTrainer(BaseTrainer):
         loading.load_trainable(self.model, read_safetensors(folder / loading.ADAPTERS), folder)
 
     def restore_state(self, state: ChatState) -> None:
-        """Continue from this state. UserError if the conversations are not those of the run."""
-        if state.data != self.state.data:
+        """Continue from this state. UserError if an earlier version began the run with other conversations."""
+        if state.data != self.state.data and not (self.folder / contents.FILE).is_file():
             raise UserError(f"--resume: the conversations are not those that the run in {self.folder} was begun with")
+        state.data = self.state.data
         self.state = state
 
     def check_ranks(self) -> None:

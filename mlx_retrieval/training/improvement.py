@@ -1,0 +1,85 @@
+"""Whether training makes the model better: the score of the untrained model, of the best step and of the last one.
+
+A run goes by the first of `METRICS` that its first evaluation has. A score is that metric, higher = better: a loss
+counts negative.
+"""
+
+import math
+from pathlib import Path
+
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.state import State
+from mlx_retrieval.utils.errors import SettingError
+
+METRICS = {"ndcg_at_10": "nDCG@10", "validation_loss": "validation loss"}
+EXIT_CODE = 4  # of --require-improvement
+
+
+def check_evaluated(settings: Settings, validation: bool) -> None:
+    """Raise UserError if --require-improvement is given and nothing is evaluated. `validation`: are there such rows?"""
+    if settings.require_improvement and not (settings.eval_tasks or validation):
+        raise SettingError("{require_improvement}: nothing is evaluated; a valid.jsonl beside the data would be")
+
+
+def note(state: State, metrics: dict[str, float]) -> bool:
+    """Note an evaluation at the state's step; return whether it beats the untrained model and all steps before.
+
+    At step 0 the untrained model is evaluated: its score is the one to beat, and it is no step's. Metrics without the
+    one that the run goes by, as a task of the hub was unreachable, decide nothing.
+    """
+    state.metric = state.metric or next((name for name in METRICS if name in metrics), "")
+    if state.metric not in metrics:
+        return False
+    score = metrics[state.metric] * (-1 if state.metric == "validation_loss" else 1)
+    if not math.isfinite(score):
+        score = None
+    state.last = score
+    better = score is not None and (state.best is None or score > state.best)
+    if state.step == 0:
+        state.untrained = state.best = score
+        return False
+    if better:
+        state.best, state.best_step, state.evaluations_since_best = score, state.step, 0
+    else:
+        state.evaluations_since_best += 1
+    return better
+
+
+def forget(state: State) -> None:
+    """Forget the scores so far: evaluations from now on are of other data."""
+    state.metric, state.untrained, state.best, state.last = "", None, None, None
+    state.best_step = state.evaluations_since_best = 0
+
+
+def improved(state: State) -> bool | None:
+    """Return whether a step was better than the untrained model; None if that is not known."""
+    if state.untrained is None or state.last is None:
+        return None
+    return state.best_step > 0 or state.last > state.untrained
+
+
+def exit_code(settings: Settings, results: dict) -> int:
+    """Return the exit code of a run with these results: EXIT_CODE if it had to improve its model, and did not.
+
+    A run that stops before its end, to be continued, has no `improved` in its results.
+    """
+    return EXIT_CODE if settings.require_improvement and not results.get("improved", True) else 0
+
+
+def conclusion(state: State, folder: Path) -> list[tuple[str, str]]:
+    """Return the lines, (name, text), that end a run: where its best step is, or that training gained nothing."""
+    lines = []
+    best = folder / "best"
+    if state.best_step and best.is_dir():
+        unknown = "; the untrained model was not evaluated, so it may be better" if state.untrained is None else ""
+        lines.append(("best", f"{best} (step {state.best_step}){unknown}"))
+    if improved(state) is None:
+        return lines
+    after, before = abs(state.last), abs(state.untrained)  # a loss is negative as a score
+    scores = f"{METRICS[state.metric]} {after:.4f} after training, {before:.4f} before"
+    if not improved(state):
+        name = "worse" if state.last < state.untrained else "no gain"
+        lines.append((name, f"{scores}: no step was better than the untrained model, so there is no `best`"))
+    elif state.last < state.untrained:
+        lines.append(("worse", f"{scores}: of the steps evaluated, step {state.best_step} was better than both"))
+    return lines

@@ -1,0 +1,21 @@
+"""The state of a run besides weights and optimizer; saved as trainer_state.json with every step."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class State:
+    """What the next steps, evaluations and messages of a run depend on."""
+
+    step: int = 0
+    tokens: int = 0  # real tokens trained on so far
+    cursor: dict = field(default_factory=dict)  # where the data source continues
+    skipped_batches: int = 0  # with --skip-bad-batches
+    micro_batch_tokens: int = 0  # the budget, if memory decided it; see memory.py
+    # Evaluations; see improvement.py.
+    metric: str = ""  # the one that the run goes by
+    untrained: float | None = None  # score before training; None = not known
+    best: float | None = None
+    best_step: int = 0  # 0 = none was better than the untrained model
+    last: float | None = None  # score of the last evaluation
+    evaluations_since_best: int = 0
