@@ -36,6 +36,11 @@ from mlx_retrieval.utils.errors import UserError
 __all__ = ["Evaluation", "compare", "evaluate", "evaluate_reranker"]
 
 
+def rules_of(args: argparse.Namespace) -> beir.FolderRules:
+    """Return the rules that the flags set."""
+    return beir.FolderRules(args.strict, args.ignore_identical_ids)
+
+
 def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate an embedding or late-interaction model and print the tables. Return figures and `--output`'s JSON."""
     from mlx_retrieval.inference.embedder import load
@@ -46,9 +51,9 @@ def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Eva
     model, stored = load(args.model, args.adapter, **settings), {}
     if args.precision or args.dimensions:
         formats = vector_formats(args.precision, args.dimensions, model.dimensions)
-        evaluation, stored = evaluate_formats(model, args.eval_tasks, formats, show_progress)
+        evaluation, stored = evaluate_formats(model, args.eval_tasks, formats, show_progress, rules_of(args))
     else:
-        evaluation = evaluate(model, args.eval_tasks, show_progress=show_progress)
+        evaluation = evaluate(model, args.eval_tasks, show_progress, rules_of(args))
     record = evaluation.to_json()
     if evaluation.tasks:
         print_table(evaluation)
@@ -70,7 +75,7 @@ def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
     # By logits: large ones have the same sigmoid in float32, and would tie.
     reranker = Reranker(args.model, args.adapter, max_length=args.max_length, raw_scores=True)
     depth = args.depth or DEPTH
-    before, after = evaluate_reranker(reranker, args.eval_tasks, first_stage, depth, show_progress)
+    before, after = evaluate_reranker(reranker, args.eval_tasks, first_stage, depth, show_progress, rules_of(args))
     record = after.to_json() | {"first_stage": {"model": before.model, "depth": depth, "tasks": before.tasks}}
     if after.tasks:
         print_reranked(before, after, depth)
@@ -94,6 +99,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--task", choices=("embed", "late", "rerank"), help=kinds)
     tasks = "folders in BEIR layout and names of MTEB retrieval tasks (default: eval-data)"
     out.add_argument("--eval-tasks", nargs="+", default=["eval-data"], metavar="TASK", help=tasks)
+    strict = "refuse untidy folders: judgements that contradict each other, or of texts that are missing; null texts"
+    out.add_argument("--strict", action="store_true", help=strict)
+    identical = "leave out of a query's results the document that has its id, as BEIR does"
+    out.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     out.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
     longest = "truncate documents to N tokens; rerank: query and document together (default: the model's own limit)"
     out.add_argument("--max-length", type=int, metavar="N", help=longest)
@@ -126,7 +135,7 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     output = Path(args.output).expanduser() if args.output else None
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: not a file in a folder that exists")
-    beir.check_folders(args.eval_tasks)
+    beir.check_folders(args.eval_tasks, rules_of(args))
     return output
 
 

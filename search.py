@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_retrieval import backend
+from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.retrieval import chunks
 from mlx_retrieval.retrieval.base import Hit
@@ -154,7 +155,7 @@ def eval_command(args: argparse.Namespace) -> None:
         raise UserError(f"--output {output}: not a file in a folder that exists")
     if not 0 <= args.weight <= 1:
         raise UserError(f"--weight {args.weight}: between 0 and 1")
-    queries = index_search.read_queries(args.queries)
+    queries = index_search.read_queries(args.queries, FolderRules(args.strict, args.ignore_identical_ids))
     searcher = Searcher(args.index, args.model_path)
     queries, missing = index_search.resolve(queries, searcher.index)
     if missing:
@@ -216,6 +217,10 @@ def parser() -> argparse.ArgumentParser:
     rows = "JSON lines with query and path, path and line, or relevant (a list); or a folder in BEIR layout"
     evaluate.add_argument("queries", metavar="QUERIES", help=rows)
     evaluate.add_argument("--weight", type=float, default=0.5, metavar="W", help=weight)
+    strict = "refuse an untidy BEIR folder: contradicting judgements, judgements of missing texts, null texts"
+    evaluate.add_argument("--strict", action="store_true", help=strict)
+    identical = "leave out of a query's hits the document that has its id, as BEIR does"
+    evaluate.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     evaluate.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
     evaluate.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
     evaluate.set_defaults(run=eval_command)

@@ -1,9 +1,15 @@
-"""Read evaluation folders in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv."""
+"""Read evaluation folders in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv.
+
+Real folders are not tidy: see `UNTIDY`. They are read as BEIR and trec_eval read them, and one line on standard error
+counts each kind; strict rules refuse them instead.
+"""
 
 import functools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_retrieval.dataset.json_lines import read_lines, read_objects
 from mlx_retrieval.utils.errors import UserError
@@ -11,13 +17,32 @@ from mlx_retrieval.utils.errors import UserError
 Texts = dict[str, tuple[str, str]]  # id -> (title, text)
 Qrels = dict[str, dict[str, int]]  # query id -> document id -> judgement
 
+# Kinds of untidiness -> how they are named in the line that counts them.
+UNTIDY = {
+    "replaced": "judgements that a later line replaces",
+    "no document": "judged documents that are not in the corpus, so never found",
+    "no query": "judgements of queries that are not in the queries file, so left out",
+    "null": "documents whose text is null, so read as their titles alone",
+    "repeated": "documents or queries that are there twice, and alike",
+}
+
+
+class FolderRules(NamedTuple):
+    """How evaluation folders are read and scored."""
+
+    strict: bool = False  # refuse untidy folders
+    ignore_identical_ids: bool = False  # leave out of a query's results the document of the same id; MTEB tasks too
+
+
+TOLERANT = FolderRules()
+
 
 def document_text(title: str | None, text: str) -> str:
     """Join title and text by a space, as mteb does: the text of a document that models see."""
     return f"{title or ''} {text}".strip()
 
 
-def check_folders(names: Sequence[str]) -> list[str]:
+def check_folders(names: Sequence[str], rules: FolderRules = TOLERANT) -> list[str]:
     """Read the folders among `names`, and return the other names, which are MTEB tasks.
 
     Raises UserError for the first folder that is missing or has errors.
@@ -26,7 +51,7 @@ def check_folders(names: Sequence[str]) -> list[str]:
     for name in names:
         folder = Path(name).expanduser()
         if folder.is_dir():
-            read_folder(folder)
+            read_folder(folder, rules)
         elif len(folder.parts) > 1 or folder.exists():  # not a name of an MTEB task
             raise UserError(f"{name}: no such folder")
         else:
@@ -34,27 +59,55 @@ def check_folders(names: Sequence[str]) -> list[str]:
     return others
 
 
-def read_folder(folder: Path) -> tuple[Texts, Texts, Qrels]:
+def read_folder(folder: Path, rules: FolderRules = TOLERANT) -> tuple[Texts, Texts, Qrels]:
     """Return documents, judged queries and judgements, sorted by id, so that the files' order does not decide ties.
 
     Cached until the files change. Raises UserError with file, line and reason.
     """
-    return _read(*folder_state(folder))
+    return _read(*folder_state(folder), rules)
 
 
-def read_texts(folder: Path, stem: str) -> Texts:
-    """Read the rows of `stem`.jsonl or `stem`.jsonl.gz. UserError with file, line and reason."""
+class Untidiness:
+    """Counts of what is untidy in a folder. UserError at the first if `strict`."""
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
+        self.counts: dict[str, tuple[int, str]] = {}  # kind -> count, place of the first
+
+    def add(self, kind: str, place: str, reason: str) -> None:
+        """Count one of a kind of UNTIDY."""
+        if self.strict:
+            raise UserError(f"{place}: {reason} (read without --strict)")
+        count, first = self.counts.get(kind, (0, place))
+        self.counts[kind] = count + 1, first
+
+    def __str__(self) -> str:
+        kinds = ((UNTIDY[kind], *self.counts[kind]) for kind in UNTIDY if kind in self.counts)
+        return "; ".join(f"{name}: {count:,} (first: {place})" for name, count, place in kinds)
+
+
+def read_texts(folder: Path, stem: str, untidy: Untidiness | None = None) -> Texts:
+    """Read the rows of `stem`.jsonl or `stem`.jsonl.gz. UserError with file, line and reason.
+
+    `untidy` counts what is not as it should be.
+    """
     path = _texts_file(folder, stem)
+    untidy = untidy or Untidiness()
     rows: Texts = {}
     for number, row in read_objects(path):
         where = f"{path}:{number}"
         name, title, text = row.get("_id", row.get("id")), row.get("title") or "", row.get("text")
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise UserError(f'{where}: "_id" is missing or not a text')
+        if text is None and "text" in row and stem == "corpus":
+            untidy.add("null", where, 'the "text" is null')
+            text = ""
         if not isinstance(text, str) or not isinstance(title, str):
             raise UserError(f'{where}: "{"text" if isinstance(title, str) else "title"}" is missing or not a text')
+        if rows.get(str(name), (title, text)) != (title, text):
+            raise UserError(f"{where}: the id {name} occurs twice, with different texts")
         if str(name) in rows:
-            raise UserError(f"{where}: the id {name} occurs twice")
+            untidy.add("repeated", where, f"the id {name} occurs twice")
         rows[str(name)] = (title, text)
     if not rows:
         raise UserError(f"{path}: empty")
@@ -84,7 +137,7 @@ def _qrels_file(folder: Path) -> Path:
     return files[0]
 
 
-def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
+def _read_qrels(path: Path, queries: Texts, corpus: Texts, untidy: Untidiness) -> Qrels:
     """Return the judgements of the queries that have a positive one; for the others there is nothing to find."""
     qrels: Qrels = {}
     header_possible = True
@@ -104,14 +157,19 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts) -> Qrels:
         if not is_integer:
             raise UserError(f"{where}: the judgement {judgement!r} is not an integer")
         if query not in queries:
-            raise UserError(f"{where}: the query {query} is not in the queries file")
+            untidy.add("no query", where, f"the query {query} is not in the queries file")
+            continue
         if document not in corpus:
-            raise UserError(f"{where}: the document {document} is not in the corpus")
-        if qrels.setdefault(query, {}).setdefault(document, int(judgement)) != int(judgement):
-            raise UserError(f"{where}: query {query} and document {document} have another judgement further up")
+            untidy.add("no document", where, f"the document {document} is not in the corpus")
+        grades = qrels.setdefault(query, {})
+        if grades.get(document, int(judgement)) != int(judgement):
+            untidy.add("replaced", where, f"query {query} and document {document} have another judgement further up")
+        grades[document] = int(judgement)
     qrels = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
     if not qrels:
         raise UserError(f"{path}: no query has a positive judgement, so there is nothing to measure")
+    if not any(document in corpus for grades in qrels.values() for document in grades):
+        raise UserError(f"{path}: no judged document is in the corpus, so there is nothing to find")
     return qrels
 
 
@@ -123,7 +181,25 @@ def folder_state(folder: Path) -> tuple[Path, tuple]:
 
 
 @functools.lru_cache(maxsize=16)
-def _read(folder: Path, state: tuple) -> tuple[Texts, Texts, Qrels]:
-    corpus, queries = read_texts(folder, "corpus"), read_texts(folder, "queries")
-    qrels = _read_qrels(_qrels_file(folder), queries, corpus)
-    return dict(sorted(corpus.items())), {q: queries[q] for q in sorted(qrels)}, qrels
+def _read(folder: Path, state: tuple, rules: FolderRules) -> tuple[Texts, Texts, Qrels]:
+    untidy = Untidiness(rules.strict)
+    corpus, queries = read_texts(folder, "corpus", untidy), read_texts(folder, "queries", untidy)
+    qrels = _read_qrels(_qrels_file(folder), queries, corpus, untidy)
+    corpus, queries = dict(sorted(corpus.items())), {q: queries[q] for q in sorted(qrels)}
+    if untidy.counts:
+        print(f"{folder} is not tidy (--strict refuses it): {untidy}", file=sys.stderr)
+    if notice := _identical_ids(corpus, queries, rules.ignore_identical_ids):
+        print(f"{folder}: {notice}", file=sys.stderr)
+    return corpus, queries, qrels
+
+
+def _identical_ids(corpus: Texts, queries: Texts, ignored: bool) -> str:
+    """Return a notice about queries that have the id of a document; "" if there are none."""
+    shared = [name for name in queries if name in corpus]
+    if not shared:
+        return ""
+    alike = sum(queries[name][1].strip() in (corpus[name][1].strip(), document_text(*corpus[name])) for name in shared)
+    those = f"queries that have the id of a document: {len(shared):,}, with the same text: {alike:,}"
+    if ignored:
+        return f"{those}; that document is left out of their results"
+    return f"{those}; that document counts like any other (--ignore-identical-ids leaves it out, as BEIR does)"

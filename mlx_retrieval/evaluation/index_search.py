@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_retrieval.dataset import beir
+from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
 from mlx_retrieval.dataset.json_lines import read_objects
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.retrieval import score_rankings
@@ -42,18 +43,23 @@ class Query(NamedTuple):
 
     text: str
     targets: dict[Target, int]
+    ignored: str | None = None  # a document that does not count as a hit
 
 
-def read_queries(source: str | Path) -> list[Query]:
-    """Read the queries of a JSON-lines file or of a folder in BEIR layout.
+def read_queries(source: str | Path, rules: FolderRules = TOLERANT) -> list[Query]:
+    """Read the queries of a JSON-lines file or of a folder in BEIR layout, which is read by `rules`.
 
     Raises UserError that names the file and line of a bad row.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        _, queries, qrels = beir.read_folder(path)
+        _, queries, qrels = beir.read_folder(path, rules)
+        positives = {
+            name: {Target(document): judgement for document, judgement in qrels[name].items() if judgement > 0}
+            for name in queries
+        }
         return [
-            Query(text, {Target(document): judgement for document, judgement in qrels[name].items() if judgement > 0})
+            Query(text, positives[name], name if rules.ignore_identical_ids else None)
             for name, (_, text) in queries.items()
         ]
     rows = [_query(row, f"{path}:{number}") for number, row in read_objects(path)]
@@ -91,7 +97,7 @@ def resolve(queries: Sequence[Query], index: Index) -> tuple[list[Query], int]:
             target = Target(document) if target.path not in paths and document in paths else target
             targets[target] = judgement
             missing += target.path not in paths
-        resolved.append(Query(query.text, targets))
+        resolved.append(query._replace(targets=targets))
     return resolved, missing
 
 
@@ -102,6 +108,8 @@ def rank(hits: Sequence[Hit], query: Query) -> dict[str, float]:
     """
     ranking: dict[str, float] = {}
     for hit in hits:
+        if hit.path == query.ignored:
+            continue
         target = next((_key(target) for target in query.targets if target.is_hit(hit)), f"chunk {hit.id}")
         ranking.setdefault(target, -float(len(ranking)))
     return ranking or {"nothing": 0.0}

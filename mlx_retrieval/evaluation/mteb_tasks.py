@@ -25,14 +25,16 @@ from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
 
-def load(name: str, show_progress: bool = False) -> tuple["MtebTask | None", str]:
+def load(name: str, show_progress: bool = False, ignore_identical_ids: bool = False) -> tuple["MtebTask | None", str]:
     """Return a task with its data and "", or None and one line that says why it could not be loaded.
+
+    Some of MTEB's tasks ignore the document with the id of the query; `ignore_identical_ids` makes the others do so.
 
     Raises UserError for a name that is not a task of MTEB, and for a task that cannot be evaluated here.
     """
     _import_mteb()
     with _quiet(show_progress):
-        return _load(name)
+        return _load(name, ignore_identical_ids)
 
 
 @functools.cache
@@ -150,7 +152,7 @@ def _hub_answers() -> bool:
 
 
 @functools.cache
-def _load(name: str) -> tuple["MtebTask | None", str]:
+def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | None", str]:
     """Like `load`, once a process: asking an unreachable hub at every evaluation would only cost time."""
     import mteb
     from datasets.exceptions import DatasetsError
@@ -187,4 +189,5 @@ def _load(name: str) -> tuple["MtebTask | None", str]:
             f"(set HF_HOME for another) or from the hub: {reason}. "
             f"To download it where there is a network: hf download --repo-type dataset {path} --revision {revision}"
         )
+    task.ignore_identical_ids |= ignore_identical_ids
     return MtebTask(task), ""

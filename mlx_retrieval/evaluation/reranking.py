@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
 from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.evaluation.results import Evaluation, Scores, print_comparison
 from mlx_retrieval.evaluation.retrieval import Encoder
@@ -145,6 +146,7 @@ def evaluate_reranker(
     first_stage: str | Encoder = "bm25",
     depth: int = DEPTH,
     show_progress: bool = False,
+    rules: FolderRules = TOLERANT,
 ) -> tuple[Evaluation, Evaluation]:
     """Return the figures of the first stage alone and of the reranker on top of it; see `results.compare`.
 
@@ -155,6 +157,7 @@ def evaluate_reranker(
             once a process and the ranking is kept, so later changes of the model's weights have no effect.
         depth: documents of a query that are scored, 1 to 1,000; fewer if the first stage finds fewer.
         show_progress: show progress bars for downloads, embedding and reranking.
+        rules: how folders are read.
 
     A query for which BM25 finds nothing scores 0 before and after.
     Raises UserError like `retrieval.evaluate` and for an invalid depth or first stage, ValueError if `score_groups`
@@ -164,7 +167,7 @@ def evaluate_reranker(
     if isinstance(first_stage, str) and first_stage != "bm25":
         raise UserError(f'first stage {first_stage!r}: "bm25", or a model from embedder.load')
     stage = BM25 if isinstance(first_stage, str) else first_stage
-    loaded, unreachable = retrieval.load_tasks(tasks, show_progress)
+    loaded, unreachable = retrieval.load_tasks(tasks, show_progress, rules)
     before, after = (Evaluation(name, {}, {}, unreachable) for name in (stage.name, reranker.name))
     for label, task in loaded.items():
         first = first_stage_result(stage, label, task, show_progress)

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mlx_retrieval.dataset import beir
+from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
 from mlx_retrieval.evaluation import mteb_tasks
 from mlx_retrieval.evaluation import tasks as evaluation_tasks
 from mlx_retrieval.evaluation.quantized import CachedEncoder, QuantizedEncoder
@@ -109,7 +110,9 @@ def score_rankings(qrels: dict[str, dict[str, int]], rankings: Rankings) -> dict
     return scores
 
 
-def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[str, Task], dict[str, str]]:
+def load_tasks(
+    names: Sequence[str], show_progress: bool = False, rules: FolderRules = TOLERANT
+) -> tuple[dict[str, Task], dict[str, str]]:
     """Return ({label: task}, {name: why it is unreachable}). Tasks are cached, so later calls cost nothing.
 
     A folder's label is the last part of its path, or the whole path if another task would have the same label.
@@ -117,15 +120,15 @@ def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[
     """
     tasks: dict[str, Task] = {}
     unreachable = {}
-    mteb_names = beir.check_folders(names)
+    mteb_names = beir.check_folders(names, rules)
     # A folder that is named twice, by whatever path, is one task.
     sources = dict.fromkeys(name if name in mteb_names else Path(name).expanduser().resolve() for name in names)
     labels = [source.name if isinstance(source, Path) else source for source in sources]
     for source, label in zip(sources, labels, strict=True):
         if isinstance(source, Path):
-            tasks[label if labels.count(label) == 1 else str(source)] = evaluation_tasks.load(source)
+            tasks[label if labels.count(label) == 1 else str(source)] = evaluation_tasks.load(source, rules)
             continue
-        task, reason = mteb_tasks.load(source, show_progress)
+        task, reason = mteb_tasks.load(source, show_progress, rules.ignore_identical_ids)
         if task is None:
             unreachable[source] = reason
         else:
@@ -133,18 +136,21 @@ def load_tasks(names: Sequence[str], show_progress: bool = False) -> tuple[dict[
     return tasks, unreachable
 
 
-def evaluate(model: Encoder, tasks: Sequence[str], show_progress: bool = False) -> Evaluation:
+def evaluate(
+    model: Encoder, tasks: Sequence[str], show_progress: bool = False, rules: FolderRules = TOLERANT
+) -> Evaluation:
     """Evaluate a model.
 
     Args:
         model: see `Encoder`. Scores are dot products of its vectors.
         tasks: folders in BEIR layout and names of MTEB tasks of type Retrieval.
         show_progress: show progress bars for downloads and embedding.
+        rules: how folders are read.
 
     Raises UserError for a wrong folder or name, before anything is embedded, and FloatingPointError if vectors are
     not finite. Hub tasks that cannot be loaded are not an error: see `Evaluation.unreachable`.
     """
-    loaded, unreachable = load_tasks(tasks, show_progress)
+    loaded, unreachable = load_tasks(tasks, show_progress, rules)
     evaluation = Evaluation(model.name, {}, {}, unreachable)
     for label, task in loaded.items():
         add_task(evaluation, searcher_for(model, label, show_progress), task)
@@ -163,7 +169,11 @@ def add_task(evaluation: Evaluation, searcher: CorpusSearcher, task: Task) -> li
 
 
 def evaluate_formats(
-    model: Encoder, tasks: Sequence[str], formats: Sequence[VectorFormat], show_progress: bool = False
+    model: Encoder,
+    tasks: Sequence[str],
+    formats: Sequence[VectorFormat],
+    show_progress: bool = False,
+    rules: FolderRules = TOLERANT,
 ) -> tuple[Evaluation, dict[VectorFormat, Evaluation]]:
     """Evaluate a model with its full float32 vectors and with its vectors stored in each format.
 
@@ -173,7 +183,7 @@ def evaluate_formats(
     """
     if getattr(model, "late", False):
         raise UserError("--precision and --dimensions are for models of one vector a text, not for late interaction")
-    loaded, unreachable = load_tasks(tasks, show_progress)
+    loaded, unreachable = load_tasks(tasks, show_progress, rules)
     full = Evaluation(model.name, {}, {}, unreachable)
     stored = {vector_format: Evaluation(model.name, {}, {}, unreachable) for vector_format in formats}
     for label, task in loaded.items():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from mlx_retrieval.dataset import beir
-from mlx_retrieval.dataset.beir import Qrels
+from mlx_retrieval.dataset.beir import TOLERANT, FolderRules, Qrels
 from mlx_retrieval.retrieval.base import RANKS
 
 Rankings = dict[str, dict[str, float]]  # query id -> document id -> score
@@ -70,26 +70,31 @@ class Task(ABC):
 class FolderTask(Task):
     """A folder in BEIR layout as a task of one split."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, rules: FolderRules):
         super().__init__()
-        documents, queries, self.qrels = beir.read_folder(folder)
+        documents, queries, self.qrels = beir.read_folder(folder, rules)
+        self.ignore_identical_ids = rules.ignore_identical_ids
         rows = list(documents.values())
         self.corpus = Corpus(list(documents), lambda numbers: [beir.document_text(*rows[i]) for i in numbers])
         self.queries = {query: text for query, (_, text) in queries.items()}
 
     def evaluate(self, searcher: CorpusSearcher) -> list[SplitResult]:
         key = ("test", "default")
-        return [SplitResult(key, self.qrels, searcher.search(key, self.corpus, self.queries, RANKS))]
+        rankings = searcher.search(key, self.corpus, self.queries, RANKS)
+        if self.ignore_identical_ids:
+            for query, scores in rankings.items():
+                scores.pop(query, None)
+        return [SplitResult(key, self.qrels, rankings)]
 
 
-def load(folder: Path) -> FolderTask:
+def load(folder: Path, rules: FolderRules = TOLERANT) -> FolderTask:
     """Return the folder as a task, the same object until one of its files changes.
 
     Raises UserError if the folder is not sound.
     """
-    return _load(*beir.folder_state(folder))
+    return _load(*beir.folder_state(folder), rules)
 
 
 @functools.lru_cache(maxsize=16)
-def _load(folder: Path, state: tuple) -> FolderTask:
-    return FolderTask(folder)
+def _load(folder: Path, state: tuple, rules: FolderRules) -> FolderTask:
+    return FolderTask(folder, rules)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loss import FILTERS, LOSSES
 from mlx_retrieval.backbones.hub import toolkit_relative
+from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
@@ -228,6 +229,18 @@ class Settings:
         "MTEB task names, and folders in BEIR layout; none = no evaluation",
         tasks=RETRIEVAL,
     )
+    strict: bool = option(
+        "evaluation",
+        False,
+        "refuse untidy evaluation folders: contradicting judgements, judgements of missing texts, null texts",
+        tasks=RETRIEVAL,
+    )
+    ignore_identical_ids: bool = option(
+        "evaluation",
+        False,
+        "leave out of a query's results the document that has its id, as BEIR does",
+        tasks=RETRIEVAL,
+    )
     eval_steps: int = option(
         "evaluation",
         50,
@@ -369,6 +382,11 @@ class Settings:
             "keys": self.lora_keys,
             "num_layers": self.num_layers,
         }
+
+    @property
+    def folder_rules(self) -> FolderRules:
+        """How evaluation folders are read."""
+        return FolderRules(self.strict, self.ignore_identical_ids)
 
     @property
     def trained(self) -> str:

@@ -230,11 +230,12 @@ def make_evaluator(
     tokenizer: TextTokenizer,
 ) -> Callable[[], tuple[Evaluation | None, Evaluation]]:
     """Return the function of `Evaluations`; it evaluates the weights that the model has when the function is called."""
+    rules = settings.folder_rules
     if retrieval.task == "rerank":
         reranker = Reranker.of(model, retrieval.override(activation=""), tokenizer, settings.model)  # as eval.py
-        return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth)
+        return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth, rules=rules)
     embedder = Model(model, retrieval, tokenizer, settings.model)
-    return lambda: (None, evaluate(embedder, settings.eval_tasks))
+    return lambda: (None, evaluate(embedder, settings.eval_tasks, rules=rules))
 
 
 def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
@@ -290,7 +291,8 @@ def prepare(settings: Settings) -> RetrievalRun:
         evaluations = Evaluations(make_evaluator(settings, model, retrieval, tokenizer), folder)
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
     if evaluations:
-        load_tasks(settings.eval_tasks)  # so that a wrong name or folder is reported now, not after a hundred steps
+        # A wrong name or folder is reported now, not after a hundred steps.
+        load_tasks(settings.eval_tasks, rules=settings.folder_rules)
     skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),

@@ -286,12 +286,15 @@ BAD_FOLDERS = {
     "id twice": ({"corpus": TWICE}, r"corpus\.jsonl:2: the id d1 occurs twice"),
     "two fields": ({"qrels": "q1\td1\n"}, r"test\.tsv:1: 2 fields between tabs, not 3"),
     "spaces": ({"qrels": "q1 d1 1\n"}, r"test\.tsv:1: 1 fields between tabs, not 3"),
-    "unknown query": ({"qrels": "q1\td1\t1\nq9\td1\t1\n"}, r"test\.tsv:2: the query q9 is not in the queries file"),
-    "unknown document": ({"qrels": "q1\td9\t1\n"}, r"test\.tsv:1: the document d9 is not in the corpus"),
+    "unknown queries": ({"qrels": "q9\td1\t1\n"}, r"test\.tsv: no query has a positive judgement"),
+    "unknown documents": ({"qrels": "q1\td9\t1\n"}, r"test\.tsv: no judged document is in the corpus"),
+    "a query of null": (
+        {"queries": [{"_id": "q1", "text": None}]},
+        r'queries\.jsonl:1: "text" is missing or not a text',
+    ),
     "not an integer": ({"qrels": "a\tb\tc\nq1\td1\t0.5\n"}, r"test\.tsv:2: the judgement '0\.5' is not an integer"),
     "first not an integer": ({"qrels": "q1\td1\tyes\n"}, r"test\.tsv:1: the judgement 'yes' is not an integer"),
     "no positive": ({"qrels": "q1\td1\t0\nq2\td1\t-1\n"}, r"test\.tsv: no query has a positive judgement"),
-    "two judgements": ({"qrels": "q1\td1\t1\nq1\td1\t2\n"}, r"test\.tsv:2: query q1 .* have another judgement"),
 }
 
 

@@ -28,7 +28,7 @@ def mteb_task(folder: Path):
         eval_splits=["test"],
         main_score="ndcg_at_10",
     )
-    rows = [{"id": row["_id"], "title": row.get("title") or "", "text": row["text"]} for row in documents]
+    rows = [{"id": row["_id"], "title": row.get("title") or "", "text": row["text"] or ""} for row in documents]
     asked = [{"id": row["_id"], "text": row["text"]} for row in queries if row["_id"] in qrels]
     task = type("LocalFolder", (AbsTaskRetrieval,), {"metadata": metadata})()
     split = {"corpus": Dataset.from_list(rows), "queries": Dataset.from_list(asked), "relevant_docs": qrels}

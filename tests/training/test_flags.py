@@ -14,6 +14,7 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
+from beir_folders import write_folder
 from mlx.utils import tree_flatten
 
 import train
@@ -244,10 +245,28 @@ def test_rerank_depth(settings, monkeypatch):
     from mlx_retrieval.training import retrieval_run
 
     asked = []
-    monkeypatch.setattr(retrieval_run, "evaluate_reranker", lambda *a, depth: asked.append(depth) or (None, None))
+    monkeypatch.setattr(retrieval_run, "evaluate_reranker", lambda *a, depth, **_: asked.append(depth) or (None, None))
     chosen = settings(task="rerank", random_negatives=2, rerank_depth=7, eval_tasks=["eval-data"], max_length=300)
     training_run.prepare(chosen).evaluations.evaluate()
     assert asked == [7]
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_strict_and_ignore_identical_ids(settings, tmp_path, task):
+    """Both are for the folders that a run is evaluated on. Of equal documents, the query's own is the first."""
+    other = "d1" if task == "embed" else "r1"  # trec_eval's order of equal scores, and BM25's
+    documents = [{"_id": name, "text": "dogs bark"} for name in ("q0", other)]
+    folder = write_folder(
+        tmp_path / "own", documents, [{"_id": "q0", "text": "dogs bark"}], f"q0\t{other}\t1\nq0\tgone\t0\n"
+    )
+    chosen = {"task": task, "eval_tasks": [str(folder)], "random_negatives": 2 if task == "rerank" else 0}
+    with pytest.raises(UserError, match=r"test\.tsv:2: the document gone is not in the corpus"):
+        training_run.prepare(settings(**chosen, strict=True))
+    figures = [
+        training_run.prepare(settings(**chosen, ignore_identical_ids=ignored)).evaluations.evaluate()[1].tasks["own"]
+        for ignored in (False, True)
+    ]
+    assert [scores["mrr_at_10"] for scores in figures] == [0.5, 1.0]
 
 
 # What es_fields and es_query do, tests/dataset/test_elastic.py shows against a server.
