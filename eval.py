@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
     kinds = (
         "embed: one vector a text; late: one vector a token; rerank: one score a pair "
-        "(default: embed or late, as the model's files say)"
+        "(default: as the model's files say; of a language model, its name)"
     )
     out.add_argument("--task", choices=("embed", "late", "rerank"), help=kinds)
     tasks = "folders in BEIR layout and names of MTEB retrieval tasks (default: eval-data)"
@@ -124,12 +124,26 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def check_flags(args: argparse.Namespace) -> Path | None:
-    """Return the path of `--output`. Raises UserError for flags that do not fit --task, and for wrong values."""
-    is_rerank = args.task == "rerank"
+def task_of(args: argparse.Namespace) -> str | None:
+    """Return the task: that of the flag, rerank for a reranker, or None for any other model."""
+    from mlx_retrieval.models.kinds import detect_kind
+
+    return args.task or ("rerank" if detect_kind(args.model, args.adapter) == "rerank" else None)
+
+
+def check_task(args: argparse.Namespace, task: str | None) -> None:
+    """Raise UserError for flags that do not fit the task."""
+    is_rerank = task == "rerank"
     unfit = ("precision", "dimensions", "query_max_length") if is_rerank else ("first_stage", "depth")
     if flags := [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]:
-        raise UserError(f"{' and '.join(flags)}: {'not' if is_rerank else 'only'} for --task rerank")
+        kind = "" if args.task else f", and {args.model} is {'one' if is_rerank else 'no reranker'}"
+        raise UserError(f"{' and '.join(flags)}: {'not' if is_rerank else 'only'} for --task rerank{kind}")
+
+
+def check_flags(args: argparse.Namespace) -> Path | None:
+    """Return the path of `--output`. Raises UserError for flags that do not fit --task, and for wrong values."""
+    if args.task:
+        check_task(args, args.task)
     if args.depth is not None:
         check_depth(args.depth)
     output = Path(args.output).expanduser() if args.output else None
@@ -145,8 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     args = parser().parse_args(argv)
     output = check_flags(args)
+    task = task_of(args)
+    check_task(args, task)
     print(backend.describe(), file=sys.stderr)
-    run = evaluate_rerank if args.task == "rerank" else evaluate_encoder
+    run = evaluate_rerank if task == "rerank" else evaluate_encoder
     evaluation, record = run(args, sys.stderr.isatty())
     for reason in evaluation.unreachable.values():
         print(f"eval.py: {reason}", file=sys.stderr)

@@ -27,7 +27,7 @@ import numpy as np
 
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.inference.reranker import Reranker
-from mlx_retrieval.models import loading
+from mlx_retrieval.models import kinds
 from mlx_retrieval.training import checkpoint, rerank_batches
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
@@ -99,7 +99,7 @@ class TriBridMLXReranker(Reranker):
             if reranker_type and kind is None:
                 known = ", ".join(TYPES)
                 raise SettingError("{reranker_type} {name}: known are {known}", name=reranker_type, known=known)
-            if adapter_path and not loading.is_adapter(Path(adapter_path).expanduser()):
+            if adapter_path and not kinds.is_adapter(Path(adapter_path).expanduser()):
                 raise SettingError("{adapter} {path}: no saved adapter's folder", path=adapter_path)
             if not (model_name or adapter_path):
                 if kind not in (None, "qwen3"):
@@ -320,7 +320,7 @@ class _Trainer:
     def _folders(self) -> tuple[Path, Path, Path]:
         """Return the config's folders. UserError if something is there that must not be replaced."""
         last, best, folder = self.config.folders()
-        taken = [path for path in (last, best) if loading.is_adapter(path)] + [folder] * checkpoint.holds_run(folder)
+        taken = [path for path in (last, best) if kinds.is_adapter(path)] + [folder] * checkpoint.holds_run(folder)
         if taken and not (self.config.overwrite or self._trained):
             raise UserError(f"{taken[0]} exists already: name another folder, or replace it with overwrite=True")
         for path in (last, best):
@@ -341,7 +341,7 @@ class MLXCrossEncoderTrainer(_Trainer):
     def __init__(self, model: MLXCrossEncoder, config: MLXCrossEncoderConfig):
         if config.pretrained_path not in (None, model.name):
             raise UserError(f"pretrained_path {config.pretrained_path}, but the model is {model.name}")
-        if loading.is_adapter(Path(model.name).expanduser()):
+        if kinds.is_adapter(Path(model.name).expanduser()):
             raise UserError(f"{model.name} is an adapter: training starts from a base model")
         if config.max_length is None:
             config = replace(config, max_length=model.config.max_length)
@@ -363,5 +363,5 @@ def _write(data: Mapping[str, Iterable[Mapping]], folder: Path) -> None:
 
 def _check_replaceable(path: Path) -> None:
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and not loading.is_adapter(path):
+    if not empty and not kinds.is_adapter(path):
         raise UserError(f"{path}: not an adapter's folder, so it is not replaced")

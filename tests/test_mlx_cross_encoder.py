@@ -22,7 +22,7 @@ from mlx_cross_encoder import (
 )
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.inference.reranker import Reranker
-from mlx_retrieval.models import loading
+from mlx_retrieval.models import kinds, loading
 from mlx_retrieval.training import checkpoint, run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils import locks
@@ -124,7 +124,7 @@ def test_cross_encoder_as_written(hub):
     assert model.predict([("auth flow", "OAuth2 token exchange")])[0] == pytest.approx(score)
     saved = MLXCrossEncoder.from_pretrained("adapters/mlx-cross-encoder")
     assert saved.predict(("auth flow", "OAuth2 token exchange")) == pytest.approx(score, abs=1e-6)
-    assert loading.is_adapter(hub / "adapters" / "mlx-cross-encoder_best")
+    assert kinds.is_adapter(hub / "adapters" / "mlx-cross-encoder_best")
 
 
 # --- in use -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Find a model in a local folder or on the Hub; read its config.json and safetensors, never a pickle."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,17 @@ def resolve(name: str) -> Path:
         raise SettingError(
             "{model} {name}: this is a file; a model is a folder with config.json and *.safetensors", name=name
         )
-    searched = f"no folder {folder.absolute()}"
+    searched, near = f"no folder {folder.absolute()}", near_folder(name)
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise SettingError("{model} {name}: {searched}", name=name, searched=searched)
+        raise SettingError("{model} {name}: {searched}{near}", name=name, searched=searched, near=near)
     if "/" not in name:
         raise SettingError(
-            "{model} {name}: {searched}, and a hub name would be OWNER/NAME. To make such a folder from a hub model:\n"
+            "{model} {name}: {searched}{near}, and a hub name would be OWNER/NAME. To make such a folder from a hub "
+            "model:\n"
             "  mlx_lm.convert --hf-path OWNER/{source} --mlx-path {name}",
             name=name,
             searched=searched,
+            near=near.replace("?", ""),
             source=name.removesuffix("-mlx"),
         )
     from huggingface_hub import constants, snapshot_download
@@ -53,9 +56,18 @@ def resolve(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
         raise SettingError(
-            "{model} {name}: {searched}, and it is not a valid hub name", name=name, searched=searched
+            "{model} {name}: {searched}, and it is not a valid hub name{near}", name=name, searched=searched, near=near
         ) from error
     except (HTTPError, OSError) as error:  # the hub's errors derive from these, a proxy's from HTTPError
+        if near:
+            raise SettingError(
+                "{model} {name}: {searched}{near} (there is no such model on the hub either, or the hub cannot be "
+                "reached: {reason})",
+                name=name,
+                searched=searched,
+                near=near,
+                reason=type(error).__name__,
+            ) from error
         raise SettingError(
             "{model} {name}: {searched}; not in the cache {cache}; and the download from the hub failed ({reason}).\n"
             "On a machine with network, fetch it there and copy the folder here, for instance:\n"
@@ -66,6 +78,22 @@ def resolve(name: str) -> Path:
             reason=type(error).__name__,
             target=name.split("/")[-1],
         ) from error
+
+
+def near_folder(name: str) -> str:
+    """Return `; did you mean adapters/best?` for a path that a folder here nearly has, or "" if there is none."""
+    path = Path(name).expanduser()
+    current = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        try:
+            folders = [each.name for each in current.iterdir() if each.is_dir()]
+        except OSError:
+            return ""
+        near = [part] if part in folders or part == ".." else difflib.get_close_matches(part, folders, 1, 0.7)
+        if not near:
+            return ""
+        current /= near[0]
+    return f"; did you mean {current}?"
 
 
 def inside(folder: Path, name: object, source: str) -> Path:

@@ -182,7 +182,10 @@ def evaluate_formats(
     of one task. Raises like `evaluate`.
     """
     if getattr(model, "late", False):
-        raise UserError("--precision and --dimensions are for models of one vector a text, not for late interaction")
+        raise UserError(
+            f"{model.name}: --precision and --dimensions are for models of one vector a text, not for late "
+            "interaction, which is evaluated without them"
+        )
     loaded, unreachable = load_tasks(tasks, show_progress, rules)
     full = Evaluation(model.name, {}, {}, unreachable)
     stored = {vector_format: Evaluation(model.name, {}, {}, unreachable) for vector_format in formats}

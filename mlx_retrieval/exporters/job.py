@@ -49,13 +49,13 @@ class Export:
 
 def check_adapter(adapter: str) -> None:
     """Raise UserError if this folder is not an adapter, and name the adapters in it."""
-    from mlx_retrieval.models import loading
+    from mlx_retrieval.models import kinds
 
     folder = Path(adapter).expanduser()
-    if folder.is_dir() and not loading.is_adapter(folder):
+    if folder.is_dir() and not kinds.is_adapter(folder):
         inside = [str(Path(adapter) / name) for name in ("best", "final") if (folder / name).is_dir()]
         hint = f"; a run was saved there, so export {' or '.join(inside)}" if inside else ""
-        raise UserError(f"--adapter {adapter}: not an adapter folder, it has no {loading.ADAPTERS}{hint}")
+        raise UserError(f"--adapter {adapter}: not an adapter folder, it has no {kinds.ADAPTERS}{hint}")
 
 
 def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None:

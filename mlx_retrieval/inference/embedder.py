@@ -10,7 +10,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference import fingerprint, finite
 from mlx_retrieval.inference.quantization import check, quantise, truncate
-from mlx_retrieval.models import loading
+from mlx_retrieval.models import kinds, loading
 from mlx_retrieval.models.batching import Texts, micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -160,8 +160,10 @@ def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Mo
     Raises UserError if anything is missing or does not fit.
     """
     base: str | None = str(path)
-    if adapter is None and loading.is_adapter(Path(path).expanduser()):
+    if adapter is None and kinds.is_adapter(Path(path).expanduser()):
         base, adapter = None, path
     name = str(adapter or base).rstrip("/")
+    if overrides.get("task") is None:
+        kinds.require(kinds.EMBEDDING, base, str(adapter) if adapter else None)
     model, config, folder = loading.open_model(base, str(adapter) if adapter else None, **overrides)
     return Model(model, config, config.tokenizer(folder), name, folder if adapter else None)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference import embedder, fingerprint, finite
-from mlx_retrieval.models import loading, maxsim
+from mlx_retrieval.models import kinds, loading, maxsim
 from mlx_retrieval.models.batching import Texts, micro_batches
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pair_tokenizers import Group, PairTokenizer, Sequences
@@ -62,11 +62,14 @@ class Reranker:
         raw_scores: bool = False,
     ):
         base: str | None = str(model)
-        if adapter is None and loading.is_adapter(Path(model).expanduser()):
+        if adapter is None and kinds.is_adapter(Path(model).expanduser()):
             base, adapter = None, model
         flags: dict[str, Any] = {"max_length": max_length, "instruction": instruction}
         flags |= {"activation": ""} if raw_scores else {}
-        if adapter is None and loading.detect_kind(base) != "late":
+        name = str(adapter or base).rstrip("/")
+        names = (base, str(adapter) if adapter else None)
+        kind = kinds.detect_kind(*names) if reranker_type else kinds.require(kinds.RERANKING, *names)
+        if adapter is None and kind != "late":
             flags |= {"task": "rerank", "reranker": reranker_type}
         opened, config, folder = loading.open_model(base, str(adapter) if adapter else None, **flags)
         if adapter is None and tree_flatten(opened.head.trainable_parameters()):
@@ -74,7 +77,7 @@ class Reranker:
                 f"{model}: the weights of a reranker's head are not in this model, so its scores would mean nothing. "
                 "python train.py --task rerank trains one"
             )
-        self.set_model(opened, config, config.tokenizer(folder), str(adapter or base).rstrip("/"), folder)
+        self.set_model(opened, config, config.tokenizer(folder), name, folder)
         if reranker_type not in (None, self.kind):
             raise SettingError(
                 "{reranker_type} {wanted}: {name} is of the kind {kind}",
@@ -110,7 +113,7 @@ class Reranker:
             base: see `embedder.Model`; only for a late-interaction model.
         """
         if config.task not in ("rerank", "late"):
-            raise UserError(f"{name}: an embedding model, not a reranker, which reads query and document together")
+            raise UserError(kinds.explain(name, "embed"))
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.late: embedder.Model | None = None
         if config.task == "late":

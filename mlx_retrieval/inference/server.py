@@ -295,7 +295,10 @@ def create_app(
     if reranker is None and model is None:
         raise UserError("nothing to serve: neither a reranker nor an embedding model")
     if model is not None and model.late:
-        raise UserError(f"{model.name} makes a vector a token, but /v1/embeddings returns one a text")
+        raise UserError(
+            f"{model.name} makes a vector a token, but /v1/embeddings returns one a text: "
+            "--model serves it as a reranker"
+        )
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise UserError("the API key is empty, has spaces around it or is not plain ASCII")
     service = Service(reranker, model, limits)

@@ -23,7 +23,7 @@ from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.hard_negatives import Groups
 from mlx_retrieval.mining.output import shortened
-from mlx_retrieval.models.loading import detect_kind, is_adapter
+from mlx_retrieval.models.kinds import detect_kind, is_adapter
 from mlx_retrieval.models.rerankers import gives_logits_to_students
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import Progress
@@ -38,7 +38,7 @@ class Teacher:
 
     Args:
         name: adapter folder, base model's folder, or hub name.
-        kind: one of KINDS; None = by `loading.detect_kind`.
+        kind: one of KINDS; None = by `kinds.detect_kind`.
         max_length: see inference.reranker.Reranker and inference.embedder.load; in tokens.
         reranker_type: the kind of reranker, if its files do not say.
         raw_scores: teach with logits, not with their sigmoid. A cross-encoder whose files name no activation always

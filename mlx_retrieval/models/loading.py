@@ -1,36 +1,31 @@
-"""Load a retrieval model: a base model, or an adapter on its base model; tell what kind of model a folder holds."""
+"""Load a retrieval model: a base model, or an adapter on its base model."""
 
 import json
 from pathlib import Path
-from typing import Literal
 
 from mlx_retrieval.backend import mx, nn
 
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.backbones import ENCODERS, Backbone, load_backbone, lora, resolve
+from mlx_retrieval.backbones import ENCODERS, Backbone, load_backbone, lora
 from mlx_retrieval.backbones.hub import (
     check_fit,
     inside,
     load_strictly,
-    read_config,
     read_json,
     read_safetensors,
     read_weights,
     save_tensors,
-    tensor_table,
     toolkit_relative,
-    weight_files,
 )
-from mlx_retrieval.models import pylate_files, rerankers, retrieval_config, sentence_transformers_files
+from mlx_retrieval.models import kinds, pylate_files, rerankers, retrieval_config, sentence_transformers_files
 from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.kinds import ADAPTER_CONFIG, ADAPTERS
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import load_tokenizer
 from mlx_retrieval.utils.errors import SettingError, UserError, concerning
 
-ADAPTERS, ADAPTER_CONFIG, HEADS = "adapters.safetensors", "adapter_config.json", "heads.safetensors"
-# What a model gives: a vector a text, a vector a token, or a score a query and document.
-Kind = Literal["embed", "late", "rerank"]
+HEADS = "heads.safetensors"  # layers of a saved folder that mlx-lm does not know
 
 
 @concerning("model")
@@ -43,12 +38,15 @@ def build(
         model: folder or hub name.
         projection: dimensions of a new layer that makes the token vectors of a late model; 0 = no such layer.
         reranker: with task="rerank", one of `rerankers.KINDS`; None = by the model's files.
-        flags: fields of RetrievalConfig that override the files' values; None = do not override.
+        flags: fields of RetrievalConfig that override the files' values; None = do not override. Without `task` it is
+            the model's own, or "embed".
 
     Returns the model, frozen except for new layers, its RetrievalConfig, and the base model's folder.
     """
-    folder = resolve(model)
+    folder = kinds.require_base(model)
     backbone = load_backbone(folder, flags.pop("bidirectional", None))
+    if flags.get("task") is None and kinds.detect_kind(model) == "rerank":
+        flags["task"] = "rerank"
     base_config = base_model_config(folder, backbone.config, flags.get("task"), reranker)
     config = base_config.override(**flags)
     if base_config.dense and config.task != base_config.task:
@@ -116,7 +114,7 @@ def base_model_config(
     """
     if (folder / retrieval_config.FILE).is_file():
         config = RetrievalConfig.read(folder)
-        if task != "rerank" or config.task == "rerank":
+        if task is None or (task == "rerank") == (config.task == "rerank"):
             return config
     if task == "rerank":
         return RetrievalConfig(**rerankers.describe(folder, model_config, reranker))
@@ -132,33 +130,6 @@ def base_model_config(
     return config
 
 
-def detect_kind(name: str) -> Kind:
-    """Return whether a model embeds, embeds token by token (late interaction) or reranks, by its files or its name.
-
-    Yes/no rerankers are language models whose files say nothing of it; they are recognised by "rerank" in their name.
-
-    Args:
-        name: adapter folder, base model's folder, or hub name.
-    """
-    path = Path(name).expanduser()
-    folder = path if is_adapter(path) else resolve(name)
-    if (folder / retrieval_config.FILE).is_file():
-        return RetrievalConfig.read(folder).task
-    if pylate_files.is_late(folder):
-        return "late"
-    settings = sentence_transformers_files.optional_json(folder / sentence_transformers_files.SETTINGS)
-    if settings.get("model_type") == "CrossEncoder":
-        return "rerank"
-    if (folder / sentence_transformers_files.MODULES).is_file():
-        return "embed"
-    if any("SequenceClassification" in each for each in read_config(folder).get("architectures") or ()):
-        return "rerank"
-    tensors = {tensor for file in weight_files(folder) for tensor in tensor_table(file)}
-    if "score.weight" in tensors or any(tensor.startswith("projector.") for tensor in tensors):
-        return "rerank"
-    return "rerank" if "rerank" in folder.resolve().name.lower() or "rerank" in name.lower() else "embed"
-
-
 def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Open a model for inference: a base model, or an adapter on its base model.
 
@@ -172,13 +143,13 @@ def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[
     if adapter is None:
         return build(model, **flags)
     folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{adapter}: no such adapter folder")
     with concerning("adapter"):
+        kinds.check_adapter_folder(adapter)
+        kinds.refuse_others(folder, adapter)
         config = RetrievalConfig.read(folder)
     config = config.override(**flags)
     with concerning("model"):
-        base = resolve(model or config.base_model)
+        base = kinds.require_base(model or config.base_model)
         backbone = load_backbone(base, config.bidirectional)
     _fit_lengths(config, backbone.max_positions, flags)
     with concerning("adapter"):
@@ -191,11 +162,6 @@ def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[
         result = _assemble(backbone, config, base)
     load_adapter(result, folder)
     return result, config, base
-
-
-def is_adapter(folder: Path) -> bool:
-    """Return whether this is the folder of a saved adapter, perhaps a damaged one; exported models are not adapters."""
-    return any((folder / name).is_file() for name in (ADAPTERS, ADAPTER_CONFIG))
 
 
 @concerning("adapter")

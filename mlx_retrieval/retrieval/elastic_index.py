@@ -76,7 +76,9 @@ def write_vectors(
     from mlx_retrieval.inference.embedder import embed
 
     if model.late:
-        raise UserError(f"{model.name}: --to takes models of one vector a text, not late interaction")
+        raise UserError(
+            f"{model.name}: --to takes models of one vector a text, not late interaction: search.py index takes it"
+        )
     server = Server(parse(to))
     similarity = "cosine" if model.config.normalize else "max_inner_product"
     vectors = VectorField(model.name, model.fingerprint(), model.dimensions, list(texts), similarity, "growing")

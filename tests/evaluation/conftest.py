@@ -7,6 +7,7 @@ import pytest
 from beir_folders import write_folder
 
 from mlx_retrieval.evaluation import mteb_tasks
+from mlx_retrieval.models import kinds
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +22,13 @@ def words(tmp_path_factory) -> Path:
         queries.append({"_id": f"q{i}", "text": " ".join([*rng.choice(words, 2), *rng.choice(vocabulary, 3)])})
         qrels += f"q{i}\td{i}\t2\nq{i}\td{i + 40}\t1\nq{i}\td{i + 80}\t0\n"
     return write_folder(tmp_path_factory.mktemp("data") / "words", corpus, queries, qrels)
+
+
+@pytest.fixture(autouse=True)
+def _unnamed_models(monkeypatch):
+    """Models that tests replace, `m` or `[m]`, count as embedding models; all others tell themselves."""
+    detect = kinds.detect_kind
+    monkeypatch.setattr(kinds, "detect_kind", lambda *names: "embed" if names[0] in ("m", "[m]") else detect(*names))
 
 
 @pytest.fixture

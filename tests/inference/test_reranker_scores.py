@@ -426,7 +426,7 @@ def test_models_that_are_no_rerankers(small, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     loading.save_model(folder, model, adapter, config)
-    with pytest.raises(UserError, match="an embedding model, not a reranker"):
+    with pytest.raises(UserError, match="is an embedding model, which gives one vector a text"):
         Reranker(str(folder))
     with pytest.raises(UserError, match="needs a language model"):
         cross_encoder("bert", tmp_path / "bert")
