@@ -1,6 +1,6 @@
 """What a source of data held when it was read: by this a resumed run recognises its data.
 
-contents = Rows(files).contents
+contents = Rows(files).contents()
 changes = differences(earlier_contents, contents)       # ["rows.jsonl: 40 rows then, 44 now"]
 """
 

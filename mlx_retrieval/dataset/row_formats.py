@@ -60,6 +60,16 @@ class Example(NamedTuple):
     other_positives: tuple[str, ...] = ()  # of the same row; each is the positive of another example
 
 
+def common_parts(common: dict[str, str] | None, example: Example, kind: str) -> dict[str, str]:
+    """Return which of query, positive and label an example shares with those before it; `common` is None for the first.
+
+    A label is shown as a number; only rows of the kind "label" have one.
+    """
+    label = {"label": f"{example.scores[0]:g}"} if kind == "label" else {}
+    parts = {"query": example.query, "positive": example.positive} | label
+    return parts if common is None else dict(common.items() & parts.items())
+
+
 class Reading(NamedTuple):
     """The keys of a row by their roles; None or () = not there."""
 

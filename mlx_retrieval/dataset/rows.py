@@ -35,7 +35,7 @@ import numpy as np
 
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError, lines_of
-from mlx_retrieval.dataset.row_formats import Example, parse
+from mlx_retrieval.dataset.row_formats import Example, common_parts, parse
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
 
 HUB = "hf://"
@@ -144,15 +144,18 @@ class Rows:
         self.has_scores = True
         self.score_range = (0.0, 1.0)
         self.without_positive: Place | None = None
-        self.contents: list[Content] = []
+        self._contents: list[Content] = []
+        self.constant: dict[str, str] | None = None
         self._handles = [open_rows(file) for file in self.files]
         starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
         for file, handle in zip(self.files, self._handles, strict=True):
             digest = self._check(file, handle, skip_bad, starts, sizes, numbers)
             counts.append(len(starts))
-            self.contents.append(Content(str(file), counts[-1] - counts[-2], "rows", digest))
+            self._contents.append(Content(str(file), counts[-1] - counts[-2], "rows", digest))
         if not starts:
             raise SettingError("{files}: no usable row", files=[Place(file) for file in self.files])
+        if len(starts) == 1:  # with which nothing is shared
+            self.constant = {}
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
         # Views of the arrays: five million rows take 80 MB.
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
@@ -176,6 +179,8 @@ class Rows:
             self.format = reading.kind
             self.ignored.update(reading.ignored)
             for example in examples:
+                if self.constant != {}:
+                    self.constant = common_parts(self.constant, example, self.format)
                 self.has_negatives |= bool(example.negatives)
                 self.has_scores &= bool(example.scores)
                 if example.scores:
@@ -227,6 +232,9 @@ class Rows:
 
     def restore(self, cursor: dict, position: int) -> None:
         """Do nothing: the order follows from the position alone."""
+
+    def contents(self) -> list[Content]:
+        return self._contents
 
     def close(self) -> None:
         """Do nothing: nothing is read ahead."""

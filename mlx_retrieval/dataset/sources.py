@@ -73,8 +73,8 @@ class Source(Protocol):
         """Where the rows come from, for messages."""
 
     @property
-    def contents(self) -> list[Content]:
-        """What each file or index held when it was opened."""
+    def constant(self) -> dict[str, str]:
+        """Query, positive or label, by that name, if all rows have the same; of an index, the first hundred."""
 
     def __len__(self) -> int:
         """Return the number of examples of an epoch."""
@@ -93,6 +93,9 @@ class Source(Protocol):
 
     def restore(self, cursor: dict[str, Any], position: int) -> None:
         """Continue at a position as the process that saved the cursor would have."""
+
+    def contents(self) -> list[Content]:
+        """Return what each file held when it was read, and the identity of each index."""
 
     def close(self) -> None:
         """Stop reading ahead and release connections."""
@@ -214,8 +217,8 @@ class InterleavedRows:
         return [name for source in self.sources for name in source.names]
 
     @property
-    def contents(self) -> list[Content]:
-        return [content for source in self.sources for content in source.contents]
+    def constant(self) -> dict[str, str]:
+        return dict(set.intersection(*(set(source.constant.items()) for source in self.sources)))
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -249,6 +252,9 @@ class InterleavedRows:
     def restore(self, cursor: dict, position: int) -> None:
         for s, (source, at) in enumerate(self._places(position)):
             source.restore(cursor[str(s)], at)
+
+    def contents(self) -> list[Content]:
+        return [content for source in self.sources for content in source.contents()]
 
     def _places(self, position: int) -> list[tuple[Source, int]]:
         return list(zip(self.sources, self.taken(position), strict=True))

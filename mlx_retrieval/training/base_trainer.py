@@ -12,9 +12,10 @@ from pathlib import Path
 from mlx_retrieval.backend import nn
 
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.training import checkpoint, distributed, improvement
+from mlx_retrieval.training import checkpoint, distributed, improvement, nothing_learnt
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.state import State
@@ -92,6 +93,15 @@ class BaseTrainer(ABC):
     @abstractmethod
     def check_ranks(self) -> None:
         """Raise RankMismatch on all ranks if their settings, data or models differ. Called on several ranks only."""
+
+    def probe(self) -> np.ndarray | None:
+        """Return numbers that the trained weights decide, float32, to compare before and after; None = no such ones."""
+        return None
+
+    def watch(self, loss: float, grad_norm: float) -> None:
+        """Warn, once, if the steps so far are a sign that nothing is learnt."""
+        if warning := nothing_learnt.watch(self.state, self.settings, loss, grad_norm):
+            self.reporter.warn(warning)
 
     # --- evaluations --------------------------------------------------------------------------------------------------
 

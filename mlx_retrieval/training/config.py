@@ -307,6 +307,11 @@ class Settings:
             (0 < self.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
             *((v is None or v >= 0, name, "must not be negative") for name, v in self._late_counts()),
             (self.learning_rate is None or 0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
+            (
+                self.train_type == "full" or self.lora_alpha > 0,
+                "lora_alpha",
+                "must be above 0: the update is multiplied by it, so that nothing would be trained",
+            ),
             (0 <= self.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
             (self.warmup < 1 or float(self.warmup).is_integer(), "warmup", "must be a share below 1 or whole steps"),
             (all(d > 0 for d in self.matryoshka_dims), "matryoshka_dims", "must be above 0"),

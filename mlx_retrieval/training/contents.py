@@ -1,6 +1,6 @@
 """What a run was begun with: its data, what it is evaluated on, and its base model. `--resume` compares them.
 
-contents = {"data": rows.contents, "evaluation": evaluation_contents(settings.eval_tasks)}
+contents = {"data": rows.contents(), "evaluation": evaluation_contents(settings.eval_tasks)}
 check(run_folder, contents, accept=False)           # UserError if they are not those of the run
 """
 

@@ -31,7 +31,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import distributed, improvement
+from mlx_retrieval.training import distributed, improvement, nothing_learnt
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
 from mlx_retrieval.training.objectives import make_objective
@@ -134,8 +134,8 @@ class RetrievalRun:
         """Return what the run's data, evaluation and base model hold."""
         trainer = self.trainer
         return {
-            "data": trainer.batches.rows.contents,
-            "validation": trainer.validation.rows.contents if trainer.validation else [],
+            "data": trainer.batches.rows.contents(),
+            "validation": trainer.validation.rows.contents() if trainer.validation else [],
             "evaluation": evaluation_contents(self.settings.eval_tasks),
             BASE: base_contents(self.base, self.folder),
         }
@@ -279,7 +279,6 @@ def prepare(settings: Settings) -> RetrievalRun:
         held_out_rows = Rows(held_out, settings.skip_bad_rows)
         size = min(settings.batch_size, len(held_out_rows))
         validation = make_batches(settings, retrieval, held_out_rows, tokenizer, size)
-
     improvement.check_evaluated(settings, bool(validation))
 
     def save_model(target: Path) -> None:
@@ -289,7 +288,11 @@ def prepare(settings: Settings) -> RetrievalRun:
     evaluations = None
     if settings.eval_tasks and distributed.is_main():
         evaluations = Evaluations(make_evaluator(settings, model, retrieval, tokenizer), folder)
-    trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation)
+    one, other = nothing_learnt.PROBE
+    probe = (
+        tokenizer([(one, [one, other])]).texts if retrieval.task == "rerank" else tokenizer([one, other], "document")
+    )
+    trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation, probe)
     if evaluations:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(settings.eval_tasks, rules=settings.folder_rules)
@@ -308,6 +311,7 @@ def prepare(settings: Settings) -> RetrievalRun:
         headline.append(("ranks", f"{distributed.size()} processes share the passes of every batch"))
     if backend.KERNELS and cpu_kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
+    headline += nothing_learnt.warnings(settings, rows)
     headline += [("ignored", ignored_keys(rows.ignored))] if rows.ignored else []
     headline += [("left out", line) for line in rows.skipped[:20]]
     return RetrievalRun(settings, folder, trainer, evaluations, retrieval, base, headline)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from mlx_retrieval.backend import mx
 
-from mlx_retrieval.training import checkpoint, contents, distributed, improvement
+from mlx_retrieval.training import checkpoint, contents, distributed, improvement, nothing_learnt
 from mlx_retrieval.training.base_trainer import BaseTrainer, due
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import Contents
@@ -101,8 +101,10 @@ def run(job: Run) -> dict:
         try:
             with open_reporter(job) as trainer.reporter:
                 # Evaluate the untrained model: its score is the one to beat.
-                if trainer.state.step == 0 and not settings.skip_eval_init and distributed.is_main():
-                    trainer.keep_best(trainer.evaluate(0))
+                if trainer.state.step == 0 and distributed.is_main():
+                    trainer.state.probe = nothing_learnt.sample(trainer.probe())
+                    if not settings.skip_eval_init:
+                        trainer.keep_best(trainer.evaluate(0))
                 # Take the steps; each is reported, evaluated and saved as it is due.
                 take_steps(trainer)
                 # Save the trained model.
@@ -323,6 +325,12 @@ def conclude(job: Run) -> None:
         return
     job.print_results()
     lines = [("adapter", f"{folder / 'final'}"), *improvement.conclusion(state, folder)]
+    if nothing_learnt.unchanged(state.probe, nothing_learnt.sample(job.trainer.probe())):
+        rate = job.settings.learning_rate
+        text = (
+            f"the trained model computes the same as the untrained one: nothing was learnt at --learning-rate {rate:g}"
+        )
+        lines.append(("warning", text))
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
     print_lines([*lines, *job.next_lines()])
 

@@ -19,3 +19,8 @@ class State:
     best_step: int = 0  # 0 = none was better than the untrained model
     last: float | None = None  # score of the last evaluation
     evaluations_since_best: int = 0
+    # Signs that nothing is learnt; see nothing_learnt.py.
+    first_loss: float | None = None
+    loss_moved: bool = False  # away from the first
+    has_gradient: bool = False  # some step's was not 0
+    probe: list[float] = field(default_factory=list)  # numbers of the untrained model's vectors

@@ -22,6 +22,7 @@ from data_loader import Batch, Batches, pack
 from mlx_retrieval import backend
 from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.models import loading
+from mlx_retrieval.models.batching import Texts, pad_rows
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.training import distributed, memory
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, learning_rate
@@ -42,6 +43,7 @@ class Trainer(BaseTrainer):
         objective: see `Objective`.
         evaluator: evaluates the model at a step; None = no evaluation.
         validation: batches whose loss is reported at every evaluation; None = none.
+        probe_texts: texts whose representations are compared before and after training; None = none.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Trainer(BaseTrainer):
         save_model: Callable[[Path], None],
         evaluator: Callable[[int], Evaluation] | None = None,
         validation: Batches | None = None,
+        probe_texts: Texts | None = None,
     ):
         optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
         optimizer.init(model.trainable_parameters())
@@ -61,6 +64,7 @@ class Trainer(BaseTrainer):
         self.batches = batches
         self.evaluator = evaluator
         self.validation = validation
+        self.probe_texts = probe_texts
         budget = settings.micro_batch_tokens
         self.grad_cache = GradientCache(
             model,
@@ -109,6 +113,8 @@ class Trainer(BaseTrainer):
         self.state.step = step
         self.state.tokens += batch.tokens
         self.state.cursor = self.batches.cursor(step)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.watch(loss, norm)
         skipped = {"skipped_batches": self.state.skipped_batches} if self.settings.skip_bad_batches else {}
         return {
             "step": step,
@@ -213,6 +219,15 @@ class Trainer(BaseTrainer):
             self.reporter.evaluation(step, metrics, tasks)
         self.reporter.status("")
         return metrics
+
+    def probe(self) -> np.ndarray | None:
+        """Return the representations of the probe's texts, as one row (N,)."""
+        if self.probe_texts is None:
+            return None
+        self.model.eval()
+        rows = pad_rows(self.probe_texts, np.arange(len(self.probe_texts)), self.batches.tokenizer.pad_id)
+        (representations,) = self.grad_cache.runner.representations([rows])
+        return np.array(representations.astype(mx.float32)).ravel()
 
     # --- resuming, and several ranks ----------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def test_one_edited_row_of_any_source_changes_its_content(tmp_path, monkeypatch,
             file.write_bytes(gzip.compress(lines(rows)) if kind == "gz" else lines(rows))
         monkeypatch.setattr(rows_module, "_hub_rows", lambda _: iter(rows))
         source = {"hub": "hf://owner/name", "folder": str(tmp_path)}.get(kind, str(file))
-        return open_source([f"{source}:2", f"{source}:1"] if kind == "mixture" else [source]).contents
+        return open_source([f"{source}:2", f"{source}:1"] if kind == "mixture" else [source]).contents()
 
     before = read(ROWS)
     assert [content.size for content in before] == [40] * (2 if kind == "mixture" else 1) and before == read(ROWS)
@@ -222,7 +222,7 @@ def job(tmp_path, small):
             ]
             (tmp_path / "data" / f"{name}.jsonl").write_bytes(lines(rows))
         given = {"model": str(model), "data": [str(tmp_path / "data")], "batch_size": 4, "steps": 4, "lora_rank": 2}
-        given |= {"output": str(tmp_path / "run"), "save_steps": 0, "warmup": 0.0, "max_length": 60}
+        given |= {"output": str(tmp_path / "run"), "save_steps": 0, "warmup": 0.0, "max_length": 300}
         given |= {} if task == "chat" else {"eval_tasks": [str(evaluation)]}
         given |= {"skip_eval_init": True} | changes
         return for_task(task, given)

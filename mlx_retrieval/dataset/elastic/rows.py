@@ -20,7 +20,7 @@ from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.elastic.documents import Documents, Survey
 from mlx_retrieval.dataset.elastic.fields import Fields, row_of
 from mlx_retrieval.dataset.elastic.server import Address, Closed
-from mlx_retrieval.dataset.row_formats import Example, RowError, examples_of, reading_of
+from mlx_retrieval.dataset.row_formats import Example, RowError, common_parts, examples_of, reading_of
 from mlx_retrieval.utils.errors import UserError
 
 BLOCK = 16  # ranges that are shuffled together
@@ -71,6 +71,7 @@ class ElasticRows:
         self.bad = 0
         self._recent: list[tuple[int, list[tuple[str, Example]]]] = []  # (start, examples) of the last blocks
         self.format = self._check_fields()
+        self.constant = self._common_parts()
         self.has_negatives = bool({"negative", "negatives", "documents"} & set(fields))
         self.has_scores = bool({"scores", "label"} & set(fields))
         self.score_range, self.without_positive = (0.0, 1.0), None
@@ -98,9 +99,8 @@ class ElasticRows:
                 return documents[i - start]
         raise IndexError(f"row {i} was not read lately")
 
-    @property
     def contents(self) -> list[Content]:
-        """The identity of the index. Its documents may change while a run is stopped; `restore` deals with that."""
+        """Return the identity of the index. Its documents may change; `restore` deals with that."""
         return [Content(str(self.address), 0, "", self.documents.identity())]
 
     def close(self) -> None:
@@ -189,6 +189,19 @@ class ElasticRows:
             if len(self.skipped) < KEPT_SKIPPED:
                 self.skipped.append(place)
             return []
+
+    def _common_parts(self) -> dict[str, str]:
+        """Return query, positive and label that the first documents share; those that make no row do not count here."""
+        common, count = None, 0
+        for source in self.documents.sample:
+            try:
+                examples = examples_of(row_of(source, self.fields), self.format)[0]
+            except RowError:
+                continue
+            for example in examples:
+                common = common_parts(common, example, self.format)
+                count += 1
+        return common if common and count > 1 else {}
 
     def _report_bad(self) -> None:
         if self.bad:

@@ -21,7 +21,7 @@ from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.rows import find_files, find_validation
 from mlx_retrieval.models import loading
-from mlx_retrieval.training import improvement
+from mlx_retrieval.training import improvement, nothing_learnt
 from mlx_retrieval.training.chat.data import ChatBatches, Conversations
 from mlx_retrieval.training.chat.memory import Estimate, Work, estimate, shape_of
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
@@ -166,6 +166,7 @@ def prepare(settings: Settings) -> ChatRun:
     ]  # fmt: skip
     if backend.KERNELS and cpu_kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
+    headline += nothing_learnt.warnings(settings)
     headline += warnings(settings, rows, valid) + rope_warning(base)
     return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, expected)
 

@@ -197,6 +197,8 @@ class ChatTrainer(BaseTrainer):
         state.step = step
         state.tokens += counts.tokens
         state.seconds += seconds
+        if trained:
+            self.watch(loss, norm)
         if step == settings.steps or due(step, settings.steps_per_report):
             return self._record(norm)
         return None
@@ -257,6 +259,13 @@ class ChatTrainer(BaseTrainer):
         self.reporter.evaluation(step, metrics)
         self.reporter.status("")
         return metrics
+
+    def probe(self) -> np.ndarray:
+        """Return the logits after a few tokens, (V,)."""
+        self.model.eval()
+        logits = self.model(mx.arange(1, 9)[None])[0, -1].astype(mx.float32)
+        self.model.train()
+        return np.array(logits)
 
     def measure_step(self) -> tuple[float, Counts]:
         """Return the seconds of a step on the largest batch, and what that batch holds. Changes weights in memory."""
