@@ -5,13 +5,14 @@ python export.py --adapter adapters/best --output my-model-4bit --format mlx --q
 python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints llama.cpp's next command
 python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # an untrained base model
 python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
+python export.py --adapter adapters/chat/final --output my-chat                  # a chat model, for mlx-lm
 
 from export import Export, export
 export(Export(adapter="adapters/best", output="my-model"))                      # the same from Python
 
-The adapter is merged into the weights. Every exported folder also holds retrieval_config.json, so `embed.py`,
-`rerank.py`, `eval.py` and `train.py` take it as --model. The folder appears under its name only after its vectors, or a
-reranker's scores, were compared with those of the original model.
+The adapter is merged into the weights. Every exported folder of a retrieval model also holds retrieval_config.json, so
+`embed.py`, `rerank.py`, `eval.py` and `train.py` take it as --model. A folder appears under its name only after its
+vectors, a reranker's scores, or a chat model's logits, were compared with those of the original model.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
+from mlx_retrieval.utils.text import shell
 
 __all__ = ["Export", "export"]
 
@@ -42,24 +44,37 @@ def export(job: Export) -> Path:
     if job.model:
         sources.append(resolve(job.model))
     check_output(output, job.overwrite, sources)
-    task = {"task": job.task} if job.task else {}
-    model, config, base = loading.open_model(job.model, job.adapter, **task)
-    check_output(output, job.overwrite, [base])
-    print_lines([("device", backend.describe()), ("model", job.model or config.base_model)])
-    if config.task == "rerank":
-        from mlx_retrieval.exporters.reranker import RerankerWriter as Writer
+    if job.is_chat:
+        from mlx_retrieval.exporters.chat import ChatWriter
+
+        writer = ChatWriter(job)
+        name, base, commands = writer.base_model, writer.base, [writer.next_command]
     else:
-        from mlx_retrieval.exporters.embedding import EmbeddingWriter as Writer
-    writer = Writer(job, model, config, base)
+        task = {"task": job.task} if job.task else {}
+        model, config, base = loading.open_model(job.model, job.adapter, **task)
+        if config.task == "rerank":
+            from mlx_retrieval.exporters.reranker import RerankerWriter as Writer
+        else:
+            from mlx_retrieval.exporters.embedding import EmbeddingWriter as Writer
+        writer, name = Writer(job, model, config, base), job.model or config.base_model
+        commands = next_commands(job, config.task, bool(config.dense))
+    check_output(output, job.overwrite, [base])
+    print_lines([("device", backend.describe()), ("model", name)])
     files.write_folder(output, writer.fill)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    lines = [*writer.lines, ("written", f"{output}, {size / 1e6:,.1f} MB")]
-    if job.gguf_ready:
-        dense = " --sentence-transformers-dense-modules" if config.dense else ""
-        lines.append(("next", f"python convert_hf_to_gguf.py {output}{dense}"))
-    rerank = "--task rerank " if config.task == "rerank" else ""
-    print_lines([*lines, ("next", f"python eval.py {rerank}--model {output}")])
+    written = ("written", f"{output}, {size / 1e6:,.1f} MB")
+    print_lines([*writer.lines, written, *(("next", command) for command in commands)])
     return output
+
+
+def next_commands(job: Export, task: str, dense: bool) -> list[str]:
+    """Return the commands that take the exported folder of a retrieval model."""
+    commands = []
+    if job.gguf_ready:
+        flags = ["--sentence-transformers-dense-modules"] if dense else []
+        commands.append(shell("python", "convert_hf_to_gguf.py", job.output, *flags))
+    rerank = ["--task", "rerank"] if task == "rerank" else []
+    return [*commands, shell("python", "eval.py", *rerank, "--model", job.output)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,9 +102,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--format",
         choices=FORMATS,
-        default=FORMATS[0],
-        help="the library to write for: sentence-transformers (the default), mlx = mlx_lm.load, hf = transformers' own "
-        "classes",
+        help="the library to write for: sentence-transformers, mlx = mlx_lm.load, hf = transformers' own classes "
+        "(default: sentence-transformers, and mlx for a chat adapter)",
     )
     out.add_argument(
         "--quantize",
@@ -108,7 +122,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--skip-library-check",
         action="store_true",
-        help="do not load the folder with sentence-transformers to compare; this toolkit always loads and compares it",
+        help="do not load the folder with sentence-transformers, or a chat model's with transformers, to compare; this "
+        "toolkit always loads and compares it",
     )
     return out
 

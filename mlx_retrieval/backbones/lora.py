@@ -108,7 +108,7 @@ def attach(backbone: Backbone, config: dict) -> None:
 
 
 def _unfreeze(backbone: Backbone, count: int) -> None:
-    if _is_quantised(backbone):
+    if is_quantised(backbone):
         raise SettingError("{train_type} full: quantised weights cannot be trained; use lora or dora")
     if count == -1:
         backbone.trunk.unfreeze()  # not the language model's head, which would have no gradient
@@ -116,7 +116,8 @@ def _unfreeze(backbone: Backbone, count: int) -> None:
         layer.unfreeze()
 
 
-def _is_quantised(backbone: Backbone) -> bool:
+def is_quantised(backbone: Backbone) -> bool:
+    """Return whether layers of the trunk are quantised."""
     return any(name.endswith(".scales") for name, _ in tree_flatten(backbone.trunk.parameters()))
 
 
@@ -130,7 +131,7 @@ def fingerprint(backbone: Backbone) -> dict[str, str]:
     out if the base is quantised. Both are float32 in base64, sampled over the whole depth of the blocks.
     """
     samples: dict[str, list[mx.array]] = {"norms": [], "matrices": []}
-    quantised = _is_quantised(backbone)
+    quantised = is_quantised(backbone)
     for layer in backbone.layers:
         for name, value in sorted(tree_flatten(layer.parameters())):
             if "norm" in name.lower():

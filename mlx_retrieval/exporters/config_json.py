@@ -11,6 +11,7 @@ from mlx_retrieval.backbones import ENCODERS, Backbone, decoder
 from mlx_retrieval.backbones.hub import read_config, tensor_table, weight_files
 from mlx_retrieval.utils.errors import UserError
 
+MARK = "mlx_retrieval"  # key of a folder that this toolkit exported, where no retrieval_config.json tells it
 T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
 

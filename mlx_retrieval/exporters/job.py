@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_retrieval.backbones.hub import read_json
+from mlx_retrieval.exporters.config_json import MARK
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
@@ -20,7 +22,7 @@ class Export:
     adapter: str | None = None
     model: str | None = None
     task: str | None = None
-    format: str = FORMATS[0]
+    format: str | None = None  # None = mlx for a chat adapter, else sentence-transformers
     quantize: int | None = None
     gguf_ready: bool = False
     dtype: str | None = None
@@ -30,16 +32,28 @@ class Export:
     def __post_init__(self) -> None:
         if self.adapter is None and self.model is None:
             raise UserError("nothing to export: name --adapter, for example adapters/best, or --model for a base model")
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+        if self.format is None:
+            self.format = "mlx" if self.is_chat else FORMATS[0]
         if self.format not in FORMATS:
             raise UserError(f"--format {self.format}: known are {', '.join(FORMATS)}")
+        if self.is_chat and (self.gguf_ready or self.format == FORMATS[0]):
+            given = "--gguf-ready" if self.gguf_ready else f"--format {self.format}"
+            raise UserError(f"{given} is for retrieval models: a chat adapter is exported with --format mlx or hf")
         if self.task is not None and self.adapter is not None:
             raise UserError("--task is for a base model: an adapter's files tell what it was trained for")
         if self.quantize and self.format != "mlx":
             raise UserError(f"--quantize writes a folder that only mlx reads: use --format mlx, not {self.format}")
         if self.gguf_ready and self.format == "mlx":
             raise UserError("--gguf-ready needs --format sentence-transformers or hf: the converter reads those")
-        if self.adapter is not None:
-            check_adapter(self.adapter)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the adapter is a chat model's."""
+        from mlx_retrieval.models import kinds
+
+        return self.adapter is not None and kinds.is_chat_adapter(Path(self.adapter).expanduser())
 
     @property
     def source(self) -> str:
@@ -71,5 +85,11 @@ def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None
         return
     if not overwrite:
         raise UserError(f"--output {output}: the folder is not empty; --overwrite replaces it and everything in it")
-    if not (output / "retrieval_config.json").is_file() or not (output / "config.json").is_file():
+    if not is_export(output):
         raise UserError(f"--output {output}: --overwrite replaces exported folders only, and this is not one")
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether `export.py` wrote this folder."""
+    config = folder / "config.json"
+    return config.is_file() and ((folder / "retrieval_config.json").is_file() or MARK in read_json(config))

@@ -13,8 +13,8 @@ from typing import Any
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.exporters import reranker_card
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.curves import is_number, metric_name, read_metrics
-from mlx_retrieval.utils.errors import UserError
 
 SETTINGS = (  # the settings of a run that affect the result; the others say where and how fast it ran
     "loss",
@@ -38,6 +38,8 @@ SETTINGS = (  # the settings of a run that affect the result; the others say whe
     "max_grad_norm",
     "seed",
 )
+TAGS = ("sentence-similarity", "feature-extraction", "retrieval", "mlx-retrieval")
+LICENCE = "## Licence\n\nThe base model's licence applies; check it before you publish this folder.\n"
 POOLING = {
     "mean": "the mean of the token states",
     "cls": "the state of the first token",
@@ -66,48 +68,46 @@ def write(
         name: the exported folder's name.
         answers: see `reranker_card.use`.
     """
-    settings, step, figures = _settings(adapter), _step(adapter), _figures(adapter)
-    parts = [_front_matter(base, form, config.task == "rerank"), f"# {name}\n"]
-    origin = f"`{_public(base)}`" if adapter is None else f"a fine-tuned `{_public(base)}`"
+    tags, pipeline = TAGS, "sentence-similarity"
+    if config.task == "rerank":
+        tags, pipeline = reranker_card.TAGS, "text-ranking"
+    parts = [front_matter(base, form, pipeline, tags), f"# {name}\n"]
+    origin = f"`{public(base)}`" if adapter is None else f"a fine-tuned `{public(base)}`"
     purpose = "Embeds queries and documents for retrieval"
     purpose = "Scores how well documents answer a query" if config.task == "rerank" else purpose
     parts.append(f"{purpose}: {origin}, exported by mlx-retrieval.\n")
     parts.append(_description(config, dtype))
-    if adapter is not None:
-        parts.append("## Training\n")
-        data = settings.get("data")
-        sentences = [f"Data: {', '.join(f'`{Path(str(file)).name}`' for file in data)}."] if data else []
-        sentences += [f"{step:,} steps."] if step is not None else []
-        parts.append((" ".join(sentences) or "The run's folder no longer says how it was trained.") + "\n")
-        rows = [(key, settings.get(key)) for key in SETTINGS]
-        rows = [(key.replace("_", "-"), _setting(value)) for key, value in rows if value not in (None, [], "")]
-        if rows:
-            parts.append(_table(("setting", "value"), rows))
-    if figures:
-        parts += ["## Figures\n", _comparison(figures)]
+    parts += history(adapter)
     parts += ["## Use\n", _use(config, form, name, answers)]
-    parts.append("## Licence\n\nThe base model's licence applies; check it before you publish this folder.\n")
+    parts.append(LICENCE)
     if config.reranker in reranker_card.LICENCES:
         parts.append(reranker_card.LICENCES[config.reranker] + "\n")
     return "\n".join(parts)
 
 
+def history(adapter: Path | None, names: Sequence[str] = SETTINGS) -> list[str]:
+    """Return the sections about the training of an adapter and its figures; [] for a base model.
+
+    `names`: the settings to list.
+    """
+    if adapter is None:
+        return []
+    settings, step, figures = checkpoint.run_settings(adapter), _step(adapter), _figures(adapter)
+    parts = ["## Training\n"]
+    data = settings.get("data")
+    sentences = [f"Data: {', '.join(f'`{Path(str(file)).name}`' for file in data)}."] if data else []
+    sentences += [f"{step:,} steps."] if step is not None else []
+    parts.append((" ".join(sentences) or "The run's folder no longer says how it was trained.") + "\n")
+    rows = [(key, settings.get(key)) for key in names]
+    rows = [(key.replace("_", "-"), _setting(value)) for key, value in rows if value not in (None, [], "")]
+    if rows:
+        parts.append(table(("setting", "value"), rows))
+    if figures:
+        parts += ["## Figures\n", _comparison(figures)]
+    return parts
+
+
 # --- read from the run's folder --------------------------------------------------------------------------------------
-
-
-def _settings(adapter: Path | None) -> dict[str, Any]:
-    """Return the run's settings, saved beside the adapter or in the run's folder; {} if they are gone."""
-    import yaml
-
-    for folder in (adapter, adapter.parent) if adapter else ():
-        path = folder / "config.yaml"
-        if path.is_file():
-            try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-                raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
-            return values if isinstance(values, dict) else {}
-    return {}
 
 
 def _step(adapter: Path | None) -> int | None:
@@ -132,25 +132,23 @@ def _figures(adapter: Path | None) -> dict[str, dict[str, dict[str, float]]]:
 # --- parts of the card ----------------------------------------------------------------------------------------------
 
 
-def _front_matter(base: str, form: str, reranks: bool) -> str:
+def front_matter(base: str, form: str, pipeline: str, tags: Sequence[str]) -> str:
+    """Return the lines by which the hub finds the model."""
     library = {"hf": "transformers"}.get(form, form)
-    pipeline = "text-ranking" if reranks else "sentence-similarity"
-    tags = list(reranker_card.TAGS) if reranks else [pipeline, "feature-extraction", "retrieval", "mlx-retrieval"]
-    tags = [form, *tags] if form != "hf" else tags
-    lines = ["---", "tags:", *(f"- {tag}" for tag in tags)]
+    lines = ["---", "tags:", *(f"- {tag}" for tag in ([form] if form != "hf" else []) + list(tags))]
     if not Path(base).expanduser().is_absolute():  # the hub accepts only names of models
         lines.append(f"base_model: {json.dumps(base)}")
     return "\n".join([*lines, f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", ""])
 
 
-def _public(base: str) -> str:
+def public(base: str) -> str:
     """Return a hub name unchanged, and of a folder on this machine only its name."""
     return Path(base).name if Path(base).expanduser().is_absolute() else base
 
 
 def _description(config: RetrievalConfig, dtype: str) -> str:
     if config.task == "rerank":
-        return _table(("", ""), reranker_card.rows(config, dtype))
+        return table(("", ""), reranker_card.rows(config, dtype))
     exceptions = []
     if config.pooling in ("mean", "max"):
         exceptions += [] if config.pool_special else ["without the tokenizer's own tokens"]
@@ -183,9 +181,9 @@ def _description(config: RetrievalConfig, dtype: str) -> str:
         rows.insert(1, ("also trained for", f"the first {', '.join(map(str, config.matryoshka_dims))} dimensions"))
     prompts = [(name, f"`{json.dumps(prompt, ensure_ascii=False)}`") for name, prompt in config.prompts.items()]
     return (
-        _table(("", ""), rows)
+        table(("", ""), rows)
         + "\nEvery text is put after the prompt for its kind:\n\n"
-        + _table(("kind of text", "prompt"), prompts)
+        + table(("kind of text", "prompt"), prompts)
     )
 
 
@@ -254,7 +252,7 @@ def _comparison(figures: dict[str, dict[str, dict[str, float]]]) -> str:
                 continue
             cells = (_figure(figures.get(task, {}).get(metric)) for figures in (before, after))
             rows.append((task, metric_name(metric), *cells))
-    return _table(("task", "metric", "before", "after"), rows)
+    return table(("task", "metric", "before", "after"), rows)
 
 
 def _figure(value: Any) -> str:
@@ -267,7 +265,7 @@ def _setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     escaped = [tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
     lines = [head, tuple("---" for _ in head), *escaped]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -25,6 +26,7 @@ from mlx_retrieval.backbones.hub import (
     save_tensors,
 )
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
+from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.files import beside, tidy
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
@@ -77,6 +79,20 @@ def prune(run: Path, keep: int) -> None:
     steps = sorted(_steps(run), key=lambda folder: int(folder.name.removeprefix("step-")))
     for folder in steps[:-keep] if keep else ():
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run that saved `folder`, from there or the folder around it; {} if they are gone."""
+    import yaml
+
+    for path in (folder / "config.yaml", folder.parent / "config.yaml"):
+        if path.is_file():
+            try:
+                values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+                raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+            return values if isinstance(values, dict) else {}
+    return {}
 
 
 def _is_saved(path: Path) -> bool:

@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -405,9 +406,9 @@ def test_mlx_lm_loads_the_adapter_and_fuses_it(settings, bases, tmp_path, monkey
     import mlx_lm
     from mlx_lm import fuse
 
-    run = prepare(settings(model=bases[base], max_length=40, **changes))
+    run = prepare(settings(model=bases[base], max_length=40, output=str(tmp_path / "a run"), **changes))
     training_run.run(run)
-    final = tmp_path / "run" / "final"
+    final = tmp_path / "a run" / "final"
     run.trainer.model.eval()
     ids = mx.array(run.trainer.batches.rows.ids[0])[None]
     expected = run.trainer.model(ids)
@@ -418,8 +419,9 @@ def test_mlx_lm_loads_the_adapter_and_fuses_it(settings, bases, tmp_path, monkey
     assert mx.allclose(loaded(ids), expected, atol=1e-4)
     answers = [mlx_lm.generate(model, tokenizer, "the cat", max_tokens=5) for model in (loaded, run.trainer.model)]
     assert answers[0] == answers[1]
-    command = ["mlx_lm.fuse", "--model", bases[base], "--adapter-path", str(final)]
-    command += ["--save-path", str(tmp_path / "fused"), *(["--dequantize"] if base == "4-bit" else [])]
+    command = shlex.split(dict(run.next_lines())["fuse"])  # as it is printed
+    assert command[-1] == "--dequantize" if base == "4-bit" else "--dequantize" not in command
+    command[command.index("fused")] = str(tmp_path / "fused")
     monkeypatch.setattr(sys, "argv", command)
     fuse.main()
     fused, _ = mlx_lm.load(str(tmp_path / "fused"))

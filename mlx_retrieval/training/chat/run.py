@@ -11,17 +11,15 @@ from pathlib import Path
 
 from mlx_retrieval.backend import cpu_kernels
 
-from mlx.utils import tree_flatten
-
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import ENCODERS, count_parameters, hub, load_backbone, lora, resolve
+from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora, resolve
 from mlx_retrieval.backbones.decoder import Decoder, normalised
-from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
+from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks
 from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.rows import find_files, find_validation
-from mlx_retrieval.models import loading
 from mlx_retrieval.training import improvement, nothing_learnt
+from mlx_retrieval.training.chat import adapter
 from mlx_retrieval.training.chat.data import ChatBatches, Conversations
 from mlx_retrieval.training.chat.memory import Estimate, Work, estimate, shape_of
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
@@ -30,6 +28,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import shell
 
 MAX_LENGTH = 2048  # where --max-length is not given
 
@@ -44,6 +43,7 @@ class ChatRun:
     base: Path  # the base model's folder
     headline: list[tuple[str, str]]
     template: str  # ChatML in place of a chat template; "" = the tokenizer has its own
+    quantised: bool  # whether the base model is
     estimate: Estimate
 
     def contents(self) -> Contents:
@@ -78,15 +78,18 @@ class ChatRun:
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained adapter."""
-        model = self.settings.model
         final = self.folder / "final"
+        adapted = ("--model", self.settings.model, "--adapter-path", final)
+        # Weights that were quantised again after fusing would keep little of the adapter.
+        dequantize = ["--dequantize"] if self.quantised else []
         state = self.trainer.state
         speed = state.tokens / state.seconds if state.seconds else 0
         lines = [
             ("speed", f"{speed:,.0f} tokens/s, peak memory {backend.peak_memory() / 1e9:.2f} GB "
                       f"(estimated {self.estimate.total / 1e9:.2f})"),
-            ("next", f'mlx_lm.generate --model {model} --adapter-path {final} --prompt "..."'),
-            ("fuse", f"mlx_lm.fuse --model {model} --adapter-path {final} --save-path fused"),
+            ("next", shell("mlx_lm.generate", *adapted, "--prompt", "...")),
+            ("fuse", shell("mlx_lm.fuse", *adapted, "--save-path", "fused", *dequantize)),
+            ("export", shell("python", "export.py", "--adapter", final, "--output", "my-chat")),
         ]  # fmt: skip
         if self.template:
             lines.append(("template", f"copy {final / TEMPLATE_FILE} into the model's folder (and the fused one): "
@@ -137,15 +140,14 @@ def prepare(settings: Settings) -> ChatRun:
     validation = ChatBatches(valid, settings.batch_size, settings.seed, 1, tokenizer.pad_id) if valid else None
     improvement.check_evaluated(settings, bool(validation))
     length = resolve_steps(settings, batches.per_epoch)
-    adapter_config = adapt(backbone, settings)
+    adapter_config = adapter.adapt(backbone, settings)
+    if settings.grad_checkpoint:
+        checkpoint_blocks(backbone)
     parameters, trainable = count_parameters(backbone)
     settings.resolve_defaults(parameters)
 
     def save_model(target: Path) -> None:
-        weights = dict(tree_flatten(backbone.adapted.trainable_parameters()))
-        hub.save_tensors(target / loading.ADAPTERS, weights)
-        text = json.dumps(adapter_config, indent=2) + "\n"
-        (target / loading.ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        adapter.save(target, backbone, adapter_config)
         if tokenizer.template:
             (target / TEMPLATE_FILE).write_text(tokenizer.template, encoding="utf-8")
         settings.write(target / "config.yaml")
@@ -168,18 +170,8 @@ def prepare(settings: Settings) -> ChatRun:
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += nothing_learnt.warnings(settings)
     headline += warnings(settings, rows, valid) + rope_warning(base)
-    return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, expected)
-
-
-def adapt(backbone: Decoder, settings: Settings) -> dict:
-    """Make the weights to train trainable. Return the content of `adapter_config.json`."""
-    seed(settings.seed)  # fresh LoRA weights
-    config = lora.adapt(backbone, **settings.adapter)
-    if settings.train_type == "full" and settings.num_layers == -1:
-        backbone.adapted.unfreeze()  # the vocabulary's head too
-    if settings.grad_checkpoint:
-        checkpoint_blocks(backbone)
-    return config
+    quantised = lora.is_quantised(backbone)
+    return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, quantised, expected)
 
 
 def resolve_steps(settings: Settings, per_epoch: int) -> str:
