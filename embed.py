@@ -13,21 +13,21 @@ python embed.py --check adapters/final               # exit code 1 if a check fa
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.elastic import fields
-from mlx_retrieval.dataset.text_files import read_numbered_texts
-from mlx_retrieval.inference import quantization
+from mlx_retrieval.dataset.text_files import read_text_rows
+from mlx_retrieval.inference import quantization, vector_files
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
-from mlx_retrieval.utils import files, imports
+from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import Place, UserError
+from mlx_retrieval.utils.outputs import check_output
 
 __all__ = ["Model", "load"]
 
@@ -45,25 +45,24 @@ def read_ranges(path: Path) -> np.ndarray:
     return array
 
 
-def write_arrays(arrays: dict[Path, np.ndarray]) -> None:
-    """Write .npy files, all or none: first under temporary names, then renamed."""
-    with ExitStack() as stack:
-        for path, array in arrays.items():
-            with open(stack.enter_context(files.replacing(path, f"--output {path}")), "wb") as file:
-                np.save(file, array)
+def check_outputs(args: argparse.Namespace, *paths: Path) -> None:
+    """Raise UserError if one of the files to write is an input, or exists without --overwrite."""
+    for path in paths:
+        check_output(path, args.overwrite, (args.input, args.ranges, args.model, args.adapter))
 
 
 def embed_file(args: argparse.Namespace) -> str:
     """Embed `--input` into `--output`; return the line that tells what was written."""
-    rows, ranges, output = list(read_numbered_texts(Path(args.input), args.field)), None, Path(args.output)
-    texts = [text for _, text in rows]
+    output, ranges = Path(args.output).expanduser(), None
+    vector_files.check_ending(output)
+    calibrates = args.precision in CALIBRATED and not args.ranges
+    ranges_file = output.with_name(f"{output.stem}.ranges.npy")
+    check_outputs(args, output, *[ranges_file] * calibrates)
+    texts = list(read_text_rows(Path(args.input), args.field))
     if not texts:
         raise UserError(f"{args.input}: contains no text")
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {output}: not a file in a folder that exists")
     if args.ranges and args.precision not in CALIBRATED:
         raise UserError(f"--ranges: only for --precision {' and '.join(CALIBRATED)}, not {args.precision}")
-    calibrates = args.precision in CALIBRATED and not args.ranges
     if calibrates and len(texts) < FEWEST_TEXTS:
         raise UserError(
             f"--precision {args.precision} takes the range of each dimension from at least {FEWEST_TEXTS} texts, and "
@@ -73,25 +72,27 @@ def embed_file(args: argparse.Namespace) -> str:
     if args.ranges:
         ranges = read_ranges(Path(args.ranges))
     model = load(args.model, args.adapter, max_length=args.max_length)
+    if model.late:
+        vector_files.check_late(output)
+        check_outputs(args, *[vector_files.lengths_file(output)] * (output.suffix == ".npy"))
     dimensions = args.dimensions or model.dimensions
     quantization.check(args.precision, max(len(texts), FEWEST_TEXTS), dimensions, ranges)
     try:
-        vectors = model.encode(texts, args.prompt, dimensions=args.dimensions)
+        vectors = model.encode([text.text for text in texts], args.prompt, dimensions=args.dimensions)
     except NonFiniteError as error:
-        raise error.placed(lambda number: str(Place(args.input, rows[number][0]))) from error
+        raise error.placed(lambda number: str(Place(args.input, texts[number].line))) from error
     if model.late:
-        lengths = output.with_name(f"{output.stem}.lengths.npy")
-        write_arrays({output: np.concatenate(vectors), lengths: np.array([len(v) for v in vectors])})
+        vector_files.write(output, texts, vectors)
         count = f"{len(texts):,} texts, {sum(map(len, vectors)):,} token vectors of {model.dimensions} dimensions"
-        return f"{output}: {count}, float32, one text after another; {lengths}: the number of vectors of each text"
+        beside = f"one text after another; {vector_files.lengths_file(output)}: the number of vectors of each text"
+        return f"{output}: {count}, float32" + f", {beside}" * (output.suffix == ".npy")
     arrays, calibrated = {}, ""
     if calibrates:
-        ranges_file = output.with_name(f"{output.stem}.ranges.npy")
         arrays[ranges_file] = ranges = quantization.ranges(vectors)
         advice = f"ranges in {ranges_file}: pass them with --ranges for queries"
         calibrated = f"; calibrated on the {len(texts):,} texts of the input; {advice}"
     count, dimensions = vectors.shape
-    write_arrays(arrays | {output: quantization.quantise(vectors, args.precision, ranges)})
+    vector_files.write(output, texts, quantization.quantise(vectors, args.precision, ranges), arrays)
     forms = {
         "float32": "float32, unit length" if model.config.normalize else "float32",
         "binary": "binary in int8",
@@ -133,7 +134,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='texts: JSON lines ("text", or "title" and "text", ...), or .txt with one a line',
     )
-    out.add_argument("--output", metavar="FILE.npy", help="vectors, for numpy.load; row n belongs to text n")
+    out.add_argument(
+        "--output",
+        metavar="FILE",
+        help="vectors, row n for text n, in the form that the name's ending tells: .npy = the numbers alone, for "
+        "numpy.load; .csv, .jsonl, .parquet = ids and texts as well",
+    )
     out.add_argument(
         "--field", metavar="KEY", help="key of the text in JSON rows; with --to: field of the vectors (default: vector)"
     )
@@ -147,7 +153,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--es-fields", metavar="TEXT", help=f"with --to: the fields to embed, document=FIELD+FIELD (default: {default})"
     )
-    out.add_argument("--overwrite", action="store_true", help="with --to: replace the vectors of another model")
+    out.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace --output if it exists; with --to: the vectors of another model",
+    )
     out.add_argument(
         "--prompt",
         default="document",

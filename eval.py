@@ -32,6 +32,7 @@ from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.outputs import check_output
 
 __all__ = ["Evaluation", "compare", "evaluate", "evaluate_reranker"]
 
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     identical = "leave out of a query's results the document that has its id, as BEIR does"
     out.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     out.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
+    out.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     longest = "truncate documents to N tokens; rerank: query and document together (default: the model's own limit)"
     out.add_argument("--max-length", type=int, metavar="N", help=longest)
     shorter = "truncate queries to N tokens; not for rerank (default: the model's own limit)"
@@ -147,8 +149,8 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     if args.depth is not None:
         check_depth(args.depth)
     output = Path(args.output).expanduser() if args.output else None
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise UserError(f"--output {output}: not a file in a folder that exists")
+    if output:
+        check_output(output, args.overwrite, (args.model, args.adapter, args.first_stage, *args.eval_tasks))
     beir.check_folders(args.eval_tasks, rules_of(args))
     return output
 

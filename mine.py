@@ -25,13 +25,13 @@ from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
 from mlx_retrieval.mining import code_pairs, hard_negatives, run
 from mlx_retrieval.mining.cache import cache_folder
-from mlx_retrieval.mining.output import check_output
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import writable
 
@@ -85,7 +85,9 @@ def print_scores(name: str, positives: Sequence[float], others: Sequence[float],
 def run_code(args: argparse.Namespace) -> None:
     """Write the pairs of `args.paths` to `args.output`, all or none, and print the counts."""
     output = Path(args.output).expanduser()
-    check_output(output, args.overwrite)
+    # Of a folder, the source files are inputs: other files there may be an earlier run's.
+    is_source = output.suffix in BY_SUFFIX
+    check_output(output, args.overwrite, [path for path in args.paths if is_source or not Path(path).is_dir()])
     if not 0 < args.min_lines <= args.max_lines:
         raise UserError(f"--min-lines {args.min_lines} --max-lines {args.max_lines}: needs 0 < min <= max")
     rules = code_pairs.Rules(args.languages, args.min_lines, args.max_lines, args.include_tests, args.keep_duplicates)
@@ -175,8 +177,10 @@ def add_code(commands: argparse._SubParsersAction) -> None:
 @resumable()
 def run_negatives(args: argparse.Namespace) -> None:
     """Write the rows of `args.data` with hard negatives to `args.output`, and print what was mined."""
-    output = Path(args.output).expanduser()
-    check_output(output, args.overwrite)
+    output, files = Path(args.output).expanduser(), find_files(args.data)
+    corpus_path = Path(args.corpus or "").expanduser()
+    corpus_path = corpus_path / "corpus.jsonl" if corpus_path.is_dir() else corpus_path
+    check_output(output, args.overwrite, [*files, corpus_path, args.model, args.reranker])
     by = args.by or ("model" if args.model else "bm25")
     if by != "bm25" and not args.model:
         raise UserError(f"--by {by}: needs --model")
@@ -187,7 +191,6 @@ def run_negatives(args: argparse.Namespace) -> None:
         by, args.skip, args.take, args.range_max, args.absolute_margin, margin, args.max_score, args.min_score,
         args.sampling, args.seed,
     )  # fmt: skip
-    files = find_files(args.data)
     corpus = run.open_corpus(args.corpus, args.field, args.es_fields)
     run.check_margins(corpus, rules, bool(args.model or args.reranker))
     model = run.load_retriever(args.model, args.max_length) if args.model else None
@@ -286,9 +289,8 @@ def _margin(text: str) -> float | str | None:
 @resumable()
 def run_score(args: argparse.Namespace) -> None:
     """Write the rows of `args.data` with a teacher's scores to `args.output`, and print a table of the scores."""
-    output = Path(args.output).expanduser()
-    check_output(output, args.overwrite)
-    files = find_files(args.data)
+    output, files = Path(args.output).expanduser(), find_files(args.data)
+    check_output(output, args.overwrite, [*files, args.teacher])
     counts, skipped = run.count_rows(files, args.skip_bad_rows, notify)
     teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type, args.raw_scores)
     name = teacher.model.name

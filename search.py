@@ -34,6 +34,7 @@ from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import writable
 
 if TYPE_CHECKING:  # loads LanceDB, which takes a second
@@ -151,8 +152,8 @@ def eval_command(args: argparse.Namespace) -> None:
     from mlx_retrieval.evaluation import index_search
 
     output = Path(args.output).expanduser() if args.output else None
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise UserError(f"--output {output}: not a file in a folder that exists")
+    if output:
+        check_output(output, args.overwrite, (args.queries, args.index, args.model_path))
     if not 0 <= args.weight <= 1:
         raise UserError(f"--weight {args.weight}: between 0 and 1")
     queries = index_search.read_queries(args.queries, FolderRules(args.strict, args.ignore_identical_ids))
@@ -222,6 +223,7 @@ def parser() -> argparse.ArgumentParser:
     identical = "leave out of a query's hits the document that has its id, as BEIR does"
     evaluate.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     evaluate.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     evaluate.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
     evaluate.set_defaults(run=eval_command)
     return top

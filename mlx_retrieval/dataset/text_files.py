@@ -2,10 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_retrieval.dataset.json_lines import read_lines, read_values
 from mlx_retrieval.utils.errors import UserError
+
+
+class Text(NamedTuple):
+    """A text, the number of its line, counted from 1, and its row's id; None = it has none."""
+
+    line: int
+    text: str
+    id: str | None
+
 
 TEXT_FIELDS = ("text", "document", "query", "positive")
 
@@ -18,16 +27,23 @@ def read_texts(path: Path, field: str | None = None) -> Iterator[str]:
 
     Raises UserError with file, line and reason.
     """
-    return (text for _, text in read_numbered_texts(path, field))
+    return (row.text for row in read_text_rows(path, field))
 
 
-def read_numbered_texts(path: Path, field: str | None = None) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of the texts that `read_texts` yields."""
+def read_text_rows(path: Path, field: str | None = None) -> Iterator[Text]:
+    """Yield the texts that `read_texts` yields, with their places and ids."""
     if path.name.removesuffix(".gz").endswith(".txt"):
-        yield from read_lines(path)
+        for number, line in read_lines(path):
+            yield Text(number, line, None)
     else:
         for number, row in read_values(path):
-            yield number, _text_of(row, field, f"{path}:{number}")
+            yield Text(number, _text_of(row, field, f"{path}:{number}"), _id_of(row))
+
+
+def _id_of(row: Any) -> str | None:
+    """Return a row's `_id` or `id`, a text or a whole number, as text; None if it has none."""
+    names = [name for name in ("_id", "id") if isinstance(row, dict) and isinstance(row.get(name), str | int)]
+    return str(row[names[0]]) if names else None
 
 
 def _text_of(row: Any, field: str | None, place: str) -> str:

@@ -8,6 +8,7 @@ from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.exporters.config_json import MARK
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.outputs import check_parent
 
 FORMATS = ("sentence-transformers", "mlx", "hf")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -77,6 +78,7 @@ def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None
     files.check_name(output, "--output")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: this is a file")
+    check_parent(output)
     target = output.resolve()
     for source in sources:
         if target == source.resolve() or target in source.resolve().parents:

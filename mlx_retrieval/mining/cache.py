@@ -10,6 +10,7 @@
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import Progress
 
 ABOUT, VECTORS, LOCK, VERSION = "about.json", "vectors.f32", ".lock", 1
+BLOCK = re.compile(r"block-\d{6,}\.npz")
 OURS = (LOCK, f".{ABOUT}.new")
 DOCUMENTS_AT_ONCE = 2_048  # embedded between two writes; a kill loses no more
 
@@ -50,7 +52,10 @@ class ResumableCache:
             before = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None
         except ValueError:
             before = {}
-        if before is None and any(path.name not in OURS for path in self.folder.iterdir()):
+        foreign = [path.name for path in self.folder.iterdir() if path.name not in OURS]
+        if before == {}:  # cut off, beside the work that it is about
+            foreign = [name for name in foreign if name not in (ABOUT, VECTORS) and not BLOCK.fullmatch(name)]
+        if foreign and not (isinstance(before, dict) and "version" in before):
             raise UserError(f"{self.folder}: holds other files than those of an earlier run of mine.py")
         changed = [name for name in fingerprints if (before or {}).get(name) != fingerprints[name]]
         if {*for_vectors, "version"} & {*changed}:
@@ -119,11 +124,12 @@ def cache_folder(output: Path, folder: str | None) -> Iterator[ResumableCache]:
     path = Path(folder).expanduser() if folder else output.with_name(f".{output.name}.work")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: not a folder")
+    is_new = not path.exists()
     with locks.only_one(path / LOCK, f"{path}: another process is mining there"):
         finished = False
         try:
             yield ResumableCache(path)
             finished = True
         finally:
-            if not folder and (finished or not (path / ABOUT).exists()):  # or nothing was begun
+            if not folder and (finished or (is_new and not (path / ABOUT).exists())):  # or nothing was begun
                 shutil.rmtree(path, ignore_errors=True)

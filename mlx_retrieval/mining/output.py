@@ -15,14 +15,6 @@ from mlx_retrieval.utils.text import writable
 REPLACED = ("anchor", "query", "document", "positive", "negative", "negatives", "scores")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """UserError if `output` cannot be written, or exists and `overwrite` is False."""
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {output}: not a file in a folder that exists")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output}: the file exists (--overwrite replaces it)")
-
-
 def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write rows as JSON lines, all or none, and return their number."""
     count = 0

@@ -10,6 +10,7 @@ files, and the next run removes chunks without a record.
 
 import hashlib
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -148,12 +149,32 @@ def update(
         raise UserError(f"{root}: nothing to index{reasons}")
     lance_index.check_folder(folder)
     with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
-        exists = (folder / base.FILE).is_file()
-        index = Index.open(folder) if exists and not rebuild else Index.create(folder, info)
-        _check(index, info)
+        index = _open(folder, info, rebuild)
         summary = _bring_up_to_date(index, source, model)
+        if index.folder != folder:
+            lance_index.install(folder)
+            index = Index.open(folder)
     summary.size, summary.seconds = index.size(), time.monotonic() - started
     return summary
+
+
+def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
+    """Return the index to bring up to date: the one in `folder`, or the one that is to replace it."""
+    exists, rebuilt = (folder / base.FILE).is_file(), folder / lance_index.REBUILT
+    if not exists and (rebuilt / base.FILE).is_file():  # a kill while the rebuilt one was put in place
+        lance_index.install(folder)
+        exists = True
+    if exists and rebuild:
+        try:
+            index = Index.open(rebuilt)  # of an earlier run, which was interrupted
+            _check(index, info)
+        except UserError:
+            index = Index.create(rebuilt, info)
+        return index
+    shutil.rmtree(rebuilt, ignore_errors=True)
+    index = Index.open(folder) if exists else Index.create(folder, info)
+    _check(index, info)
+    return index
 
 
 def _name(model: Model) -> str:

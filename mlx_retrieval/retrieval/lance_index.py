@@ -25,13 +25,17 @@ import numpy as np
 
 from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, fuse_hits, sort_hits
 from mlx_retrieval.retrieval.chunks import Chunk, words
+from mlx_retrieval.retrieval.lance_errors import plain_errors, searching, writing
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.outputs import check_parent
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", "chunks.lance", "files.lance"})
+TABLES = ("chunks.lance", "files.lance")
+REBUILT = "rebuilt"  # in an index's folder: the index that will replace it
+OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", REBUILT, *TABLES})
 # From PARTITIONS_FROM chunks on, LanceDB keeps the vectors in partitions (IVF, uncompressed) in memory: about ten times
 # faster than reading the table. The nearest PROBES partitions are searched: up to 250,000 chunks these are all of them,
 # so nothing is missed (benchmarks/search_latency.py). The size of a partition is given, not their number: LanceDB would
@@ -54,18 +58,20 @@ class Index:
         """Create an empty index in place of an older one. Raises UserError if the folder holds anything else."""
         check_folder(folder)
         try:
-            for name in (FILE, "chunks.lance", "files.lance"):  # index.json first: without it there is no index
+            for name in (FILE, *TABLES):  # index.json first: without it there is no index
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+            if not (folder / ".gitignore").exists():
+                (folder / ".gitignore").write_text("*\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--index {folder}: {error.strerror}") from error
-        database = _connect(folder)
-        chunks = database.create_table("chunks", schema=_chunk_schema(info))
-        _index_words(chunks)
-        database.create_table("files", schema=_file_schema())
-        index = cls(folder, info, database)
+        with plain_errors(folder, "nothing is indexed yet"):
+            database = _connect(folder)
+            chunks = database.create_table("chunks", schema=_chunk_schema(info))
+            _index_words(chunks)
+            database.create_table("files", schema=_file_schema())
+            index = cls(folder, info, database)
         index.write()
         return index
 
@@ -115,17 +121,20 @@ class Index:
 
     # --- writing: chunks first, then the records of their files ---
 
+    @writing
     def records(self) -> dict[str, FileRecord]:
         """Return the records of all files that were read, by path."""
         rows = self.files.search().limit(None).to_arrow().to_pylist()
         return {row["path"]: FileRecord(**row) for row in rows}
 
+    @writing
     def remove(self, paths: Sequence[str]) -> None:
         """Remove files and their chunks: records first, so that a kill in between leaves orphaned chunks at worst."""
         for table in (self.files, self.chunks):
             for first in range(0, len(paths), 500):
                 table.delete(_path_in(paths[first : first + 500]))
 
+    @writing
     def remove_orphans(self, records: dict[str, FileRecord]) -> int:
         """Remove chunks that an interrupted run left without a record. Return their number."""
         before = self.chunks.count_rows()
@@ -136,6 +145,7 @@ class Index:
             self.chunks.delete(_path_in(sorted(orphans)[first : first + 500]))
         return before - self.chunks.count_rows()
 
+    @writing
     def add(self, files: Sequence[tuple[FileRecord, list[Chunk]]], vectors: Vectors, stored: set[str]) -> None:
         """Add files and their chunks, with one vector a chunk. Files whose path is in `stored` are replaced."""
         import pyarrow as pa
@@ -167,6 +177,7 @@ class Index:
             self.chunks.add(table.append_column("token_vectors", tokens) if self.info.maxsim else table)
         self.record([record for record, _ in files])
 
+    @writing
     def record(self, records: Sequence[FileRecord]) -> None:
         """Add the records of files, or replace them."""
         import pyarrow as pa
@@ -174,6 +185,7 @@ class Index:
         rows = pa.Table.from_pylist([record._asdict() for record in records], schema=_file_schema())
         self.files.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
+    @writing
     def finish(self) -> None:
         """Bring the full-text and vector indices up to date, and free the space of replaced rows."""
         from lancedb.index import IvfFlat
@@ -196,6 +208,7 @@ class Index:
 
     # --- searching ---
 
+    @searching
     def bm25(self, query: str, top: int) -> list[Hit]:
         """Return the chunks that hold any word of the query, scored by BM25. Queries have no operators."""
         from lancedb.query import MatchQuery
@@ -208,6 +221,7 @@ class Index:
         rows = search.select(["id", *HIT_COLUMNS, "_score"]).limit(top).to_list()
         return sort_hits(_hit(row, row["_score"]) for row in rows)
 
+    @searching
     def semantic(self, vector: np.ndarray, top: int) -> list[Hit]:
         """Return the chunks nearest to the query's vector (D,), scored by the dot product: the cosine.
 
@@ -247,6 +261,19 @@ def check_folder(folder: Path) -> None:
     files.check_name(folder, "--index")
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= OURS):
         raise UserError(f"--index {folder}: holds something else; choose a folder for the index alone")
+    check_parent(folder / FILE, "--index")
+
+
+def install(folder: Path) -> None:
+    """Put the index in `folder`/rebuilt in place of the one in `folder`; continue if that was interrupted."""
+    source = folder / REBUILT
+    (folder / FILE).unlink(missing_ok=True)
+    for name in TABLES:
+        if (source / name).exists():
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (source / name).rename(folder / name)
+    (source / FILE).rename(folder / FILE)
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def _connect(folder: Path) -> Any:

@@ -109,6 +109,12 @@ def holds_run(run: Path) -> bool:
     return (run / "config.yaml").is_file() or any((run / n).is_dir() for n in ("best", "final")) or bool(_steps(run))
 
 
+def contents(run: Path) -> list[Path]:
+    """Return the files and folders in `run` that a run there replaces or removes."""
+    paths = [*(run / name for name in FILES), run / "best", run / "final", *_steps(run)]
+    return [path for path in paths if path.exists()]
+
+
 def remove_run(run: Path) -> None:
     """Remove a run's files and nothing else from its folder."""
     recover(run)  # also removes interrupted writes

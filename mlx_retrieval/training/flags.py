@@ -150,7 +150,12 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
     given = (read_yaml(Path(path)) if path else {}) | flags
     if not given.keys() & {"task", "data", "resume"} and _implies_chat(given, argv):
         given["data"] = TASK_DEFAULTS["chat"]["data"]
-    return for_task(given.get("task"), given), given
+    settings = for_task(given.get("task"), given)
+    if path and settings.overwrite:
+        written = Path(settings.output).expanduser() / "config.yaml"
+        if written.exists() and written.samefile(Path(path)):
+            raise UserError(f"--config {path}: --overwrite would replace this file; copy it to another folder first")
+    return settings, given
 
 
 def _implies_chat(given: dict, argv: Sequence[str] | None) -> bool:

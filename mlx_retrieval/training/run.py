@@ -15,7 +15,7 @@ from typing import Protocol
 
 from mlx_retrieval.backend import mx
 
-from mlx_retrieval.training import checkpoint, contents, distributed, improvement, nothing_learnt
+from mlx_retrieval.training import checkpoint, contents, distributed, improvement, nothing_learnt, output_folder
 from mlx_retrieval.training.base_trainer import BaseTrainer, due
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import Contents
@@ -71,7 +71,7 @@ def prepare(settings: Settings) -> Run:
         unsupported = "--profile" if settings.profile else "--task chat"
         raise UserError(f"{unsupported} works in one process only: start it without mlx.launch")
     if distributed.is_main():
-        check_output(Path(settings.output).expanduser(), settings)
+        output_folder.check(Path(settings.output).expanduser(), settings)
     if settings.task == "chat":
         from mlx_retrieval.training.chat.run import prepare as prepare_task
     else:
@@ -126,21 +126,6 @@ def run(job: Run) -> dict:
 
 
 # --- begin ------------------------------------------------------------------------------------------------------------
-
-
-def check_output(folder: Path, settings: Settings) -> None:
-    """Raise UserError if the run would mix with another one in the folder."""
-    files.check_name(folder, "--output")
-    if folder.exists() and not folder.is_dir():
-        raise SettingError("{output} {folder}: this is a file", folder=folder)
-    if settings.resume or settings.overwrite or settings.dry_run or settings.profile:
-        return
-    if checkpoint.holds_run(folder):
-        raise SettingError(
-            "{output} {folder}: another run is in this folder. Continue it with {resume}, remove it with {overwrite}, "
-            "or name another folder",
-            folder=folder,
-        )
 
 
 def begin(job: Run) -> None:

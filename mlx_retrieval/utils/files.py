@@ -56,6 +56,8 @@ def tidy(folder: Path) -> None:
 def replacing(path: Path, name: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file written there replaces `path`, unless the block fails.
 
+    Folders that are missing are made, and removed again if the block fails.
+
     Readers see the old file or the new one, even after the power failed. To write several files, all or none, enter
     several.
 
@@ -64,8 +66,9 @@ def replacing(path: Path, name: str = "") -> Iterator[Path]:
 
     Raises SaveError if the file cannot be written, for instance because the disk is full.
     """
-    temporary = beside(path, "new")
+    temporary, folders = beside(path, "new"), [folder for folder in path.parents if not folder.exists()]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
         temporary.replace(path)
@@ -77,6 +80,9 @@ def replacing(path: Path, name: str = "") -> Iterator[Path]:
     finally:
         with suppress(OSError):  # renamed, or never created
             temporary.unlink()
+        for folder in folders:
+            with suppress(OSError):  # the file is there
+                folder.rmdir()
 
 
 def write_file(path: Path, text: str, name: str = "") -> None:

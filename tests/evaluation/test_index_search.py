@@ -116,7 +116,7 @@ def test_differences_are_those_of_compare(searcher, beir):
 def test_the_command_evaluates(searcher, beir, tmp_path, capsys):
     rows = [{"query": "boiler drips in case 0", "path": "d0"}, {"query": "case 7", "relevant": ["d7", "gone"]}]
     queries, output = write_jsonl(tmp_path / "queries.jsonl", rows), tmp_path / "figures.json"
-    flags = ["--index", str(searcher.index.folder), "--output", str(output)]
+    flags = ["--index", str(searcher.index.folder), "--output", str(output), "--overwrite"]
     assert search.main(["eval", queries, *flags]) == 0
     told = capsys.readouterr()
     assert "1 of the answers are not in" in told.err and "2 queries" in told.out

@@ -346,7 +346,7 @@ def rerankers(monkeypatch) -> list[tuple]:
 
 def test_command(rerankers, capsys, tmp_path, words, shelf, no_hub):
     file = tmp_path / "results.json"
-    command = ["--task", "rerank", "--model", "[m]", "--output", str(file), "--eval-tasks", str(words)]
+    command = ["--task", "rerank", "--model", "[m]", "--output", str(file), "--overwrite", "--eval-tasks", str(words)]
     assert evaluation.main([*command, "--adapter", "a", "--max-length", "64"]) == 0
     assert rerankers == [("[m]", "a", None, 64)]
     out, err = capsys.readouterr()
@@ -419,7 +419,7 @@ WRONG = [
     (["--first-stage", "bm25"], "--first-stage: only for --task rerank"),
     (["--task", "late", "--depth", "5"], "--depth: only for --task rerank"),
     ([*RERANK, "--eval-tasks", "no/where"], "no/where: no such folder"),
-    ([*RERANK, "--output", "no/where.json"], "not a file in a folder that exists"),
+    ([*RERANK, "--output", "README.md/where.json"], "README.md is not a folder"),
 ]
 
 

@@ -487,7 +487,7 @@ def test_command_with_stored_forms(monkeypatch, capsys, tmp_path, words):
 
     monkeypatch.setattr(embedder, "load", lambda *_, **__: WordCounts(name="m"))
     file = tmp_path / "results.json"
-    command = ["--model", "m", "--eval-tasks", str(words), "--output", str(file)]
+    command = ["--model", "m", "--eval-tasks", str(words), "--output", str(file), "--overwrite"]
     assert evaluation.main([*command, "--precision", "float32", "int8", "binary", "--dimensions", "256", "32"]) == 0
     out = capsys.readouterr().out
     record = json.loads(file.read_text())
@@ -565,7 +565,7 @@ def test_command(monkeypatch, capsys, tmp_path, fruit, no_hub):
     monkeypatch.setattr(embedder, "load", load)
     file = tmp_path / "results.json"
     lengths = ["--max-length", "64", "--query-max-length", "16"]
-    command = ["--model", "m", "--adapter", "a", *lengths, "--output", str(file), "--eval-tasks"]
+    command = ["--model", "m", "--adapter", "a", *lengths, "--output", str(file), "--overwrite", "--eval-tasks"]
     assert evaluation.main([*command, str(fruit)]) == 0
     assert seen == [("m", "a", {"max_length": 64, "query_max_length": 16})]
     assert json.loads(file.read_text()) == evaluate(WordCounts(name="m"), [str(fruit)]).to_json()
@@ -584,8 +584,8 @@ def test_command_finds_mistakes_before_it_loads_a_model(capsys, tmp_path):
     for arguments, message in (
         (["--eval-tasks", str(tmp_path / "nowhere")], "nowhere: no such folder"),
         (["--eval-tasks", str(tmp_path)], "corpus.jsonl: no such file"),
-        (["--output", str(tmp_path / "no" / "results.json")], "not a file in a folder that exists"),
-        (["--output", str(tmp_path)], "not a file in a folder that exists"),
+        (["--output", str(ROOT / "README.md" / "results.json")], "README.md is not a folder"),
+        (["--output", str(tmp_path)], "this is a folder, not a file"),
     ):
         assert evaluation.main(["--model", "m", *arguments]) == 2
         error = capsys.readouterr().err
@@ -600,7 +600,7 @@ def test_command_replaces_its_output_or_leaves_it(monkeypatch, capsys, tmp_path,
     monkeypatch.setattr(embedder, "load", lambda *_, **__: WordCounts(name="m"))
     file = tmp_path / "results.json"
     file.write_text("old")
-    command = ["--model", "m", "--eval-tasks", str(fruit), "--output", str(file)]
+    command = ["--model", "m", "--eval-tasks", str(fruit), "--output", str(file), "--overwrite"]
 
     def fsync(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -15,7 +15,7 @@ import eval as evaluation
 import rerank
 import train
 from mlx_retrieval.evaluation import retrieval
-from mlx_retrieval.inference import embedder, quantization
+from mlx_retrieval.inference import embedder, quantization, vector_files
 from mlx_retrieval.inference.embedder import load
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.errors import UserError
@@ -89,7 +89,7 @@ def test_the_command_writes_what_encode_gives(model, small, tmp_path, capsys):
     expected = model.encode(["Boiler drips", "Bike"], prompt="document")
     for name in ("docs.jsonl", "docs.txt"):
         flags = ["--model", small, "--input", str(tmp_path / name), "--output", str(tmp_path / "v.npy")]
-        assert embed.main(flags) == 0
+        assert embed.main([*flags, "--overwrite"]) == 0
         assert "2 vectors of 32 dimensions" in capsys.readouterr().out
         assert np.array_equal(np.load(tmp_path / "v.npy"), expected)
 
@@ -136,7 +136,7 @@ def test_precision_that_cannot_be_had_is_told_before_embedding(model, monkeypatc
 
 def run_embed(folder: str, tmp_path: Path, texts: list[str], *flags: str) -> int:
     (tmp_path / "docs.txt").write_text("\n".join(texts) + "\n")
-    files = ["--input", str(tmp_path / "docs.txt"), "--output", str(tmp_path / "v.npy")]
+    files = ["--input", str(tmp_path / "docs.txt"), "--overwrite", "--output", str(tmp_path / "v.npy")]
     return embed.main(["--model", folder, *files, *flags])
 
 
@@ -188,7 +188,8 @@ def test_the_command_says_what_is_wrong_with_precision_and_ranges(small, tmp_pat
         ),
         ("not an array of floating-point", ["--precision", "int8", "--ranges", str(tmp_path / "ids.npy")]),
         ("ranges are (2, 16), but vectors of 32", ["--precision", "int8", "--ranges", str(ranges)]),
-        ("not a file in a folder that exists", ["--output", str(tmp_path / "none" / "v.npy")]),
+        ("text.npy is not a folder", ["--output", str(tmp_path / "text.npy" / "v.npy")]),
+        ("one of .npy, .csv, .jsonl, .parquet", ["--output", str(tmp_path / "v.bin")]),
     ):
         assert run_embed(small, tmp_path, MANY[:99], *flags) == 2
         error = capsys.readouterr().err
@@ -198,14 +199,14 @@ def test_the_command_says_what_is_wrong_with_precision_and_ranges(small, tmp_pat
 
 def test_neither_file_is_written_where_one_fails(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "v.npy").write_text("the old one")
-    save = np.save
+    write = vector_files._write_npy
 
     def full(file, array):
         if array.dtype == np.int8:  # the vectors, which come after the ranges
             raise OSError(28, "No space left on device")
-        save(file, array)
+        write(file, array)
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(vector_files, "_write_npy", full)
     assert run_embed(small, tmp_path, MANY, "--precision", "int8") == 2
     assert "v.npy: No space left" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"docs.txt", "v.npy"}

@@ -387,8 +387,9 @@ def test_what_is_refused(tree, tmp_path, capsys):
 
     assert "nowhere: no such file" in refused(tmp_path / "nowhere", "--output", output)
     assert "no pair found in 1 source files" in refused(folder / "none", "--output", output)
-    assert "not a file in a folder that exists" in refused(folder, "--output", tmp_path / "no" / "x.jsonl")
-    assert "not a file in a folder that exists" in refused(folder, "--output", tmp_path)
+    assert "a.py is not a folder" in refused(folder, "--output", folder / "a.py" / "x.jsonl")
+    assert "this is a folder" in refused(folder, "--output", tmp_path)
+    assert "inputs are never written over" in refused(folder, "--output", folder / "a.py", "--overwrite")
     assert "needs 0 < min <= max" in refused(folder, "--output", output, "--min-lines", 9, "--max-lines", 8)
     assert not output.exists()
     output.write_text("precious\n")

@@ -16,7 +16,7 @@ import pytest
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import heads
-from mlx_retrieval.retrieval import base, indexer
+from mlx_retrieval.retrieval import base, indexer, lance_errors, lance_index
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils import files
@@ -302,3 +302,35 @@ def test_batches_do_not_decide_what_is_indexed(tree, model, tmp_path, monkeypatc
     monkeypatch.setattr(indexer, "BATCH", 1)
     update(tree, tmp_path / "index", model)
     assert_same(tmp_path / "index", tmp_path / "whole")
+
+
+def test_a_rebuild_that_fails_keeps_the_old_index_and_goes_on(tree, tmp_path, model, monkeypatch):
+    """Regression: --rebuild removed the index before it had another; a full disk was a page about LanceDB's sources."""
+    index = tmp_path / "index"
+    assert update(tree, index, model).embedded == 6
+    add, message = (
+        Index.add,
+        "lance error: LanceError(IO): No space left on device (os error 28), /registry/lance.rs:191",
+    )
+
+    def full(self, *args):
+        raise RuntimeError(message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "add", lance_errors.writing(full))
+        with pytest.raises(
+            files.SaveError, match="^--index .*: No space left on device; .* the same command continues$"
+        ):
+            update(tree, index, model, max_characters=40, overlap=0, rebuild=True)
+    assert Index.open(index).info.complete and Index.open(index).chunks.count_rows() == 6
+    summary = update(tree, index, model, max_characters=40, overlap=0, rebuild=True)
+    assert summary.embedded > 6 and Index.open(index).info.max_characters == 40
+    assert not (index / lance_index.REBUILT).exists()
+    # A kill while the new index is put in place of the old one: the next run finishes that.
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            update(tree, index, model, rebuild=True)
+    assert (index / lance_index.REBUILT).is_dir() and not (index / "index.json").exists()
+    assert update(tree, index, model).embedded == 0 and Index.open(index).chunks.count_rows() == 6
+    assert Index.add is add

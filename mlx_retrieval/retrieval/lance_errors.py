@@ -1,0 +1,42 @@
+"""Turn LanceDB's errors, which quote its sources, into one line."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_retrieval.utils.files import SaveError
+
+SYSTEM_ERROR = re.compile(r"([A-Z][\w ]+) \(os error \d+\)")  # such as `No space left on device (os error 28)`
+
+
+@contextmanager
+def plain_errors(folder: Path, advice: str) -> Iterator[None]:
+    """Raise a SaveError of one line, with the reason and `advice`, for an error of LanceDB in the block."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = SYSTEM_ERROR.search(str(error))
+        text = reason[1] if reason else str(error).partition("\n")[0][:200]
+        raise SaveError(f"--index {folder}: {text}; {advice}") from error
+
+
+def writing(method: Callable) -> Callable:
+    """Decorate a method of an index that writes."""
+    return _with_advice(method, "what is indexed stays, and the same command continues")
+
+
+def searching(method: Callable) -> Callable:
+    """Decorate a method of an index that searches."""
+    return _with_advice(method, "if the index is damaged, search.py index --rebuild replaces it")
+
+
+def _with_advice(method: Callable, advice: str) -> Callable:
+    @functools.wraps(method)
+    def run(self, *args: Any, **options: Any) -> Any:
+        with plain_errors(self.folder, advice):
+            return method(self, *args, **options)
+
+    return run

@@ -1,0 +1,54 @@
+"""Check where a command may write: never over an input, and over other files only if it is told to."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlx_retrieval.utils.errors import UserError
+
+
+def check_output(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), name: str = "--output") -> None:
+    """Raise UserError if a file must not be written, before any work is done for it. Missing folders are no error.
+
+    Args:
+        path: the file.
+        overwrite: whether an existing file may be replaced.
+        inputs: files and folders that the command reads. No file of them is replaced, whatever `overwrite` says.
+            Names that are not those of a file or folder, such as a model's name on the hub, do not count.
+        name: what a message calls the file.
+    """
+    if os.path.lexists(path):
+        if path.is_dir():
+            raise UserError(f"{name} {path}: this is a folder, not a file")
+        if source := protected(path, inputs):
+            raise UserError(f"{name} {path}: an input is there ({source}), and inputs are never written over")
+        if not path.is_file() and not path.is_symlink():
+            raise UserError(f"{name} {path}: not a regular file")
+        if not overwrite:
+            raise UserError(f"{name} {path}: the file exists (--overwrite replaces it)")
+    check_parent(path, name)
+
+
+def protected(path: Path, inputs: Iterable[str | Path | None]) -> Path | None:
+    """Return the input that an existing path is, or is inside of; None if it is no input."""
+    target = path.resolve()
+    for source in (Path(source).expanduser() for source in inputs if source):
+        try:
+            if path.exists() and source.exists() and path.samefile(source):
+                return source
+            if source.is_dir() and target.is_relative_to(source.resolve()):
+                return source
+        except OSError:  # a name that is too long for a file, for instance of a query
+            continue
+    return None
+
+
+def check_parent(path: Path, name: str = "--output") -> None:
+    """Raise UserError if nothing can be written beside a path, or its missing folders cannot be made."""
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{name} {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{name} {path}: the folder {folder} cannot be written to")
