@@ -4,6 +4,7 @@ python eval.py --model adapters/final                                        # o
 python eval.py --model MODEL --eval-tasks eval-data NanoMSMARCORetrieval --output results.json
 python eval.py --model adapters/final --precision float32 int8 binary --dimensions 384 128     # what compression costs
 python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                      # a reranker
+python eval.py --compare adapters/one/best adapters/two/best --eval-tasks my-eval              # which one is better
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
 MTEB's tasks are searched and scored by mteb. A folder is evaluated without importing mteb, which would take seconds.
@@ -25,6 +26,7 @@ from typing import Any
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset import beir
+from mlx_retrieval.evaluation import comparison
 from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_reranker, print_reranked
 from mlx_retrieval.evaluation.results import Evaluation, compare, compare_formats, print_formats, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
@@ -87,11 +89,29 @@ def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
     return after, record
 
 
+def evaluate_compared(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
+    """Compare models and files of results, and print the tables. Return the first's figures and `--output`'s JSON."""
+    names = args.compare
+    how = args.first_stage, args.depth, show_progress, rules_of(args)
+    evaluations = comparison.evaluations_of(names, args.eval_tasks, *how)
+    if not evaluations[0].tasks:  # no task could be reached
+        return evaluations[0], {}
+    comparisons = comparison.compare_with_first(names, evaluations)
+    comparison.print_comparisons(names, evaluations, comparisons)
+    return evaluations[0], comparison.to_json(names, evaluations, comparisons)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     out = Parser(prog="eval.py", description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
     model = "adapter folder, base model's folder, or hub name"
-    out.add_argument("--model", "--model-path", required=True, metavar="MODEL", help=model)
+    subject = out.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--model", "--model-path", metavar="MODEL", help=model)
+    compared = (
+        "compare models of any task, and files that --output wrote, with the first of them: paired 95 %% intervals and "
+        "a verdict for each, by nDCG@10"
+    )
+    subject.add_argument("--compare", nargs="+", metavar="MODEL", help=compared)
     out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
     kinds = (
         "embed: one vector a text; late: one vector a token; rerank: one score a pair "
@@ -99,12 +119,13 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--task", choices=("embed", "late", "rerank"), help=kinds)
     tasks = "folders in BEIR layout and names of MTEB retrieval tasks (default: eval-data)"
-    out.add_argument("--eval-tasks", nargs="+", default=["eval-data"], metavar="TASK", help=tasks)
+    out.add_argument("--eval-tasks", nargs="+", metavar="TASK", help=tasks)
     strict = "refuse untidy folders: judgements that contradict each other, or of texts that are missing; null texts"
     out.add_argument("--strict", action="store_true", help=strict)
     identical = "leave out of a query's results the document that has its id, as BEIR does"
     out.add_argument("--ignore-identical-ids", action="store_true", help=identical)
-    out.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
+    output = "also write the figures to this file, as JSON, with the scores and the first 10 documents of each query"
+    out.add_argument("--output", metavar="FILE", help=output)
     out.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     longest = "truncate documents to N tokens; rerank: query and document together (default: the model's own limit)"
     out.add_argument("--max-length", type=int, metavar="N", help=longest)
@@ -137,21 +158,33 @@ def check_task(args: argparse.Namespace, task: str | None) -> None:
     """Raise UserError for flags that do not fit the task."""
     is_rerank = task == "rerank"
     unfit = ("precision", "dimensions", "query_max_length") if is_rerank else ("first_stage", "depth")
-    if flags := [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]:
-        kind = "" if args.task else f", and {args.model} is {'one' if is_rerank else 'no reranker'}"
-        raise UserError(f"{' and '.join(flags)}: {'not' if is_rerank else 'only'} for --task rerank{kind}")
+    kind = "" if args.task else f", and {args.model} is {'one' if is_rerank else 'no reranker'}"
+    refuse(args, unfit, f"{'not' if is_rerank else 'only'} for --task rerank{kind}")
+
+
+def refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Raise UserError if one of these flags is given."""
+    if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
+        raise UserError(f"{' and '.join(flags)}: {reason}")
 
 
 def check_flags(args: argparse.Namespace) -> Path | None:
-    """Return the path of `--output`. Raises UserError for flags that do not fit --task, and for wrong values."""
-    if args.task:
+    """Return the path of `--output`. Raises UserError for flags that do not fit, and for wrong values."""
+    if args.compare:
+        unfit = ("adapter", "task", "max_length", "query_max_length", "precision", "dimensions")
+        refuse(args, unfit, "not with --compare; evaluate with --output and compare the files")
+    elif args.task:
         check_task(args, args.task)
     if args.depth is not None:
         check_depth(args.depth)
     output = Path(args.output).expanduser() if args.output else None
+    if not args.compare:
+        args.eval_tasks = args.eval_tasks or ["eval-data"]
+    inputs = (args.model, args.adapter, args.first_stage, *(args.compare or ()), *(args.eval_tasks or ()))
     if output:
-        check_output(output, args.overwrite, (args.model, args.adapter, args.first_stage, *args.eval_tasks))
-    beir.check_folders(args.eval_tasks, rules_of(args))
+        check_output(output, args.overwrite, inputs)
+    if not args.compare:
+        beir.check_folders(args.eval_tasks, rules_of(args))
     return output
 
 
@@ -161,10 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     args = parser().parse_args(argv)
     output = check_flags(args)
-    task = task_of(args)
-    check_task(args, task)
+    run = evaluate_compared
+    if not args.compare:
+        task = task_of(args)
+        check_task(args, task)
+        run = evaluate_rerank if task == "rerank" else evaluate_encoder
     print(backend.describe(), file=sys.stderr)
-    run = evaluate_rerank if task == "rerank" else evaluate_encoder
     evaluation, record = run(args, sys.stderr.isatty())
     for reason in evaluation.unreachable.values():
         print(f"eval.py: {reason}", file=sys.stderr)

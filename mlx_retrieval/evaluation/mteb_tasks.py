@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.beir import document_text
-from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, SplitResult, Task
+from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Judged, Rankings, SplitResult, Task
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 
@@ -50,6 +50,14 @@ class MtebTask(Task):
     def __init__(self, task: Any):
         super().__init__()
         self.task = task
+        rule = " without identical ids" if task.ignore_identical_ids else ""
+        self.digest = f"{task.metadata.name}@{task.metadata.dataset['revision']}{rule}"
+
+    def judged(self, key: tuple[str, str] | None = None) -> Judged:
+        split, subset = key or (self.task.eval_splits[0], next(iter(self.task.dataset)))
+        data = self.task.dataset[subset][split]
+        queries = dict(zip(data["queries"]["id"], data["queries"]["text"], strict=True))
+        return Judged(queries, _corpus(data["corpus"]), data["relevant_docs"])
 
     def evaluate(self, searcher: CorpusSearcher) -> list[SplitResult]:
         """Search every split and subset. A searcher that encodes texts is searched exhaustively by mteb."""
@@ -67,6 +75,15 @@ class MtebTask(Task):
         ]
 
 
+def _corpus(corpus: Any) -> Corpus:
+    """Return the documents of a task, as mteb has loaded them."""
+
+    def texts(numbers: Any) -> list[str]:
+        return [document_text(row.get("title"), row["text"]) for row in corpus.select(numbers)]
+
+    return Corpus(list(corpus["id"]), texts)
+
+
 class _SearchAdapter:
     """mteb's search protocol over a searcher: `index(corpus)`, then `search(queries)`. Keeps the rankings."""
 
@@ -78,10 +95,7 @@ class _SearchAdapter:
         self.rankings: dict[tuple[str, str], Rankings] = {}
 
     def index(self, corpus: Any, **_: Any) -> None:
-        def texts(numbers: Any) -> list[str]:
-            return [document_text(row.get("title"), row["text"]) for row in corpus.select(numbers)]
-
-        self.corpus = Corpus(list(corpus["id"]), texts)
+        self.corpus = _corpus(corpus)
 
     def search(self, queries: Any, *, top_k: int, hf_split: str, hf_subset: str, **_: Any) -> Rankings:
         texts = dict(zip(queries["id"], queries["text"], strict=True))

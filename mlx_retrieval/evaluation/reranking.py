@@ -171,8 +171,8 @@ def evaluate_reranker(
     before, after = (Evaluation(name, {}, {}, unreachable) for name in (stage.name, reranker.name))
     for label, task in loaded.items():
         first = first_stage_result(stage, label, task, show_progress)
-        before.tasks.update(first.figures.tasks)
-        before.per_query.update(first.figures.per_query)
+        for name in ("tasks", "per_query", "top_documents", "digests"):
+            getattr(before, name).update(getattr(first.figures, name))
         retrieval.add_task(after, RerankingSearcher(reranker, first.ranked, depth, label, show_progress), task)
     return before, after
 

@@ -5,7 +5,7 @@ for metric, before, after, difference, low, high in compare(first, second): ...
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from mlx_retrieval.utils.errors import UserError
 METRICS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "Recall@100", "precision_at_1": "P@1"}
 Scores = dict[str, float]  # metric (or query id) -> figure
 VectorFormat = tuple[str, int]  # precision and dimensions of stored vectors
+TOP = 10  # documents of a query's ranking that an evaluation keeps
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class Evaluation:
     tasks: task -> metric -> figure, rounded to 5 digits. A task of several subsets has one entry for each.
     per_query: task -> metric -> query id -> score of that query; their mean is the task's figure before rounding.
     unreachable: hub tasks that could not be loaded -> one line that says why and what to do.
+    top_documents: task -> query id -> ids of the first documents of its ranking, at most `TOP`, best first.
+    digests: task -> digest of its queries, documents and judgements; of tasks of the same data, the same.
     """
 
     model: str
     tasks: dict[str, Scores]
     per_query: dict[str, dict[str, Scores]]
     unreachable: dict[str, str]
+    top_documents: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def average(self) -> Scores:
         """Return the mean of every metric over the evaluated tasks; {} if there are none."""
@@ -40,7 +45,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return the record that `--output` writes; it has "unreachable" only if a task was."""
         record: dict[str, Any] = {"model": self.model, "tasks": self.tasks}
-        return record | {"unreachable": self.unreachable} if self.unreachable else record
+        record |= {"unreachable": self.unreachable} if self.unreachable else {}
+        return record | {"per_query": self.per_query, "top_documents": self.top_documents, "digests": self.digests}
 
 
 def compare(

@@ -4,6 +4,7 @@ from mlx_retrieval.evaluation.retrieval import evaluate
 evaluation = evaluate(model, ["eval-data"])        # results.Evaluation
 """
 
+import heapq
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
 from mlx_retrieval.evaluation import mteb_tasks
 from mlx_retrieval.evaluation import tasks as evaluation_tasks
 from mlx_retrieval.evaluation.quantized import CachedEncoder, QuantizedEncoder
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, Scores, VectorFormat
+from mlx_retrieval.evaluation.results import METRICS, TOP, Evaluation, Scores, VectorFormat
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, SplitResult, Task
 from mlx_retrieval.inference import finite
 from mlx_retrieval.retrieval.topk import Nearest
@@ -165,7 +166,15 @@ def add_task(evaluation: Evaluation, searcher: CorpusSearcher, task: Task) -> li
         by_query = evaluation.per_query[label] = score_rankings(result.qrels, result.rankings)
         means = result.figures or {metric: sum(scores.values()) / len(scores) for metric, scores in by_query.items()}
         evaluation.tasks[label] = {metric: round(means[metric], 5) for metric in METRICS}
+        queries = by_query["ndcg_at_10"]
+        evaluation.top_documents[label] = {query: best_documents(result.rankings[query]) for query in queries}
+        evaluation.digests[label] = task.digest
     return results
+
+
+def best_documents(scores: Scores) -> list[str]:
+    """Return the `TOP` documents that trec_eval ranks first: by score, of equal scores the last id first."""
+    return [document for _, document in heapq.nlargest(TOP, ((score, name) for name, score in scores.items()))]
 
 
 def evaluate_formats(

@@ -7,8 +7,10 @@ qrels/test.tsv (query id, document id and judgement, separated by tabs; the head
 """
 
 import functools
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -55,8 +57,21 @@ class CorpusSearcher(ABC):
         """Return query id -> document id -> score of at most `top_k` documents. `key`: split and subset of the task."""
 
 
+class Judged(NamedTuple):
+    """One split and subset of a task: its texts and judgements."""
+
+    queries: Mapping[str, str]
+    corpus: Corpus
+    qrels: Qrels
+
+
 class Task(ABC):
-    """A data set that a `CorpusSearcher` is evaluated on."""
+    """A data set that a `CorpusSearcher` is evaluated on.
+
+    `digest` tells its data apart from others': it is a hash of queries, documents and judgements, or of their version.
+    """
+
+    digest: str
 
     def __init__(self):
         # First stage of reranking -> its rankings of this task; see `reranking.first_stage_result`.
@@ -65,6 +80,10 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, searcher: CorpusSearcher) -> list[SplitResult]:
         """Search every split and subset."""
+
+    @abstractmethod
+    def judged(self, key: tuple[str, str] | None = None) -> Judged:
+        """Return the texts and judgements of one split and subset; None = the only one."""
 
 
 class FolderTask(Task):
@@ -77,6 +96,18 @@ class FolderTask(Task):
         rows = list(documents.values())
         self.corpus = Corpus(list(documents), lambda numbers: [beir.document_text(*rows[i]) for i in numbers])
         self.queries = {query: text for query, (_, text) in queries.items()}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        judged = [self.queries, self.qrels, self.ignore_identical_ids]
+        digest = hashlib.blake2b(json.dumps(judged, sort_keys=True).encode(), digest_size=16)
+        for first in range(0, len(self.corpus.ids), 1000):
+            block = range(first, min(first + 1000, len(self.corpus.ids)))
+            digest.update(json.dumps([[self.corpus.ids[i] for i in block], self.corpus.texts(block)]).encode())
+        return digest.hexdigest()
+
+    def judged(self, key: tuple[str, str] | None = None) -> Judged:
+        return Judged(self.queries, self.corpus, self.qrels)
 
     def evaluate(self, searcher: CorpusSearcher) -> list[SplitResult]:
         key = ("test", "default")

@@ -88,7 +88,9 @@ def test_metrics_by_hand(tmp_path):
         assert result.tasks["hand"][metric] == pytest.approx(sum(by_query.values()) / 3, abs=1e-5)
     assert result.average() == pytest.approx(result.tasks["hand"])
     assert list(result.tasks["hand"]) == list(METRICS)
-    assert json.loads(json.dumps(result.to_json())) == {"model": "by hand", "tasks": result.tasks}
+    record = {"model": "by hand", "tasks": result.tasks, "per_query": result.per_query}
+    record |= {"top_documents": result.top_documents, "digests": result.digests}
+    assert json.loads(json.dumps(result.to_json())) == record
 
 
 def test_figures_are_the_means_of_the_queries(words):
@@ -492,7 +494,7 @@ def test_command_with_stored_forms(monkeypatch, capsys, tmp_path, words):
     out = capsys.readouterr().out
     record = json.loads(file.read_text())
     whole = evaluate(WordCounts(name="m"), [str(words)])
-    assert {key: record[key] for key in ("model", "tasks")} == whole.to_json()
+    assert record == whole.to_json() | {"stored": record["stored"]}
     forms = [(p, d, n) for d in (256, 32) for p, n in (("float32", 4 * d), ("int8", d), ("binary", d // 8))]
     assert [(r["precision"], r["dimensions"], r["bytes"]) for r in record["stored"]] == forms
     short = evaluate(WordCounts(), [str(words)]).tasks["words"] | record["stored"][3]["tasks"]["words"]
