@@ -152,7 +152,7 @@ def test_folders_and_tasks_of_mteb_give_the_same(words, late):
     model.late = late
     found, direct = Evaluation("toy", {}, {}, {}), evaluate(model, [str(words)])
     parts = retrieval.add_task(found, retrieval.searcher_for(model, "words"), mteb_tasks.MtebTask(mteb_task(words)))
-    assert found == direct
+    assert replace(found, digests=direct.digests) == direct
     assert [part.key for part in parts] == [("test", "default")] and len(parts[0].rankings) == 40
 
 
