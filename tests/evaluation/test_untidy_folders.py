@@ -5,6 +5,7 @@ python -m pytest tests/evaluation/test_untidy_folders.py
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,8 @@ def test_figures_are_those_of_mteb(untidy, rules, late):
     model.late, task.ignore_identical_ids = late, rules.ignore_identical_ids
     through_mteb = Evaluation("toy", {}, {}, {})
     retrieval.add_task(through_mteb, retrieval.searcher_for(model, "untidy"), mteb_tasks.MtebTask(task))
-    assert evaluate(model, [str(untidy)], rules=rules) == through_mteb
+    direct = evaluate(model, [str(untidy)], rules=rules)
+    assert replace(direct, digests=through_mteb.digests) == through_mteb
 
 
 @pytest.mark.parametrize("first_stage", ["bm25", Exact()])
