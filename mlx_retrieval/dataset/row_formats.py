@@ -91,7 +91,7 @@ class Reading(NamedTuple):
         return {key for field in self[1:-1] if field for key in ([field] if isinstance(field, str) else field)}
 
 
-def _name(key: str) -> str:
+def snake_case(key: str) -> str:
     """Return a key as ROLES spells it: `hardNegatives` and `hard-negatives` as `hard_negatives`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip()).lower().replace("-", "_").replace(" ", "_")
 
@@ -99,7 +99,7 @@ def _name(key: str) -> str:
 @functools.lru_cache(maxsize=256)
 def reading_of(keys: tuple[str, ...]) -> Reading:
     """Return the roles of the keys of a row. RowError if they make no row, or could be read in more than one way."""
-    names = {key: _name(key) for key in keys}
+    names = {key: snake_case(key) for key in keys}
 
     def find(role: str) -> str | None:
         for words in (ROLES[role], WEAK_ROLES.get(role, ())):

@@ -482,6 +482,12 @@ def test_what_is_done_otherwise_is_said_once(settings, tmp_path, write_rows):
     assert "1 bad rows are left out: " in headline(settings(skip_bad_rows=True))
 
 
+def test_keys_that_are_not_read_are_said_once(settings, write_rows):
+    write_rows([row | {"difficulty": "hard"} for row in rows(3)], "data/train.jsonl")
+    write_rows([row | {"difficulty": "easy"} for row in rows(2, 1)], "data/valid.jsonl")
+    assert headline(settings()).count("ignored keys that are not read: difficulty (5 rows)") == 1
+
+
 def test_without_validation_a_run_trains(settings, tmp_path):
     (tmp_path / "data" / "valid.jsonl").unlink()
     results = train.train(settings())

@@ -204,6 +204,48 @@ def test_a_tool_may_return_nothing(tokenizers):
     assert said(tokenizers["switchable"], row["messages"]) == [CALLED, TOLD_SAT]
 
 
+def test_keys_that_nothing_reads_are_counted(read, tokenizers):
+    """Names of ids and origins, and values that say nothing, are not; a template may read more keys of messages."""
+    more = {"id": 7, "source": "a.txt", "difficulty": "hard", "audio": None, "annotations": []}
+    thought = HARD | {"reasoning_content": "the cat", "refusal": None}
+    row = {"messages": [ASK | {"name": "Ann"}, thought], "tools": [{"name": "look"}], **more}
+    rows = read([row, row, {"messages": [ASK, HARD], "mood": "x"}], tokenizer=tokenizers["chatml"])
+    assert rows.ignored == {"difficulty": 2, "mood": 1, "reasoning_content of messages": 2, "tools": 2}
+    assert "reasoning_content of messages" not in read([row], tokenizer=tokenizers["switchable"]).ignored
+    assert read([{"text": "the cat", "messages": None, "prompt": "what"}]).ignored == {"prompt": 1}
+    assert not read([{"messages": [ASK, HARD], "weight": 1, "train": True}]).ignored
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASK, HARD], "label": 0},
+        {"messages": [ASK, HARD], "score_chosen": 0.2},
+        {"messages": [ASK, HARD], "rejected": [ASK, SAT]},
+        {"messages": [ASK, HARD], "weight": 0},
+        {"prompt": "a", "completion": "b", "label": False},
+        {"text": "the cat", "reward": -1.5},
+        {"messages": [ASK, HARD | {"score": 0.1}]},
+        {"messages": [ASK, HARD | {"train": False}]},
+        {"messages": [ASK, HARD | {"loss_mask": 0}]},
+    ],
+    ids=str,
+)
+def test_keys_that_would_change_what_is_learnt_are_refused(read, row):
+    """Regression: they were ignored, and a bad answer was learnt like a good one."""
+    with pytest.raises(UserError, match=r"train\.jsonl:1: \w+ cannot be used in a conversation: .*\"weight\": 0"):
+        read([row])
+    with pytest.raises(UserError, match="no usable row"):
+        read([row], skip_bad=True)
+
+
+def test_a_byte_order_mark_is_dropped(write_rows, tiny):
+    plain = {"messages": TALK}
+    file = write_rows([b"\xef\xbb\xbf" + json.dumps(plain).encode(), plain])
+    rows = Conversations([file], tiny, 2048)
+    assert is_chat([str(file)]) and rows.ids[0].tolist() == rows.ids[1].tolist()
+
+
 def test_null_is_absent(read):
     """As Parquet and the datasets library write rows whose other rows have a key."""
     nothing = {"name": None, "tool_calls": None, "weight": None, "refusal": None}

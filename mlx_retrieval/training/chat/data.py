@@ -14,6 +14,7 @@ continue anywhere. No row is dropped: an epoch's last batch may be smaller.
 import gzip
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
 from mlx_retrieval.dataset.rows import find_files, open_rows
 from mlx_retrieval.dataset.sources import local
-from mlx_retrieval.training.chat.messages import dialogue_of, text_of
+from mlx_retrieval.training.chat.messages import dialogue_of, text_of, unread_keys
 from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
 from mlx_retrieval.utils.errors import UserError
 
@@ -93,6 +94,7 @@ class Conversations:
         longest: tokens of the longest one before truncation.
         empty: how many were left out, as nothing to train on is within the limit.
         last_only: how many are trained on their last turn only.
+        ignored: keys that are not read, and in how many rows.
         contents: of the files.
 
     Raises UserError with file, line and reason at the first bad row, or if no row is left.
@@ -114,6 +116,7 @@ class Conversations:
         self.longest = 0
         self.empty = 0
         self.last_only = 0
+        self.ignored: Counter[str] = Counter()
         self._tokenizer = tokenizer
         self._limit = limit
         self._places: list[str] = []
@@ -125,7 +128,9 @@ class Conversations:
                     expected = kind or row_format(row)
                     if expected == "text" and mask_prompt:
                         raise UserError(f"{place}: --mask-prompt is for conversations; a row with text has no prompt")
-                    waiting.append((place, _render(row, expected, tokenizer, mask_prompt)))
+                    rendered = _render(row, expected, tokenizer, mask_prompt)
+                    self.ignored.update(unread_keys(row, expected, tokenizer.reads))
+                    waiting.append((place, rendered))
                     kind = expected
                 except RowError as error:
                     self._refuse(place, error, skip_bad)

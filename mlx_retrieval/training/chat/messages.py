@@ -6,12 +6,21 @@
 A key that is null is absent. Content may be a list of parts, all of them text.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_retrieval.dataset.json_lines import RowError
+from mlx_retrieval.dataset.row_formats import ORIGIN, SUSPECT, snake_case
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+KEYS = {"messages": ("messages", "tools"), "prompt": ("prompt", "completion", "tools"), "text": ("text",)}
+MESSAGE_KEYS = ("role", "content", "weight", "tool_call_id")  # the last one only links a tool's result with its call
+# Keys by which other toolkits choose what is trained on.
+CHOICE = re.compile(
+    r"weight|loss(?:_(?:mask|weight))?|mask(?:ed)?|train(?:able|ing|_detail)?|(?:chosen|rejected|(?:non_)?preferred)(?:_.*)?"
+)
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of content parts
 
 
@@ -51,6 +60,38 @@ def dialogue_of(row: dict) -> Dialogue:
         reason = "every message of the assistant's has weight 0" if turns else "no message of the assistant's"
         raise RowError(f"{reason}: nothing to learn")
     return Dialogue(checked, tools, frozenset(context))
+
+
+def unread_keys(row: dict, kind: str, reads: Callable[[str], bool]) -> set[str]:
+    """Return the keys of a row and its messages that nothing reads, but for those that look like ids or origins.
+
+    Args:
+        kind: one of KEYS.
+        reads: whether the chat template may read a key of a message.
+
+    Raises RowError if one looks like a label, a score or a choice of what is trained on.
+    """
+    keys = {key: value for key, value in row.items() if key not in KEYS[kind]}
+    unread = {key for key in keys if _counts(key, keys[key])}
+    if row.get("tools") and not reads("tools"):
+        unread.add("tools")
+    for message in row["messages"] if kind == "messages" else ():
+        names = [key for key in message if key not in MESSAGE_KEYS and not reads(key)]
+        unread |= {f"{key} of messages" for key in names if _counts(key, message[key])}
+    return unread
+
+
+def _counts(key: str, value: Any) -> bool:
+    """Return whether a key that is not read has a value that someone may rely on. RowError if it is one of learning."""
+    name = snake_case(key)
+    if value is None or value in ("", [], {}) or ORIGIN.fullmatch(name):
+        return False
+    if SUSPECT.fullmatch(name) or (CHOICE.fullmatch(name) and value != 1):
+        raise RowError(
+            f"{key} cannot be used in a conversation: keep the rows to learn from and remove the key; "
+            '"weight": 0 makes a message of the assistant\'s context'
+        )
+    return not CHOICE.fullmatch(name)
 
 
 def _checked(message: dict, number: int) -> dict:

@@ -6,6 +6,7 @@ python train.py --task chat --data conversations --mask-prompt --epochs 3 --outp
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mlx_retrieval.backbones.decoder import Decoder, normalised
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks
 from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.dataset.contents import Content
+from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.dataset.rows import find_files, find_validation
 from mlx_retrieval.training import improvement, nothing_learnt
 from mlx_retrieval.training.chat import adapter
@@ -169,6 +171,8 @@ def prepare(settings: Settings) -> ChatRun:
     if backend.KERNELS and cpu_kernels.cold():
         headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
     headline += nothing_learnt.warnings(settings)
+    ignored = rows.ignored + (valid.ignored if valid else Counter())
+    headline += [("ignored", ignored_keys(ignored))] if ignored else []
     headline += warnings(settings, rows, valid) + rope_warning(base)
     quantised = lora.is_quantised(backbone)
     return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, quantised, expected)
