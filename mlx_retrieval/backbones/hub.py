@@ -83,6 +83,8 @@ def resolve(name: str) -> Path:
 def near_folder(name: str) -> str:
     """Return `; did you mean adapters/best?` for a path that a folder here nearly has, or "" if there is none."""
     path = Path(name).expanduser()
+    if path.name == "best" and (last := path.with_name("final")).is_dir():  # training improved nothing, or did not know
+        return f"; the run there has no best step, and its last one is {last}"
     current = Path(path.anchor)
     for part in path.parts[1:] if path.anchor else path.parts:
         try:

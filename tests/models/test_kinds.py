@@ -230,3 +230,11 @@ def test_a_typo_in_a_path_suggests_what_there_is(name, near, tmp_path, monkeypat
     with pytest.raises(UserError, match="no such adapter folder") as caught:
         loading.open_model(None, name)
     assert (f"; did you mean {near}?" in str(caught.value)) == (near is not None)
+
+
+def test_a_run_without_a_best_step_names_its_last_one(tmp_path):
+    """Training that improves nothing leaves no `best`, which the documentation's commands use."""
+    (tmp_path / "mine" / "final").mkdir(parents=True)
+    for open_it in (hub.resolve, lambda name: loading.open_model(None, name)):
+        with pytest.raises(UserError, match="; the run there has no best step, and its last one is .*mine/final"):
+            open_it(str(tmp_path / "mine" / "best"))

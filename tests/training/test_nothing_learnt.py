@@ -4,6 +4,7 @@ python -m pytest tests/training/test_nothing_learnt.py
 """
 
 import json
+import re
 from dataclasses import asdict
 from fractions import Fraction
 from types import SimpleNamespace
@@ -181,7 +182,8 @@ def test_a_run_that_learns_nothing_says_so_at_its_end_resumed_or_not(prepared, t
     assert f"{ending} --learning-rate {rate}" in out
     assert out.count(" in all 3 steps so far: nothing is learnt") == 1  # every batch holds the same rows
     train.train(prepared(task, **same | {"learning_rate": 1e-3, "overwrite": True}))
-    assert "nothing" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nothing is learnt" not in out and "nothing was learnt" not in out
 
 
 @pytest.mark.slow
@@ -191,5 +193,5 @@ def test_one_query_for_all_rows_is_told_before_and_during_the_run(prepared, writ
     write_rows([{"query": "same", "positive": f"answer {i}"} for i in range(8)])
     train.train(settings)
     out = capsys.readouterr().out
-    assert 'warning   every row read so far has the same query ("same")' in out or '("same")' in out
+    assert re.search(r'^warning +every row read so far has the same query \("same"\)', out, re.MULTILINE)
     assert "warning: the gradient has been 0 in all 3 steps so far, and the loss is 0" in out
