@@ -28,6 +28,7 @@ from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
+from mlx_retrieval.utils.text import shell
 
 __all__ = ["Model", "load"]
 
@@ -116,7 +117,7 @@ def embed_index(args: argparse.Namespace) -> str:
     with progress_bar("embedding", "documents") as progress:
         count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress)
     skipped = f"; {empty:,} documents without text were skipped" if empty else ""
-    search = f'python search.py search "..." --store {args.to}'
+    search = shell("python", "search.py", "search", "your question", "--store", args.to)
     return f"{args.to}: {count:,} vectors of {model.dimensions} dimensions in {field}{skipped}. Next: {search}"
 
 

@@ -33,7 +33,7 @@ from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.progress import progress_bar
-from mlx_retrieval.utils.text import writable
+from mlx_retrieval.utils.text import shell, writable
 
 __all__ = ["Teacher", "code_pairs", "mine_negatives"]
 
@@ -105,7 +105,7 @@ def run_code(args: argparse.Namespace) -> None:
     print_lines(
         [
             ("written", f"{output} ({counts.pairs.total():,} pairs)"),
-            ("next", f"python train.py --data {output} --output adapters/code"),
+            ("next", shell("python", "train.py", "--data", output, "--output", "adapters/code")),
         ]
     )
 
@@ -204,7 +204,10 @@ def run_negatives(args: argparse.Namespace) -> None:
             notify(f"the reranker truncated {judge.cut:,} documents")
         count = negatives.write(output, args.scores)
     print_lines(
-        [("written", f"{output} ({count:,} rows)"), ("next", f"python train.py --data {output} --output adapters/m")]
+        [
+            ("written", f"{output} ({count:,} rows)"),
+            ("next", shell("python", "train.py", "--data", output, "--output", "adapters/m")),
+        ]
     )
 
 
@@ -308,7 +311,8 @@ def run_score(args: argparse.Namespace) -> None:
     print_lines(
         [
             ("written", f"{output} ({counts.rows:,} rows, {counts.documents:,} scores)"),
-            ("next", f"python train.py --data {output} --loss kl_distill   # --task rerank: margin_mse, too"),
+            ("next", shell("python", "train.py", "--data", output, "--loss", "kl_distill")),
+            ("or", "with --task rerank, or with --loss margin_mse"),
         ]
     )
 

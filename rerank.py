@@ -25,7 +25,7 @@ from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.rerankers import KINDS
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
-from mlx_retrieval.utils.console import console
+from mlx_retrieval.utils.console import NARROWEST, console
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import writable
 
@@ -47,8 +47,11 @@ def print_results(results: Sequence[dict[str, Any]], count: int, name: str) -> N
     console().print(Text(f"{name}: {count:,} documents", style="bold"))
     for rank, result in enumerate(results, start=1):
         place = Text.assemble(f"{rank:>4}  {result['score']:.4f}  ", (f"#{result['index']:<6}", "dim"))
-        line = place + " ".join(result["document"].split())
-        console().print(line, no_wrap=True, overflow="ellipsis")
+        text = Text(" ".join(result["document"].split()))
+        if console().width - len(place) < NARROWEST:  # the text comes below, so that no figure is cut
+            console().print(place)
+            place = Text("      ")
+        console().print(place + text, no_wrap=True, overflow="ellipsis")
 
 
 def open_reranker(args: argparse.Namespace) -> Reranker:

@@ -17,7 +17,6 @@ for hit in searcher.search("where are gradients cached", top=5): print(hit.path,
 import argparse
 import json
 import os
-import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
-from mlx_retrieval.utils.text import writable
+from mlx_retrieval.utils.text import shell, writable
 
 if TYPE_CHECKING:  # loads LanceDB, which takes a second
     from mlx_retrieval.retrieval.indexer import Summary
@@ -64,7 +63,7 @@ def print_summary(summary: "Summary", folder: Path, is_corpus: bool) -> None:
         ("removed", f"{summary.removed:,}"),
         ("index", f"{folder}, {summary.size / 1e6:,.1f} MB"),
         ("seconds", f"{summary.seconds:,.1f}"),
-        ("next", shlex.join(["python", "search.py", "search", "your question", *flags])),
+        ("next", shell("python", "search.py", "search", "your question", *flags)),
     ]
     print_lines(lines)
 

@@ -10,6 +10,7 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.utils.errors import SettingError, UserError
+from mlx_retrieval.utils.text import shell
 
 TOOLKIT = Path(__file__).resolve().parents[2]
 
@@ -41,12 +42,11 @@ def resolve(name: str) -> Path:
     if "/" not in name:
         raise SettingError(
             "{model} {name}: {searched}{near}, and a hub name would be OWNER/NAME. To make such a folder from a hub "
-            "model:\n"
-            "  mlx_lm.convert --hf-path OWNER/{source} --mlx-path {name}",
+            "model:\n  {command}",
             name=name,
             searched=searched,
             near=near.replace("?", ""),
-            source=name.removesuffix("-mlx"),
+            command=shell("mlx_lm.convert", "--hf-path", f"OWNER/{name.removesuffix('-mlx')}", "--mlx-path", name),
         )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError

@@ -3,12 +3,12 @@
 check_vectors("adapters/final", texts, vectors)      # NonFiniteError that names the first text and the next command
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import shell
 
 EXCERPT = 60  # characters of a text that a message quotes
 
@@ -56,7 +56,7 @@ def excerpt(text: str) -> str:
 
 def check_command(model: str, command: str = "embed.py") -> str:
     """Return the command that checks a model, for the shell."""
-    return shlex.join(["python", command, "--check", model])
+    return shell("python", command, "--check", model)
 
 
 def check_vectors(

@@ -6,7 +6,6 @@ from mlx_retrieval.retrieval.elastic_index import ElasticIndex
 for hit in ElasticIndex("es://index", "vector").bm25("read line", 10): print(hit.path, hit.score)
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mlx_retrieval.dataset.elastic.fields import joined
 from mlx_retrieval.dataset.elastic.server import Server, parse
 from mlx_retrieval.retrieval.base import Hit, IndexInfo, fuse_hits
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import shell
 
 if TYPE_CHECKING:
     from mlx_retrieval.inference.embedder import Model
@@ -157,7 +157,8 @@ class ElasticIndex:
         fields = read_meta(self.server)
         if not fields or (field and field not in fields):
             named = f" {field}" if field else ""
-            raise UserError(f"{address}: no vectors{named}; python embed.py --model MODEL --to {store} --field vector")
+            command = shell("python", "embed.py", "--model", "MODEL", "--to", store, "--field", "vector")
+            raise UserError(f"{address}: no vectors{named}; {command}")
         if field is None and len(fields) > 1:
             raise UserError(f"{address}: vectors in {', '.join(fields)}; choose one with --field")
         self.field = field or next(iter(fields))
@@ -169,7 +170,7 @@ class ElasticIndex:
     def rebuild_command(self, model: str) -> str:
         """Return the command that embeds the documents again with a model."""
         words = ["python", "embed.py", "--model", model, "--to", self.folder, "--field", self.field, "--overwrite"]
-        return shlex.join(words)
+        return shell(*words)
 
     def _hits(self, score: Callable[[float], float], **body: Any) -> list[Hit]:
         body |= {"index": self.server.address.index, "source": self.texts, "allow_partial_search_results": False}

@@ -13,7 +13,6 @@ files.lance      one row a file: size, time, hash; written after the chunks of t
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from mlx_retrieval.retrieval.lance_errors import plain_errors, searching, writin
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_parent
+from mlx_retrieval.utils.text import shell
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,7 +82,7 @@ class Index:
         if not (folder / FILE).is_file():
             raise UserError(
                 f"--index {folder}: no index there. To create one: "
-                f"python search.py index PATH --model-path MODEL --index {folder}"
+                f"{shell('python', 'search.py', 'index', 'PATH', '--model-path', 'MODEL', '--index', folder)}"
             )
         try:
             values = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ class Index:
     def rebuild_command(self, model: str) -> str:
         """Return the command that rebuilds the index with a model."""
         command = ["python", "search.py", "index", str(self.root), "--model-path", model, "--index", str(self.folder)]
-        return shlex.join([*command, "--rebuild"])
+        return shell(*command, "--rebuild")
 
     def write(self) -> None:
         """Write index.json atomically."""

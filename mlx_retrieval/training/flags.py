@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_task
 from mlx_retrieval.utils.command import Parser
-from mlx_retrieval.utils.errors import UserError, flag, near_miss
+from mlx_retrieval.utils.errors import Place, UserError, flag, near_miss
 
 
 def _name(flag: str) -> str:
@@ -93,13 +93,17 @@ def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
 
 
 def read_yaml(path: Path) -> dict:
-    """Return the settings in a YAML file. UserError for an unknown key or a value of a wrong type."""
+    """Return the settings in a YAML file. UserError, with the line, for an unknown key or a value of a wrong type."""
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+        text = path.read_text(encoding="utf-8-sig")
+        values = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        place = Place(path, error.problem_mark.line + 1 if error.problem_mark else None)
+        raise UserError(f"--config {place}: not valid YAML ({error.problem})") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
         raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
     except RecursionError as error:
@@ -107,12 +111,14 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: not a list of `key: value`")
     fields = {name: f for f in dataclasses.fields(Settings) for name in (f.name, *map(_name, _aliases(f)))}
+    nodes = yaml.compose(text, yaml.SafeLoader).value if values else []
+    lines = {key.value: key.start_mark.line + 1 for key, _ in nodes if isinstance(key.value, str)}
     clean = {}
     for key, value in values.items():
-        name = str(key).replace("-", "_")
+        name, where = str(key).replace("-", "_"), f"--config {Place(path, lines.get(str(key)))}"
         if name not in fields:
-            raise UserError(f"--config {path}: unknown key {key!r}{near_miss(name, fields)}")
-        clean[fields[name].name] = _checked(fields[name], value, f"--config {path}: {key}")
+            raise UserError(f"{where}: unknown key {_shown(key)}{near_miss(name, fields)}")
+        clean[fields[name].name] = _checked(fields[name], value, f"{where}: {key}")
     return clean
 
 
@@ -128,7 +134,7 @@ def _checked(f: dataclasses.Field, value, where: str):
     value = _scalar(kind, value, where)
     if "choices" in f.metadata and value not in f.metadata["choices"]:
         choices = f.metadata["choices"]
-        raise UserError(f"{where}: {value!r} is not one of {', '.join(choices)}{near_miss(value, choices)}")
+        raise UserError(f"{where}: {_shown(value)} is not one of {', '.join(choices)}{near_miss(value, choices)}")
     return value
 
 
@@ -137,10 +143,16 @@ def _scalar(kind: type, value, where: str):
         try:  # YAML reads 1e-3 as a text
             return float(value)
         except (ValueError, OverflowError) as error:
-            raise UserError(f"{where}: {repr(value)[:40]} is not a number") from error
+            raise UserError(f"{where}: {_shown(value)} is not a number") from error
     if type(value) is not kind:
-        raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
+        raise UserError(f"{where}: {_shown(value)} is not of type {kind.__name__}")
     return value
+
+
+def _shown(value) -> str:
+    """Return a YAML value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = None) -> tuple[Settings, dict]:

@@ -26,6 +26,7 @@ from mlx_retrieval.training.curves import MAIN_METRIC, draw_curves, is_number, m
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import shell
 
 
 class NullReporter:
@@ -317,7 +318,7 @@ class Reporter:
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
         self._run.define_metric(f"eval/{MAIN_METRIC}", step_metric="train/step", summary="max")
-        upload = f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
+        upload = f"offline; to upload: {shell('wandb', 'sync', Path(self._run.dir).parent)}"
         self.message(f"W&B {self._run.url if mode == 'online' else upload if mode == 'offline' else mode}")
 
     def _finish_wandb(self, failed: bool) -> None:

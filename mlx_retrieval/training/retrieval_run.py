@@ -42,6 +42,7 @@ from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import console, print_lines
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import shell
 
 
 class Evaluations:
@@ -179,8 +180,10 @@ class RetrievalRun:
         """Return (name, text) lines about using the trained model."""
         final = self.folder / "final"
         if self.retrieval.task == "rerank":
-            return [("next", f'python rerank.py --model {final} --query "..." --documents eval-data/corpus.jsonl')]
-        return [("next", f"python embed.py --model {final} --input eval-data/corpus.jsonl --output vectors.npy")]
+            documents = ("--documents", "eval-data/corpus.jsonl")
+            return [("next", shell("python", "rerank.py", "--model", final, "--query", "your question", *documents))]
+        texts = ("--input", "eval-data/corpus.jsonl")
+        return [("next", shell("python", "embed.py", "--model", final, *texts, "--output", "vectors.npy"))]
 
 
 def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Path]:

@@ -23,6 +23,7 @@ from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import SettingError, UserError
+from mlx_retrieval.utils.text import shell
 
 
 class Run(Protocol):
@@ -322,4 +323,4 @@ def conclude(job: Run) -> None:
 
 def continue_command(folder: Path) -> str:
     """Return the command that continues a run."""
-    return f"python train.py --resume --output {folder}"
+    return shell("python", "train.py", "--resume", "--output", folder)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+NARROWEST = 12  # characters, of a table's first column
+
 
 @functools.cache
 def console() -> Console:
@@ -27,10 +29,17 @@ def print_lines(pairs: list[tuple[str, str]]) -> None:
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column is text and may wrap, the others are figures."""
+    """Print a table: the first column is text and may wrap, the others are figures, which are never cut.
+
+    In a terminal that is too narrow for it, a row's figures are below its text, each with the name of its column.
+    """
     from rich import box
     from rich.table import Table
 
+    widths = [max(map(len, (name, *cells))) for name, *cells in zip(columns, *rows, strict=True)]
+    if sum(widths[1:]) + min(widths[0], NARROWEST) + 3 * len(columns) - 1 > console().width:  # 3: padding and frame
+        _print_stacked(title, columns, rows)
+        return
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(columns[0], overflow="fold")
     for name in columns[1:]:
@@ -38,3 +47,19 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     console().print(table, soft_wrap=False)
+
+
+def _print_stacked(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row as a line of text, and below it `name figure` pairs, as many a line as fit."""
+    console().print(f"{title}\n", style="bold")
+    for text, *figures in rows:
+        console().print(f"{columns[0]} {text}")
+        line = ""
+        for pair in (f"{name} {figure}" for name, figure in zip(columns[1:], figures, strict=True)):
+            if line and len(line) + 3 + len(pair) > console().width:
+                console().print(line)
+                line = ""
+            line = f"{line}   {pair}" if line else f"  {pair}"
+        if line:
+            console().print(line)
+    console().print()

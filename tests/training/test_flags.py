@@ -576,10 +576,11 @@ def test_config_file_flags_win_and_unknown_keys_are_refused(tmp_path):
     assert (made.steps, made.learning_rate, made.lora_keys) == (9, 1e-3, ["q_proj"])
     assert given == {"steps": 9, "learning_rate": 1e-3, "lora_keys": ["q_proj"]}
     for text, message in (
-        ("stepz: 7", "did you mean steps"),
-        ("steps: many", "not of type int"),
-        ("loss: mse", "not one of"),
-        ("steps: [", "not valid YAML"),
+        ("# a comment\n\nstepz: 7", "settings.yaml:3: unknown key 'stepz'; did you mean steps[?]$"),
+        ("seed: 1\nsteps: many", "settings.yaml:2: steps: 'many' is not of type int"),
+        ("loss: inf_nce", "settings.yaml:1: loss: 'inf_nce' is not one of info_nce, .*; did you mean info_nce[?]$"),
+        ("seed: 1\nsteps: [", "settings.yaml:[23]: not valid YAML"),
+        (f"task: {'x' * 5000}", "^.{100,400}$"),
         ("- 1", "not a list of"),
     ):
         file.write_text(text)
