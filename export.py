@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mlx_retrieval import backend
 from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output
+from mlx_retrieval.exporters.limits import MISSED
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.text import shell
@@ -32,8 +33,14 @@ __all__ = ["Export", "export"]
 def export(job: Export) -> Path:
     """Write and check the folder that `job` describes, print a table of what was done, and return the folder.
 
-    A UserError leaves nothing behind, and a folder that was there before as it was.
+    Quantised weights that miss their limit are a line of the table, and a warning on standard error. A UserError leaves
+    nothing behind, and a folder that was there before as it was.
     """
+    return _export(job)[0]
+
+
+def _export(job: Export) -> tuple[Path, list[str]]:
+    """Return the folder that `export` returns, and its warnings."""
     from mlx_retrieval.backbones import resolve
     from mlx_retrieval.models import loading
     from mlx_retrieval.utils import files
@@ -64,7 +71,10 @@ def export(job: Export) -> Path:
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     written = ("written", f"{output}, {size / 1e6:,.1f} MB")
     print_lines([*writer.lines, written, *(("next", command) for command in commands)])
-    return output
+    missed = [text for name, text in writer.lines if name == MISSED]
+    for text in missed:
+        print(f"export.py: warning: {text}", file=sys.stderr)
+    return output, missed
 
 
 def next_commands(job: Export, task: str, dense: bool) -> list[str]:
@@ -82,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
     out = Parser(
         prog="export.py",
         description="Export a trained model, its adapter merged, as a folder that other libraries load.",
-        epilog="Exit codes: 0 = written and checked; 2 = bad input or a failed check, and nothing was written.",
+        epilog="Exit codes: 0 = written and checked; 1 = written, but quantised weights miss their limit; 2 = bad "
+        "input or a failed check, and nothing was written.",
     )
     out.add_argument("--adapter", metavar="DIR", help="adapter folder, for example adapters/best")
     out.add_argument(
@@ -130,14 +141,14 @@ def parser() -> argparse.ArgumentParser:
 
 @command("export.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, or 2 for an error the user can fix."""
+    """Run the command; return its exit code: 0, 1 if a limit is missed, or 2 for an error the user can fix."""
     backend.prepare()
     args = parser().parse_args(argv)
     try:
-        export(Export(**vars(args)))
+        _, missed = _export(Export(**vars(args)))
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("interrupted, nothing was written") from stop
-    return 0
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

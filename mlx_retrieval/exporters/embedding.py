@@ -8,6 +8,7 @@ from mlx_retrieval.backbones import ENCODERS, set_dtype
 from mlx_retrieval.exporters import (
     config_json,
     gguf,
+    limits,
     model_card,
     parity,
     pylate_files,
@@ -51,26 +52,29 @@ class EmbeddingWriter:
         if one_limit and self.config.query_max_length != self.config.max_length:
             library_expected = self._vectors(self.config.override(max_length=self.limit))
             self._note("lengths", f"sentence-transformers has one limit for all texts: {self.limit} tokens")
-        self._write(folder)
+        form = limits.form_of(self._write(folder))
         reader = "embed.load"
         if self.job.quantize:
             original, reader = expected, "embed.load, against the quantised model in memory"
             self._in_float32()
             with parity.of_exported_model("vectors"):
                 expected = self._vectors(self.config)
-            worst, mean = parity.compare(expected, original)
-            self._note("check", f"quantised, against the original model: worst cosine {worst:.4f}, mean {mean:.4f}")
+            form, quantised = "float32", limits.quantised_form(self.job.quantize)
+            line, missed = parity.compare_quantised(expected, original, quantised)
+            self._note("check", line)
+            self._note(limits.MISSED, missed)
         parity.release(self.model)
-        self._note("check", parity.check_own(folder, expected, self.limit, reader))
+        self._note("check", parity.check_own(folder, expected, self.limit, reader, form))
         if self.job.format == "mlx" and self.model_type not in ENCODERS:
             self._note("check", parity.check_mlx_lm(folder))
         if self.for_sentence_transformers and self.job.skip_library_check:
             self._note("check", "sentence-transformers: not checked, because of --skip-library-check")
         elif self.for_sentence_transformers:
-            self._note("check", parity.check_sentence_transformers(folder, library_expected, self.limit))
+            self._note("check", parity.check_sentence_transformers(folder, library_expected, self.limit, form))
 
     def _note(self, name: str, text: str) -> None:
-        self.lines.append((name, text))
+        if text:
+            self.lines.append((name, text))
 
     def _in_float32(self) -> None:
         set_dtype(self.model.backbone, mx.float32)
@@ -80,7 +84,8 @@ class EmbeddingWriter:
         model = Model(self.model, config, config.tokenizer(self.base), self.job.source)
         return parity.vectors(model.encode, config.prompts, self.limit)
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path) -> mx.Dtype:
+        """Write everything but the check's results; return the least exact dtype of weights."""
         job, config, backbone = self.job, self.config, self.model.backbone
         trained = weights.merge(backbone)
         self._note(
@@ -125,3 +130,4 @@ class EmbeddingWriter:
         base = job.model or config.base_model
         card = model_card.write(config, base, adapter, job.format, name, Path(job.output).name)
         (folder / "README.md").write_text(writable(card), encoding="utf-8")
+        return dtype or stored

@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_retrieval import backbones
 from mlx_retrieval.backbones.decoder import Decoder
+from mlx_retrieval.exporters import limits
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.models import pylate_files
@@ -25,7 +26,6 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
 
-LEAST_COSINE = 0.999  # a lower cosine means that the folder is not the trained model
 # Errors that libraries raise for a folder they cannot use.
 LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError)
 WORDS = """a model of kidney stones in drinking water where the last bus leaves Zürich at 23:45 and pays 12.50 for two
@@ -87,15 +87,28 @@ def of_exported_model(kind: str) -> Iterator[None]:
         ) from error
 
 
-def accept(actual: Vectors, expected: Vectors, reader: str) -> str:
-    """Return a line with the worst cosine of the vectors that `reader` gave. UserError if it is too low."""
-    worst, _ = compare(actual, expected)
-    if worst < LEAST_COSINE:
+def accept(actual: Vectors, expected: Vectors, reader: str, form: str = "float32") -> str:
+    """Return a line with the worst cosine of the vectors that `reader` gave. UserError if it misses its limit.
+
+    `form`: how the weights are stored, a key of `limits.LIMITS`.
+    """
+    worst, mean = compare(actual, expected)
+    if worst < (least := limits.LIMITS[form].cosine):
         raise UserError(
             f"the check failed: {reader} gives a vector of cosine {worst:.6f} to that of the original model "
-            f"(at least {LEAST_COSINE} is required); nothing was written"
+            f"(at least {least} is required for {form}{limits.advice(form)}); nothing was written"
         )
-    return f"{reader}: worst cosine {worst:.6f}"
+    return f"{reader}: worst cosine {worst:.6f} of at least {least}, mean {mean:.6f}"
+
+
+def compare_quantised(actual: Vectors, expected: Vectors, form: str) -> tuple[str, str]:
+    """Return a line with the worst cosine after quantising, and a warning if it misses its limit, or ""."""
+    worst, mean = compare(actual, expected)
+    least = limits.LIMITS[form].cosine
+    line = f"quantised, against the original model: worst cosine {worst:.4f} of at least {least}, mean {mean:.4f}"
+    if worst >= least:
+        return line, ""
+    return line, f"{form} miss their limit: a worst cosine of {worst:.4f}, at least {least}{limits.advice(form)}"
 
 
 def release(model: nn.Module) -> None:
@@ -104,18 +117,18 @@ def release(model: nn.Module) -> None:
     mx.clear_cache()
 
 
-def check_own(folder: Path, expected: Vectors, limit: int, reader: str = "embed.load") -> str:
-    """Check the folder with this toolkit's own embedder; see `accept`."""
+def check_own(folder: Path, expected: Vectors, limit: int, reader: str = "embed.load", form: str = "float32") -> str:
+    """Check the folder with this toolkit's own embedder; `form`: see `accept`."""
     model = embedder.load(folder)
     backbones.set_dtype(model.model.backbone, mx.float32)
     with of_exported_model("vectors"):
         actual = vectors(model.encode, model.config.prompts, limit)
     release(model.model)
-    return accept(actual, expected, reader)
+    return accept(actual, expected, reader, form)
 
 
-def check_sentence_transformers(folder: Path, expected: Vectors, limit: int) -> str:
-    """Check the folder with sentence-transformers, if it is installed; see `accept`."""
+def check_sentence_transformers(folder: Path, expected: Vectors, limit: int, form: str) -> str:
+    """Check the folder with sentence-transformers, if it is installed; `form`: see `accept`."""
     if importlib.util.find_spec("sentence_transformers") is None:
         return "sentence-transformers is not installed: its vectors are not checked"
     import sentence_transformers
@@ -142,7 +155,7 @@ def check_sentence_transformers(folder: Path, expected: Vectors, limit: int) -> 
         actual = vectors(encode, [name for name in expected if name is not None], limit)
     except LIBRARY_ERRORS as error:
         raise UserError(f"sentence-transformers cannot use the folder ({type(error).__name__}: {error})") from error
-    return accept(actual, expected, f"{kind.__name__} {sentence_transformers.__version__}")
+    return accept(actual, expected, f"{kind.__name__} {sentence_transformers.__version__}", form)
 
 
 def check_mlx_lm(folder: Path) -> str:

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_retrieval.backbones import ENCODERS, decoder, hub, set_dtype
 from mlx_retrieval.exporters import (
     config_json,
+    limits,
     model_card,
     parity,
     reranker_parity,
@@ -85,17 +86,19 @@ class RerankerWriter:
         stored = weights.stored_dtype(self.base)
         dtype = getattr(mx, self.job.dtype) if self.job.dtype else stored
         self._write(folder, dtype)
-        tolerance, reader = reranker_parity.ROUNDED[dtype], "rerank.Reranker"
+        form, reader = limits.form_of(dtype), "rerank.Reranker"
         if self.job.quantize:
-            original, tolerance = expected, reranker_parity.EXACT
+            original = expected
             reader = "rerank.Reranker, against the quantised model in memory"
             with parity.of_exported_model("scores"):
                 expected = self._scores()
-            worst, mean = reranker_parity.difference(expected, original)
-            self._note("check", f"quantised, against the original model: worst difference {worst:.4f}, mean {mean:.4f}")
+            form, quantised = "float32", limits.quantised_form(self.job.quantize)
+            line, missed = reranker_parity.compare_quantised(expected, original, quantised)
+            self._note("check", line)
+            self._note(limits.MISSED, missed)
         parity.release(self.model)
         scores = reranker_parity.own_scores(folder, self.groups)
-        self._note("check", reranker_parity.accept(scores, expected, reader, tolerance))
+        self._note("check", reranker_parity.accept(scores, expected, reader, form))
         judge = self.kind == "qwen3"
         if judge and not self.config.bidirectional:
             self._note("check", reranker_parity.check_mlx_lm(folder, self.groups, scores))
@@ -105,7 +108,8 @@ class RerankerWriter:
             self._note("check", reranker_parity.check_cross_encoder(folder, self.groups, scores, judge))
 
     def _note(self, name: str, text: str) -> None:
-        self.lines.append((name, text))
+        if text:
+            self.lines.append((name, text))
 
     def _scores(self) -> np.ndarray:
         """Return the present model's scores of the check's pairs, computed in float32."""

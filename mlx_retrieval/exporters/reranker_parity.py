@@ -2,7 +2,7 @@
 
     groups = check_groups(limit)
     expected = scores(reranker, groups)
-    print(accept(actual, expected, "CrossEncoder", tolerance=EXACT))         # UserError if they are not close enough
+    print(accept(actual, expected, "CrossEncoder"))         # UserError if they are not close enough
 
 All sides compute in float32, so that the comparison is about weights and files, not about rounding.
 """
@@ -15,7 +15,7 @@ from mlx_retrieval.backend import mx
 import numpy as np
 
 from mlx_retrieval import backbones, backend
-from mlx_retrieval.exporters import parity
+from mlx_retrieval.exporters import limits, parity
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.pair_tokenizers import Group
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -23,9 +23,7 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
 
 # Tolerance between two libraries with the same weights; GPUs may round the factors of float32 products (TF32).
-EXACT = 1e-2 if backend.IS_GPU else 1e-4
-# Tolerance against the original model: the merged weights are rounded once more, to this dtype.
-ROUNDED = {mx.float32: EXACT, mx.float16: 0.02, mx.bfloat16: 0.1}
+EXACT = 1e-2 if backend.IS_GPU else limits.LIMITS["float32"].score
 FIRST_WITH_JUDGES = 6  # first version of sentence-transformers whose CrossEncoder supports language models
 QUERY = "where does the last bus leave?"
 FEW = 4  # prompts to check with mlx-lm, which computes the logits of the whole vocabulary
@@ -53,19 +51,34 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     return float(differences.max()), float(differences.mean())
 
 
-def accept(actual: np.ndarray, expected: np.ndarray, reader: str, tolerance: float = EXACT) -> str:
-    """Return a line with the worst difference of the scores that `reader` gave. UserError if it is above `tolerance`.
+def accept(actual: np.ndarray, expected: np.ndarray, reader: str, form: str = "float32") -> str:
+    """Return a line with the worst difference of the scores that `reader` gave. UserError if it misses its limit.
 
-    For scores that are not probabilities, the tolerance is a share of their range.
+    For scores that are not probabilities, the limit is a share of their range. `form`: how the weights are stored, a
+    key of `limits.LIMITS`.
     """
-    worst, _ = difference(actual, expected)
-    limit = tolerance * max(1.0, float(np.ptp(expected)))
-    if worst > limit:
+    worst, mean = difference(actual, expected)
+    if worst > (limit := allowed(expected, form)):
         raise UserError(
             f"the check failed: {reader} gives a score that differs by {worst:.2g} from that of the original model "
-            f"(at most {limit:.2g} is allowed); nothing was written"
+            f"(at most {limit:.2g} is allowed for {form}{limits.advice(form)}); nothing was written"
         )
-    return f"{reader}: worst difference {worst:.1e} of at most {limit:.0e}"
+    return f"{reader}: worst difference {worst:.1e} of at most {limit:.0e}, mean {mean:.1e}"
+
+
+def compare_quantised(actual: np.ndarray, expected: np.ndarray, form: str) -> tuple[str, str]:
+    """Return a line with the worst difference after quantising, and a warning if it misses its limit, or ""."""
+    worst, mean = difference(actual, expected)
+    most = allowed(expected, form)
+    line = f"quantised, against the original model: worst difference {worst:.4f} of at most {most:.2g}, mean {mean:.4f}"
+    if worst <= most:
+        return line, ""
+    return line, f"{form} miss their limit: a worst difference of {worst:.4f}, at most {most:.2g}{limits.advice(form)}"
+
+
+def allowed(expected: np.ndarray, form: str) -> float:
+    """Return the largest difference allowed; of scores that are not probabilities, it is a share of their range."""
+    return max(EXACT, limits.LIMITS[form].score) * max(1.0, float(np.ptp(expected)))
 
 
 def own_scores(folder: Path, groups: list[Group]) -> np.ndarray:

@@ -20,7 +20,7 @@ from trained_models import trained
 import export
 from mlx_retrieval import backbones
 from mlx_retrieval.backbones.decoder import Decoder
-from mlx_retrieval.exporters import job, parity, sentence_transformers_files, weights
+from mlx_retrieval.exporters import job, limits, parity, sentence_transformers_files, weights
 from mlx_retrieval.exporters import tokenizer as exporters_tokenizer
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.utils.errors import UserError
@@ -386,7 +386,7 @@ def test_a_failed_check_leaves_nothing(adapters, tmp_path, monkeypatch, capsys):
 def test_a_failed_check_leaves_what_was_there(adapters, bases, tmp_path, monkeypatch):
     folder = run_export(tmp_path / "out", model=bases["bert"])
     before = file_digests(folder)
-    monkeypatch.setattr(parity, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(limits, "LIMITS", dict.fromkeys(limits.LIMITS, limits.Limit(1.1, 0.0)))
     with pytest.raises(UserError, match="the check failed"):
         run_export(folder, adapter=adapters["bert"], overwrite=True)
     assert file_digests(folder) == before and [file.name for file in tmp_path.iterdir()] == ["out"]

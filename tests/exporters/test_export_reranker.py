@@ -490,7 +490,7 @@ def test_what_is_refused(bases, adapters, tmp_path, capsys):
 
 def test_differences_of_scores():
     a, b = np.array([0.1, 0.9], np.float32), np.array([0.1, 0.9002], np.float32)
-    assert "worst difference 2.0e-04 of at most 1e-02" in reranker_parity.accept(a, b, "it", 0.01)
+    assert "worst difference 2.0e-04 of at most 2e-02" in reranker_parity.accept(a, b, "it", "float16")
     with pytest.raises(UserError, match="the check failed: it gives a score"):
         reranker_parity.accept(a, b, "it")
     assert "of at most 8e-04" in reranker_parity.accept(10 * a, 10 * a + 5e-4, "it")  # logits, by their range
