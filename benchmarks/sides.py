@@ -140,7 +140,7 @@ def _take_turn(number: int) -> Turn:
 
 def read_pairs(data: str) -> list[tuple[str, str]]:
     """Return (query, positive) of every row of the file `data`, or of `train.jsonl` in the folder `data`."""
-    with open(data if Path(data).is_file() else Path(data) / "train.jsonl", encoding="utf-8") as lines:
+    with open(data if Path(data).is_file() else Path(data) / "train.jsonl", encoding="utf-8-sig") as lines:
         rows = map(json.loads, lines)
         return [(row["query"], row.get("document") or row["positive"]) for row in rows]
 

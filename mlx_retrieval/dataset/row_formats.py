@@ -156,7 +156,7 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
 
     Raises RowError if the row is not of that kind, or a value is not what its key needs.
     """
-    reading = reading_of(tuple(key for key, value in row.items() if value is not None))
+    reading = reading_of(tuple([key for key, value in row.items() if value is not None]))
     if expected is not None and reading.kind != expected:
         here, before = KINDS[reading.kind], KINDS[expected]
         raise RowError(f"has the format {here}, but the rows before have {before}")
@@ -166,19 +166,19 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
     if reading.kind == "documents":
         return [_scored_documents(query, row, reading)], reading
     positives = _positives(row, reading.document)
+    distinct = list(dict.fromkeys(positives)) if len(positives) > 1 else positives
     if reading.kind == "label":
         label = row[reading.label]
         if not isinstance(label, (int, float)) or not 0 <= label <= 1:
             raise RowError(f"{reading.label} {repr(label)[:20]} is not a number from 0 to 1")
-        return [Example(query, text, (), 1, (float(label),)) for text in dict.fromkeys(positives)], reading
-    negatives = tuple(text for key in reading.negatives for text in _texts(row, key))
+        return [Example(query, text, (), 1, (float(label),)) for text in distinct], reading
+    negatives = tuple([text for key in reading.negatives for text in _texts(row, key)])
     rank = _rank(row[reading.rank]) if reading.rank else 1
     of_positives, of_negatives = _teacher_scores(row, reading, len(positives), len(negatives))
-    places = {text: i for i, text in reversed(list(enumerate(positives)))}  # the first, of equal ones
     examples = []
-    for text in dict.fromkeys(positives):
-        scores = (of_positives[places[text]], *of_negatives) if of_positives else ()
-        others = tuple(other for other in dict.fromkeys(positives) if other != text)
+    for text in distinct:
+        scores = (of_positives[positives.index(text)], *of_negatives) if of_positives else ()
+        others = tuple([other for other in distinct if other != text]) if len(distinct) > 1 else ()
         examples.append(Example(query, text, negatives, rank, scores, others))
     return examples, reading
 
@@ -193,7 +193,7 @@ def own_row(row: dict, reading: Reading, example: Example) -> dict:
 
 def ignored_keys(counts: Counter[str]) -> str:
     """Return one line about keys that were not read, and in how many rows."""
-    shown = [f"{key} ({count:,} rows)" for key, count in counts.most_common(8)]
+    shown = [f"{key} ({count:,} row{'s' * (count > 1)})" for key, count in counts.most_common(8)]
     more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
     return f"keys that are not read: {', '.join(shown)}{more}"
 

@@ -177,7 +177,8 @@ class Rows:
                 self.skipped.append(f"{place}: {error}")
                 continue
             self.format = reading.kind
-            self.ignored.update(reading.ignored)
+            if reading.ignored:
+                self.ignored.update(reading.ignored)
             for example in examples:
                 if self.constant != {}:
                     self.constant = common_parts(self.constant, example, self.format)

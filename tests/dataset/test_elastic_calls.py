@@ -74,6 +74,8 @@ class Shard:
             return 200, {"id": f"view {self.views}"}
         if path == "/_pit":
             return 200, {"succeeded": True}
+        if path.startswith("/docs/_settings"):
+            return 200, {"docs": {"settings": {"index": {"uuid": "stub"}}}}
         if path == "/docs/_field_caps":
             return 200, {"fields": {name: {} for source in self.sources for name in source}}
         if body["pit"]["id"] in self.lost:

@@ -13,11 +13,12 @@ import pytest
 from pyarrow import parquet
 
 from data_loader import Batches, make_batch
+from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.dataset.json_lines import RowError
 from mlx_retrieval.dataset.row_formats import Example, examples_of, ignored_keys, own_row
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.dataset.sources import open_source
-from mlx_retrieval.mining import collection
+from mlx_retrieval.mining import collection, run
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training.rerank_batches import GroupMaker
 from mlx_retrieval.utils.errors import UserError
@@ -140,6 +141,13 @@ def test_keys_that_are_not_read_are_counted_but_for_ids_and_origins(write_rows):
     assert Rows([write_rows([{"query": "q", "document": "d", "id": 4}])]).ignored == {}
 
 
+def test_mining_counts_the_keys_that_it_does_not_read(write_rows):
+    rows = [{"query": "q", "document": "d", "negatives": ["n"], "title": "t"}] * 3
+    messages = []
+    run.count_rows([write_rows(rows)], notify=messages.append)
+    assert messages == ["keys that are not read: title (3 rows)"]
+
+
 def test_null_in_parquet_is_absent(tmp_path):
     """Bug guarded against: NULL in a column of negatives, or a rank of a column with gaps, stopped the run."""
     table = pa.table(
@@ -153,6 +161,14 @@ def test_null_in_parquet_is_absent(tmp_path):
     parquet.write_table(table, tmp_path / "rows.parquet")
     rows = Rows([tmp_path / "rows.parquet"])
     assert [rows[0], rows[1]] == [Example("a", "c", (), 2), Example("b", "d", ("n",), 1)]
+
+
+def test_null_in_an_index_is_absent():
+    """Bug guarded against: negatives of two fields that a document lacks were an empty negative."""
+    roles = fields.parse("query=q,document=d,negatives=n,negative=n1+n2,rank=r,scores=s")
+    sources = ({"q": "a", "d": "b", "n": None, "n1": None, "r": 1.0, "s": None}, {"q": "a", "d": "b", "n": [None]})
+    for source in sources:
+        assert examples_of(fields.row_of(source, roles))[0] == [Example("a", "b", (), 1)]
 
 
 # --- several positives ---

@@ -198,11 +198,12 @@ def test_batch_size(settings):
 
 
 def test_skip_bad_rows(settings, data):
-    data.write_text(data.read_text() + "broken\n")
+    data.write_text(data.read_text() + "broken\n" + '{"query": "q", "document": "d", "title": "t"}\n')
     with pytest.raises(UserError, match="rows.jsonl:41"):
         training_run.prepare(settings())
     run = training_run.prepare(settings(skip_bad_rows=True))
-    assert len(run.trainer.batches.rows) == 40
+    assert len(run.trainer.batches.rows) == 41
+    assert ("ignored", "keys that are not read: title (1 row)") in run.headline
     assert any("1 bad rows" in line for _, line in run.headline)
     assert any("rows.jsonl:41" in line for _, line in run.headline)
 

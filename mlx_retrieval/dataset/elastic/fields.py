@@ -33,7 +33,7 @@ def row_of(source: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     """Return the row of a document: the values of its fields, several texts joined by line breaks; no missing keys."""
     row = {}
     for key, names in fields.items():
-        value = value_at(source, names[0]) if len(names) == 1 else joined(source, names)
+        value = value_at(source, names[0]) if len(names) == 1 else joined(source, names) or None
         if value is not None:
             row[key] = value[0] if key in SINGLE and isinstance(value, list) and len(value) == 1 else value
     return writable_values(row)
