@@ -82,11 +82,17 @@ def files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"query": "d"}) + "\n")
     beir = write_folder(tmp_path / "beir", [{"_id": "d", "text": "a"}], [{"_id": "q", "text": "a"}], "q\td\t1\n")
     output = str(tmp_path / "out")
-    return {"DOCS": str(tmp_path / "docs.txt"), "ROWS": str(tmp_path / "rows.jsonl"), "BEIR": str(beir), "OUT": output}
+    return {
+        "DOCS": str(tmp_path / "docs.txt"),
+        "ROWS": str(tmp_path / "rows.jsonl"),
+        "BEIR": str(beir),
+        "OUT": output,
+        "NPY": output + ".npy",
+    }
 
 
 TAKES_EMBEDDINGS = {
-    "embed": (embed, "--model $MODEL --input $DOCS --output $OUT"),
+    "embed": (embed, "--model $MODEL --input $DOCS --output $NPY"),
     "embed to es": (embed, "--model $MODEL --to es://nowhere"),
     "check": (embed, "--check $MODEL"),
     "index": (search, "index $BEIR --model-path $MODEL --index $OUT"),
@@ -106,6 +112,7 @@ TAKES_RERANKERS = {
 TAKES_ANY = {
     "train": (train, "--model $MODEL --data $ROWS --output $OUT --eval-tasks"),
     "train a reranker": (train, "--task rerank --model $MODEL --data $ROWS --output $OUT --eval-tasks"),
+    "train a chat model": (train, "--task chat --model $MODEL --data $ROWS --output $OUT"),
     "eval": (evaluation, "--model $MODEL --eval-tasks $BEIR"),
     "export": (export, "--model $MODEL --output $OUT"),
 }

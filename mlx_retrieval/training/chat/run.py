@@ -13,13 +13,14 @@ from pathlib import Path
 from mlx_retrieval.backend import cpu_kernels
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora, resolve
+from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora
 from mlx_retrieval.backbones.decoder import Decoder, normalised
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks
 from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.dataset.rows import find_files, find_validation
+from mlx_retrieval.models import kinds
 from mlx_retrieval.training import improvement, nothing_learnt
 from mlx_retrieval.training.chat import adapter
 from mlx_retrieval.training.chat.data import ChatBatches, Conversations
@@ -123,7 +124,7 @@ def prepare(settings: Settings) -> ChatRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     settings.check_task("chat")
     files, held_out = find_files(settings.data), find_validation(settings.data)
-    base = resolve(settings.model)
+    base = kinds.require_base(settings.model)
     if (kind := read_config(base)["model_type"]) in ENCODERS:
         raise UserError(f"--task chat needs a language model, and {settings.model} is a {kind}")
     tokenizer = ChatTokenizer(base)
