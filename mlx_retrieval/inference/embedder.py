@@ -1,7 +1,7 @@
 """Embed texts with a base model or a trained adapter."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +144,14 @@ class Model:
         return [row[mask] for row, mask in zip(vectors, counts, strict=True)]
 
 
-def embed(model: Model, texts: Sequence[str], prompt: str) -> np.ndarray | list[np.ndarray]:
-    """Return `model.encode(texts, prompt)` without a progress bar."""
-    return model.encode(texts, prompt=prompt, show_progress=False)
+def embed(
+    model: Model, texts: Sequence[str], prompt: str, place: Callable[[int], str] | None = None
+) -> np.ndarray | list[np.ndarray]:
+    """Return `model.encode(texts, prompt)` without a progress bar; `place` names a text in NonFiniteError by number."""
+    try:
+        return model.encode(texts, prompt=prompt, show_progress=False)
+    except finite.NonFiniteError as error:
+        raise (error.placed(place) if place else error) from error
 
 
 def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Model:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import shell, writable
 
 EXCERPT = 60  # characters of a text that a message quotes
 
@@ -50,7 +50,7 @@ class NonFiniteError(UserError, FloatingPointError):
 
 def excerpt(text: str) -> str:
     """Return the beginning of a text in quotation marks, on one line and printable."""
-    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in writable(text[:1000])).split())
     return f'"{line if len(line) <= EXCERPT else line[: EXCERPT - 3] + "..."}"'
 
 

@@ -102,7 +102,9 @@ def write_vectors(
         for low, high in source.ranges(survey):
             hits = [hit for hit in source.read(low, high) if joined(hit["_source"], texts).strip()]
             if hits:
-                _write(server, hits, field, embed(model, [joined(hit["_source"], texts) for hit in hits], "document"))
+                places = [f"{server.address}, document {hit['_id']}" for hit in hits]
+                contents = [joined(hit["_source"], texts) for hit in hits]
+                _write(server, hits, field, embed(model, contents, "document", places.__getitem__))
             done += len(hits)
             if progress:
                 progress(done, survey.count)

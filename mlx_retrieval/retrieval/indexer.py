@@ -253,7 +253,8 @@ def _embed(
             count = sum(record.chunks for record, _ in batch)
             if batch and (count >= BATCH or len(batch) >= BATCH or number == len(pending)):
                 texts = [chunk.embedded for _, pieces in batch for chunk in pieces]
-                index.add(batch, embed(model, texts, "document"), stored)
+                places = [f"{record.path}:{chunk.line}" for record, pieces in batch for chunk in pieces]
+                index.add(batch, embed(model, texts, "document", places.__getitem__), stored)
                 summary.embedded += count
                 batch = []
             progress(number, note=f"{summary.embedded:,} chunks")

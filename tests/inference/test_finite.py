@@ -65,6 +65,11 @@ def test_encode_names_the_first_text_and_the_next_command(broken, monkeypatch, t
     assert isinstance(caught.value, UserError) and isinstance(caught.value, FloatingPointError)
 
 
+def test_excerpts_are_one_printable_line():
+    assert finite.excerpt("a\n b\x00c \ud83d") == '"a b\ufffdc \ufffd"'
+    assert len(finite.excerpt("x" * 10_000)) == finite.EXCERPT + 2
+
+
 @pytest.mark.parametrize("precision", quantization.PRECISIONS)
 def test_embed_writes_nothing_and_names_the_line(broken, documents, tmp_path, capsys, precision):
     """Regression: float32 rows of NaN were written, with exit 0 and "unit length"."""
@@ -97,7 +102,7 @@ def test_evaluation_names_the_document(broken, folder, capsys, task):
 def test_search_indexes_and_finds_nothing(broken, folder, tmp_path, capsys):
     index = str(tmp_path / "index")
     assert search.main(["index", str(folder), "--model-path", broken, "--index", index]) == 2
-    assert '"the whale sings"' in capsys.readouterr().err
+    assert 'd1:1, "the whale sings"' in capsys.readouterr().err
     (folder / "corpus.jsonl").write_text('{"_id": "d0", "text": "a boiler drips"}\n')
     assert search.main(["index", str(folder), "--model-path", broken, "--index", index]) == 0
     capsys.readouterr()
