@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
-from mlx_retrieval.backbones import decoder, load_backbone, resolve, set_dtype
+from mlx_retrieval.backbones import decoder, load_backbone, resolve
 from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.exporters import chat_parity, config_json, model_card, parity, tokenizer, weights
 from mlx_retrieval.exporters.job import Export
@@ -56,6 +56,8 @@ class ChatWriter:
         with concerning("model"):
             self.base = resolve(self.base_model)
             self.backbone: Decoder = load_backbone(self.base, bidirectional=False)
+        with concerning("adapter"):
+            chat_adapter.check_base(self.backbone, self.folder, self.base_model)
         self.lines: list[tuple[str, str]] = []
 
     def fill(self, folder: Path) -> None:
@@ -63,10 +65,10 @@ class ChatWriter:
         job, backbone = self.job, self.backbone
         self._write_tokenizer(folder)
         conversations = chat_parity.conversations(ChatTokenizer(folder))
-        set_dtype(backbone, mx.float32)
+        chat_parity.prepare(backbone.adapted)
         untrained = chat_parity.logits(backbone.adapted, conversations)
         with concerning("adapter"):
-            chat_adapter.attach(backbone, self.folder, self.base_model)
+            chat_adapter.attach(backbone, self.folder)
         expected = chat_parity.logits(backbone.adapted, conversations)
         dtype = getattr(mx, job.dtype) if job.dtype else weights.stored_dtype(self.base)
         form = f"{job.quantize} bits" if job.quantize else str(dtype).rpartition(".")[-1]
@@ -74,7 +76,7 @@ class ChatWriter:
         change = chat_parity.divergence(untrained, expected)
         self._note("adapter", f"a divergence of {change:.1e} nats a token from the base model")
         if job.quantize:
-            set_dtype(backbone, mx.float32)
+            chat_parity.prepare(backbone.adapted)
             actual = chat_parity.logits(backbone.adapted, conversations)
             self._note("check", chat_parity.accept(actual, expected, f"quantised to {form}", form))
             if chat_parity.divergence(actual, expected) > change / 2:

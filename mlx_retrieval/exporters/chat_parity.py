@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import mx, nn
 
 import numpy as np
 
@@ -45,6 +45,15 @@ def conversations(tokenizer: ChatTokenizer) -> list[np.ndarray]:
     except ValueError as error:  # the template refuses them
         raise UserError(f"a conversation for the check cannot be rendered: {error}") from error
     return [ids[:LONGEST] for ids, _ in rows]
+
+
+def prepare(model: nn.Module) -> None:
+    """Let a model compute in float32. On CPUs, where mlx has no fast product for quantised weights, dequantise them."""
+    from mlx_lm.utils import dequantize_model
+
+    backbones.set_dtype(model, mx.float32)
+    if not backend.IS_GPU:
+        dequantize_model(model)
 
 
 def logits(model: Callable[[mx.array], mx.array], rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -92,7 +101,7 @@ def check_mlx_lm(folder: Path, rows: list[np.ndarray], expected: list[np.ndarray
             model, _ = mlx_lm.load(str(folder))
     except parity.LIBRARY_ERRORS as error:
         raise UserError(f"mlx_lm.load cannot load the folder ({type(error).__name__}: {error})") from error
-    backbones.set_dtype(model, mx.float32)
+    prepare(model)
     actual = logits(model, rows)
     parity.release(model)
     return accept(actual, expected, "mlx_lm.load", form)

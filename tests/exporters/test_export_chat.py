@@ -103,7 +103,7 @@ def test_the_folder_is_the_base_and_its_adapter(bases, tmp_path, capsys, base, t
         expected = with_mlx_lm(bases[base], ids, source)
     else:  # mlx-lm does not read where transformers 5 puts the base of positions
         backbone = load_backbone(bases[base], bidirectional=False)
-        adapter.attach(backbone, source, base)
+        adapter.attach(backbone, source)
         set_dtype(backbone, mx.float32)
         expected = logits(backbone.adapted, ids)
     actual = with_mlx_lm(folder, ids)

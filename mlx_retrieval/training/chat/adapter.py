@@ -2,7 +2,7 @@
 
     adapter_config = adapt(backbone, settings)           # makes the weights trainable
     save(folder, backbone, adapter_config)
-    attach(backbone, folder, base_of(folder))            # later, on the same base model
+    attach(backbone, folder)                             # later, on the same base model: see base_of and check_base
 
 Adapters that mlx-lm itself has trained have the same form.
 """
@@ -45,15 +45,17 @@ def base_of(folder: Path) -> str | None:
     return config.get("model") or checkpoint.run_settings(folder).get("model")
 
 
-def attach(backbone: Decoder, folder: Path, base: str) -> None:
-    """Put the adapter in `folder` on its base model. UserError if it belongs to another one, or does not fit.
-
-    `base`: the name of the model that `backbone` is of, for messages.
-    """
+def check_base(backbone: Decoder, folder: Path, base: str) -> None:
+    """Raise UserError if the adapter in `folder` was trained on another model than `backbone`, whose name is `base`."""
     config = hub.read_json(folder / loading.ADAPTER_CONFIG)
     if differing := lora.differing(config.get(FINGERPRINT, {}), lora.fingerprint(backbone)):
         others = f"(its {', '.join(differing)} differ)"
         raise UserError(f"{folder} was trained on {config['model']}, and {base} is another model {others}")
+
+
+def attach(backbone: Decoder, folder: Path) -> None:
+    """Put the adapter in `folder` on its base model. UserError if it does not fit."""
+    config = hub.read_json(folder / loading.ADAPTER_CONFIG)
     weights = hub.read_safetensors(folder / loading.ADAPTERS)
     model = backbone.adapted
     try:
