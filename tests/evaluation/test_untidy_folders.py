@@ -226,7 +226,7 @@ def test_the_commands_have_the_flags(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(embedder, "load", lambda *_, **__: Exact())
     figures = []
     for flags in ([], ["--ignore-identical-ids"]):
-        output = tmp_path / "results.json"
+        output = tmp_path / f"results-{len(flags)}.json"
         assert evaluation.main(["--model", "m", "--eval-tasks", str(folder), "--output", str(output), *flags]) == 0
         figures.append(json.loads(output.read_text())["tasks"]["own"]["mrr_at_10"])
     assert figures == [0.5, 1.0]  # q1 finds the document q1 before d1, which also has a title
