@@ -34,8 +34,10 @@ def evaluation_contents(tasks: Sequence[str]) -> list[Content]:
 
 
 def write(run: Path, contents: Contents) -> None:
-    """Write the contents into a run's folder."""
-    text = json.dumps({part: [c._asdict() for c in some] for part, some in contents.items()}, indent=2)
+    """Write the contents into a run's folder. A digest that is not known now is kept as it was."""
+    before = {content.name: content for some in (read(run) or {}).values() for content in some}
+    known = {part: [c if c.digest else before.get(c.name, c) for c in some] for part, some in contents.items()}
+    text = json.dumps({part: [content._asdict() for content in some] for part, some in known.items()}, indent=2)
     files.write_file(run / FILE, text + "\n")
 
 

@@ -80,6 +80,8 @@ def conclusion(state: State, folder: Path) -> list[tuple[str, str]]:
     if not improved(state):
         name = "worse" if state.last < state.untrained else "no gain"
         lines.append((name, f"{scores}: no step was better than the untrained model, so there is no `best`"))
+    elif state.last > state.untrained and state.metric == "validation_loss":  # other metrics are in a table
+        lines.append(("gain", scores))
     elif state.last < state.untrained:
         lines.append(("worse", f"{scores}: of the steps evaluated, step {state.best_step} was better than both"))
     return lines

@@ -311,6 +311,10 @@ def conclude(job: Run) -> None:
         return
     job.print_results()
     lines = [("adapter", f"{folder / 'final'}"), *improvement.conclusion(state, folder)]
+    if job.settings.require_improvement and improvement.improved(state) is None:
+        lines.append(
+            ("unknown", "whether a step is better than the untrained model: --require-improvement asks for it")
+        )
     if nothing_learnt.unchanged(state.probe, nothing_learnt.sample(job.trainer.probe())):
         rate = job.settings.learning_rate
         text = (

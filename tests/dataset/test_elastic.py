@@ -285,6 +285,21 @@ def test_training_stopped_and_resumed_is_the_same_training(login, small, tmp_pat
     assert elasticsearch_server.PASSWORD not in saved
 
 
+def test_an_index_that_is_made_again_under_its_name_is_another_one(login, small, tmp_path, capsys):
+    """A resumed run refuses it; documents that come and go are another matter."""
+    run = tmp_path / "run"
+    assert train.main(settings_of(run, small, "--stop-after", "3")) == 0
+    client = server.Server(server.parse(f"es://{small}")).client
+    client.index(index=small, id="new", document={"query": "q", "title": "t", "snippet": "s"}, refresh=True)
+    assert train.main(["--resume", "--output", str(run), "--stop-after", "4"]) == 0
+    capsys.readouterr()
+    client.indices.delete(index=small)
+    fill(login, small, [{"query": f"q{i}", "title": f"t{i}", "snippet": f"s{i}", "rank": 1} for i in range(300)])
+    assert train.main(["--resume", "--output", str(run)]) == 2
+    assert f"{small}: another index of this name" in capsys.readouterr().err
+    assert train.main(["--resume", "--output", str(run), "--accept-changed-data"]) == 0
+
+
 def test_an_index_mixes_with_a_file(login, small, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"query": f"f{i}", "document": f"d{i}"}) + "\n" for i in range(50)))

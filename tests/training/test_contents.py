@@ -167,8 +167,13 @@ def test_a_run_of_an_earlier_version_continues_and_says_that_nothing_was_compare
 
 def test_an_index_whose_settings_cannot_be_read_is_told(begun, capsys):
     run, now = begun
-    contents.check(run, now | {"data": [Content("http://h/docs", 0, "", "")]}, True)
+    index = Content("http://h/docs", 0, "", "id1")
+    contents.write(run, now | {"data": [index]})
+    assert contents.check(run, now | {"data": [index._replace(digest="")]}, False) == set()
     assert "http://h/docs: not compared" in capsys.readouterr().out
+    contents.write(run, now | {"data": [index._replace(digest="")]})  # what was known is not lost
+    with pytest.raises(UserError, match="another index of this name"):
+        contents.check(run, now | {"data": [index._replace(digest="id2")]}, False)
 
 
 def test_a_run_inside_its_model_s_folder_is_no_part_of_the_model(tmp_path):

@@ -16,13 +16,19 @@ import yaml
 
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
-from mlx_retrieval.training import checkpoint, improvement, run
+from mlx_retrieval.training import checkpoint, improvement, reporting, run
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer
 from mlx_retrieval.training.chat.run import ChatRun
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.retrieval_run import RetrievalRun
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes most of the time of a toy run."""
+    monkeypatch.setattr(reporting, "draw_curves", lambda *_: None)
 
 
 class ToyTrainer(BaseTrainer):
@@ -221,9 +227,15 @@ def test_a_loss_counts_negative_and_metrics_without_the_run_s_own_decide_nothing
     assert improvement.note(state, {"validation_loss": 1.5}) and not improvement.note(state, {"ndcg_at_10": 0.9})
     assert (state.best, state.untrained, state.last, state.evaluations_since_best) == (-1.5, -2.0, -1.5, 0)
     assert not improvement.note(state, {"validation_loss": 1.5}) and state.evaluations_since_best == 1
-    assert improvement.conclusion(state, Path("nowhere")) == []
+    gain = [("gain", "validation loss 1.5000 after training, 2.0000 before")]
+    assert improvement.conclusion(state, Path("nowhere")) == gain
     state.last, state.best_step = -2.5, 0
     assert improvement.conclusion(state, Path("nowhere"))[0][1].startswith("validation loss 2.5000 after training, 2.0")
+
+
+def test_a_required_improvement_that_is_not_known_is_told(toy, capsys):
+    results = run.run(toy(scores=(float("nan"), 0.5, 0.6), require_improvement=True))
+    assert results["improved"] is None and "unknown   whether a step is better" in capsys.readouterr().out
 
 
 def test_require_improvement_decides_the_exit_code():
