@@ -27,6 +27,7 @@ from mlx_retrieval.mining import code_pairs, hard_negatives, run
 from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
+from mlx_retrieval.models.rerankers import KINDS as RERANKERS
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import print_lines, print_rows
@@ -262,7 +263,7 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
     flag("--by", choices=hard_negatives.BY, help="what ranks the documents; both: reciprocal rank fusion (default: "
          "model; bm25 without --model)")  # fmt: skip
     flag("--reranker", metavar="MODEL", help="its scores decide order and filters; a late-interaction model works too")
-    flag("--reranker-type", metavar="KIND", help="kind of reranker, if its files do not say")
+    flag("--reranker-type", choices=RERANKERS, metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--skip", "--range-min", type=int, default=rules.skip, metavar="K", help="leave out the first K documents "
          "that passed the filters (default: %(default)s)")  # fmt: skip
     flag("--take", "--num-negatives", type=int, default=rules.take, metavar="N", help="negatives of a query (default: "
@@ -328,7 +329,7 @@ def add_score(commands: argparse._SubParsersAction) -> None:
     flag("--teacher", required=True, metavar="MODEL", help="a reranker, or an embedding model")
     flag("--teacher-kind", choices=KINDS, help="kind of teacher (default: as its files say; a language model whose "
          "files do not say is a reranker if its name has 'rerank')")  # fmt: skip
-    flag("--reranker-type", metavar="KIND", help="kind of reranker, if its files do not say")
+    flag("--reranker-type", choices=RERANKERS, metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--max-length", type=int, metavar="N", help="truncate texts to N tokens (default: as saved)")
     flag("--raw-scores", action="store_true", help="logits of a reranker, not their sigmoid (default: as its files "
          "say; logits of a cross-encoder whose files do not say)")  # fmt: skip

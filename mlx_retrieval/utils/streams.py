@@ -93,9 +93,10 @@ def flush() -> str:
 
 
 def _is_own(stream, descriptor: int) -> bool:
-    """Return whether a stream is Python's own on this descriptor."""
+    """Return whether a stream is Python's own on this descriptor, and not yet a lasting one."""
     try:
-        return isinstance(stream, io.TextIOWrapper) and stream.fileno() == descriptor
+        own = isinstance(stream, io.TextIOWrapper) and stream.fileno() == descriptor
+        return own and not isinstance(getattr(stream.buffer, "raw", None), LastingStream)
     except (OSError, ValueError):
         return False
 
