@@ -45,23 +45,28 @@ def check_free(folder: Path) -> None:
 
 
 def check_inputs(folder: Path, inputs: list[str]) -> None:
-    """Raise UserError if an input is among the files and folders that a run replaces or removes."""
-    for path in checkpoint.contents(folder):
-        for source in (Path(name).expanduser() for name in inputs):
-            if _holds(path, source):
-                raise SettingError(
-                    "{output} {folder}: the run would replace {path}, and {source} is an input: name another folder",
-                    folder=folder,
-                    path=path.name,
-                    source=source,
-                )
+    """Raise UserError if a model is in the folder, or if the run would replace or remove an input."""
+    if (folder / "config.json").is_file():
+        raise SettingError("{output} {folder}: a model is in this folder; name another one", folder=folder)
+    contents = checkpoint.contents(folder)
+    for source in (Path(name).expanduser() for name in inputs):
+        if _is_same(folder, source):
+            raise SettingError("{output} {folder}: this folder is an input; name another one", folder=folder)
+        if replaced := [path for path in contents if _is_same(path, source) or _is_inside(source, path)]:
+            raise SettingError(
+                "{output} {folder}: the run would replace {path}, and {source} is an input: name another folder",
+                folder=folder,
+                path=replaced[0].name,
+                source=source,
+            )
 
 
-def _holds(path: Path, source: Path) -> bool:
-    """Return whether an existing path is the source, or a folder that the source is in."""
+def _is_same(path: Path, source: Path) -> bool:
     try:
-        if not source.exists():
-            return False
-        return path.samefile(source) or (path.is_dir() and source.resolve().is_relative_to(path.resolve()))
-    except OSError:  # a name on the hub that is no path
+        return path.exists() and source.exists() and path.samefile(source)
+    except OSError:  # a name that is too long for a path
         return False
+
+
+def _is_inside(source: Path, folder: Path) -> bool:
+    return folder.is_dir() and source.resolve().is_relative_to(folder.resolve())

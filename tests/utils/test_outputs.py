@@ -116,6 +116,12 @@ def test_a_run_replaces_no_file_of_others_and_no_input(tmp_path):
     with pytest.raises(UserError, match="would replace best, and .* is an input"):
         output_folder.check(folder, Settings(model=str(folder / "best"), output=str(folder), overwrite=True))
     shutil.rmtree(folder / "best")
+    with pytest.raises(UserError, match="this folder is an input"):
+        output_folder.check(folder, Settings(data=[str(folder)], output=str(folder)))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="a model is in this folder"):
+        output_folder.check(folder, Settings(output=str(folder)))
+    (folder / "config.json").unlink()
     (folder / "results.json").write_text("precious")
     with pytest.raises(UserError, match="results.json is there without a run"):
         output_folder.check(folder, Settings(output=str(folder)))
