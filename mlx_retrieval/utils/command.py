@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print one line and exit."""
-        if message.startswith("the following arguments are required"):
+        if message.startswith(("the following arguments are required", "one of the arguments")):
             self._refuse([word for word in self._words if self._is_misspelt(word)], required=True)
         message = message.removeprefix("argument ")
         message = re.sub(r"invalid (\w+) value: (.*)", _not_understood, message, flags=re.DOTALL)
