@@ -30,7 +30,8 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.files import beside, tidy
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
-FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results.json", "before.json")  # of a run
+# Of a run.
+FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results.json", "before.json", "report.html")
 
 
 # --- the state of training ------------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ class Reporter:
         except (ImportError, AttributeError) as error:
             raise UserError("W&B is asked for but not installed: pip install wandb") from error
         self._wandb_errors = (wandb.errors.Error, OSError)
-        config = _without_secrets(_clean(self.settings))
+        config = without_secrets(_clean(self.settings))
         start = functools.partial(
             wandb.init, project=project, name=self.run_name, config=config, dir=self.folder, settings=settings
         )
@@ -353,10 +353,10 @@ def _clean(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
     """Return a copy without keys that name a secret, and without the user and password of addresses."""
     if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items() if not SECRET_KEY.search(key)}
+        return {key: without_secrets(item) for key, item in value.items() if not SECRET_KEY.search(key)}
     if isinstance(value, list):
-        return [_without_secrets(item) for item in value]
+        return [without_secrets(item) for item in value]
     return re.sub(r"(?<=://)[^/@\s]+@", "", value) if isinstance(value, str) else value

@@ -36,6 +36,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
+from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.trainer import Trainer
@@ -175,6 +176,19 @@ class RetrievalRun:
             print_table(after)
         if first and (line := harm(first, after)):
             console().print(line)
+
+    def report(self) -> Report | None:
+        """Return what `report.html` says of the run's evaluations and data; None if nothing was evaluated."""
+        evaluations, settings = self.evaluations, self.settings
+        if evaluations and evaluations.after:
+            tasks, _ = load_tasks(settings.eval_tasks, rules=settings.folder_rules)
+            report = retrieval_report(evaluations.before, evaluations.after, tasks, evaluations.first_stage)
+        elif self.trainer.validation:
+            report = loss_report(self.folder)
+        else:
+            return None
+        add_survey(report, settings, self.trainer.batches, self.retrieval.task)
+        return report
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained model."""

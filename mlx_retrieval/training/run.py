@@ -19,6 +19,7 @@ from mlx_retrieval.training import checkpoint, contents, distributed, improvemen
 from mlx_retrieval.training.base_trainer import BaseTrainer, due
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import Contents
+from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.console import print_lines
@@ -51,6 +52,9 @@ class Run(Protocol):
 
     def print_results(self) -> None:
         """Print the table of metrics that ends a run."""
+
+    def report(self) -> Report | None:
+        """Return what `report.html` says of the finished run's result and data; None = there is to be none."""
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained model."""
@@ -321,7 +325,10 @@ def conclude(job: Run) -> None:
             f"the trained model computes the same as the untrained one: nothing was learnt at --learning-rate {rate:g}"
         )
         lines.append(("warning", text))
+    facts = [*job.headline, *lines]
+    report = write_report(folder, job.settings, facts, job.next_lines(), job.report, job.trainer.reporter.warn)
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
+    lines += [("report", f"{report}")] if report else []
     print_lines([*lines, *job.next_lines()])
 
 

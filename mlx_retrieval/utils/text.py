@@ -4,11 +4,13 @@ JSON can spell half of a pair as an escape. Python also reads a byte of a file's
 UTF-8 as one.
 """
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 REPLACEMENT = "\ufffd"
+CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def writable(text: str) -> str:
@@ -34,3 +36,17 @@ def writable_values(value: Any) -> Any:
 def shell(*words: str | Path) -> str:
     """Return a command to be pasted into a shell: words that need it are quoted."""
     return shlex.join(map(str, words))
+
+
+def excerpt(text: str, length: int) -> str:
+    """Return the beginning of a text on one line: at most `length` characters, cut at a word, with "…" if cut.
+
+    Runs of white space become a space. So do control characters, and those that turn the direction of other text round.
+    """
+    start = text[: 4 * length + 1000]  # enough, and not megabytes
+    line = " ".join(CONTROL.sub(" ", writable(start)).split())
+    if len(line) <= length and len(start) == len(text):
+        return line
+    cut = line[:length]
+    at_word = cut.rpartition(" ")[0]
+    return f"{at_word if len(at_word) > length // 2 else cut}…"

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import shell, writable, writable_values
+from mlx_retrieval.utils.text import excerpt, shell, writable, writable_values
 
 
 def test_writable():
@@ -32,3 +32,14 @@ def test_names_that_libraries_cannot_open(tmp_path):
 def test_a_command_can_be_pasted(tmp_path):
     words = ["python", "train.py", "--output", tmp_path / "my runs/it's $HOME; *"]
     assert shlex.split(shell(*words)) == [str(word) for word in words]
+
+
+def test_an_excerpt_is_one_short_line():
+    assert excerpt(" a\n\tb\u2028c ", 10) == "a b c"
+    assert excerpt("one two three", 8) == "one two…" and excerpt("one two", 7) == "one two"
+    assert excerpt("x" * 1_000_000, 5) == "xxxxx…" == excerpt("xxxxxx", 5)
+    assert excerpt(" " * 9_000 + "far away", 8) == "…"  # only the beginning is looked at
+    assert excerpt("a\x00b\x1bc\ud800d\u202ee", 20) == "a b c\ufffdd e"
+    assert excerpt("\u0645\u06cc\u200c\u062e\u0648\U0001f468\u200d\U0001f469", 20) == (
+        "\u0645\u06cc\u200c\u062e\u0648\U0001f468\u200d\U0001f469"
+    )  # joiners are part of words and emoji

@@ -29,6 +29,7 @@ from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents
+from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import shell
@@ -78,6 +79,10 @@ class ChatRun:
             "estimated_memory_bytes": self.estimate.total,
             **skipped,
         }
+
+    def report(self) -> Report:
+        """Return what `report.html` says of the run: its validation loss."""
+        return loss_report(self.folder)
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained adapter."""

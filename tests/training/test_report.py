@@ -1,0 +1,235 @@
+"""The report of a finished run.
+
+python -m pytest tests/training/test_report.py
+"""
+
+import dataclasses
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from beir_folders import write_folder
+
+import train
+from mlx_retrieval.dataset.rows import Rows
+from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.evaluation.retrieval import load_tasks
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.training import report as reports
+from mlx_retrieval.training.config import Settings, for_task
+from mlx_retrieval.training.data_survey import survey_rows
+from mlx_retrieval.training.report import Report, loss_report, render, retrieval_report, write_report
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = "<script>alert(1)</script>"
+EVIL = f"{SCRIPT} \"'&amp; ]]> {{{{ 7 * 7 }}}} \ud800\x00 \u202eabc"
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text; an AssertionError for tags that do not match."""
+
+    VOID = ("meta", "link", "br")
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += " " + data
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run's folder with metrics of ten steps and two evaluations."""
+    folder = tmp_path / "a run & more"
+    (folder / "best").mkdir(parents=True)
+    steps = [{"type": "train", "step": i, "loss": 1 / i, "learning_rate": 1e-3, "seconds": 6.5, "tokens": 100,
+              "peak_memory_bytes": 2_500_000_000} for i in range(1, 11)]  # fmt: skip
+    evals = [{"type": "eval", "step": i, "metrics": {"ndcg_at_10": 0.1 + i / 50, "validation_loss": 2 - i / 10}}
+             for i in (0, 10)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [evals[0], *steps, evals[1]]))
+    return folder
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Forty queries and documents; those of q0 and d0 are full of HTML."""
+    corpus = [{"_id": f"d{i}", "text": f"document {i}" if i else EVIL} for i in range(40)]
+    queries = [{"_id": f"q{i}", "text": f"query {i}" if i else EVIL} for i in range(40)]
+    qrels = "".join(f"q{i}\td{i}\t1\n" for i in range(40))
+    return load_tasks([str(write_folder(tmp_path / "shop", corpus, queries, qrels))])[0]
+
+
+def by_hand(scores, name: str = "m") -> Evaluation:
+    by_query = {f"q{i}": float(score) for i, score in enumerate(scores)}
+    found = {query: [query.replace("q", "d") if score else "d39", "d38", "d37"] for query, score in by_query.items()}
+    figures = dict.fromkeys(METRICS, round(float(np.mean(scores)), 5))
+    return Evaluation(name, {"shop": figures}, {"shop": dict.fromkeys(METRICS, by_query)}, {}, {"shop": found})
+
+
+LOW, HIGH = [0.0] * 30 + [1.0] * 10, [1.0] * 30 + [0.0] * 10
+
+
+def test_the_headline_is_that_of_the_comparison(tasks):
+    before, after = by_hand(LOW), by_hand(HIGH)
+    report = retrieval_report(before, after, tasks)
+    assert report.headline == "nDCG@10 rose from 0.2500 to 0.7500 over 40 queries of shop."
+    *_, low, high = compare(before, after)[0]
+    assert report.detail.startswith(f"+0.5000, 95 % interval {low:+.4f} to {high:+.4f}. The trained model is better")
+    assert report.verdict == "better" and len(report.gained) == 20 and len(report.lost) == 10
+    worse = retrieval_report(after, before, tasks)
+    assert worse.verdict == "worse" and "fell from 0.7500 to 0.2500" in worse.headline
+    same = retrieval_report(before, before, tasks)
+    assert "No difference is shown" in same.detail and (same.gained, same.lost) == ([], [])
+
+
+def test_reports_of_less(tasks):
+    after = by_hand(HIGH)
+    alone = retrieval_report(None, after, tasks)
+    assert alone.headline == "nDCG@10 is 0.7500 after training, over 40 queries of shop."
+    assert "was not evaluated" in alone.detail and alone.verdict == "" and alone.tables[0].rows[0][1] is None
+    away = retrieval_report(None, Evaluation("m", {}, {}, {"Nano": "Nano: the hub does not answer"}), {})
+    assert away.notes == ["Not evaluated: Nano: the hub does not answer"]
+    second = retrieval_report(by_hand(LOW), after, tasks, first_stage=by_hand([1.0] * 40, "BM25"))
+    assert "BM25 finds these documents with nDCG@10 1.0000" in second.notes[0]
+    assert "does not help" in second.notes[1]
+
+
+def test_reports_of_a_loss(folder):
+    assert loss_report(folder) == Report(
+        "The loss on the validation rows fell from 2.0000 to 1.0000.", verdict="better"
+    )
+    (folder / "metrics.jsonl").write_text("")
+    assert loss_report(folder).headline == "The run is finished."
+
+
+def test_the_page_is_whole_and_everything_in_it_is_escaped(folder, tasks, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps({"query": f"{EVIL} {i % 3}", "document": f"{EVIL}{'!' * (i % 2)} {i % 4}"}) + "\n" for i in range(40)
+    ))  # fmt: skip
+    limits = {"query": 8, "document": 512}
+    tokenizer = TextTokenizer(ROOT / "gemma-3-tiny-mlx", {}, limits, append_eos=True)
+    report = retrieval_report(by_hand(LOW), by_hand(HIGH), tasks)
+    report.survey = survey_rows(Rows([tmp_path / "rows.jsonl"]), tokenizer, 8)
+    report.notes.append(SCRIPT)
+    settings = Settings(
+        data=["https://user:secret@host:9200/index"], eval_tasks=["my folder; rm -rf ~"], query_prompt=EVIL
+    )
+    facts = [("model", EVIL), ("data", "http://user:secret@host/x")]
+    page = render(folder, settings, facts, [("next", f"python embed.py {SCRIPT}"), ("speed", "1")], report)
+    page.encode("utf-8", "surrogatepass")
+    parsed = Page(page)
+    assert "script" not in parsed.tags and "alert(1)" in parsed.text
+    assert "secret" not in page and "\u202e" not in page
+    assert "49" not in re.findall(r"\{\{.*?\}\}|\b49\b", parsed.text)  # no template in the data
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    links = [value for name, value in parsed.attributes if name in ("src", "href", "xlink:href")]
+    assert all(link.startswith(("#", "data:,")) for link in links)  # nothing is fetched
+    assert len(set(ids := [value for name, value in parsed.attributes if name == "id"])) == len(ids)
+    assert parsed.tags.count("svg") == 3 and parsed.tags.count("details") == 30 + 2  # queries, examples, settings
+    assert "100.0 % are longer than the 8 tokens" in " ".join(parsed.text.split())
+    text = html.unescape(page)
+    run = str(folder)
+    assert f"python train.py --config '{run}/config.yaml' --output '{run}-again'" in text
+    assert f"python eval.py --eval-tasks 'my folder; rm -rf ~' --model '{run}/best'" in text
+    assert "65 s" not in text and "1 min 5 s" in text and "2.50 GB" in text
+    chips = [li for li in re.findall(r"<li>.*?</li>", page, re.DOTALL) if "relevant" in li]
+    shown = [d for change in report.gained + report.lost for d in change.documents_before + change.documents_after]
+    assert len(chips) == sum(document.relevant for document in shown) < len(shown) / 2
+
+
+def test_curves_have_the_pages_colours(folder):
+    from mlx_retrieval.training import curves
+
+    page = render(folder, Settings(), [], [], Report("done"))
+    svg = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert not re.search("#[0-9a-f]{6}", svg) and "<text" in svg and "<metadata" not in svg
+    for number in {int(n) for n in re.findall(r"var\(--c(\d+)\)", svg)}:
+        assert page.count(f"--c{number}:") == 2  # in both schemes
+    assert all(page.count(f"--c{i}:") == 2 for i in range(len(curves.COLORS)))
+
+
+def test_a_failure_is_a_warning(folder, monkeypatch):
+    warnings = []
+
+    def broken():
+        raise KeyError("top_documents")
+
+    arguments = (folder, Settings(), [], [])
+    assert write_report(*arguments, broken, warnings.append) is None
+    assert warnings == ["report.html could not be written: 'top_documents'"]
+    assert write_report(*arguments, lambda: None, warnings.append) is None and not (folder / "report.html").exists()
+    assert write_report(*arguments, lambda: Report("done"), warnings.append) == folder / "report.html"
+    assert (folder / "report.html").read_text().startswith("<!doctype html>") and len(warnings) == 1
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert write_report(*arguments, lambda: Report("again"), warnings.append) is None
+    assert "No space left on device" in warnings[-1] and "done" in (folder / "report.html").read_text()
+
+
+def test_settings_and_times():
+    rows = {
+        name: (value, changed)
+        for name, value, changed in reports.settings_table(Settings(steps=7, lora_keys=["a", "b"]))
+    }
+    assert rows["steps"] == ("7", True) and rows["lora_keys"] == ("a b", True) and rows["seed"] == ("0", False)
+    assert rows["pooling"] == ("as the model's files say", False) and rows["wandb"] == ("no", False)
+    assert rows.keys() == {field.name for field in dataclasses.fields(Settings)}
+    assert [reports.duration(s) for s in (0.4, 59.6, 184, 7_500)] == ["0 s", "1 min 0 s", "3 min 4 s", "2 h 5 min"]
+
+
+def test_a_chat_report_has_no_retrieval(folder):
+    page = render(folder, for_task("chat", {}), [], [("fuse", "mlx_lm.fuse --model m")], loss_report(folder))
+    assert "mlx_lm.fuse --model m" in page and "eval.py" not in page and "Training data" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_a_run_ends_with_its_report(tmp_path, capsys, small, task):
+    """From the command to the page; a resumed run has the documents that were found before."""
+    rows = [json.loads(line) for line in (ROOT / "train-data.jsonl").read_text().splitlines()[:64]]
+    negatives = [row["document"] for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps({"query": row["query"], "positive": row["document"], "negatives": [negatives[i - 1]]}) + "\n"
+        for i, row in enumerate(rows)
+    ))  # fmt: skip
+    corpus = [{"_id": f"d{i}", "text": row["document"]} for i, row in enumerate(rows)]
+    queries = [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows[:20])]
+    shop = write_folder(tmp_path / "shop", corpus, queries, "".join(f"q{i}\td{i}\t1\n" for i in range(20)))
+    run = tmp_path / "my run"
+    flags = ["--model", small, "--task", task, "--data", str(tmp_path / "rows.jsonl"), "--eval-tasks", str(shop)]
+    flags += ["--batch-size", "8", "--steps", "4", "--learning-rate", "0.02", "--output", str(run), "--lora-rank", "4"]
+    flags += ["--reranker-type", "cross-encoder"] if task == "rerank" else []
+    assert train.main([*flags, "--stop-after", "2"]) == 0
+    assert not (run / "report.html").exists()
+    capsys.readouterr()
+    assert train.main(["--resume", "--output", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"report    {run / 'report.html'}" in out.splitlines() and "warning" not in out
+    page = Page((run / "report.html").read_text())
+    results = json.loads((run / "results.json").read_text())
+    assert f"{results['before']['ndcg_at_10']:.4f} to {results['after']['ndcg_at_10']:.4f}" in page.text
+    assert "first relevant document" in page.text and page.tags.count("svg") == 3
+    assert "All 64 rows were looked at" in " ".join(page.text.split())
+    assert train.main([*flags, "--overwrite", "--stop-after", "1"]) == 0
+    assert not (run / "report.html").exists()
