@@ -19,7 +19,7 @@ from loss import GROUPS
 from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.sources import names as source_names
 from mlx_retrieval.evaluation.changes import QueryChange, largest_changes
-from mlx_retrieval.evaluation.comparison import judge
+from mlx_retrieval.evaluation.comparison import FEWEST_QUERIES, judge
 from mlx_retrieval.evaluation.reranking import harm
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.tasks import Task
@@ -87,7 +87,7 @@ def retrieval_report(
     if first_stage:
         found = first_stage.average()["ndcg_at_10"]
         notes.append(f"Without the reranker, {first_stage.model} finds these documents with {main} {found:.4f}.")
-        notes += [line] if (line := harm(first_stage, after)) else []
+        notes += [f"{line[0].upper()}{line[1:]}."] if (line := harm(first_stage, after)) else []
     if before is None or not any(task in before.tasks for task in after.tasks):
         rows = [(label, None, average[metric], None, None, None) for metric, label in METRICS.items()]
         sentence = f"{main} is {average['ndcg_at_10']:.4f} after training, over {count:,} queries of {names}."
@@ -101,12 +101,11 @@ def retrieval_report(
     verdict = judge(("ndcg_at_10", *whole.rows[0][1:]), count)
     moved = "rose" if difference > 0 else "fell" if difference < 0 else "stayed"
     headline = f"{main} {moved} from {old:.4f} to {new:.4f} over {count:,} queries of {names}."
-    meaning = {
-        "better": "The trained model is better: the interval is clear of zero.",
-        "worse": "The trained model is worse: the interval is clear of zero.",
-        "no difference shown": "No difference is shown: the interval holds zero, or the queries are too few.",
-    }
-    detail = f"{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}. {meaning[verdict]}"
+    meaning = f"The trained model is {verdict}: the interval is clear of zero."
+    if verdict == "no difference shown":
+        reason = "the interval holds zero" if count >= FEWEST_QUERIES else f"{count} queries are too few"
+        meaning = f"No difference is shown: {reason}."
+    detail = f"{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}. {meaning}"
     gained, lost = largest_changes(before, after, tasks)
     return Report(headline, detail, verdict, tables, gained, lost, notes=notes)
 
