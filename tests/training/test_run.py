@@ -96,6 +96,9 @@ class ToyRun:
     def print_results(self) -> None:
         self.trainer.events.append("print")
 
+    def report(self) -> None:
+        return None
+
     def next_lines(self) -> list[tuple[str, str]]:
         return [("next", "nothing")]
 
@@ -262,7 +265,7 @@ def test_measurements_write_nothing(toy):
 @pytest.mark.parametrize("kind", [ToyRun, RetrievalRun, ChatRun])
 def test_every_run_has_the_methods_of_the_protocol(kind):
     methods = {name for name, value in vars(run.Run).items() if callable(value) and not name.startswith("_")}
-    assert {"measure", "contents", "restore", "results", "print_results", "next_lines"} == methods
+    assert {"measure", "contents", "restore", "results", "print_results", "report", "next_lines"} == methods
     assert all(callable(getattr(kind, name)) for name in methods)
 
 
