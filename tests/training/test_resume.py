@@ -80,7 +80,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(settings, rows, tmp_path, monkeyp
     assert last_step(broken).name == f"step-{stop:06}"
     resume(broken)
     assert folder_bytes(whole / "final") == folder_bytes(broken / "final")
-    assert folder_bytes(whole / "best") == folder_bytes(broken / "best")
+    improved = (whole / "best").is_dir()  # on these random rows, not in every task
+    assert improved == (broken / "best").is_dir() and (improved or task)
+    assert not improved or folder_bytes(whole / "best") == folder_bytes(broken / "best")
     assert metrics_of(whole) == metrics_of(broken) and len(metrics_of(whole)) == steps
     assert metrics_of(whole, "eval") == metrics_of(broken, "eval") and len(metrics_of(whole, "eval")) == 3
     assert order[:steps] == order[steps:] and min(r["micro_batches"] for r in metrics_of(whole)) > 1
