@@ -106,6 +106,14 @@ def _compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         backend.mx.disable_compile()  # a conversation's trainer enables it
 
 
+@pytest.fixture(autouse=True)
+def _reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write no report at the end of quick runs, half a second each, but in test_report.py."""
+    module = sys.modules.get("mlx_retrieval.training.run")
+    if module and _quick(request.config) and request.path.name != "test_report.py":
+        monkeypatch.setattr(module, "write_report", lambda *_: None)
+
+
 # The same examples every time, whatever the machine's speed.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tests")

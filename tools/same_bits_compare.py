@@ -31,7 +31,8 @@ TIMED_TEXTS = (
     r"[\d,]+ (?:texts|pairs|rows|documents|chunks)/s",
 )
 # LanceDB names its files at random and dates them: searches are compared in their place. Locks are empty.
-LEFT_OUT = (".lock", "*.lance")
+# A run's report has dates and times, and figures that other files have as well.
+LEFT_OUT = (".lock", "*.lance", "report.html")
 # Texts for people, which may be reworded.
 WORDED = ("*.printed.txt", "*.errors.txt", "README.md")
 BINARY = (".safetensors", ".npy", ".png")  # some of whose files could be read as text

@@ -203,6 +203,20 @@ def test_a_chat_report_has_no_retrieval(folder):
     assert "mlx_lm.fuse --model m" in page and "eval.py" not in page and "Training data" not in page
 
 
+def test_the_last_lines_of_a_run_name_its_report(tmp_path, capsys, small):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid"):
+        rows = "".join(json.dumps({"query": f"query {i}", "document": f"document {i}"}) + "\n" for i in range(8))
+        (tmp_path / "data" / f"{name}.jsonl").write_text(rows)
+    flags = ["--model", small, "--data", str(tmp_path / "data"), "--batch-size", "4", "--steps", "1", "--eval-tasks"]
+    assert train.main([*flags, "--output", str(tmp_path / "run")]) == 0
+    report = tmp_path / "run" / "report.html"
+    assert capsys.readouterr().out.splitlines()[-2] == f"report    {report}"
+    page = Page(report.read_text())
+    assert "The loss on the validation rows" in page.text and "All 8 rows were looked at" in page.text
+    assert "eval.py" not in page.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["embed", "rerank"])
 def test_a_run_ends_with_its_report(tmp_path, capsys, small, task):
