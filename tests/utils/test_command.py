@@ -27,9 +27,10 @@ from mlx_retrieval.utils.command import command
 def main(argv=None):
     with open(sys.argv[0], "rb") as file:  # what mlx takes for a failure
         lowest = file.fileno()
-    for i in range(2000):
+    for i in range(20_000):  # more than a pipe holds
         print("line", i, "half \\ud83d of a pair")
-        print("progress", i, file=sys.stderr)
+        if i % 100 == 0:
+            print("progress", i, file=sys.stderr)
     sys.stdin.read()
     with open("done", "w") as file:
         file.write(str(lowest))
