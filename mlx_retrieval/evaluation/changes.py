@@ -5,7 +5,7 @@ gained[0].before, gained[0].after          # nDCG@10
 gained[0].documents_after[0].text          # the beginning of the first document
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_retrieval.evaluation.results import Evaluation
@@ -59,19 +59,14 @@ def largest_changes(
         if label in before.tasks and label in before.top_documents and label in after.top_documents:
             old, new = (evaluation.per_query[label][METRIC] for evaluation in (before, after))
             changes += [(new[query] - old[query], label, query) for query in new if query in old]
-    judged: dict[str, Judged] = {}  # of the tasks that are needed
-    numbers: dict[str, dict[str, int]] = {}  # document id -> its number in the corpus
-
-    def describe(label: str, query: str) -> QueryChange:
-        if label not in judged:
-            judged[label] = _judged(label, tasks)
-            numbers[label] = {document: i for i, document in enumerate(judged[label].corpus.ids)}
-        return _change(before, after, label, query, judged[label], numbers[label])
-
     ordered = sorted(changes, key=lambda change: (-change[0], *change[1:]))
-    gained = [describe(*place) for difference, *place in ordered[:count] if difference > 0]
-    lost = [describe(*place) for difference, *place in reversed(ordered[-count:]) if difference < 0]
-    return gained, lost
+    gained = [tuple(place) for difference, *place in ordered[:count] if difference > 0]
+    lost = [tuple(place) for difference, *place in reversed(ordered[-count:]) if difference < 0]
+    described: dict[tuple[str, str], QueryChange] = {}
+    for label in {label for label, _ in gained + lost}:
+        queries = [query for name, query in gained + lost if name == label]
+        described |= {(label, c.id): c for c in _describe(before, after, label, queries, _judged(label, tasks))}
+    return [described[place] for place in gained], [described[place] for place in lost]
 
 
 def _judged(label: str, tasks: Mapping[str, Task]) -> Judged:
@@ -82,18 +77,22 @@ def _judged(label: str, tasks: Mapping[str, Task]) -> Judged:
     return tasks[name].judged((split, subset))
 
 
-def _change(
-    before: Evaluation, after: Evaluation, label: str, query: str, judged: Judged, numbers: Mapping[str, int]
-) -> QueryChange:
-    relevant = {document for document, grade in judged.qrels.get(query, {}).items() if grade > 0}
-    rankings = [evaluation.top_documents[label].get(query, []) for evaluation in (before, after)]
-    texts = {}
-    if wanted := sorted({document for ranking in rankings for document in ranking[:SHOWN]} & numbers.keys()):
-        texts = dict(zip(wanted, judged.corpus.texts([numbers[document] for document in wanted]), strict=True))
-    ranks = [next((i for i, name in enumerate(ranking, 1) if name in relevant), None) for ranking in rankings]
-    documents = [
-        [Found(name, excerpt(texts.get(name, ""), DOCUMENT_LENGTH), name in relevant) for name in ranking[:SHOWN]]
-        for ranking in rankings
-    ]
-    scores = (evaluation.per_query[label][METRIC][query] for evaluation in (before, after))
-    return QueryChange(label, query, excerpt(judged.queries.get(query, ""), QUERY_LENGTH), *scores, *ranks, *documents)
+def _describe(
+    before: Evaluation, after: Evaluation, label: str, queries: Sequence[str], judged: Judged
+) -> Iterator[QueryChange]:
+    """Yield the changes of these queries, with the texts of the documents that are shown."""
+    rankings = {q: [evaluation.top_documents[label].get(q, []) for evaluation in (before, after)] for q in queries}
+    wanted = {name for pair in rankings.values() for ranking in pair for name in ranking[:SHOWN]}
+    # One pass: a corpus may have millions of documents.
+    numbers = {name: i for i, name in enumerate(judged.corpus.ids) if name in wanted}
+    texts = dict(zip(numbers, judged.corpus.texts(list(numbers.values())), strict=True))
+    for query in queries:
+        relevant = {document for document, grade in judged.qrels.get(query, {}).items() if grade > 0}
+        ranks = [next((i for i, name in enumerate(r, 1) if name in relevant), None) for r in rankings[query]]
+        documents = [
+            [Found(name, excerpt(texts.get(name, ""), DOCUMENT_LENGTH), name in relevant) for name in ranking[:SHOWN]]
+            for ranking in rankings[query]
+        ]
+        scores = (evaluation.per_query[label][METRIC][query] for evaluation in (before, after))
+        text = excerpt(judged.queries.get(query, ""), QUERY_LENGTH)
+        yield QueryChange(label, query, text, *scores, *ranks, *documents)

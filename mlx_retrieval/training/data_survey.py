@@ -68,7 +68,7 @@ class Survey:
     count. What a batch holds is a mean over random batches of the run's size, estimated from the sample; None: the rows
     of a batch are not each other's negatives.
 
-    rows, sampled: how many rows there are, and how many were looked at.
+    rows, sampled: how many rows there are, one for each positive, and how many were looked at.
     repeated: rows of the sample that repeat an earlier one, query and document.
     shared_documents: pairs of rows in a batch with the same document and different queries.
     shared_queries: pairs of rows in a batch with the same query and different documents.
@@ -102,6 +102,7 @@ class Row(NamedTuple):
     negatives: tuple[str, ...]
     query_words: str
     positive_words: str
+    other_words: frozenset[str]  # of the row's other positives, which the loss knows
 
 
 def survey_rows(rows: Source, tokenizer: TextTokenizer | PairTokenizer, batch_size: int, seed: int = 0) -> Survey:
@@ -155,7 +156,8 @@ def _sample(rows: Source, seed: int) -> list[Row]:
     for number in dict.fromkeys(drawn):  # mixed sources repeat the rows of the smaller ones
         example = rows[number]
         texts = example.query, example.positive, example.negatives
-        sample.append(Row(number, *texts, words_of(example.query), words_of(example.positive)))
+        words = words_of(example.query), words_of(example.positive), frozenset(map(words_of, example.other_positives))
+        sample.append(Row(number, *texts, *words))
         characters += sum(map(len, (example.query, example.positive, *example.negatives)))
         if characters >= CHARACTERS:
             break
@@ -202,8 +204,9 @@ def _per_batch(sample: Sequence[Row], batch_size: int, share: float) -> dict[str
     queries = _pairs(query) - _pairs(r.query for r in sample) - mixed + _pairs((r.query, r.positive) for r in sample)
     documents = _pairs(positive) - _pairs(spelt) - same + mixed
     of_query, of_document = Counter(query), Counter(positive)
+    aware = Counter((row.query_words, other) for row in sample for other in row.other_words)
     elsewhere = sum(
-        (of_query[one] - count) * (of_document[other] - count)
+        (of_query[one] - count - aware[one, other]) * (of_document[other] - count)
         for (one, other), count in Counter(zip(query, positive, strict=True)).items()
     )
     return {
@@ -232,8 +235,10 @@ def _elsewhere(sample: Sequence[Row]) -> Iterator[Found]:
         of_query[row.query_words].append(row)
         of_document[row.positive_words].append(row)
     for third in sample:
-        query = next((r for r in of_query[third.query_words] if r.positive_words != third.positive_words), None)
-        other = next((r for r in of_document[third.positive_words] if r.query_words != third.query_words), None)
+        answer = third.positive_words
+        unaware = (r for r in of_query[third.query_words] if answer not in (r.positive_words, *r.other_words))
+        query = next(unaware, None)
+        other = next((r for r in of_document[answer] if r.query_words != third.query_words), None)
         if query and other:
             yield "a third row names it as an answer", query, other.positive, other.number
 

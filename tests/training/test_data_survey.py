@@ -103,6 +103,14 @@ def test_suspects_are_those_of_a_plain_loop(rows_of, tokenizer):
     assert json.loads(Path(place.rpartition(":")[0]).read_text().splitlines()[int(place.rpartition(":")[2]) - 1])
 
 
+def test_the_loss_knows_the_other_answers_of_a_row(rows_of, tokenizer):
+    both, other = {"query": "a", "positive": ["one", "two"]}, pair("b", "two")
+    assert survey_rows(rows_of(both, other), tokenizer, 3).answers_elsewhere == 0
+    apart = rows_of(pair("a", "one"), pair("a", "two"), other)
+    survey = survey_rows(apart, tokenizer, 3)  # two is wrong for a where its own row is in another batch
+    assert survey.answers_elsewhere == 1 and [suspect.document for suspect in survey.suspects] == ["two"]
+
+
 def test_negatives_that_are_answers(rows_of, tokenizer):
     rows = rows_of(pair("a", "one", "two", "ONE"), pair("A", "three", "one!", "four"), pair("b", "four", "one", "two"))
     survey = survey_rows(rows, tokenizer, 3)
