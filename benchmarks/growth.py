@@ -66,7 +66,10 @@ def synthetic(rows: int, length: int) -> Batch:
     lengths, numbers = np.full(count, length, np.int32), np.arange(rows, dtype=np.int32)
     texts = Texts(ids, lengths, np.zeros(count, np.int32), lengths)
     judged, scores = np.full((rows, 1), -1, np.int32), np.zeros((rows, 1), np.float32)  # no teacher
-    return Batch(texts, rows, numbers, numbers, np.ones(rows, np.int32), numbers.astype(np.int64), judged, scores)
+    known = np.stack([numbers, numbers], axis=1)
+    return Batch(
+        texts, rows, numbers, numbers, np.ones(rows, np.int32), numbers.astype(np.int64), judged, scores, known
+    )
 
 
 def timed(work: Callable, *args) -> float:
