@@ -125,14 +125,15 @@ class Bench:
             raise RuntimeError(f"{command.name}, unharmed, ended with {code}: {errors[-2000:]}")
         self.references[command.name] = command.result(Path(attempt.slots[command.reads]), printed)
 
-    def case(self, number: int, command: Command, pick: random.Random, keep: bool) -> Outcome:
+    def case(
+        self, number: int, command: Command, injuries: list[tuple[Injury, str]], pick: random.Random, keep: bool
+    ) -> Outcome:
         """Run one case and judge it; its folder is kept if it failed."""
         folder = self.work / str(number)
         attempt = self.attempt(command, folder)
-        chosen = choose(command, pick)
         attempt.slots["option"] = pick.choice(command.options) if command.options else ""
-        outcome = Outcome(number, command, [injury for injury, _ in chosen])
-        for injury, slot in chosen:
+        outcome = Outcome(number, command, [injury for injury, _ in injuries])
+        for injury, slot in injuries:
             injury.apply(attempt, slot, pick)
         before = digests(folder, attempt.slots.get("run"))
         outcome.code, printed, errors = run(command, attempt)
@@ -258,12 +259,12 @@ def torture(work: Path, inputs: Path, cases: int, seed: int, only: str, one: int
     planned = []
     for number in range(cases if one is None else one + 1):
         pick = random.Random(f"{seed} {number}")
-        command = pick.choice(COMMANDS)
+        command, injuries = choose(number, pick)
         if fnmatch.fnmatch(command.name, only) and one in (None, number):
-            planned.append((number, command, pick))
+            planned.append((number, command, injuries, pick))
     began, done = time.monotonic(), 0
 
-    def one_case(plan: tuple[int, Command, random.Random]) -> Outcome:
+    def one_case(plan: tuple[int, Command, list[tuple[Injury, str]], random.Random]) -> Outcome:
         nonlocal done
         outcome = bench.case(*plan, keep=one is not None)
         done += 1
@@ -274,7 +275,7 @@ def torture(work: Path, inputs: Path, cases: int, seed: int, only: str, one: int
         return outcome
 
     with ThreadPoolExecutor(jobs) as pool:
-        names = {command.name for _, command, _ in planned}
+        names = {command.name for _, command, *_ in planned}
         list(pool.map(bench.reference, [command for command in COMMANDS if command.name in names]))
         return list(pool.map(one_case, planned))
 

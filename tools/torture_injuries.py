@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torture_commands import Command
+from torture_commands import COMMANDS, Command
 from torture_damage import (
     Apply,
     add_judgement,
@@ -168,23 +168,30 @@ INJURIES: dict[str, tuple[Injury, ...]] = {
 }  # fmt: skip
 
 
-def choose(command: Command, pick: random.Random) -> list[tuple[Injury, str]]:
-    """Return one to three injuries, each of another area, for a command, each with the slot that it damages.
-
-    Areas, the slots of an area and the injuries of a slot are drawn evenly.
-    """
-    possible: dict[str, dict[str, list[Injury]]] = {}
-    kinds = {slot: kind for slot, (_, kind) in command.inputs.items()} | {"": ""}
+def slots_of(injury: Injury, command: Command) -> list[str]:
+    """Return the slots of a command that an injury fits: "" is the command itself; [] if it does not fit."""
+    if not injury.fits(command):
+        return []
+    kinds = {"": "", **{slot: kind for slot, (_, kind) in command.inputs.items()}}
     if command.options:
         kinds["option"] = "option"
-    for area, injuries in INJURIES.items():
-        for injury in filter(lambda injury: injury.fits(command), injuries):
-            for slot in [slot for slot, kind in kinds.items() if kind in injury.kinds]:
-                possible.setdefault(area, {}).setdefault(slot, []).append(injury)
-    count = min(pick.choices((1, 2, 3), (6, 3, 1))[0], len(possible))
-    areas = sorted(pick.sample(list(possible), count), key=list(possible).index)
-    slots = [pick.choice(sorted(possible[area])) for area in areas]
-    return [(pick.choice(possible[area][slot]), slot) for area, slot in zip(areas, slots, strict=True)]
+    return [slot for slot, kind in kinds.items() if kind in injury.kinds]
+
+
+def choose(number: int, pick: random.Random) -> tuple[Command, list[tuple[Injury, str]]]:
+    """Return a case: a command, and one to three injuries with the slots that they damage, each of another area.
+
+    Every injury leads a case in its turn, so that none is rare; its command and the further injuries are drawn.
+    """
+    areas = list(INJURIES)
+    leads = [(area, injury) for area in areas for injury in INJURIES[area]]
+    area, injury = leads[number % len(leads)]
+    command = pick.choice([command for command in COMMANDS if slots_of(injury, command)])
+    chosen = {area: injury}
+    for other in pick.sample(areas, pick.choices((0, 1, 2), (6, 3, 1))[0]):
+        if fitting := [injury for injury in INJURIES[other] if slots_of(injury, command)]:
+            chosen.setdefault(other, pick.choice(fitting))
+    return command, [(chosen[area], pick.choice(slots_of(chosen[area], command))) for area in areas if area in chosen]
 
 
 def expected(injuries: list[Injury]) -> str:
