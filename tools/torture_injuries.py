@@ -159,7 +159,7 @@ INJURIES: dict[str, tuple[Injury, ...]] = {
     "flags": (
         Injury("unknown flag", ITSELF, "refused", with_words("--ouptut-folder", "x")),
         Injury("a word too many", ITSELF, "refused", with_words("superfluous", "words")),
-        Injury("not a number", ("option",), "refused", with_number("many", ITSELF, "1e", "0x10", "--")),
+        Injury("not a number", ("option",), "refused", with_number("many", "", "1e", "0x10", "--")),
         Injury("impossible number", ("option",), "refused", with_number("-3", "nan", "-1e400")),
         Injury("huge number", ("option",), "either", with_number("99999999999999999999", "1e400", "inf")),
         Injury("an odd query", ITSELF, "accepted", with_query(*ODD_QUERIES), _asks),
