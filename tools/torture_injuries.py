@@ -74,6 +74,14 @@ def _writes(command: Command) -> bool:
     return bool(command.output)
 
 
+def _writes_a_file(command: Command) -> bool:
+    return "." in command.output
+
+
+def _writes_a_folder(command: Command) -> bool:
+    return _writes(command) and not _writes_a_file(command)
+
+
 def _prints(command: Command) -> bool:
     return not command.output
 
@@ -135,7 +143,8 @@ INJURIES: dict[str, tuple[Injury, ...]] = {
     ),
     "output": (
         Injury("output over an input", ITSELF, "refused", output_on_input, _writes),
-        Injury("output over a person's file", ITSELF, "refused", foreign_output, _writes),
+        Injury("output over a person's file", ITSELF, "refused", foreign_output, _writes_a_file),
+        Injury("a person's file in the output folder", ITSELF, "either", foreign_output, _writes_a_folder),
         Injury("output below a file", ITSELF, "refused", output_below_file, _writes),
         Injury("output in a new folder", ITSELF, "either", output_in_new_folder, _writes),
         Injury("output of the other kind", ITSELF, "refused", output_kind, _writes),
