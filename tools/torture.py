@@ -151,7 +151,9 @@ class Bench:
         wanted = expected(outcome.injuries)
         if code is None:
             return [f"still running after {TIMEOUT} s"]
-        if "Traceback (most recent call last)" in printed + errors:
+        # Ctrl-C while Python still imports ends as Python ends it.
+        importing = errors.rstrip().endswith("KeyboardInterrupt") and "in main" not in errors
+        if "Traceback (most recent call last)" in printed + errors and not importing:
             faults.append("a traceback")
         stops = {0, *((-attempt.signal[0], 128 + attempt.signal[0]) if attempt.signal else ())}
         told = {2, 1} if command.name == "embed --check" else {2}
