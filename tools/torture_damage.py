@@ -162,7 +162,7 @@ def other_kind(attempt: Attempt, slot: str, pick: random.Random) -> None:
 
 def typo(attempt: Attempt, slot: str, pick: random.Random) -> None:
     path = attempt.slots[slot]
-    attempt.slots[slot] = path[:-2] + path[-1] + path[-2]
+    attempt.slots[slot] = path[:-1]
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
