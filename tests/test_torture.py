@@ -53,7 +53,8 @@ def test_what_follows_from_several_injuries(names, outcome):
 def judged(tmp_path: Path, injury: str, code: int | None, errors: str = "", rows: int | None = None) -> list[str]:
     """Return the faults of a made-up end of `embed.py`, which wrote so many rows of ones."""
     command = COMMANDS["embed .npy"]
-    attempt = Attempt(tmp_path, {"out": str(tmp_path / "vectors.npy")})
+    attempt = Attempt(tmp_path, {"out": str(tmp_path / "vectors.npy"), "texts": str(tmp_path / "texts.txt")})
+    (tmp_path / "texts.txt").write_text("a text\n" * 40)
     (tmp_path / "started").touch()
     if rows is not None:
         np.save(tmp_path / "vectors.npy", np.ones((rows, 64), np.float32))
@@ -71,7 +72,7 @@ def judged(tmp_path: Path, injury: str, code: int | None, errors: str = "", rows
         ("full disk", 2, "usage: embed.py\nembed.py: error: x", None, "a page of usage"),
         ("full disk", 2, "embed.py: " + "x" * 2000, None, "a message of 2,010 characters"),
         ("scattered bytes", 0, "", 40, None),
-        ("scattered bytes", 0, "", 39, "the result cannot be read"),
+        ("scattered bytes", 0, "", 39, "39 vectors for 40 texts"),
         ("scattered bytes", 0, "", None, "the result cannot be read"),
         ("scattered bytes", None, "", None, "still running"),
         ("byte order mark", 0, "", 40, "another result than unharmed"),

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from same_bits_inputs import make_inputs
-from torture_commands import COMMANDS, PREPARED, QUERIES, SETTINGS, TEXTS, Command
+from torture_commands import COMMANDS, PREPARED, QUERIES, SETTINGS, Command, count_texts, vectors
 from torture_damage import Attempt
 from torture_injuries import Injury, choose, expected
 
@@ -94,7 +94,6 @@ class Bench:
             ]
             (self.inputs / "plain.txt").write_text("".join(" ".join(t.split()) + "\n" for t in texts), "utf-8")
             (self.inputs / "settings.yaml").write_text(SETTINGS, "utf-8")
-            assert len(texts) == TEXTS
             (self.inputs / "prepared").mkdir()
             for name, line in PREPARED.items():
                 words = {"inputs": str(self.inputs), "out": str(self.inputs / "prepared" / name)}
@@ -173,6 +172,8 @@ class Bench:
             else:
                 if wanted == "same" and result != self.references[command.name]:
                     faults.append("exit code 0, but another result than unharmed")
+                if command.result is vectors and len(result) != (count := count_texts(Path(attempt.slots["texts"]))):
+                    faults.append(f"exit code 0, but {len(result)} vectors for {count} texts")
         if code in told and command.output and out.suffix and out.is_file() and outcome_is_new(attempt, out):
             faults.append(f"exit code {code}, but {out.name} was written")
         if code in (*told, 0):

@@ -9,17 +9,18 @@ import csv
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-TEXTS = 40  # lines of documents.jsonl and of plain.txt
+VECTOR_COLUMN = re.compile(r"v\d+")
 SMALL_RUN = "--steps 3 --batch-size 4 --lora-rank 2 --learning-rate 1e-3 --seed 5 --output {out}"
 
 
-def vectors(out: Path, printed: str) -> object:
+def vectors(out: Path, printed: str) -> list:
     """Return the vectors of a file that embed.py wrote, by the ending of its name, float (N, D)."""
     if out.suffix == ".npy":
         array = np.load(out)
@@ -31,20 +32,18 @@ def vectors(out: Path, printed: str) -> object:
     elif out.suffix == ".jsonl":
         array = np.array([json.loads(line)["vector"] for line in out.read_text("utf-8").splitlines()])
     else:
-        header, *rows = csv.reader(out.read_text("utf-8").splitlines())
-        first = next(i for i in range(len(header)) if all(_is_number(row[i]) for row in rows) and len(header) - i >= 64)
-        array = np.array([[float(value) for value in row[first:]] for row in rows])
-    if len(array) != TEXTS or not np.isfinite(array).all():
+        with open(out, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        array = np.array([[float(row[name]) for name in row if VECTOR_COLUMN.fullmatch(name)] for row in rows])
+    if array.ndim != 2 or not np.isfinite(array).all():
         raise ValueError(f"{out.name}: shape {array.shape}, finite: {bool(np.isfinite(array).all())}")
     return array.round(5).tolist()
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def count_texts(path: Path) -> int:
+    """Return the number of texts of a file: lines of .txt, blank ones too, or JSON lines that are not blank."""
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    return len(lines) if path.suffix == ".txt" else sum(bool(line.strip()) for line in lines)
 
 
 def weights(out: Path, printed: str) -> object:
