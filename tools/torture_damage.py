@@ -169,10 +169,10 @@ def typo(attempt: Attempt, slot: str, pick: random.Random) -> None:
 
 
 def output_on_input(attempt: Attempt, slot: str, pick: random.Random) -> None:
-    files = [word for name, word in sorted(attempt.slots.items()) if name != "out" and Path(word).is_file()]
-    folders = [word for name, word in sorted(attempt.slots.items()) if name != "out" and Path(word).is_dir()]
+    inputs = [Path(word) for word in sorted(attempt.slots.values()) if str(attempt.folder / "inputs") in word]
+    files, folders = [p for p in inputs if p.is_file()], [p for p in inputs if p.is_dir()]
     wants_file = Path(attempt.slots["out"]).suffix != ""
-    attempt.slots["out"] = pick.choice((files if wants_file else folders) or files or folders)
+    attempt.slots["out"] = str(pick.choice((files if wants_file else folders) or files or folders))
 
 
 def foreign_output(attempt: Attempt, slot: str, pick: random.Random) -> None:

@@ -95,8 +95,8 @@ def _trains(command: Command) -> bool:
 
 
 def _takes_one_kind(command: Command) -> bool:
-    # A teacher may be either; eval.py takes the task from the model; a reranker can be trained from an embedding model.
-    return command.name not in ("mine score", "eval embed", "train rerank")
+    # A teacher may be either; eval.py takes the task from the model; training may begin with any model.
+    return command.name not in ("mine score", "eval embed") and not _trains(command)
 
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
