@@ -211,7 +211,7 @@ def test_a_damaged_adapter_is_named(hub, adapter):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ("qwen3", "cross-encoder"))
+@pytest.mark.parametrize("kind", [pytest.param("qwen3", marks=pytest.mark.slow), "cross-encoder"])
 def test_training_is_that_of_train_py(kind, hub, write_rows):
     """The same weights bit for bit, and the scores of what is saved are the trainer's."""
     if kind == "qwen3":

@@ -23,7 +23,7 @@ SMALL_RUN = "--steps 3 --batch-size 4 --lora-rank 2 --learning-rate 1e-3 --seed 
 def vectors(out: Path, printed: str) -> list:
     """Return the vectors of a file that embed.py wrote, by the ending of its name, float (N, D)."""
     if out.suffix == ".npy":
-        array = np.load(out)
+        array = np.load(out, allow_pickle=False)
     elif out.suffix == ".parquet":
         import pyarrow.parquet as parquet
 

@@ -67,7 +67,8 @@ def test_limits_of_scores(form, scale):
     assert f"{form} miss their limit" in reranker_parity.compare_quantised(expected + 1.1 * most, expected, form)[1]
 
 
-@pytest.mark.parametrize("misses", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("misses", [True, False])
 def test_a_quantised_export_says_that_it_misses_its_limit(base_folders, tmp_path, monkeypatch, capsys, misses):
     """Regression: it passed, whatever it lost."""
     limit = limits.Limit(0.9999999, 0.5) if misses else limits.Limit(0.0, 0.5)

@@ -319,6 +319,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_the_command_with_a_real_model_until_ctrl_c(small):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLX_RETRIEVAL_PLAIN": "1"}
     command = [sys.executable, "-c", SCRIPT, small]

@@ -151,10 +151,8 @@ print("not killed")
 """
 
 
-@pytest.mark.parametrize(("moment", "count"), [
-    ("record before", 3),
-    pytest.param("record after", 3, marks=pytest.mark.slow), pytest.param("finish before", 1, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "count"), [("record before", 3), ("record after", 3), ("finish before", 1)])
 def test_a_killed_run_goes_on(tree, model, small, tmp_path, run_python, moment, count):
     """Between a batch's chunks and its records, between batches, and before the end."""
     index = tmp_path / "index"
