@@ -66,6 +66,11 @@ def exit_code(settings: Settings, results: dict) -> int:
     return EXIT_CODE if settings.require_improvement and not results.get("improved", True) else 0
 
 
+def model_to_use(folder: Path) -> Path:
+    """Return the folder of a run's model to use: `best` if there is one, else `final`."""
+    return next(path for path in (folder / "best", folder / "final") if path.is_dir())
+
+
 def conclusion(state: State, folder: Path) -> list[tuple[str, str]]:
     """Return the lines, (name, text), that end a run: where its best step is, or that training gained nothing."""
     lines = []

@@ -26,6 +26,7 @@ from mlx_retrieval.evaluation.tasks import Task
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.curves import COLORS, curves_svg, is_number, read_metrics
 from mlx_retrieval.training.data_survey import Survey, survey_rows
+from mlx_retrieval.training.improvement import model_to_use
 from mlx_retrieval.training.reporting import METRICS_FILE, without_secrets
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.text import excerpt, shell, writable
@@ -255,7 +256,7 @@ def commands(folder: Path, settings: Settings, next_lines: Sequence[tuple[str, s
     """Return (purpose, command) lines: to repeat the run, to evaluate and compare its model, and to use it."""
     again = shell("python", "train.py", "--config", folder / "config.yaml", "--output", f"{folder}-again")
     lines = [("repeat this run", again)]
-    model = folder / "best" if (folder / "best").is_dir() else folder / "final"
+    model = model_to_use(folder)
     if settings.task != "chat" and settings.eval_tasks:
         evaluate = ("python", "eval.py", "--eval-tasks", *settings.eval_tasks)
         lines.append(("evaluate the model", shell(*evaluate, "--model", model)))

@@ -43,7 +43,7 @@ from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import console, print_lines
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import located, shell
 
 
 class Evaluations:
@@ -192,12 +192,14 @@ class RetrievalRun:
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained model."""
-        final = self.folder / "final"
+        model = improvement.model_to_use(self.folder)
+        folders = [Path(task) for task in self.settings.eval_tasks]
+        corpora = [folder / "corpus.jsonl" for folder in folders if (folder / "corpus.jsonl").is_file()]
+        texts = located(corpora[0]) if corpora else "documents.jsonl"
         if self.retrieval.task == "rerank":
-            documents = ("--documents", "eval-data/corpus.jsonl")
-            return [("next", shell("python", "rerank.py", "--model", final, "--query", "your question", *documents))]
-        texts = ("--input", "eval-data/corpus.jsonl")
-        return [("next", shell("python", "embed.py", "--model", final, *texts, "--output", "vectors.npy"))]
+            query = ("--query", "your question", "--documents", texts)
+            return [("next", shell("python", "rerank.py", "--model", model, *query))]
+        return [("next", shell("python", "embed.py", "--model", model, "--input", texts, "--output", "vectors.npy"))]
 
 
 def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Path]:

@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+COMMANDS = ("train.py", "eval.py", "embed.py", "rerank.py", "search.py", "mine.py", "export.py")
 REPLACEMENT = "\ufffd"
 CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -34,8 +36,20 @@ def writable_values(value: Any) -> Any:
 
 
 def shell(*words: str | Path) -> str:
-    """Return a command to be pasted into a shell: words that need it are quoted."""
+    """Return a command to be pasted into a shell: words that need it are quoted.
+
+    One of the toolkit's own, `python train.py`, is named by its whole path unless it is in the current folder.
+    """
+    match words:
+        case ("python", script, *rest) if script in COMMANDS and (CHECKOUT / script).is_file():
+            words = ("python", located(CHECKOUT / script), *rest)
     return shlex.join(map(str, words))
+
+
+def located(path: Path) -> Path:
+    """Return a path as it is shortest to write: relative if it is below the current folder, else whole."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def excerpt(text: str, length: int) -> str:

@@ -5,8 +5,10 @@ python -m pytest tests/training/test_run.py
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 from mlx_retrieval.backend import nn
 
@@ -267,6 +269,21 @@ def test_every_run_has_the_methods_of_the_protocol(kind):
     methods = {name for name, value in vars(run.Run).items() if callable(value) and not name.startswith("_")}
     assert {"measure", "contents", "restore", "results", "print_results", "report", "next_lines"} == methods
     assert all(callable(getattr(kind, name)) for name in methods)
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_the_next_line_names_the_best_model_and_texts_that_are_there(task, tmp_path, monkeypatch):
+    """Regression: it named final, which may be worse than untrained, and a folder of the checkout's."""
+    monkeypatch.chdir(tmp_path)
+    settings = SimpleNamespace(eval_tasks=["NanoNQRetrieval", str(tmp_path / "my eval")])
+    job = SimpleNamespace(folder=tmp_path / "run", settings=settings, retrieval=SimpleNamespace(task=task))
+    for name, texts in (("final", "documents.jsonl"), ("best", "my eval/corpus.jsonl")):
+        (job.folder / name).mkdir(parents=True)
+        ((_, command),) = RetrievalRun.next_lines(job)
+        words = shlex.split(command)
+        assert words[words.index("--model") + 1] == str(job.folder / name) and texts in words
+        (tmp_path / "my eval").mkdir(exist_ok=True)
+        (tmp_path / "my eval" / "corpus.jsonl").touch()
 
 
 def test_the_settings_of_a_resumed_run_serve_a_new_one(toy):

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import excerpt, shell, writable, writable_values
+from mlx_retrieval.utils.text import CHECKOUT, excerpt, shell, writable, writable_values
 
 
 def test_writable():
@@ -32,6 +32,16 @@ def test_names_that_libraries_cannot_open(tmp_path):
 def test_a_command_can_be_pasted(tmp_path):
     words = ["python", "train.py", "--output", tmp_path / "my runs/it's $HOME; *"]
     assert shlex.split(shell(*words)) == [str(word) for word in words]
+
+
+def test_the_toolkits_commands_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Regression: `next python embed.py ...` failed wherever a run was not started in the checkout."""
+    monkeypatch.chdir(CHECKOUT)
+    assert shell("python", "embed.py", "--help") == "python embed.py --help"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embed.py").write_text("somebody's own")
+    assert shlex.split(shell("python", "embed.py", "--help")) == ["python", str(CHECKOUT / "embed.py"), "--help"]
+    assert shell("python", "convert_hf_to_gguf.py") == "python convert_hf_to_gguf.py"
 
 
 def test_an_excerpt_is_one_short_line():

@@ -86,8 +86,8 @@ class ChatRun:
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained adapter."""
-        final = self.folder / "final"
-        adapted = ("--model", self.settings.model, "--adapter-path", final)
+        model = improvement.model_to_use(self.folder)
+        adapted = ("--model", self.settings.model, "--adapter-path", model)
         # Weights that were quantised again after fusing would keep little of the adapter.
         dequantize = ["--dequantize"] if self.quantised else []
         state = self.trainer.state
@@ -97,10 +97,10 @@ class ChatRun:
                       f"(estimated {self.estimate.total / 1e9:.2f})"),
             ("next", shell("mlx_lm.generate", *adapted, "--prompt", "...")),
             ("fuse", shell("mlx_lm.fuse", *adapted, "--save-path", "fused", *dequantize)),
-            ("export", shell("python", "export.py", "--adapter", final, "--output", "my-chat")),
+            ("export", shell("python", "export.py", "--adapter", model, "--output", "my-chat")),
         ]  # fmt: skip
         if self.template:
-            lines.append(("template", f"copy {final / TEMPLATE_FILE} into the model's folder (and the fused one): "
+            lines.append(("template", f"copy {model / TEMPLATE_FILE} into the model's folder (and the fused one): "
                                       "its tokenizer has none, and mlx-lm looks for it there"))  # fmt: skip
         return lines
 
