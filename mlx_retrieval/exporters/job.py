@@ -8,7 +8,7 @@ from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.exporters.config_json import MARK
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.outputs import check_parent
+from mlx_retrieval.utils.outputs import check_parent, holds_model
 
 FORMATS = ("sentence-transformers", "mlx", "hf")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -83,12 +83,14 @@ def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None
     for source in sources:
         if target == source.resolve() or target in source.resolve().parents:
             raise UserError(f"--output {output}: the model to export is in there ({source})")
+    if holds_model(target.parent):
+        raise UserError(f"--output {output}: {target.parent} holds a model, which reads the weights below it as well")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    if not overwrite:
-        raise UserError(f"--output {output}: the folder is not empty; --overwrite replaces it and everything in it")
     if not is_export(output):
-        raise UserError(f"--output {output}: --overwrite replaces exported folders only, and this is not one")
+        raise UserError(f"--output {output}: the folder is not empty, and not an export: name another folder")
+    if not overwrite:
+        raise UserError(f"--output {output}: an export is in this folder; --overwrite replaces it and everything in it")
 
 
 def is_export(folder: Path) -> bool:

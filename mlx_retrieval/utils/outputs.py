@@ -6,9 +6,14 @@ from pathlib import Path
 
 from mlx_retrieval.utils.errors import UserError
 
+DEVICES = ("/dev", "/dev/fd", "/proc/self/fd")  # links in there to a regular file must not be replaced either
+MODEL_ENDINGS = (".json", ".safetensors")
+
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), name: str = "--output") -> None:
     """Raise UserError if a file must not be written, before any work is done for it. Missing folders are no error.
+
+    In a folder that holds a model, files with the endings that models are read from are refused; in an index, all.
 
     Args:
         path: the file.
@@ -21,12 +26,29 @@ def check_output(path: Path, overwrite: bool, inputs: Iterable[str | Path | None
         if path.is_dir():
             raise UserError(f"{name} {path}: this is a folder, not a file")
         if source := protected(path, inputs):
-            raise UserError(f"{name} {path}: an input is there ({source}), and inputs are never written over")
-        if not path.is_file() and not path.is_symlink():
+            also = f"inside the input {source}" if source.is_dir() else "also an input"
+            raise UserError(f"{name} {path}: this file is {also}; inputs are never overwritten")
+        if str(path.absolute().parent) in DEVICES or (path.exists() and not path.is_file()):
             raise UserError(f"{name} {path}: not a regular file")
         if not overwrite:
             raise UserError(f"{name} {path}: the file exists (--overwrite replaces it)")
     check_parent(path, name)
+    _check_neighbours(path, name)
+
+
+def _check_neighbours(path: Path, name: str) -> None:
+    """Raise UserError if a file would become part of the model or the index in its folder."""
+    folder = path.absolute().parent
+    if (folder / "index.json").is_file() and (folder / "chunks.lance").is_dir():
+        raise UserError(f"{name} {path}: {folder} is an index of search.py, which shares its folder with no other file")
+    if path.suffix in MODEL_ENDINGS and holds_model(folder):
+        raise UserError(f"{name} {path}: {folder} holds a model, and {path.suffix} files there are read as parts of it")
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a model or an adapter, its settings and its weights, is in a folder itself."""
+    configs = ("config.json", "adapter_config.json")
+    return any((folder / config).is_file() for config in configs) and any(folder.glob("*.safetensors"))
 
 
 def protected(path: Path, inputs: Iterable[str | Path | None]) -> Path | None:

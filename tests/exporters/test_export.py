@@ -420,15 +420,16 @@ def test_vectors_that_are_not_finite_fail(adapters, tmp_path, monkeypatch):
 def test_folders_that_are_not_empty(bases, tmp_path):
     folder = run_export(tmp_path / "out", model=bases["bert"])
     before = file_digests(folder)
-    with pytest.raises(UserError, match="not empty; --overwrite replaces it"):
+    with pytest.raises(UserError, match="an export is in this folder; --overwrite replaces it"):
         run_export(folder, model=bases["bert"])
     (folder / "old.txt").write_text("of an earlier export")
     run_export(folder, model=bases["bert"], overwrite=True)
     assert file_digests(folder) == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
-    with pytest.raises(UserError, match="replaces exported folders only"):
-        run_export(tmp_path / "photos", model=bases["bert"], overwrite=True)
+    for overwrite in (False, True):  # no advice that would be refused next
+        with pytest.raises(UserError, match="not empty, and not an export: name another folder"):
+            run_export(tmp_path / "photos", model=bases["bert"], overwrite=overwrite)
     (tmp_path / "empty").mkdir()
     run_export(tmp_path / "empty", model=bases["bert"])
 
@@ -438,6 +439,8 @@ def test_the_source_is_never_replaced(bases, adapters, tmp_path):
     for output in (base, base.parent):
         with pytest.raises(UserError, match="the model to export is in there"):
             run_export(output, model=base, overwrite=True)
+    with pytest.raises(UserError, match="base holds a model, which reads the weights below"):
+        run_export(base / "sub", model=base)
     with pytest.raises(UserError, match="the model to export is in there"):
         run_export(adapters["bert"].parent, adapter=adapters["bert"], overwrite=True)
 

@@ -171,11 +171,11 @@ def test_only_exports_are_replaced(bases, tmp_path):
     source = saved_adapter(bases["gemma"], tmp_path / "run")
     folder = run_export(tmp_path / "fused", adapter=source)
     before = file_digests(folder)
-    with pytest.raises(UserError, match="not empty; --overwrite"):
+    with pytest.raises(UserError, match="an export is in this folder; --overwrite"):
         run_export(folder, adapter=source)
     assert run_export(folder, adapter=source, overwrite=True) == folder and file_digests(folder) == before
     copied = shutil.copytree(bases["gemma"], tmp_path / "model")
-    with pytest.raises(UserError, match="replaces exported folders only"):
+    with pytest.raises(UserError, match="not empty, and not an export"):
         run_export(copied, adapter=source, overwrite=True)
 
 

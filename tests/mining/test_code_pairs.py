@@ -389,7 +389,7 @@ def test_what_is_refused(tree, tmp_path, capsys):
     assert "no pair found in 1 source files" in refused(folder / "none", "--output", output)
     assert "a.py is not a folder" in refused(folder, "--output", folder / "a.py" / "x.jsonl")
     assert "this is a folder" in refused(folder, "--output", tmp_path)
-    assert "inputs are never written over" in refused(folder, "--output", folder / "a.py", "--overwrite")
+    assert "inputs are never overwritten" in refused(folder, "--output", folder / "a.py", "--overwrite")
     assert "needs 0 < min <= max" in refused(folder, "--output", output, "--min-lines", 9, "--max-lines", 8)
     assert not output.exists()
     output.write_text("precious\n")

@@ -35,7 +35,7 @@ def source(tmp_path) -> Path:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_inputs_are_never_written_over(tmp_path, source, name, overwrite):
     inputs = [None, "owner/name-on-the-hub", "x" * 5000, str(source), tmp_path / "folder"]
-    with pytest.raises(UserError, match=f"^--output .*{name}: an input is there .*never written over"):
+    with pytest.raises(UserError, match=f"^--output .*{name}: this file is .* input.*; inputs are never"):
         check_output(tmp_path / name, overwrite, inputs)
 
 
@@ -48,9 +48,26 @@ def test_other_files_only_with_overwrite(tmp_path, source):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="the file exists"):
         check_output(tmp_path / "dangling", False)
-    for path, reason in ((Path("/dev/null"), "not a regular file"), (tmp_path / "folder", "this is a folder")):
-        with pytest.raises(UserError, match=reason):
-            check_output(path, True)
+    os.mkfifo(tmp_path / "pipe")
+    not_files = [*map(Path, ("/dev/null", "/dev/stdout")), tmp_path / "pipe", tmp_path / "folder"]
+    for path in not_files:  # even if /dev/stdout leads to a regular file
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="this is a folder" if path == not_files[-1] else "not a regular file$"):
+                check_output(path, overwrite)
+
+
+def test_no_file_becomes_part_of_a_model_or_an_index(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    for name in ("modules.json", "other.safetensors"):
+        with pytest.raises(UserError, match=f"{name}: {tmp_path} holds a model"):
+            check_output(tmp_path / name, True)
+    for name in ("vectors.npy", "mined.jsonl", "sub/results.json"):
+        check_output(tmp_path / name, False)
+    (tmp_path / ".index" / "chunks.lance").mkdir(parents=True)
+    (tmp_path / ".index" / "index.json").write_text("")
+    with pytest.raises(UserError, match="is an index of search.py"):
+        check_output(tmp_path / ".index" / "results.csv", True)
 
 
 def test_folders_that_cannot_be_written_to(tmp_path, source, monkeypatch):
@@ -99,7 +116,7 @@ def test_commands_keep_inputs_and_other_files(tmp_path, capsys, name):
         flags = COMMANDS[name].format(output=path, input=source, folder=folder).split()
         assert main([*words, *flags, "--overwrite"]) == 2
         error = capsys.readouterr().err
-        assert "an input is there" in error and error.count("\n") == 1
+        assert "; inputs are never overwritten" in error and error.count("\n") == 1
     assert [file.read_text() for file in (source, other, folder / "corpus.jsonl")] == [ROW] * 3
 
 
