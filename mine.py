@@ -196,7 +196,7 @@ def run_negatives(args: argparse.Namespace) -> None:
     run.check_margins(corpus, rules, bool(args.model or args.reranker))
     model = run.load_retriever(args.model, args.max_length) if args.model else None
     judge = Teacher(args.reranker, "reranker", reranker_type=args.reranker_type) if args.reranker else None
-    with cache_folder(output, args.work) as cache:
+    with cache_folder(output, args.work) as cache, run.naming_lines(files, args.corpus, args.field):
         negatives = mine_negatives(files, corpus, rules, cache, model, judge, args.skip_bad_rows, notify)
         print_negatives(negatives, rules)
         if not (negatives.mined.numbers >= 0).any():
@@ -299,7 +299,7 @@ def run_score(args: argparse.Namespace) -> None:
     teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type, args.raw_scores)
     name = teacher.model.name
     print_lines([("teacher", f"{name}, {teacher.kind}")])
-    with cache_folder(output, args.work) as cache:
+    with cache_folder(output, args.work) as cache, run.naming_lines(files):
         run.score_rows(files, output, teacher, counts, cache, skipped, notify)
     if teacher.cut:
         notify(f"the reranker truncated {teacher.cut:,} documents (--max-length)")

@@ -20,21 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from mlx_retrieval import backend
-from mlx_retrieval.dataset.text_files import read_texts
+from mlx_retrieval.dataset.text_files import Text, read_text_rows
+from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.rerankers import KINDS
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import NARROWEST, console
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.text import writable
 
 __all__ = ["Reranker"]
 
 
-def read_documents(path: Path, field: str | None) -> list[str]:
+def read_documents(path: Path, field: str | None) -> list[Text]:
     """Read the documents of a file; UserError if it holds none."""
-    documents = list(read_texts(path, field))
+    documents = list(read_text_rows(path, field))
     if not documents:
         raise UserError(f"{path}: contains no document")
     return documents
@@ -165,7 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     documents = read_documents(Path(args.documents), args.field)
     reranker = open_reranker(args)
-    results = reranker.rerank(args.query, documents, args.top_n)
+    try:
+        results = reranker.rerank(args.query, [document.text for document in documents], args.top_n)
+    except NonFiniteError as error:
+        raise error.placed(lambda number: str(Place(args.documents, documents[number].line))) from error
     if args.json:
         print("\n".join(json.dumps(result, ensure_ascii=False) for result in results))
     else:

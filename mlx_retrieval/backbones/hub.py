@@ -245,4 +245,4 @@ def save_tensors(path: Path, tensors: dict[str, mx.array], form: str = "mlx") ->
         header = int.from_bytes(handle.read(8), "little")
     expected = 8 + header + sum(value.nbytes for value in tensors.values())
     if path.stat().st_size != expected:
-        raise OSError(28, f"{path.name} is {path.stat().st_size} bytes, not {expected}: is the disk full?")
+        raise OSError(28, f"{path.name} is {path.stat().st_size} bytes, not {expected} (is the disk full?)")

@@ -37,7 +37,7 @@ class NonFiniteError(UserError, FloatingPointError):
         self.model, self.kind, self.texts, self.numbers, self.command = model, kind, texts, list(numbers), command
         number = self.numbers[0]
         name = place(number) if place else f"number {number + 1:,}"
-        self.first = f"the first of {name}, {excerpt(texts[number])}"
+        self.first = f"the first is {name}, {excerpt(texts[number])}"
         super().__init__(
             f"{model}: the {kind} of {len(self.numbers):,} of {len(texts):,} texts are not finite, {self.first}. "
             f"To find the cause: {check_command(model, command)}"

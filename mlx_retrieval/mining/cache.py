@@ -84,9 +84,11 @@ class ResumableCache:
                 if progress:
                     progress(first, len(documents))
                 last = min(first + DOCUMENTS_AT_ONCE, len(documents))
-                file.write(np.ascontiguousarray(encode(documents.read(range(first, last))), np.float32))
-                file.flush()
-                os.fsync(file.fileno())
+                vectors = np.ascontiguousarray(encode(documents.read(range(first, last))), np.float32)
+                with files.naming(path):
+                    file.write(vectors)
+                    file.flush()
+                    os.fsync(file.fileno())
         return np.memmap(path, np.float32, "r", shape=(len(documents), dimensions))
 
     def block(self, number: int, names: Sequence[str]) -> dict[str, np.ndarray] | None:

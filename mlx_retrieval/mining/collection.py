@@ -12,6 +12,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import numpy as np
 from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
 from mlx_retrieval.dataset.row_formats import Example, Reading, examples_of, own_row, reading_of
 from mlx_retrieval.dataset.rows import open_rows
-from mlx_retrieval.dataset.text_files import read_texts
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.dataset.text_files import read_text_rows, read_texts
+from mlx_retrieval.utils.errors import Place, UserError
+from mlx_retrieval.utils.files import naming
 
 MINED = ("pair",)  # kinds of rows that negatives are mined for
 SCORED = (*MINED, "documents")  # ... and that a teacher scores
@@ -62,6 +64,22 @@ def read_rows(
                     ignored.update(reading.ignored)
                 for example in examples:
                     yield own_row(row, reading, example), example
+
+
+def place_of(text: str, files: Sequence[Path], corpus: Path | None = None, field: str | None = None) -> Place | None:
+    """Return the first line of the corpus or of the files of rows that has this text; None if there is none."""
+    if corpus:
+        for row in read_text_rows(corpus, field):
+            if row.text == text:
+                return Place(corpus, row.line)
+    for file in files:
+        with open_rows(file) as handle:
+            for line in lines_of(handle):
+                with suppress(RowError):  # rows that are left out
+                    examples, _ = _examples(parse_object(line.data), SCORED, None)
+                    if any(text in (example.query, example.positive, *example.negatives) for example in examples):
+                        return Place(file, line.number)
+    return None
 
 
 def _examples(row: dict[str, Any], kinds: Sequence[str], expected: str | None) -> tuple[list[Example], Reading]:
@@ -114,7 +132,7 @@ class TextFile:
     """
 
     def __init__(self, folder: Path):
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._folder, self._file = folder, tempfile.TemporaryFile(dir=folder)
         self._starts, self._numbers, self._digest = array("Q", [0]), dict[bytes, int](), hashlib.sha256()
 
     def add(self, text: str) -> int:
@@ -122,7 +140,8 @@ class TextFile:
         number = self._numbers.setdefault(text_key(text), len(self))
         if number == len(self):
             data = text.encode("utf-8", "surrogatepass")
-            self._file.write(data)
+            with naming(self._folder):
+                self._file.write(data)
             self._starts.append(self._starts[-1] + len(data))
             self._digest.update(b"%d " % len(data) + data)
         return number
@@ -133,7 +152,8 @@ class TextFile:
 
     def close(self) -> str:
         """Finish adding: drop the hashes of the texts, and return one hash of all texts."""
-        self._file.flush()
+        with naming(self._folder):
+            self._file.flush()
         self._numbers.clear()
         return self._digest.hexdigest()
 

@@ -9,6 +9,7 @@ with cache_folder(Path("mined.jsonl"), None) as cache:
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.dataset.elastic.server import is_address
 from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.mining import collection, hard_negatives, output, teacher
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
@@ -112,6 +114,18 @@ def mine_negatives(
         mined = hard_negatives.mine(texts, retrievers, rules, cache, progress)
     scored_by = judge.model.name if judge else model.name if model else "BM25"
     return Negatives(files, texts, mined, scored_by, skip_bad)
+
+
+@contextmanager
+def naming_lines(files: Sequence[Path | str], corpus: str | None = None, field: str | None = None) -> Iterator[None]:
+    """Name in a NonFiniteError of this block the file and line of the text; of documents of es://, nothing."""
+    try:
+        yield
+    except NonFiniteError as error:
+        file = None if not corpus or is_address(corpus) else collection.corpus_file(corpus)
+        if place := collection.place_of(error.texts[error.numbers[0]], files, file, field):
+            raise error.placed(lambda _: str(place)) from error
+        raise
 
 
 def _encoder(model: embedder.Model, prompt: str):

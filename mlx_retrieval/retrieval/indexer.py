@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +28,7 @@ from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.chunks import Chunk
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils import locks
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.progress import progress_bar
 
 BATCH = 512  # chunks embedded and stored together
@@ -60,11 +61,16 @@ class IndexSource(Protocol):
     def read(self, file: File) -> tuple[list[Chunk], str, str]:
         """Return (chunks, sha256, the reason why the file is left out or "")."""
 
+    def place(self, path: str, line: int) -> str:
+        """Return what a message calls a line of a file, or a document."""
+
 
 class FileTree:
     """A folder of source code and texts."""
 
     def __init__(self, root: Path, info: IndexInfo, max_file_size: int, exclude: Sequence[str], index: Path):
+        self.shown = root
+        root = root.resolve()
         tree = file_tree.walk(root, max_file_size, exclude, skip=[index])
         self.files, self.left_out, self.root, self.info = tree.files, tree.left_out, root, info
 
@@ -75,12 +81,16 @@ class FileTree:
             return [], sha256, reason
         return chunks.chunk_file(file.path, text, self.info.max_characters, self.info.overlap), sha256, ""
 
+    def place(self, path: str, line: int) -> str:
+        return str(Place(self.shown / path, line))
+
 
 class BeirCorpus:
     """corpus.jsonl of a folder in BEIR layout: each document is a file of one chunk."""
 
     def __init__(self, root: Path):
         self.left_out: Counter[str] = Counter()
+        self.shown = root
         self.texts: dict[str, str] = {}
         for name, (title, text) in beir.read_texts(root, "corpus").items():
             if document := beir.document_text(title, text):
@@ -93,6 +103,9 @@ class BeirCorpus:
         text = self.texts[file.path]
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         return [Chunk(1, text.count("\n") + 1, "text", "document", "", "", text)], sha256, ""
+
+    def place(self, path: str, line: int) -> str:
+        return f"{self.shown}: document {path}"
 
 
 def _stamp(text: str) -> int:
@@ -124,11 +137,14 @@ def update(
         max_file_size: in bytes; exclude: patterns. See file_tree.walk.
         rebuild: replace an existing index.
 
+    A new index is removed if nothing was stored before an error.
+
     Raises UserError if the index has another model, folder or chunk size (unless `rebuild`), if another process is
     indexing, and if there is nothing to index.
     """
     started = time.monotonic()
-    root = root.expanduser().resolve()
+    shown = root.expanduser()
+    root = shown.resolve()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     inside = folder.resolve().is_relative_to(root)
@@ -143,17 +159,22 @@ def update(
         maxsim=model.config.maxsim if model.late else "",
         impute=model.config.impute if model.late else 0,
     )
-    source = BeirCorpus(root) if info.is_corpus else FileTree(root, info, max_file_size, exclude, folder)
+    source = BeirCorpus(shown) if info.is_corpus else FileTree(shown, info, max_file_size, exclude, folder)
     if not source.files:
         reasons = "".join(f", {count} {reason}" for reason, count in source.left_out.items())
         raise UserError(f"{root}: nothing to index{reasons}")
     lance_index.check_folder(folder)
+    is_new = not folder.exists()
     with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
-        index = _open(folder, info, rebuild)
-        summary = _bring_up_to_date(index, source, model)
-        if index.folder != folder:
-            lance_index.install(folder)
-            index = Index.open(folder)
+        try:
+            index = _open(folder, info, rebuild)
+            summary = _bring_up_to_date(index, source, model)
+            if index.folder != folder:
+                lance_index.install(folder)
+                index = Index.open(folder)
+        except BaseException:
+            _remove_empty(folder, is_new)
+            raise
     summary.size, summary.seconds = index.size(), time.monotonic() - started
     return summary
 
@@ -172,9 +193,29 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
             index = Index.create(rebuilt, info)
         return index
     shutil.rmtree(rebuilt, ignore_errors=True)
-    index = Index.open(folder) if exists else Index.create(folder, info)
+    if not exists or (index := Index.open(folder)).is_empty():  # of a run that was killed before it stored a chunk
+        return Index.create(folder, info)
     _check(index, info)
     return index
+
+
+def _remove_empty(folder: Path, is_new: bool) -> None:
+    """Remove an index that never had a chunk, a half-made one too, and a new folder with it; any other stays."""
+    if (folder / lance_index.REBUILT / base.FILE).is_file():
+        return
+    try:
+        if (folder / base.FILE).is_file() and not Index.open(folder).is_empty():
+            return
+    except (UserError, OSError, RuntimeError, ValueError):  # damaged, as the error that is being raised says
+        return
+    with suppress(OSError):  # a file of someone else has come
+        (folder / base.FILE).unlink(missing_ok=True)
+        for name in lance_index.TABLES:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if is_new:
+            for name in (".gitignore", base.LOCK):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _name(model: Model) -> str:
@@ -253,7 +294,7 @@ def _embed(
             count = sum(record.chunks for record, _ in batch)
             if batch and (count >= BATCH or len(batch) >= BATCH or number == len(pending)):
                 texts = [chunk.embedded for _, pieces in batch for chunk in pieces]
-                places = [f"{record.path}:{chunk.line}" for record, pieces in batch for chunk in pieces]
+                places = [source.place(record.path, chunk.line) for record, pieces in batch for chunk in pieces]
                 index.add(batch, embed(model, texts, "document", places.__getitem__), stored)
                 summary.embedded += count
                 batch = []

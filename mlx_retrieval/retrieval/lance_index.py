@@ -115,6 +115,10 @@ class Index:
         """Write index.json atomically."""
         files.write_file(self.folder / FILE, json.dumps(dataclasses.asdict(self.info), indent=2) + "\n")
 
+    def is_empty(self) -> bool:
+        """Return whether the index was never finished and has neither chunks nor files."""
+        return not (self.info.complete or self.chunks.count_rows() or self.files.count_rows())
+
     def size(self) -> int:
         """Return the size on disk in bytes."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())

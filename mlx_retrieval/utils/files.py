@@ -1,6 +1,7 @@
 """Write files and folders so that a kill at any moment leaves the old or the new one, never half of either."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,11 @@ BLOCKS, BLOCK = 64, 256 << 10
 
 class SaveError(UserError):
     """A file or folder could not be written, mostly because the disk is full. Everything saved before is intact."""
+
+
+def reason(error: OSError) -> str:
+    """Return the reason of an error of the system, or of MLX, without its number, tag and full stop."""
+    return re.sub(r"^\[\w+\] ", "", error.strerror or str(error)).rstrip(".")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -36,9 +42,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         temporary.rename(folder)
         _flush(folder.parent)
     except OSError as error:
-        raise SaveError(
-            f"could not save {folder}: {error.strerror or error}; what was saved before is whole"
-        ) from error
+        raise SaveError(f"could not save {folder}: {reason(error)}; what was saved before is whole") from error
     finally:
         tidy(folder)
 
@@ -75,8 +79,7 @@ def replacing(path: Path, name: str = "") -> Iterator[Path]:
         _flush_folder(path.absolute().parent)
     except OSError as error:
         own = error.filename in (None, str(path), str(temporary), temporary, path)
-        reason = (error.strerror or error) if own else error
-        raise SaveError(f"{name or f'could not write {path}'}: {reason}") from error
+        raise SaveError(f"{name or f'could not write {path}'}: {reason(error) if own else error}") from error
     finally:
         with suppress(OSError):  # renamed, or never created
             temporary.unlink()
@@ -103,7 +106,16 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _flush_folder(folder.absolute().parent)
     except OSError as error:
-        raise SaveError(f"{folder}: {error.strerror}") from error
+        raise SaveError(f"{folder}: {reason(error)}") from error
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Raise a SaveError that names `path` for an error of the system in this block, which writes to an open file."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"could not write {path}: {reason(error)}") from error
 
 
 def sampled_blocks(path: Path) -> Iterator[bytes]:

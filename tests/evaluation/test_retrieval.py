@@ -194,7 +194,7 @@ def test_order_of_the_files_does_not_matter(words, tmp_path):
 
 def test_non_finite_embeddings_are_refused(fruit):
     with pytest.raises(
-        FloatingPointError, match="the vectors of 1 of 3 texts are not finite, the first of fruit: document d2"
+        FloatingPointError, match="the vectors of 1 of 3 texts are not finite, the first is fruit: document d2"
     ):
         evaluate(WordCounts(break_at=1), [str(fruit)])
 
@@ -526,7 +526,7 @@ def test_late_interaction_has_no_stored_forms(fruit):
 
 def test_non_finite_embeddings_are_refused_before_bits_hide_them(fruit):
     with pytest.raises(
-        FloatingPointError, match="the vectors of 1 of 3 texts are not finite, the first of fruit: document d2"
+        FloatingPointError, match="the vectors of 1 of 3 texts are not finite, the first is fruit: document d2"
     ):
         retrieval.evaluate_formats(WordCounts(break_at=1), [str(fruit)], [("binary", 256)])
 

@@ -59,7 +59,7 @@ def test_encode_names_the_first_text_and_the_next_command(broken, monkeypatch, t
     with pytest.raises(finite.NonFiniteError) as caught:
         model.encode([TEXTS[0], TEXTS[0], TEXTS[2], "a  " + TEXTS[1] + " word" * 40])
     message = str(caught.value)
-    assert "the vectors of 1 of 4 texts are not finite, the first of number 4" in message
+    assert "the vectors of 1 of 4 texts are not finite, the first is number 4" in message
     assert message.startswith(broken) and '"a the whale sings word' in message and '..."' in message
     assert message.endswith(command(broken)) and caught.value.numbers == [3]
     assert isinstance(caught.value, UserError) and isinstance(caught.value, FloatingPointError)
@@ -102,7 +102,7 @@ def test_evaluation_names_the_document(broken, folder, capsys, task):
 def test_search_indexes_and_finds_nothing(broken, folder, tmp_path, capsys):
     index = str(tmp_path / "index")
     assert search.main(["index", str(folder), "--model-path", broken, "--index", index]) == 2
-    assert 'd1:1, "the whale sings"' in capsys.readouterr().err
+    assert f'{folder}: document d1, "the whale sings"' in capsys.readouterr().err
     (folder / "corpus.jsonl").write_text('{"_id": "d0", "text": "a boiler drips"}\n')
     assert search.main(["index", str(folder), "--model-path", broken, "--index", index]) == 0
     capsys.readouterr()
@@ -115,7 +115,15 @@ def test_mining_and_teachers(broken, tmp_path, write_rows, capsys):
     rows = [{"query": "bike", "positive": TEXTS[2]}, {"query": "boiler", "positive": TEXTS[1]}]
     pairs, output = write_rows(rows, "pairs.jsonl"), tmp_path / "mined.jsonl"
     assert mine.main(["negatives", "--data", str(pairs), "--model", broken, "--output", str(output)]) == 2
-    assert '"the whale sings"' in capsys.readouterr().err and not output.exists()
+    assert f'{pairs}:2, "the whale sings"' in capsys.readouterr().err and not output.exists()
+    corpus = write_rows([{"text": "a boiler"}, {"text": "a\nwhale"}], "corpus.jsonl")
+    rows[1]["positive"] = TEXTS[0]
+    flags = ["--data", str(write_rows(rows, "pairs.jsonl")), "--corpus", str(corpus), "--model", broken]
+    assert mine.main(["negatives", *flags, "--output", str(output)]) == 2
+    assert f'{corpus}:2, "a whale"' in capsys.readouterr().err
+    scored = write_rows([{"query": "bike", "documents": ["boiler", "the whale"], "scores": [1, 0]}], "scored.jsonl")
+    assert mine.main(["score", "--data", str(scored), "--teacher", broken, "--output", str(output)]) == 2
+    assert f'{scored}:1, "the whale"' in capsys.readouterr().err
     with pytest.raises(finite.NonFiniteError, match="whale sings"):
         Teacher(broken, "embedder").score_groups([("bike", TEXTS)])
     with pytest.raises(finite.NonFiniteError, match="whale sings"):
@@ -128,7 +136,7 @@ def test_rerankers_name_the_document(broken, documents, capsys):
     flags = ["--model", broken, "--reranker-type", "qwen3", "--query", "bike", "--documents", str(documents)]
     assert rerank.main(flags) == 2
     out, err = capsys.readouterr()
-    assert out == "" and command(broken, "rerank.py") in err
+    assert out == "" and f'{documents}:2, "the whale sings"' in err and command(broken, "rerank.py") in err
 
 
 def test_an_export_is_not_written(broken, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 python -m pytest tests/mining/test_mining_run.py
 """
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from mlx_retrieval.mining import cache, collection, hard_negatives, teacher
 from mlx_retrieval.mining import output as mining_output
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.models import heads
+from mlx_retrieval.utils.errors import UserError
 
 ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in SENTENCES]
 
@@ -195,6 +197,24 @@ def test_numbers_that_are_none_and_vectors_that_are_not_finite(small, pairs, tmp
     monkeypatch.setattr(heads, "unit", lambda vectors: vectors * np.nan)
     assert run("--data", pairs, "--model", small, "--output", tmp_path / "x.jsonl") == 2
     assert "are not finite" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    texts = collection.TextFile(tmp_path)
+    texts.add("a")
+    monkeypatch.setattr(texts, "_file", SimpleNamespace(write=full, flush=full))
+    for write in (lambda: texts.add("b"), texts.close):
+        with pytest.raises(UserError, match=f"could not write {tmp_path}: No space left"):
+            write()
+    texts = collection.TextFile(tmp_path)
+    texts.add("a")
+    texts.close()
+    monkeypatch.setattr(cache.os, "fsync", full)
+    with pytest.raises(UserError, match=f"could not write {tmp_path / cache.VECTORS}: No space left"):
+        ResumableCache(tmp_path).vectors(texts, 2, lambda texts: np.zeros((len(texts), 2)))
 
 
 # --- killed and continued ---------------------------------------------------------------------------------------------

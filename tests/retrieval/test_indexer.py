@@ -270,8 +270,25 @@ def test_one_process_at_a_time(tree, model, tmp_path):
 
 def test_vectors_that_are_not_finite_are_refused(tree, model, tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "unit", lambda vectors: vectors * np.nan)
-    with pytest.raises(UserError, match="vectors of 6 of 6 texts are not finite"):
-        update(tree, tmp_path / "index", model)
+    index = tmp_path / "index"
+    with pytest.raises(UserError, match=f"vectors of 6 of 6 texts are not finite, the first is {tree}/"):
+        update(tree, index, model)
+    assert not index.exists()  # or another model would be refused, and a search would find nothing
+    index.mkdir()
+    with pytest.raises(UserError, match="not finite"):
+        update(tree, index, model)
+    assert {path.name for path in index.iterdir()} == {base.LOCK, ".gitignore"}
+    monkeypatch.setattr(indexer, "_remove_empty", lambda *_: None)  # as if it was killed
+    with pytest.raises(UserError, match="not finite"):
+        update(tree, index, model)
+    monkeypatch.undo()
+    assert Index.open(index).is_empty()
+    assert update(tree, index, model, max_characters=500).embedded == 6  # other settings, and no --rebuild
+    write(tree / "notes.md", "# Kettle\nIt whistles.\n")
+    monkeypatch.setattr(heads, "unit", lambda vectors: vectors * np.nan)
+    with pytest.raises(UserError, match="notes.md:1"):
+        update(tree, index, model, max_characters=500)
+    assert Index.open(index).chunks.count_rows() == 6
 
 
 def test_the_fingerprint_sees_changes_even_in_sampled_files(small, tmp_path, monkeypatch):

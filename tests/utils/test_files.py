@@ -17,6 +17,24 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 
 
+def test_errors_name_the_file_and_have_no_stray_punctuation(tmp_path):
+    full, of_mlx = (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(0, "[write] Unable to write 8 bytes to file."),
+    )
+    message = f"^could not write {tmp_path}/v.f32: No space left on device$"
+    with pytest.raises(files.SaveError, match=message), files.naming(tmp_path / "v.f32"):
+        raise full
+
+    def fill(folder: Path) -> None:
+        raise of_mlx
+
+    with pytest.raises(
+        files.SaveError, match="could not save .*: Unable to write 8 bytes to file; what was saved before"
+    ):
+        files.write_folder(tmp_path / "x", fill)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
