@@ -155,7 +155,8 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts, untidy: Untidiness) -
             continue
         header_possible = False
         if not is_integer:
-            raise UserError(f"{where}: the judgement {judgement!r} is not an integer")
+            size = "has more than nine digits" if re.fullmatch(r"[+-]?\d+", judgement) else "is not an integer"
+            raise UserError(f"{where}: the judgement {judgement[:40]!r} {size}")
         if query not in queries:
             untidy.add("no query", where, f"the query {query} is not in the queries file")
             continue

@@ -48,6 +48,17 @@ class Line(NamedTuple):
 # --- one line ---------------------------------------------------------------------------------------------------------
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of keys and values. RowError if it names a key twice: `json` would keep the last value."""
+    if len(row := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"the key {next(key for key in keys if keys.count(key) > 1)} is there twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def parse_value(line: str | bytes) -> Any:
     """Return the JSON value of a line. RowError if it is not valid UTF-8 or not valid JSON.
 
@@ -57,13 +68,15 @@ def parse_value(line: str | bytes) -> Any:
         raise RowError(line.decode())
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
-        value = json.loads(text.rstrip("\r\n"))
+        value = _DECODER.decode(text.rstrip("\r\n"))
         return writable_values(value) if ESCAPED_SURROGATE.search(text) else value
     except UnicodeDecodeError as error:
         raise RowError(_not_utf8(error)) from error
     except json.JSONDecodeError as error:
         missing = "; is a line break missing?" if error.msg == "Extra data" else ""
         raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1}){missing}") from error
+    except RowError:
+        raise
     except ValueError as error:  # a number of thousands of digits
         raise RowError(f"broken JSON ({error})") from error
     except RecursionError as error:

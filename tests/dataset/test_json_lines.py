@@ -84,6 +84,34 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character():
     assert parse_value(line) == parse_value(line.encode()) == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"query": "q", "positive": "d", "query": "r"}', "query"),
+        ('{"a" : 1, "a" :2}', "a"),
+        ('{"a": {"b": [{"c": 1, "c": 2}]}}', "c"),
+        (r'{"a": "say \":", "a": 1}', "a"),
+    ],
+)
+def test_an_object_that_names_a_key_twice(line, key):
+    """Regression: the last of them was read, without a word."""
+    with pytest.raises(RowError, match=f"the key {key} is there twice"):
+        parse_value(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'{"a\":": 1}',
+        r'{"a": "{\"a\": 1, \"a\": 2}"}',
+        '{"a" : {"a" :1}, "b": [[{"a": 1}, {"a": 2}], "\\\\"]}',
+        '"\\":"',
+    ],
+)
+def test_keys_that_only_look_repeated(line):
+    assert parse_value(line) == json.loads(line)
+
+
 def test_a_lone_carriage_return_ends_no_line(tmp_path):
     """Bug guarded against: embed.py made three vectors of a .txt in which `wc -l` counts two lines."""
     content = b"one\rstill one\r\ntwo\n"

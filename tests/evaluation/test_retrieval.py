@@ -295,6 +295,10 @@ BAD_FOLDERS = {
         r'queries\.jsonl:1: "text" is missing or not a text',
     ),
     "not an integer": ({"qrels": "a\tb\tc\nq1\td1\t0.5\n"}, r"test\.tsv:2: the judgement '0\.5' is not an integer"),
+    "of ten digits": (
+        {"qrels": "q1\td1\t9999999999\n"},
+        r"tsv:1: the judgement '9999999999' has more than nine digits",
+    ),
     "first not an integer": ({"qrels": "q1\td1\tyes\n"}, r"test\.tsv:1: the judgement 'yes' is not an integer"),
     "no positive": ({"qrels": "q1\td1\t0\nq2\td1\t-1\n"}, r"test\.tsv: no query has a positive judgement"),
 }
