@@ -53,6 +53,8 @@ def add_files(out: argparse.ArgumentParser, data: str) -> None:
     flag("--work", metavar="FOLDER", help="keep finished work here, for later runs as well (default: beside --output, "
          "until that is written)")  # fmt: skip
     flag("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and count them")
+    flag("--ignore-keys", nargs="+", default=(), metavar="KEY", help="treat these keys of rows as absent, also "
+         "a label, a score or negatives; --output lacks them")  # fmt: skip
 
 
 @contextmanager
@@ -196,8 +198,10 @@ def run_negatives(args: argparse.Namespace) -> None:
     run.check_margins(corpus, rules, bool(args.model or args.reranker))
     model = run.load_retriever(args.model, args.max_length) if args.model else None
     judge = Teacher(args.reranker, "reranker", reranker_type=args.reranker_type) if args.reranker else None
-    with cache_folder(output, args.work) as cache, run.naming_lines(files, args.corpus, args.field):
-        negatives = mine_negatives(files, corpus, rules, cache, model, judge, args.skip_bad_rows, notify)
+    with cache_folder(output, args.work) as cache, run.naming_lines(files, args.corpus, args.field, args.ignore_keys):
+        negatives = mine_negatives(
+            files, corpus, rules, cache, model, judge, args.skip_bad_rows, notify, args.ignore_keys
+        )
         print_negatives(negatives, rules)
         if not (negatives.mined.numbers >= 0).any():
             raise UserError("no negative was found: the corpus is small, or the filters are narrow")
@@ -295,12 +299,12 @@ def run_score(args: argparse.Namespace) -> None:
     """Write the rows of `args.data` with a teacher's scores to `args.output`, and print a table of the scores."""
     output, files = Path(args.output).expanduser(), find_files(args.data)
     check_output(output, args.overwrite, [*files, args.teacher])
-    counts, skipped = run.count_rows(files, args.skip_bad_rows, notify)
+    counts, skipped = run.count_rows(files, args.skip_bad_rows, notify, args.ignore_keys)
     teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type, args.raw_scores)
     name = teacher.model.name
     print_lines([("teacher", f"{name}, {teacher.kind}")])
-    with cache_folder(output, args.work) as cache, run.naming_lines(files):
-        run.score_rows(files, output, teacher, counts, cache, skipped, notify)
+    with cache_folder(output, args.work) as cache, run.naming_lines(files, ignore_keys=args.ignore_keys):
+        run.score_rows(files, output, teacher, counts, cache, skipped, notify, args.ignore_keys)
     if teacher.cut:
         notify(f"the reranker truncated {teacher.cut:,} documents (--max-length)")
     print_scores(name, counts.positives, counts.negatives, "negatives" if counts.positives else "documents")

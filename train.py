@@ -23,6 +23,7 @@ from mlx_retrieval.training.run import continue_command, train
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import command
 from mlx_retrieval.utils.errors import UserError, flag
+from mlx_retrieval.utils.pipes import is_pipe
 
 __all__ = ["Settings", "main", "train"]
 
@@ -50,6 +51,11 @@ def resumed_settings(given: dict) -> Settings:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
         raise UserError(f"--resume continues the run as it was begun, but {listing}")
     names = [name for name in (saved.model, *local(saved.data), *saved.eval_tasks) if Path(name).is_absolute()]
+    if pipes := [name for name in local(saved.data) if name.startswith(("/dev/", "/proc/")) or is_pipe(Path(name))]:
+        raise UserError(
+            f"--resume: the rows came through the pipe {', '.join(pipes)}, which cannot be read again; put them in "
+            f"a file, and write its path in {folder / 'config.yaml'}"
+        )
     if missing := [name for name in names if not Path(name).exists()]:
         raise UserError(
             f"--resume: {', '.join(missing)}: no such file or folder; if it has moved, correct {folder / 'config.yaml'}"

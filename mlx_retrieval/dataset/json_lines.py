@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.pipes import spooled
 from mlx_retrieval.utils.text import writable_values
 
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -205,7 +206,7 @@ def _pieces(handle: BinaryIO, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file, `.gz` or plain. UserError if it cannot be read."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(spooled(path), "rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:  # the latter two: a broken .gz
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

@@ -2,19 +2,20 @@
 
 A row is a pair of a query and its document, with negatives or without; a pair with a label; or documents that a teacher
 has scored. `ROLES` lists the names that a key may have. A key without a value (null) is absent. Keys of other names are
-ignored, and counted unless they look like ids or origins (`ORIGIN`); a row with one that looks like a label, a score or
-a negative (`SUSPECT`) is refused.
+ignored, and counted unless they look like ids or origins; a row in which one holds a label, a score or negatives of the
+pair is refused (unread_keys.py).
 """
 
 import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from mlx_retrieval.dataset.beir import document_text
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
+from mlx_retrieval.dataset.unread_keys import held_by, is_origin, may_matter
 
 # Role -> names of keys. Upper and lower case, "-", " " and "_" do not count.
 ROLES = {
@@ -36,15 +37,6 @@ WEAK_ROLES = {
 }
 OWN_KEYS = {"query", "anchor", "document", "positive", "documents", "negative", "negatives", "scores", "rank"}
 NUMBERED_NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?_?\d+")
-SUSPECT = re.compile(
-    r"(?:.*_)?(?:neg|negative|distractor|label|score|similarity|distance|relevance|relevant|irrelevant|grade|rating"
-    r"|judge?ment|qrel|reward)s?(?:_?\d+)?(?:_.*)?"
-)
-ORIGIN = re.compile(
-    r"(?:.*_)?(?:(?:doc|query|passage|[qdp]|gu|uu)?ids?|idx|index|hash|sha\d*|ur[il]|link|path|file|filename|line|row"
-    r"|source|origin|corpus|dataset|subset|split|lang|language|license|author|date|time|timestamp|created|updated"
-    r"|version|name|tags?|topic|category|domain|type|kind|meta|metadata|comment|notes?)(?:_at|_\d+)?"
-)
 KINDS = {"pair": "query/document", "documents": "query/documents/scores", "label": "query/document/label"}
 MAX_RANK = 2**31 - 1
 
@@ -84,11 +76,12 @@ class Reading(NamedTuple):
     rank: str | None = None
     prompt: str | None = None
     ignored: tuple[str, ...] = ()  # keys that are not read, and whose names are not those of ids or origins
+    suspects: tuple[str, ...] = ()  # keys that are not read, and whose values may be labels, scores or negatives
 
     @property
     def used(self) -> set[str]:
         """All keys that are read."""
-        return {key for field in self[1:-1] if field for key in ([field] if isinstance(field, str) else field)}
+        return {key for field in self[1:-2] if field for key in ([field] if isinstance(field, str) else field)}
 
 
 def snake_case(key: str) -> str:
@@ -104,7 +97,7 @@ def reading_of(keys: tuple[str, ...]) -> Reading:
     def find(role: str) -> str | None:
         for words in (ROLES[role], WEAK_ROLES.get(role, ())):
             if len(found := [key for key in keys if names[key] in words]) > 1:
-                raise RowError(f"{' and '.join(found)} could each be the {role}: keep one of the keys")
+                raise RowError(f"{' and '.join(found)} could each be the {role}: keep one of the keys (--ignore-keys)")
             if found:
                 return found[0]
         return None
@@ -119,33 +112,64 @@ def reading_of(keys: tuple[str, ...]) -> Reading:
         raise RowError("no positive: a row with a query needs a document or a positive")
     if documents is not None:
         if document is not None and names[document] not in WEAK_ROLES["document"]:
-            raise RowError(f"{document} and {documents} could each be the document: keep one of the keys")
+            raise RowError(
+                f"{document} and {documents} could each be the document: keep one of the keys (--ignore-keys)"
+            )
         reading = Reading("documents", query, documents, scores=find("scores"))
-    elif (label := find("label")) is not None:
-        reading = Reading("label", query, document, label=label)
-    else:
-        negatives = [key for key in keys if names[key] in ROLES["negatives"]]
-        numbered = [key for key in keys if NUMBERED_NEGATIVE.fullmatch(names[key])]
-        numbered.sort(key=lambda key: int(re.search(r"\d+$", names[key])[0]))
-        prompt = find("prompt") if names[document] == "pos" else None  # FlagEmbedding's
-        scores = find("scores")
-        by_side = (None, None) if scores else (find("positive scores"), find("negative scores"))
-        if by_side[0] is None and by_side[1] is not None:
-            raise RowError(f"{by_side[1]} without pos_scores")
-        rest = (scores, *by_side, find("rank"), prompt)
-        reading = Reading("pair", query, document, tuple(negatives + numbered), None, *rest)
-    unread = [key for key in keys if key not in reading.used]
-    if suspects := [key for key in unread if SUSPECT.fullmatch(names[key]) and not ORIGIN.fullmatch(names[key])]:
+        return _with_unread(reading, names)
+    negatives = [key for key in keys if names[key] in ROLES["negatives"]]
+    numbered = [key for key in keys if NUMBERED_NEGATIVE.fullmatch(names[key])]
+    numbered.sort(key=lambda key: int(re.search(r"\d+$", names[key])[0]))
+    label, scores = find("label"), find("scores")
+    if label is not None and not (negatives or numbered):
+        return _with_unread(Reading("label", query, document, label=label), names)
+    if label is not None and scores is None and names[label] == "score":  # a list of them, as `scores`
+        scores = label
+    elif label is not None:
         raise RowError(
-            f"{', '.join(suspects)} cannot be used beside {', '.join(key for key in keys if key in reading.used)}: "
-            "remove the key, or name a label `label`, a teacher's scores `scores` and negatives `negatives`"
+            f"{label} cannot be used beside {', '.join(negatives + numbered)}: rename a teacher's scores, of the "
+            f"positive and then of each negative, to `scores`, or leave the key unread (--ignore-keys {label})"
         )
-    return reading._replace(ignored=tuple(key for key in unread if not ORIGIN.fullmatch(names[key])))
+    prompt = find("prompt") if names[document] == "pos" else None  # FlagEmbedding's
+    by_side = (None, None) if scores else (find("positive scores"), find("negative scores"))
+    if by_side[0] is None and by_side[1] is not None:
+        raise RowError(f"{by_side[1]} without pos_scores (--ignore-keys {by_side[1]} leaves it unread)")
+    rest = (scores, *by_side, find("rank"), prompt)
+    return _with_unread(Reading("pair", query, document, tuple(negatives + numbered), None, *rest), names)
 
 
-def parse(line: bytes, expected: str | None = None) -> tuple[list[Example], Reading]:
+def _with_unread(reading: Reading, names: dict[str, str]) -> Reading:
+    """Return a reading with the keys that it leaves unread. `names`: all keys, and their names in snake case."""
+    unread = {key: name for key, name in names.items() if key not in reading.used}
+    return reading._replace(
+        ignored=tuple(key for key, name in unread.items() if not is_origin(name)),
+        suspects=tuple(key for key, name in unread.items() if may_matter(name)),
+    )
+
+
+def _check_unread(row: dict, reading: Reading) -> None:
+    """RowError if a key that is not read holds what could change what is learnt."""
+    for key in reading.suspects:
+        if held := held_by(snake_case(key), row[key]):
+            read = ", ".join(other for other in row if other in reading.used)
+            rename = (
+                "rename negatives to `negatives`"
+                if held == "negatives"
+                else "rename a label to `label` or a teacher's scores to `scores`"
+            )
+            raise RowError(
+                f"{key} cannot be used beside {read}: {rename}, or leave the key unread (--ignore-keys {key})"
+            )
+
+
+def parse(line: bytes, expected: str | None = None, ignore_keys: Collection[str] = ()) -> tuple[list[Example], Reading]:
     """Return the examples of one line, and how it was read. RowError gives the reason if the line is not a row."""
-    return examples_of(parse_object(line), expected)
+    return examples_of(without(parse_object(line), ignore_keys), expected)
+
+
+def without(row: dict, keys: Collection[str]) -> dict:
+    """Return a row without some of its keys, if it has them."""
+    return {key: value for key, value in row.items() if key not in keys} if keys else row
 
 
 def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], Reading]:
@@ -160,6 +184,8 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
     if expected is not None and reading.kind != expected:
         here, before = KINDS[reading.kind], KINDS[expected]
         raise RowError(f"has the format {here}, but the rows before have {before}")
+    if reading.suspects:
+        _check_unread(row, reading)
     query = _text(row[reading.query], reading.query)
     if reading.prompt:
         query = _text(row[reading.prompt], reading.prompt) + query
@@ -170,7 +196,10 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
     if reading.kind == "label":
         label = row[reading.label]
         if not isinstance(label, (int, float)) or not 0 <= label <= 1:
-            raise RowError(f"{reading.label} {repr(label)[:20]} is not a number from 0 to 1")
+            raise RowError(
+                f"{reading.label} {repr(label)[:20]} is not a number from 0 to 1 (if it is no label of the pair, "
+                f"--ignore-keys {reading.label} leaves it unread)"
+            )
         return [Example(query, text, (), 1, (float(label),)) for text in distinct], reading
     negatives = tuple([text for key in reading.negatives for text in _texts(row, key)])
     rank = _rank(row[reading.rank]) if reading.rank else 1
@@ -251,6 +280,11 @@ def _teacher_scores(row: dict, reading: Reading, positives: int, negatives: int)
 
 def _scores(row: dict, key: str, count: int) -> tuple[float, ...]:
     scores = row[key]
+    if snake_case(key) == "score" and not (isinstance(scores, list) and len(scores) == count):
+        raise RowError(
+            f"{key} must be a list of {count} numbers beside negatives, a teacher's scores of the positive and then of "
+            f"each negative; rewrite a margin M as `scores`: [M, 0], or leave the key unread (--ignore-keys {key})"
+        )
     if not isinstance(scores, list) or len(scores) != count or not all(map(_is_finite, scores)):
         raise RowError(f"{key} must be {count} finite numbers, one for each document")
     return tuple(map(float, scores))

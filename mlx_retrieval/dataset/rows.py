@@ -27,7 +27,7 @@ import tempfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +37,7 @@ from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError, lines_of
 from mlx_retrieval.dataset.row_formats import Example, common_parts, parse
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
+from mlx_retrieval.utils.pipes import spooled
 
 HUB = "hf://"
 
@@ -54,7 +55,7 @@ def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]
             if not (existing := [file for file in inside if file.is_file()]):
                 raise UserError(f"--data {source}: the folder has no {split}.jsonl")
             files.append(existing[0])
-        elif path.is_file():
+        elif path.exists():  # pipes, too
             files.append(path)
         else:
             raise UserError(f"--data {source}: no such file or folder")
@@ -75,6 +76,7 @@ def open_rows(file: Path | str) -> BinaryIO:
     if file.suffix == ".parquet":
         return _as_json_lines(_parquet_rows(file))
     try:
+        file = spooled(file)
         if file.suffix != ".gz":
             return open(file, "rb")
         unpacked = tempfile.TemporaryFile()
@@ -101,7 +103,7 @@ def _parquet_rows(file: Path) -> Iterator[dict]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(spooled(file)) as opened:
             for batch in opened.iter_batches(1000):
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
@@ -131,12 +133,14 @@ class Rows:
         files: JSON lines, plain or `.gz`, Parquet, or `hf://` names. All but plain JSON lines are written once to a
             temporary file.
         skip_bad: leave out rows that cannot be used; `skipped` lists them as "file:line: reason".
+        ignore_keys: keys of rows that are treated as absent.
 
     Raises UserError with file, line and reason at the first bad row, or if no row is left.
     """
 
-    def __init__(self, files: Sequence[Path | str], skip_bad: bool = False):
+    def __init__(self, files: Sequence[Path | str], skip_bad: bool = False, ignore_keys: Collection[str] = ()):
         self.files = list(files)
+        self.ignore_keys = frozenset(ignore_keys)
         self.skipped: list[str] = []
         self.ignored: Counter[str] = Counter()
         self.format: str | None = None
@@ -168,7 +172,7 @@ class Rows:
             digest.update(line.data)
             place = Place(file, line.number)
             try:
-                examples, reading = parse(line.data, self.format)
+                examples, reading = parse(line.data, self.format, self.ignore_keys)
             except RowError as error:
                 if not skip_bad:
                     raise SettingError(
@@ -203,7 +207,7 @@ class Rows:
         # The examples of a row have its place, one after the other.
         first = self._counts[file] + np.searchsorted(self._starts[self._counts[file] : i + 1], self._starts[i])
         try:
-            examples = parse(line, self.format)[0]
+            examples = parse(line, self.format, self.ignore_keys)[0]
             if i - first < len(examples):
                 return examples[i - first]
             error = "the row has fewer positives"

@@ -10,7 +10,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.elastic import fields, server
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
-from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.row_formats import Example, without
 from mlx_retrieval.dataset.rows import Rows, find_files
 from mlx_retrieval.utils.errors import Place, UserError
 
@@ -122,7 +122,11 @@ def local(data: Sequence[str]) -> list[str]:
 
 
 def open_source(
-    data: Sequence[str], es_fields: str = fields.DEFAULT, es_query: str | None = None, skip_bad: bool = False
+    data: Sequence[str],
+    es_fields: str = fields.DEFAULT,
+    es_query: str | None = None,
+    skip_bad: bool = False,
+    ignore_keys: Collection[str] = (),
 ) -> Source:
     """Open the rows that `--data` names.
 
@@ -131,6 +135,7 @@ def open_source(
         es_fields: the keys of a row and the Elasticsearch fields they are made of (`--es-fields`).
         es_query: a JSON query that documents must match (`--es-query`); None = all documents.
         skip_bad: leave out rows that cannot be used, instead of raising.
+        ignore_keys: keys of rows that are treated as absent (`--ignore-keys`); an index's rows have those of es_fields.
 
     Raises UserError for a wrong argument and, unless `skip_bad`, for the first row that cannot be used.
     """
@@ -138,21 +143,24 @@ def open_source(
     if len(parts) == 1 or not (
         any(weight for _, weight in parts) or any(server.is_address(source) for source, _ in parts)
     ):
-        return _open([source for source, _ in parts], es_fields, es_query, skip_bad)
-    opened = [_open([source], es_fields, es_query, skip_bad) for source, _ in parts]
+        return _open([source for source, _ in parts], es_fields, es_query, skip_bad, ignore_keys)
+    opened = [_open([source], es_fields, es_query, skip_bad, ignore_keys) for source, _ in parts]
     return InterleavedRows(opened, [weight or Fraction(1) for _, weight in parts])
 
 
-def _open(sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad: bool) -> Source:
+def _open(
+    sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad: bool, ignore_keys: Collection[str]
+) -> Source:
     if not server.is_address(sources[0]):
-        return Rows(find_files(sources), skip_bad)
+        return Rows(find_files(sources), skip_bad, ignore_keys)
     query = None
     if es_query:
         try:
             query = parse_object(es_query)
         except RowError as error:
             raise UserError(f"--es-query: {error} (needed: a query of Elasticsearch as a JSON object)") from error
-    return ElasticRows(server.parse(sources[0]), fields.parse(es_fields), query, skip_bad)
+    chosen = without(fields.parse(es_fields), ignore_keys)
+    return ElasticRows(server.parse(sources[0]), chosen, query, skip_bad)
 
 
 class InterleavedRows:

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
-from mlx_retrieval.dataset.row_formats import Example, Reading, examples_of, own_row, reading_of
+from mlx_retrieval.dataset.row_formats import Example, Reading, examples_of, own_row, reading_of, without
 from mlx_retrieval.dataset.rows import open_rows
 from mlx_retrieval.dataset.text_files import read_text_rows, read_texts
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.files import naming
+from mlx_retrieval.utils.pipes import is_pipe
 
 MINED = ("pair",)  # kinds of rows that negatives are mined for
 SCORED = (*MINED, "documents")  # ... and that a teacher scores
@@ -38,6 +39,7 @@ def read_rows(
     kinds: Sequence[str],
     skipped: list[str] | None = None,
     ignored: Counter[str] | None = None,
+    ignore_keys: Sequence[str] = (),
 ) -> Iterator[tuple[dict[str, Any], Example]]:
     """Yield (its row as a JSON object, example) of every example, in order. Scores in the rows are not checked.
 
@@ -45,13 +47,14 @@ def read_rows(
         kinds: the kinds of rows that are accepted, see row_formats.
         skipped: takes "file:line: reason" of bad rows; None = a bad row raises UserError.
         ignored: counts the keys that are not read.
+        ignore_keys: keys that are treated as absent, and left out of the yielded rows.
     """
     expected = None
     for file in files:
         with open_rows(file) as handle:
             for line in lines_of(handle):
                 try:
-                    row = parse_object(line.data)
+                    row = without(parse_object(line.data), ignore_keys)
                     examples, reading = _examples(row, kinds, expected)
                 except RowError as error:
                     if skipped is None:
@@ -66,7 +69,13 @@ def read_rows(
                     yield own_row(row, reading, example), example
 
 
-def place_of(text: str, files: Sequence[Path], corpus: Path | None = None, field: str | None = None) -> Place | None:
+def place_of(
+    text: str,
+    files: Sequence[Path],
+    corpus: Path | None = None,
+    field: str | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> Place | None:
     """Return the first line of the corpus or of the files of rows that has this text; None if there is none."""
     if corpus:
         for row in read_text_rows(corpus, field):
@@ -76,7 +85,7 @@ def place_of(text: str, files: Sequence[Path], corpus: Path | None = None, field
         with open_rows(file) as handle:
             for line in lines_of(handle):
                 with suppress(RowError):  # rows that are left out
-                    examples, _ = _examples(parse_object(line.data), SCORED, None)
+                    examples, _ = _examples(without(parse_object(line.data), ignore_keys), SCORED, None)
                     if any(text in (example.query, example.positive, *example.negatives) for example in examples):
                         return Place(file, line.number)
     return None
@@ -104,9 +113,9 @@ def corpus_file(name: str) -> Path:
     """Return the file of documents that `--corpus` names: the file itself, or the corpus.jsonl of a BEIR folder."""
     path = Path(name).expanduser()
     file = path / "corpus.jsonl" if path.is_dir() else path
-    if file.suffix == ".gz" or (not file.is_file() and file.with_name(f"{file.name}.gz").is_file()):
+    if file.suffix == ".gz" or (not file.exists() and file.with_name(f"{file.name}.gz").is_file()):
         raise UserError(f"--corpus {name}: unpack it first (gunzip)")
-    if not file.is_file():
+    if not file.is_file() and not is_pipe(file):
         raise UserError(f"--corpus {name}: " + ("the folder has no corpus.jsonl" if path.is_dir() else "no such file"))
     return file
 

@@ -67,10 +67,12 @@ class Negatives:
     mined: hard_negatives.Mined
     scored_by: str  # name of the model whose scores these are, or BM25
     skip_bad: bool
+    ignore_keys: Sequence[str] = ()
 
     def write(self, path: Path, with_scores: bool) -> int:
         """Write the rows with their negatives and return their number. UserError if the files have changed."""
-        rows = collection.read_rows(self.files, collection.MINED, [] if self.skip_bad else None)
+        skipped = [] if self.skip_bad else None
+        rows = collection.read_rows(self.files, collection.MINED, skipped, ignore_keys=self.ignore_keys)
         return output.write_rows(path, output.mined_rows(rows, self.texts, self.mined, with_scores))
 
 
@@ -83,6 +85,7 @@ def mine_negatives(
     judge: teacher.Teacher | None = None,
     skip_bad: bool = False,
     notify: Notify = print,
+    ignore_keys: Sequence[str] = (),
 ) -> Negatives:
     """Mine negatives for the rows of `files`, from the documents of `corpus` and of the rows themselves.
 
@@ -91,11 +94,13 @@ def mine_negatives(
         judge: its scores decide order and filters, instead of the retriever's.
         skip_bad: leave out rows that cannot be used.
         notify: takes messages about rows left out and about finished work in the cache.
+        ignore_keys: keys of rows that are treated as absent, and left out of the rows that are written.
     """
     from mlx_retrieval.retrieval import bm25
 
     skipped, ignored = [] if skip_bad else None, Counter()
-    texts = collection.collect(collection.read_rows(files, collection.MINED, skipped, ignored), corpus, cache.folder)
+    rows = collection.read_rows(files, collection.MINED, skipped, ignored, ignore_keys)
+    texts = collection.collect(rows, corpus, cache.folder)
     if ignored:
         notify(ignored_keys(ignored))
     fingerprints = texts.fingerprints | vars(rules)
@@ -113,17 +118,22 @@ def mine_negatives(
     with progress_bar("searching", "queries") as progress:
         mined = hard_negatives.mine(texts, retrievers, rules, cache, progress)
     scored_by = judge.model.name if judge else model.name if model else "BM25"
-    return Negatives(files, texts, mined, scored_by, skip_bad)
+    return Negatives(files, texts, mined, scored_by, skip_bad, ignore_keys)
 
 
 @contextmanager
-def naming_lines(files: Sequence[Path | str], corpus: str | None = None, field: str | None = None) -> Iterator[None]:
+def naming_lines(
+    files: Sequence[Path | str],
+    corpus: str | None = None,
+    field: str | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> Iterator[None]:
     """Name in a NonFiniteError of this block the file and line of the text; of documents of es://, nothing."""
     try:
         yield
     except NonFiniteError as error:
         file = None if not corpus or is_address(corpus) else collection.corpus_file(corpus)
-        if place := collection.place_of(error.texts[error.numbers[0]], files, file, field):
+        if place := collection.place_of(error.texts[error.numbers[0]], files, file, field, ignore_keys):
             raise error.placed(lambda _: str(place)) from error
         raise
 
@@ -133,14 +143,14 @@ def _encoder(model: embedder.Model, prompt: str):
 
 
 def count_rows(
-    files: Sequence[Path | str], skip_bad: bool = False, notify: Notify = print
+    files: Sequence[Path | str], skip_bad: bool = False, notify: Notify = print, ignore_keys: Sequence[str] = ()
 ) -> tuple[teacher.Counts, list[str] | None]:
     """Return the counts of rows and documents to score, and the bad rows. UserError if no row has negatives.
 
     `notify` takes a message about keys that are not read.
     """
     skipped, ignored = [] if skip_bad else None, Counter()
-    counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped, ignored))
+    counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped, ignored, ignore_keys))
     if ignored:
         notify(ignored_keys(ignored))
     if counts.documents == counts.rows:
@@ -156,16 +166,19 @@ def score_rows(
     cache: ResumableCache,
     skipped: Sequence[str] | None = None,
     notify: Notify = print,
+    ignore_keys: Sequence[str] = (),
 ) -> None:
     """Write the rows of `files` with the judge's scores to `path`.
 
     Args:
         counts, skipped: from `count_rows`; the scores of positives and negatives are added to `counts`.
         notify: takes messages about rows left out and about finished work in the cache.
+        ignore_keys: as for `count_rows`: keys of rows that are treated as absent, and left out of the written ones.
     """
 
     def rows() -> Iterator[teacher.Row]:
-        return collection.read_rows(files, collection.SCORED, None if skipped is None else [])
+        bad = None if skipped is None else []
+        return collection.read_rows(files, collection.SCORED, bad, ignore_keys=ignore_keys)
 
     fingerprints = {"data": counts.digest, "teacher": judge.fingerprint, "teacher kind": judge.kind}
     open_cache(cache, fingerprints, (), skipped, notify)

@@ -133,6 +133,9 @@ class Settings:
     skip_bad_rows: bool = option(
         "data", False, "leave out rows that cannot be used, counted and listed; else they are errors"
     )
+    ignore_keys: list[str] = option(
+        "data", [], "treat these keys of rows and messages as absent, also a label, a score or negatives"
+    )
     skip_bad_batches: bool = option(
         "data",
         False,

@@ -276,7 +276,9 @@ def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
 def prepare(settings: Settings) -> RetrievalRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     folder = Path(settings.output).expanduser()
-    rows = open_source(settings.data, settings.es_fields, settings.es_query, settings.skip_bad_rows)
+    rows = open_source(
+        settings.data, settings.es_fields, settings.es_query, settings.skip_bad_rows, settings.ignore_keys
+    )
     seed(settings.seed)  # a fresh projection
     model, retrieval, base = build_model(settings)
     settings.check_task(retrieval.task)
@@ -295,7 +297,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed)
     validation = None
     if held_out := find_validation(local(settings.data)):
-        held_out_rows = Rows(held_out, settings.skip_bad_rows)
+        held_out_rows = Rows(held_out, settings.skip_bad_rows, settings.ignore_keys)
         size = min(settings.batch_size, len(held_out_rows))
         validation = make_batches(settings, retrieval, held_out_rows, tokenizer, size)
     improvement.check_evaluated(settings, bool(validation))

@@ -103,7 +103,12 @@ def test_shapes(row, expected):
 
 
 REFUSED = {
-    "a label beside negatives": ({"query": "q", "positive": "d", "negative": "n", "label": 1}, "negative cannot be"),
+    "a label beside negatives": (
+        {"query": "q", "positive": "d", "negative": "n", "label": 1},
+        "label cannot be used beside negative: rename .* to `scores`, or .*--ignore-keys label",
+    ),
+    "a margin": ({"query": "q", "pos": "d", "neg": "n", "score": 3.4}, r"list of 2 numbers.*`scores`: \[M, 0\]"),
+    "margins": ({"query": "q", "pos": "d", "neg": ["m", "n"], "score": [1, 2]}, "score must be a list of 3 numbers"),
     "two queries": ({"query": "q", "question": "r", "document": "d"}, "query and question could each be the query"),
     "two documents": ({"query": "q", "answer": "d", "passage": "e"}, "answer and passage could each be the document"),
     "scored and known": ({"query": "q", "answer": "d", "documents": ["a", "b"], "scores": [1, 2]}, "could each be"),
@@ -117,7 +122,11 @@ REFUSED = {
         f"unknown {key}": ({"query": "q", "document": "d", key: value}, f"{key} cannot be used beside query, document")
         for key, value in {
             "bm25_score": 3.5, "is_relevant": 0, "relevance": 1, "gold_label": 1, "labels": [1], "neg_passages": ["n"],
-            "negative_docs": ["n"], "rating": 3, "random_negatives": ["n"], "distractors": ["n"], "ce-scores": [1],
+            "negative_docs": ["n"], "random_negatives": ["n"], "distractors": ["n"], "ce-scores": [1], "label_id": 0,
+            "label_index": 1, "relevance_index": 0, "relevance_score": 2, "is_duplicate": False, "gold": 0, "target": 1,
+            "isPositive": "0", "judgement": 2, "grade": 1, "cosine_similarity": 0.3, "lable": 0,
+            "weight": 0, "rejected": "n", "wrong_answers": ["n"], "bad_answer": "n", "incorrect_answers": ["n"],
+            "distractor1": "n", "hard_negatives_bm25": {"text": "n"}, "negative_text": "n",
         }.items()
     },
 }  # fmt: skip
@@ -128,6 +137,78 @@ def test_refused(case):
     row, message = REFUSED[case]
     with pytest.raises(RowError, match=message):
         examples_of(row)
+
+
+METADATA = {
+    "rating": 3, "relevance": "high", "num_negatives": 4, "negative_count": 2, "label_names": ["a"], "answer_score": 12,
+    "question_score": 3, "product_rating": 4.5, "language_score": 0.9, "quality_score": 0.8, "int_score": 3,
+    "readability_score": 60.5, "credit_score": 700, "document_label": "law", "negative_title": "t",
+    "negative_sentiment": "mild", "score_text": "good", "label_name": "a", "score_type": "bm25",
+    "negative_type": "hard", "rejected": False, "gold": "the gold standard", "weight": "3 kg", "target": "adults",
+    "document_score": "0.9", "negative_scores": ["0.5", "0.4"], "document_rank": "1", "weight_kg": 3,
+    "false_friends": "no",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", METADATA)
+def test_metadata_is_counted(key):
+    examples, reading = examples_of({"query": "q", "document": "d", "negatives": ["n"], key: METADATA[key]})
+    assert examples == [Example("q", "d", ("n",), 1)] and reading.ignored == (key,)
+
+
+REAL = {
+    "CoRNStack": {
+        "query": "q", "document": "d", "negatives": ["m", "n"], "document_score": "0.8", "document_rank": "0",
+        "negative_scores": ["0.7", "0.6"], "metadata": {"objective": {}}, "query_id": "1",
+    },
+    "FlagEmbedding": {
+        "query": "q", "pos": ["d"], "neg": ["m", "n"], "pos_id": ["1"], "neg_id": ["2", "3"], "type": "normal",
+        "task_id": 1, "pos_scores": [3], "neg_scores": [2, 1],
+    },
+    "MIRACL": {
+        "query_id": "1", "query": "q", "positive_passages": [{"docid": "1", "title": "", "text": "d"}],
+        "negative_passages": [{"docid": "2", "title": "", "text": "m"}, {"docid": "3", "title": "", "text": "n"}],
+    },
+    "MedQuAD": {
+        "document_id": "1", "document_source": "s", "question_id": "2", "question_type": "t", "question": "q",
+        "question_focus": "f", "synonyms": "a", "umls_semantic_group": "g", "answer": "d",
+    },
+    "HotpotQA": {"anchor": "q", "positive": "d", "negative_1": "m", "negative_2": "n", "level": "hard"},
+    "NQ": {"query": "q", "answer": "d", "long_answer_candidates": ["c"], "yes_no_answer": "none", "title": "t"},
+    "MS MARCO": {"query": "q", "positive": "d", "negative": ["m", "n"], "query_type": "numeric", "qid": 1},
+    "Stack Exchange": {"question": "q", "answer": "d", "question_score": 5, "answer_score": -1, "is_accepted": True},
+    "SQuAD": {"id": "1", "title": "t", "context": "c", "question": "q", "answer": "d", "is_impossible": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_sets(name):
+    (example,), _ = examples_of(REAL[name])
+    has_negatives = any("neg" in key for key in REAL[name])
+    assert example[:3] == ("q", "d", ("m", "n") if has_negatives else ())
+
+
+def test_values_decide_in_every_row():
+    """The names of keys are looked at once, and their values in each row."""
+    rows = [{"query": "q", "document": "d", "gold": value} for value in ("the standard", 0)]
+    assert examples_of(rows[0])[0] == PAIR
+    with pytest.raises(RowError, match=r"gold cannot be used beside query, document: .*\(--ignore-keys gold\)"):
+        examples_of(rows[1])
+
+
+def test_a_score_of_each_document_is_a_teachers():
+    """As sentence-transformers' MarginMSELoss takes them."""
+    row = {"query": "q", "positive": "d", "negative_1": "m", "negative_2": "n", "score": [3, 2, 0.5]}
+    assert examples_of(row)[0] == [Example("q", "d", ("m", "n"), 1, (3.0, 2.0, 0.5))]
+
+
+def test_ignored_keys_are_absent(write_rows):
+    row = {"query": "q", "answer": "d", "passage": "e", "is_relevant": 0, "negatives": ["n"], "label": 7}
+    keys = ["passage", "is_relevant", "label", "other"]
+    for read in (Rows([write_rows([row])], ignore_keys=keys), open_source([str(write_rows([row]))], ignore_keys=keys)):
+        assert read[0] == Example("q", "d", ("n",), 1) and not read.ignored
+    mined = list(collection.read_rows([write_rows([row])], collection.MINED, ignore_keys=keys))
+    assert [row for row, _ in mined] == [{"query": "q", "positive": "d", "negatives": ["n"]}]
 
 
 def test_keys_that_are_not_read_are_counted_but_for_ids_and_origins(write_rows):

@@ -225,7 +225,8 @@ def test_keys_that_nothing_reads_are_counted(read, tokenizers):
         {"messages": [ASK, HARD], "weight": 0},
         {"prompt": "a", "completion": "b", "label": False},
         {"text": "the cat", "reward": -1.5},
-        {"messages": [ASK, HARD | {"score": 0.1}]},
+        {"messages": [ASK, HARD], "wrong_answers": ["the cat"]},
+        {"messages": [ASK, HARD | {"is_correct": False}]},
         {"messages": [ASK, HARD | {"train": False}]},
         {"messages": [ASK, HARD | {"loss_mask": 0}]},
     ],
@@ -237,6 +238,13 @@ def test_keys_that_would_change_what_is_learnt_are_refused(read, row):
         read([row])
     with pytest.raises(UserError, match="no usable row"):
         read([row], skip_bad=True)
+
+
+def test_scores_are_counted_and_keys_ignored(read):
+    row = {"messages": [ASK, HARD | {"score": 0.1}], "score": 7, "label_names": ["a"], "quality_score": 0.2}
+    assert read([row]).ignored == {"score of messages": 1, "score": 1, "label_names": 1, "quality_score": 1}
+    row["label"] = 0
+    assert read([row], ignore_keys=["label", "score"]).ignored == {"label_names": 1, "quality_score": 1}
 
 
 def test_a_byte_order_mark_is_dropped(write_rows, tiny):

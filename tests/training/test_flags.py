@@ -208,6 +208,15 @@ def test_skip_bad_rows(settings, data):
     assert any("rows.jsonl:41" in line for _, line in run.headline)
 
 
+def test_ignore_keys(settings, data):
+    data.write_text(data.read_text() + '{"query": "q", "document": "d", "is_relevant": 0}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl:41: is_relevant .*--ignore-keys is_relevant"):
+        training_run.prepare(settings())
+    run = training_run.prepare(settings(ignore_keys=["is_relevant"]))
+    assert len(run.trainer.batches.rows) == 41 and "ignored" not in dict(run.headline)
+    assert run.settings.to_dict()["ignore_keys"] == ["is_relevant"]
+
+
 def test_skip_bad_batches(settings):
     """What it does is in test_resume.py; here for every task, and it may be given to a run that goes on."""
     assert not settings().skip_bad_batches

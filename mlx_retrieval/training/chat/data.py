@@ -15,7 +15,7 @@ import gzip
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +28,10 @@ from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
 from mlx_retrieval.dataset.rows import find_files, open_rows
 from mlx_retrieval.dataset.sources import local
-from mlx_retrieval.training.chat.messages import dialogue_of, text_of, unread_keys
+from mlx_retrieval.training.chat.messages import dialogue_of, text_of, unread_keys, without_keys
 from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.pipes import spooled
 
 FORMATS = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}
 POOL = 50  # batches that are sorted by length together
@@ -57,7 +58,7 @@ def is_chat(sources: Sequence[str]) -> bool:
         return False
     file = find_files(local(sources[:1]))[0]
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+        with (gzip.open if file.suffix == ".gz" else open)(spooled(file), "rb") as handle:
             row = next((line.data for line in lines_of(handle)), b"{}")
         return row_format(parse_object(row)) is not None
     except (RowError, OSError, EOFError, zlib.error):
@@ -85,6 +86,7 @@ class Conversations:
         limit: truncate conversations to this many tokens.
         mask_prompt: train on the assistant's turns only.
         skip_bad: leave out rows that cannot be used; `skipped` lists them, as "file:line: reason".
+        ignore_keys: keys of rows and of messages that are treated as absent.
 
     Attributes:
         ids: for each conversation, its tokens (N,) int32.
@@ -107,6 +109,7 @@ class Conversations:
         limit: int,
         mask_prompt: bool = False,
         skip_bad: bool = False,
+        ignore_keys: Collection[str] = (),
     ):
         self.ids: list[np.ndarray] = []
         self.trained: list[np.ndarray] = []
@@ -119,6 +122,7 @@ class Conversations:
         self.ignored: Counter[str] = Counter()
         self._tokenizer = tokenizer
         self._limit = limit
+        self._ignore_keys = frozenset(ignore_keys)
         self._places: list[str] = []
         kind: str | None = None
         waiting: list[tuple[str, Rendered]] = []
@@ -151,7 +155,7 @@ class Conversations:
                 digest.update(line.data)
                 count += 1
                 try:
-                    yield place, parse_object(line.data)
+                    yield place, without_keys(parse_object(line.data), self._ignore_keys)
                 except RowError as error:
                     self._refuse(place, error, skip_bad)
         self.contents.append(Content(str(file), count, "conversations", digest.hexdigest()))

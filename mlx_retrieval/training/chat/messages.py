@@ -7,12 +7,13 @@ A key that is null is absent. Content may be a list of parts, all of them text.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_retrieval.dataset.json_lines import RowError
-from mlx_retrieval.dataset.row_formats import ORIGIN, SUSPECT, snake_case
+from mlx_retrieval.dataset.row_formats import snake_case, without
+from mlx_retrieval.dataset.unread_keys import held_by, is_origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEYS = {"messages": ("messages", "tools"), "prompt": ("prompt", "completion", "tools"), "text": ("text",)}
@@ -20,6 +21,7 @@ MESSAGE_KEYS = ("role", "content", "weight", "tool_call_id")  # the last one onl
 # Keys by which other toolkits choose what is trained on.
 CHOICE = re.compile(
     r"weight|loss(?:_(?:mask|weight))?|mask(?:ed)?|train(?:able|ing|_detail)?|(?:chosen|rejected|(?:non_)?preferred)(?:_.*)?"
+    r"|.*_(?:chosen|rejected)"
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of content parts
 
@@ -62,6 +64,14 @@ def dialogue_of(row: dict) -> Dialogue:
     return Dialogue(checked, tools, frozenset(context))
 
 
+def without_keys(row: dict, keys: Collection[str]) -> dict:
+    """Return a row without some keys, its messages as well."""
+    row = without(row, keys)
+    if keys and isinstance(messages := row.get("messages"), list):
+        row["messages"] = [without(message, keys) if isinstance(message, dict) else message for message in messages]
+    return row
+
+
 def unread_keys(row: dict, kind: str, reads: Callable[[str], bool]) -> set[str]:
     """Return the keys of a row and its messages that nothing reads, but for those that look like ids or origins.
 
@@ -69,7 +79,7 @@ def unread_keys(row: dict, kind: str, reads: Callable[[str], bool]) -> set[str]:
         kind: one of KEYS.
         reads: whether the chat template may read a key of a message.
 
-    Raises RowError if one looks like a label, a score or a choice of what is trained on.
+    Raises RowError if one holds a label, a bad answer or a choice of what is trained on. Scores are counted.
     """
     keys = {key: value for key, value in row.items() if key not in KEYS[kind]}
     unread = {key for key in keys if _counts(key, keys[key])}
@@ -84,12 +94,12 @@ def unread_keys(row: dict, kind: str, reads: Callable[[str], bool]) -> set[str]:
 def _counts(key: str, value: Any) -> bool:
     """Return whether a key that is not read has a value that someone may rely on. RowError if it is one of learning."""
     name = snake_case(key)
-    if value is None or value in ("", [], {}) or ORIGIN.fullmatch(name):
+    if value is None or value in ("", [], {}) or (is_origin(name) and not held_by(name, value)):
         return False
-    if SUSPECT.fullmatch(name) or (CHOICE.fullmatch(name) and value != 1):
+    if held_by(name, value) in ("label", "negatives") or (CHOICE.fullmatch(name) and value != 1):
         raise RowError(
-            f"{key} cannot be used in a conversation: keep the rows to learn from and remove the key; "
-            '"weight": 0 makes a message of the assistant\'s context'
+            f"{key} cannot be used in a conversation: keep the rows to learn from and leave the key unread "
+            f'(--ignore-keys {key}); "weight": 0 makes a message of the assistant\'s context'
         )
     return not CHOICE.fullmatch(name)
 

@@ -139,7 +139,8 @@ def prepare(settings: Settings) -> ChatRun:
     settings.max_length = settings.max_length or min(MAX_LENGTH, backbone.max_positions)
 
     def read(paths: list[Path]) -> Conversations:
-        return Conversations(paths, tokenizer, settings.max_length, settings.mask_prompt, settings.skip_bad_rows)
+        given = settings.max_length, settings.mask_prompt, settings.skip_bad_rows, settings.ignore_keys
+        return Conversations(paths, tokenizer, *given)
 
     rows, valid = read(files), read(held_out) if held_out else None
     size = min(settings.batch_size, len(rows))
