@@ -135,6 +135,7 @@ class RerankerWriter:
                 name = f"{job.quantize} bits in groups of {settings['quantization']['group_size']}, scales {name}"
             tensors = weights.mlx_tensors(backbone)
             if self.kind == "listwise":
+                weights.check_finite(heads)
                 hub.save_tensors(folder / rerankers.PROJECTOR, heads)
                 heads = {}
         else:

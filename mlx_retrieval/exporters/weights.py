@@ -11,12 +11,14 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlx_retrieval.backbones import ENCODERS, Backbone
 from mlx_retrieval.backbones.hub import read_weights, save_tensors, tensor_table, weight_files
 from mlx_retrieval.utils.errors import UserError
 
+SHOWN = 4  # tensors, and rows of one, that a message names
 SHARD_BYTES = 5_000_000_000
 GROUP_SIZES = (64, 32)  # quantised numbers that share a scale; the first that fits is used
 FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # names in safetensors files
@@ -161,6 +163,8 @@ def write(folder: Path, tensors: dict[str, mx.array], form: str) -> int:
     """Write `tensors` as one file, or as shards with an index; return their size in bytes.
 
     `form` is that of `save_tensors`. The function empties `tensors`, so that only one shard at a time is in memory.
+
+    Raises UserError for numbers that are not finite; see `check_finite`.
     """
     total = sum(value.nbytes for value in tensors.values())
     shards: list[list[str]] = [[]]
@@ -174,10 +178,34 @@ def write(folder: Path, tensors: dict[str, mx.array], form: str) -> int:
     index = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_tensors(folder / file, {name: tensors.pop(name) for name in names}, form)
+        shard = {name: tensors.pop(name) for name in names}
+        check_finite(shard)
+        save_tensors(folder / file, shard, form)
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         text = json.dumps(content, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return total
+
+
+def check_finite(tensors: dict[str, mx.array]) -> None:
+    """Raise UserError that names the tensors, and their rows, with numbers that are not finite.
+
+    A comparison of vectors would miss them: the row of one token harms only texts with that token.
+    """
+    damaged = []
+    for name, value in tensors.items():
+        if not mx.issubdtype(value.dtype, mx.floating) or mx.isfinite(value).all().item():
+            continue
+        bad = ~np.array(mx.isfinite(value))
+        rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1)).tolist() if bad.ndim > 1 else []
+        listed = f"; row {', '.join(map(str, rows[:SHOWN]))}{', ...' if len(rows) > SHOWN else ''}" if rows else ""
+        damaged.append(f"{name} ({int(bad.sum()):,} of {bad.size:,} numbers{listed})")
+    if damaged:
+        more = f" and {len(damaged) - SHOWN:,} more tensors" if len(damaged) > SHOWN else ""
+        raise UserError(
+            f"not finite in the exported weights: {', '.join(damaged[:SHOWN])}{more}: nothing was written. If the "
+            "original's are finite, which embed.py --check or rerank.py --check tells, another --dtype has room for "
+            "larger numbers (float16 ends at 65,504)"
+        )

@@ -7,6 +7,8 @@ import json
 import shlex
 from pathlib import Path
 
+from mlx_retrieval.backend import mx
+
 import numpy as np
 import pytest
 from beir_folders import write_folder
@@ -19,7 +21,7 @@ import export
 import mine
 import rerank
 import search
-from mlx_retrieval.exporters import parity
+from mlx_retrieval.exporters import parity, weights
 from mlx_retrieval.exporters.embedding import EmbeddingWriter
 from mlx_retrieval.inference import checks, embedder, finite, quantization
 from mlx_retrieval.inference.reranker import Reranker
@@ -147,9 +149,33 @@ def test_an_export_is_not_written(broken, tmp_path, capsys, monkeypatch):
     assert '"a whale"' in (err := capsys.readouterr().err) and command(broken) in err
     assert not output.exists()
     monkeypatch.setattr(EmbeddingWriter, "_vectors", lambda *_: {})  # as if the original were sound
+    monkeypatch.setattr(weights, "check_finite", lambda _: None)
     assert export.main(["--model", broken, "--output", str(output), "--skip-library-check"]) == 2
     err = capsys.readouterr().err
     assert "the exported model are not finite" in err and "nothing was written" in err and not output.exists()
+
+
+def test_weights_that_are_not_finite_are_not_exported(broken, tmp_path, capsys):
+    """Regression: no text of the comparison has the word, so the export passed with a cosine of 1."""
+    output = tmp_path / "out"
+    assert export.main(["--model", broken, "--output", str(output), "--skip-library-check"]) == 2
+    err = capsys.readouterr().err
+    assert "embed_tokens.weight (32 of " in err and "; row " in err and "nothing was written" in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("form", ["mlx", "pt"])
+def test_every_written_tensor_is_looked_at(form, tmp_path):
+    table = mx.ones((9, 4)).at[mx.array([2, 5])].add(mx.array([[0, mx.inf, 0, 0], [mx.nan] * 4]))
+    for damaged, words in (
+        ({"table": table}, r"table \(5 of 36 numbers; row 2, 5\)"),
+        ({"bias": table[5]}, r"bias \(4 of 4"),
+    ):
+        with pytest.raises(UserError, match=words):
+            weights.write(tmp_path, {"ids": mx.arange(3), "ones": mx.ones(3)} | damaged, form)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="large"):  # finite in float32
+        weights.write(tmp_path, {"large": mx.full((2, 2), 1e5).astype(mx.float16)}, form)
 
 
 # --- embed.py --check and rerank.py --check ---
