@@ -42,7 +42,7 @@ def export(job: Export) -> Path:
 def _export(job: Export) -> tuple[Path, list[str]]:
     """Return the folder that `export` returns, and its warnings."""
     from mlx_retrieval.backbones import resolve
-    from mlx_retrieval.models import loading
+    from mlx_retrieval.models import kinds, loading
     from mlx_retrieval.utils import files
     from mlx_retrieval.utils.console import print_lines
 
@@ -58,6 +58,9 @@ def _export(job: Export) -> tuple[Path, list[str]]:
         name, base, commands = writer.base_model, writer.base, [writer.next_command]
     else:
         task = {"task": job.task} if job.task else {}
+        if job.task:
+            wanted = kinds.RERANKING if job.task == "rerank" else kinds.EMBEDDING
+            kinds.require(wanted, job.model, job.adapter, job.task)
         model, config, base = loading.open_model(job.model, job.adapter, **task)
         if config.task == "rerank":
             from mlx_retrieval.exporters.reranker import RerankerWriter as Writer

@@ -13,6 +13,8 @@ from mlx_retrieval.utils.errors import SettingError, UserError
 from mlx_retrieval.utils.text import shell
 
 TOOLKIT = Path(__file__).resolve().parents[2]
+MODEL_FILES = ("config.json", "adapter_config.json")  # a model's folder has one of them
+SHOWN = 5  # names of models that a message lists
 
 
 def toolkit_relative(name: str) -> str:
@@ -40,14 +42,11 @@ def resolve(name: str) -> Path:
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise SettingError("{model} {name}: {searched}{near}", name=name, searched=searched, near=near)
     if "/" not in name:
-        raise SettingError(
-            "{model} {name}: {searched}{near}, and a hub name would be OWNER/NAME. To make such a folder from a hub "
-            "model:\n  {command}",
-            name=name,
-            searched=searched,
-            near=near.replace("?", ""),
-            command=shell("mlx_lm.convert", "--hf-path", f"OWNER/{name.removesuffix('-mlx')}", "--mlx-path", name),
-        )
+        advice = near or ", and a hub name would be OWNER/NAME"
+        if name.endswith("-mlx"):  # as this toolkit's documentation names the folders that mlx-lm converts
+            command = shell("mlx_lm.convert", "--hf-path", f"OWNER/{name.removesuffix('-mlx')}", "--mlx-path", name)
+            advice += f"{'' if near else '.'} To make such a folder from a hub model:\n  {command}"
+        raise SettingError("{model} {name}: {searched}{advice}", name=name, searched=searched, advice=advice)
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -59,7 +58,7 @@ def resolve(name: str) -> Path:
             "{model} {name}: {searched}, and it is not a valid hub name{near}", name=name, searched=searched, near=near
         ) from error
     except (HTTPError, OSError) as error:  # the hub's errors derive from these, a proxy's from HTTPError
-        if near:
+        if near or folder.parent.is_dir():  # rather a path than a hub name
             raise SettingError(
                 "{model} {name}: {searched}{near} (there is no such model on the hub either, or the hub cannot be "
                 "reached: {reason})",
@@ -81,21 +80,30 @@ def resolve(name: str) -> Path:
 
 
 def near_folder(name: str) -> str:
-    """Return `; did you mean adapters/best?` for a path that a folder here nearly has, or "" if there is none."""
+    """Return where a path goes wrong: `; did you mean adapters/best?`, or `; adapters holds best, final`.
+
+    The models of a folder are listed if none has a similar name. Returns "" if there is nothing to suggest.
+    """
     path = Path(name).expanduser()
     if path.name == "best" and (last := path.with_name("final")).is_dir():  # training improved nothing, or did not know
         return f"; the run there has no best step, and its last one is {last}"
     current = Path(path.anchor)
-    for part in path.parts[1:] if path.anchor else path.parts:
+    for number, part in enumerate(path.parts[1:] if path.anchor else path.parts):
         try:
-            folders = [each.name for each in current.iterdir() if each.is_dir()]
+            folders = sorted(each.name for each in current.iterdir() if each.is_dir())
         except OSError:
             return ""
-        near = [part] if part in folders or part == ".." else difflib.get_close_matches(part, folders, 1, 0.7)
+        near = [part] if part in folders or part == ".." else difflib.get_close_matches(part, folders, 1, 0.6)
         if not near:
-            return ""
+            return _models_in(current, folders) if number else ""
         current /= near[0]
     return f"; did you mean {current}?"
+
+
+def _models_in(parent: Path, folders: list[str]) -> str:
+    """Return `; adapters holds best, final`, or "" if none of the folders in `parent` is that of a model."""
+    models = [each for each in folders if any((parent / each / file).is_file() for file in MODEL_FILES)]
+    return f"; {parent} holds {', '.join(models[:SHOWN])}{', ...' if len(models) > SHOWN else ''}" if models else ""
 
 
 def inside(folder: Path, name: object, source: str) -> Path:

@@ -168,7 +168,6 @@ def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Mo
     if adapter is None and kinds.is_adapter(Path(path).expanduser()):
         base, adapter = None, path
     name = str(adapter or base).rstrip("/")
-    if overrides.get("task") is None:
-        kinds.require(kinds.EMBEDDING, base, str(adapter) if adapter else None)
+    kinds.require(kinds.EMBEDDING, base, str(adapter) if adapter else None, overrides.get("task"))
     model, config, folder = loading.open_model(base, str(adapter) if adapter else None, **overrides)
     return Model(model, config, config.tokenizer(folder), name, folder if adapter else None)

@@ -45,14 +45,17 @@ def explain(name: str, kind: Kind) -> str:
     return f"{name} {DESCRIPTIONS[kind]}: {TAKEN_BY[kind]}"
 
 
-def require(wanted: Collection[Kind], model: str | None, adapter: str | None = None) -> Kind:
+def require(wanted: Collection[Kind], model: str | None, adapter: str | None = None, task: str | None = None) -> Kind:
     """Return the kind of a model; `model` and `adapter`: see `detect_kind`.
+
+    Args:
+        task: the kind that the user names, which wins over the model's name, but not over its files.
 
     Raises UserError if it is none of `wanted`, or not a model for retrieval at all. A language model whose files name
     no kind counts as an embedding model and as a reranker.
     """
     kind, certain = _detect(model, adapter)
-    if kind not in wanted and (certain or kind == "rerank"):
+    if kind not in wanted and (certain or (kind == "rerank" and task is None)):
         raise UserError(explain(adapter or model, kind))
     return kind
 

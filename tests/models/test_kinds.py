@@ -206,6 +206,28 @@ def test_a_first_stage_needs_a_reranker(small, files, capsys):
     assert f"--first-stage: only for --task rerank, and {small} is no reranker" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["embed", "late"])
+def test_the_task_does_not_make_a_reranker_an_embedding_model(task, cross, files, tmp_path, capsys):
+    """Regression: `eval.py --model RERANKER --task embed` printed figures of no meaning."""
+    words = f"{cross} is a reranker, which scores a query and a document together"
+    assert words in run(evaluation, f"--model $MODEL --task {task} --eval-tasks $BEIR", files, cross, capsys)
+    assert words in run(export, f"--model $MODEL --task {task} --output $OUT", files, cross, capsys)
+    with pytest.raises(UserError, match=words):
+        embedder.load(cross, task=task)
+
+
+def test_an_embedding_model_is_not_exported_as_a_reranker(minilm, files, capsys):
+    line = run(export, "--model $MODEL --task rerank --output $OUT", files, str(minilm), capsys)
+    assert f"{minilm} is an embedding model" in line
+
+
+def test_the_task_wins_over_a_name(small, tmp_path):
+    folder = str(shutil.copytree(small, tmp_path / "some-reranker"))
+    assert kinds.require(kinds.EMBEDDING, folder, task="embed") == "rerank"
+    with pytest.raises(UserError, match="is a reranker"):
+        kinds.require(kinds.EMBEDDING, folder)
+
+
 def test_a_language_model_is_either(small):
     assert kinds.require(kinds.EMBEDDING, small) == kinds.require(kinds.RERANKING, small) == "embed"
 
@@ -216,27 +238,34 @@ def test_a_language_model_is_either(small):
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("adapters/bset", "adapters/best"),
-        ("adpters/best", "adapters/best"),
-        ("./adapters/finl", "adapters/final"),
-        ("my-modl", "my-model"),
+        ("adapters/bset", "did you mean adapters/best?"),
+        ("adpters/best", "did you mean adapters/best?"),
+        ("./adapters/finl", "did you mean adapters/final?"),
+        ("adapters/bxxxxset", "adapters holds best, final"),
+        ("adapters/xxx/yyy", "adapters holds best, final"),
+        ("my-modl", "did you mean my-model?"),
+        ("models/be", "did you mean models/bert?"),
+        ("models/llama", None),  # a folder of something else
+        ("nosuch", None),
         ("nothing/alike", None),
         ("adapters/best/nothing", None),
     ],
 )
 def test_a_typo_in_a_path_suggests_what_there_is(name, near, tmp_path, monkeypatch):
-    """Regression: `mlx_lm.convert --hf-path adapters/bset` was suggested."""
+    """Regression: `mlx_lm.convert --hf-path adapters/bset`, later `adapters/bxxxxset`, was suggested."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("adapters/best", "adapters/final", "my-model"):
+    for folder in ("adapters/best", "adapters/final", "adapters/.cache", "my-model", "models/bert"):
         Path(folder).mkdir(parents=True)
+    for folder in ("adapters/best", "adapters/final"):
+        (Path(folder) / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError) as caught:
         hub.resolve(name)
     message = str(caught.value)
-    assert (f"; did you mean {near}" in message) == (near is not None)
-    assert ("mlx_lm.convert" in message) == (near is None if "/" in name else True) or name.count("/") > 1
+    assert f"; {near}" in message if near else "; did you" not in message and "holds" not in message
+    assert ("mlx_lm.convert" in message) == (name == "nothing/alike")  # a hub name, and no folder `nothing`
     with pytest.raises(UserError, match="no such adapter folder") as caught:
         loading.open_model(None, name)
-    assert (f"; did you mean {near}?" in str(caught.value)) == (near is not None)
+    assert str(caught.value).endswith(f"; {near}" if near else "no such adapter folder")
 
 
 def test_a_run_without_a_best_step_names_its_last_one(tmp_path):
