@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.models.batching import Texts
-from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.models.tokenizer import TextTokenizer, returns_types
 from mlx_retrieval.utils.errors import SettingError, UserError
 from mlx_retrieval.utils.text import writable
 
@@ -120,8 +120,9 @@ class CrossEncoderTokenizer(PairTokenizer):
     def __init__(self, folder: Path, max_length: int):
         super().__init__(folder, max_length)
         self.frame, self.has_types = self._frame()
-        # Without a table of token types, the model has none, whatever its tokenizer says.
-        self.has_types &= read_config(folder).get("type_vocab_size", 0) > 1
+        # Without a table of token types, the model has none, whatever its tokenizer says. And without types from the
+        # tokenizer, transformers' model takes the whole pair for the first text's.
+        self.has_types &= read_config(folder).get("type_vocab_size", 0) > 1 and returns_types(folder)
         self.room = self._room(sum(map(len, self.frame)))
 
     def _frame(self) -> tuple[list[list[int]], bool]:

@@ -9,33 +9,60 @@ text are tokenised as ordinary characters.
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_retrieval.backbones.hub import read_json
+from mlx_retrieval.backbones.hub import read_config, read_json
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.utils.errors import SettingError, UserError
 from mlx_retrieval.utils.text import writable
 
+FILES = ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json", "spiece.model")  # the first there is read
+# The classes in transformers 5 (BertTokenizer, ...) that return token types unless the folder's files say otherwise.
+TYPED = ("Bert", "ConvBert", "Deberta", "DebertaV2", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
+RARE = "\N{EGYPTIAN HIEROGLYPH A001}"  # a character that vocabularies lack
 UNUSED = re.compile(r"[<\[]unused\d+[>\]]")  # tokens kept free for prompts, as Gemma and BERT have them
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the folder's fast tokenizer; transformers converts slow formats."""
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    elif any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.model", "vocab.json", "spiece.model")):
-        from transformers import AutoTokenizer
+    """Load the folder's fast tokenizer; transformers converts slow formats.
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
-    else:
+    Raises UserError if there is none, if it is damaged, or if it has tokens that the model lacks.
+    """
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
         raise UserError(f"{folder}: no tokenizer found (tokenizer.json, vocab.txt, tokenizer.model)")
+    with refusing_damaged(file):
+        tokenizer = _read(file)
+        tokenizer.encode(RARE)  # a vocabulary without its unknown token fails only now
     tokenizer.no_padding()
     tokenizer.no_truncation()
     _check_vocabulary(folder, tokenizer)
     return tokenizer
+
+
+@contextmanager
+def refusing_damaged(path: Path) -> Iterator[None]:
+    """Turn an error of the libraries that read a tokenizer in this block into a UserError about `path`."""
+    try:
+        yield
+    except BaseException as error:
+        # For a damaged file, tokenizers raises a bare Exception or, from a panic, a class that is not even one.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0] or "nothing is known of the reason"
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _read(file: Path) -> Tokenizer:
+    if file.name == FILES[0]:
+        return Tokenizer.from_file(str(file))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(file.parent)).backend_tokenizer
 
 
 def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
@@ -69,6 +96,21 @@ def named_token(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
     path = folder / "config.json"
     token = read_json(path).get(f"{name}_id") if path.is_file() else None
     return token[0] if isinstance(token, list) else token
+
+
+def returns_types(folder: Path) -> bool:
+    """Return whether the folder's tokenizer gives token types in transformers, which tell a pair's second text.
+
+    Its files say so, or else the default of its class decides: a model that gets no types takes all tokens for the
+    first text's.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if (names := settings.get("model_input_names")) is not None:
+        return "token_type_ids" in names
+    config = read_config(folder)
+    kind = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    return str(kind).removesuffix("Fast").removesuffix("Tokenizer") in TYPED if kind else config["model_type"] == "bert"
 
 
 class TextTokenizer:
@@ -150,7 +192,7 @@ class TextTokenizer:
         a vocabulary merely adds, such as HTML tags.
         """
         prompts = " ".join(self.prompts.values())
-        unknown = self._plain("\N{EGYPTIAN HIEROGLYPH A001}")
+        unknown = self._plain(RARE)
         reserved = {}
         for token, added in self.tokenizer.get_added_tokens_decoder().items():
             word = added.content

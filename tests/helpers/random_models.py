@@ -136,8 +136,8 @@ def texts(lengths: tuple[int, ...] = (29, 5, 17, 1), seed: int = 0) -> tuple[mx.
 WORDS = "a the what is kidney stone hard piece of material that forms in cat sat on mat which animal did sit there ? ;"
 
 
-def word_tokenizer(folder: Path, roberta: bool = False) -> Path:
-    """Write a tokenizer of whole words that frames a pair as BERT does, or as RoBERTa."""
+def word_tokenizer(folder: Path, roberta: bool = False, types: bool = False) -> Path:
+    """Write a tokenizer of whole words that frames a pair as BERT does, or as RoBERTa; `types`: with token types."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = ("<s>", "<pad>", "</s>", "<unk>") if roberta else ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -155,5 +155,6 @@ def word_tokenizer(folder: Path, roberta: bool = False) -> Path:
     names = ("bos_token", "pad_token", "eos_token", "unk_token") if roberta else ("pad_token", "unk_token")
     roles = dict(zip(names, special, strict=False)) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     roles |= {"cls_token": first, "sep_token": last}
+    roles |= {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]} if types else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(roles), encoding="utf-8")
     return folder

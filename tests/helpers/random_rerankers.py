@@ -111,7 +111,7 @@ def cross_encoder(kind: str, folder: Path, labels: int = 1):
             value.normal_(float("norm" in name.lower() and "weight" in name), 0.3)
     model.eval().save_pretrained(folder)
     roberta = kind in ("roberta", "xlm-roberta")
-    word_tokenizer(folder, roberta)
+    word_tokenizer(folder, roberta, types=kind == "bert")
     return model
 
 

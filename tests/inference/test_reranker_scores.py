@@ -163,6 +163,26 @@ def test_cross_encoders_equal_transformers(kind, tmp_path):
             assert np.abs(theirs(**tokens).logits[:, 0].numpy() - expected).max() > 1e-2
 
 
+def test_without_token_types_scores_equal_transformers(tmp_path):
+    """Regression: with a tokenizer class that returns no types, transformers' model gets type 0 everywhere."""
+    theirs = cross_encoder("bert", tmp_path)
+    typed = Reranker(str(tmp_path), raw_scores=True).score(QUERY, DOCUMENTS)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings.pop("model_input_names")
+    file.write_text(json.dumps(settings))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokens = tokenizer(
+        [QUERY] * len(DOCUMENTS), DOCUMENTS, truncation=True, padding=True, max_length=100, return_tensors="pt"
+    )
+    assert "token_type_ids" not in tokens
+    with torch.no_grad():
+        expected = theirs(**tokens).logits[:, 0].numpy()
+    scores = Reranker(str(tmp_path), max_length=100, raw_scores=True).score(QUERY, DOCUMENTS)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
+    assert np.abs(scores - typed).max() > 1e-2
+
+
 SIGMOID, IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.linear.Identity"
 
 
@@ -172,8 +192,7 @@ def plain_cross_encoder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cross") / "plain"
     cross_encoder("bert", folder)
     file = folder / "tokenizer_config.json"
-    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], "model_max_length": 100}
-    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 100}))
     return folder
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
 from mlx_retrieval.models.batching import Texts
-from mlx_retrieval.models.tokenizer import TextTokenizer, load_tokenizer, named_token
+from mlx_retrieval.models.tokenizer import TextTokenizer, load_tokenizer, named_token, returns_types
 from mlx_retrieval.utils.errors import UserError
 
 PAD, EOS, BOS, UNK, QUERY, DOCUMENT, BOLD = range(7)  # of the toy tokenizer
@@ -323,6 +323,62 @@ def test_closing_is_only_added_where_asked_for(toy_tokenizer_folder):
 def test_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no tokenizer found"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["broken JSON", "empty file", "no unknown token", "a missing entry"])
+def test_a_damaged_tokenizer_is_one_line(damage, tmp_path):
+    """Regression: a traceback in every command, as the library raises a bare Exception."""
+    pair = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    library = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]") if damage == "no unknown token" else pair)
+    file = tmp_path / "tokenizer.json"
+    library.save(str(file))
+    if damage != "no unknown token":
+        load_tokenizer(tmp_path)
+        whole = file.read_text()
+        entry = whole.replace('"ab": 2', '"c": 2')
+        assert entry != whole
+        file.write_text({"broken JSON": "{broken", "empty file": "", "a missing entry": entry}[damage])
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer cannot be loaded \([^\n]+\)$"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_vocabulary_of_an_old_folder(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "vocab.json").write_text("{broken")
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    with pytest.raises(UserError, match=r"vocab\.json: the tokenizer cannot be loaded \([^\n]+\)$"):
+        load_tokenizer(tmp_path)
+
+
+TYPES = ["input_ids", "token_type_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "expected"),
+    [
+        ({"tokenizer_class": "BertTokenizer"}, {}, True),
+        ({"tokenizer_class": "BertTokenizerFast"}, {}, True),
+        ({}, {}, True),
+        (None, {}, True),
+        ({}, {"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}, False),
+        ({"tokenizer_class": "DistilBertTokenizer"}, {}, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": TYPES}, {}, True),
+        ({"tokenizer_class": "BertTokenizer", "model_input_names": TYPES[::2]}, {}, False),
+    ],
+)
+def test_token_types_are_those_of_transformers(settings, config, expected, minilm, tmp_path):
+    """Regression: scores of some BERT rerankers differed from CrossEncoder's, which saw no token types."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"} | config))
+    (tmp_path / "tokenizer.json").write_text((minilm / "tokenizer.json").read_text())
+    if settings is not None:
+        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(special | settings))
+    assert returns_types(tmp_path) is expected
+    library = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    types = library(["a"], ["a"]).get("token_type_ids", [[0]])
+    assert any(types[0]) is expected
 
 
 def test_vocabulary_of_an_old_folder(minilm, tmp_path):

@@ -541,7 +541,10 @@ def test_the_mark_knows_conversations_and_masks(read):
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+        ChatTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{broken")  # nor is a damaged one
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         ChatTokenizer(tmp_path)
 
 

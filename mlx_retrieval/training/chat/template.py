@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_retrieval.dataset.row_formats import RowError
-from mlx_retrieval.models.tokenizer import vocabulary_size
+from mlx_retrieval.models.tokenizer import refusing_damaged, vocabulary_size
 from mlx_retrieval.training.chat.messages import Dialogue
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.hf_logging import quiet_transformers
@@ -47,12 +47,9 @@ class ChatTokenizer:
     def __init__(self, folder: Path):
         from mlx_lm.utils import load_config, load_tokenizer
 
-        try:
-            with quiet_transformers():
-                ends = load_config(folder).get("eos_token_id")
-                self.wrapper = load_tokenizer(folder, {"trust_remote_code": False}, ends)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise UserError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
+        with refusing_damaged(folder), quiet_transformers():
+            ends = load_config(folder).get("eos_token_id")
+            self.wrapper = load_tokenizer(folder, {"trust_remote_code": False}, ends)
         self.tokenizer = self.wrapper._tokenizer
         self._size = vocabulary_size(folder)
         pad = self.wrapper.pad_token_id or 0
