@@ -20,6 +20,7 @@ from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Batches:
         kind: type = Batch,
     ):
         if size > len(rows):
-            raise UserError(f"--batch-size {size} is larger than the data: {len(rows)} rows")
+            raise UserError(f"--batch-size {size} is larger than the data: {quantity(len(rows), 'row')}")
         if make is make_batch and rows.format == "label":
             raise UserError(
                 f"{rows.names[0]}: rows with a label, score or similarity are for --task rerank; for other tasks, "

@@ -28,7 +28,7 @@ from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import quantity, shell
 
 __all__ = ["Model", "load"]
 
@@ -84,14 +84,15 @@ def embed_file(args: argparse.Namespace) -> str:
         raise error.placed(lambda number: str(Place(args.input, texts[number].line))) from error
     if model.late:
         vector_files.write(output, texts, vectors)
-        count = f"{len(texts):,} texts, {sum(map(len, vectors)):,} token vectors of {model.dimensions} dimensions"
+        tokens = quantity(sum(map(len, vectors)), "token vector")
+        count = f"{quantity(len(texts), 'text')}, {tokens} of {model.dimensions} dimensions"
         beside = f"one text after another; {vector_files.lengths_file(output)}: the number of vectors of each text"
         return f"{output}: {count}, float32" + f", {beside}" * (output.suffix == ".npy")
     arrays, calibrated = {}, ""
     if calibrates:
         arrays[ranges_file] = ranges = quantization.ranges(vectors)
         advice = f"ranges in {ranges_file}: pass them with --ranges for queries"
-        calibrated = f"; calibrated on the {len(texts):,} texts of the input; {advice}"
+        calibrated = f"; calibrated on the {quantity(len(texts), 'text')} of the input; {advice}"
     count, dimensions = vectors.shape
     vector_files.write(output, texts, quantization.quantise(vectors, args.precision, ranges), arrays)
     forms = {
@@ -101,7 +102,7 @@ def embed_file(args: argparse.Namespace) -> str:
     }
     form = forms.get(args.precision, args.precision)
     size = f"{quantization.row_bytes(args.precision, dimensions):,} bytes a vector"
-    return f"{output}: {count:,} vectors of {dimensions} dimensions, {form}, {size}{calibrated}"
+    return f"{output}: {quantity(count, 'vector')} of {dimensions} dimensions, {form}, {size}{calibrated}"
 
 
 def embed_index(args: argparse.Namespace) -> str:
@@ -116,9 +117,10 @@ def embed_index(args: argparse.Namespace) -> str:
     model, field = load(args.model, args.adapter, max_length=args.max_length), args.field or "vector"
     with progress_bar("embedding", "documents") as progress:
         count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress)
-    skipped = f"; {empty:,} documents without text were skipped" if empty else ""
+    skipped = f"; skipped {quantity(empty, 'document')} without text" if empty else ""
     search = shell("python", "search.py", "search", "your question", "--store", args.to)
-    return f"{args.to}: {count:,} vectors of {model.dimensions} dimensions in {field}{skipped}. Next: {search}"
+    written = f"{quantity(count, 'vector')} of {model.dimensions} dimensions in {field}"
+    return f"{args.to}: {written}{skipped}. Next: {search}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.progress import progress_bar
-from mlx_retrieval.utils.text import shell, writable
+from mlx_retrieval.utils.text import quantity, shell, writable
 
 __all__ = ["Teacher", "code_pairs", "mine_negatives"]
 
@@ -104,10 +104,10 @@ def run_code(args: argparse.Namespace) -> None:
                 file.write(writable(json.dumps(pair._asdict(), ensure_ascii=False)) + "\n")
         print_counts(counts)
         if not counts.pairs:
-            raise UserError(f"{' '.join(args.paths)}: no pair found in {counts.files.total()} source files")
+            raise UserError(f"{' '.join(args.paths)}: no pair found in {quantity(counts.files.total(), 'source file')}")
     print_lines(
         [
-            ("written", f"{output} ({counts.pairs.total():,} pairs)"),
+            ("written", f"{output} ({quantity(counts.pairs.total(), 'pair')})"),
             ("next", shell("python", "train.py", "--data", output, "--output", "adapters/code")),
         ]
     )
@@ -122,13 +122,13 @@ def print_counts(counts: code_pairs.Counts) -> None:
     print_rows("Mined", ("language", "files", "definitions", "pairs"), rows)
     rows = []
     for reasons, left_out, unit in (
-        (code_pairs.FILE_REASONS, counts.left_out_files, "files"),
-        (code_pairs.REASONS, counts.left_out, "definitions"),
+        (code_pairs.FILE_REASONS, counts.left_out_files, "file"),
+        (code_pairs.REASONS, counts.left_out, "definition"),
     ):
         for reason, meaning in reasons.items():
             if n := left_out[reason]:
-                counted = "folders" if reason.startswith("folder") else unit
-                rows.append([f"{reason}: {meaning}", f"{n:,} {counted.removesuffix('s' * (n == 1))}"])
+                counted = "folder" if reason.startswith("folder") else unit
+                rows.append([f"{reason}: {meaning}", quantity(n, counted)])
     if rows:
         print_rows("Left out", ("reason", "count"), rows)
 
@@ -206,11 +206,11 @@ def run_negatives(args: argparse.Namespace) -> None:
         if not (negatives.mined.numbers >= 0).any():
             raise UserError("no negative was found: the corpus is small, or the filters are narrow")
         if judge and judge.cut:
-            notify(f"the reranker truncated {judge.cut:,} documents")
+            notify(f"the reranker truncated {quantity(judge.cut, 'document')}")
         count = negatives.write(output, args.scores)
     print_lines(
         [
-            ("written", f"{output} ({count:,} rows)"),
+            ("written", f"{output} ({quantity(count, 'row')})"),
             ("next", shell("python", "train.py", "--data", output, "--output", "adapters/m")),
         ]
     )
@@ -222,7 +222,7 @@ def print_negatives(negatives: run.Negatives, rules: hard_negatives.Rules) -> No
     rows, distinct = len(texts.row_query), len(texts.documents)
     print_lines(
         [
-            ("rows", f"{rows:,}, {len(texts.queries):,} distinct queries"),
+            ("rows", f"{rows:,}, {quantity(len(texts.queries), 'distinct query')}"),
             ("documents", f"{distinct:,} distinct of {texts.read:,}; case and white space do not count"),
         ]
     )
@@ -236,7 +236,7 @@ def print_negatives(negatives: run.Negatives, rules: hard_negatives.Rules) -> No
         print_rows(f"Left out of the best {rules.depth} documents of each query", ("reason", "count", "share"), table)
     of_row = taken.sum(axis=1)
     few, none = int((of_row < rules.take).sum()), int((of_row == 0).sum())
-    fewer = f"; {few:,} rows have fewer than {rules.take}, {none:,} of them none"
+    fewer = f"; {quantity(few, 'row')} with fewer than {rules.take}, {none:,} of them none"
     print_lines([("negatives", f"{taken.sum():,}" + fewer * bool(few))])
     if few:
         print_lines([("for more", "--range-max N looks at more documents, --relative-margin off filters less")])
@@ -306,16 +306,21 @@ def run_score(args: argparse.Namespace) -> None:
     with cache_folder(output, args.work) as cache, run.naming_lines(files, ignore_keys=args.ignore_keys):
         run.score_rows(files, output, teacher, counts, cache, skipped, notify, args.ignore_keys)
     if teacher.cut:
-        notify(f"the reranker truncated {teacher.cut:,} documents (--max-length)")
+        notify(f"the reranker truncated {quantity(teacher.cut, 'document')} (--max-length)")
     print_scores(name, counts.positives, counts.negatives, "negatives" if counts.positives else "documents")
     if counts.positives:
-        share = counts.beaten / len(counts.positives)
+        beaten, share = quantity(counts.beaten, "row"), counts.beaten / len(counts.positives)
         print_lines(
-            [("rivals", f"{counts.beaten:,} rows have a negative that scores above the positive ({share:.1%})")]
+            [
+                (
+                    "rivals",
+                    f"{beaten} with a negative that scores above the positive ({share:.1%})",
+                )
+            ]
         )
     print_lines(
         [
-            ("written", f"{output} ({counts.rows:,} rows, {counts.documents:,} scores)"),
+            ("written", f"{output} ({quantity(counts.rows, 'row')}, {quantity(counts.documents, 'score')})"),
             ("next", shell("python", "train.py", "--data", output, "--loss", "kl_distill")),
             ("or", "with --task rerank, or with --loss margin_mse"),
         ]

@@ -28,7 +28,7 @@ from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.console import NARROWEST, console
 from mlx_retrieval.utils.errors import Place, UserError
-from mlx_retrieval.utils.text import writable
+from mlx_retrieval.utils.text import quantity, writable
 
 __all__ = ["Reranker"]
 
@@ -45,7 +45,7 @@ def print_results(results: Sequence[dict[str, Any]], count: int, name: str) -> N
     """Print the ranking as a table: rank, score, number in the file, text."""
     from rich.text import Text
 
-    console().print(Text(f"{name}: {count:,} documents", style="bold"))
+    console().print(Text(f"{name}: {quantity(count, 'document')}", style="bold"))
     for rank, result in enumerate(results, start=1):
         place = Text.assemble(f"{rank:>4}  {result['score']:.4f}  ", (f"#{result['index']:<6}", "dim"))
         text = Text(" ".join(result["document"].split()))
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_results(results, len(documents), reranker.name)
     if reranker.cut:
-        print(f"rerank.py: {reranker.cut:,} documents were truncated at their end (--max-length)", file=sys.stderr)
+        print(f"rerank.py: truncated {quantity(reranker.cut, 'document')} at the end (--max-length)", file=sys.stderr)
     return 0
 
 

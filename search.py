@@ -34,7 +34,7 @@ from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
-from mlx_retrieval.utils.text import shell, writable
+from mlx_retrieval.utils.text import quantity, shell, writable
 
 if TYPE_CHECKING:  # loads LanceDB, which takes a second
     from mlx_retrieval.retrieval.indexer import Summary
@@ -58,7 +58,7 @@ def print_summary(summary: "Summary", folder: Path, is_corpus: bool) -> None:
     lines = [
         ("documents" if is_corpus else "files", f"{summary.files:,}"),
         ("chunks", f"{summary.chunks:,}"),
-        ("embedded", f"{summary.embedded:,} chunks of {summary.changed:,} new or changed"),
+        ("embedded", f"{quantity(summary.embedded, 'chunk')} of {summary.changed:,} new or changed"),
         ("unchanged", f"{summary.unchanged:,}"),
         ("removed", f"{summary.removed:,}"),
         ("index", f"{folder}, {summary.size / 1e6:,.1f} MB"),

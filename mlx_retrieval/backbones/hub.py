@@ -10,7 +10,7 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.utils.errors import SettingError, UserError
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import quantity, shell
 
 TOOLKIT = Path(__file__).resolve().parents[2]
 MODEL_FILES = ("config.json", "adapter_config.json")  # a model's folder has one of them
@@ -126,6 +126,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON (a number of thousands of digits)") from error
 
 
 def read_config(folder: Path) -> dict:
@@ -215,7 +217,8 @@ def check_fit(wanted: dict[str, mx.array], weights: dict[str, mx.array], origin:
         if name in weights and weights[name].shape != wanted[name].shape
     ]
     if problems:
-        raise UserError(f"{origin}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
+        count = f"{quantity(len(problems), 'tensor')} {'does' if len(problems) == 1 else 'do'}"
+        raise UserError(f"{origin}: {count} not fit the model:\n  " + "\n  ".join(problems))
 
 
 def load_strictly(

@@ -5,6 +5,7 @@ counts each kind; strict rules refuse them instead.
 """
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from mlx_retrieval.dataset.json_lines import read_lines, read_objects
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 Texts = dict[str, tuple[str, str]]  # id -> (title, text)
 Qrels = dict[str, dict[str, int]]  # query id -> document id -> judgement
@@ -81,9 +83,11 @@ class Untidiness:
         count, first = self.counts.get(kind, (0, place))
         self.counts[kind] = count + 1, first
 
-    def __str__(self) -> str:
+    def summary(self, folder: Path) -> str:
+        """Return the kinds with their counts, and the place of the first of each within the folder."""
+        start = f"{folder}{os.sep}"
         kinds = ((UNTIDY[kind], *self.counts[kind]) for kind in UNTIDY if kind in self.counts)
-        return "; ".join(f"{name}: {count:,} (first: {place})" for name, count, place in kinds)
+        return "; ".join(f"{name}: {count:,} (first: {place.removeprefix(start)})" for name, count, place in kinds)
 
 
 def read_texts(folder: Path, stem: str, untidy: Untidiness | None = None) -> Texts:
@@ -147,7 +151,8 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts, untidy: Untidiness) -
         where = f"{path}:{number}"
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 3:
-            raise UserError(f"{where}: {len(fields)} fields between tabs, not 3: query id, document id, judgement")
+            count = quantity(len(fields), "field")
+            raise UserError(f"{where}: {count} between tabs, not 3: query id, document id, judgement")
         query, document, judgement = fields
         is_integer = re.fullmatch(r"[+-]?\d{1,9}", judgement)
         if header_possible and not is_integer and query not in queries:
@@ -188,7 +193,7 @@ def _read(folder: Path, state: tuple, rules: FolderRules) -> tuple[Texts, Texts,
     qrels = _read_qrels(_qrels_file(folder), queries, corpus, untidy)
     corpus, queries = dict(sorted(corpus.items())), {q: queries[q] for q in sorted(qrels)}
     if untidy.counts:
-        print(f"{folder} is not tidy (--strict refuses it): {untidy}", file=sys.stderr)
+        print(f"{folder} is not tidy (--strict refuses it): {untidy.summary(folder)}", file=sys.stderr)
     if notice := _identical_ids(corpus, queries, rules.ignore_identical_ids):
         print(f"{folder}: {notice}", file=sys.stderr)
     return corpus, queries, qrels

@@ -13,6 +13,7 @@ import codecs
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,8 +79,8 @@ def parse_value(line: str | bytes) -> Any:
         raise RowError(f"broken JSON ({error.msg} at character {error.pos + 1}){missing}") from error
     except RowError:
         raise
-    except ValueError as error:  # a number of thousands of digits
-        raise RowError(f"broken JSON ({error})") from error
+    except ValueError as error:
+        raise RowError(f"broken JSON (a number of more than {sys.get_int_max_str_digits():,} digits)") from error
     except RecursionError as error:
         raise RowError("JSON nested too deeply") from error
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from mlx_retrieval.dataset.beir import document_text
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.unread_keys import held_by, is_origin, may_matter
+from mlx_retrieval.utils.text import quantity
 
 # Role -> names of keys. Upper and lower case, "-", " " and "_" do not count.
 ROLES = {
@@ -222,7 +223,7 @@ def own_row(row: dict, reading: Reading, example: Example) -> dict:
 
 def ignored_keys(counts: Counter[str]) -> str:
     """Return one line about keys that were not read, and in how many rows."""
-    shown = [f"{key} ({count:,} row{'s' * (count > 1)})" for key, count in counts.most_common(8)]
+    shown = [f"{key} ({quantity(count, 'row')})" for key, count in counts.most_common(8)]
     more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
     return f"keys that are not read: {', '.join(shown)}{more}"
 
@@ -286,7 +287,7 @@ def _scores(row: dict, key: str, count: int) -> tuple[float, ...]:
             f"each negative; rewrite a margin M as `scores`: [M, 0], or leave the key unread (--ignore-keys {key})"
         )
     if not isinstance(scores, list) or len(scores) != count or not all(map(_is_finite, scores)):
-        raise RowError(f"{key} must be {count} finite numbers, one for each document")
+        raise RowError(f"{key} must be {quantity(count, 'finite number')}, one for each document")
     return tuple(map(float, scores))
 
 

@@ -22,6 +22,7 @@ from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.kinds import detect_kind
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 Verdict = Literal["better", "worse", "no difference shown"]
 # With fewer queries no result shows a difference at 95 %, not even one with all differences of the same sign.
@@ -201,7 +202,7 @@ def _sentence(first: str, name: str, verdict: Verdict, row: tuple, queries: int)
         opening = f"{verdict} between {name} and {first}"
     few = f", too few: {FEWEST_QUERIES} are needed" if queries < FEWEST_QUERIES else ""
     figures = f"{METRICS[metric]} {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
-    return f"{opening}: {figures}, {queries:,} queries{few}"
+    return f"{opening}: {figures}, {quantity(queries, 'query')}{few}"
 
 
 def print_comparisons(
@@ -232,7 +233,7 @@ def _print_table(
             _, _, figure, difference, low, high = comparison.rows[i]
             rows.append((name, label, f"{figure:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
     columns = ("model", "metric", "figure", "difference", "95 % interval")
-    print_rows(f"{title}: {comparisons[0].queries:,} queries, differences to the first model", columns, rows)
+    print_rows(f"{title}: {quantity(comparisons[0].queries, 'query')}, differences to the first model", columns, rows)
 
 
 def to_json(

@@ -22,6 +22,7 @@ from mlx_retrieval.inference.embedder import Model, embed
 from mlx_retrieval.retrieval.base import Hit, fuse_hits
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 MODES = ("bm25", "semantic", "hybrid")
 SHOWN = {name: METRICS[name] for name in ("precision_at_1", "mrr_at_10", "ndcg_at_10")}
@@ -169,7 +170,7 @@ def print_table(title: str, evaluations: dict[str, Evaluation]) -> None:
     rows = [
         (label, *(f"{evaluations[mode].tasks['queries'][name]:.4f}" for mode in MODES)) for name, label in SHOWN.items()
     ]
-    print_rows(f"{title}: {_count(evaluations):,} queries", ("metric", *MODES), rows)
+    print_rows(f"{title}: {quantity(_count(evaluations), 'query')}", ("metric", *MODES), rows)
     to_bm25 = differences(evaluations)
     rows = []
     for name, label in SHOWN.items():

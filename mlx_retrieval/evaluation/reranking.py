@@ -28,6 +28,7 @@ from mlx_retrieval.retrieval.base import RANKS
 from mlx_retrieval.retrieval.bm25 import RankedIds, bm25
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
+from mlx_retrieval.utils.text import quantity
 
 DEPTH = 100
 QUERIES_AT_ONCE = 16
@@ -188,7 +189,7 @@ def print_reranked(before: Evaluation, after: Evaluation, depth: int) -> None:
     from mlx_retrieval.utils.console import console
 
     names = (before.model if before.model == BM25.name else "first stage", "reranked")
-    console().print(f"{after.model} reranks the first {depth:,} documents of {before.model}", style="bold")
+    console().print(f"{after.model} reranks the first {quantity(depth, 'document')} of {before.model}", style="bold")
     if len(after.tasks) > 1:
         for task in after.tasks:
             alone = (Evaluation(e.model, {task: e.tasks[task]}, {task: e.per_query[task]}, {}) for e in (before, after))

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_retrieval.inference.quantization import CALIBRATED, row_bytes
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 # mteb's names -> the spelling in tables, in their order. Training keeps the checkpoint that is best by the first.
 METRICS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "Recall@100", "precision_at_1": "P@1"}
@@ -123,7 +124,7 @@ def print_comparison(
             (row[0], f"{np.mean([reference.tasks[name][metric] for name in common]):.4f}", *row[1:])
             for row, metric in zip(rows, METRICS, strict=True)
         ]
-    print_rows(f"{', '.join(common)}: {queries:,} queries", columns, rows)
+    print_rows(f"{', '.join(common)}: {quantity(queries, 'query')}", columns, rows)
 
 
 def compare_formats(full: Evaluation, stored: dict[VectorFormat, Evaluation]) -> list[dict[str, Any]]:

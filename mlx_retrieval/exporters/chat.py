@@ -17,7 +17,7 @@ from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.training.chat import adapter as chat_adapter
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.utils.errors import UserError, concerning
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import quantity, shell
 
 NAMES = (*tokenizer.NAMES, "generation_config.json")
 SETTINGS = (  # the settings of a run that affect the result
@@ -112,7 +112,7 @@ class ChatWriter:
         """Merge the adapter, write weights and config.json; return how the weights are stored, in words."""
         job, backbone = self.job, self.backbone
         trained = weights.merge(backbone)
-        self._note("merged", f"{job.adapter}: {len(trained):,} tensors")
+        self._note("merged", f"{job.adapter}: {quantity(len(trained), 'tensor')}")
         mlx = job.format == "mlx"
         name = str(dtype).rpartition(".")[-1]
         settings = config_json.make(self.base, backbone, job.format, name if mlx or job.dtype else None)

@@ -22,7 +22,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pylate_files import PROJECTION
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import writable
+from mlx_retrieval.utils.text import quantity, writable
 
 
 class EmbeddingWriter:
@@ -88,9 +88,10 @@ class EmbeddingWriter:
         """Write everything but the check's results; return the least exact dtype of weights."""
         job, config, backbone = self.job, self.config, self.model.backbone
         trained = weights.merge(backbone)
-        self._note(
-            "merged", f"{job.adapter}: {len(trained):,} tensors" if job.adapter else "nothing, this is a base model"
-        )
+        if job.adapter:
+            self._note("merged", f"{job.adapter}: {quantity(len(trained), 'tensor')}")
+        else:
+            self._note("adapter", "none: the base model itself is exported")
         stored = weights.stored_dtype(self.base)
         one_dtype = job.dtype or job.gguf_ready or job.format == "mlx"
         dtype = (getattr(mx, job.dtype) if job.dtype else stored) if one_dtype else None

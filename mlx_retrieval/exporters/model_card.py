@@ -15,6 +15,7 @@ from mlx_retrieval.exporters import reranker_card
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.curves import is_number, metric_name, read_metrics
+from mlx_retrieval.utils.text import quantity
 
 SETTINGS = (  # the settings of a run that affect the result; the others say where and how fast it ran
     "loss",
@@ -96,7 +97,7 @@ def history(adapter: Path | None, names: Sequence[str] = SETTINGS) -> list[str]:
     parts = ["## Training\n"]
     data = settings.get("data")
     sentences = [f"Data: {', '.join(f'`{Path(str(file)).name}`' for file in data)}."] if data else []
-    sentences += [f"{step:,} steps."] if step is not None else []
+    sentences += [f"{quantity(step, 'step')}."] if step is not None else []
     parts.append((" ".join(sentences) or "The run's folder no longer says how it was trained.") + "\n")
     rows = [(key, settings.get(key)) for key in names]
     rows = [(key.replace("_", "-"), _setting(value)) for key, value in rows if value not in (None, [], "")]

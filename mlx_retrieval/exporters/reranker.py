@@ -34,7 +34,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.sentence_transformers_files import MODULES, SENTENCE, SETTINGS
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import writable
+from mlx_retrieval.utils.text import quantity, writable
 
 ACTIVATIONS = {"sigmoid": "torch.nn.modules.activation.Sigmoid", "": "torch.nn.modules.linear.Identity"}
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -120,9 +120,10 @@ class RerankerWriter:
     def _write(self, folder: Path, dtype: mx.Dtype) -> None:
         job, backbone = self.job, self.model.backbone
         trained = weights.merge(backbone)
-        self._note(
-            "merged", f"{job.adapter}: {len(trained):,} tensors" if job.adapter else "nothing, this is a base model"
-        )
+        if job.adapter:
+            self._note("merged", f"{job.adapter}: {quantity(len(trained), 'tensor')}")
+        else:
+            self._note("adapter", "none: the base model itself is exported")
         name = str(dtype).rpartition(".")[-1]
         one_dtype = job.dtype or self.form == "mlx"
         settings = self._settings(name if one_dtype else None)

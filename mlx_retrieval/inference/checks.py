@@ -29,6 +29,7 @@ from mlx_retrieval.models.batching import Texts, pad_rows, plan
 from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 LONGEST = 1024  # most tokens of an embedded text; checks of tokens alone use the model's own limit
 CHANGED = 1e-6  # cosine distance above which embeddings differ; float32 rounding stays below 1e-12
@@ -288,9 +289,9 @@ def _equal(model: embedder.Model, actual: Vectors, expected: Vectors, limit: flo
         limit = HALF_PRECISION
     actual, expected = _rows(actual), _rows(expected)
     if actual.shape != expected.shape:
-        return False, f"{len(actual)} vectors, not {len(expected)}"
+        return False, f"{quantity(len(actual), 'vector')}, not {len(expected)}"
     worst = float(np.abs(actual - expected).max())
-    return worst <= limit, f"worst difference {worst:.1e} of {len(actual)} vectors, limit {limit:.0e}"
+    return worst <= limit, f"worst difference {worst:.1e} of {quantity(len(actual), 'vector')}, limit {limit:.0e}"
 
 
 def _different(a: Vectors, b: Vectors, between: str) -> tuple[bool, str]:

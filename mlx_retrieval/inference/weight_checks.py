@@ -6,6 +6,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 
+from mlx_retrieval.utils.text import quantity
+
 SHOWN = 4  # tensors, and tokens of one, that a finding names
 
 
@@ -29,9 +31,9 @@ def finite_weights(model: nn.Module, tokenizer: Tokenizer) -> tuple[bool, str]:
                 detail = _tokens(value, tokenizer)
             findings.append(f"{name} ({detail})")
     if findings:
-        more = f" and {len(findings) - SHOWN:,} more tensors" if len(findings) > SHOWN else ""
+        more = f" and {quantity(len(findings) - SHOWN, 'more tensor')}" if len(findings) > SHOWN else ""
         return False, f"not finite: {', '.join(findings[:SHOWN])}{more}"
-    return True, f"{tensors:,} tensors, {numbers:,} numbers"
+    return True, f"{quantity(tensors, 'tensor')}, {quantity(numbers, 'number')}"
 
 
 def _tokens(table: mx.array, tokenizer: Tokenizer) -> str:

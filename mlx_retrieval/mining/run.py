@@ -23,6 +23,7 @@ from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
+from mlx_retrieval.utils.text import quantity
 
 Notify = Callable[[str], None]
 
@@ -197,7 +198,7 @@ def open_cache(
     """Open the cache; report the rows that were left out, and whether an earlier run is continued."""
     resumed, changed = cache.open(fingerprints, for_vectors)
     if skipped:
-        notify(f"{len(skipped):,} bad rows left out, the first: {skipped[0]}")
+        notify(f"{quantity(len(skipped), 'bad row')} left out, the first: {skipped[0]}")
     if resumed and changed:
         notify(f"{cache.folder}: started over, changed since the last run: {', '.join(changed)}")
     elif resumed:

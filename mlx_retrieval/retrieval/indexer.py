@@ -30,6 +30,7 @@ from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils import locks
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.progress import progress_bar
+from mlx_retrieval.utils.text import quantity
 
 BATCH = 512  # chunks embedded and stored together
 
@@ -298,7 +299,7 @@ def _embed(
                 index.add(batch, embed(model, texts, "document", places.__getitem__), stored)
                 summary.embedded += count
                 batch = []
-            progress(number, note=f"{summary.embedded:,} chunks")
+            progress(number, note=f"{quantity(summary.embedded, 'chunk')}")
     if touched:
         index.record(touched)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_retrieval.models import maxsim
 from mlx_retrieval.models.maxsim import score
+from mlx_retrieval.utils.text import quantity
 
 EXHAUSTIVE_TOKENS = 20_000_000
 CANDIDATES = 1_000
@@ -38,7 +39,7 @@ class LateIndex:
     @property
     def description(self) -> str:
         """Size and method of the search, in words."""
-        count = f"{len(self.vectors):,} documents, {int(self.lengths.sum()):,} token vectors"
+        count = f"{quantity(len(self.vectors), 'document')}, {quantity(int(self.lengths.sum()), 'token vector')}"
         if self.exhaustive:
             return f"{count}: all scored by MaxSim"
         return f"{count}: the {CANDIDATES:,} nearest by mean vector scored by MaxSim"

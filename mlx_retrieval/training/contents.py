@@ -79,8 +79,8 @@ def check(run: Path, contents: Contents, accept: bool) -> set[str]:
     listing = [f"{part}: {line}" for part, lines in changes.items() for line in lines]
     if listing and not accept:
         raise SettingError(
-            "{resume}: the data are not those that the run in {run} was begun with:\n  {listing}\n"
-            "{accept_changed_data} continues with the data of today; the result is not that of an uninterrupted run",
+            "{resume}: this has changed since the run in {run} was begun:\n  {listing}\n"
+            "{accept_changed_data} continues with the current data; the result is not that of an uninterrupted run",
             run=run,
             listing="\n  ".join(listing),
         )

@@ -7,6 +7,7 @@ import numpy as np
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.state import State
+from mlx_retrieval.utils.text import quantity
 
 LEAST_STEPS = 3  # of fewer losses, equal ones tell nothing
 SAME_LOSS = 1e-6  # relative; float32 rounds to 6e-8
@@ -21,13 +22,13 @@ def warnings(settings: Settings, rows: Source | None = None) -> list[tuple[str, 
     if settings.warmup_steps > settings.steps:
         reached = settings.steps / settings.warmup_steps
         lines.append(
-            f"--warmup of {settings.warmup_steps:,} steps is longer than the run of {settings.steps:,}: the learning "
-            f"rate ends at {reached:.1%} of --learning-rate"
+            f"--warmup of {quantity(settings.warmup_steps, 'step')} is longer than the run of {settings.steps:,}: the "
+            f"learning rate ends at {reached:.1%} of --learning-rate"
         )
     for side, text in (rows.constant if rows else {}).items():
         shown = text if len(text) <= 40 else text[:39] + "…"
         lines.append(
-            f'every row read so far has the same {side} ("{shown}"): nothing to tell apart. Is it the right key?'
+            f'all rows that were read have the same {side} ("{shown}"): nothing to tell apart. Is it the right key?'
         )
     return [("warning", line) for line in lines]
 

@@ -10,6 +10,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils.console import print_lines, print_rows
+from mlx_retrieval.utils.text import quantity
 
 FORWARD = ("forward, queries", "forward, documents")
 PHASES = ("data", "forward", *FORWARD, "loss", "backward", "forward, loss, backward", "optimizer")
@@ -78,6 +79,7 @@ def _print(figures: dict[str, float], settings: Settings) -> None:
     ]
     if "evaluation" in figures:
         rows.append(("evaluation (all tasks)", f"{1e3 * figures['evaluation']:,.1f}", "", ""))
-    title = f"{settings.profile} steps of {settings.batch_size} rows, {tokens:,.0f} tokens each without padding"
+    steps, rows_each = quantity(settings.profile, "step"), quantity(settings.batch_size, "row")
+    title = f"{steps} of {rows_each}, {tokens:,.0f} tokens each without padding"
     print_rows(title, ("phase", "ms", "of a step", "tokens/s"), rows)
     print_lines([("profile", "nothing was written; one step before these, which also compiles, is left out")])

@@ -29,7 +29,7 @@ from mlx_retrieval.training.data_survey import Survey, survey_rows
 from mlx_retrieval.training.improvement import model_to_use
 from mlx_retrieval.training.reporting import METRICS_FILE, without_secrets
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.text import excerpt, shell, writable
+from mlx_retrieval.utils.text import excerpt, quantity, shell, writable
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -91,7 +91,7 @@ def retrieval_report(
         notes += [f"{line[0].upper()}{line[1:]}."] if (line := harm(first_stage, after)) else []
     if before is None or not any(task in before.tasks for task in after.tasks):
         rows = [(label, None, average[metric], None, None, None) for metric, label in METRICS.items()]
-        sentence = f"{main} is {average['ndcg_at_10']:.4f} after training, over {count:,} queries of {names}."
+        sentence = f"{main} is {average['ndcg_at_10']:.4f} after training, over {quantity(count, 'query')} of {names}."
         detail = "The untrained model was not evaluated, so nothing shows what training has changed."
         return Report(sentence, detail, tables=[Table(names, count, rows)], notes=notes)
     tables = []
@@ -101,7 +101,7 @@ def retrieval_report(
     _, old, new, difference, low, high = whole.rows[0]
     verdict = judge(("ndcg_at_10", *whole.rows[0][1:]), count)
     moved = "rose" if difference > 0 else "fell" if difference < 0 else "stayed"
-    headline = f"{main} {moved} from {old:.4f} to {new:.4f} over {count:,} queries of {names}."
+    headline = f"{main} {moved} from {old:.4f} to {new:.4f} over {quantity(count, 'query')} of {names}."
     meaning = f"The trained model is {verdict}: the interval is clear of zero."
     if verdict == "no difference shown":
         reason = "the interval holds zero" if count >= FEWEST_QUERIES else f"{count} queries are too few"

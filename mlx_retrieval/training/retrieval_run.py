@@ -43,7 +43,7 @@ from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import console, print_lines
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import located, shell
+from mlx_retrieval.utils.text import located, quantity, shell
 
 
 class Evaluations:
@@ -122,11 +122,11 @@ class RetrievalRun:
         minutes, rest = divmod(round(plan["seconds"]), 60)
         print_lines(
             [
-                ("first batch", f"{texts} distinct texts, {batch.tokens:,} tokens, longest {longest}"),
+                ("first batch", f"{quantity(texts, 'distinct text')}, {batch.tokens:,} tokens, longest {longest}"),
                 ("plan", f"{result.micro_batches} micro-batches, {plan['padding']:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s, loss {plan['loss']:.4f}"),
                 ("memory", f"{peak / 1e9:.2f} GB at most"),
-                ("all steps", f"{minutes} min {rest} s for {settings.steps:,} steps, without evaluations"),
+                ("all steps", f"{minutes} min {rest} s for {quantity(settings.steps, 'step')}, without evaluations"),
                 ("dry run", "nothing was trained or written"),
             ]
         )
@@ -317,13 +317,13 @@ def prepare(settings: Settings) -> RetrievalRun:
     if evaluations:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(settings.eval_tasks, rules=settings.folder_rules)
-    skipped = f", {len(rows.skipped)} bad rows left out" if rows.skipped else ""
+    skipped = f", {quantity(len(rows.skipped), 'bad row')} left out" if rows.skipped else ""
     headline = [
         ("device", backend.describe()),
         ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained})"),
         ("text", describe(settings, retrieval)),
-        ("data", f"{len(rows):,} rows{skipped}, batch {settings.batch_size}, "
-                 f"{settings.steps:,} steps = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
+        ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {settings.batch_size}, "
+                 f"{quantity(settings.steps, 'step')} = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
                  f"learning rate {settings.learning_rate:g}"),
     ]  # fmt: skip
     if settings.micro_batch_tokens == "auto":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+WARNING = "warning"  # the name of a pair of `print_lines`, as `Reporter.warn` begins
 NARROWEST = 12  # characters, of a table's first column
 
 
@@ -22,10 +23,10 @@ def console() -> Console:
 
 
 def print_lines(pairs: list[tuple[str, str]]) -> None:
-    """Print names and values in two aligned columns, one pair a line."""
-    width = max((len(name) for name, _ in pairs), default=0)
+    """Print names and values in two aligned columns, one pair a line; a warning is a line of its own."""
+    width = max((len(name) for name, _ in pairs if name != WARNING), default=0)
     for name, value in pairs:
-        console().print(f"{name:<{width}}   {value}")
+        console().print(f"{WARNING}: {value}" if name == WARNING else f"{name:<{width}}   {value}")
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -52,6 +52,13 @@ def located(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def quantity(count: int, noun: str) -> str:
+    """Return a number and what it counts: `1 row`, `2,000 rows`, `2 queries`; `noun` is in the singular."""
+    if count != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count:,} {noun}"
+
+
 def excerpt(text: str, length: int) -> str:
     """Return the beginning of a text on one line: at most `length` characters, cut at a word, with "…" if cut.
 

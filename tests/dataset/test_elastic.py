@@ -230,7 +230,7 @@ def test_documents_that_make_no_row(login, small, capfd):
     rows = rows_of(small, skip_bad=True)
     drawn = ids(rows, 310)
     assert len(set(drawn[:300])) == 300 and "empty" not in drawn
-    assert "1 documents left out; the first:" in capfd.readouterr().err
+    assert "1 document left out; the first:" in capfd.readouterr().err
 
 
 def test_no_document_is_left(login, small):
@@ -319,7 +319,7 @@ def test_vectors_written_back_are_searched(login, small, capsys):
         retrieval_searcher.Searcher(f"es://{small}")
     assert embed.main(command) == 0 and "300 vectors of" in capsys.readouterr().out
     login.ask("PUT", f"/{small}/_doc/late?refresh=true", {"query": "q", "title": "a tall ship", "snippet": "at sea"})
-    assert embed.main(command) == 0 and ": 1 vectors of" in capsys.readouterr().out  # what is there is kept
+    assert embed.main(command) == 0 and ": 1 vector of" in capsys.readouterr().out  # what is there is kept
     assert embed.main(command) == 0 and ": 0 vectors of" in capsys.readouterr().out
 
     searcher = retrieval_searcher.Searcher(f"es://{small}")

@@ -28,7 +28,7 @@ BAD = {
     b'{"a": ': "broken JSON (Expecting value at character 7)",
     b'{"a": "caf\xe9"}': "not UTF-8 (byte 11 of the line)",
     '{"é": "'.encode() + b'\xff"}': "not UTF-8 (byte 9 of the line)",
-    b'{"a": ' + b"9" * 5_000 + b"}": "broken JSON (Exceeds the limit",
+    b'{"a": ' + b"9" * 5_000 + b"}": "broken JSON (a number of more than 4,300 digits)",
     b"[" * 100_000: "JSON nested too deeply",
 }
 

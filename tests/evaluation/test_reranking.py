@@ -370,7 +370,7 @@ def test_command(rerankers, capsys, tmp_path, words, shelf, no_hub):
     out, err = capsys.readouterr()
     assert f"eval.py: {NANO}: data set" in err and "first 3 documents" in out
     titles = [line.strip() for line in out.splitlines() if "quer" in line]
-    assert titles == ["words: 40 queries", "shelf: 1 queries", "words, shelf: 41 queries"]
+    assert titles == ["words: 40 queries", "shelf: 1 query", "words, shelf: 41 queries"]
     record = json.loads(file.read_text())
     assert record["unreachable"].keys() == {NANO} and list(record["tasks"]) == ["words", "shelf"]
     assert record["first_stage"]["depth"] == 3

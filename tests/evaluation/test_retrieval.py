@@ -287,7 +287,7 @@ BAD_FOLDERS = {
     "title is a list": ({"corpus": [{"_id": "d", "text": "x", "title": ["y"]}]}, r'corpus\.jsonl:1: "title"'),
     "id twice": ({"corpus": TWICE}, r"corpus\.jsonl:2: the id d1 occurs twice"),
     "two fields": ({"qrels": "q1\td1\n"}, r"test\.tsv:1: 2 fields between tabs, not 3"),
-    "spaces": ({"qrels": "q1 d1 1\n"}, r"test\.tsv:1: 1 fields between tabs, not 3"),
+    "spaces": ({"qrels": "q1 d1 1\n"}, r"test\.tsv:1: 1 field between tabs, not 3"),
     "unknown queries": ({"qrels": "q9\td1\t1\n"}, r"test\.tsv: no query has a positive judgement"),
     "unknown documents": ({"qrels": "q1\td9\t1\n"}, r"test\.tsv: no judged document is in the corpus"),
     "a query of null": (

@@ -150,7 +150,7 @@ def test_one_line_counts_each_kind(untidy, capsys):
         evaluate(Exact(), [str(untidy)])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    qrels, corpus = untidy / "qrels" / "test.tsv", untidy / "corpus.jsonl"
+    qrels, corpus = "qrels/test.tsv", "corpus.jsonl"
     assert lines[0] == (
         f"{untidy} is not tidy (--strict refuses it): judgements that a later line replaces: 3 (first: {qrels}:121); "
         f"judged documents that are not in the corpus, so never found: 12 (first: {qrels}:126); "

@@ -155,7 +155,7 @@ def test_the_command_calibrates_and_reads_ranges(model, small, tmp_path, capsys)
     flags = ["--precision", "uint8", "--dimensions", "16", "--ranges", str(beside), "--prompt", "query"]
     assert run_embed(small, tmp_path, ["a bike"], *flags) == 0
     out = capsys.readouterr().out
-    assert out.endswith("v.npy: 1 vectors of 16 dimensions, uint8, 16 bytes a vector\n")
+    assert out.endswith("v.npy: 1 vector of 16 dimensions, uint8, 16 bytes a vector\n")
     expected = model.encode(["a bike"], "query", dimensions=16, precision="uint8", ranges=np.load(beside))
     assert np.array_equal(np.load(tmp_path / "v.npy"), expected) and beside.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"docs.txt", "v.npy", "v.ranges.npy"}

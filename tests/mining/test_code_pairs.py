@@ -386,7 +386,7 @@ def test_what_is_refused(tree, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "nowhere: no such file" in refused(tmp_path / "nowhere", "--output", output)
-    assert "no pair found in 1 source files" in refused(folder / "none", "--output", output)
+    assert "no pair found in 1 source file" in refused(folder / "none", "--output", output)
     assert "a.py is not a folder" in refused(folder, "--output", folder / "a.py" / "x.jsonl")
     assert "this is a folder" in refused(folder, "--output", tmp_path)
     assert "inputs are never overwritten" in refused(folder, "--output", folder / "a.py", "--overwrite")

@@ -364,7 +364,7 @@ def test_an_embedders_scores(small, small_blocks, tmp_path, write_rows, capsys):
     told = capsys.readouterr().out
     assert f"{small}, embedder" in told and "7 rows, 15 scores" in told
     beaten = sum(max(row["scores"]) > row["scores"][0] for row in rows)
-    assert f"{beaten} rows have a negative that scores above the positive" in told
+    assert f"{beaten} row{'s' * (beaten != 1)} with a negative that scores above the positive" in told
     assert not (tmp_path / ".scored.jsonl.work").exists()
 
 

@@ -455,7 +455,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(base_folders, tmp_path)
     name = next(name for name in found if name.endswith(".v"))
     found.pop(name)
     rewrite(tmp_path / OPTIMIZER, found)
-    with pytest.raises(UserError, match=f"optimizer.safetensors: 1 tensors do not fit the model:\n  missing {name}"):
+    with pytest.raises(UserError, match=f"optimizer.safetensors: 1 tensor does not fit the model:\n  missing {name}"):
         checkpoint.load_training(tmp_path, prepared(base_folders["bert"], "lora")[-1])
 
 

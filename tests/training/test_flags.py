@@ -204,7 +204,7 @@ def test_skip_bad_rows(settings, data):
     run = training_run.prepare(settings(skip_bad_rows=True))
     assert len(run.trainer.batches.rows) == 41
     assert ("ignored", "keys that are not read: title (1 row)") in run.headline
-    assert any("1 bad rows" in line for _, line in run.headline)
+    assert any("1 bad row left out" in line for _, line in run.headline)
     assert any("rows.jsonl:41" in line for _, line in run.headline)
 
 

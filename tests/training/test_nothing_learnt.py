@@ -64,7 +64,7 @@ def test_what_all_rows_share_is_told(write_rows, rows, constant):
     lines = [text for _, text in nothing_learnt.warnings(Settings(), source)]
     assert len(lines) == len(constant)
     for side, text in constant.items():
-        assert any(f'every row read so far has the same {side} ("{text}")' in line for line in lines)
+        assert any(f'all rows that were read have the same {side} ("{text}")' in line for line in lines)
 
 
 def test_a_mixture_shares_what_all_of_its_sources_share(write_rows):
@@ -171,7 +171,7 @@ def test_the_probe_sees_an_update_and_nothing_else(prepared, task):
 @pytest.mark.parametrize("stop", [0, 4])
 def test_a_run_that_learns_nothing_says_so_at_its_end_resumed_or_not(prepared, task, stop, capsys):
     """And one that learns does not."""
-    rate, ending = "1e-12", "warning   the trained model computes the same as the untrained one: nothing was learnt at"
+    rate, ending = "1e-12", "warning: the trained model computes the same as the untrained one: nothing was learnt at"
     same = {"batch_size": 8, "steps": 6, "learning_rate": float(rate)}
     train.train(prepared(task, **same, stop_after=stop))
     out = capsys.readouterr().out
@@ -193,5 +193,5 @@ def test_one_query_for_all_rows_is_told_before_and_during_the_run(prepared, writ
     write_rows([{"query": "same", "positive": f"answer {i}"} for i in range(8)])
     train.train(settings)
     out = capsys.readouterr().out
-    assert re.search(r'^warning +every row read so far has the same query \("same"\)', out, re.MULTILINE)
+    assert re.search(r'^warning: all rows that were read have the same query \("same"\)', out, re.MULTILINE)
     assert "warning: the gradient has been 0 in all 3 steps so far, and the loss is 0" in out

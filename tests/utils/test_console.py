@@ -51,3 +51,9 @@ def test_a_ranking_shows_score_and_number_at_every_width(printed, width):
     results = [{"index": 12345, "score": -10.98765, "document": "a text of many words " * 9}]
     out = printed(width, rerank.print_results, results, 1, "m")
     assert "-10.9877" in out and "#12345" in out and "a text" in out and "…" in out
+
+
+def test_a_warning_is_a_line_of_its_own(printed):
+    """Regression: one run printed both `warning   text` and `warning: text`."""
+    lines = [("data", "2 rows"), ("warning", "all are alike"), ("steps", "1")]
+    assert printed(80, console.print_lines, lines) == "data    2 rows\nwarning: all are alike\nsteps   1\n"

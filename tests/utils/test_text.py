@@ -9,7 +9,7 @@ import pytest
 
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import CHECKOUT, excerpt, shell, writable, writable_values
+from mlx_retrieval.utils.text import CHECKOUT, excerpt, quantity, shell, writable, writable_values
 
 
 def test_writable():
@@ -53,3 +53,11 @@ def test_an_excerpt_is_one_short_line():
     assert excerpt("\u0645\u06cc\u200c\u062e\u0648\U0001f468\u200d\U0001f469", 20) == (
         "\u0645\u06cc\u200c\u062e\u0648\U0001f468\u200d\U0001f469"
     )  # joiners are part of words and emoji
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "expected"),
+    [(0, "row", "0 rows"), (1, "query", "1 query"), (2, "query", "2 queries"), (1_000, "bad row", "1,000 bad rows")],
+)
+def test_quantities(count, noun, expected):
+    assert quantity(count, noun) == expected

@@ -22,6 +22,7 @@ from mlx_retrieval.dataset.elastic.fields import Fields, row_of
 from mlx_retrieval.dataset.elastic.server import Address, Closed
 from mlx_retrieval.dataset.row_formats import Example, RowError, common_parts, examples_of, reading_of
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 BLOCK = 16  # ranges that are shuffled together
 KEPT_SKIPPED = 1000
@@ -205,7 +206,8 @@ class ElasticRows:
 
     def _report_bad(self) -> None:
         if self.bad:
-            print(f"{self.address}: {self.bad:,} documents left out; the first: {self.skipped[0]}", file=sys.stderr)
+            count = quantity(self.bad, "document")
+            print(f"{self.address}: {count} left out; the first: {self.skipped[0]}", file=sys.stderr)
             self.bad = 0
 
     def _check_fields(self) -> str:

@@ -59,7 +59,7 @@ def dialogue_of(row: dict) -> Dialogue:
     context = {i for i, message in enumerate(checked) if message.pop("weight", 1) == 0}
     turns = {i for i, message in enumerate(checked) if message["role"] == "assistant"}
     if not turns - context:
-        reason = "every message of the assistant's has weight 0" if turns else "no message of the assistant's"
+        reason = "every assistant message has weight 0" if turns else "no assistant message"
         raise RowError(f"{reason}: nothing to learn")
     return Dialogue(checked, tools, frozenset(context))
 
@@ -99,7 +99,7 @@ def _counts(key: str, value: Any) -> bool:
     if held_by(name, value) in ("label", "negatives") or (CHOICE.fullmatch(name) and value != 1):
         raise RowError(
             f"{key} cannot be used in a conversation: keep the rows to learn from and leave the key unread "
-            f'(--ignore-keys {key}); "weight": 0 makes a message of the assistant\'s context'
+            f'(--ignore-keys {key}); "weight": 0 makes an assistant message context only'
         )
     return not CHOICE.fullmatch(name)
 

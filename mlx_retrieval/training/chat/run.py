@@ -32,7 +32,7 @@ from mlx_retrieval.training.contents import BASE, Contents, base_contents
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import quantity, shell
 
 MAX_LENGTH = 2048  # where --max-length is not given
 
@@ -169,9 +169,9 @@ def prepare(settings: Settings) -> ChatRun:
         ("device", backend.describe()),
         ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained}{layers})"),
         ("text", describe(settings, tokenizer)),
-        ("data", f"{len(rows):,} conversations of {rows.lengths.mean():,.0f} tokens on average, longest "
+        ("data", f"{quantity(len(rows), 'conversation')} of {rows.lengths.mean():,.0f} tokens on average, longest "
                  f"{rows.longest:,}; batch {size}, {length}, learning rate {settings.learning_rate:g}"),
-        ("validation", f"{len(valid):,} conversations" if valid else "none: no valid.jsonl beside the training data"),
+        ("validation", quantity(len(valid), "conversation") if valid else "none: no valid.jsonl beside the data"),
         ("memory", f"about {expected.total / 1e9:.2f} GB, an estimate: weights {expected.weights / 1e9:.2f}, "
                    f"optimizer {expected.training / 1e9:.2f}, a step on the longest {expected.activations / 1e9:.2f}"),
     ]  # fmt: skip
@@ -201,7 +201,7 @@ def resolve_steps(settings: Settings, per_epoch: int) -> str:
             f"{-(-settings.steps // per_epoch)} epochs; give one of them"
         )
     settings.epochs = None  # from here on the number of steps decides
-    count = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    count = quantity(epochs, "epoch")
     partial = "" if settings.steps == epochs * per_epoch else ", the last of them in part"
     return f"{settings.steps:,} iters = {count} of {per_epoch:,}{partial}"
 
@@ -225,24 +225,25 @@ def warnings(settings: Settings, rows: Conversations, valid: Conversations | Non
     lines = []
     if settings.batch_size > len(rows):
         lines.append(
-            f"--batch-size {settings.batch_size} is more than the {len(rows)} conversations: a batch holds all"
+            f"--batch-size {settings.batch_size} is more than {quantity(len(rows), 'conversation')}: a batch holds all"
         )
     for name, some in (("", rows), (" for validation", valid)):
         if some is None:
             continue
         if some.truncated:
             lines.append(
-                f"{some.truncated} conversations{name} are longer than {settings.max_length} tokens and are truncated"
+                f"truncated {quantity(some.truncated, 'conversation')}{name} of more than {settings.max_length} tokens"
             )
         if some.empty:
-            lines.append(f"{some.empty} conversations{name} are left out: nothing to train on is within that length")
+            count = quantity(some.empty, "conversation")
+            lines.append(f"left out {count}{name}: nothing to train on is within {settings.max_length} tokens")
         if some.last_only:
             lines.append(
-                f"{some.last_only} conversations{name} are trained on their last turn only: the chat template renders "
-                "earlier ones otherwise when more follows"
+                f"{quantity(some.last_only, 'conversation')}{name}: only the last turn is trained on, as the chat "
+                "template renders earlier ones otherwise when more follows"
             )
         if some.skipped:
-            lines.append(f"{len(some.skipped)} bad rows{name} are left out: " + "; ".join(some.skipped[:20]))
+            lines.append(f"left out {quantity(len(some.skipped), 'bad row')}{name}: " + "; ".join(some.skipped[:20]))
     return [("warning", line) for line in lines]
 
 
