@@ -10,16 +10,15 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.utils.errors import SettingError, UserError
-from mlx_retrieval.utils.text import quantity, shell
+from mlx_retrieval.utils.text import CHECKOUT, quantity, shell
 
-TOOLKIT = Path(__file__).resolve().parents[2]
 MODEL_FILES = ("config.json", "adapter_config.json")  # a model's folder has one of them
 SHOWN = 5  # names of models that a message lists
 
 
 def toolkit_relative(name: str) -> str:
     """Return a base model's name for a saved folder: absolute if it depends on the current folder, else as given."""
-    if not Path(name).expanduser().is_dir() or (TOOLKIT / name).is_dir():
+    if not Path(name).expanduser().is_dir() or (CHECKOUT / name).is_dir():
         return name
     return str(Path(name).expanduser().resolve())
 
@@ -32,8 +31,8 @@ def resolve(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if (TOOLKIT / name).is_dir():  # the toolkit's own model, from any current folder
-        return TOOLKIT / name
+    if (CHECKOUT / name).is_dir():  # the toolkit's own model, from any current folder
+        return CHECKOUT / name
     if folder.exists():
         raise SettingError(
             "{model} {name}: this is a file; a model is a folder with config.json and *.safetensors", name=name

@@ -1,19 +1,20 @@
 """Check where a command may write: never over an input, and over other files only if it is told to."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_retrieval.utils.errors import UserError
 
 DEVICES = ("/dev", "/dev/fd", "/proc/self/fd")  # links in there to a regular file must not be replaced either
-MODEL_ENDINGS = (".json", ".safetensors")
+MODEL_FILES = re.compile(r".*\.safetensors|.*(config|token|vocab|model|modules|state).*\.json")  # read with a model
 
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), name: str = "--output") -> None:
     """Raise UserError if a file must not be written, before any work is done for it. Missing folders are no error.
 
-    In a folder that holds a model, files with the endings that models are read from are refused; in an index, all.
+    In a folder that holds a model, files with the names that models are read from are refused; in an index, all.
 
     Args:
         path: the file.
@@ -41,8 +42,8 @@ def _check_neighbours(path: Path, name: str) -> None:
     folder = path.absolute().parent
     if (folder / "index.json").is_file() and (folder / "chunks.lance").is_dir():
         raise UserError(f"{name} {path}: {folder} is an index of search.py, which shares its folder with no other file")
-    if path.suffix in MODEL_ENDINGS and holds_model(folder):
-        raise UserError(f"{name} {path}: {folder} holds a model, and {path.suffix} files there are read as parts of it")
+    if MODEL_FILES.fullmatch(path.name) and holds_model(folder):
+        raise UserError(f"{name} {path}: {folder} holds a model, and a file of that name would be read as a part of it")
 
 
 def holds_model(folder: Path) -> bool:

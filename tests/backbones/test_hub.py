@@ -17,8 +17,9 @@ import random_models
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.backbones import load_backbone, resolve
-from mlx_retrieval.backbones.hub import TOOLKIT, read_config, read_weights, toolkit_relative, weight_files
+from mlx_retrieval.backbones.hub import read_config, read_weights, toolkit_relative, weight_files
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import CHECKOUT
 
 KINDS = ("qwen3", "bert")
 
@@ -224,7 +225,7 @@ def test_folders_are_found_by_path(originals, monkeypatch, tmp_path):
     assert toolkit_relative("bert") == str(originals["bert"].resolve())  # still found from elsewhere
     assert toolkit_relative("OWNER/NAME") == "OWNER/NAME"
     monkeypatch.chdir(tmp_path)
-    assert resolve("tests") == TOOLKIT / "tests" and toolkit_relative("tests") == "tests"
+    assert resolve("tests") == CHECKOUT / "tests" and toolkit_relative("tests") == "tests"
 
 
 def test_a_file_instead_of_a_folder(originals):

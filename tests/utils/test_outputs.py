@@ -62,7 +62,7 @@ def test_no_file_becomes_part_of_a_model_or_an_index(tmp_path):
     for name in ("modules.json", "other.safetensors"):
         with pytest.raises(UserError, match=f"{name}: {tmp_path} holds a model"):
             check_output(tmp_path / name, True)
-    for name in ("vectors.npy", "mined.jsonl", "sub/results.json"):
+    for name in ("vectors.npy", "mined.jsonl", "results.json", "sub/config.json"):
         check_output(tmp_path / name, False)
     (tmp_path / ".index" / "chunks.lance").mkdir(parents=True)
     (tmp_path / ".index" / "index.json").write_text("")
