@@ -274,7 +274,7 @@ def test_the_command_prints_what_indexing_did(indexed, small, capsys):
     (root / "photo.png").unlink()
     assert search.main(["index", str(root), *flags[:-2]]) == 0
     out = capsys.readouterr().out
-    assert "left out" not in out and "1 chunks of 1 new or changed" in out
+    assert "left out" not in out and "1 chunk of 1 new or changed" in out
 
 
 def test_an_unfinished_index_is_told(indexed, capsys, tmp_path):
