@@ -21,7 +21,7 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "float32": Limit(0.9999, 1e-4),
-    "float16": Limit(0.9999, 0.02),
+    "float16": Limit(0.999, 0.02),
     "bfloat16": Limit(0.999, 0.1),
     "8 bits": Limit(0.999, 0.05),
     "4 bits": Limit(0.85, 0.5),
