@@ -20,24 +20,7 @@ from mlx_retrieval.utils.errors import UserError, concerning
 from mlx_retrieval.utils.text import quantity, shell
 
 NAMES = (*tokenizer.NAMES, "generation_config.json")
-SETTINGS = (  # the settings of a run that affect the result
-    "mask_prompt",
-    "max_length",
-    "train_type",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_keys",
-    "num_layers",
-    "batch_size",
-    "steps",
-    "learning_rate",
-    "schedule",
-    "warmup",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-)
+SETTINGS = ("mask_prompt", "max_length", *model_card.WEIGHTS_AND_SCHEDULE)
 TAGS = ("text-generation", "conversational", "mlx-retrieval")
 
 
@@ -121,9 +104,7 @@ class ChatWriter:
         if mlx:
             weights.cast(backbone, dtype)
             if job.quantize:
-                settings["quantization"] = weights.quantise(backbone, job.quantize)
-                settings["quantization_config"] = settings["quantization"]
-                name = f"{job.quantize} bits in groups of {settings['quantization']['group_size']}, scales {name}"
+                name = f"{weights.quantise(backbone, job.quantize, settings)}, scales {name}"
             weights.write(folder, weights.mlx_tensors(backbone), "mlx")
         else:
             one_dtype = dtype if job.dtype else None

@@ -100,9 +100,7 @@ class EmbeddingWriter:
         if job.format == "mlx":
             weights.cast(backbone, dtype)
             if job.quantize:
-                settings["quantization"] = weights.quantise(backbone, job.quantize)
-                settings["quantization_config"] = settings["quantization"]
-                name = f"{job.quantize} bits in groups of {settings['quantization']['group_size']}, scales {name}"
+                name = f"{weights.quantise(backbone, job.quantize, settings)}, scales {name}"
             weights.write(folder, weights.mlx_tensors(backbone), "mlx")
         else:
             drop = config_json.dropped(self.model_type, job.format)

@@ -17,13 +17,8 @@ from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.curves import is_number, metric_name, read_metrics
 from mlx_retrieval.utils.text import quantity
 
-SETTINGS = (  # the settings of a run that affect the result; the others say where and how fast it ran
-    "loss",
-    "temperature",
-    "beta",
-    "positive_aware",
-    "positive_aware_margin",
-    "matryoshka_dims",
+# The settings of a run that affect the result, of every task; the others say where and how fast it ran.
+WEIGHTS_AND_SCHEDULE = (
     "train_type",
     "lora_rank",
     "lora_alpha",
@@ -39,6 +34,8 @@ SETTINGS = (  # the settings of a run that affect the result; the others say whe
     "max_grad_norm",
     "seed",
 )
+OBJECTIVE = ("loss", "temperature", "beta", "positive_aware", "positive_aware_margin", "matryoshka_dims")
+SETTINGS = (*OBJECTIVE, *WEIGHTS_AND_SCHEDULE)
 TAGS = ("sentence-similarity", "feature-extraction", "retrieval", "mlx-retrieval")
 LICENCE = "## Licence\n\nThe base model's licence applies; check it before you publish this folder.\n"
 POOLING = {

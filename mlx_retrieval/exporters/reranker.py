@@ -131,9 +131,7 @@ class RerankerWriter:
         if self.form == "mlx":
             weights.cast(backbone, dtype)
             if job.quantize:
-                settings["quantization"] = weights.quantise(backbone, job.quantize)
-                settings["quantization_config"] = settings["quantization"]
-                name = f"{job.quantize} bits in groups of {settings['quantization']['group_size']}, scales {name}"
+                name = f"{weights.quantise(backbone, job.quantize, settings)}, scales {name}"
             tensors = weights.mlx_tensors(backbone)
             if self.kind == "listwise":
                 weights.check_finite(heads)

@@ -129,8 +129,8 @@ def cast(backbone: Backbone, dtype: mx.Dtype) -> None:
     backbone.adapted.update(tree_map_with_path(cast_one, backbone.adapted.parameters()))
 
 
-def quantise(backbone: Backbone, bits: int) -> dict:
-    """Quantise linear layers and embeddings in place; return the quantisation entry of config.json.
+def quantise(backbone: Backbone, bits: int, settings: dict) -> str:
+    """Quantise linear layers and embeddings in place, note it in the settings of config.json, and return it in words.
 
     Layers that mlx-lm's model protects stay unquantised or get more bits. Raises UserError if no group size divides the
     widths.
@@ -148,7 +148,9 @@ def quantise(backbone: Backbone, bits: int) -> dict:
     # A narrow table, such as T5's position biases (one a head), stays unquantised.
     chosen |= {name: False for name, width in widths.items() if width % group}
     nn.quantize(model, group, bits, class_predicate=lambda path, _: chosen.get(path, False))
-    return {"group_size": group, "bits": bits} | {n: how for n, how in chosen.items() if isinstance(how, dict)}
+    entry = {"group_size": group, "bits": bits} | {n: how for n, how in chosen.items() if isinstance(how, dict)}
+    settings |= {"quantization": entry, "quantization_config": entry}
+    return f"{bits} bits in groups of {group}"
 
 
 def mlx_tensors(backbone: Backbone) -> dict[str, mx.array]:

@@ -173,7 +173,7 @@ def update(
             if index.folder != folder:
                 lance_index.install(folder)
                 index = Index.open(folder)
-        except BaseException:
+        except BaseException:  # Ctrl-C too; nothing is handled, only tidied up
             _remove_empty(folder, is_new)
             raise
     summary.size, summary.seconds = index.size(), time.monotonic() - started

@@ -1,11 +1,10 @@
 """Every setting of a run. One dataclass defines the flags, the YAML file and the settings saved beside the weights.
 
-Defaults are here and nowhere else. `flags.py` reads settings from the command line and from YAML.
+Defaults are here and nowhere else. `settings_checks.py` says which values make sense; `flags.py` reads settings from
+the command line and from YAML.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
+from mlx_retrieval.training import settings_checks
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import SettingError
 
@@ -290,66 +290,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.loss = "kl_distill" if self.loss == "kl" else self.loss
-        positive = ("batch_size", "lora_rank", "xtr_k", "steps_per_report")
-        counts = ("gradient_accumulation_steps", "eval_steps", "save_steps", "stop_after", "keep")
-        not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
-        not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
-        checks = [
-            *((getattr(self, name) > 0, name, "must be above 0") for name in positive),
-            *((getattr(self, name) >= 0, name, "must not be negative") for name in not_negative),
-            *((value is None or value > 0, name, "must be above 0") for name, value in self._lengths()),
-            (
-                self.micro_batch_tokens == "auto" or self.micro_batch_tokens >= 0,
-                "micro_batch_tokens",
-                "must not be negative",
-            ),
-            (self.steps > 0 or (self.steps == 0 and self.epochs is not None), "steps", "must be above 0"),
-            (self.epochs is None or self.epochs > 0, "epochs", "must be above 0"),
-            (self.val_batches == -1 or self.val_batches > 0, "val_batches", "must be above 0, or -1 for all"),
-            (self.temperature is None or 0 < self.temperature < float("inf"), "temperature", "must be above 0"),
-            (0 < self.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
-            *((v is None or v >= 0, name, "must not be negative") for name, v in self._late_counts()),
-            (self.learning_rate is None or 0 < self.learning_rate < float("inf"), "learning_rate", "must be above 0"),
-            (
-                self.train_type == "full" or self.lora_alpha > 0,
-                "lora_alpha",
-                "must be above 0: the update is multiplied by it, so that nothing would be trained",
-            ),
-            (0 <= self.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
-            (self.warmup < 1 or float(self.warmup).is_integer(), "warmup", "must be a share below 1 or whole steps"),
-            (all(d > 0 for d in self.matryoshka_dims), "matryoshka_dims", "must be above 0"),
-            (bool(self.data), "data", "needs at least one file or folder"),
-            (not (self.resume and self.overwrite), "resume", "and {overwrite} exclude each other"),
-            (
-                not (self.require_improvement and self.skip_eval_init),
-                "require_improvement",
-                "needs the evaluation before training, and {skip_eval_init} leaves it out",
-            ),
-            (self.resume or not self.accept_changed_data, "accept_changed_data", "is for {resume}"),
-            (
-                self.positive_aware == "off" or self.loss in (None, "info_nce", "hard_negative_info_nce"),
-                "positive_aware",
-                "works with info_nce and hard_negative_info_nce, not with {chosen}",
-            ),
-        ]
-        for good, name, message in (*self._numbers(), *checks):
-            if not good:
-                value = getattr(self, name)
-                shown = "" if value is True else f" {value}"
-                raise SettingError(f"{{{name}}}{{value}}: {message}", value=shown, chosen=self.loss)
-
-    def _numbers(self) -> Iterator[tuple[bool, str, str]]:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            for number in value if isinstance(value, list) else [value]:
-                yield not isinstance(number, float) or math.isfinite(number), f.name, "must be finite"
-                yield not isinstance(number, int) or abs(number) < 2**53, f.name, "is too large"
-
-    def _lengths(self) -> list[tuple[str, int | None]]:
-        return [("max_length", self.max_length), ("query_max_length", self.query_max_length)]
-
-    def _late_counts(self) -> list[tuple[str, int | None]]:
-        return [("query_expansion", self.query_expansion), ("impute", self.impute)]
+        settings_checks.check(self)
 
     def resolve_defaults(self, parameters: int, reranker: str = "") -> None:
         """Set the defaults that depend on the model: learning rate, loss and temperature.

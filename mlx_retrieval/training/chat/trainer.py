@@ -303,7 +303,7 @@ class ChatTrainer(BaseTrainer):
         self.state = state
 
     def check_ranks(self) -> None:
-        raise NotImplementedError("chat runs have one rank")
+        raise AssertionError("run.prepare refuses chat runs of several ranks")
 
 
 class Steps:

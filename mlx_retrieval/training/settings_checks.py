@@ -1,0 +1,80 @@
+"""Which values of `config.Settings` make sense, each alone and together; whether they suit a task is config.py's."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_retrieval.utils.errors import SettingError
+
+
+def check(settings: Any) -> None:
+    """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
+    positive = ("batch_size", "lora_rank", "xtr_k", "steps_per_report")
+    counts = ("gradient_accumulation_steps", "eval_steps", "save_steps", "stop_after", "keep")
+    not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
+    not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
+    checks = [
+        *((getattr(settings, name) > 0, name, "must be above 0") for name in positive),
+        *((getattr(settings, name) >= 0, name, "must not be negative") for name in not_negative),
+        *((_is_none_or(settings, name, 1), name, "must be above 0") for name in ("max_length", "query_max_length")),
+        (
+            settings.micro_batch_tokens == "auto" or settings.micro_batch_tokens >= 0,
+            "micro_batch_tokens",
+            "must not be negative",
+        ),
+        (settings.steps > 0 or (settings.steps == 0 and settings.epochs is not None), "steps", "must be above 0"),
+        (settings.epochs is None or settings.epochs > 0, "epochs", "must be above 0"),
+        (settings.val_batches == -1 or settings.val_batches > 0, "val_batches", "must be above 0, or -1 for all"),
+        (settings.temperature is None or 0 < settings.temperature < float("inf"), "temperature", "must be above 0"),
+        (0 < settings.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
+        *((_is_none_or(settings, name, 0), name, "must not be negative") for name in ("query_expansion", "impute")),
+        (
+            settings.learning_rate is None or 0 < settings.learning_rate < float("inf"),
+            "learning_rate",
+            "must be above 0",
+        ),
+        (
+            settings.train_type == "full" or settings.lora_alpha > 0,
+            "lora_alpha",
+            "must be above 0: the update is multiplied by it, so that nothing would be trained",
+        ),
+        (0 <= settings.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
+        (
+            settings.warmup < 1 or float(settings.warmup).is_integer(),
+            "warmup",
+            "must be a share below 1 or whole steps",
+        ),
+        (all(d > 0 for d in settings.matryoshka_dims), "matryoshka_dims", "must be above 0"),
+        (bool(settings.data), "data", "needs at least one file or folder"),
+        (not (settings.resume and settings.overwrite), "resume", "and {overwrite} exclude each other"),
+        (
+            not (settings.require_improvement and settings.skip_eval_init),
+            "require_improvement",
+            "needs the evaluation before training, and {skip_eval_init} leaves it out",
+        ),
+        (settings.resume or not settings.accept_changed_data, "accept_changed_data", "is for {resume}"),
+        (
+            settings.positive_aware == "off" or settings.loss in (None, "info_nce", "hard_negative_info_nce"),
+            "positive_aware",
+            "works with info_nce and hard_negative_info_nce, not with {chosen}",
+        ),
+    ]
+    for good, name, message in (*_numbers(settings), *checks):
+        if not good:
+            value = getattr(settings, name)
+            shown = "" if value is True else f" {value}"
+            raise SettingError(f"{{{name}}}{{value}}: {message}", value=shown, chosen=settings.loss)
+
+
+def _numbers(settings: Any) -> Iterator[tuple[bool, str, str]]:
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        for number in value if isinstance(value, list) else [value]:
+            yield not isinstance(number, float) or math.isfinite(number), f.name, "must be finite"
+            yield not isinstance(number, int) or abs(number) < 2**53, f.name, "is too large"
+
+
+def _is_none_or(settings: Any, name: str, least: int) -> bool:
+    value = getattr(settings, name)
+    return value is None or value >= least
