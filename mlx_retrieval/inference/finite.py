@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import shell, writable
+from mlx_retrieval.utils.text import excerpt, quantity, shell
 
 EXCERPT = 60  # characters of a text that a message quotes
 
@@ -37,21 +37,16 @@ class NonFiniteError(UserError, FloatingPointError):
         self.model, self.kind, self.texts, self.numbers, self.command = model, kind, texts, list(numbers), command
         number = self.numbers[0]
         name = place(number) if place else f"number {number + 1:,}"
-        self.first = f"the first is {name}, {excerpt(texts[number])}"
+        self.first = f'the first is {name}, "{excerpt(texts[number], EXCERPT)}"'
         super().__init__(
-            f"{model}: the {kind} of {len(self.numbers):,} of {len(texts):,} texts are not finite, {self.first}. "
+            f"{model}: the {kind} of {len(self.numbers):,} of {quantity(len(texts), 'text')} are not finite, "
+            f"{self.first}. "
             f"To find the cause: {check_command(model, command)}"
         )
 
     def placed(self, place: Callable[[int], str]) -> "NonFiniteError":
         """Return the same error with the first text named by `place`, which takes its number from 0."""
         return NonFiniteError(self.model, self.kind, self.texts, self.numbers, self.command, place)
-
-
-def excerpt(text: str) -> str:
-    """Return the beginning of a text in quotation marks, on one line and printable."""
-    line = " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in writable(text[:1000])).split())
-    return f'"{line if len(line) <= EXCERPT else line[: EXCERPT - 3] + "..."}"'
 
 
 def check_command(model: str, command: str = "embed.py") -> str:

@@ -45,7 +45,7 @@ def test_the_toolkits_commands_are_found_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_an_excerpt_is_one_short_line():
-    assert excerpt(" a\n\tb\u2028c ", 10) == "a b c"
+    assert excerpt(" a\n\tb\u2028c ", 10) == "a b c" and excerpt("a\n b\x00c \ud83d", 10) == "a b c \ufffd"
     assert excerpt("one two three", 8) == "one two…" and excerpt("one two", 7) == "one two"
     assert excerpt("x" * 1_000_000, 5) == "xxxxx…" == excerpt("xxxxxx", 5)
     assert excerpt(" " * 9_000 + "far away", 8) == "…"  # only the beginning is looked at
