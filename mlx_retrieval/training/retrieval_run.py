@@ -12,15 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_retrieval.backend import cpu_kernels, mx
+from mlx_retrieval.backend import mx
 
 from data_loader import Batches
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters, lora
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
-from mlx_retrieval.dataset.row_formats import ignored_keys
-from mlx_retrieval.dataset.rows import Rows, find_validation
-from mlx_retrieval.dataset.sources import Source, local, open_source
+from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.evaluation.reranking import evaluate_reranker, harm
 from mlx_retrieval.evaluation.results import Evaluation, print_comparison, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
@@ -34,11 +32,13 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import distributed, improvement, nothing_learnt
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
+from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import console, print_lines
@@ -257,28 +257,11 @@ def make_evaluator(
     return lambda: (None, evaluate(embedder, settings.eval_tasks, rules=rules))
 
 
-def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
-    """Describe how a text becomes what is compared: pooling, lengths."""
-    lengths = f"{retrieval.query_max_length} tokens of a query, {retrieval.max_length} of a document"
-    if retrieval.task == "rerank":
-        if retrieval.reranker != "listwise":
-            lengths = f"{retrieval.max_length} tokens of query and document together"
-        return f"{retrieval.reranker} reranker, {settings.loss}, {lengths}"
-    if retrieval.task == "late":
-        return f"a vector of {retrieval.dimensions} dimensions for every token, MaxSim ({retrieval.maxsim}), {lengths}"
-    truncated = ""
-    if (used := retrieval.truncate_dim) and used not in retrieval.matryoshka_dims:
-        truncated = f", trained at {retrieval.dimensions} dimensions and used at the first {used} (truncate_dim of the "
-        truncated += f"base model; --matryoshka-dims {used} trains these by themselves as well)"
-    return f"{retrieval.pooling} pooling, {lengths}{truncated}"
-
-
 def prepare(settings: Settings) -> RetrievalRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     folder = Path(settings.output).expanduser()
-    rows = open_source(
-        settings.data, settings.es_fields, settings.es_query, settings.skip_bad_rows, settings.ignore_keys
-    )
+    data = open_data(settings)
+    rows = data.rows
     seed(settings.seed)  # a fresh projection
     model, retrieval, base = build_model(settings)
     settings.check_task(retrieval.task)
@@ -296,10 +279,9 @@ def prepare(settings: Settings) -> RetrievalRun:
     objective = make_objective(settings, retrieval, tokenizer, rows)
     batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed)
     validation = None
-    if held_out := find_validation(local(settings.data)):
-        held_out_rows = Rows(held_out, settings.skip_bad_rows, settings.ignore_keys)
-        size = min(settings.batch_size, len(held_out_rows))
-        validation = make_batches(settings, retrieval, held_out_rows, tokenizer, size)
+    if data.validation:
+        size = min(settings.batch_size, len(data.validation))
+        validation = make_batches(settings, retrieval, data.validation, tokenizer, size)
     improvement.check_evaluated(settings, bool(validation))
 
     def save_model(target: Path) -> None:
@@ -317,22 +299,8 @@ def prepare(settings: Settings) -> RetrievalRun:
     if evaluations:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(settings.eval_tasks, rules=settings.folder_rules)
-    skipped = f", {quantity(len(rows.skipped), 'bad row')} left out" if rows.skipped else ""
-    headline = [
-        ("device", backend.describe()),
-        ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained})"),
-        ("text", describe(settings, retrieval)),
-        ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {settings.batch_size}, "
-                 f"{quantity(settings.steps, 'step')} = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
-                 f"learning rate {settings.learning_rate:g}"),
-    ]  # fmt: skip
+    headline = first_lines(settings, retrieval, rows, parameters, trainable)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
-    if distributed.size() > 1:
-        headline.append(("ranks", f"{distributed.size()} processes share the passes of every batch"))
-    if backend.KERNELS and cpu_kernels.cold():
-        headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
-    headline += nothing_learnt.warnings(settings, rows)
-    headline += [("ignored", ignored_keys(rows.ignored))] if rows.ignored else []
-    headline += [("left out", line) for line in rows.skipped[:20]]
+    headline += machine_lines() + nothing_learnt.warnings(settings, rows) + data.lines
     return RetrievalRun(settings, folder, trainer, evaluations, retrieval, base, headline)

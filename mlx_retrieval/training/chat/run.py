@@ -10,8 +10,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_retrieval.backend import cpu_kernels
-
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora
 from mlx_retrieval.backbones.decoder import Decoder, normalised
@@ -29,6 +27,7 @@ from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents
+from mlx_retrieval.training.headline import machine_lines
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
@@ -175,9 +174,7 @@ def prepare(settings: Settings) -> ChatRun:
         ("memory", f"about {expected.total / 1e9:.2f} GB, an estimate: weights {expected.weights / 1e9:.2f}, "
                    f"optimizer {expected.training / 1e9:.2f}, a step on the longest {expected.activations / 1e9:.2f}"),
     ]  # fmt: skip
-    if backend.KERNELS and cpu_kernels.cold():
-        headline.append(("kernels", "being compiled for this processor: about half a minute, once"))
-    headline += nothing_learnt.warnings(settings)
+    headline += machine_lines() + nothing_learnt.warnings(settings)
     ignored = rows.ignored + (valid.ignored if valid else Counter())
     headline += [("ignored", ignored_keys(ignored))] if ignored else []
     headline += warnings(settings, rows, valid) + rope_warning(base)
