@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_retrieval.dataset.json_lines import read_lines, read_objects
+from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import quantity
 
@@ -50,7 +51,7 @@ def check_folders(names: Sequence[str], rules: FolderRules = TOLERANT) -> list[s
     Raises UserError for the first folder that is missing or has errors.
     """
     others = []
-    for name in names:
+    for name in map(toolkit.find, names):
         folder = Path(name).expanduser()
         if folder.is_dir():
             read_folder(folder, rules)

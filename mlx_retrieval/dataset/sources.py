@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
@@ -23,7 +24,9 @@ from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.row_formats import Example, without
 from mlx_retrieval.dataset.rows import Rows, find_files
+from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import Place, UserError
+from mlx_retrieval.utils.text import CHECKOUT
 
 WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
 LARGEST = 1000  # of the whole numbers that stand for weights
@@ -119,6 +122,15 @@ def names(data: Sequence[str]) -> list[str]:
 def local(data: Sequence[str]) -> list[str]:
     """Return the sources that are files or folders, without weights."""
     return [name for name in names(data) if "://" not in name]
+
+
+def is_default_data(data: Sequence[str]) -> bool:
+    """Return whether `--data` is the toolkit's own `train-data.jsonl`, and not a user's data: by any path, and alone.
+
+    A user's file of the same name is the user's data.
+    """
+    paths, own = [Path(name).expanduser() for name in local(data)], CHECKOUT / toolkit.DATA
+    return len(data) == len(paths) == 1 and paths[0].is_file() and own.is_file() and paths[0].samefile(own)
 
 
 def open_source(

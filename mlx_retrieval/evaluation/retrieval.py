@@ -21,6 +21,7 @@ from mlx_retrieval.evaluation.results import METRICS, TOP, Evaluation, Scores, V
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, SplitResult, Task
 from mlx_retrieval.inference import finite
 from mlx_retrieval.retrieval.topk import Nearest
+from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import UserError
 
 DOCUMENTS = 50_000  # embedded at once, so that memory need not hold the vectors of a large corpus
@@ -121,6 +122,7 @@ def load_tasks(
     """
     tasks: dict[str, Task] = {}
     unreachable = {}
+    names = [*map(toolkit.find, names)]
     mteb_names = beir.check_folders(names, rules)
     # A folder that is named twice, by whatever path, is one task.
     sources = dict.fromkeys(name if name in mteb_names else Path(name).expanduser().resolve() for name in names)

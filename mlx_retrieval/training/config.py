@@ -15,7 +15,7 @@ from mlx_retrieval.dataset.elastic import fields
 from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.training import settings_checks
-from mlx_retrieval.utils import files
+from mlx_retrieval.utils import files, toolkit
 from mlx_retrieval.utils.errors import SettingError
 
 # The default loss of each kind of reranker.
@@ -290,6 +290,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.loss = "kl_distill" if self.loss == "kl" else self.loss
+        paths = [weight_of(name)[0] for name in self.data]
+        self.data = [toolkit.find(p) + name.removeprefix(p) for p, name in zip(paths, self.data, strict=True)]
+        self.eval_tasks = [toolkit.find(name) for name in self.eval_tasks]
         settings_checks.check(self)
 
     def resolve_defaults(self, parameters: int, reranker: str = "") -> None:

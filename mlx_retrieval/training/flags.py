@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_task
+from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.command import Parser
 from mlx_retrieval.utils.errors import Place, UserError, flag, near_miss
 
@@ -158,7 +159,7 @@ def _shown(value) -> str:
 def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
     """Return the settings, from defaults, YAML file and flags, and those that a file or a flag sets, as a dict."""
     flags = vars(parser(description, epilog).parse_args(argv))
-    path = flags.pop("config", None)
+    path = toolkit.find(flags.pop("config", None) or "")
     given = (read_yaml(Path(path)) if path else {}) | flags
     if not given.keys() & {"task", "data", "resume"} and _implies_chat(given, argv):
         given["data"] = TASK_DEFAULTS["chat"]["data"]
