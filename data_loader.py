@@ -20,7 +20,6 @@ from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Batches:
 
     Args:
         rows: a source, see dataset/sources.py; it defines the order.
-        size: examples of a batch.
+        size: examples of a batch, at most all.
         make: makes a batch of examples, their row numbers and the tokenizer.
         kind: the type of that batch, a dataclass of arrays.
 
@@ -111,18 +110,17 @@ class Batches:
         make: Callable = make_batch,
         kind: type = Batch,
     ):
-        if size > len(rows):
-            raise UserError(f"--batch-size {size} is larger than the data: {quantity(len(rows), 'row')}")
         if make is make_batch and rows.format == "label":
             raise UserError(
                 f"{rows.names[0]}: rows with a label, score or similarity are for --task rerank; for other tasks, "
                 "keep the rows whose document answers the query, and leave the key out"
             )
-        if make is make_batch and size == 1 and not rows.has_negatives:
-            raise UserError("--batch-size 1: rows without negatives leave each query one candidate; nothing to learn")
+        self.size = min(size, len(rows))
+        if make is make_batch and self.size == 1 and not rows.has_negatives:
+            cause = "--batch-size 1" if size == 1 else f"{rows.names[0]}: a single row"
+            raise UserError(f"{cause}: rows without negatives leave each query one candidate; nothing to learn")
         self.rows = rows
         self.tokenizer = tokenizer
-        self.size = size
         self.seed = seed
         self.make = make
         self.kind = kind

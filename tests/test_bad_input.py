@@ -78,10 +78,6 @@ def test_a_bad_row_is_named_by_file_and_line(attempt, bad, reason):
     assert "rows.jsonl:21: " in error and reason in error and len(error) < 500
 
 
-def test_batch_larger_than_the_data(attempt):
-    assert "--batch-size 64 is larger than the data: 20 rows" in attempt("--batch-size", "64")
-
-
 def test_more_layers_than_there_are(attempt):
     assert "--num-layers 99: the model has 3 layers" in attempt("--num-layers", "99")
 

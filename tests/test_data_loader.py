@@ -258,9 +258,10 @@ def test_batch_as_large_as_the_data(batches):
     assert sorted(batches(9, 9).row_numbers(1)) == list(range(9))
 
 
-def test_batch_larger_than_the_data(batches):
-    with pytest.raises(UserError, match="--batch-size 12 is larger than the data: 11 rows"):
-        batches(11, 12)
+def test_batch_larger_than_the_data_holds_all(batches):
+    assert sorted(batches(11, 12).row_numbers(1)) == list(range(11)) and batches(11, 12).size == 11
+    with pytest.raises(UserError, match="a single row: .* one candidate"):
+        batches(1, 64)
 
 
 def test_batch_of_one_needs_negatives(batches, write_rows, tokenizer):

@@ -202,7 +202,15 @@ class Settings:
     )
     num_layers: int = option("weights", -1, "train only the last N blocks; -1 = all")
 
-    steps: int = option("schedule", 150, "optimizer steps; 0 = as many as --epochs takes", mlx_lm_names=("--iters",))
+    steps: int | None = option(
+        "schedule",
+        None,
+        "optimizer steps (default: those of one epoch; for the data that come with the toolkit: 150)",
+        mlx_lm_names=("--iters",),
+    )
+    epochs: float | None = option(
+        "schedule", None, "passes through the data, in place of --steps; 0.5 = half of the data; wins in a file"
+    )
     learning_rate: float | None = option(
         "schedule", None, "peak learning rate of AdamW (default: 2e-4; below 10 million parameters: 4e-3)"
     )
@@ -259,12 +267,6 @@ class Settings:
         "evaluation", False, "exit with code 4 if no evaluated step is better than the untrained model"
     )
 
-    epochs: int | None = option(
-        "chat",
-        None,
-        "number of passes through the data; replaces --iters",
-        tasks=CHAT,
-    )
     mask_prompt: bool = option("chat", False, "train on the assistant's turns only", tasks=CHAT)
     val_batches: int = option("chat", 25, "evaluate on the first N batches of valid.jsonl; -1 = all", tasks=CHAT)
     steps_per_report: int = option("chat", 10, "report the mean training loss every N steps", tasks=CHAT)
@@ -393,7 +395,4 @@ class Settings:
 
 def for_task(task: str | None, given: dict) -> Settings:
     """Return the given settings, with the task's defaults for the others."""
-    values = TASK_DEFAULTS.get(task, {}) | given
-    if "epochs" in given and "steps" not in given:
-        values["steps"] = 0
-    return Settings(**values | {"task": task})
+    return Settings(**TASK_DEFAULTS.get(task, {}) | given | {"task": task})

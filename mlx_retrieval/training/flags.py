@@ -160,7 +160,13 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
     """Return the settings, from defaults, YAML file and flags, and those that a file or a flag sets, as a dict."""
     flags = vars(parser(description, epilog).parse_args(argv))
     path = toolkit.find(flags.pop("config", None) or "")
-    given = (read_yaml(Path(path)) if path else {}) | flags
+    file = read_yaml(Path(path)) if path else {}
+    # A run saves its steps beside the epochs that they were counted from: of other data, an epoch has other steps.
+    if file.get("epochs") or flags.get("epochs"):
+        file.pop("steps", None)
+    if "steps" in flags:
+        file.pop("epochs", None)
+    given = file | flags
     if not given.keys() & {"task", "data", "resume"} and _implies_chat(given, argv):
         given["data"] = TASK_DEFAULTS["chat"]["data"]
     settings = for_task(given.get("task"), given)

@@ -10,6 +10,7 @@ from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.length import describe_length
 from mlx_retrieval.utils.text import quantity
 
 Lines = list[tuple[str, str]]  # name, text
@@ -18,12 +19,12 @@ Lines = list[tuple[str, str]]  # name, text
 def first_lines(settings: Settings, retrieval: RetrievalConfig, rows: Source, parameters: int, trainable: int) -> Lines:
     """Return the lines that every retrieval model's run begins with. Defaults of the settings are resolved."""
     skipped = f", {quantity(len(rows.skipped), 'bad row')} left out" if rows.skipped else ""
+    size = min(settings.batch_size, len(rows))
     return [
         ("device", backend.describe()),
         ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained})"),
         ("text", describe(settings, retrieval)),
-        ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {settings.batch_size}, "
-                 f"{quantity(settings.steps, 'step')} = {settings.steps * settings.batch_size / len(rows):.1f} epochs, "
+        ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {size}, {describe_length(settings, len(rows) / size)}, "
                  f"learning rate {settings.learning_rate:g}"),
     ]  # fmt: skip
 

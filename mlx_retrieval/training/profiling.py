@@ -50,7 +50,7 @@ def profile(trainer: Trainer, evaluate: Callable[[], object] | None = None) -> d
         with clock("evaluation"):
             evaluate()
         figures["evaluation"] = clock.seconds["evaluation"]
-    _print(figures, settings)
+    _print(figures, settings, trainer.batches.size)
     return figures
 
 
@@ -67,7 +67,7 @@ def _sides(grad_cache: GradientCache, batch: Batch) -> tuple[float, float]:
     return seconds[0] / sum(seconds), seconds[1] / sum(seconds)
 
 
-def _print(figures: dict[str, float], settings: Settings) -> None:
+def _print(figures: dict[str, float], settings: Settings, size: int) -> None:
     step = figures["step"]
     tokens = figures["tokens"]
     phases = [phase for phase in PHASES if phase in figures and not (phase == "forward" and FORWARD[0] in figures)]
@@ -79,7 +79,7 @@ def _print(figures: dict[str, float], settings: Settings) -> None:
     ]
     if "evaluation" in figures:
         rows.append(("evaluation (all tasks)", f"{1e3 * figures['evaluation']:,.1f}", "", ""))
-    steps, rows_each = quantity(settings.profile, "step"), quantity(settings.batch_size, "row")
+    steps, rows_each = quantity(settings.profile, "step"), quantity(size, "row")
     title = f"{steps} of {rows_each}, {tokens:,.0f} tokens each without padding"
     print_rows(title, ("phase", "ms", "of a step", "tokens/s"), rows)
     print_lines([("profile", "nothing was written; one step before these, which also compiles, is left out")])

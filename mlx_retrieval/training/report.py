@@ -142,7 +142,7 @@ def add_survey(report: Report, settings: Settings, batches: Batches, task: str) 
         return
     # Rerankers, and losses on a row's own documents, do not hold one row's document against another's query.
     alone = task == "rerank" or settings.loss in (*GROUPS, "kl_distill")
-    size = 0 if alone else settings.batch_size
+    size = 0 if alone else batches.size
     report.survey = survey_rows(batches.rows, batches.tokenizer, size, settings.seed)
 
 

@@ -33,6 +33,7 @@ from mlx_retrieval.training import distributed, improvement, nothing_learnt
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
 from mlx_retrieval.training.headline import first_lines, machine_lines
+from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
@@ -262,6 +263,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     folder = Path(settings.output).expanduser()
     data = open_data(settings)
     rows = data.rows
+    resolve_length(settings, len(rows) / min(settings.batch_size, len(rows)))
     seed(settings.seed)  # a fresh projection
     model, retrieval, base = build_model(settings)
     settings.check_task(retrieval.task)
@@ -302,5 +304,6 @@ def prepare(settings: Settings) -> RetrievalRun:
     headline = first_lines(settings, retrieval, rows, parameters, trainable)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
-    headline += machine_lines() + nothing_learnt.warnings(settings, rows) + data.lines
+    headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
+    headline += data.lines
     return RetrievalRun(settings, folder, trainer, evaluations, retrieval, base, headline)

@@ -260,7 +260,7 @@ def test_a_run_learns_reports_and_saves(settings, tmp_path, capsys):
     assert sum(r["tokens"] for r in records[:1]) > 0 and records[-1]["epoch"] == pytest.approx(20 / 6, abs=1e-3)
     state = json.loads((run / "final" / "trainer_state.json").read_text())
     assert state["tokens"] == sum(record["tokens"] for record in records) and state["data"] == rows_read.checksum
-    for word in ("20 iters = 4 epochs of 6", "7 conversations", "an estimate", "mlx_lm.generate", "mlx_lm.fuse"):
+    for word in ("20 steps = 3.3 epochs", "7 conversations", "an estimate", "mlx_lm.generate", "mlx_lm.fuse"):
         assert word in out
     assert (run / "curves.png").is_file() and results["tokens_per_second"] > 0
 
@@ -457,15 +457,13 @@ def headline(settings: Settings) -> str:
 
 
 def test_iters_and_epochs_are_computed_from_each_other(settings):
-    assert "7 iters = 2 epochs of 6, the last of them in part" in headline(settings(steps=7))
-    assert "6 iters = 1 epoch of 6" in headline(settings(steps=6))
-    by_epochs = settings(steps=0, epochs=3)
-    assert "18 iters = 3 epochs of 6" in headline(by_epochs) and by_epochs.steps == 18
-    assert "14 iters = 3 epochs of 6" in headline(settings(steps=14, epochs=3))
-    with pytest.raises(UserError, match="--iters 6 and --epochs 3 disagree: an epoch is 6 iters, so that would be 1"):
+    assert "7 steps = 1.2 epochs" in headline(settings(steps=7))
+    by_epochs = settings(steps=None, epochs=3)
+    assert "3 epochs = 18 steps" in headline(by_epochs) and by_epochs.steps == 18
+    neither = settings(steps=None)
+    assert "1 epoch = 6 steps" in headline(neither) and neither.steps == 6
+    with pytest.raises(UserError, match="--steps 6 and --epochs 3 disagree"):
         headline(settings(steps=6, epochs=3))
-    with pytest.raises(UserError, match="--epochs 0"):
-        settings(epochs=0)
     with pytest.raises(UserError, match="--steps 0"):
         settings(steps=0)
 
@@ -525,7 +523,7 @@ def test_encoders_and_quantised_weights_are_refused(settings, minilm, bases):
 
 def test_chat_s_flags_are_refused_elsewhere(tmp_path, small, write_rows):
     data = write_rows([{"query": f"q{i}", "document": f"d{i}"} for i in range(8)])
-    for changes in ({"mask_prompt": True}, {"val_batches": 2}, {"steps_per_report": 3}, {"epochs": 2}):
+    for changes in ({"mask_prompt": True}, {"val_batches": 2}, {"steps_per_report": 3}):
         chosen = Settings(model=small, data=[str(data)], batch_size=4, output=str(tmp_path / "run"), **changes)
         with pytest.raises(UserError, match=r"is for --task chat, and this is embed"):
             training_run.prepare(chosen)

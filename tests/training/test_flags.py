@@ -195,6 +195,9 @@ def test_data(settings, data, tmp_path):
 def test_batch_size(settings):
     batch = training_run.prepare(settings(batch_size=16)).trainer.batches.batch(0)
     assert len(batch.query) == 16
+    run = training_run.prepare(settings(batch_size=64, steps=None))  # regression: the default was refused for 40 rows
+    assert len(run.trainer.batches.batch(0).rows) == 40 and run.settings.steps == 1
+    assert any("40 rows, batch 40, 1 epoch = 1 step" in text for _, text in run.headline)
 
 
 def test_skip_bad_rows(settings, data):
@@ -418,9 +421,11 @@ def chat_settings(settings, tmp_path):
     return make
 
 
-def test_epochs(chat_settings):
-    run = prepare_chat(chat_settings(steps=0, epochs=2))
-    assert run.settings.steps == 6 and any("6 iters = 2 epochs of 3" in line for _, line in run.headline)
+def test_epochs(settings, chat_settings):
+    """Of 40 rows in batches of 8, and of 10 conversations in batches of 4; test_length.py has the rest."""
+    for prepare, made, steps in ((training_run.prepare, settings, 10), (prepare_chat, chat_settings, 6)):
+        run = prepare(made(steps=None, epochs=2))
+        assert run.settings.steps == steps and any(f"2 epochs = {steps} steps" in line for _, line in run.headline)
 
 
 def test_mask_prompt(chat_settings):

@@ -28,6 +28,7 @@ from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents
 from mlx_retrieval.training.headline import machine_lines
+from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
@@ -147,7 +148,8 @@ def prepare(settings: Settings) -> ChatRun:
     batches = ChatBatches(rows, size, settings.seed, parts, tokenizer.pad_id)
     validation = ChatBatches(valid, settings.batch_size, settings.seed, 1, tokenizer.pad_id) if valid else None
     improvement.check_evaluated(settings, bool(validation))
-    length = resolve_steps(settings, batches.per_epoch)
+    resolve_length(settings, batches.per_epoch)
+    length = describe_length(settings, batches.per_epoch)
     adapter_config = adapter.adapt(backbone, settings)
     if settings.grad_checkpoint:
         checkpoint_blocks(backbone)
@@ -182,27 +184,6 @@ def prepare(settings: Settings) -> ChatRun:
     return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, quantised, expected)
 
 
-def resolve_steps(settings: Settings, per_epoch: int) -> str:
-    """Set the steps from the epochs, or count the epochs of the steps, rounded up; return both in words.
-
-    `per_epoch`: steps that go through the data once. UserError if both are given and disagree.
-    """
-    epochs = settings.epochs
-    if settings.steps == 0:
-        settings.steps = epochs * per_epoch
-    elif epochs is None:
-        epochs = -(-settings.steps // per_epoch)
-    elif -(-settings.steps // per_epoch) != epochs:
-        raise UserError(
-            f"--iters {settings.steps} and --epochs {epochs} disagree: an epoch is {per_epoch} iters, so that would be "
-            f"{-(-settings.steps // per_epoch)} epochs; give one of them"
-        )
-    settings.epochs = None  # from here on the number of steps decides
-    count = quantity(epochs, "epoch")
-    partial = "" if settings.steps == epochs * per_epoch else ", the last of them in part"
-    return f"{settings.steps:,} iters = {count} of {per_epoch:,}{partial}"
-
-
 def expect(backbone: Decoder, batches: ChatBatches, settings: Settings) -> Estimate:
     """Estimate the memory of a step on the largest batch."""
     rows, width = batches.largest_part()
@@ -220,10 +201,6 @@ def describe(settings: Settings, tokenizer: ChatTokenizer) -> str:
 def warnings(settings: Settings, rows: Conversations, valid: Conversations | None) -> list[tuple[str, str]]:
     """Return a line for everything that differs from what the user may expect."""
     lines = []
-    if settings.batch_size > len(rows):
-        lines.append(
-            f"--batch-size {settings.batch_size} is more than {quantity(len(rows), 'conversation')}: a batch holds all"
-        )
     for name, some in (("", rows), (" for validation", valid)):
         if some is None:
             continue
@@ -241,7 +218,7 @@ def warnings(settings: Settings, rows: Conversations, valid: Conversations | Non
             )
         if some.skipped:
             lines.append(f"left out {quantity(len(some.skipped), 'bad row')}{name}: " + "; ".join(some.skipped[:20]))
-    return [("warning", line) for line in lines]
+    return length_warnings(settings, len(rows), "conversation") + [("warning", line) for line in lines]
 
 
 def rope_warning(base: Path) -> list[tuple[str, str]]:
