@@ -231,6 +231,11 @@ class Rows:
             epoch, place_there = divmod(place, len(self))
             yield int(self.order(seed, epoch)[place_there])
 
+    def preview(self, count: int) -> list[tuple[str, Example]]:
+        """Return (place, example) of the first two rows and of others, spread evenly over the rest."""
+        rest = np.linspace(2, len(self) - 1, max(0, min(count, len(self)) - 2), dtype=int).tolist()
+        return [(self.where(i), self[i]) for i in [*range(min(count, len(self), 2)), *rest]]
+
     def cursor(self, position: int) -> dict:
         """Return {}: the order follows from the position alone."""
         return {}

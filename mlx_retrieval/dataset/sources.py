@@ -8,6 +8,7 @@
 `Source` is the interface that all of them have.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -96,6 +97,12 @@ class Source(Protocol):
 
     def restore(self, cursor: dict[str, Any], position: int) -> None:
         """Continue at a position as the process that saved the cursor would have."""
+
+    def preview(self, count: int) -> list[tuple[str, Example]]:
+        """Return (place, example) of `count` rows at most, to be looked at: the first two and some of all others.
+
+        The order that `numbers` gives stays as it is.
+        """
 
     def contents(self) -> list[Content]:
         """Return what each file held when it was read, and the identity of each index."""
@@ -265,6 +272,11 @@ class InterleavedRows:
                 return
             yield number * len(self.sources) + which
             place = (place + 1) % len(self.pattern)
+
+    def preview(self, count: int) -> list[tuple[str, Example]]:
+        share = -(-count // len(self.sources))
+        turns = itertools.zip_longest(*(source.preview(share) for source in self.sources))
+        return [row for turn in turns for row in turn if row is not None][:count]
 
     def cursor(self, position: int) -> dict:
         return {str(s): source.cursor(at) for s, (source, at) in enumerate(self._places(position))}

@@ -65,7 +65,12 @@ def _texts(sequences: Sequence[list[int]], second: Sequence[int] | None = None) 
 
 
 class PairTokenizer:
-    """Base class: the tokenizer of the model in `folder`, and the most tokens of a sequence, `max_length`."""
+    """Base class: the tokenizer of the model in `folder`, and the most tokens of a sequence, `max_length`.
+
+    `begins`: the words after which a sequence differs from row to row; "" = from its beginning.
+    """
+
+    begins = ""
 
     def __init__(self, folder: Path, max_length: int):
         self.texts = TextTokenizer(folder, {}, {"text": max_length}, pool_special=True)
@@ -83,6 +88,8 @@ class PairTokenizer:
 
 class YesNoTokenizer(PairTokenizer):
     """Qwen3-Reranker's prompt. Only the body is truncated, at the end of the document; the suffix is always kept."""
+
+    begins = "<Query>"
 
     def __init__(self, folder: Path, max_length: int, instruction: str = INSTRUCTION):
         super().__init__(folder, max_length)
@@ -167,6 +174,8 @@ class ListTokenizer(PairTokenizer):
         query_max_length: most tokens of a query.
         most: most tokens of a sequence.
     """
+
+    begins = "<passage id"
 
     def __init__(self, folder: Path, max_length: int, query_max_length: int, most: int, instruction: str = ""):
         super().__init__(folder, max_length)

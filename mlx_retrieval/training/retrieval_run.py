@@ -32,6 +32,7 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import distributed, improvement, nothing_learnt
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.example_rows import example_lines
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.objectives import make_objective
@@ -301,7 +302,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     if evaluations:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(settings.eval_tasks, rules=settings.folder_rules)
-    headline = first_lines(settings, retrieval, rows, parameters, trainable)
+    headline = first_lines(settings, retrieval, rows, parameters, trainable) + example_lines(rows, tokenizer)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)

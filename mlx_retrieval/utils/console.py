@@ -4,9 +4,12 @@ import functools
 import sys
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 
 WARNING = "warning"  # the name of a pair of `print_lines`, as `Reporter.warn` begins
+MARGIN = 15  # columns that `print_lines` takes before the values, for names of up to 12 characters
+JOINERS = "\u200c\u200d"  # invisible, and needed to write Persian, Hindi or a family's emoji
 NARROWEST = 12  # characters, of a table's first column
 
 
@@ -27,6 +30,35 @@ def print_lines(pairs: list[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in pairs if name != WARNING), default=0)
     for name, value in pairs:
         console().print(f"{WARNING}: {value}" if name == WARNING else f"{name:<{width}}   {value}")
+
+
+def visible(text: str) -> str:
+    """Return a text on one line in which what does not print, such as a line break, is spelt as in Python: `\\n`."""
+    return "".join(c if c.isprintable() or c in JOINERS else ascii(c)[1:-1] for c in text)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text as `visible` spells it, in `width` columns at most; of a longer one, "…" stands for the middle."""
+    if len(text) > 8 * width:  # enough of both ends, and not megabytes; letters with many accents take no column
+        text = text[: 4 * width] + text[-4 * width :]
+        is_long = True
+    else:
+        is_long = False
+    text = visible(text)
+    if not is_long and cell_len(text) <= width:
+        return text
+    tail = (width - 1) // 3
+    return f"{_beginning(text, width - 1 - tail).rstrip()}…{_beginning(text[::-1], tail)[::-1].lstrip()}"
+
+
+def _beginning(text: str, width: int) -> str:
+    """Return as much of a text as `width` columns hold."""
+    columns = 0
+    for i, character in enumerate(text):
+        columns += cell_len(character)
+        if columns > width:
+            return text[:i]
+    return text
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

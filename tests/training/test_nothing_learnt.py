@@ -77,12 +77,12 @@ def test_a_mixture_shares_what_all_of_its_sources_share(write_rows):
 def test_of_an_index_the_first_documents_count():
     """One that makes no row is not a reason to be silent about the others."""
     rows = object.__new__(ElasticRows)
-    rows.fields, rows.format = {"query": ("q",), "positive": ("p",)}, "pair"
+    rows.address, rows.fields, rows.format = "es://notes", {"query": ("q",), "positive": ("p",)}, "pair"
     rows.documents = SimpleNamespace(
-        sample=[{"q": "same", "p": f"answer {i}"} for i in range(3)] + [{"q": "", "p": ""}]
+        sample=[(str(i), {"q": "same", "p": f"answer {i}"}) for i in range(3)] + [("3", {"q": "", "p": ""})]
     )
     assert rows._common_parts() == {"query": "same"}
-    rows.documents.sample = [{"q": "same", "p": "answer"}]
+    rows.documents.sample = [("0", {"q": "same", "p": "answer"})]
     assert rows._common_parts() == {}
 
 

@@ -41,7 +41,9 @@ class Documents:
         self.address, self.wanted, self.query = address, sorted(set(wanted)), query
         self.server = Server(address)
         self.view = View(self.server)
-        self.sample: list[dict] = []  # of the first documents, once `missing` has looked at them
+        self.sample: list[
+            tuple[str, dict]
+        ] = []  # id and fields of the first documents, once `missing` has looked at them
         self._cut: tuple[Survey, list[tuple[int, int]]] | None = None
 
     def close(self) -> None:
@@ -53,7 +55,7 @@ class Documents:
         """Return the wanted fields that the index lacks, and the names of all fields that it has."""
         there = self.server.call(self.server.client.field_caps, index=self.address.index, fields="*")["fields"]
         sample = self.search(size=100, query=self.filter(), source=self.wanted)["hits"]["hits"]
-        self.sample = [hit["_source"] for hit in sample]
+        self.sample = [(hit["_id"], hit["_source"]) for hit in sample]
         absent = {
             name
             for name in self.wanted

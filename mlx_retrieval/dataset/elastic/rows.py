@@ -100,6 +100,17 @@ class ElasticRows:
                 return documents[i - start]
         raise IndexError(f"row {i} was not read lately")
 
+    def preview(self, count: int) -> list[tuple[str, Example]]:
+        """Return (place, example) of the first documents, a hundred at most, that make a row."""
+        rows: list[tuple[str, Example]] = []
+        for name, source in self.documents.sample[:count]:
+            try:
+                examples = examples_of(row_of(source, self.fields), self.format)[0]
+            except RowError:
+                continue
+            rows += [(f"{self.address}: document {name}", example) for example in examples]
+        return rows
+
     def contents(self) -> list[Content]:
         """Return the identity of the index. Its documents may change; `restore` deals with that."""
         return [Content(str(self.address), 0, "", self.documents.identity())]
@@ -194,14 +205,9 @@ class ElasticRows:
     def _common_parts(self) -> dict[str, str]:
         """Return query, positive and label that the first documents share; those that make no row do not count here."""
         common, count = None, 0
-        for source in self.documents.sample:
-            try:
-                examples = examples_of(row_of(source, self.fields), self.format)[0]
-            except RowError:
-                continue
-            for example in examples:
-                common = common_parts(common, example, self.format)
-                count += 1
+        for _, example in self.preview(len(self.documents.sample)):
+            common = common_parts(common, example, self.format)
+            count += 1
         return common if common and count > 1 else {}
 
     def _report_bad(self) -> None:

@@ -27,6 +27,7 @@ from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents
+from mlx_retrieval.training.example_rows import conversation_lines
 from mlx_retrieval.training.headline import machine_lines
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
 from mlx_retrieval.training.report import Report, loss_report
@@ -176,6 +177,9 @@ def prepare(settings: Settings) -> ChatRun:
         ("memory", f"about {expected.total / 1e9:.2f} GB, an estimate: weights {expected.weights / 1e9:.2f}, "
                    f"optimizer {expected.training / 1e9:.2f}, a step on the longest {expected.activations / 1e9:.2f}"),
     ]  # fmt: skip
+    headline += conversation_lines(
+        rows.where(0), rows.ids[0].tolist(), rows.trained[0].tolist(), tokenizer.tokenizer.decode
+    )
     headline += machine_lines() + nothing_learnt.warnings(settings)
     ignored = rows.ignored + (valid.ignored if valid else Counter())
     headline += [("ignored", ignored_keys(ignored))] if ignored else []
