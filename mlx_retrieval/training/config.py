@@ -21,6 +21,8 @@ from mlx_retrieval.utils.errors import SettingError
 # The default loss of each kind of reranker.
 RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
 
+OUTPUT = "adapters"  # the default folder of a run
+
 # Tasks that a setting applies to.
 VECTORS = ("embed", "late")
 LATE = ("late",)
@@ -274,7 +276,9 @@ class Settings:
     val_batches: int = option("chat", 25, "evaluate on the first N batches of valid.jsonl; -1 = all", tasks=CHAT)
     steps_per_report: int = option("chat", 10, "report the mean training loss every N steps", tasks=CHAT)
 
-    output: str = option("run", "adapters", "folder of the run")
+    output: str | None = option(
+        "run", None, f"folder of the run (default: {OUTPUT}, or {OUTPUT}-2, {OUTPUT}-3 ... if runs are there)"
+    )
     save_steps: int = option("run", 50, "save every N steps; 0 = only at the end", mlx_lm_names=("--save-every",))
     keep: int = option("run", 0, "keep only the newest N saved steps, besides best and final; 0 = keep all")
     resume: bool = option("run", False, "continue the run in --output from its last saved step")
@@ -341,6 +345,11 @@ class Settings:
         }
 
     @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output or OUTPUT).expanduser()
+
+    @property
     def folder_rules(self) -> FolderRules:
         """How evaluation folders are read."""
         return FolderRules(self.strict, self.ignore_identical_ids)
@@ -372,7 +381,7 @@ class Settings:
             model=toolkit_relative(self.model),
             data=[source(name) for name in self.data],
             eval_tasks=[absolute(name) for name in self.eval_tasks],
-            output=str(Path(self.output).expanduser().absolute()),
+            output=self.output and str(self.folder.absolute()),
         )
 
     def to_dict(self) -> dict:

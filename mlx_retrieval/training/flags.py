@@ -174,7 +174,7 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
         given["data"] = TASK_DEFAULTS["chat"]["data"]
     settings = for_task(given.get("task"), given)
     if path and settings.overwrite:
-        written = Path(settings.output).expanduser() / "config.yaml"
+        written = settings.folder / "config.yaml"
         if written.exists() and written.samefile(Path(path)):
             raise UserError(f"--config {path}: --overwrite would replace this file; copy it to another folder first")
     return settings, given

@@ -261,7 +261,7 @@ def make_evaluator(
 
 def prepare(settings: Settings) -> RetrievalRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
-    folder = Path(settings.output).expanduser()
+    folder = settings.folder
     data = open_data(settings)
     rows = data.rows
     resolve_length(settings, len(rows) / min(settings.batch_size, len(rows)))
