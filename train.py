@@ -6,6 +6,7 @@ python train.py --model mlx-community/Llama-3.2-3B-Instruct-4bit --iters 222 --n
                                                         a chat model, on the conversations in data/
 python train.py --config adapters/config.yaml --output again     the settings of another run, flags win
 python train.py --resume --output adapters              continue a run that was stopped
+python train.py --resume --output adapters --steps 300  make a finished one longer
 mlx.launch -n 2 python train.py                         two processes that train as one
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.sources import local
-from mlx_retrieval.training import distributed, flags, improvement, output_folder
+from mlx_retrieval.training import distributed, flags, improvement
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.training.run import continue_command, train
@@ -33,19 +34,23 @@ DESCRIPTION = (
 EPILOG = (
     "Exit codes: 0 done, 2 bad input (nothing is lost), 3 another rank was lost, 4 no step beat the untrained model "
     "and --require-improvement is given, 129, 130 and 143 stopped by a lost terminal, Ctrl-C or SIGTERM, saved. "
-    "mlx.launch itself always exits with 0: a run is done when it has the folder final."
+    "mlx.launch itself always exits with 0: a run is done when it has the folder final, and one that was made longer "
+    "when its last step is in there."
 )
 
 
 def resumed_settings(given: dict) -> Settings:
-    """Return the settings of the run in --output. UserError if a setting in `given` may not change and differs."""
-    folder = output_folder.to_resume(given)
+    """Return the settings of the run in --output, with the end that `given` asks for.
+
+    UserError if a setting in `given` may not change and differs.
+    """
+    folder = Path(given.get("output", Settings().output)).expanduser()
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: no run in {folder}")
     saved = Settings(**read_yaml(folder / "config.yaml")).with_absolute_paths()
     wanted = for_task(given.get("task"), given).with_absolute_paths()
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
-    free |= {"accept_changed_data", "require_improvement"}
+    free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs"}
     differing = [name for name in given if name not in free and getattr(saved, name) != getattr(wanted, name)]
     if differing:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
@@ -61,6 +66,8 @@ def resumed_settings(given: dict) -> Settings:
             f"--resume: {', '.join(missing)}: no such file or folder; if it has moved, correct {folder / 'config.yaml'}"
         )
     values = saved.to_dict() | {name: given[name] for name in free if name in given}
+    if given.keys() & {"steps", "epochs"}:  # another end; training/continuation.py says what that means
+        values |= {"steps": wanted.steps, "epochs": wanted.epochs}
     return Settings(**values | {"output": str(folder), "stop_after": given.get("stop_after", 0), "overwrite": False})
 
 
@@ -80,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.resume:  # from a folder that need not be on every machine
             saved = distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())
             settings = Settings(**saved)
-        elif settings.task is None and settings.columns is None:  # chat has no --columns
+        elif settings.task is None:
             from mlx_retrieval.training.chat.data import is_chat
 
             with distributed.raise_together("the data"):
@@ -93,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.wait_for_main()
         return 2
     except distributed.RankLost as error:
-        again = continue_command(settings.folder)
+        again = continue_command(Path(settings.output))
         print(
             f"train.py{distributed.rank_label()}: {error}. "
             f"Continue from the last saved step, with any number of ranks: {again}",

@@ -69,10 +69,20 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def last_step(run: Path) -> Path | None:
-    """Return the newest complete step folder of a run, from which `--resume` continues; None = there is none."""
+    """Return the newest complete step folder of a run, or `final` if no step is as new; None = there is none.
+
+    From there `--resume` continues.
+    """
     needed = (ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, STATE)
-    complete = [folder for folder in _steps(run) if all((folder / name).is_file() for name in needed)]
-    return max(complete, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
+    complete = [f for f in (*_steps(run), run / "final") if all((f / name).is_file() for name in needed)]
+    return max(complete, key=lambda folder: (step_of(folder) or 0, folder.name), default=None)
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step at which a folder was saved; None if its files do not say."""
+    if folder.name.startswith("step-"):
+        return int(folder.name.removeprefix("step-"))
+    return read_json(folder / STATE).get("step") if (folder / STATE).is_file() else None
 
 
 def prune(run: Path, keep: int) -> None:

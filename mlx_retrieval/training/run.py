@@ -17,8 +17,10 @@ from mlx_retrieval.backend import mx
 
 from mlx_retrieval.training import checkpoint, contents, distributed, improvement, nothing_learnt, output_folder
 from mlx_retrieval.training.base_trainer import BaseTrainer, due
-from mlx_retrieval.training.config import OUTPUT, Settings
+from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import Contents
+from mlx_retrieval.training.continuation import find as find_continuation
+from mlx_retrieval.training.continuation import history
 from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files, locks
@@ -75,18 +77,13 @@ def prepare(settings: Settings) -> Run:
     if distributed.size() > 1 and (settings.task == "chat" or settings.profile):
         unsupported = "--profile" if settings.profile else "--task chat"
         raise UserError(f"{unsupported} works in one process only: start it without mlx.launch")
-    default = settings.output is None
-    settings.output = distributed.broadcast_object("the output folder", lambda: output_folder.choose(settings))
     if distributed.is_main():
-        output_folder.check(settings.folder, settings)
+        output_folder.check(Path(settings.output).expanduser(), settings)
     if settings.task == "chat":
         from mlx_retrieval.training.chat.run import prepare as prepare_task
     else:
         from mlx_retrieval.training.retrieval_run import prepare as prepare_task
-    job = prepare_task(settings)
-    if default and settings.output != OUTPUT and not settings.profile:
-        job.headline.insert(0, ("output", f"{settings.output}, as there is a run in {OUTPUT}"))
-    return job
+    return prepare_task(settings)
 
 
 def run(job: Run) -> dict:
@@ -145,15 +142,15 @@ def begin(job: Run) -> None:
     now = job.contents()
     if job.settings.resume:
         checkpoint.recover(job.folder)
-        if (job.folder / "final").is_dir():
-            raise UserError(f"--resume: the run in {job.folder} is finished")
-        if (last := checkpoint.last_step(job.folder)) is not None:
+        if (continuation := find_continuation(job.folder, job.settings)) is not None:
             changed = contents.check(job.folder, now, job.settings.accept_changed_data)
-            job.trainer.resume(last)
+            job.trainer.resume(continuation.folder)
+            lines = [("resumed", f"from {continuation.folder}")]
+            lines += continuation.apply(job.trainer.state, job.settings)
             if changed & {"evaluation", "validation"}:
                 job.trainer.forget_evaluations()
             job.restore(changed)
-            print_lines([("resumed", f"from {last}")])
+            print_lines(lines)
     files.make_folder(job.folder)
     job.settings.write(job.folder / "config.yaml")
     contents.write(job.folder, now)
@@ -315,7 +312,7 @@ def conclude(job: Run) -> None:
     """Print the gain, where everything is, and how to go on."""
     state = job.trainer.state
     folder = job.folder
-    if not (folder / "final").is_dir():
+    if not is_finished(job.trainer):
         print_lines([("stopped", f"at step {state.step}, saved"), ("continue", continue_command(folder))])
         return
     job.print_results()
@@ -330,7 +327,7 @@ def conclude(job: Run) -> None:
             f"the trained model computes the same as the untrained one: nothing was learnt at --learning-rate {rate:g}"
         )
         lines.append(("warning", text))
-    facts = [*job.headline, *lines]
+    facts = [*job.headline, *history(state, job.settings.steps), *lines]
     report = write_report(folder, job.settings, facts, job.next_lines(), job.report, job.trainer.reporter.warn)
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
     lines += [("report", f"{report}")] if report else []

@@ -12,6 +12,8 @@ class State:
     cursor: dict = field(default_factory=dict)  # where the data source continues
     skipped_batches: int = 0  # with --skip-bad-batches
     micro_batch_tokens: int = 0  # the budget, if memory decided it; see memory.py
+    # Where the run was to end before it was continued with other --steps: [last step, steps taken then] of each.
+    ends: list[list[int]] = field(default_factory=list)
     # Evaluations; see improvement.py.
     metric: str = ""  # the one that the run goes by
     untrained: float | None = None  # score before training; None = not known

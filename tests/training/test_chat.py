@@ -304,6 +304,18 @@ def test_resume_is_exact(settings, tmp_path, changes, steps, first):
     assert [state | {"seconds": 0} for state in states] == [states[0] | {"seconds": 0}] * 2
 
 
+@pytest.mark.slow
+def test_a_longer_run_is_exact(settings, tmp_path):
+    """A finished run goes on, however often it is stopped; --epochs name its new end as well."""
+    train.train(settings(steps=6, lora_dropout=0.2, eval_steps=4, output=str(tmp_path / "whole")))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for name, changes in (("whole", {"epochs": 2.0}), ("run", {"steps": 12, "stop_after": 8}), ("run", {})):
+        train.train(train.resumed_settings({"resume": True, "output": str(tmp_path / name)} | changes))
+    assert files(tmp_path / "run" / "final") == files(tmp_path / "whole" / "final")
+    assert metrics(tmp_path / "run", "eval") == metrics(tmp_path / "whole", "eval")
+    assert [record["step"] for record in metrics(tmp_path / "run", "eval")] == [0, 4, 6, 8, 12]
+
+
 def test_checkpointed_blocks_drop_others_in_every_step(settings):
     """A compiled step would draw their seeds once; here a step's seed decides."""
     trainers = [prepare(settings(lora_dropout=0.5, grad_checkpoint=value)).trainer for value in (False, True)]

@@ -180,6 +180,7 @@ def work(tmp_path_factory, small) -> Work:
         "seed": [(here, argv("no", "--seed", seed)) for seed in "01"],
         "file": [(here, argv("no", data=name)) for name in ("train.jsonl", "missing.jsonl")],
         "finished": [(here, work.resume("by-two"))] * 2,
+        "longer": [(here, [*work.resume("patience"), "--steps", "5", "--early-stopping", "0"])] * 2,
     }
     both = collect(launch(root / "hosts.json", DRIVER, json.dumps(list(zip(*lines.values(), strict=True)))))
     done = [line for ended in both for line in ended.out.splitlines() if line.startswith("OUTCOME ")]
@@ -251,6 +252,11 @@ def test_all_stop_where_the_first_saw_no_gain(work):
     first, second = work.outcomes["no gain"]
     assert first == second and first[0] == 0 and first[1].endswith(" at 2")
     assert (work.root / "patience" / "final").is_dir()
+
+
+def test_all_go_on_with_a_run_that_had_ended(work):
+    first, second = work.outcomes["longer"]
+    assert first == second and first[0] == 0 and first[1].endswith(" at 5") and work.saved("patience") == 5
 
 
 # --- what cannot go on ends, and says so ------------------------------------------------------------------------------

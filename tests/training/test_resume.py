@@ -88,6 +88,32 @@ def test_a_resumed_run_is_the_same_bit_for_bit(settings, rows, tmp_path, monkeyp
     assert order[:steps] == order[steps:] and min(r["micro_batches"] for r in metrics_of(whole)) > 1
 
 
+@pytest.mark.parametrize("changes", [
+    {"lora_dropout": 0.2},
+    pytest.param({"task": "late", "train_type": "full"}, marks=pytest.mark.slow),
+    pytest.param({"task": "rerank", "loss": "ranknet", "max_length": 200}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_a_longer_run_is_the_same_however_often_it_is_stopped(settings, tmp_path, changes):
+    """Step k of a finished run that goes on depends on k alone, and the rate on the new end."""
+
+    def go_on(name: str, **more) -> None:
+        given = {"output": str(tmp_path / name), "resume": True}
+        train.train(train.resumed_settings(given | more))
+
+    same = {"max_length": 32, "batch_size": 4, **changes}
+    train.train(settings(**same, steps=2, output=str(tmp_path / "once")))
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
+    go_on("once", steps=4)
+    go_on("twice", steps=4, stop_after=3)
+    go_on("twice")
+    assert folder_bytes(tmp_path / "once" / "final") == folder_bytes(tmp_path / "twice" / "final")
+    records = metrics_of(tmp_path / "once")
+    assert records == metrics_of(tmp_path / "twice") and [r["step"] for r in records] == [1, 2, 3, 4]
+    rates = [r["learning_rate"] / records[0]["learning_rate"] for r in records]
+    assert rates == pytest.approx([1, 0.5, 0.5, 0.146], abs=1e-3)
+    assert json.loads((tmp_path / "twice" / "final" / "trainer_state.json").read_text())["ends"] == [[2, 2]]
+
+
 def test_a_run_that_was_killed_while_it_stopped_early_trains_no_further(settings, tmp_path, rows):
     """The state that is saved with the last step says already that it is over."""
     (tmp_path / "data").mkdir()

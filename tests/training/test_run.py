@@ -6,6 +6,7 @@ python -m pytest tests/training/test_run.py
 import json
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import yaml
 
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
-from mlx_retrieval.training import checkpoint, improvement, reporting, run
+from mlx_retrieval.training import checkpoint, continuation, improvement, reporting, run
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer
 from mlx_retrieval.training.chat.run import ChatRun
 from mlx_retrieval.training.config import Settings
@@ -49,6 +50,7 @@ class ToyTrainer(BaseTrainer):
         self.events.append(f"save {folder.name.strip('.').removesuffix('.new')}")
         for name in (ADAPTERS, ADAPTER_CONFIG):
             (folder / name).touch()
+        self.settings.write(folder / "config.yaml")
 
     def train(self, last: int, after_step: AfterStep) -> None:
         while self.state.step < last:
@@ -110,7 +112,13 @@ def toy(tmp_path):
     """A toy run in `tmp_path/run`, its settings changed by keyword."""
 
     def make(scores=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), signals=None, **changes) -> ToyRun:
-        defaults = {"steps": 4, "eval_steps": 2, "save_steps": 2, "output": str(tmp_path / "run")}
+        defaults = {
+            "steps": 4,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+            "output": str(tmp_path / "run"),
+        }
         return ToyRun(ToyTrainer(Settings(**defaults | changes), list(scores), signals or {}))
 
     return make
@@ -167,6 +175,80 @@ def test_a_nan_evaluation_is_not_the_best(toy):
     job = toy(scores=(0.4, 0.5, float("nan")))
     run.run(job)
     assert job.trainer.state.best_step == 2 and job.trainer.state.evaluations_since_best == 1
+
+
+# --- longer -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_goes_on_with_more_steps(toy, capsys):
+    """`final` stays that of the earlier end until the new one is reached, which does not hide that the run goes on."""
+    run.run(toy())
+    job = toy(scores=(0.6,), resume=True, steps=8, stop_after=6)
+    run.run(job)
+    assert job.trainer.events[:3] == ["load step-000004", "restore", "step 5"]
+    assert checkpoint.step_of(job.folder / "final") == 4 and checkpoint.last_step(job.folder).name == "step-000006"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "steps 4 -> 8; the learning rate follows the cosine to step 8, so it rises from " in out
+    assert "at step 5 step" in out and "stopped at step 6, saved" in out and "next" not in out.rpartition("stopped")[2]
+    job = toy(scores=(0.7,), resume=True, steps=8)
+    assert run.run(job)["improved"] and "->" not in (out := capsys.readouterr().out) and "next" in out
+    assert job.trainer.events[-4:] == ["save best", "save step-000008", "save final", "print"]
+    assert checkpoint.step_of(job.folder / "final") == 8 and job.trainer.state.ends == [[4, 4]]
+    steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_goes_on_from_final_if_its_steps_are_gone(toy):
+    run.run(toy())
+    for folder in toy().folder.glob("step-*"):
+        shutil.rmtree(folder)
+    job = toy(resume=True, steps=5)
+    run.run(job)
+    assert job.trainer.events[0] == "load final" and checkpoint.step_of(job.folder / "final") == 5
+
+
+@pytest.mark.parametrize("steps, message", [
+    (4, "is finished, after 4 steps. --steps N, above that, makes it longer; --model .*best begins a new run from"),
+    (3, "--steps 3: the run in .*run has taken 4 steps already, and goes on with more than that"),
+])  # fmt: skip
+def test_a_finished_run_does_not_go_on_with_its_steps_or_fewer(toy, steps, message):
+    run.run(toy())
+    before = (toy().folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match=message):
+        run.run(toy(resume=True, steps=steps))
+    assert (toy().folder / "config.yaml").read_text() == before
+
+
+def test_a_run_that_ended_early_says_how_to_go_on(toy, capsys):
+    """With more steps the patience begins again, also if a kill comes before the next step is saved."""
+    early = {"eval_steps": 1, "early_stopping": 1}
+    run.run(toy(scores=(0.4, 0.5, 0.5), **early))
+    message = "ended early, at step 2 of 4: no better for 1 evaluation. --early-stopping 0 goes on to step 4; --steps N"
+    with pytest.raises(UserError, match=message):
+        run.run(toy(resume=True, **early))
+    run.begin(toy(resume=True, steps=6, **early))  # killed here
+    job = toy(scores=(0.5,), resume=True, steps=6, **early)
+    run.run(job)
+    assert job.trainer.state.step == 3 and job.trainer.events[0] == "load step-000002"
+    assert (
+        " ".join(capsys.readouterr().out.split()).count("patience the 1 evaluations of early stopping count from here")
+        == 2
+    )
+    with pytest.raises(UserError, match="ended early, at step 3 of 6"):
+        run.run(toy(resume=True, steps=6, **early))
+    job = toy(scores=(0.5, 0.5, 0.5), resume=True, steps=6, eval_steps=1)
+    run.run(job)
+    assert job.trainer.state.step == 6 and [*job.trainer.state.ends] == [[4, 2]]
+    assert continuation.history(job.trainer.state, 6) == [
+        ("steps", "planned were 4 at first, 6 from step 2 on; so was the learning rate")
+    ]
+
+
+def test_an_unfinished_run_may_end_earlier_or_later(toy, capsys):
+    run.run(toy(stop_after=2))
+    run.run(toy(scores=(0.5,), resume=True, steps=3, schedule="constant"))
+    assert "4 -> 3; the learning rate stays constant" in capsys.readouterr().out
+    assert checkpoint.step_of(toy().folder / "final") == 3
 
 
 # --- better than untrained --------------------------------------------------------------------------------------------
