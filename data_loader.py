@@ -113,7 +113,7 @@ class Batches:
         if make is make_batch and rows.format == "label":
             raise UserError(
                 f"{rows.names[0]}: rows with a label, score or similarity are for --task rerank; for other tasks, "
-                "keep the rows whose document answers the query, and leave the key out"
+                "keep the rows whose document answers the query, and leave the key unread (--ignore-keys score)"
             )
         self.size = min(size, len(rows))
         if make is make_batch and self.size == 1 and not rows.has_negatives:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_retrieval import backend
-from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset import columns
 from mlx_retrieval.dataset.text_files import read_text_rows
 from mlx_retrieval.inference import quantization, vector_files
 from mlx_retrieval.inference.embedder import Model, load
@@ -110,7 +110,7 @@ def embed_index(args: argparse.Namespace) -> str:
     from mlx_retrieval.retrieval.elastic_index import write_vectors
     from mlx_retrieval.utils.progress import progress_bar
 
-    row_fields = fields.parse(args.es_fields or fields.DEFAULT)
+    row_fields = columns.parse(args.es_fields or columns.ELASTIC_DEFAULT, "--es-fields")
     texts = row_fields.get("document") or row_fields.get("positive")
     if not texts:
         raise UserError("--es-fields: document=FIELD+FIELD must name the fields to embed")
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
         help="instead of --input and --output: embed the documents of an Elasticsearch index that have no vector yet, "
         "and write the vectors into the index",
     )
-    default = "+".join(fields.parse(fields.DEFAULT)["document"])
+    default = "+".join(columns.parse(columns.ELASTIC_DEFAULT)["document"])
     out.add_argument(
         "--es-fields", metavar="TEXT", help=f"with --to: the fields to embed, document=FIELD+FIELD (default: {default})"
     )

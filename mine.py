@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_retrieval import backend
-from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset import columns
 from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
 from mlx_retrieval.mining import code_pairs, hard_negatives, run
@@ -47,7 +47,10 @@ RELATIVE_MARGIN = 0.05  # the best of NV-Retriever's experiments
 def add_files(out: argparse.ArgumentParser, data: str) -> None:
     """Add the flags of the files to read and write, and of the cache."""
     flag = out.add_argument
-    flag("--data", nargs="+", required=True, metavar="FILE", help=f"{data}; .gz files and folders work too")
+    flag("--data", nargs="+", required=True, metavar="FILE", help=f"{data}; CSV, Parquet, folders, ... "
+         "as for train.py")  # fmt: skip
+    flag("--columns", type=columns.parse, metavar="TEXT", help="columns or keys that rows are made of: "
+         "query=question,document=title+body (default: by their own names)")  # fmt: skip
     flag("--output", required=True, metavar="FILE", help="JSON lines for train.py")
     flag("--overwrite", action="store_true", help="replace --output if it exists")
     flag("--work", metavar="FOLDER", help="keep finished work here, for later runs as well (default: beside --output, "
@@ -198,9 +201,21 @@ def run_negatives(args: argparse.Namespace) -> None:
     run.check_margins(corpus, rules, bool(args.model or args.reranker))
     model = run.load_retriever(args.model, args.max_length) if args.model else None
     judge = Teacher(args.reranker, "reranker", reranker_type=args.reranker_type) if args.reranker else None
-    with cache_folder(output, args.work) as cache, run.naming_lines(files, args.corpus, args.field, args.ignore_keys):
+    with (
+        cache_folder(output, args.work) as cache,
+        run.naming_lines(files, args.corpus, args.field, args.ignore_keys, args.columns),
+    ):
         negatives = mine_negatives(
-            files, corpus, rules, cache, model, judge, args.skip_bad_rows, notify, args.ignore_keys
+            files,
+            corpus,
+            rules,
+            cache,
+            model,
+            judge,
+            args.skip_bad_rows,
+            notify,
+            args.ignore_keys,
+            args.columns,
         )
         print_negatives(negatives, rules)
         if not (negatives.mined.numbers >= 0).any():
@@ -258,8 +273,8 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
     flag = out.add_argument
     flag("--corpus", metavar="FILE", help="JSON lines, .txt, a BEIR folder, or es://INDEX, which then also ranks by "
          "BM25 (default: only the documents of the rows)")  # fmt: skip
-    flag("--es-fields", default=fields.DEFAULT, metavar="TEXT", help="with es://: document=FIELD+FIELD names the "
-         "fields of a document (default: title+snippet)")  # fmt: skip
+    flag("--es-fields", default=columns.ELASTIC_DEFAULT, metavar="TEXT", help="with --corpus es://: "
+         "document=FIELD+FIELD names the fields of a document (default: title+snippet)")  # fmt: skip
     flag("--field", metavar="KEY", help="key of the text in --corpus (default: title and text, ...)")
     flag("--model", "--model-path", metavar="MODEL", help="embedding model: adapter folder, base model's folder, or "
          "hub name")  # fmt: skip
@@ -299,12 +314,15 @@ def run_score(args: argparse.Namespace) -> None:
     """Write the rows of `args.data` with a teacher's scores to `args.output`, and print a table of the scores."""
     output, files = Path(args.output).expanduser(), find_files(args.data)
     check_output(output, args.overwrite, [*files, args.teacher])
-    counts, skipped = run.count_rows(files, args.skip_bad_rows, notify, args.ignore_keys)
+    counts, skipped = run.count_rows(files, args.skip_bad_rows, notify, args.ignore_keys, args.columns)
     teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type, args.raw_scores)
     name = teacher.model.name
     print_lines([("teacher", f"{name}, {teacher.kind}")])
-    with cache_folder(output, args.work) as cache, run.naming_lines(files, ignore_keys=args.ignore_keys):
-        run.score_rows(files, output, teacher, counts, cache, skipped, notify, args.ignore_keys)
+    with (
+        cache_folder(output, args.work) as cache,
+        run.naming_lines(files, ignore_keys=args.ignore_keys, columns=args.columns),
+    ):
+        run.score_rows(files, output, teacher, counts, cache, skipped, notify, args.ignore_keys, args.columns)
     if teacher.cut:
         notify(f"the reranker truncated {quantity(teacher.cut, 'document')} (--max-length)")
     print_scores(name, counts.positives, counts.negatives, "negatives" if counts.positives else "documents")

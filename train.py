@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.sources import local
-from mlx_retrieval.training import distributed, flags, improvement
+from mlx_retrieval.training import distributed, flags, improvement, output_folder
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
 from mlx_retrieval.training.run import continue_command, train
@@ -44,7 +44,7 @@ def resumed_settings(given: dict) -> Settings:
 
     UserError if a setting in `given` may not change and differs.
     """
-    folder = Path(given.get("output", Settings().output)).expanduser()
+    folder = output_folder.to_resume(given)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: no run in {folder}")
     saved = Settings(**read_yaml(folder / "config.yaml")).with_absolute_paths()
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.resume:  # from a folder that need not be on every machine
             saved = distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())
             settings = Settings(**saved)
-        elif settings.task is None:
+        elif settings.task is None and settings.columns is None:  # chat has no --columns
             from mlx_retrieval.training.chat.data import is_chat
 
             with distributed.raise_together("the data"):
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.wait_for_main()
         return 2
     except distributed.RankLost as error:
-        again = continue_command(Path(settings.output))
+        again = continue_command(settings.folder)
         print(
             f"train.py{distributed.rank_label()}: {error}. "
             f"Continue from the last saved step, with any number of ranks: {again}",

@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ def read_texts(folder: Path, stem: str, untidy: Untidiness | None = None) -> Tex
 
     `untidy` counts what is not as it should be.
     """
-    path = _texts_file(folder, stem)
+    path = texts_file(folder, stem)
     untidy = untidy or Untidiness()
     rows: Texts = {}
     for number, row in read_objects(path):
@@ -121,10 +121,10 @@ def read_texts(folder: Path, stem: str, untidy: Untidiness | None = None) -> Tex
 
 def files_of(folder: Path) -> list[Path]:
     """Return the three files that `read_folder` reads. UserError if one is missing."""
-    return [_texts_file(folder, "corpus"), _texts_file(folder, "queries"), _qrels_file(folder)]
+    return [texts_file(folder, "corpus"), texts_file(folder, "queries"), _qrels_file(folder)]
 
 
-def _texts_file(folder: Path, stem: str) -> Path:
+def texts_file(folder: Path, stem: str) -> Path:
     path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise UserError(f"{folder / stem}.jsonl: no such file (nor .jsonl.gz); an evaluation folder needs it")
@@ -142,9 +142,20 @@ def _qrels_file(folder: Path) -> Path:
     return files[0]
 
 
-def _read_qrels(path: Path, queries: Texts, corpus: Texts, untidy: Untidiness) -> Qrels:
-    """Return the judgements of the queries that have a positive one; for the others there is nothing to find."""
-    qrels: Qrels = {}
+class Judgement(NamedTuple):
+    """A line of a file of judgements."""
+
+    where: str  # file:line
+    query: str  # id
+    document: str  # id
+    grade: int
+
+
+def read_judgements(path: Path, queries: Container[str]) -> Iterator[Judgement]:
+    """Yield the judgements of a .tsv file, of any query. `queries`: ids, by which a header is told from a judgement.
+
+    UserError with file, line and reason.
+    """
     header_possible = True
     for number, line in read_lines(path):
         if not line.strip():
@@ -163,15 +174,22 @@ def _read_qrels(path: Path, queries: Texts, corpus: Texts, untidy: Untidiness) -
         if not is_integer:
             size = "has more than nine digits" if re.fullmatch(r"[+-]?\d+", judgement) else "is not an integer"
             raise UserError(f"{where}: the judgement {judgement[:40]!r} {size}")
+        yield Judgement(where, query, document, int(judgement))
+
+
+def _read_qrels(path: Path, queries: Texts, corpus: Texts, untidy: Untidiness) -> Qrels:
+    """Return the judgements of the queries that have a positive one; for the others there is nothing to find."""
+    qrels: Qrels = {}
+    for where, query, document, grade in read_judgements(path, queries):
         if query not in queries:
             untidy.add("no query", where, f"the query {query} is not in the queries file")
             continue
         if document not in corpus:
             untidy.add("no document", where, f"the document {document} is not in the corpus")
         grades = qrels.setdefault(query, {})
-        if grades.get(document, int(judgement)) != int(judgement):
+        if grades.get(document, grade) != grade:
             untidy.add("replaced", where, f"query {query} and document {document} have another judgement further up")
-        grades[document] = int(judgement)
+        grades[document] = grade
     qrels = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
     if not qrels:
         raise UserError(f"{path}: no query has a positive judgement, so there is nothing to measure")

@@ -3,7 +3,8 @@
     for number, row in read_objects(Path("corpus.jsonl")):
         print(number, row["text"])
 
-A file that begins with `[` is read as one JSON array: its elements count as lines. A byte order mark is dropped.
+A file that begins with `[` is read as one JSON array: its elements count as lines. If its first line is a whole array
+of texts and further lines follow, each line is a value as usual. A byte order mark is dropped.
 
 Training data is read in two steps instead, `lines_of` and `parse_object`: the place of every row is kept, lines are
 bounded in size, and a bad row can be left out.
@@ -102,15 +103,34 @@ def parse_object(line: str | bytes) -> dict[str, Any]:
 def lines_of(handle: BinaryIO) -> Iterator[Line]:
     """Yield the lines that are not blank, or the elements of the array, of a file that is opened at its beginning."""
     head, start = _without_mark(handle.readline(CHUNK))
-    number = 1
+    head, number, start = _skip_blanks(handle, head, 1, start)
+    if not head.lstrip().startswith(b"["):
+        yield from (line for line in _lines(handle, head, number, start) if line.data.strip())
+        return
+    if head.endswith(b"\n") and _is_array_of_texts(head):
+        following = _skip_blanks(handle, handle.readline(CHUNK), number + 1, start + len(head))
+        if following[0]:
+            yield Line(number, start, len(head), head)
+            yield from (line for line in _lines(handle, *following) if line.data.strip())
+            return
+    yield from _elements(handle, head, number, start)
+
+
+def _skip_blanks(handle: BinaryIO, head: bytes, number: int, start: int) -> tuple[bytes, int, int]:
+    """Return the beginning of the first line from `head` on that is not blank, its number and its place."""
     while head and not head.strip():
         number += head.endswith(b"\n")
         start += len(head)
         head = handle.readline(CHUNK)
-    if head.lstrip().startswith(b"["):
-        yield from _elements(handle, head, number, start)
-    else:
-        yield from (line for line in _lines(handle, head, number, start) if line.data.strip())
+    return head, number, start
+
+
+def _is_array_of_texts(line: bytes) -> bool:
+    try:
+        value = parse_value(line)
+    except RowError:
+        return False
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def _without_mark(head: bytes) -> tuple[bytes, int]:

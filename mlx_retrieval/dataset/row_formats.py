@@ -1,9 +1,9 @@
 """Parse one row of training data into examples, by the names of its keys.
 
 A row is a pair of a query and its document, with negatives or without; a pair with a label; or documents that a teacher
-has scored. `ROLES` lists the names that a key may have. A key without a value (null) is absent. Keys of other names are
-ignored, and counted unless they look like ids or origins; a row in which one holds a label, a score or negatives of the
-pair is refused (unread_keys.py).
+has scored. `roles.ROLES` lists the names that a key may have, and columns.py maps others to them. A key without a value
+(null) is absent. Keys of other names are ignored, and counted unless they look like ids or origins; a row in which one
+holds a label, a score or negatives of the pair is refused (unread_keys.py).
 """
 
 import functools
@@ -14,30 +14,14 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from mlx_retrieval.dataset.beir import document_text
+from mlx_retrieval.dataset.column_hints import suggestion
+from mlx_retrieval.dataset.columns import Columns, listing, mapped, missing, names
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
+from mlx_retrieval.dataset.roles import MESSAGES, NUMBERED_NEGATIVE, POSITIVE_MESSAGES, ROLES, WEAK_ROLES, snake_case
 from mlx_retrieval.dataset.unread_keys import held_by, is_origin, may_matter
 from mlx_retrieval.utils.text import quantity
 
-# Role -> names of keys. Upper and lower case, "-", " " and "_" do not count.
-ROLES = {
-    "query": ("query", "anchor", "question"),
-    "document": ("document", "positive", "positives", "pos", "passage", "answer", "positive_passages"),
-    "documents": ("documents",),
-    "negatives": ("negative", "negatives", "neg", "hard_negative", "hard_negatives", "negative_passages"),
-    "label": ("label", "score", "similarity"),
-    "scores": ("scores",),
-    "positive scores": ("pos_scores",),
-    "negative scores": ("neg_scores",),
-    "rank": ("rank",),
-    "prompt": ("prompt",),
-}
-# Names that often hold something else: they count where no other key has the role.
-WEAK_ROLES = {
-    "query": ("sentence1", "input"),
-    "document": ("response", "context", "text", "sentence2"),
-}
 OWN_KEYS = {"query", "anchor", "document", "positive", "documents", "negative", "negatives", "scores", "rank"}
-NUMBERED_NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?_?\d+")
 KINDS = {"pair": "query/document", "documents": "query/documents/scores", "label": "query/document/label"}
 MAX_RANK = 2**31 - 1
 
@@ -76,73 +60,87 @@ class Reading(NamedTuple):
     negative_scores: str | None = None
     rank: str | None = None
     prompt: str | None = None
+    unread: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()  # keys that are not read, and whose names are not those of ids or origins
     suspects: tuple[str, ...] = ()  # keys that are not read, and whose values may be labels, scores or negatives
 
     @property
     def used(self) -> set[str]:
         """All keys that are read."""
-        return {key for field in self[1:-2] if field for key in ([field] if isinstance(field, str) else field)}
+        return {key for field in self[1:-3] if field for key in ([field] if isinstance(field, str) else field)}
 
 
-def snake_case(key: str) -> str:
-    """Return a key as ROLES spells it: `hardNegatives` and `hard-negatives` as `hard_negatives`."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip()).lower().replace("-", "_").replace(" ", "_")
+class NoFormatError(RowError):
+    """The keys of a row have no query, or no document. `needed` says what they should have."""
+
+    def __init__(self, reason: str, needed: str = ""):
+        super().__init__(f"{reason}{needed}")
+        self.reason = reason
+
+
+class ColumnsError(RowError):
+    """`--columns`, which the message suggests, would help."""
 
 
 @functools.lru_cache(maxsize=256)
 def reading_of(keys: tuple[str, ...]) -> Reading:
     """Return the roles of the keys of a row. RowError if they make no row, or could be read in more than one way."""
-    names = {key: snake_case(key) for key in keys}
+    snake = {key: snake_case(key) for key in keys}
 
     def find(role: str) -> str | None:
         for words in (ROLES[role], WEAK_ROLES.get(role, ())):
-            if len(found := [key for key in keys if names[key] in words]) > 1:
-                raise RowError(f"{' and '.join(found)} could each be the {role}: keep one of the keys (--ignore-keys)")
+            if len(found := [key for key in keys if snake[key] in words]) > 1:
+                raise RowError(
+                    f"{' and '.join(found)} could each be the {role}: choose one (--columns {role}={found[0]})"
+                )
             if found:
                 return found[0]
         return None
 
     query, document, documents = find("query"), find("document"), find("documents")
+    if query is None and document is not None and snake[document] == POSITIVE_MESSAGES:
+        query = next((key for key in keys if snake[key] == MESSAGES), None)
     if query is None:
-        raise RowError(
-            f"keys {', '.join(sorted(keys)) or '(none)'} fit no format "
-            "(query and document, with negatives or without; query, document and label; query, documents and scores)"
+        raise NoFormatError(
+            f"keys {listing(keys)} fit no format",
+            " (query and document, with negatives or without; query, document and label; query, documents and scores)",
         )
     if document is None and documents is None:
-        raise RowError("no positive: a row with a query needs a document or a positive")
+        reason = "no positive: a row with a query needs a document or a positive"
+        raise NoFormatError(f"{reason}; there are {listing(keys)}")
     if documents is not None:
-        if document is not None and names[document] not in WEAK_ROLES["document"]:
+        if document is not None and snake[document] not in WEAK_ROLES["document"]:
             raise RowError(
                 f"{document} and {documents} could each be the document: keep one of the keys (--ignore-keys)"
             )
         reading = Reading("documents", query, documents, scores=find("scores"))
-        return _with_unread(reading, names)
-    negatives = [key for key in keys if names[key] in ROLES["negatives"]]
-    numbered = [key for key in keys if NUMBERED_NEGATIVE.fullmatch(names[key])]
-    numbered.sort(key=lambda key: int(re.search(r"\d+$", names[key])[0]))
+        return _with_unread(reading, snake)
+    negatives = [key for key in keys if snake[key] in ROLES["negatives"]]
+    numbered = [key for key in keys if NUMBERED_NEGATIVE.fullmatch(snake[key])]
+    numbered.sort(key=lambda key: int(re.search(r"\d+$", snake[key])[0]))
     label, scores = find("label"), find("scores")
     if label is not None and not (negatives or numbered):
-        return _with_unread(Reading("label", query, document, label=label), names)
-    if label is not None and scores is None and names[label] == "score":  # a list of them, as `scores`
+        return _with_unread(Reading("label", query, document, label=label), snake)
+    if label is not None and scores is None and snake[label] == "score":  # a list of them, as `scores`
         scores = label
     elif label is not None:
         raise RowError(
             f"{label} cannot be used beside {', '.join(negatives + numbered)}: rename a teacher's scores, of the "
             f"positive and then of each negative, to `scores`, or leave the key unread (--ignore-keys {label})"
         )
-    prompt = find("prompt") if names[document] == "pos" else None  # FlagEmbedding's
+    prompt = find("prompt") if snake[document] == "pos" else None  # FlagEmbedding's
     by_side = (None, None) if scores else (find("positive scores"), find("negative scores"))
     if by_side[0] is None and by_side[1] is not None:
         raise RowError(f"{by_side[1]} without pos_scores (--ignore-keys {by_side[1]} leaves it unread)")
     rest = (scores, *by_side, find("rank"), prompt)
-    return _with_unread(Reading("pair", query, document, tuple(negatives + numbered), None, *rest), names)
+    return _with_unread(Reading("pair", query, document, tuple(negatives + numbered), None, *rest), snake)
 
 
 def _with_unread(reading: Reading, names: dict[str, str]) -> Reading:
     """Return a reading with the keys that it leaves unread. `names`: all keys, and their names in snake case."""
     unread = {key: name for key, name in names.items() if key not in reading.used}
     return reading._replace(
+        unread=tuple(unread),
         ignored=tuple(key for key, name in unread.items() if not is_origin(name)),
         suspects=tuple(key for key, name in unread.items() if may_matter(name)),
     )
@@ -163,9 +161,41 @@ def _check_unread(row: dict, reading: Reading) -> None:
             )
 
 
-def parse(line: bytes, expected: str | None = None, ignore_keys: Collection[str] = ()) -> tuple[list[Example], Reading]:
+def parse(
+    line: bytes, expected: str | None = None, ignore_keys: Collection[str] = (), columns: Columns | None = None
+) -> tuple[list[Example], Reading]:
     """Return the examples of one line, and how it was read. RowError gives the reason if the line is not a row."""
-    return examples_of(without(parse_object(line), ignore_keys), expected)
+    row = without(parse_object(line), ignore_keys)
+    return examples_of(mapped_row(row, columns) if columns else row, expected)
+
+
+def mapped_row(row: dict, columns: Columns) -> dict:
+    """Return a row with its columns under the keys that `--columns` gives them. RowError if that makes no row."""
+    changed = mapped(row, columns)
+    if changed is row:
+        try:
+            reading_of(present(row))
+        except NoFormatError as error:
+            raise RowError(missing(names(columns), tuple(row))) from error
+    return changed
+
+
+def reading_for(row: dict, expected: str | None = None) -> Reading:
+    """Return the roles of a row's keys that have a value. RowError as `reading_of`.
+
+    If no row before could be read (`expected` is None), the error suggests `--columns`.
+    """
+    try:
+        return reading_of(present(row))
+    except NoFormatError as error:
+        if expected is None and (hint := suggestion(row)):
+            raise ColumnsError(f"{error.reason}; try {hint}") from error
+        raise
+
+
+def present(row: dict) -> tuple[str, ...]:
+    """Return the keys of a row that have a value."""
+    return tuple([key for key, value in row.items() if value is not None])
 
 
 def without(row: dict, keys: Collection[str]) -> dict:
@@ -181,7 +211,7 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
 
     Raises RowError if the row is not of that kind, or a value is not what its key needs.
     """
-    reading = reading_of(tuple([key for key, value in row.items() if value is not None]))
+    reading = reading_for(row, expected)
     if expected is not None and reading.kind != expected:
         here, before = KINDS[reading.kind], KINDS[expected]
         raise RowError(f"has the format {here}, but the rows before have {before}")
@@ -232,8 +262,13 @@ def ignored_keys(counts: Counter[str]) -> str:
 
 
 def _text(value: Any, key: str) -> str:
-    """Return a text, or the title and text of an object that has them."""
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
+    """Return a text, the title and text of an object that has them, or the texts of messages, joined by line breaks."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
+        contents = [_content(message["content"], key) for message in value]
+        value = "\n".join(text for text in contents if text.strip())
+    elif isinstance(value, dict) and "content" in value and "text" not in value:
+        value = _content(value["content"], key)
+    elif isinstance(value, dict) and isinstance(value.get("text"), str):
         title = value.get("title")
         value = document_text(title, value["text"]) if title is None or isinstance(title, str) else None
     if not isinstance(value, str):
@@ -241,6 +276,17 @@ def _text(value: Any, key: str) -> str:
     if not value.strip():
         raise RowError(f"{key} is empty")
     return value
+
+
+def _content(content: Any, key: str) -> str:
+    """Return the content of a message: a text, or a list of parts that are."""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise RowError(f"{key}: the content of a message is not a text")
+    return content
 
 
 def _positives(row: dict, key: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Rows of training data in files: `Rows` checks them once and reads them one by one.
 
-Rows are JSON objects, one a line or in an array, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl`:
+Rows are JSON objects, one a line or in an array, or those of a table; row_files.py lists the formats of files:
 
     {"query": ..., "document": ..., "rank": 1}            rank is optional: 1 = best, weight 1 / log2(1 + rank)
     {"query": ..., "positive": ..., "negatives": [...]}   negatives are optional, a text or a list of texts
@@ -17,33 +17,32 @@ Rerankers also learn from single pairs, `{"query": ..., "document": ..., "label"
 Every row is read and checked once, before training. After that only the places of the examples are kept in memory.
 """
 
-import gzip
 import hashlib
 import itertools
-import json
-import os
-import shutil
-import tempfile
-import zlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from mlx_retrieval.dataset import beir_rows, readings
+from mlx_retrieval.dataset.columns import Columns
 from mlx_retrieval.dataset.contents import Content
-from mlx_retrieval.dataset.json_lines import RowError, lines_of
-from mlx_retrieval.dataset.row_formats import Example, common_parts, parse
+from mlx_retrieval.dataset.json_lines import RowError
+from mlx_retrieval.dataset.row_files import HUB, RowFile
+from mlx_retrieval.dataset.row_formats import ColumnsError, Example, common_parts, examples_of, parse
+from mlx_retrieval.dataset.row_mapper import RowMapper
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
-from mlx_retrieval.utils.pipes import spooled
 
-HUB = "hf://"
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # of a folder's files of rows, in this order
 
 
 def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]:
-    """Return the files that `--data` names: a file itself, a folder's `train.jsonl[.gz]`, or an `hf://` name."""
+    """Return the files that `--data` names: a file itself, a folder's `train.jsonl`, a BEIR folder, or an `hf://` name.
+
+    A folder's file may have any of ENDINGS instead, `.gz` included.
+    """
     files: list[Path | str] = []
     for source in sources:
         if source.startswith(HUB):
@@ -51,10 +50,12 @@ def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]
             continue
         path = Path(source).expanduser()
         if path.is_dir():
-            inside = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
-            if not (existing := [file for file in inside if file.is_file()]):
-                raise UserError(f"--data {source}: the folder has no {split}.jsonl")
-            files.append(existing[0])
+            if existing := _inside(path, split):
+                files.append(existing[0])
+            elif split == "train" and beir_rows.is_folder(path):
+                files.append(path)
+            else:
+                raise UserError(f"--data {source}: the folder has no {split}.jsonl, .csv or .parquet")
         elif path.exists():  # pipes, too
             files.append(path)
         else:
@@ -62,85 +63,40 @@ def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]
     return files
 
 
+def _inside(folder: Path, split: str) -> list[Path]:
+    """Return the files of rows of a split that a folder has."""
+    names = [f"{split}{ending}{packed}" for ending in ENDINGS for packed in ("", ".gz")]
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def find_validation(sources: Sequence[str]) -> list[Path]:
-    """Return the `valid.jsonl[.gz]` of those folders that `--data` names and that have one."""
+    """Return the file of validation rows of those folders that `--data` names and that have one."""
     folders = [Path(source).expanduser() for source in sources]
-    names = ("valid.jsonl", "valid.jsonl.gz")
-    return find_files([str(folder) for folder in folders if any((folder / name).is_file() for name in names)], "valid")
-
-
-def open_rows(file: Path | str) -> BinaryIO:
-    """Open rows as JSON lines: the file itself, or a temporary file with the rows of other formats. UserError."""
-    if isinstance(file, str):
-        return _as_json_lines(_hub_rows(file))
-    if file.suffix == ".parquet":
-        return _as_json_lines(_parquet_rows(file))
-    try:
-        file = spooled(file)
-        if file.suffix != ".gz":
-            return open(file, "rb")
-        unpacked = tempfile.TemporaryFile()
-        with gzip.open(file, "rb") as packed:
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: not a whole gzip file ({error})") from error
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from error
-    unpacked.seek(0)
-    return unpacked
-
-
-def _as_json_lines(rows: Iterable[dict]) -> BinaryIO:
-    out = tempfile.TemporaryFile()
-    for row in rows:
-        out.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n")
-    out.seek(0)
-    return out
-
-
-def _parquet_rows(file: Path) -> Iterator[dict]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(spooled(file)) as opened:
-            for batch in opened.iter_batches(1000):
-                yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
-
-
-def _hub_rows(source: str) -> Iterator[dict]:
-    """Yield the rows of hf://owner/name[/config][:split] as the hub streams them."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    name, _, split = source.removeprefix(HUB).partition(":")
-    parts = name.split("/")
-    if not all(parts) or len(parts) > 3:
-        raise UserError(f"--data {source}: a data set's name is needed, hf://owner/name[/config][:split]")
-    try:
-        stored = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
-        yield from stored
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--data {source}: {str(error).strip().splitlines()[0][:300]}") from error
+    return [files[0] for folder in folders if folder.is_dir() and (files := _inside(folder, "valid"))]
 
 
 class Rows:
     """A `sources.Source`: the examples of files. Texts stay on disk, only the place of each example is in memory.
 
     Args:
-        files: JSON lines, plain or `.gz`, Parquet, or `hf://` names. All but plain JSON lines are written once to a
-            temporary file.
+        files: see row_files.py.
         skip_bad: leave out rows that cannot be used; `skipped` lists them as "file:line: reason".
         ignore_keys: keys of rows that are treated as absent.
+        columns: the columns that rows are made of, see columns.py; None = by their own names.
 
     Raises UserError with file, line and reason at the first bad row, or if no row is left.
     """
 
-    def __init__(self, files: Sequence[Path | str], skip_bad: bool = False, ignore_keys: Collection[str] = ()):
+    def __init__(
+        self,
+        files: Sequence[Path | str],
+        skip_bad: bool = False,
+        ignore_keys: Collection[str] = (),
+        columns: Columns | None = None,
+    ):
         self.files = list(files)
         self.ignore_keys = frozenset(ignore_keys)
+        self.readings: list[str] = []
         self.skipped: list[str] = []
         self.ignored: Counter[str] = Counter()
         self.format: str | None = None
@@ -150,14 +106,23 @@ class Rows:
         self.without_positive: Place | None = None
         self._contents: list[Content] = []
         self.constant: dict[str, str] | None = None
-        self._handles = [open_rows(file) for file in self.files]
-        starts, sizes, numbers, counts = array("Q"), array("I"), array("I"), [0]
-        for file, handle in zip(self.files, self._handles, strict=True):
-            digest = self._check(file, handle, skip_bad, starts, sizes, numbers)
+        self._opened = [RowFile(file, columns) for file in self.files]
+        mapper = RowMapper(columns, ignore_keys)
+        starts, sizes, numbers, counts, texts = array("Q"), array("I"), array("I"), [0], []
+        for file, opened in zip(self.files, self._opened, strict=True):
+            counter = readings.ReadingCounter()
+            digest = self._check(opened, skip_bad, starts, sizes, numbers, mapper, counter)
             counts.append(len(starts))
             self._contents.append(Content(str(file), counts[-1] - counts[-2], "rows", digest))
+            texts.append(counter.text(opened.form, opened.labels, opened.columns))
+        self.readings = readings.lines([getattr(file, "name", file) for file in self.files], texts)
         if not starts:
-            raise SettingError("{files}: no usable row", files=[Place(file) for file in self.files])
+            raise SettingError(
+                "{files}: no usable row{first}",
+                files=[Place(file) for file in self.files],
+                first=f"; the first that was left out: {self.skipped[0]}" if self.skipped else "",
+            )
+        mapper.check()
         if len(starts) == 1:  # with which nothing is shared
             self.constant = {}
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
@@ -165,21 +130,30 @@ class Rows:
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
         self._counts = np.array(counts)
 
-    def _check(self, file: Path, handle, skip_bad: bool, starts: array, sizes: array, numbers: array) -> str:
+    def _check(
+        self,
+        file: RowFile,
+        skip_bad: bool,
+        starts: array,
+        sizes: array,
+        numbers: array,
+        mapper: RowMapper,
+        counter: readings.ReadingCounter,
+    ) -> str:
         """Check every row of a file, and note its place; return a hash of all rows."""
         digest = hashlib.sha256()
-        for line in lines_of(handle):
+        for line in file.lines():
             digest.update(line.data)
-            place = Place(file, line.number)
+            place = Place(file.name, line.number)
             try:
-                examples, reading = parse(line.data, self.format, self.ignore_keys)
+                examples, reading = examples_of(mapper.row(line.data, file.columns), self.format)
             except RowError as error:
                 if not skip_bad:
-                    raise SettingError(
-                        "{place}: {reason} ({skip_bad_rows} leaves such rows out)", place=place, reason=error
-                    ) from error
+                    way_on = "" if isinstance(error, ColumnsError) else " ({skip_bad_rows} leaves such rows out)"
+                    raise SettingError("{place}: {reason}" + way_on, place=place, reason=error) from error
                 self.skipped.append(f"{place}: {error}")
                 continue
+            counter.add(reading)
             self.format = reading.kind
             if reading.ignored:
                 self.ignored.update(reading.ignored)
@@ -203,11 +177,12 @@ class Rows:
 
     def __getitem__(self, i: int) -> Example:
         file = int(np.searchsorted(self._counts, i, side="right")) - 1
-        line = os.pread(self._handles[file].fileno(), int(self._sizes[i]), int(self._starts[i]))
+        opened = self._opened[file]
+        line = opened.read(int(self._starts[i]), int(self._sizes[i]))
         # The examples of a row have its place, one after the other.
         first = self._counts[file] + np.searchsorted(self._starts[self._counts[file] : i + 1], self._starts[i])
         try:
-            examples = parse(line, self.format, self.ignore_keys)[0]
+            examples = parse(line, self.format, self.ignore_keys, opened.columns)[0]
             if i - first < len(examples):
                 return examples[i - first]
             error = "the row has fewer positives"
@@ -251,4 +226,4 @@ class Rows:
 
     def where(self, i: int) -> str:
         file = int(np.searchsorted(self._counts, i, side="right")) - 1
-        return f"{self.files[file]}:{int(self._numbers[i])}"
+        return f"{self._opened[file].name}:{int(self._numbers[i])}"

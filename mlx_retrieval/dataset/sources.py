@@ -1,6 +1,6 @@
 """Open the rows that `--data` names: files, folders, hub data sets, Elasticsearch indices, or a mixture of them.
 
-    pairs.jsonl folder/ rows.parquet        read together, as one set
+    pairs.jsonl folder/ rows.csv            read together, as one set; row_files.py lists the formats
     hf://owner/name[/config][:split]        through the datasets library; the split is train if none is named
     es://index, https://host:9200/index     streamed, see elastic/
     a.jsonl:2 b.jsonl:1                     mixed by weight: of three examples, two are of a.jsonl
@@ -19,8 +19,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT, Columns
+from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.contents import Content
-from mlx_retrieval.dataset.elastic import fields, server
+from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.row_formats import Example, without
@@ -71,6 +73,10 @@ class Source(Protocol):
     @property
     def ignored(self) -> Counter[str]:
         """Keys of rows that are not read, and how many rows have them."""
+
+    @property
+    def readings(self) -> list[str]:
+        """How the rows were read, as `pairs.csv: question -> query, answer -> document`, in a line or a few."""
 
     @property
     def names(self) -> list[str]:
@@ -142,7 +148,7 @@ def is_default_data(data: Sequence[str]) -> bool:
 
 def open_source(
     data: Sequence[str],
-    es_fields: str = fields.DEFAULT,
+    columns: str | None = None,
     es_query: str | None = None,
     skip_bad: bool = False,
     ignore_keys: Collection[str] = (),
@@ -151,34 +157,40 @@ def open_source(
 
     Args:
         data: files, folders, hub data sets and Elasticsearch indices, each with a weight or without.
-        es_fields: the keys of a row and the Elasticsearch fields they are made of (`--es-fields`).
+        columns: the keys of a row and the columns they are made of (`--columns`); None = rows by their own names, and
+            the documents of an index as columns.ELASTIC_DEFAULT says.
         es_query: a JSON query that documents must match (`--es-query`); None = all documents.
         skip_bad: leave out rows that cannot be used, instead of raising.
-        ignore_keys: keys of rows that are treated as absent (`--ignore-keys`); an index's rows have those of es_fields.
+        ignore_keys: keys of rows that are treated as absent (`--ignore-keys`); an index's rows have those of `columns`.
 
     Raises UserError for a wrong argument and, unless `skip_bad`, for the first row that cannot be used.
     """
     parts = [weight_of(source) for source in data]
+    chosen = parse_columns(columns) if columns else None
     if len(parts) == 1 or not (
         any(weight for _, weight in parts) or any(server.is_address(source) for source, _ in parts)
     ):
-        return _open([source for source, _ in parts], es_fields, es_query, skip_bad, ignore_keys)
-    opened = [_open([source], es_fields, es_query, skip_bad, ignore_keys) for source, _ in parts]
+        return _open([source for source, _ in parts], chosen, es_query, skip_bad, ignore_keys)
+    opened = [_open([source], chosen, es_query, skip_bad, ignore_keys) for source, _ in parts]
     return InterleavedRows(opened, [weight or Fraction(1) for _, weight in parts])
 
 
 def _open(
-    sources: Sequence[str], es_fields: str, es_query: str | None, skip_bad: bool, ignore_keys: Collection[str]
+    sources: Sequence[str],
+    columns: Columns | None,
+    es_query: str | None,
+    skip_bad: bool,
+    ignore_keys: Collection[str],
 ) -> Source:
     if not server.is_address(sources[0]):
-        return Rows(find_files(sources), skip_bad, ignore_keys)
+        return Rows(find_files(sources), skip_bad, ignore_keys, columns)
     query = None
     if es_query:
         try:
             query = parse_object(es_query)
         except RowError as error:
             raise UserError(f"--es-query: {error} (needed: a query of Elasticsearch as a JSON object)") from error
-    chosen = without(fields.parse(es_fields), ignore_keys)
+    chosen = without(columns or parse_columns(ELASTIC_DEFAULT), ignore_keys)
     return ElasticRows(server.parse(sources[0]), chosen, query, skip_bad)
 
 
@@ -238,6 +250,10 @@ class InterleavedRows:
     @property
     def ignored(self) -> Counter[str]:
         return sum((source.ignored for source in self.sources), Counter())
+
+    @property
+    def readings(self) -> list[str]:
+        return [line for source in self.sources for line in source.readings]
 
     @property
     def names(self) -> list[str]:

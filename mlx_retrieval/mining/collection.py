@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
-from mlx_retrieval.dataset.row_formats import Example, Reading, examples_of, own_row, reading_of, without
-from mlx_retrieval.dataset.rows import open_rows
+from mlx_retrieval.dataset.columns import Columns
+from mlx_retrieval.dataset.json_lines import RowError
+from mlx_retrieval.dataset.row_files import RowFile
+from mlx_retrieval.dataset.row_formats import ColumnsError, Example, Reading, examples_of, own_row, reading_for
+from mlx_retrieval.dataset.row_mapper import RowMapper
 from mlx_retrieval.dataset.text_files import read_text_rows, read_texts
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.files import naming
@@ -40,6 +42,7 @@ def read_rows(
     skipped: list[str] | None = None,
     ignored: Counter[str] | None = None,
     ignore_keys: Sequence[str] = (),
+    columns: Columns | None = None,
 ) -> Iterator[tuple[dict[str, Any], Example]]:
     """Yield (its row as a JSON object, example) of every example, in order. Scores in the rows are not checked.
 
@@ -48,25 +51,28 @@ def read_rows(
         skipped: takes "file:line: reason" of bad rows; None = a bad row raises UserError.
         ignored: counts the keys that are not read.
         ignore_keys: keys that are treated as absent, and left out of the yielded rows.
+        columns: the columns that rows are made of, see dataset/columns.py.
     """
-    expected = None
+    expected, mapper = None, RowMapper(columns, ignore_keys)
     for file in files:
-        with open_rows(file) as handle:
-            for line in lines_of(handle):
+        with RowFile(file, columns) as opened:
+            for line in opened.lines():
                 try:
-                    row = without(parse_object(line.data), ignore_keys)
+                    row = mapper.row(line.data, opened.columns)
                     examples, reading = _examples(row, kinds, expected)
                 except RowError as error:
                     if skipped is None:
-                        where = f"{file}:{line.number}: {error}"
-                        raise UserError(f"{where} (--skip-bad-rows leaves such rows out)") from error
-                    skipped.append(f"{file}:{line.number}: {error}")
+                        where = f"{opened.name}:{line.number}: {error}"
+                        way_on = "" if isinstance(error, ColumnsError) else " (--skip-bad-rows leaves such rows out)"
+                        raise UserError(f"{where}{way_on}") from error
+                    skipped.append(f"{opened.name}:{line.number}: {error}")
                     continue
                 expected = reading.kind
                 if ignored is not None:
                     ignored.update(reading.ignored)
                 for example in examples:
                     yield own_row(row, reading, example), example
+    mapper.check()
 
 
 def place_of(
@@ -75,25 +81,27 @@ def place_of(
     corpus: Path | None = None,
     field: str | None = None,
     ignore_keys: Sequence[str] = (),
+    columns: Columns | None = None,
 ) -> Place | None:
     """Return the first line of the corpus or of the files of rows that has this text; None if there is none."""
     if corpus:
         for row in read_text_rows(corpus, field):
             if row.text == text:
                 return Place(corpus, row.line)
+    mapper = RowMapper(columns, ignore_keys)
     for file in files:
-        with open_rows(file) as handle:
-            for line in lines_of(handle):
+        with RowFile(file, columns) as opened:
+            for line in opened.lines():
                 with suppress(RowError):  # rows that are left out
-                    examples, _ = _examples(without(parse_object(line.data), ignore_keys), SCORED, None)
+                    examples, _ = _examples(mapper.row(line.data, opened.columns), SCORED, None)
                     if any(text in (example.query, example.positive, *example.negatives) for example in examples):
-                        return Place(file, line.number)
+                        return Place(opened.name, line.number)
     return None
 
 
 def _examples(row: dict[str, Any], kinds: Sequence[str], expected: str | None) -> tuple[list[Example], Reading]:
     """Return the examples of a row as if it had no scores, and how it was read. RowError."""
-    reading = reading_of(tuple(key for key, value in row.items() if value is not None))
+    reading = reading_for(row, expected)
     if reading.kind not in kinds:
         raise RowError(f"has the key {reading.label or reading.document}: {_UNFIT[reading.kind]}")
     scores = (reading.scores, reading.positive_scores, reading.negative_scores)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from mlx_retrieval.dataset.columns import joined
 from mlx_retrieval.dataset.elastic.documents import Documents
-from mlx_retrieval.dataset.elastic.fields import joined
 from mlx_retrieval.dataset.elastic.server import parse
 from mlx_retrieval.utils.errors import UserError
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT, Columns
+from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.elastic.server import is_address
 from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.inference import embedder
@@ -28,13 +29,13 @@ from mlx_retrieval.utils.text import quantity
 Notify = Callable[[str], None]
 
 
-def open_corpus(name: str | None, field: str | None = None, es_fields: str = fields.DEFAULT) -> Iterable[str]:
+def open_corpus(name: str | None, field: str | None = None, es_fields: str = ELASTIC_DEFAULT) -> Iterable[str]:
     """Return the documents of a file, of a BEIR folder or of es://INDEX; none if `name` is None. UserError."""
     if not name:
         return ()
     if not is_address(name):
         return collection.read_corpus(collection.corpus_file(name), field)
-    if not (texts := fields.parse(es_fields).get("document")):
+    if not (texts := parse_columns(es_fields, "--es-fields").get("document")):
         raise UserError("--es-fields: document=FIELD+FIELD must name the fields of a document")
     return ElasticCorpus(name, texts)
 
@@ -69,11 +70,12 @@ class Negatives:
     scored_by: str  # name of the model whose scores these are, or BM25
     skip_bad: bool
     ignore_keys: Sequence[str] = ()
+    columns: Columns | None = None
 
     def write(self, path: Path, with_scores: bool) -> int:
         """Write the rows with their negatives and return their number. UserError if the files have changed."""
         skipped = [] if self.skip_bad else None
-        rows = collection.read_rows(self.files, collection.MINED, skipped, ignore_keys=self.ignore_keys)
+        rows = collection.read_rows(self.files, collection.MINED, skipped, None, self.ignore_keys, self.columns)
         return output.write_rows(path, output.mined_rows(rows, self.texts, self.mined, with_scores))
 
 
@@ -87,6 +89,7 @@ def mine_negatives(
     skip_bad: bool = False,
     notify: Notify = print,
     ignore_keys: Sequence[str] = (),
+    columns: Columns | None = None,
 ) -> Negatives:
     """Mine negatives for the rows of `files`, from the documents of `corpus` and of the rows themselves.
 
@@ -96,11 +99,12 @@ def mine_negatives(
         skip_bad: leave out rows that cannot be used.
         notify: takes messages about rows left out and about finished work in the cache.
         ignore_keys: keys of rows that are treated as absent, and left out of the rows that are written.
+        columns: the columns that rows are made of, see dataset/columns.py.
     """
     from mlx_retrieval.retrieval import bm25
 
     skipped, ignored = [] if skip_bad else None, Counter()
-    rows = collection.read_rows(files, collection.MINED, skipped, ignored, ignore_keys)
+    rows = collection.read_rows(files, collection.MINED, skipped, ignored, ignore_keys, columns)
     texts = collection.collect(rows, corpus, cache.folder)
     if ignored:
         notify(ignored_keys(ignored))
@@ -119,7 +123,7 @@ def mine_negatives(
     with progress_bar("searching", "queries") as progress:
         mined = hard_negatives.mine(texts, retrievers, rules, cache, progress)
     scored_by = judge.model.name if judge else model.name if model else "BM25"
-    return Negatives(files, texts, mined, scored_by, skip_bad, ignore_keys)
+    return Negatives(files, texts, mined, scored_by, skip_bad, ignore_keys, columns)
 
 
 @contextmanager
@@ -128,13 +132,14 @@ def naming_lines(
     corpus: str | None = None,
     field: str | None = None,
     ignore_keys: Sequence[str] = (),
+    columns: Columns | None = None,
 ) -> Iterator[None]:
     """Name in a NonFiniteError of this block the file and line of the text; of documents of es://, nothing."""
     try:
         yield
     except NonFiniteError as error:
         file = None if not corpus or is_address(corpus) else collection.corpus_file(corpus)
-        if place := collection.place_of(error.texts[error.numbers[0]], files, file, field, ignore_keys):
+        if place := collection.place_of(error.texts[error.numbers[0]], files, file, field, ignore_keys, columns):
             raise error.placed(lambda _: str(place)) from error
         raise
 
@@ -144,14 +149,18 @@ def _encoder(model: embedder.Model, prompt: str):
 
 
 def count_rows(
-    files: Sequence[Path | str], skip_bad: bool = False, notify: Notify = print, ignore_keys: Sequence[str] = ()
+    files: Sequence[Path | str],
+    skip_bad: bool = False,
+    notify: Notify = print,
+    ignore_keys: Sequence[str] = (),
+    columns: Columns | None = None,
 ) -> tuple[teacher.Counts, list[str] | None]:
     """Return the counts of rows and documents to score, and the bad rows. UserError if no row has negatives.
 
     `notify` takes a message about keys that are not read.
     """
     skipped, ignored = [] if skip_bad else None, Counter()
-    counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped, ignored, ignore_keys))
+    counts = teacher.count(collection.read_rows(files, collection.SCORED, skipped, ignored, ignore_keys, columns))
     if ignored:
         notify(ignored_keys(ignored))
     if counts.documents == counts.rows:
@@ -168,6 +177,7 @@ def score_rows(
     skipped: Sequence[str] | None = None,
     notify: Notify = print,
     ignore_keys: Sequence[str] = (),
+    columns: Columns | None = None,
 ) -> None:
     """Write the rows of `files` with the judge's scores to `path`.
 
@@ -175,11 +185,12 @@ def score_rows(
         counts, skipped: from `count_rows`; the scores of positives and negatives are added to `counts`.
         notify: takes messages about rows left out and about finished work in the cache.
         ignore_keys: as for `count_rows`: keys of rows that are treated as absent, and left out of the written ones.
+        columns: as for `count_rows`: the columns that rows are made of.
     """
 
     def rows() -> Iterator[teacher.Row]:
         bad = None if skipped is None else []
-        return collection.read_rows(files, collection.SCORED, bad, ignore_keys=ignore_keys)
+        return collection.read_rows(files, collection.SCORED, bad, None, ignore_keys, columns)
 
     fingerprints = {"data": counts.digest, "teacher": judge.fingerprint, "teacher kind": judge.kind}
     open_cache(cache, fingerprints, (), skipped, notify)

@@ -150,6 +150,15 @@ class CompiledFunctions:
             self.model.update(own)
 
 
+def held_bytes(adapters: Sequence[nn.Module], tokens: int, in_passes: int) -> int:
+    """Return `CpuModelRunner.held_bytes` of a model with these `merged_lora.mergeable` layers."""
+    if tokens < backend.MICRO_BATCH_TOKENS:  # then nothing is merged
+        return 0
+    product = merged_lora.product_size(adapters)
+    saved = max(0, min(SAVED_BYTES, tokens * product) - in_passes * product)
+    return sum(layer.linear.weight.nbytes for layer in adapters) + saved
+
+
 class CpuModelRunner(ModelRunner):
     """Compute representations and gradients with compiled functions on worker threads; see `ModelRunner`."""
 
@@ -232,10 +241,9 @@ class CpuModelRunner(ModelRunner):
         mx.eval(total)
         return total
 
-    def held_bytes(self, tokens: int) -> int:
-        """Return the bytes of merged weights, and of products saved of `tokens` tokens, at most."""
-        saved = min(SAVED_BYTES, tokens * merged_lora.product_size(self._adapters))
-        return sum(layer.linear.weight.nbytes for layer in self._adapters) + saved
+    def held_bytes(self, tokens: int, in_passes: int) -> int:
+        """Return the bytes of merged weights, and of saved products; those in the passes are activations of theirs."""
+        return held_bytes(self._adapters, tokens, in_passes)
 
     def _spread(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Worker, CompiledFunctions, list[int]]]:
         """Yield each worker, its functions, and the numbers of its micro-batches."""

@@ -87,6 +87,11 @@ class ModelRunner:
             mx.eval(total)
         return total
 
-    def held_bytes(self, tokens: int) -> int:
-        """Return the bytes held during a step on `tokens` tokens, beside weights and activations, at most."""
+    def held_bytes(self, tokens: int, in_passes: int) -> int:
+        """Return the bytes held during a step, beside weights and activations, at most.
+
+        Args:
+            tokens: of the step's micro-batches, with padding.
+            in_passes: those of the micro-batches that are computed at the same time.
+        """
         return 0

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_retrieval.dataset.columns import joined
 from mlx_retrieval.dataset.elastic.documents import Documents
-from mlx_retrieval.dataset.elastic.fields import joined
 from mlx_retrieval.dataset.elastic.server import Server, parse
 from mlx_retrieval.retrieval.base import Hit, IndexInfo, fuse_hits
 from mlx_retrieval.utils.errors import UserError

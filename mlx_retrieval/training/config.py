@@ -11,7 +11,7 @@ from pathlib import Path
 from loss import FILTERS, LOSSES
 from mlx_retrieval.backbones.hub import toolkit_relative
 from mlx_retrieval.dataset.beir import FolderRules
-from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
 from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.training import settings_checks
@@ -20,6 +20,8 @@ from mlx_retrieval.utils.errors import SettingError
 
 # The default loss of each kind of reranker.
 RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
+
+OUTPUT = "adapters"  # the default folder of a run
 
 # Tasks that a setting applies to.
 VECTORS = ("embed", "late")
@@ -117,14 +119,17 @@ class Settings:
     data: list[str] = option(
         "data",
         ["train-data.jsonl"],
-        "files of JSON lines or a JSON array (.gz too), Parquet, folders with train.jsonl and valid.jsonl, "
-        "hf://owner/name[:split], es://index; SOURCE:2 SOURCE:1 mixes two parts of the first with one of the second",
+        "files of JSON lines, a JSON array, CSV, TSV, Parquet or Arrow (.gz too), folders with train.jsonl and "
+        "valid.jsonl, folders in BEIR layout with qrels/train.tsv, hf://owner/name[:split], es://index; SOURCE:2 "
+        "SOURCE:1 mixes two parts of the first with one of the second",
     )
-    es_fields: str = option(
+    columns: str | None = option(
         "data",
-        fields.DEFAULT,
-        "es://: keys of a row, and the fields that each is made of; several fields are joined by line breaks",
+        None,
+        "columns, keys or fields that rows are made of: query=question,document=title+body,negatives=neg; several are "
+        f"joined by line breaks (default: by their own names; es://: {ELASTIC_DEFAULT})",
         tasks=RETRIEVAL,
+        aliases=("--es-fields",),
     )
     es_query: str | None = option(
         "data", None, "es://: read only documents that match this JSON query", tasks=RETRIEVAL
@@ -271,7 +276,9 @@ class Settings:
     val_batches: int = option("chat", 25, "evaluate on the first N batches of valid.jsonl; -1 = all", tasks=CHAT)
     steps_per_report: int = option("chat", 10, "report the mean training loss every N steps", tasks=CHAT)
 
-    output: str = option("run", "adapters", "folder of the run")
+    output: str | None = option(
+        "run", None, f"folder of the run (default: {OUTPUT}, or {OUTPUT}-2, {OUTPUT}-3 ... if runs are there)"
+    )
     save_steps: int = option("run", 50, "save every N steps; 0 = only at the end", mlx_lm_names=("--save-every",))
     keep: int = option("run", 0, "keep only the newest N saved steps, besides best and final; 0 = keep all")
     resume: bool = option(
@@ -342,6 +349,11 @@ class Settings:
         }
 
     @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output or OUTPUT).expanduser()
+
+    @property
     def folder_rules(self) -> FolderRules:
         """How evaluation folders are read."""
         return FolderRules(self.strict, self.ignore_identical_ids)
@@ -373,7 +385,7 @@ class Settings:
             model=toolkit_relative(self.model),
             data=[source(name) for name in self.data],
             eval_tasks=[absolute(name) for name in self.eval_tasks],
-            output=str(Path(self.output).expanduser().absolute()),
+            output=self.output and str(self.folder.absolute()),
         )
 
     def to_dict(self) -> dict:

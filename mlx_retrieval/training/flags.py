@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
 from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_task
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.command import Parser
@@ -119,6 +120,8 @@ def read_yaml(path: Path) -> dict:
         name, where = str(key).replace("-", "_"), f"--config {Place(path, lines.get(str(key)))}"
         if name not in fields:
             raise UserError(f"{where}: unknown key {_shown(key)}{near_miss(name, fields)}")
+        if name == "es_fields" and value == ELASTIC_DEFAULT:
+            continue  # saved by an earlier version, where it was the default
         clean[fields[name].name] = _checked(fields[name], value, f"{where}: {key}")
     return clean
 
@@ -171,7 +174,7 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
         given["data"] = TASK_DEFAULTS["chat"]["data"]
     settings = for_task(given.get("task"), given)
     if path and settings.overwrite:
-        written = Path(settings.output).expanduser() / "config.yaml"
+        written = settings.folder / "config.yaml"
         if written.exists() and written.samefile(Path(path)):
             raise UserError(f"--config {path}: --overwrite would replace this file; copy it to another folder first")
     return settings, given

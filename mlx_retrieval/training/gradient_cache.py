@@ -4,7 +4,6 @@ grad_cache = GradientCache(model, objective, budget=4096)
 result = grad_cache(batch, seed=0)              # StepResult(loss, grads, ...)
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,13 +12,13 @@ from mlx_retrieval.backend import mx, nn
 import numpy as np
 
 from data_loader import Batch
-from mlx_retrieval import backend
 from mlx_retrieval.backbones.gradient_checkpointing import seed as seed_dropout
-from mlx_retrieval.models.batching import MicroBatch, pad_rows, plan, shares
+from mlx_retrieval.models.batching import MicroBatch, pad_rows, shares
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.runners import make_runner
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.clock import Clock
+from mlx_retrieval.training.cutting import Cutting
 from mlx_retrieval.utils.errors import UserError
 
 # Representations (N, ...) of a batch's N texts -> scalar loss. An objective may have a method `loss_and_grad` with the
@@ -90,29 +89,15 @@ class GradientCache:
         self.pad_id = pad_id
 
     @property
-    def least_micro_batches(self) -> int:
-        """The number of micro-batches that a batch is cut into at least."""
+    def cutting(self) -> Cutting:
+        """How batches are cut into micro-batches."""
         ranks = distributed.size()
-        return max(self.accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)
-
-    def token_limit(self, batch: Batch) -> float:
-        """Return how many tokens of a batch may be in the backbone at once."""
-        least = self.least_micro_batches
-        if least == 1 and not self.budget:
-            return math.inf
-        share = -(-batch.tokens // least) if least else math.inf
-        return min(share, self.budget or (math.inf if self.accumulation else backend.MICRO_BATCH_TOKENS))
+        least = max(self.accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)
+        return Cutting(self.accumulation, self.budget, least)
 
     def plan(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
         """Return the batch's micro-batches, and the order in which they hold its texts: (N,) int."""
-        limit = self.token_limit(batch)
-        if limit == math.inf:
-            everything = np.arange(len(batch.texts))
-            return [pad_rows(batch.texts, everything, self.pad_id)], everything
-        least = min(self.least_micro_batches, len(batch.texts))
-        # Where long texts fill micro-batches alone there are too few. How many a limit gives is known by planning only.
-        while len(indices := plan(batch.texts.lengths, limit)) < least:
-            limit *= 0.9
+        indices = self.cutting.indices(batch.texts.lengths)
         return [pad_rows(batch.texts, index, self.pad_id) for index in indices], np.concatenate(indices)
 
     def __call__(self, batch: Batch, seed: int) -> StepResult:
@@ -124,7 +109,7 @@ class GradientCache:
         padded_tokens = sum(m.ids.size for m in micro_batches)
         seeds = np.random.SeedSequence(seed).generate_state(len(micro_batches))
         # What fits at once needs no second pass; but an objective with a gradient of its own saves memory by it.
-        fits = padded_tokens <= self.token_limit(batch) and not hasattr(self.objective, "loss_and_grad")
+        fits = padded_tokens <= self.cutting.limit(batch.tokens) and not hasattr(self.objective, "loss_and_grad")
         if not self.runner.compiled and (len(micro_batches) == 1 or (fits and ranks == 1)):
             loss, grads, representations = self._plain(micro_batches, seeds, batch, order)
         else:

@@ -8,6 +8,7 @@ the backend reports it, `Trainer` halves the budget and repeats the step.
 """
 
 import contextlib
+import dataclasses
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,10 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
-import numpy as np
-
 from data_loader import Batch
 from mlx_retrieval import backend
-from mlx_retrieval.models.batching import MicroBatch, pad_rows
 from mlx_retrieval.training.gradient_cache import GradientCache
+from mlx_retrieval.training.step_memory import measure_passes
 
 GRID = tuple(128 << i for i in range(14))  # tokens: 128 to 1,048,576
 # Of the free memory. On CPUs a process that takes too much is killed, while a GPU reports an error.
@@ -98,7 +97,7 @@ def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
     return None
 
 
-# --- how much a step takes ------------------------------------------------------------------------------------------
+# --- the budget -----------------------------------------------------------------------------------------------------
 
 
 def fit(grad_cache: GradientCache, samples: Sequence[Batch]) -> Fit:
@@ -108,44 +107,23 @@ def fit(grad_cache: GradientCache, samples: Sequence[Batch]) -> Fit:
         grad_cache: computes the steps; its `budget` is set.
         samples: batches, among whose texts the longest stands for the longest of the run.
     """
-    runner = grad_cache.runner
-    grad_cache.model.train()
     texts = max((batch.texts for batch in samples), key=lambda texts: texts.lengths.max())
-    widest = int(texts.lengths.argmax())
-    width = int(texts.lengths[widest])
-    most_texts = max(len(batch.texts) for batch in samples)
-    most_tokens = max(batch.tokens for batch in samples)
+    step = measure_passes(grad_cache, texts)
     mx.clear_cache()
-    room = free()
     active = mx.get_active_memory()
-    # One row of the longest text, then two: the difference is what a token takes at most, the rest is a pass's own.
-    one, representation = _cost(grad_cache, pad_rows(texts, np.array([widest]), grad_cache.pad_id))
-    two, _ = _cost(grad_cache, pad_rows(texts, np.array([widest, widest]), grad_cache.pad_id))
-    per_token = max(0, two - one) / width
-    per_pass = max(0, 2 * one - two)
-    cached = 2 * most_texts * representation  # representations and their gradients
-    workers = runner.workers
-    held = runner.held_bytes(most_tokens)
+    room = free()
 
     def estimate(budget: int) -> int:
-        return int(active + cached + held + workers * (per_pass + per_token * max(budget, width)))
+        cutting = dataclasses.replace(grad_cache.cutting, budget=budget)
+        return active + max(step.peak(batch.texts.lengths, cutting) for batch in samples)
 
-    useful = min(MOST, most_tokens)  # a budget that holds the whole batch need not be larger
+    useful = min(MOST, max(batch.tokens for batch in samples))  # a budget that holds the whole batch need not be larger
     grid = [budget for budget in GRID if budget < 2 * useful]
     budget = max((b for b in grid if estimate(b) - active <= SHARE * room), default=grid[0])
     result = Fit(budget, estimate(budget), room)
     grad_cache.budget = budget
     _set_limits(active + room, result.estimate)
     return result
-
-
-def _cost(grad_cache: GradientCache, micro_batch: MicroBatch) -> tuple[int, int]:
-    """Return the bytes that the passes of a micro-batch take at their peak, and those of one row's representation."""
-    active = mx.get_active_memory()
-    mx.reset_peak_memory()
-    representations = list(grad_cache.runner.representations([micro_batch], [0]))
-    grad_cache.runner.gradient([micro_batch], [0], [mx.zeros_like(representations[0])])
-    return mx.get_peak_memory() - active, representations[0].nbytes // len(representations[0])
 
 
 def bound_cache() -> None:

@@ -1,16 +1,75 @@
-"""Check the folder of a run before anything is loaded: no other run, no file of somebody else, no input is lost.
+"""The folder of a run: which one, and that no other run, no file of somebody else and no input is lost there.
 
-output_folder.check(Path("adapters"), Settings())
+settings.output = choose(Settings())                # adapters, or adapters-2 if a run is there
+check(settings.folder, settings)                    # before anything is loaded
 """
 
+import itertools
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_retrieval.dataset.sources import names
 from mlx_retrieval.training import checkpoint
-from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.config import OUTPUT, Settings
 from mlx_retrieval.utils import files, outputs
 from mlx_retrieval.utils.errors import SettingError
+
+
+def choose(settings: Settings) -> str:
+    """Return the folder that the settings name, or by default the first of adapters, adapters-2 ... that is free."""
+    if settings.output:
+        return settings.output
+    if settings.resume or settings.overwrite:
+        return OUTPUT if settings.overwrite else str(to_resume({}))
+    return next(name for name in _names() if _is_free(Path(name)))
+
+
+def to_resume(given: dict) -> Path:
+    """Return the folder of the run to resume: `output` of the given settings, or by default the one run that can be.
+
+    That is the only run in adapters, adapters-2 ..., or the only one that is unfinished, unless a longer run is asked
+    for. Raises UserError that lists the runs if there is a choice.
+    """
+    if given.get("output"):
+        return Path(given["output"]).expanduser()
+    runs = [Path(name) for name in _default_folders() if checkpoint.holds_run(Path(name))]
+    unfinished = [run for run in runs if not (run / "final").is_dir()]
+    if len(runs) > 1 and (len(unfinished) != 1 or {"steps", "epochs"} & given.keys()):
+        listing = ", ".join(f"{run} ({_progress(run)})" for run in runs)
+        raise SettingError("{resume}: there are several runs: {listing}. Name one with {output}", listing=listing)
+    return next(iter(unfinished if len(runs) > 1 else runs), Path(OUTPUT))
+
+
+def _names() -> Iterator[str]:
+    yield OUTPUT
+    yield from (f"{OUTPUT}-{number}" for number in itertools.count(2))
+
+
+def _default_folders() -> list[str]:
+    """Return the folders in the current one that have the name of a default folder, in the order of their numbers."""
+    names = [path.name for path in Path().glob(f"{OUTPUT}*") if re.fullmatch(rf"{OUTPUT}(-[1-9]\d*)?", path.name)]
+    return sorted(names, key=lambda name: (len(name), name))
+
+
+def _is_free(folder: Path) -> bool:
+    """Return whether a run can begin in a folder without removing anything."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    return not (checkpoint.holds_run(folder) or _taken(folder) or (folder / "config.json").exists())
+
+
+def _taken(folder: Path) -> list[str]:
+    """Return the files in a folder that have the name of one of a run's."""
+    return [name for name in checkpoint.FILES if os.path.lexists(folder / name)]
+
+
+def _progress(run: Path) -> str:
+    if (run / "final").is_dir():
+        return "finished"
+    step = checkpoint.last_step(run)
+    return f"at step {int(step.name.removeprefix('step-')):,}" if step else "no step saved"
 
 
 def check(folder: Path, settings: Settings) -> None:
@@ -36,7 +95,7 @@ def check_free(folder: Path) -> None:
             "or name another folder",
             folder=folder,
         )
-    if taken := [name for name in checkpoint.FILES if os.path.lexists(folder / name)]:
+    if taken := _taken(folder):
         raise SettingError(
             "{output} {folder}: {taken} is there without a run. Name another folder, or replace it with {overwrite}",
             folder=folder,

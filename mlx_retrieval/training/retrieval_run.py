@@ -261,7 +261,7 @@ def make_evaluator(
 
 def prepare(settings: Settings) -> RetrievalRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
-    folder = Path(settings.output).expanduser()
+    folder = settings.folder
     data = open_data(settings)
     rows = data.rows
     resolve_length(settings, len(rows) / min(settings.batch_size, len(rows)))
@@ -302,9 +302,9 @@ def prepare(settings: Settings) -> RetrievalRun:
     if evaluations:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(settings.eval_tasks, rules=settings.folder_rules)
-    headline = first_lines(settings, retrieval, rows, parameters, trainable) + example_lines(rows, tokenizer)
+    headline = first_lines(settings, retrieval, rows, parameters, trainable) + data.lines
+    headline += example_lines(rows, tokenizer)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
-    headline += data.lines
     return RetrievalRun(settings, folder, trainer, evaluations, retrieval, base, headline)

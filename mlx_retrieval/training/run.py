@@ -17,7 +17,7 @@ from mlx_retrieval.backend import mx
 
 from mlx_retrieval.training import checkpoint, contents, distributed, improvement, nothing_learnt, output_folder
 from mlx_retrieval.training.base_trainer import BaseTrainer, due
-from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.config import OUTPUT, Settings
 from mlx_retrieval.training.contents import Contents
 from mlx_retrieval.training.continuation import find as find_continuation
 from mlx_retrieval.training.continuation import history
@@ -77,13 +77,18 @@ def prepare(settings: Settings) -> Run:
     if distributed.size() > 1 and (settings.task == "chat" or settings.profile):
         unsupported = "--profile" if settings.profile else "--task chat"
         raise UserError(f"{unsupported} works in one process only: start it without mlx.launch")
+    default = settings.output is None
+    settings.output = distributed.broadcast_object("the output folder", lambda: output_folder.choose(settings))
     if distributed.is_main():
-        output_folder.check(Path(settings.output).expanduser(), settings)
+        output_folder.check(settings.folder, settings)
     if settings.task == "chat":
         from mlx_retrieval.training.chat.run import prepare as prepare_task
     else:
         from mlx_retrieval.training.retrieval_run import prepare as prepare_task
-    return prepare_task(settings)
+    job = prepare_task(settings)
+    if default and settings.output != OUTPUT and not settings.profile:
+        job.headline.insert(0, ("output", f"{settings.output}, as there is a run in {OUTPUT}"))
+    return job
 
 
 def run(job: Run) -> dict:

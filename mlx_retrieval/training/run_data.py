@@ -6,7 +6,7 @@ len(data.rows)
 
 from dataclasses import dataclass, field
 
-from mlx_retrieval.dataset.row_formats import ignored_keys
+from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.sources import Source, local, open_source
 from mlx_retrieval.training.config import Settings
@@ -29,11 +29,10 @@ class RunData:
 
 def open_data(settings: Settings) -> RunData:
     """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
-    rows = open_source(
-        settings.data, settings.es_fields, settings.es_query, settings.skip_bad_rows, settings.ignore_keys
-    )
+    rows = open_source(settings.data, settings.columns, settings.es_query, settings.skip_bad_rows, settings.ignore_keys)
+    columns = parse_columns(settings.columns) if settings.columns else None
     files = find_validation(local(settings.data))
-    validation = Rows(files, settings.skip_bad_rows, settings.ignore_keys) if files else None
-    lines = [("ignored", ignored_keys(rows.ignored))] if rows.ignored else []
+    validation = Rows(files, settings.skip_bad_rows, settings.ignore_keys, columns) if files else None
+    lines = [("reads", line) for line in rows.readings]
     lines += [("left out", line) for line in rows.skipped[:20]]
     return RunData(rows, validation, lines)

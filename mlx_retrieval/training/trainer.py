@@ -153,6 +153,7 @@ class Trainer(BaseTrainer):
 
     def fit_memory(self) -> memory.Fit:
         """Choose the budget of the steps by the memory that is free (--micro-batch-tokens auto)."""
+        mx.eval(self.optimizer.state)  # else it would be counted as what a step takes
         fit = memory.fit(self.grad_cache, [self.batches.batch(k) for k in range(memory.SAMPLES)])
         self.state.micro_batch_tokens = fit.budget
         return fit

@@ -21,8 +21,8 @@ import embed
 import mine
 import search
 import train
-from mlx_retrieval.dataset import sources
-from mlx_retrieval.dataset.elastic import fields, server
+from mlx_retrieval.dataset import columns, sources
+from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.elastic.documents import RANGE
 from mlx_retrieval.dataset.elastic.rows import BLOCK, ElasticRows
 from mlx_retrieval.inference import embedder
@@ -36,7 +36,7 @@ import elasticsearch_server
 pytestmark = pytest.mark.slow  # the server takes half a minute to start; test_elastic_calls.py is quick
 ROOT = Path(__file__).resolve().parent.parent.parent
 MEDQUAD = ROOT.parent / "shared" / "data" / "medquad" / "train.jsonl"
-MAPPING = fields.parse("query=query,document=title+snippet,rank=rank")
+MAPPING = columns.parse("query=query,document=title+snippet,rank=rank")
 
 
 def made_rows():
@@ -234,7 +234,7 @@ def test_documents_that_make_no_row(login, small, capfd):
 
 
 def test_no_document_is_left(login, small):
-    rows = rows_of(small, mapping=fields.parse("query=query,document=title"))
+    rows = rows_of(small, mapping=columns.parse("query=query,document=title"))
     login.ask("PUT", f"/{small}/_settings", {"index.max_result_window": 10_000})
     with pytest.raises(errors.UserError, match="no document matches --es-query"):
         rows_of(small, query={"term": {"rank": 99}})
@@ -263,7 +263,7 @@ def test_what_is_refused_is_told_in_one_line(
 
 def test_a_field_that_the_index_lacks(login, medquad):
     with pytest.raises(errors.UserError, match=r"no field headline \(there: query, rank, snippet, title\)"):
-        rows_of("medquad", mapping=fields.parse("query=query,document=headline"))
+        rows_of("medquad", mapping=columns.parse("query=query,document=headline"))
 
 
 def settings_of(folder, index, *more):

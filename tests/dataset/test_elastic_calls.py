@@ -11,7 +11,8 @@ from itertools import islice
 
 import pytest
 
-from mlx_retrieval.dataset.elastic import documents, fields
+from mlx_retrieval.dataset import columns
+from mlx_retrieval.dataset.elastic import documents
 from mlx_retrieval.dataset.elastic import rows as elastic_rows
 from mlx_retrieval.dataset.elastic import server as connection
 from mlx_retrieval.dataset.elastic.documents import Documents
@@ -102,7 +103,7 @@ class Shard:
 
 def rows_of(stub, count=40, **options):
     stub.answers = Shard([{"query": f"q{i}", "title": f"t{i}", "snippet": "s"} for i in range(count)])
-    return ElasticRows(stub.address, fields.parse("query=query,document=title+snippet,rank=rank"), **options)
+    return ElasticRows(stub.address, columns.parse("query=query,document=title+snippet,rank=rank"), **options)
 
 
 def test_views_change_their_names_and_pages_follow(stub, monkeypatch):
@@ -173,7 +174,7 @@ def test_a_waiting_call_can_be_cancelled(stub):
 def test_refused_requests_are_reported_and_not_repeated(stub, status, answer, message):
     stub.answers = lambda *_: (status, answer)
     with pytest.raises(errors.UserError, match=message) as told:
-        ElasticRows(stub.address, fields.parse("query=q,document=d"))
+        ElasticRows(stub.address, columns.parse("query=q,document=d"))
     assert len(stub.asked) == 1 and "\n" not in str(told.value)
 
 
@@ -181,7 +182,7 @@ def test_a_server_that_is_not_elasticsearch_is_refused(stub):
     stub.headers = {}
     stub.answers = lambda *_: (200, {"fields": {}})
     with pytest.raises(errors.UserError, match="OpenSearch is not supported"):
-        ElasticRows(stub.address, fields.parse("query=q,document=d"))
+        ElasticRows(stub.address, columns.parse("query=q,document=d"))
 
 
 def test_keys_go_into_headers_only(stub, monkeypatch):
@@ -248,21 +249,21 @@ def test_a_wrong_authority_file_is_reported(stub, monkeypatch, tmp_path):
 def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(connection, "FIRST_PATIENCE", 0.5)
     with pytest.raises(errors.UserError, match="no answer from Elasticsearch"):
-        ElasticRows(connection.parse("http://127.0.0.1:9/docs"), fields.parse("query=q,document=d"))
+        ElasticRows(connection.parse("http://127.0.0.1:9/docs"), columns.parse("query=q,document=d"))
 
 
 # --- fields ---
 
 
 def test_rows_are_made_of_fields():
-    mapping = fields.parse("query=q, document=title+meta.text,rank=place")
+    mapping = columns.parse("query=q, document=title+meta.text,rank=place")
     source = {"q": ["what"], "title": "A", "meta": {"text": "B"}, "place": 3, "other": 1}
-    assert fields.row_of(source, mapping) == {"query": "what", "document": "A\nB", "rank": 3}
-    assert fields.row_of({"q": "what", "title": "", "meta.text": "B"}, mapping) == {"query": "what", "document": "B"}
-    assert fields.joined({"a": ["x", "y"], "b": 3}, ["a", "b", "c"]) == "x\ny\n3"
-    assert fields.row_of({"q": "\ud800", "title": "\ud83d"}, mapping) == {"query": "\ufffd", "document": "\ufffd"}
-    lists = fields.parse("query=q,positive=p,negatives=n,scores=s")
-    row = fields.row_of({"q": "a", "p": "b", "n": ["c"], "s": [1.0, 0.5]}, lists)
+    assert columns.row_of(source, mapping) == {"query": "what", "document": "A\nB", "rank": 3}
+    assert columns.row_of({"q": "what", "title": "", "meta.text": "B"}, mapping) == {"query": "what", "document": "B"}
+    assert columns.joined({"a": ["x", "y"], "b": 3}, ["a", "b", "c"]) == "x\ny\n3"
+    assert columns.row_of({"q": "\ud800", "title": "\ud83d"}, mapping) == {"query": "\ufffd", "document": "\ufffd"}
+    lists = columns.parse("query=q,positive=p,negatives=n,scores=s")
+    row = columns.row_of({"q": "a", "p": "b", "n": ["c"], "s": [1.0, 0.5]}, lists)
     assert examples_of(row)[0] == [Example("a", "b", ("c",), 1, (1.0, 0.5))]
 
 
@@ -272,19 +273,20 @@ def test_rows_are_made_of_fields():
         ("query", "not of the form"),
         ("query=", "not of the form"),
         ("query=a++b", "not of the form"),
-        ("question=q", "no key 'question'"),
+        ("title=q", "no key 'title'"),
+        ("query=a,question=b", "question twice"),
         ("query=a,query=b", "query twice"),
     ],
 )
 def test_invalid_mappings(text, message):
     with pytest.raises(errors.UserError, match=message):
-        fields.parse(text)
+        columns.parse(text)
 
 
 def test_a_mapping_that_makes_no_row(stub):
     stub.answers = Shard([{"q": "x"}])
-    with pytest.raises(errors.UserError, match="--es-fields: no positive"):
-        ElasticRows(stub.address, fields.parse("query=q"))
+    with pytest.raises(errors.UserError, match="--columns: no positive"):
+        ElasticRows(stub.address, columns.parse("query=q"))
 
 
 def test_nothing_to_read_is_not_an_error(stub):

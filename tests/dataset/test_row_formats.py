@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from data_loader import Batches, make_batch
-from mlx_retrieval.dataset.elastic import fields
+from mlx_retrieval.dataset import columns
 from mlx_retrieval.dataset.json_lines import RowError
 from mlx_retrieval.dataset.row_formats import Example, examples_of, ignored_keys, own_row
 from mlx_retrieval.dataset.rows import Rows
@@ -246,10 +246,10 @@ def test_null_in_parquet_is_absent(tmp_path):
 
 def test_null_in_an_index_is_absent():
     """Bug guarded against: negatives of two fields that a document lacks were an empty negative."""
-    roles = fields.parse("query=q,document=d,negatives=n,negative=n1+n2,rank=r,scores=s")
+    roles = columns.parse("query=q,document=d,negatives=n,negative=n1+n2,rank=r,scores=s")
     sources = ({"q": "a", "d": "b", "n": None, "n1": None, "r": 1.0, "s": None}, {"q": "a", "d": "b", "n": [None]})
     for source in sources:
-        assert examples_of(fields.row_of(source, roles))[0] == [Example("a", "b", (), 1)]
+        assert examples_of(columns.row_of(source, roles))[0] == [Example("a", "b", (), 1)]
 
 
 # --- several positives ---

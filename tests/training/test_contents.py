@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from mlx_retrieval.dataset import rows as rows_module
+from mlx_retrieval.dataset import row_files
 from mlx_retrieval.dataset.contents import Content, differences, of_file
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.rows import Rows
@@ -84,7 +84,7 @@ def test_one_edited_row_of_any_source_changes_its_content(tmp_path, monkeypatch,
             write_parquet(file, rows)
         else:
             file.write_bytes(gzip.compress(lines(rows)) if kind == "gz" else lines(rows))
-        monkeypatch.setattr(rows_module, "_hub_rows", lambda _: iter(rows))
+        monkeypatch.setattr(row_files, "_hub_rows", lambda _: iter(rows))
         source = {"hub": "hf://owner/name", "folder": str(tmp_path)}.get(kind, str(file))
         return open_source([f"{source}:2", f"{source}:1"] if kind == "mixture" else [source]).contents()
 

@@ -206,7 +206,7 @@ def test_skip_bad_rows(settings, data):
         training_run.prepare(settings())
     run = training_run.prepare(settings(skip_bad_rows=True))
     assert len(run.trainer.batches.rows) == 41
-    assert ("ignored", "keys that are not read: title (1 row)") in run.headline
+    assert ("reads", "rows.jsonl: query, document, rank; not read: title (1 row)") in run.headline
     assert any("1 bad row left out" in line for _, line in run.headline)
     assert any("rows.jsonl:41" in line for _, line in run.headline)
 
@@ -216,7 +216,7 @@ def test_ignore_keys(settings, data):
     with pytest.raises(UserError, match=r"rows.jsonl:41: is_relevant .*--ignore-keys is_relevant"):
         training_run.prepare(settings())
     run = training_run.prepare(settings(ignore_keys=["is_relevant"]))
-    assert len(run.trainer.batches.rows) == 41 and "ignored" not in dict(run.headline)
+    assert len(run.trainer.batches.rows) == 41 and "not read" not in dict(run.headline)["reads"]
     assert run.settings.to_dict()["ignore_keys"] == ["is_relevant"]
 
 
@@ -282,7 +282,30 @@ def test_strict_and_ignore_identical_ids(settings, tmp_path, task):
     assert [scores["mrr_at_10"] for scores in figures] == [0.5, 1.0]
 
 
-# What es_fields and es_query do, tests/dataset/test_elastic.py shows against a server.
+def test_columns(settings, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("frage,titel,antwort\n" + "".join(f"q{i},t{i},a{i}\n" for i in range(8)))
+    with pytest.raises(UserError, match=r"rows.csv:2: .*--columns query=frage,document=antwort"):
+        training_run.prepare(settings(data=[str(table)]))
+    for name in ("--columns", "--es-fields"):
+        _, given = from_flags("", argv=[name, "query=frage,document=titel+antwort"])
+        run = training_run.prepare(settings(data=[str(table)], **given))
+        example = run.trainer.batches.rows[3]
+        assert (example.query, example.positive) == ("q3", "t3\na3")
+        form = "(comma-separated, header)"
+        assert ("reads", f"rows.csv: frage -> query, titel+antwort -> document {form}") in run.headline
+
+
+def test_es_fields_that_earlier_versions_saved(tmp_path):
+    """Bug guarded against: they saved the default mapping of an index for every run, also for one of files."""
+    saved = tmp_path / "config.yaml"
+    saved.write_text("es_fields: query=query,document=title+snippet,rank=rank\n")
+    assert read_yaml(saved) == {}
+    saved.write_text("es_fields: query=q,document=d\n")
+    assert read_yaml(saved) == {"columns": "query=q,document=d"}
+
+
+# What es_query does, tests/dataset/test_elastic.py shows against a server.
 def test_kl_is_short_for_kl_distill():
     assert Settings(loss="kl").loss == "kl_distill"
 

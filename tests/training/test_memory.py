@@ -64,16 +64,22 @@ def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
     assert trainer.fit_memory().budget == 128
 
 
-def test_the_estimate_is_near_what_a_step_takes_and_not_below(settings):
-    """Of activations, beyond what is there before: on a budget at which they are most of it."""
-    trainer = training_run.prepare(settings(micro_batch_tokens="auto", batch_size=32)).trainer
-    batch, fit = trainer.batches.batch(0), trainer.fit_memory()
-    trainer.compute_grads(batch, 1)
-    active = mx.get_active_memory()
-    mx.reset_peak_memory()
-    trainer.compute_grads(batch, 1)
-    taken = backend.peak_memory() - active
-    assert 0.9 * taken < fit.estimate - active < 4 * taken, (fit, taken, active)
+@pytest.mark.parametrize("changes", [{}, {"grad_checkpoint": True}, {"train_type": "full"}])
+def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
+    """Regression: where passes are not compiled, the first probe also read the weights, and a token seemed to be cheap.
+
+    On Metal that chose budgets that need five times the memory that there is.
+    """
+    monkeypatch.setattr(backend, "COMPILED", False)
+    trainer = training_run.prepare(settings(batch_size=32, **changes)).trainer  # the weights are not read yet
+    fit = trainer.fit_memory()
+    peak = 0
+    for k in range(memory.SAMPLES):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        trainer.update(trainer.batches.batch(k), k + 1)
+        peak = max(peak, backend.peak_memory())
+    assert 0.85 < fit.estimate / peak < 1.15, (fit, peak)
 
 
 def test_the_dry_run_tells_it_and_the_loss_stays(settings, capsys):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_retrieval.dataset.elastic.fields import value_at
+from mlx_retrieval.dataset.columns import value_at
 from mlx_retrieval.dataset.elastic.server import Address, Server, View, ViewLost
 from mlx_retrieval.utils.errors import UserError
 
@@ -63,6 +63,11 @@ class Documents:
             and all(value_at(hit["_source"], name) is None for hit in sample)
         }
         return absent, sorted(name for name in there if not name.startswith("_"))
+
+    def first(self) -> dict:
+        """Return all fields of a document that matches; {} = there is none."""
+        hits = self.search(size=1, query=self.filter())["hits"]["hits"]
+        return hits[0]["_source"] if hits else {}
 
     def identity(self) -> str:
         """Return the ids of the indices that the address names; "" if the key or user may not read them."""

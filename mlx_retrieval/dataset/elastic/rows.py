@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from mlx_retrieval.dataset.column_hints import suggestion
+from mlx_retrieval.dataset.columns import Columns, listing, row_of
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.elastic.documents import Documents, Survey
-from mlx_retrieval.dataset.elastic.fields import Fields, row_of
 from mlx_retrieval.dataset.elastic.server import Address, Closed
+from mlx_retrieval.dataset.readings import mapping
+from mlx_retrieval.dataset.roles import role_of
 from mlx_retrieval.dataset.row_formats import Example, RowError, common_parts, examples_of, reading_of
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import quantity
 
 BLOCK = 16  # ranges that are shuffled together
@@ -48,7 +51,7 @@ class ElasticRows:
 
     Args:
         address: of the index.
-        fields: the fields that rows are made of, see elastic/fields.py.
+        fields: the fields that rows are made of, see columns.py.
         query: a query of Elasticsearch; only documents that match are read.
         skip_bad: leave out documents that make no row; they are counted, and `skipped` lists the first.
         part: (index, count): read only that part of the ranges, where several processes share an index.
@@ -59,7 +62,7 @@ class ElasticRows:
     def __init__(
         self,
         address: Address,
-        fields: Fields,
+        fields: Columns,
         query: dict | None = None,
         skip_bad: bool = False,
         part: tuple[int, int] = (0, 1),
@@ -72,9 +75,11 @@ class ElasticRows:
         self.bad = 0
         self._recent: list[tuple[int, list[tuple[str, Example]]]] = []  # (start, examples) of the last blocks
         self.format = self._check_fields()
+        roles = {role_of(key) for key in fields}
+        self.readings = [f"{address}: {mapping(self.fields)}"]
         self.constant = self._common_parts()
-        self.has_negatives = bool({"negative", "negatives", "documents"} & set(fields))
-        self.has_scores = bool({"scores", "label"} & set(fields))
+        self.has_negatives = bool({"negatives", "documents"} & roles)
+        self.has_scores = bool({"scores", "positive scores", "label"} & roles)
         self.score_range, self.without_positive = (0.0, 1.0), None
         survey = self.documents.survey()
         if not survey.count:
@@ -223,9 +228,13 @@ class ElasticRows:
             missing -= set(self.fields["rank"])
             self.fields = {key: names for key, names in self.fields.items() if key != "rank"}
         if missing:
-            known = ", ".join(there) or "none"
-            raise UserError(f"{self.address}: no field {', '.join(sorted(missing))} (there: {known}); see --es-fields")
+            near = next(filter(None, (near_miss(name, there) for name in sorted(missing))), "")
+            hint = suggestion(self.documents.first())
+            raise UserError(
+                f"{self.address}: no field {', '.join(sorted(missing))} (there: {listing(there)}){near}; "
+                f"{f'try {hint}' if hint else '--columns names the fields'}"
+            )
         try:
             return reading_of(tuple(self.fields)).kind
         except RowError as error:
-            raise UserError(f"--es-fields: {error}") from error
+            raise UserError(f"--columns: {error}") from error

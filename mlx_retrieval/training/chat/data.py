@@ -1,6 +1,6 @@
 """Conversations on disk -> token ids and masks -> batches of about equal lengths.
 
-Rows are JSON objects, one a line, in `.jsonl` or `.jsonl.gz` files or folders with `train.jsonl` and `valid.jsonl`:
+Rows are JSON objects, or those of tables, in files of any format of dataset/row_files.py:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}    tools are optional
     {"prompt": "...", "completion": "..."}
@@ -11,7 +11,6 @@ sorted by length and split into batches, which come in seeded order. Batch k is 
 continue anywhere. No row is dropped: an epoch's last batch may be smaller.
 """
 
-import gzip
 import hashlib
 import zlib
 from collections import Counter
@@ -23,15 +22,15 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 
-from mlx_retrieval.dataset import row_formats
+from mlx_retrieval.dataset import roles
 from mlx_retrieval.dataset.contents import Content
-from mlx_retrieval.dataset.json_lines import RowError, lines_of, parse_object
-from mlx_retrieval.dataset.rows import find_files, open_rows
+from mlx_retrieval.dataset.json_lines import RowError, parse_object
+from mlx_retrieval.dataset.row_files import RowFile, first_row
+from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.dataset.sources import local
 from mlx_retrieval.training.chat.messages import dialogue_of, text_of, unread_keys, without_keys
 from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.pipes import spooled
 
 FORMATS = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}
 POOL = 50  # batches that are sorted by length together
@@ -45,11 +44,11 @@ CHUNK = 512  # conversations that are tokenised at once
 def row_format(row: dict) -> str | None:
     """Return the format of a row, by its keys that are not null; None if it is not a conversation."""
     keys = {key for key, value in row.items() if value is not None}
-    if "messages" in keys:
-        return "messages"
+    if roles.MESSAGES in keys:
+        return None if roles.POSITIVE_MESSAGES in keys else "messages"
     if keys >= {"prompt", "completion"}:
         return "prompt"
-    return "text" if "text" in keys and not {*row_formats.ROLES["query"]} & keys else None
+    return "text" if "text" in keys and not {*roles.ROLES["query"]} & keys else None
 
 
 def is_chat(sources: Sequence[str]) -> bool:
@@ -58,11 +57,10 @@ def is_chat(sources: Sequence[str]) -> bool:
         return False
     file = find_files(local(sources[:1]))[0]
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(spooled(file), "rb") as handle:
-            row = next((line.data for line in lines_of(handle)), b"{}")
-        return row_format(parse_object(row)) is not None
-    except (RowError, OSError, EOFError, zlib.error):
+        row = first_row(file)
+    except UserError:
         return False
+    return isinstance(row, dict) and row_format(row) is not None
 
 
 def _render(row: dict, kind: str | None, tokenizer: ChatTokenizer, mask_prompt: bool) -> Rendered:
@@ -82,7 +80,7 @@ class Conversations:
     """The tokenised rows of some files.
 
     Args:
-        files: JSON lines, gzip-compressed where the name ends in `.gz`.
+        files: see dataset/row_files.py.
         limit: truncate conversations to this many tokens.
         mask_prompt: train on the assistant's turns only.
         skip_bad: leave out rows that cannot be used; `skipped` lists them, as "file:line: reason".
@@ -149,8 +147,8 @@ class Conversations:
 
     def _rows(self, file: Path, skip_bad: bool) -> Iterator[tuple[str, dict]]:
         digest, count = hashlib.sha256(), 0
-        with open_rows(file) as handle:
-            for line in lines_of(handle):
+        with RowFile(file) as opened:
+            for line in opened.lines():
                 place = f"{file}:{line.number}"
                 digest.update(line.data)
                 count += 1

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_retrieval.dataset.json_lines import RowError
-from mlx_retrieval.dataset.row_formats import snake_case, without
+from mlx_retrieval.dataset.roles import snake_case
+from mlx_retrieval.dataset.row_formats import without
 from mlx_retrieval.dataset.unread_keys import held_by, is_origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

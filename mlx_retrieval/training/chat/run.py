@@ -163,7 +163,7 @@ def prepare(settings: Settings) -> ChatRun:
             (target / TEMPLATE_FILE).write_text(tokenizer.template, encoding="utf-8")
         settings.write(target / "config.yaml")
 
-    folder = Path(settings.output).expanduser()
+    folder = settings.folder
     trainer = ChatTrainer(backbone, batches, validation, settings, folder, save_model)
     expected = expect(backbone, batches, settings)
     layers = "" if settings.num_layers == -1 else f" of the last {settings.num_layers} of {len(backbone.layers)} layers"

@@ -1,0 +1,241 @@
+"""Open the rows of a file of any format as lines of JSON: JSON lines and arrays, tables, Parquet, Arrow, hub data sets.
+
+    with RowFile(Path("pairs.csv")) as file:
+        for line in file.lines(): ...            # line.number is the place in pairs.csv
+        file.read(line.start, line.size)         # the JSON of that row again, as long as the file is open
+
+Plain JSON lines are read where they are. The rows of other formats are written to a temporary file as they are read,
+so memory stays the same whatever the size. The format is known by the file's ending, and without one by its beginning.
+"""
+
+import gzip
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlx_retrieval.dataset import beir_rows
+from mlx_retrieval.dataset.columnar import ARROW_FILE, ARROW_STREAM, FEATHER_1, PARQUET, arrow_rows, parquet_rows
+from mlx_retrieval.dataset.columns import Columns
+from mlx_retrieval.dataset.json_lines import Fault, Line, RowError, lines_of, parse_value
+from mlx_retrieval.dataset.tables import Table
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.pipes import spooled
+
+HUB = "hf://"
+HEAD = 4096  # bytes by which a format is recognised
+GZIP = b"\x1f\x8b"
+FORMATS = {
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), "json"),
+    **dict.fromkeys((".csv", ".tsv", ".tab"), "table"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".arrow", ".arrows", ".feather", ".ipc"), "arrow"),
+}
+# First bytes of files that are not read -> the way on.
+OTHERS = {
+    b"PK\x03\x04": "an Excel workbook or another zip file: save its sheet as CSV UTF-8, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook: save its sheet as CSV UTF-8",
+    b"BZh": "compressed by bzip2: unpack it (bunzip2)",
+    b"\xfd7zXZ": "compressed by xz: unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it (unzstd)",
+    b"SQLite format 3": "an SQLite database: export the table as CSV",
+    FEATHER_1: "Feather of version 1: write it again with pyarrow, as version 2",
+}
+IN_ORDER = re.compile(rb'\s*(?:\[|\{\s*"set"\s*:)')  # rows whose texts have no names
+
+Numbered = Iterator[tuple[int, Any]]
+
+
+class RowFile:
+    """The rows of a file, a BEIR folder or a hub data set.
+
+    Args:
+        file: a path, or an `hf://` name.
+        columns: of `--columns`; tables and BEIR folders need to know them.
+
+    Attributes:
+        name: for messages; of a BEIR folder, its file of queries.
+        form: how the rows are stored, in words; "" = as JSON objects. Known once `lines` has begun.
+        labels: keys of rows that the file does not have itself -> what they are called there.
+        columns: those that still apply to the rows that `lines` yields; None = none.
+
+    Raises UserError if the file cannot be read, also while it is read.
+    """
+
+    def __init__(self, file: Path | str, columns: Columns | None = None):
+        self.name: Path | str = file
+        self.form = ""
+        self.labels: dict[str, str] = {}
+        self.columns = columns or None
+        self._opened: list[BinaryIO] = []
+        self._texts: BinaryIO | None = None  # the JSON of the rows
+        try:
+            self._lines = self._open(file)
+        except (OSError, EOFError, zlib.error) as error:
+            raise self._error(error) from error
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; nothing can be read any more."""
+        for handle in self._opened:
+            handle.close()
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the rows, once; UserError as for the class."""
+        try:
+            yield from self._lines
+        except (OSError, EOFError, zlib.error) as error:
+            raise self._error(error) from error
+
+    def read(self, start: int, size: int) -> bytes:
+        """Return the JSON of a row that `lines` has yielded, by its place."""
+        return os.pread(self._texts.fileno(), size, start)
+
+    # --- formats ------------------------------------------------------------------------------------------------------
+
+    def _open(self, file: Path | str) -> Iterator[Line]:
+        if isinstance(file, str):
+            self.form = "hub data set"
+            return self._written(enumerate(_hub_rows(file), start=1))
+        if file.is_dir():
+            folder = beir_rows.BeirRows(file, self.columns)
+            self.columns = None
+            self.name, self.form, self.labels = folder.queries_file, folder.form, folder.labels
+            self._opened.append(folder)
+            return self._written(folder.rows())
+        path = spooled(file)
+        plain = self._keep(open(path, "rb"))
+        handle, head = plain, _head(plain)
+        if packed := head.startswith(GZIP) or file.suffix == ".gz":
+            handle = self._keep(gzip.open(plain))
+            head = _head(handle)
+        if reason := next((reason for magic, reason in OTHERS.items() if head.startswith(magic)), None):
+            raise UserError(f"{file}: {reason}")
+        kind = _kind(head, Path(file.name.removesuffix(".gz")).suffix.lower())
+        if kind in ("parquet", "arrow"):
+            self.form = "Parquet" if kind == "parquet" else "Arrow"
+            rows = parquet_rows if kind == "parquet" else arrow_rows
+            return self._written(enumerate(rows(self._unpacked(handle) if packed else path, file), start=1))
+        if kind == "table":
+            table = Table(handle, file, self.columns)
+            self.form, self.labels = table.form, table.labels
+            return self._written(table.rows())
+        return self._json(handle, packed)
+
+    def _json(self, handle: BinaryIO, packed: bool) -> Iterator[Line]:
+        lines = lines_of(handle)
+        first = next(lines, None)
+        every = itertools.chain([first] if first else [], lines)
+        if first and IN_ORDER.match(first.data):
+            self.form, self.labels = (
+                "texts in order",
+                {"query": "text 1", "positive": "text 2", "negatives": "the rest"},
+            )
+            return self._written((line.number, _named(line.data)) for line in every)
+        if packed:
+            return self._written((line.number, line.data) for line in every)
+        self._texts = handle
+        return every
+
+    def _written(self, rows: Numbered) -> Iterator[Line]:
+        """Yield rows as lines, once their JSON is in a temporary file. `rows`: their numbers; objects, or JSON."""
+        self._texts = self._keep(tempfile.TemporaryFile())
+        start = 0
+        for number, row in rows:
+            data = row if isinstance(row, bytes) else _as_json(row)
+            size = 0 if isinstance(data, Fault) else len(data)
+            self._texts.write(data if size else b"")
+            yield Line(number, start, size, data)
+            start += size
+        self._texts.flush()
+
+    def _unpacked(self, handle: BinaryIO) -> BinaryIO:
+        """Return a temporary file with all that can be read from a handle: Parquet is not read in order."""
+        file = self._keep(tempfile.TemporaryFile())
+        shutil.copyfileobj(handle, file, 1 << 20)
+        file.seek(0)
+        return file
+
+    def _keep(self, handle: BinaryIO) -> BinaryIO:
+        self._opened.append(handle)
+        return handle
+
+    def _error(self, error: Exception) -> UserError:
+        if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)):
+            return UserError(f"{self.name}: not a whole gzip file ({error})")
+        return UserError(f"{self.name}: {getattr(error, 'strerror', None) or error}")
+
+
+def first_row(file: Path | str, columns: Columns | None = None) -> Any:
+    """Return the first row of a file as a JSON value; None if there is none or it is broken. UserError as RowFile."""
+    with RowFile(file, columns) as opened:
+        if (line := next(opened.lines(), None)) is None:
+            return None
+        try:
+            return parse_value(line.data)
+        except RowError:
+            return None
+
+
+def _head(handle: BinaryIO) -> bytes:
+    head = handle.read(HEAD)
+    handle.seek(0)
+    return head
+
+
+def _kind(head: bytes, suffix: str) -> str:
+    """Return json, table, parquet or arrow, by a file's first bytes and its ending."""
+    if head.startswith(PARQUET):
+        return "parquet"
+    if head.startswith((ARROW_FILE, ARROW_STREAM)):
+        return "arrow"
+    if suffix in FORMATS:
+        return FORMATS[suffix]
+    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return "json" if not begins or begins.startswith((b"{", b"[")) else "table"
+
+
+def _as_json(row: Any) -> bytes:
+    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+
+
+def _named(data: bytes) -> Any:
+    """Return the row of a JSON list of texts: a query, its document and negatives; of `{"set": [...]}`, one query."""
+    try:
+        value = parse_value(data)
+    except RowError:
+        return data
+    if isinstance(value, dict) and isinstance(texts := value.get("set"), list) and len(texts) > 1:
+        return {"query": texts[0], "positive": texts[1:]} | {key: value[key] for key in value if key != "set"}
+    if not isinstance(value, list):
+        return data
+    if len(value) < 2 or not all(isinstance(text, str) for text in value):
+        return Fault(b"a list must hold texts: a query, its document, and then negatives")
+    return {"query": value[0], "positive": value[1]} | ({"negatives": value[2:]} if value[2:] else {})
+
+
+def _hub_rows(source: str) -> Iterable[dict]:
+    """Yield the rows of hf://owner/name[/config][:split] as the hub streams them."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, _, split = source.removeprefix(HUB).partition(":")
+    parts = name.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise UserError(f"--data {source}: a data set's name is needed, hf://owner/name[/config][:split]")
+    try:
+        stored = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
+        yield from stored
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--data {source}: {str(error).strip().splitlines()[0][:300]}") from error

@@ -1,0 +1,110 @@
+"""What a training step takes at its peak, beside weights and optimizer: from the memory of a micro-batch to a batch's.
+
+measure_passes(grad_cache, texts).peak(lengths, Cutting(budget=4096))       bytes
+
+memory.py chooses a budget by it, from passes that are measured; estimate.py foresees a run, from passes that are
+calculated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_retrieval.models.batching import MicroBatch, Texts, pad_rows
+from mlx_retrieval.training.cutting import Cutting
+from mlx_retrieval.training.gradient_cache import GradientCache
+
+# Copies of all representations that a step holds at once: they, their gradient, and both in the batch's order.
+VECTOR_COPIES, TOKEN_COPIES = 4, 6
+# Workers are not all at the peak of their passes at the same moment: the share of the others' that adds to one's.
+OTHERS = 0.8
+# Of the trained weights, while the optimizer updates them: gradients, clipped ones, and new weights and moments.
+UPDATE = 3
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The memory of steps, in bytes, beyond weights and optimizer.
+
+    Attributes:
+        of_pass: (rows, tokens of a row with padding) of a micro-batch -> what its passes take for the gradient.
+        representation: of a text, or of a token if `token_vectors`.
+        trained: the trained weights.
+        compiled: whether passes are compiled; others compute a batch that fits the budget in one graph.
+        workers: micro-batches computed at the same time.
+        held: (tokens of a batch, those in the passes at once) -> merged weights and saved products.
+    """
+
+    of_pass: Callable[[int, int], float]
+    representation: float
+    trained: int = 0
+    token_vectors: bool = False
+    compiled: bool = False
+    workers: int = 1
+    held: Callable[[int, int], int] = lambda tokens, at_once: 0
+
+    def peak(self, lengths: np.ndarray, cutting: Cutting) -> int:
+        """Return what a step takes at most on a batch of texts of these lengths (N,)."""
+        shapes = cutting.shapes(lengths)
+        sizes = sorted((rows * width for rows, width in shapes), reverse=True)
+        passes = sorted((self.of_pass(*shape) for shape in shapes), reverse=True)
+        one_graph = len(shapes) == 1 or (sum(sizes) <= cutting.limit(int(lengths.sum())) and not self.token_vectors)
+        if one_graph and not self.compiled:
+            return int(max(sum(passes), UPDATE * self.trained))
+        if self.token_vectors:
+            representations = TOKEN_COPIES * sum(sizes) * self.representation
+        else:
+            representations = VECTOR_COPIES * len(lengths) * self.representation
+        at_once = passes[0] + OTHERS * sum(passes[1 : self.workers])
+        at_once += self.held(sum(sizes), sum(sizes[: self.workers]))
+        sums = self.trained if len(shapes) > self.workers else 0  # of the gradient, besides a micro-batch's own
+        return int(max(at_once + sums + representations, UPDATE * self.trained))
+
+
+def measure_passes(grad_cache: GradientCache, texts: Texts) -> StepMemory:
+    """Measure passes on a few of these texts, the longest among them. Weights stay as they are."""
+    runner = grad_cache.runner
+    grad_cache.model.train()
+    longest = int(texts.lengths.argmax())
+    shorter = int(np.abs(texts.lengths - texts.lengths[longest] / 2).argmin())
+
+    def rows(*numbers: int) -> MicroBatch:
+        return pad_rows(texts, np.array(numbers), grad_cache.pad_id)
+
+    mx.clear_cache()
+    _cost(grad_cache, rows(longest))  # the first pass reads the weights, which would count as the pass's own
+    one, representations = _cost(grad_cache, rows(longest))
+    two, _ = _cost(grad_cache, rows(longest, longest))
+    width, short = rows(longest).ids.size, rows(shorter).ids.size
+    # What a token takes grows with the text's length, as attention does; the rest is a pass's own.
+    per_pass = max(0.0, 2 * one - two)
+    per_token, growth = max(0, two - one) / width, 0.0
+    if short < width:
+        of_short = (_cost(grad_cache, rows(shorter, shorter))[0] - per_pass) / (2 * short)
+        growth = max(0.0, (per_token - of_short) / (width - short))
+
+    def of_pass(rows: int, width_: int) -> float:
+        return per_pass + rows * width_ * max(0.0, per_token + growth * (width_ - width))
+
+    return StepMemory(
+        of_pass,
+        representation=representations.nbytes / (width if representations.ndim == 3 else 1),
+        trained=sum(v.nbytes for _, v in tree_flatten(grad_cache.model.trainable_parameters())),
+        token_vectors=representations.ndim == 3,
+        compiled=runner.compiled,
+        workers=runner.workers,
+        held=runner.held_bytes,
+    )
+
+
+def _cost(grad_cache: GradientCache, micro_batch: MicroBatch) -> tuple[int, mx.array]:
+    """Return the bytes that the passes of a micro-batch take at their peak, and its representations."""
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    (representations,) = grad_cache.runner.representations([micro_batch], [0])
+    grad_cache.runner.gradient([micro_batch], [0], [mx.zeros_like(representations)])
+    return mx.get_peak_memory() - active, representations
