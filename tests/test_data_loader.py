@@ -140,7 +140,7 @@ BAD_ROWS = {
     "empty query": ({"query": "", "document": "b"}, "query is empty"),
     "blank document": ({"query": "a", "document": " \n\t"}, "document is empty"),
     "document is no text": ({"query": "a", "document": 5}, "document is not a text"),
-    "query is null": ({"query": None, "document": "b"}, "keys document fit no format"),
+    "query is null": ({"query": None, "document": "b"}, "query has no value"),
     "rank 0": ({**GOOD, "rank": 0}, "rank 0 is not a whole number from 1"),
     "rank in quotes": ({**GOOD, "rank": "1"}, "rank '1' is not a whole number"),
     "rank true": ({**GOOD, "rank": True}, "rank True is not a whole number"),

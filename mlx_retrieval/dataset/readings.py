@@ -10,7 +10,7 @@ from mlx_retrieval.dataset.columns import Columns
 from mlx_retrieval.dataset.row_formats import Reading
 from mlx_retrieval.utils.text import quantity
 
-COLUMNS = 8  # that are named
+COLUMNS = 3  # of a role that are named
 UNREAD = 5  # columns that are named
 FILES = 3  # lines of one source
 ROLES = ("prompt", "query", "document", "negatives", "label", "scores", "positive_scores", "negative_scores", "rank")
@@ -47,19 +47,21 @@ class ReadingCounter:
         """
         self._fold()
         labels = {**labels, **{key: "+".join(group) for key, group in (columns or {}).items() if key not in labels}}
-        pairs = [_pair(labels.get(key, key), role) for role in ROLES for key in self._pairs[role]]
+        pairs = [
+            _pair([labels.get(key, key) for key in self._pairs[role]], role) for role in ROLES if self._pairs[role]
+        ]
         stored = f" ({form})" if form else ""
         unread = [
             labels.get(key, key) + ("" if count == self._rows else f" ({quantity(count, 'row')})")
             for key, count in self._unread.most_common()
         ]
         rest = f"; not read: {_listing(unread, UNREAD)}" if unread else ""
-        return f"{_listing(pairs, COLUMNS)}{stored}{rest}"
+        return f"{', '.join(pairs)}{stored}{rest}"
 
 
 def mapping(columns: Columns) -> str:
     """Return which fields of an index become what."""
-    return _listing([_pair("+".join(group), key) for key, group in columns.items()], COLUMNS)
+    return ", ".join(_pair(["+".join(group)], key) for key, group in columns.items())
 
 
 def lines(names: Sequence[str], texts: Sequence[str]) -> list[str]:
@@ -68,12 +70,12 @@ def lines(names: Sequence[str], texts: Sequence[str]) -> list[str]:
     for name, text in zip(names, texts, strict=True):
         files.setdefault(text, []).append(name)
     out = [f"{_listing(group, 1)}: {text}" for text, group in files.items()]
-    return out[:FILES] + ([f"and {len(out) - FILES} more ways"] if len(out) > FILES else [])
+    return out[:FILES] + ([f"and {len(out) - FILES} more"] if len(out) > FILES else [])
 
 
-def _pair(column: str, role: str) -> str:
+def _pair(columns: list[str], role: str) -> str:
     role = role.replace("_", " ")
-    return column if column == role else f"{column} -> {role}"
+    return role if columns == [role] else f"{_listing(columns, COLUMNS)} -> {role}"
 
 
 def _listing(words: Iterable[str], count: int) -> str:

@@ -49,6 +49,8 @@ OTHERS = {
 }
 IN_ORDER = re.compile(rb'\s*(?:\[|\{\s*"set"\s*:)')  # rows whose texts have no names
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+
 Numbered = Iterator[tuple[int, Any]]
 
 
@@ -74,6 +76,7 @@ class RowFile:
         self.labels: dict[str, str] = {}
         self.columns = columns or None
         self._opened: list[BinaryIO] = []
+        self._folder: beir_rows.BeirRows | None = None
         self._texts: BinaryIO | None = None  # the JSON of the rows
         try:
             self._lines = self._open(file)
@@ -95,6 +98,8 @@ class RowFile:
         """Yield the rows, once; UserError as for the class."""
         try:
             yield from self._lines
+            if self._folder:
+                self.form = self._folder.form  # with what was left out
         except (OSError, EOFError, zlib.error) as error:
             raise self._error(error) from error
 
@@ -109,7 +114,7 @@ class RowFile:
             self.form = "hub data set"
             return self._written(enumerate(_hub_rows(file), start=1))
         if file.is_dir():
-            folder = beir_rows.BeirRows(file, self.columns)
+            self._folder = folder = beir_rows.BeirRows(file, self.columns)
             self.columns = None
             self.name, self.form, self.labels = folder.queries_file, folder.form, folder.labels
             self._opened.append(folder)
@@ -207,7 +212,7 @@ def _kind(head: bytes, suffix: str) -> str:
 
 
 def _as_json(row: Any) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+    return _ENCODER.encode(row).encode("utf-8", "replace") + b"\n"
 
 
 def _named(data: bytes) -> Any:

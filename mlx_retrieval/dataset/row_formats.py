@@ -15,9 +15,17 @@ from typing import Any, NamedTuple
 
 from mlx_retrieval.dataset.beir import document_text
 from mlx_retrieval.dataset.column_hints import suggestion
-from mlx_retrieval.dataset.columns import Columns, listing, mapped, missing, names
+from mlx_retrieval.dataset.columns import NEEDED, Columns, listing, mapped, missing, names
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
-from mlx_retrieval.dataset.roles import MESSAGES, NUMBERED_NEGATIVE, POSITIVE_MESSAGES, ROLES, WEAK_ROLES, snake_case
+from mlx_retrieval.dataset.roles import (
+    MESSAGES,
+    NUMBERED_NEGATIVE,
+    POSITIVE_MESSAGES,
+    ROLES,
+    WEAK_ROLES,
+    role_of,
+    snake_case,
+)
 from mlx_retrieval.dataset.unread_keys import held_by, is_origin, may_matter
 from mlx_retrieval.utils.text import quantity
 
@@ -188,6 +196,8 @@ def reading_for(row: dict, expected: str | None = None) -> Reading:
     try:
         return reading_of(present(row))
     except NoFormatError as error:
+        if empty := [key for key in row if row[key] is None and role_of(key) in NEEDED]:
+            raise RowError(f"{' and '.join(empty)} has no value") from error
         if expected is None and (hint := suggestion(row)):
             raise ColumnsError(f"{error.reason}; try {hint}") from error
         raise

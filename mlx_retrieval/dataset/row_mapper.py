@@ -19,11 +19,15 @@ class RowMapper:
     Args:
         columns: None = rows are read by their own names.
         ignore_keys: keys of rows that are treated as absent.
+
+    Attributes:
+        used: whether any row had one of the columns; set it to False before another file.
     """
 
     def __init__(self, columns: Columns | None = None, ignore_keys: Collection[str] = ()):
         self.ignore_keys = frozenset(ignore_keys)
         self._unseen = set(names(columns or {}))
+        self.used = False
         self._keys: dict[str, None] = {}  # some keys that rows have, while columns are unseen
 
     def row(self, data: bytes, columns: Columns | None) -> dict:
@@ -38,7 +42,9 @@ class RowMapper:
         if self._unseen:
             self._unseen -= {name for name in self._unseen if has(row, name)}
             self._keys |= dict.fromkeys(row)
-        return mapped_row(row, columns)
+        changed = mapped_row(row, columns)
+        self.used |= changed is not row
+        return changed
 
     def check(self) -> None:
         """Raise UserError if there is a column that no row had."""

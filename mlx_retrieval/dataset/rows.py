@@ -110,11 +110,11 @@ class Rows:
         mapper = RowMapper(columns, ignore_keys)
         starts, sizes, numbers, counts, texts = array("Q"), array("I"), array("I"), [0], []
         for file, opened in zip(self.files, self._opened, strict=True):
-            counter = readings.ReadingCounter()
+            counter, mapper.used = readings.ReadingCounter(), False
             digest = self._check(opened, skip_bad, starts, sizes, numbers, mapper, counter)
             counts.append(len(starts))
             self._contents.append(Content(str(file), counts[-1] - counts[-2], "rows", digest))
-            texts.append(counter.text(opened.form, opened.labels, opened.columns))
+            texts.append(counter.text(opened.form, opened.labels, opened.columns if mapper.used else None))
         self.readings = readings.lines([getattr(file, "name", file) for file in self.files], texts)
         if not starts:
             raise SettingError(

@@ -1,0 +1,296 @@
+"""Every shape of row in every format of file, compared with examples that are written by hand.
+
+python -m pytest tests/dataset/test_row_files.py
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import threading
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from mlx_retrieval.dataset import sources
+from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.training.chat.data import is_chat
+from mlx_retrieval.utils.errors import UserError
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+Q, R = "What is a boiler, really?", 'Why does it "hiss"?'
+D, E = "A boiler heats water.\nIt is hot.", "Scale, on the element; it is | 3 mm."
+M, N = "How to paint a wall", "A bike squeaks"
+
+PAIRS = [Example(Q, D, (), 1), Example(R, E, (), 1)]
+WITH_ONE = [Example(Q, D, (M,), 1), Example(R, E, (N,), 1)]
+WITH_TWO = [Example(Q, D, (M, N), 1), Example(R, E, (N,), 1)]
+SEVERAL = [Example(Q, D, (M,), 1, (), (N,)), Example(Q, N, (M,), 1, (), (D,)), Example(R, E, (M,), 1)]
+LABELS = [Example(Q, D, (), 1, (0.25,)), Example(R, E, (), 1, (1.0,))]
+TAUGHT = [Example(Q, D, (M,), 1, (2.0, 0.5)), Example(R, E, (N,), 1, (1.5, -1.0))]
+
+
+def said(text, role="user"):
+    return [{"role": role, "content": text}]
+
+
+QUERIES = ("query", "question", "anchor", "sentence1", "input")
+DOCUMENTS = (
+    "document", "passage", "positive", "pos", "answer", "response", "context", "text", "sentence2",
+)  # fmt: skip
+SHAPES = {
+    **{f"{query}, document": ([{query: Q, "document": D}, {query: R, "document": E}], PAIRS) for query in QUERIES},
+    **{f"query, {name}": ([{"query": Q, name: D}, {"query": R, name: E}], PAIRS) for name in DOCUMENTS},
+    "rank": ([{"query": Q, "document": D, "rank": 3}, {"query": R, "document": E}], [Example(Q, D, (), 3), PAIRS[1]]),
+    "triplets": ([{"anchor": Q, "positive": D, "negative": M}, {"anchor": R, "positive": E, "negative": N}], WITH_ONE),
+    **{
+        name: ([{"query": Q, "positive": D, name: [M, N]}, {"query": R, "positive": E, name: [N]}], WITH_TWO)
+        for name in ("negatives", "neg", "hard_negatives", "rejected_response")
+    },
+    "numbered": (
+        [{"anchor": Q, "positive": D, "negative_1": M, "negative_2": N}, {"anchor": R, "positive": E, "negative_1": N}],
+        WITH_TWO,
+    ),
+    "Tevatron": (
+        [
+            {
+                "query_id": "1", "query": Q,
+                "positive_passages": [{"docid": "1", "title": "", "text": D}],
+                "negative_passages": [{"docid": "2", "title": "How to", "text": "paint a wall"}],
+            },
+            {
+                "query_id": "2", "query": R,
+                "positive_passages": [{"docid": "3", "title": "", "text": E}],
+                "negative_passages": [{"docid": "4", "title": "A bike", "text": "squeaks"}],
+            },
+        ],
+        WITH_ONE,
+    ),
+    "FlagEmbedding": (
+        [
+            {"query": Q, "pos": [D], "neg": [M], "pos_scores": [2.0], "neg_scores": [0.5], "prompt": "Find: "},
+            {"query": R, "pos": [E], "neg": [N], "pos_scores": [1.5], "neg_scores": [-1.0], "prompt": "Find: "},
+        ],
+        [example._replace(query=f"Find: {example.query}") for example in TAUGHT],
+    ),
+    "ms-swift": (
+        [
+            {"messages": said(Q), "positive_messages": [said(D), said(N)], "negative_messages": [said(M)]},
+            {"messages": said(R), "positive_messages": [said(E, "assistant")], "negative_messages": [said(M)]},
+        ],
+        SEVERAL,
+    ),
+    "several positives": (
+        [
+            {"query": Q, "positives": [D, N], "negatives": [M]},
+            {"query": R, "positives": [E], "negatives": [M]},
+        ],
+        SEVERAL,
+    ),
+    **{
+        name: ([{"sentence1": Q, "sentence2": D, name: 0.25}, {"sentence1": R, "sentence2": E, name: 1.0}], LABELS)
+        for name in ("label", "score", "similarity")
+    },
+    "a teacher's scores": (
+        [
+            {"query": Q, "positive": D, "negatives": [M], "scores": [2.0, 0.5]},
+            {"query": R, "positive": E, "negatives": [N], "scores": [1.5, -1.0]},
+        ],
+        TAUGHT,
+    ),
+    "scored documents": (
+        [
+            {"query": Q, "documents": [M, D], "scores": [0.5, 2.0]},
+            {"query": R, "documents": [E, N], "scores": [1.5, -1.0]},
+        ],
+        TAUGHT,
+    ),
+    "other spellings": (
+        [{"Hard-Negative": M, "Question": Q, "Answer": D}, {"Question": R, "Answer": E}], [WITH_ONE[0], PAIRS[1]]
+    ),
+}  # fmt: skip
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def json_array(rows):
+    return json.dumps(rows, indent=1).encode()
+
+
+def table_of(delimiter, encoding="utf-8", end="\r\n"):
+    def write(rows):
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        out = io.StringIO()
+        writer = csv.writer(out, delimiter=delimiter, lineterminator=end)
+        writer.writerow(keys)
+        for row in rows:
+            cells = [row.get(key, "") for key in keys]
+            writer.writerow([json.dumps(cell) if isinstance(cell, list) else cell for cell in cells])
+        return out.getvalue().encode(encoding)
+
+    return write
+
+
+def parquet_file(rows):
+    out = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows, _schema(rows)), out)
+    return out.getvalue()
+
+
+def arrow(rows, new):
+    out, table = io.BytesIO(), pa.Table.from_pylist(rows, _schema(rows))
+    with new(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
+def _schema(rows):
+    """The schema of all rows; pyarrow looks at the keys of the first one only."""
+    return pa.unify_schemas([pa.Table.from_pylist([row]).schema for row in rows])
+
+
+FORMATS = {
+    "jsonl": json_lines,
+    "json": json_array,
+    "csv": table_of(","),
+    "tsv": table_of("\t", end="\n"),
+    "semicolons.csv": table_of(";", "utf-8-sig"),
+    "bars.csv": table_of("|", "utf-16"),
+    "parquet": parquet_file,
+    "arrow": lambda rows: arrow(rows, pa.ipc.new_stream),
+    "feather": lambda rows: arrow(rows, pa.ipc.new_file),
+}
+
+
+def read(path, columns=None):
+    rows = sources.open_source([str(path)], columns)
+    return [rows[i] for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_shape_in_every_format(tmp_path, form, packed):
+    for number, (name, (rows, expected)) in enumerate(SHAPES.items()):
+        content = FORMATS[form](rows)
+        path = tmp_path / f"{number}.{form}{packed}"
+        path.write_bytes(gzip.compress(content) if packed else content)
+        assert read(path) == expected, name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_from_a_pipe(tmp_path, form, packed):
+    """A pipe has no name that ends in anything: the first bytes decide."""
+    rows, expected = SHAPES["a teacher's scores"]
+    content = FORMATS[form](rows)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(gzip.compress(content) if packed else content,))
+    writer.start()
+    assert read(pipe) == expected
+    writer.join()
+
+
+def test_places_are_those_of_the_file(tmp_path):
+    """Bug guarded against: rows of other formats were named by their line in a temporary file."""
+    rows, _ = SHAPES["query, answer"]
+    for form, first, second in (("jsonl", 1, 2), ("csv", 2, 4), ("parquet", 1, 2), ("arrow", 1, 2)):
+        path = tmp_path / f"rows.{form}"
+        path.write_bytes(FORMATS[form](rows))
+        opened = sources.open_source([str(path)])
+        assert [opened.where(i) for i in range(2)] == [f"{path}:{first}", f"{path}:{second}"]
+        path.write_bytes(FORMATS[form]([*rows, {"query": " ", "answer": "a"}, rows[0]]))
+        bad = {"csv": 5}.get(form, 3)
+        with pytest.raises(UserError, match=rf"rows.{form}:{bad}: query (is empty|has no value)"):
+            sources.open_source([str(path)])
+        skipping = sources.open_source([str(path)], skip_bad=True)
+        assert len(skipping) == 3 and skipping[2] == skipping[0] and len(skipping.skipped) == 1
+
+
+ORDERED = {
+    "pairs": ([[Q, D], [R, E]], PAIRS, "text 1 -> query, text 2 -> document (texts in order)"),
+    "triplets": ([[Q, D, M], [R, E, N]], WITH_ONE, "text 1 -> query, text 2 -> document, the rest -> negatives"),
+    "sets": ([{"set": [Q, D, N]}, {"set": [R, E]}],
+             [Example(Q, D, (), 1, (), (N,)), Example(Q, N, (), 1, (), (D,)), PAIRS[1]], "text 2 -> document"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ORDERED)
+@pytest.mark.parametrize("form", ["jsonl", "json", "compact"])
+def test_texts_without_names(tmp_path, shape, form):
+    rows, expected, reading = ORDERED[shape]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes({"jsonl": json_lines, "json": json_array, "compact": lambda r: json.dumps(r).encode()}[form](rows))
+    assert read(path) == expected
+    assert reading in sources.open_source([str(path)]).readings[0]
+
+
+@pytest.mark.parametrize("rows", [[[Q, D], [R]], [[Q, D], [R, 3]], [[Q, D], []]])
+def test_lists_that_are_no_rows(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json_lines(rows))
+    with pytest.raises(UserError, match="rows.jsonl:2: a list must hold texts: a query, its document"):
+        read(path)
+
+
+def test_folders_hold_any_format(tmp_path):
+    rows, expected = SHAPES["query, answer"]
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(FORMATS["csv"](rows)))
+    assert read(tmp_path) == expected
+    (tmp_path / "train.jsonl").write_bytes(json_lines(rows[:1]))
+    assert read(tmp_path) == expected[:1]
+
+
+REFUSED = {
+    "book.xlsx": (b"PK\x03\x04rest", "an Excel workbook or another zip file: save its sheet as CSV UTF-8"),
+    "rows.jsonl.bz2": (b"BZh9rest", "compressed by bzip2: unpack it"),
+    "rows.csv.gz": (b"no gzip", "not a whole gzip file"),
+    "cut.csv.gz": (gzip.compress(b"question,answer\n" + b"a?,b\n" * 9)[:-12], "not a whole gzip file"),
+    "rows.parquet": (b"PAR1rest", "Parquet"),
+    "rows.arrow": (b"ARROW1\0\0rest", "rows.arrow: .*small"),
+    "noise": (b"\x01\0\x02noise", "neither JSON lines nor a table of text"),
+    "empty.csv": (b"", "empty.csv:1: one column only"),
+    "header.csv": (b"question,answer\n", "header.csv: no usable row"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_no_rows(tmp_path, name):
+    content, message = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_columns_that_are_there_twice(tmp_path):
+    table = pa.table([["q"], ["d"], ["e"]], names=["query", "answer", "answer"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="the column answer is there twice"):
+        read(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_conversations_are_recognised_in_every_format(tmp_path, form, packed):
+    """Bug guarded against: only JSON lines were looked at, and ms-swift's rows for retrieval were taken for chat."""
+    conversations = {
+        "prompt": [{"prompt": Q, "completion": D}],
+        "messages": [{"messages": [*said(Q), *said(D, "assistant")]}],
+        "ms-swift": SHAPES["ms-swift"][0],
+        "pairs": SHAPES["query, answer"][0],
+    }
+    for name, rows in conversations.items():
+        if form != "jsonl" and len(rows[0]) < 2 and form.endswith(("csv", "tsv")):
+            rows = [row | {"id": "7"} for row in rows]  # one column is no table
+        content = FORMATS[form](rows)
+        path = tmp_path / f"{name}.{form}{packed}"
+        path.write_bytes(gzip.compress(content) if packed else content)
+        assert is_chat([str(path)]) == (name in ("prompt", "messages")), name

@@ -1,0 +1,200 @@
+"""Tables of text: what is recognised, what is refused, and that broken ones lose nothing silently.
+
+python -m pytest tests/dataset/test_tables.py
+"""
+
+import csv
+import io
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from mlx_retrieval.dataset import json_lines, sources, tables
+from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.utils.errors import UserError
+
+
+@pytest.fixture
+def table(tmp_path):
+    """`table(text, name, columns)` writes a table and opens it as rows."""
+
+    def opened(text, name="pairs.csv", columns=None, **options):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return sources.open_source([str(path)], columns, **options)
+
+    return opened
+
+
+def pairs(rows):
+    return [(rows[i].query, rows[i].positive) for i in range(len(rows))]
+
+
+# --- recognition ------------------------------------------------------------------------------------------------------
+
+RECOGNISED = {
+    "commas": ("question,answer\na?,b\nc?,d\n", "comma-separated, header"),
+    "semicolons and commas": ("question;answer\na?;b\nc?;d\n", "semicolon-separated, header"),
+    "tabs": ("question\tanswer\na?\tb\nc?\td\n", "tab-separated, header"),
+    "bars": ("question|answer\na?|b\nc?|d\n", "|-separated, header"),
+    "a mark": ("\ufeffquestion,answer\na?,b\nc?,d\n", "comma-separated, header"),
+    "line ends of DOS": ("question,answer\r\na?,b\r\nc?,d\r\n", "comma-separated, header"),
+    "line ends of old Macs": ("question,answer\ra?,b\rc?,d\r", "comma-separated, header"),
+    "no last line end": ("question,answer\na?,b\nc?,d", "comma-separated, header"),
+    "UTF-16": ("question\tanswer\na?\tb\nc?\td\n".encode("utf-16"), "tab-separated, header, UTF-16"),
+    "UTF-16, big end first": (
+        b"\xfe\xff" + "question,answer\na?,b\nc?,d\n".encode("utf-16-be"), "comma-separated, header, UTF-16"
+    ),
+    "blank lines and rows": ("question,answer\n\na?,b\n,\n \nc?,d\n,\n", "comma-separated, header"),
+    "empty columns at the end": ("question,answer,,\na?,b,,\nc?,d,,\n", "comma-separated, header"),
+    "an index without a name": (",question,answer\n0,a?,b\n1,c?,d\n", "comma-separated, header); not read: column 1"),
+    "blanks around names": ("question, answer\na?,b\nc?,d\n", "comma-separated, header"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RECOGNISED)
+def test_recognised(table, case):
+    text, reading = RECOGNISED[case]
+    rows = table(text)
+    assert pairs(rows) == [("a?", "b"), ("c?", "d")]
+    assert rows.readings == [f"pairs.csv: question -> query, answer -> document ({reading}".removesuffix(")") + (
+        "" if "not read" in reading else ")"
+    )]  # fmt: skip
+
+
+def test_texts_keep_their_quotes_breaks_and_delimiters(table):
+    text = 'question,answer\n"What, ""really""?","Two\nlines, or\r\nthree"\n5" pipe?,it\'s; fine\n'
+    rows = table(text)
+    assert pairs(rows) == [('What, "really"?', "Two\nlines, or\r\nthree"), ('5" pipe?', "it's; fine")]
+    assert [rows.where(i).rpartition(":")[2] for i in range(2)] == ["2", "5"]
+
+
+def test_quotes_between_tabs_may_be_signs_like_any_other(table):
+    rows = table('query\tdocument\na\t"b" he said\n"c\td\n', "rows.tsv")
+    assert pairs(rows) == [("a", '"b" he said'), ('"c', "d")]
+
+
+def test_without_a_header(table):
+    text = "How does a kettle hiss?,Scale on the element\nWhat drips at night?,The boiler does so\n"
+    rows = table(text)
+    assert pairs(rows)[0] == ("How does a kettle hiss?", "Scale on the element")
+    assert rows.readings == ["pairs.csv: column 1 -> query, column 2 -> document (comma-separated, no header)"]
+    rows = table(text.replace("\n", ",A wall of bricks,Some paint\n"))
+    assert rows[1].negatives == ("A wall of bricks", "Some paint")
+    with pytest.raises(
+        UserError, match=r"csv:1: no header, and column 1 holds no texts; .*--columns query=2,document=3"
+    ):
+        table("7,How does a kettle hiss?,Scale on it\n8,What drips at night?,The boiler\n")
+    rows = table("7,How does a kettle hiss?,Scale on it\n", columns="query=2,document=3")
+    assert pairs(rows) == [("How does a kettle hiss?", "Scale on it")] and "not read: column 1" in rows.readings[0]
+    rows = table("id,question,answer\n7,How?,So\n", columns="query=2,document=3")  # by number, but with a header
+    assert pairs(rows) == [("How?", "So")]
+
+
+def test_numbers_and_lists_in_cells(table):
+    rows = table("query,document,label\na,b,0.5\nc,d,1\ne,f, 0 \n")
+    assert [rows[i].scores for i in range(3)] == [(0.5,), (1.0,), (0.0,)]
+    rows = table("query,document,rank\na,b,2\nc,d,\n")
+    assert [rows[i].rank for i in range(2)] == [2, 1]
+    lists = 'query,pos,neg,scores\na,b,"[""m"", ""n""]","[3, 2, 1.5]"\na,b,"[\'m, x\', \'n\']","[3.0, 2, 1]"\n'
+    rows = table(lists)
+    assert rows[0] == Example("a", "b", ("m", "n"), 1, (3.0, 2.0, 1.5)) and rows[1].negatives == ("m, x", "n")
+    rows = table('query,answer,negative\na,"[""no"", ""list""]",[1] is a note\nc,d,[sic]\n')
+    assert rows[0] == Example("a", '["no", "list"]', ("[1] is a note",), 1)
+    rows = table("q,d,s\na,b,0.5\n", columns="query=q,document=d,label=s")
+    assert rows[0].scores == (0.5,)
+    for cell in ("yes", "1.5", "nan", "0,5"):
+        with pytest.raises(UserError, match=rf"csv:2: label '?{cell}'? is not a number from 0 to 1"):
+            table(f'query,document,label\na,b,"{cell}"\n')
+
+
+def test_a_list_as_numpy_prints_it_is_refused(table):
+    """Bug guarded against: Python reads ['a' 'b'] as one text, ab."""
+    with pytest.raises(UserError, match="csv:2: neg: looks like a list, but is not one in JSON"):
+        table("query,pos,neg\na,b,['m' 'n']\n")
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "too many fields": ("question,answer\na,b\nc,d, or not\n", ":3: 3 fields where the header has 2; a text with a"),
+    "too few fields": ("question\tanswer\na\tb\nc\n", ":3: 1 field where the header has 2; a text with a tab"),
+    "an open quote": ('question,answer\na,b\nc,"d\ne,f\n', ":3: a quote that is opened in this record is not closed"),
+    "text behind a quote": ('question,answer\na,"b" c\n', r':2: text follows the end of a quoted text \(line 2\)'),
+    "an open quote and a later one": ('question,answer\na,"b\nc,"d"\n', r":2: text follows .* \(line 3\)"),
+    "Excel's encoding": (
+        "question,answer\na,b\nc,schön\n".encode("cp1252"), r":3: not UTF-8 \(line 3: byte 0xf6 behind 'c,sch'\)"
+    ),
+    "a name twice": ("question,question,answer\na,b,c\n", ":1: the header has the column question twice"),
+    "one column": ("question\na\n", r":1: one column only \(question\)"),
+    "names that fit nothing": ("frage,antwort\na,b\n", ":2: keys frage, antwort fit no format; try --columns query=f"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(table, case):
+    text, message = REFUSED[case]
+    with pytest.raises(UserError, match=r"pairs.csv" + message) as error:
+        table(text)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_bad_records_are_left_out_and_listed(table):
+    text = 'question,answer\na,b\nc,d,e\nf,"g" h\ni,j\nk\nl,m\nn,"o\n'
+    rows = table(text, skip_bad=True)
+    assert pairs(rows) == [("a", "b"), ("i", "j"), ("l", "m")]
+    assert [line.split("pairs.csv:")[1].split(":")[0] for line in rows.skipped] == ["3", "4", "6", "8"]
+
+
+def test_records_are_bounded(table, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 1000)
+    long = "x" * 1200
+    for text in (f"question,answer\na,{long}\nc,d\n", 'question,answer\na,"' + "x\n" * 700 + '"\nc,d\n'):
+        with pytest.raises(UserError, match="csv:2: the record has more than 1,000 characters"):
+            table(text)
+    rows = table(f"question,answer\na,{long}\nc,d\n", skip_bad=True)
+    assert pairs(rows) == [("c", "d")] and rows.where(0).endswith(":3")
+    assert json_lines.MAX_ROW_BYTES == 64_000_000
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+TEXT = st.text(
+    st.sampled_from(["a", "é", "語", " ", ",", ";", "\t", "|", '"', "'", "\n", "\r", "[", "1", "."]), max_size=9
+)
+
+
+@hypothesis.given(
+    rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6),
+    delimiter=st.sampled_from(",;\t|"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+@hypothesis.settings(max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_what_csv_writes_is_read_back(table, rows, delimiter, quoting):
+    """Every row whose texts are not blank comes back as it was, whatever is in it."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter, quoting=quoting)
+    writer.writerow(("question", "answer"))
+    writer.writerows(rows)
+    expected = [(query, answer) for query, answer in rows if query.strip() and answer.strip()]
+    if not expected:
+        with pytest.raises(UserError):
+            table(out.getvalue(), skip_bad=True)
+    else:
+        assert pairs(table(out.getvalue(), skip_bad=True)) == expected
+
+
+@hypothesis.given(
+    content=st.one_of(st.binary(max_size=60), TEXT.map(lambda text: ("query,answer\na,b\n" + text).encode()))
+)
+@hypothesis.settings(max_examples=200, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_rows_or_one_line(table, content):
+    """Broken tables end with a message of one line; with --skip-bad-rows, every other row is kept."""
+    for options in ({}, {"skip_bad": True}):
+        try:
+            rows = table(content, **options)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert len(rows) and all(rows[i].query and rows.where(i) for i in range(len(rows)))
