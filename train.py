@@ -55,7 +55,7 @@ def resumed_settings(given: dict) -> Settings:
     if differing:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
         raise UserError(f"--resume continues the run as it was begun, but {listing}")
-    names = [name for name in (saved.model, *local(saved.data), *saved.eval_tasks) if Path(name).is_absolute()]
+    names = [name for name in (saved.model, *local(saved.data), *(saved.eval_tasks or [])) if Path(name).is_absolute()]
     if pipes := [name for name in local(saved.data) if name.startswith(("/dev/", "/proc/")) or is_pipe(Path(name))]:
         raise UserError(
             f"--resume: the rows came through the pipe {', '.join(pipes)}, which cannot be read again; put them in "

@@ -102,12 +102,14 @@ def print_comparison(
     after: Evaluation,
     names: tuple[str, str] = ("before", "after"),
     reference: Evaluation | None = None,
+    when: str = "",
 ) -> None:
     """Print the figures of two evaluations, their difference and its confidence interval.
 
     Args:
         names: of the two, for the head of the table.
         reference: an evaluation of the same tasks whose figures stand beside the two, under its model's name.
+        when: when the two were made, for the title.
     """
     from mlx_retrieval.utils.console import print_rows
 
@@ -124,7 +126,8 @@ def print_comparison(
             (row[0], f"{np.mean([reference.tasks[name][metric] for name in common]):.4f}", *row[1:])
             for row, metric in zip(rows, METRICS, strict=True)
         ]
-    print_rows(f"{', '.join(common)}: {quantity(queries, 'query')}", columns, rows)
+    when = f", {when}" if when else ""
+    print_rows(f"{', '.join(common)}: {quantity(queries, 'query')}{when}", columns, rows)
 
 
 def compare_formats(full: Evaluation, stored: dict[VectorFormat, Evaluation]) -> list[dict[str, Any]]:

@@ -31,7 +31,9 @@ from mlx_retrieval.utils.files import beside, tidy
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 # Of a run.
-FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results.json", "before.json", "report.html")
+FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results.json", "before.json", "best.json")
+FILES += ("report.html",)
+HELD_OUT = "held-out"  # the folder of the questions that a run has kept from training, in BEIR layout
 
 
 # --- the state of training ------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
 
 def _is_saved(path: Path) -> bool:
     """Return whether a path has the name of a folder that runs save."""
-    return re.fullmatch(r"step-\d{6,}|best|final", path.name) is not None
+    return re.fullmatch(rf"step-\d{{6,}}|best|final|{HELD_OUT}", path.name) is not None
 
 
 def _steps(run: Path) -> list[Path]:
@@ -122,14 +124,14 @@ def holds_run(run: Path) -> bool:
 
 def contents(run: Path) -> list[Path]:
     """Return the files and folders in `run` that a run there replaces or removes."""
-    paths = [*(run / name for name in FILES), run / "best", run / "final", *_steps(run)]
+    paths = [*(run / name for name in (*FILES, HELD_OUT)), run / "best", run / "final", *_steps(run)]
     return [path for path in paths if path.exists()]
 
 
 def remove_run(run: Path) -> None:
     """Remove a run's files and nothing else from its folder."""
     recover(run)  # also removes interrupted writes
-    for folder in (run / "best", run / "final", *_steps(run)):
+    for folder in (run / "best", run / "final", run / HELD_OUT, *_steps(run)):
         shutil.rmtree(folder, ignore_errors=True)
     for name in FILES:
         (run / name).unlink(missing_ok=True)

@@ -239,10 +239,19 @@ class Settings:
     )
     grad_checkpoint: bool = option("memory", False, "recompute blocks in the backward pass: less memory, slower")
 
-    eval_tasks: list[str] = option(
+    eval_tasks: list[str] | None = option(
         "evaluation",
-        ["eval-data"],
-        "MTEB task names, and folders in BEIR layout; none = no evaluation",
+        None,
+        "MTEB task names, and folders in BEIR layout; none = no evaluation (default: questions of your data, see "
+        "--holdout; for the toolkit's own data, eval-data)",
+        tasks=RETRIEVAL,
+    )
+    holdout: float | None = option(
+        "evaluation",
+        None,
+        "share of the queries to keep from training, with their answers, and to judge the run on: at least 50 and at "
+        "most 500, and never more than a third; 0 = none. A valid.jsonl beside the data is taken instead (default: "
+        "0.05)",
         tasks=RETRIEVAL,
     )
     strict: bool = option(
@@ -305,7 +314,8 @@ class Settings:
         self.loss = "kl_distill" if self.loss == "kl" else self.loss
         paths = [weight_of(name)[0] for name in self.data]
         self.data = [toolkit.find(p) + name.removeprefix(p) for p, name in zip(paths, self.data, strict=True)]
-        self.eval_tasks = [toolkit.find(name) for name in self.eval_tasks]
+        if self.eval_tasks is not None:
+            self.eval_tasks = [toolkit.find(name) for name in self.eval_tasks]
         settings_checks.check(self)
 
     def resolve_defaults(self, parameters: int, reranker: str = "") -> None:
@@ -384,7 +394,7 @@ class Settings:
             self,
             model=toolkit_relative(self.model),
             data=[source(name) for name in self.data],
-            eval_tasks=[absolute(name) for name in self.eval_tasks],
+            eval_tasks=None if self.eval_tasks is None else [absolute(name) for name in self.eval_tasks],
             output=self.output and str(self.folder.absolute()),
         )
 

@@ -55,7 +55,7 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
         if (name := f.metadata["group"]) not in groups:
             groups[name] = out.add_argument_group(name)
         kind, many = _kind(f)
-        default = f.default_factory() if many else f.default
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         text = f.metadata["help"].replace("%", "%%") + _default_note(f.name, default)
         arguments = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
@@ -129,7 +129,7 @@ def read_yaml(path: Path) -> dict:
 def _checked(f: dataclasses.Field, value, where: str):
     """Return a YAML value as the field's type."""
     kind, many = _kind(f)
-    if many:
+    if many and not (value is None and f.default is None):
         if not isinstance(value, list):
             value = [value]
         return [_scalar(kind, item, where) for item in value]

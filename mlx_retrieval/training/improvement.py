@@ -15,9 +15,9 @@ METRICS = {"ndcg_at_10": "nDCG@10", "validation_loss": "validation loss"}
 EXIT_CODE = 4  # of --require-improvement
 
 
-def check_evaluated(settings: Settings, validation: bool) -> None:
-    """Raise UserError if --require-improvement is given and nothing is evaluated. `validation`: are there such rows?"""
-    if settings.require_improvement and not (settings.eval_tasks or validation):
+def check_evaluated(settings: Settings, evaluated: bool) -> None:
+    """Raise UserError if --require-improvement is given and nothing is evaluated."""
+    if settings.require_improvement and not evaluated:
         raise SettingError("{require_improvement}: nothing is evaluated; a valid.jsonl beside the data would be")
 
 
@@ -89,4 +89,6 @@ def conclusion(state: State, folder: Path) -> list[tuple[str, str]]:
         lines.append(("gain", scores))
     elif state.last < state.untrained:
         lines.append(("worse", f"{scores}: of the steps evaluated, step {state.best_step} was better than both"))
+    elif state.best_step and state.last < state.best:
+        lines.append(("last", f"{METRICS[state.metric]} {after:.4f} at step {state.step}, below that of `best`"))
     return lines

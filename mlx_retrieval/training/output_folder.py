@@ -62,7 +62,7 @@ def _is_free(folder: Path) -> bool:
 
 def _taken(folder: Path) -> list[str]:
     """Return the files in a folder that have the name of one of a run's."""
-    return [name for name in checkpoint.FILES if os.path.lexists(folder / name)]
+    return [name for name in (*checkpoint.FILES, checkpoint.HELD_OUT) if os.path.lexists(folder / name)]
 
 
 def _progress(run: Path) -> str:
@@ -84,7 +84,7 @@ def check(folder: Path, settings: Settings) -> None:
         return
     if not settings.overwrite:
         check_free(folder)
-    check_inputs(folder, [settings.model, *names(settings.data), *settings.eval_tasks])
+    check_inputs(folder, [settings.model, *names(settings.data), *(settings.eval_tasks or [])])
 
 
 def check_free(folder: Path) -> None:

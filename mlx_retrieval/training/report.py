@@ -5,6 +5,7 @@ most with what was found before and after, settings, versions, and the commands 
 The page is report.html.j2; everything that comes from data or settings is escaped there.
 """
 
+import dataclasses
 import importlib.metadata
 import platform
 import re
@@ -63,6 +64,8 @@ class Report:
     survey: Survey | None = None
     survey_note: str = ""  # why there is no survey
     notes: list[str] = field(default_factory=list)
+    step: int = 0  # whose model is that of the figures after training
+    eval_tasks: list[str] = field(default_factory=list)  # that the figures are of
 
 
 # --- content ----------------------------------------------------------------------------------------------------------
@@ -189,8 +192,8 @@ def render(
     template = jinja2.Environment(**options).from_string(TEMPLATE.read_text(encoding="utf-8"))
     colors = {color: f"var(--c{i})" for i, color in enumerate(COLORS)}
     sources = [("trained on", ", ".join(settings.data))]
-    if settings.task != "chat" and settings.eval_tasks:
-        sources.append(("judged on", ", ".join(settings.eval_tasks)))
+    if report.eval_tasks and "judged on" not in dict(facts):
+        sources.append(("judged on", ", ".join(report.eval_tasks)))
     page = template.render(
         title=writable(folder.resolve().name),
         report=report,
@@ -199,7 +202,7 @@ def render(
         curves=curves_svg(folder / METRICS_FILE, colors),
         settings=settings_table(settings),
         versions=versions(),
-        commands=commands(folder, settings, next_lines),
+        commands=commands(folder, settings, report.eval_tasks, next_lines),
         date=time.strftime("%Y-%m-%d %H:%M %Z"),
     )
     return re.sub(r"\n\s*\n+", "\n", page)
@@ -232,13 +235,16 @@ def settings_table(settings: Settings) -> list[tuple[str, str, bool]]:
     """Return (name, value, whether it differs from the default) of every setting, without passwords."""
     defaults = Settings().to_dict()
     values = without_secrets(settings.to_dict())
-    words = {"None": "as the model's files say", "True": "yes", "False": "no"}
+    words = {"True": "yes", "False": "no"}
+    of_model = {f.name for f in dataclasses.fields(Settings) if f.metadata["group"] == "model"}
 
-    def shown(value: Any) -> str:
+    def shown(name: str, value: Any) -> str:
+        if value is None:
+            return "as the model's files say" if name in of_model else "not given"
         text = " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
         return excerpt(words.get(text, text), LONGEST_VALUE)
 
-    return [(name, shown(value), value != defaults.get(name)) for name, value in values.items()]
+    return [(name, shown(name, value), value != defaults.get(name)) for name, value in values.items()]
 
 
 def versions() -> list[tuple[str, str]]:
@@ -252,13 +258,15 @@ def versions() -> list[tuple[str, str]]:
     return lines
 
 
-def commands(folder: Path, settings: Settings, next_lines: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def commands(
+    folder: Path, settings: Settings, eval_tasks: Sequence[str], next_lines: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
     """Return (purpose, command) lines: to repeat the run, to evaluate and compare its model, and to use it."""
     again = shell("python", "train.py", "--config", folder / "config.yaml", "--output", f"{folder}-again")
     lines = [("repeat this run", again)]
     model = model_to_use(folder)
-    if settings.task != "chat" and settings.eval_tasks:
-        evaluate = ("python", "eval.py", "--eval-tasks", *settings.eval_tasks)
+    if eval_tasks:
+        evaluate = ("python", "eval.py", "--eval-tasks", *eval_tasks)
         lines.append(("evaluate the model", shell(*evaluate, "--model", model)))
         lines.append(("compare it with its base", shell(*evaluate, "--compare", settings.model, model)))
     uses = {"next": "use the model", "fuse": "fuse it with its base", "export": "export it"}

@@ -4,9 +4,8 @@ run = prepare(settings)                             # nothing is written yet
 run.trainer.update(run.trainer.batches.batch(0), 1)
 """
 
-import dataclasses
-import json
 import string
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters, lora
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.dataset.sources import Source
-from mlx_retrieval.evaluation.reranking import evaluate_reranker, harm
-from mlx_retrieval.evaluation.results import Evaluation, print_comparison, print_table
+from mlx_retrieval.evaluation.reranking import DEPTH, evaluate_reranker
+from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
@@ -30,8 +29,10 @@ from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import distributed, improvement, nothing_learnt
+from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.example_rows import example_lines
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
@@ -40,43 +41,11 @@ from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
-from mlx_retrieval.training.run_data import open_data
+from mlx_retrieval.training.run_data import RunData, open_data
 from mlx_retrieval.training.trainer import Trainer
-from mlx_retrieval.utils import files
-from mlx_retrieval.utils.console import console, print_lines
+from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import located, quantity, shell
-
-
-class Evaluations:
-    """Evaluates the model, and keeps the first and the last result for the final table.
-
-    Args:
-        evaluate: returns the result of the first stage, None for a model that finds documents itself, and the result
-            of the model as it is now.
-        folder: the run's, where the first result is saved for a resumed run.
-    """
-
-    def __init__(self, evaluate: Callable[[], tuple[Evaluation | None, Evaluation]], folder: Path):
-        self.evaluate = evaluate
-        self.file = folder / "before.json"
-        self.first_stage: Evaluation | None = None
-        self.before: Evaluation | None = None
-        self.after: Evaluation | None = None
-
-    def __call__(self, step: int) -> Evaluation:
-        self.first_stage, result = self.evaluate()
-        if step == 0:
-            self.before = result
-            files.write_file(self.file, json.dumps(dataclasses.asdict(result)))
-        else:
-            self.after = result
-        return result
-
-    def restore(self) -> None:
-        """Read back the first result of a resumed run."""
-        if self.file.is_file():
-            self.before = Evaluation(**json.loads(self.file.read_text(encoding="utf-8")))
 
 
 @dataclass
@@ -86,6 +55,7 @@ class RetrievalRun:
     settings: Settings
     folder: Path
     trainer: Trainer
+    data: RunData
     evaluations: Evaluations | None
     retrieval: RetrievalConfig
     base: Path  # the base model's folder
@@ -95,7 +65,9 @@ class RetrievalRun:
         """For --dry-run and --profile: measure steps, print and return the figures. Write nothing."""
         if self.settings.dry_run:
             return self._dry_run()
-        return profile(self.trainer, self.evaluations and self.evaluations.evaluate)
+        with tempfile.TemporaryDirectory() as folder:
+            self.data.keep(Path(folder))
+            return profile(self.trainer, self.evaluations and self.evaluations.evaluate)
 
     def _dry_run(self) -> dict:
         """Measure one step on the first batch, and print what the whole run would take. Change nothing."""
@@ -134,57 +106,47 @@ class RetrievalRun:
         )
         return plan
 
+    def begin(self) -> None:
+        """Write into the run's folder what its steps need: the held-out questions."""
+        self.data.keep(self.folder)
+
     def contents(self) -> Contents:
         """Return what the run's data, evaluation and base model hold."""
         trainer = self.trainer
         return {
             "data": trainer.batches.rows.contents(),
             "validation": trainer.validation.rows.contents() if trainer.validation else [],
-            "evaluation": evaluation_contents(self.settings.eval_tasks),
+            "evaluation": evaluation_contents(self.data.eval_tasks),
             BASE: base_contents(self.base, self.folder),
         }
 
     def restore(self, changed: set[str]) -> None:
-        """Before a resumed run continues, read back its first evaluation, unless it was of other data."""
+        """Before a resumed run continues, read back its evaluations, unless they were of other data."""
         if self.evaluations and "evaluation" not in changed:
-            self.evaluations.restore()
+            self.evaluations.restore(self.trainer.state.best_step)
 
     def results(self) -> dict:
         """Return the content of `results.json`: metrics before and after, averaged over the tasks."""
-        results = {"before": None, "after": None}
-        if evaluations := self.evaluations:
-            before = evaluations.before
-            after = evaluations.after
-            results = {"before": before and before.average(), "after": after and after.average()}
-            last = after or before  # neither, if a run stops before its first evaluation
-            if last and last.unreachable:
-                results["unreachable"] = last.unreachable  # the averages are without these tasks
-            if first := evaluations.first_stage:
-                results["first_stage"] = {"model": first.model, **first.average()}
+        results = self.evaluations.results() if self.evaluations else {"before": None, "after": None}
         if self.settings.skip_bad_batches:
             results["skipped_batches"] = self.trainer.state.skipped_batches
         return results
 
     def print_results(self) -> None:
         """Print the table of metrics that ends a run."""
-        if not (self.evaluations and self.evaluations.after):
-            return
-        first, before, after = self.evaluations.first_stage, self.evaluations.before, self.evaluations.after
-        if before:
-            print_comparison(before, after, reference=first)
-        elif first:
-            print_comparison(first, after, (first.model, "after"))
-        else:
-            print_table(after)
-        if first and (line := harm(first, after)):
-            console().print(line)
+        if self.evaluations:
+            self.evaluations.print()
 
     def report(self) -> Report | None:
         """Return what `report.html` says of the run's evaluations and data; None if nothing was evaluated."""
         evaluations, settings = self.evaluations, self.settings
         if evaluations and evaluations.after:
-            tasks, _ = load_tasks(settings.eval_tasks, rules=settings.folder_rules)
-            report = retrieval_report(evaluations.before, evaluations.after, tasks, evaluations.first_stage)
+            tasks, _ = load_tasks(self.data.eval_tasks, rules=settings.folder_rules)
+            step, after = evaluations.after
+            report = retrieval_report(evaluations.before, after, tasks, evaluations.first_stage)
+            report.step, report.eval_tasks = step, self.data.eval_tasks
+            if line := evaluations.last_line():
+                report.notes.append(f"The last step is not the best one: {line}.")
         elif self.trainer.validation:
             report = loss_report(self.folder)
         else:
@@ -195,13 +157,19 @@ class RetrievalRun:
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained model."""
         model = improvement.model_to_use(self.folder)
-        folders = [Path(task) for task in self.settings.eval_tasks]
+        folders = [Path(task) for task in self.data.eval_tasks]
         corpora = [folder / "corpus.jsonl" for folder in folders if (folder / "corpus.jsonl").is_file()]
         texts = located(corpora[0]) if corpora else "documents.jsonl"
+        lines = []
+        if folders == [self.folder / HELD_OUT]:
+            depth = ("--depth", self.settings.rerank_depth) if self.settings.rerank_depth != DEPTH else ()
+            again = ("python", "eval.py", "--model", model, "--eval-tasks", folders[0], *depth)
+            lines.append(("evaluate", shell(*again)))
         if self.retrieval.task == "rerank":
             query = ("--query", "your question", "--documents", texts)
-            return [("next", shell("python", "rerank.py", "--model", model, *query))]
-        return [("next", shell("python", "embed.py", "--model", model, "--input", texts, "--output", "vectors.npy"))]
+            return [*lines, ("next", shell("python", "rerank.py", "--model", model, *query))]
+        use = ("python", "embed.py", "--model", model, "--input", texts, "--output", "vectors.npy")
+        return [*lines, ("next", shell(*use))]
 
 
 def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Path]:
@@ -246,6 +214,7 @@ def make_batches(
 
 def make_evaluator(
     settings: Settings,
+    data: RunData,
     model: RetrievalModel,
     retrieval: RetrievalConfig,
     tokenizer: TextTokenizer,
@@ -254,9 +223,9 @@ def make_evaluator(
     rules = settings.folder_rules
     if retrieval.task == "rerank":
         reranker = Reranker.of(model, retrieval.override(activation=""), tokenizer, settings.model)  # as eval.py
-        return lambda: evaluate_reranker(reranker, settings.eval_tasks, depth=settings.rerank_depth, rules=rules)
+        return lambda: evaluate_reranker(reranker, data.eval_tasks, depth=settings.rerank_depth, rules=rules)
     embedder = Model(model, retrieval, tokenizer, settings.model)
-    return lambda: (None, evaluate(embedder, settings.eval_tasks, rules=rules))
+    return lambda: (None, evaluate(embedder, data.eval_tasks, rules=rules))
 
 
 def prepare(settings: Settings) -> RetrievalRun:
@@ -285,26 +254,26 @@ def prepare(settings: Settings) -> RetrievalRun:
     if data.validation:
         size = min(settings.batch_size, len(data.validation))
         validation = make_batches(settings, retrieval, data.validation, tokenizer, size)
-    improvement.check_evaluated(settings, bool(validation))
+    improvement.check_evaluated(settings, bool(data.eval_tasks or validation))
 
     def save_model(target: Path) -> None:
         loading.save_model(target, model, adapter_config, retrieval)
         settings.write(target / "config.yaml")
 
     evaluations = None
-    if settings.eval_tasks and distributed.is_main():
-        evaluations = Evaluations(make_evaluator(settings, model, retrieval, tokenizer), folder)
+    if data.eval_tasks and distributed.is_main():
+        evaluations = Evaluations(make_evaluator(settings, data, model, retrieval, tokenizer), folder)
     one, other = nothing_learnt.PROBE
     probe = (
         tokenizer([(one, [one, other])]).texts if retrieval.task == "rerank" else tokenizer([one, other], "document")
     )
     trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation, probe)
-    if evaluations:
+    if evaluations and not data.questions:
         # A wrong name or folder is reported now, not after a hundred steps.
-        load_tasks(settings.eval_tasks, rules=settings.folder_rules)
+        load_tasks(data.eval_tasks, rules=settings.folder_rules)
     headline = first_lines(settings, retrieval, rows, parameters, trainable) + data.lines
     headline += example_lines(rows, tokenizer)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
-    return RetrievalRun(settings, folder, trainer, evaluations, retrieval, base, headline)
+    return RetrievalRun(settings, folder, trainer, data, evaluations, retrieval, base, headline)

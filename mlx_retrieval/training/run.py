@@ -40,6 +40,9 @@ class Run(Protocol):
     def measure(self) -> dict:
         """For --dry-run and --profile: measure steps, print and return the figures. Write nothing."""
 
+    def begin(self) -> None:
+        """Write into the run's folder what its steps need; called before the first one, also of a resumed run."""
+
     def contents(self) -> Contents:
         """Return what the run's data, evaluation and base model hold."""
 
@@ -144,19 +147,20 @@ def begin(job: Run) -> None:
     """Make the run's folder, or load the last step that was saved in it. Of several ranks, the first one does it."""
     if job.settings.overwrite:
         checkpoint.remove_run(job.folder)
-    now = job.contents()
     if job.settings.resume:
         checkpoint.recover(job.folder)
-        if (continuation := find_continuation(job.folder, job.settings)) is not None:
-            changed = contents.check(job.folder, now, job.settings.accept_changed_data)
-            job.trainer.resume(continuation.folder)
-            lines = [("resumed", f"from {continuation.folder}")]
-            lines += continuation.apply(job.trainer.state, job.settings)
-            if changed & {"evaluation", "validation"}:
-                job.trainer.forget_evaluations()
-            job.restore(changed)
-            print_lines(lines)
     files.make_folder(job.folder)
+    job.begin()
+    now = job.contents()
+    if job.settings.resume and (continuation := find_continuation(job.folder, job.settings)) is not None:
+        changed = contents.check(job.folder, now, job.settings.accept_changed_data)
+        job.trainer.resume(continuation.folder)
+        lines = [("resumed", f"from {continuation.folder}")]
+        lines += continuation.apply(job.trainer.state, job.settings)
+        if changed & {"evaluation", "validation"}:
+            job.trainer.forget_evaluations()
+        job.restore(changed)
+        print_lines(lines)
     job.settings.write(job.folder / "config.yaml")
     contents.write(job.folder, now)
 

@@ -1,38 +1,123 @@
-"""Opens what a retrieval model's run reads: the rows that it trains on, and rows that are kept from training.
+"""Opens what a retrieval model's run reads: the rows that it trains on, and what is kept from training to judge it by.
 
 data = open_data(Settings(data=["pairs.jsonl"]))
-len(data.rows)
+len(data.rows), data.eval_tasks
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from mlx_retrieval.dataset import choice, held_out
 from mlx_retrieval.dataset.columns import parse as parse_columns
+from mlx_retrieval.dataset.held_out import HeldOut, Questions
 from mlx_retrieval.dataset.rows import Rows, find_validation
-from mlx_retrieval.dataset.sources import Source, local, open_source
+from mlx_retrieval.dataset.sources import Source, is_default_data, local, open_source
+from mlx_retrieval.training import contents, distributed
+from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils import files, toolkit
+from mlx_retrieval.utils.text import quantity
+
+Lines = list[tuple[str, str]]  # name, text
 
 
 @dataclass
 class RunData:
-    """The rows of a run.
+    """The data of a run.
 
     Attributes:
         rows: to train on.
         validation: of `valid.jsonl`, for the validation loss; None = there is no such file.
         lines: (name, text) about the rows, for the run's first lines.
+        eval_tasks: evaluation folders and MTEB tasks that the run is judged on.
+        questions: held-out ones, which `keep` writes into a folder of `eval_tasks`; None = no such folder is missing.
     """
 
     rows: Source
     validation: Rows | None = None
-    lines: list[tuple[str, str]] = field(default_factory=list)
+    lines: Lines = field(default_factory=list)
+    eval_tasks: list[str] = field(default_factory=list)
+    questions: Questions | None = None
+
+    def keep(self, run: Path) -> None:
+        """Write the held-out questions into a run's folder, from where they are read from now on."""
+        if self.questions:
+            files.write_folder(run / HELD_OUT, self.questions.write)
+            self.eval_tasks = [str(run / HELD_OUT)]
 
 
 def open_data(settings: Settings) -> RunData:
     """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
     rows = open_source(settings.data, settings.columns, settings.es_query, settings.skip_bad_rows, settings.ignore_keys)
     columns = parse_columns(settings.columns) if settings.columns else None
-    files = find_validation(local(settings.data))
-    validation = Rows(files, settings.skip_bad_rows, settings.ignore_keys, columns) if files else None
+    valid_files = find_validation(local(settings.data))
+    validation = Rows(valid_files, settings.skip_bad_rows, settings.ignore_keys, columns) if valid_files else None
     lines = [("reads", line) for line in rows.readings]
     lines += [("left out", line) for line in rows.skipped[:20]]
-    return RunData(rows, validation, lines)
+    data = RunData(rows, validation, lines, settings.eval_tasks or [])
+    if settings.eval_tasks is None:
+        _choose_evaluation(data, settings)
+    return data
+
+
+def _choose_evaluation(data: RunData, settings: Settings) -> None:
+    """Decide what a run is judged on whose --eval-tasks are not given, and take it out of the rows."""
+    if not settings.holdout and is_default_data(settings.data):
+        data.eval_tasks = [toolkit.find(toolkit.EVALUATION)]
+        return
+    if settings.holdout == 0:
+        return
+    run = settings.folder
+    earlier = None
+    if settings.resume:
+        earlier = distributed.broadcast_object("the held-out questions", lambda: _earlier(run))
+    if earlier is not None and not earlier["texts"]:
+        data.lines.append(("judged on", "no held-out questions, as when the run was begun"))
+    elif earlier is not None:
+        texts = frozenset(earlier["texts"])
+        if data.validation:
+            texts |= held_out.texts_in(data.validation)
+        _leave_out(data, held_out.leave_out(data.rows, texts, settings.seed), f"the questions of {run / HELD_OUT}")
+        data.eval_tasks = [str(run / HELD_OUT)]
+    elif data.validation:
+        name = " and ".join(data.validation.names)
+        if (held := held_out.take_validation(data.rows, data.validation, settings.seed)) is None:
+            line = f"the loss of {name} only: most rows share a question or an answer with it"
+            data.lines.append(("judged on", line))
+        else:
+            _take_questions(data, held, run, f"of {name}")
+    else:
+        share = choice.SHARE if settings.holdout is None else settings.holdout
+        _take_questions(
+            data, held_out.hold_out(data.rows, share, settings.seed), run, f"held out (--holdout {share:g})"
+        )
+
+
+def _earlier(run: Path) -> dict[str, Any] | None:
+    """Return the texts that a run has held out, by their keys; none if it held nothing out; None = it has not begun."""
+    if (run / HELD_OUT).is_dir():
+        return {"texts": sorted(held_out.texts_of(run / HELD_OUT))}
+    begun = contents.read(run)
+    return {"texts": []} if begun is not None and not begun.get("evaluation") else None
+
+
+def _take_questions(data: RunData, held: HeldOut, run: Path, origin: str) -> None:
+    """Judge the run on held-out questions, if there are any. `origin`: of the questions, in words."""
+    if (questions := held.questions) is None:
+        line = f"nothing, as no questions could be held out: {held.reason}. --eval-tasks names a folder of your own"
+        data.lines.append(("judged on", line))
+        return
+    data.questions, data.eval_tasks = questions, [str(run / HELD_OUT)]
+    among = f"searched among {quantity(len(questions.documents), 'document')}"
+    data.lines.append(("judged on", f"{quantity(len(questions.queries), 'question')} {origin}, {among}"))
+    _leave_out(data, held, "them")
+
+
+def _leave_out(data: RunData, held: HeldOut, what: str) -> None:
+    """Train on the rows that are left. `what` was held out, in words."""
+    data.rows = held.rows
+    line = f"{held.left_out:,} of {quantity(held.examples, 'row')}, which share a question or an answer with {what}"
+    if held.negatives:
+        line += f"; {quantity(held.negatives, 'negative')} of other rows"
+    data.lines.append(("held out", line))

@@ -46,6 +46,12 @@ def check(settings: Any) -> None:
             "must be a share below 1 or whole steps",
         ),
         (all(d > 0 for d in settings.matryoshka_dims), "matryoshka_dims", "must be above 0"),
+        (settings.holdout is None or 0 <= settings.holdout <= 0.5, "holdout", "must be a share from 0 to 0.5"),
+        (
+            not settings.holdout or settings.eval_tasks is None,
+            "holdout",
+            "has no effect beside {eval_tasks}, which says what the run is judged on",
+        ),
         (bool(settings.data), "data", "needs at least one file or folder"),
         (not (settings.resume and settings.overwrite), "resume", "and {overwrite} exclude each other"),
         (

@@ -20,13 +20,13 @@ from mlx.utils import tree_flatten
 
 from data_loader import Batch, Batches, pack
 from mlx_retrieval import backend
-from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import Texts, pad_rows
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.training import distributed, memory
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, learning_rate
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.gradient_cache import GradientCache, Objective, StepResult
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import SettingError, UserError
@@ -41,7 +41,7 @@ class Trainer(BaseTrainer):
         model, folder, save_model: as of `BaseTrainer`.
         batches: `stream(first, last)` gives the batches of steps first+1 to last.
         objective: see `Objective`.
-        evaluator: evaluates the model at a step; None = no evaluation.
+        evaluations: evaluates the model at a step; None = no evaluation.
         validation: batches whose loss is reported at every evaluation; None = none.
         probe_texts: texts whose representations are compared before and after training; None = none.
     """
@@ -54,7 +54,7 @@ class Trainer(BaseTrainer):
         settings: Settings,
         folder: Path,
         save_model: Callable[[Path], None],
-        evaluator: Callable[[int], Evaluation] | None = None,
+        evaluations: Evaluations | None = None,
         validation: Batches | None = None,
         probe_texts: Texts | None = None,
     ):
@@ -62,7 +62,7 @@ class Trainer(BaseTrainer):
         optimizer.init(model.trainable_parameters())
         super().__init__(model, optimizer, State(), settings, folder, save_model)
         self.batches = batches
-        self.evaluator = evaluator
+        self.evaluations = evaluations
         self.validation = validation
         self.probe_texts = probe_texts
         budget = settings.micro_batch_tokens
@@ -206,8 +206,8 @@ class Trainer(BaseTrainer):
         self.reporter.status("evaluating")
         metrics = {}
         tasks = {}
-        if self.evaluator:
-            result = self.evaluator(step)
+        if self.evaluations:
+            result = self.evaluations(step)
             for line in result.unreachable.values():
                 self.reporter.warn(line)
             metrics = dict(result.average())
@@ -220,6 +220,12 @@ class Trainer(BaseTrainer):
             self.reporter.evaluation(step, metrics, tasks)
         self.reporter.status("")
         return metrics
+
+    def keep_best(self, metrics: dict[str, float]) -> None:
+        """Note an evaluation, and save the model to `best` if it is better than untrained and at all steps before."""
+        super().keep_best(metrics)
+        if self.evaluations and 0 < self.state.step == self.state.best_step:
+            self.evaluations.keep_best()
 
     def probe(self) -> np.ndarray | None:
         """Return the representations of the probe's texts, as one row (N,)."""

@@ -26,6 +26,7 @@ from mlx_retrieval.training.chat.run import prepare as prepare_chat
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
+from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.utils.errors import UserError, flag
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -514,6 +515,15 @@ def small_task(tmp_path: Path) -> Path:
     )
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
     return folder
+
+
+def test_holdout(settings):
+    """More rows are held out by default, none for 0; test_run_data.py looks closer."""
+    counts = {}
+    for share in (None, 0.0, 0.5):
+        data = open_data(settings(eval_tasks=None, holdout=share))
+        counts[share] = (len(data.rows), [Path(task).name for task in data.eval_tasks])
+    assert counts == {None: (27, ["held-out"]), 0.0: (40, []), 0.5: (27, ["held-out"])}  # a third at most
 
 
 def test_a_run_with_eval_tasks_eval_steps_save_steps_output(settings, small_task):

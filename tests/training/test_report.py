@@ -135,6 +135,7 @@ def test_the_page_is_whole_and_everything_in_it_is_escaped(folder, tasks, tmp_pa
     settings = Settings(
         data=["https://user:secret@host:9200/index"], eval_tasks=["my folder; rm -rf ~"], query_prompt=EVIL
     )
+    report.eval_tasks = settings.eval_tasks
     facts = [("model", EVIL), ("data", "http://user:secret@host/x")]
     page = render(folder, settings, facts, [("next", f"python embed.py {SCRIPT}"), ("speed", "1")], report)
     page.encode("utf-8", "surrogatepass")

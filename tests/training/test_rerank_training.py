@@ -25,8 +25,9 @@ from mlx_retrieval.models import pair_tokenizers
 from mlx_retrieval.models.pair_tokenizers import CrossEncoderTokenizer
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.evaluations import Evaluations, Step
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
-from mlx_retrieval.training.retrieval_run import Evaluations, RetrievalRun
+from mlx_retrieval.training.retrieval_run import RetrievalRun
 from mlx_retrieval.utils.errors import UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
@@ -302,8 +303,8 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
     """With --skip-eval-init, too; and a reranker below BM25 is told."""
     evaluations = Evaluations(lambda: None, tmp_path)
     evaluations.first_stage, evaluations.before = evaluation("BM25", 0.5, 0.7), before
-    evaluations.after = evaluation("r", 0.4, 0.6)
-    run = RetrievalRun(Settings(), tmp_path, None, evaluations, None, tmp_path, [])
+    evaluations.last = Step(9, evaluation("r", 0.4, 0.6))
+    run = RetrievalRun(Settings(), tmp_path, None, None, evaluations, None, tmp_path, [])
     run.print_results()
     out = capsys.readouterr().out
     head, row = (next(line.split() for line in out.splitlines() if word in line) for word in ("metric", " nDCG@10"))
@@ -313,7 +314,7 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
     )
     assert "reranking does not help: nDCG@10 0.5000, and 0.6000 in the order of BM25" in out
     assert max(map(len, out.splitlines())) <= 80
-    evaluations.after = evaluation("r", 0.6, 0.7)
+    evaluations.last = Step(9, evaluation("r", 0.6, 0.7))
     run.print_results()
     assert "does not help" not in capsys.readouterr().out
 

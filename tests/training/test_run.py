@@ -88,6 +88,9 @@ class ToyRun:
     def measure(self) -> dict:
         return {"measured": True}
 
+    def begin(self) -> None:
+        assert self.folder.is_dir()
+
     def contents(self) -> dict:
         return self.now
 
@@ -332,7 +335,7 @@ def test_require_improvement_decides_the_exit_code():
         assert improvement.exit_code(Settings(), {"improved": improved}) == 0
     assert improvement.exit_code(settings, {}) == 0  # another rank, or a run that is to be continued
     with pytest.raises(UserError, match="--require-improvement: nothing is evaluated"):
-        improvement.check_evaluated(Settings(require_improvement=True, eval_tasks=[]), False)
+        improvement.check_evaluated(Settings(require_improvement=True), False)
     with pytest.raises(UserError, match="--require-improvement: needs the evaluation before training, and --skip-eval"):
         Settings(require_improvement=True, skip_eval_init=True)
 
@@ -349,7 +352,7 @@ def test_measurements_write_nothing(toy):
 @pytest.mark.parametrize("kind", [ToyRun, RetrievalRun, ChatRun])
 def test_every_run_has_the_methods_of_the_protocol(kind):
     methods = {name for name, value in vars(run.Run).items() if callable(value) and not name.startswith("_")}
-    assert {"measure", "contents", "restore", "results", "print_results", "report", "next_lines"} == methods
+    assert {"measure", "begin", "contents", "restore", "results", "print_results", "report", "next_lines"} == methods
     assert all(callable(getattr(kind, name)) for name in methods)
 
 
@@ -357,8 +360,8 @@ def test_every_run_has_the_methods_of_the_protocol(kind):
 def test_the_next_line_names_the_best_model_and_texts_that_are_there(task, tmp_path, monkeypatch):
     """Regression: it named final, which may be worse than untrained, and a folder of the checkout's."""
     monkeypatch.chdir(tmp_path)
-    settings = SimpleNamespace(eval_tasks=["NanoNQRetrieval", str(tmp_path / "my eval")])
-    job = SimpleNamespace(folder=tmp_path / "run", settings=settings, retrieval=SimpleNamespace(task=task))
+    data = SimpleNamespace(eval_tasks=["NanoNQRetrieval", str(tmp_path / "my eval")])
+    job = SimpleNamespace(folder=tmp_path / "run", data=data, retrieval=SimpleNamespace(task=task))
     for name, texts in (("final", "documents.jsonl"), ("best", "my eval/corpus.jsonl")):
         (job.folder / name).mkdir(parents=True)
         ((_, command),) = RetrievalRun.next_lines(job)

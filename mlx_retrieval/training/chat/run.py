@@ -51,6 +51,9 @@ class ChatRun:
     quantised: bool  # whether the base model is
     estimate: Estimate
 
+    def begin(self) -> None:
+        """Write nothing: the steps need nothing in the run's folder."""
+
     def contents(self) -> Contents:
         """Return what the run's conversations and its base model hold."""
         trainer = self.trainer

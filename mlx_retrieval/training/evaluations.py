@@ -1,0 +1,122 @@
+"""The evaluations of a run: of the untrained model, of the best step and of the last one, with every query's scores.
+
+evaluations = Evaluations(evaluate, Path("adapters/mine"))
+evaluations(0); evaluations(50); evaluations.keep_best()
+evaluations.after                # Step(50, Evaluation), of the model in `best`
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_retrieval.evaluation.reranking import harm
+from mlx_retrieval.evaluation.results import METRICS, Evaluation, print_comparison, print_table
+from mlx_retrieval.utils import files
+from mlx_retrieval.utils.console import console
+
+
+class Step(NamedTuple):
+    """The evaluation of a step's model."""
+
+    number: int
+    evaluation: Evaluation
+
+
+class Evaluations:
+    """Evaluates the model, and keeps the results that a run ends with.
+
+    Args:
+        evaluate: returns the result of the first stage, None for a model that finds documents itself, and the result
+            of the model as it is now.
+        folder: the run's, where the results of the untrained model and of `best` are saved for a resumed run.
+
+    Attributes:
+        first_stage, before: of the first stage and of the untrained model.
+        best: of the model in `best`; None = there is no such model.
+        last: of the last step that was evaluated.
+    """
+
+    def __init__(self, evaluate: Callable[[], tuple[Evaluation | None, Evaluation]], folder: Path):
+        self.evaluate = evaluate
+        self.folder = folder
+        self.first_stage: Evaluation | None = None
+        self.before: Evaluation | None = None
+        self.best: Step | None = None
+        self.last: Step | None = None
+
+    def __call__(self, step: int) -> Evaluation:
+        self.first_stage, result = self.evaluate()
+        if step == 0:
+            self.before = result
+            self._save("before.json", dataclasses.asdict(result))
+        else:
+            self.last = Step(step, result)
+        return result
+
+    def keep_best(self) -> None:
+        """Note that the model that was evaluated last has been saved as `best`."""
+        self.best = self.last
+        self._save("best.json", {"step": self.best.number, **dataclasses.asdict(self.best.evaluation)})
+
+    def restore(self, best_step: int) -> None:
+        """Read back the results of a resumed run, whose best step so far is this one."""
+        if values := self._read("before.json"):
+            self.before = Evaluation(**values)
+        if (values := self._read("best.json")) and values.pop("step") == best_step:
+            self.best = Step(best_step, Evaluation(**values))
+
+    @property
+    def after(self) -> Step | None:
+        """The evaluation of the model that training has come to: of `best`, or of the last step if there is none."""
+        return self.best or self.last
+
+    def results(self) -> dict[str, Any]:
+        """Return the evaluations' part of `results.json`: figures averaged over the tasks.
+
+        `after` is of the step `after_step`, whose model is in `best`, or in `final` where no step was better than the
+        untrained model; `last` is of the last step.
+        """
+        before, after, last = self.before, self.after, self.last
+        results = {"before": before and before.average(), "after": after and after.evaluation.average()}
+        if after:
+            results["after_step"] = after.number
+        if last:
+            results["last"] = last.evaluation.average()
+        newest = last.evaluation if last else before  # neither, if a run stops before its first evaluation
+        if newest and newest.unreachable:
+            results["unreachable"] = newest.unreachable  # the averages are without these tasks
+        if first := self.first_stage:
+            results["first_stage"] = {"model": first.model, **first.average()}
+        return results
+
+    def print(self) -> None:
+        """Print the table that ends a run: before and after training, beside a reranker's first stage."""
+        if not self.after:
+            return
+        first, before, (step, after) = self.first_stage, self.before, self.after
+        when = f"after step {step:,}"
+        if before:
+            print_comparison(before, after, reference=first, when=f"before training and {when}")
+        elif first:
+            print_comparison(first, after, (first.model, "after"), when=when)
+        else:
+            print_table(dataclasses.replace(after, model=f"{after.model}, step {step}"))
+        if first and (line := harm(first, after)):
+            console().print(line)
+
+    def last_line(self) -> str:
+        """Return a sentence about the last step, if the results are of an earlier one; else ""."""
+        if not self.best or not self.last or self.best.number == self.last.number:
+            return ""
+        metric = "ndcg_at_10"
+        last, best = (step.evaluation.average().get(metric, 0.0) for step in (self.last, self.best))
+        return f"{METRICS[metric]} {last:.4f} at step {self.last.number}, {best:.4f} at step {self.best.number}"
+
+    def _save(self, name: str, values: dict[str, Any]) -> None:
+        files.write_file(self.folder / name, json.dumps(values))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

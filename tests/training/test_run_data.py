@@ -1,0 +1,230 @@
+"""What a run is judged on: questions of its own data, kept from training, the same in every command and after a resume.
+
+python -m pytest tests/training/test_run_data.py
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import train
+from mlx_retrieval.evaluation.results import METRICS, Evaluation
+from mlx_retrieval.training import checkpoint, contents, output_folder
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.evaluations import Evaluations, Step
+from mlx_retrieval.training.run_data import open_data
+from mlx_retrieval.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORDS = ["oak", "elm", "fir", "ash", "yew", "fig", "bay", "hop", "ivy", "nut", "pea", "rye"]
+
+
+def rows(count, **more):
+    """Rows whose answers can be learnt: the answer is the question's word with a number, beside another word."""
+    texts = [(f"{WORDS[i % 12]} {i}", WORDS[i * 7 % 12]) for i in range(count)]
+    return [{"query": query, "document": f"{query} {word}"} | more for query, word in texts]
+
+
+@pytest.fixture
+def data(tmp_path, write_rows):
+    """`data(rows, valid)`: settings of a run on these rows, and on these validation rows."""
+
+    def make(rows, valid=None, **changes) -> Settings:
+        source = write_rows(rows)
+        if valid is not None:
+            write_rows(valid, "valid.jsonl")
+            source = tmp_path
+        return Settings(**{"data": [str(source)], "output": str(tmp_path / "run")} | changes)
+
+    return make
+
+
+def judged_on(settings: Settings) -> str:
+    return dict(open_data(settings).lines).get("judged on", "")
+
+
+def test_what_a_run_is_judged_on(data, tmp_path):
+    held_out = [str(tmp_path / "run" / "held-out")]
+    own = open_data(data(rows(400)))
+    assert own.eval_tasks == held_out and len(own.rows) == 350
+    assert dict(own.lines)["judged on"] == "50 questions held out (--holdout 0.05), searched among 400 documents"
+    assert dict(own.lines)["held out"] == "50 of 400 rows, which share a question or an answer with them"
+    for changes, tasks in (({"eval_tasks": []}, []), ({"eval_tasks": ["mine"]}, ["mine"]), ({"holdout": 0.0}, [])):
+        given = open_data(data(rows(400), **changes))
+        assert (given.eval_tasks, given.questions, len(given.rows)) == (tasks, None, 400)
+        assert not {"judged on", "held out"} & {name for name, _ in given.lines}
+    toy = Settings(data=[str(ROOT / "train-data.jsonl")])
+    assert [Path(task).name for task in open_data(toy).eval_tasks] == ["eval-data"] and not judged_on(toy)
+    assert "500 questions" not in judged_on(Settings(data=toy.data, holdout=0.1)) != ""
+    assert judged_on(Settings(data=toy.data, eval_tasks=[])) == ""
+
+
+def test_where_nothing_is_held_out_the_run_says_so(data):
+    settings = data(rows(29))
+    assert len(open_data(settings).rows) == 29 and open_data(settings).eval_tasks == []
+    reason = "nothing, as no questions could be held out: 29 queries are too few: 30 are needed. --eval-tasks names"
+    assert judged_on(settings).startswith(reason)
+    alike = [{"query": "one", "document": f"d{i}"} for i in range(100)]
+    assert "1 query is too few" in judged_on(data(alike))
+
+
+def test_validation_rows_are_the_questions(data, tmp_path):
+    settings = data(rows(100), rows(130)[98:])
+    opened = open_data(settings)
+    name = tmp_path / "valid.jsonl"
+    assert dict(opened.lines)["judged on"] == f"32 questions of {name}, searched among 130 documents"
+    assert len(opened.rows) == 98 and len(opened.validation) == 32
+    most = open_data(data(rows(100), rows(60)))
+    assert len(most.rows) == 100 and most.eval_tasks == []
+    assert dict(most.lines)["judged on"] == f"the loss of {name} only: most rows share a question or an answer with it"
+
+
+def test_negatives_that_are_held_out_are_counted(data):
+    opened = open_data(
+        data([row | {"negatives": ["x", rows(400)[i - 1]["document"]]} for i, row in enumerate(rows(400))])
+    )
+    assert dict(opened.lines)["held out"].endswith(" negatives of other rows")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"holdout": -0.1}, "--holdout -0.1: must be a share from 0 to 0.5"),
+        ({"holdout": 0.6}, "--holdout 0.6: must be a share from 0 to 0.5"),
+        ({"holdout": 5.0}, "--holdout 5.0: must be a share from 0 to 0.5"),
+        ({"holdout": 0.1, "eval_tasks": ["eval-data"]}, "--holdout 0.1: has no effect beside --eval-tasks"),
+        ({"holdout": 0.1, "eval_tasks": []}, "--holdout 0.1: has no effect beside --eval-tasks"),
+        ({"holdout": float("nan")}, "--holdout nan: must be finite"),
+    ],
+)
+def test_shares_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
+        Settings(**changes)
+    Settings(holdout=0.0, eval_tasks=["eval-data"])
+
+
+def test_the_questions_are_a_run_s_own_folder(data, tmp_path):
+    """--overwrite removes it; without a run it is somebody else's, and so it is where it is an input."""
+    run = tmp_path / "run"
+    settings = data(rows(400))
+    opened = open_data(settings)
+    assert not run.exists()  # nothing is written before the run begins
+    opened.keep(run)
+    assert sorted(path.name for path in (run / "held-out").iterdir()) == ["corpus.jsonl", "qrels", "queries.jsonl"]
+    with pytest.raises(UserError, match="held-out is there without a run"):
+        output_folder.check(run, settings)
+    with pytest.raises(UserError, match="the run would replace held-out"):
+        inside = data(rows(400), overwrite=True, eval_tasks=[str(run / "held-out")])
+        output_folder.check(run, inside)
+    checkpoint.remove_run(run)
+    assert not (run / "held-out").exists()
+
+
+def test_a_resumed_run_keeps_its_questions(data, tmp_path):
+    """Also where the data have changed: no question that was trained on becomes one, and none is trained on."""
+    settings = data(rows(400), resume=True)
+    before = open_data(settings)  # it has not begun
+    before.keep(tmp_path / "run")
+    again = open_data(settings)
+    assert again.questions is None and again.eval_tasks == before.eval_tasks
+    assert [again.rows.where(i) for i in again.rows.kept] == [before.rows.where(i) for i in before.rows.kept]
+    longer = open_data(data(rows(450), resume=True))
+    assert len(longer.rows) == 400
+    checkpoint.remove_run(tmp_path / "run")
+    contents.write(tmp_path / "run", {"evaluation": []})  # of a run whose data were too few
+    few = open_data(settings)
+    assert len(few.rows) == 450 and not few.eval_tasks
+    assert dict(few.lines)["judged on"] == "no held-out questions, as when the run was begun"
+
+
+# --- evaluations of a run ---------------------------------------------------------------------------------------------
+
+
+def figures(score: float) -> Evaluation:
+    per_query = {metric: {"q1": score, "q2": score / 2} for metric in METRICS}
+    return Evaluation("m", {"task": dict.fromkeys(METRICS, 0.75 * score)}, {"task": per_query}, {})
+
+
+def test_the_figures_after_training_are_those_of_the_best_step(tmp_path, capsys):
+    """Regression: they were those of the last step, and the model to use is `best`."""
+    scores = iter([0.2, 0.8, 0.4])
+    evaluations = Evaluations(lambda: (None, figures(next(scores))), tmp_path)
+    assert evaluations.results() == {"before": None, "after": None}
+    evaluations(0)
+    evaluations(10)
+    evaluations.keep_best()
+    evaluations(20)
+    results = evaluations.results()
+    shown = {name: results[name]["ndcg_at_10"] for name in ("before", "after", "last")}
+    assert shown == pytest.approx({"before": 0.15, "after": 0.6, "last": 0.3}) and results["after_step"] == 10
+    evaluations.print()
+    out = capsys.readouterr().out
+    assert "task: 2 queries, before training and after step 10" in out and " 0.1500   0.6000 " in out
+    assert evaluations.last_line() == "nDCG@10 0.3000 at step 20, 0.6000 at step 10"
+
+    resumed = Evaluations(lambda: None, tmp_path)
+    resumed.restore(10)
+    assert (resumed.before, resumed.after) == (figures(0.2), Step(10, figures(0.8)))
+    other = Evaluations(lambda: None, tmp_path)
+    other.restore(5)  # best.json is of a later step than the one that the run goes on from
+    assert other.before and other.after is None
+
+
+# --- from the command to the figures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["embed", "late", "rerank"])
+def test_own_data_are_judged_by_their_own_questions(task, small, tmp_path, write_rows, capsys):
+    """eval.py repeats the figures to the last digit, a resumed run has the same, and no question is trained on."""
+    negatives = [row | {"negatives": [rows(90)[i - 5]["document"]]} for i, row in enumerate(rows(90))]
+    flags = [
+        "--model",
+        small,
+        "--task",
+        task,
+        "--data",
+        str(write_rows(negatives)),
+        "--batch-size",
+        "12",
+        "--steps",
+        "6",
+    ]
+    flags += ["--eval-steps", "2", "--save-steps", "2", "--lora-rank", "4", "--learning-rate", "0.01"]
+    flags += ["--reranker-type", "cross-encoder", "--rerank-depth", "20"] if task == "rerank" else []
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train.main([*flags, "--output", str(tmp_path / "dry"), "--dry-run"]) == 0
+    assert train.main([*flags, "--output", str(tmp_path / "dry"), "--profile", "1"]) == 0
+    assert not (tmp_path / "dry").exists() and "evaluation" in capsys.readouterr().out
+    assert train.main([*flags, "--output", str(straight)]) == 0
+    out = capsys.readouterr().out
+    assert "judged on   30 questions held out (--holdout 0.05), searched among 90 documents" in out
+    assert "held-out: 30 queries, before training and after step" in out
+    results = json.loads((straight / "results.json").read_text())
+    records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    by_step = {record["step"]: record["metrics"] for record in records if record["type"] == "eval"}
+    assert results["after"] == by_step[results["after_step"]] and results["before"] == by_step[0]
+    best = max((step for step in by_step if step), key=lambda step: (by_step[step]["ndcg_at_10"], -step))
+    if (straight / "best").is_dir():
+        assert results["after_step"] == best and by_step[best]["ndcg_at_10"] > by_step[0]["ndcg_at_10"]
+
+    (line,) = (line for line in out.splitlines() if line.startswith("evaluate"))
+    words = shlex.split(line)[3:]
+    assert words[:4] == ["--model", str(straight / ("best" if (straight / "best").is_dir() else "final")),
+                         "--eval-tasks", str(straight / "held-out")]  # fmt: skip
+    assert evaluation.main([*words, "--output", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["tasks"] == {"held-out": results["after"]}
+    saved = json.loads((straight / "best.json").read_text()) if (straight / "best").is_dir() else None
+    assert saved is None or saved["per_query"] == again["per_query"]
+
+    assert train.main([*flags, "--output", str(stopped), "--stop-after", "3"]) == 0
+    assert train.main(["--resume", "--output", str(stopped)]) == 0
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        assert (stopped / "held-out" / name).read_bytes() == (straight / "held-out" / name).read_bytes()
+    assert json.loads((stopped / "results.json").read_text()) == results
+    weights = [(run / "final" / "adapters.safetensors").read_bytes() for run in (straight, stopped)]
+    assert weights[0] == weights[1]
