@@ -23,6 +23,11 @@ RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "lis
 
 OUTPUT = "adapters"  # the default folder of a run
 
+# Default learning rates, of models with less than SMALL parameters and of larger ones; lora: of any low-rank update.
+SMALL = 10_000_000
+SMALL_RATES = {"lora": 4e-3, "full": 2e-3}
+RATES = {"lora": 2e-4, "full": 2e-5}
+
 # Tasks that a setting applies to.
 VECTORS = ("embed", "late")
 LATE = ("late",)
@@ -217,7 +222,9 @@ class Settings:
         "schedule", None, "passes through the data, in place of --steps; 0.5 = half of the data; wins in a file"
     )
     learning_rate: float | None = option(
-        "schedule", None, "peak learning rate of AdamW (default: 2e-4; below 10 million parameters: 4e-3)"
+        "schedule",
+        None,
+        "peak learning rate of AdamW (default: 2e-4, full: 2e-5; below 10 million parameters: 4e-3, full: 2e-3)",
     )
     schedule: str = option(
         "schedule", "cosine", "course of the learning rate after warm-up", choices=("cosine", "linear", "constant")
@@ -318,21 +325,22 @@ class Settings:
             self.eval_tasks = [toolkit.find(name) for name in self.eval_tasks]
         settings_checks.check(self)
 
-    def resolve_defaults(self, parameters: int, reranker: str = "") -> None:
-        """Set the defaults that depend on the model: learning rate, loss and temperature.
+    def resolve_defaults(self, parameters: int, reranker: str = "") -> set[str]:
+        """Set the defaults that depend on the model: learning rate, loss and temperature. Return those that were set.
 
         Args:
             parameters: of the model.
             reranker: the kind of reranker that it is; "" = none.
         """
-        if self.learning_rate is None:
-            self.learning_rate = 4e-3 if parameters < 10_000_000 else 2e-4
-        if self.task == "chat":
-            return
-        if self.loss is None:
-            self.loss = RERANKER_DEFAULTS.get(reranker, "info_nce")
-        if self.temperature is None:
-            self.temperature = 1.0 if reranker in ("qwen3", "cross-encoder") else 0.05
+        kind = "full" if self.train_type == "full" else "lora"
+        defaults = {"learning_rate": (SMALL_RATES if parameters < SMALL else RATES)[kind]}
+        if self.task != "chat":
+            defaults["loss"] = RERANKER_DEFAULTS.get(reranker, "info_nce")
+            defaults["temperature"] = 1.0 if reranker in ("qwen3", "cross-encoder") else 0.05
+        missing = {name for name in defaults if getattr(self, name) is None}
+        for name in missing:
+            setattr(self, name, defaults[name])
+        return missing
 
     def check_task(self, task: str) -> None:
         """Raise UserError for a setting that does not apply to this task: embed, late, rerank or chat."""
@@ -367,12 +375,6 @@ class Settings:
     def folder_rules(self) -> FolderRules:
         """How evaluation folders are read."""
         return FolderRules(self.strict, self.ignore_identical_ids)
-
-    @property
-    def trained(self) -> str:
-        """The trained weights, in words."""
-        rank = f"r={self.lora_rank}"
-        return {"lora": f"LoRA {rank}", "dora": f"DoRA {rank}", "full": "all weights"}[self.train_type]
 
     @property
     def warmup_steps(self) -> int:

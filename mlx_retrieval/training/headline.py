@@ -1,32 +1,119 @@
 """The first lines of a run: the machine, the model, how texts are used, the data and what is trained.
 
-print_lines(first_lines(settings, retrieval, rows, parameters, trainable) + machine_lines())
+print_lines(first_lines(settings, retrieval, rows, model, defaults) + machine_lines())
 """
 
-from mlx_retrieval.backend import cpu_kernels
+from collections.abc import Collection
+
+from mlx_retrieval.backend import cpu_kernels, mx, nn
+
+from mlx.utils import tree_flatten
 
 from mlx_retrieval import backend
-from mlx_retrieval.dataset.sources import Source
+from mlx_retrieval.backbones import count_parameters, lora
+from mlx_retrieval.backbones.base import Backbone
+from mlx_retrieval.dataset.sources import InterleavedRows, Source
+from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import distributed
-from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.config import SMALL_RATES, Settings
 from mlx_retrieval.training.length import describe_length
 from mlx_retrieval.utils.text import quantity
 
 Lines = list[tuple[str, str]]  # name, text
 
 
-def first_lines(settings: Settings, retrieval: RetrievalConfig, rows: Source, parameters: int, trainable: int) -> Lines:
-    """Return the lines that every retrieval model's run begins with. Defaults of the settings are resolved."""
+def first_lines(
+    settings: Settings, retrieval: RetrievalConfig, rows: Source, model: RetrievalModel, defaults: Collection[str]
+) -> Lines:
+    """Return the lines that every retrieval model's run begins with.
+
+    Args:
+        defaults: the settings that `Settings.resolve_defaults` has set.
+    """
     skipped = f", {quantity(len(rows.skipped), 'bad row')} left out" if rows.skipped else ""
     size = min(settings.batch_size, len(rows))
+    length = describe_length(settings, len(rows) / size)
+    mixture = mixture_lines(rows) if isinstance(rows, InterleavedRows) else []
     return [
         ("device", backend.describe()),
-        ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained})"),
+        *model_lines(settings, model, model.backbone),
         ("text", describe(settings, retrieval)),
-        ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {size}, {describe_length(settings, len(rows) / size)}, "
-                 f"learning rate {settings.learning_rate:g}"),
-    ]  # fmt: skip
+        *loss_lines(settings, retrieval, defaults),
+        ("rate", describe_rate(settings, defaults)),
+        ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {size}, {length}, seed {settings.seed}"),
+        *mixture,
+    ]
+
+
+def model_lines(settings: Settings, model: nn.Module, backbone: Backbone) -> Lines:
+    """Return a line about the model and one about the weights that are trained."""
+    parameters, trainable = count_parameters(model)
+    dtypes = (value.dtype for _, value in tree_flatten(backbone.trunk.parameters()))
+    dtype = str(next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))).removeprefix("mlx.core.")
+    quantised = "quantised, " if lora.is_quantised(backbone) else ""
+    total, last = len(backbone.layers), settings.num_layers
+    blocks = f"all {quantity(total, 'block')}" if last in (-1, total) else f"the last {last} of {total} blocks"
+    if settings.train_type == "full":
+        trained = "all weights" if last == -1 else f"the weights of {blocks}"
+    else:
+        name = {"lora": "LoRA", "dora": "DoRA"}[settings.train_type]
+        keys = f"{' '.join(settings.lora_keys)} of " if settings.lora_keys else ""
+        trained = f"{name} r={settings.lora_rank} in {keys}{blocks}"
+    return [
+        ("model", f"{settings.model}: {parameters:,} parameters, {quantised}computes in {dtype}"),
+        ("trained", f"{trainable:,} parameters: {trained}"),
+    ]
+
+
+def mixture_lines(rows: InterleavedRows) -> Lines:
+    """Return a line for each source: its share of the examples, and its rows."""
+    shares = rows.counts / rows.counts.sum()
+    return [
+        ("mixture", f"{share:.0%} of the examples from {', '.join(source.names)}, {quantity(len(source), 'row')}")
+        for share, source in zip(shares, rows.sources, strict=True)
+    ]
+
+
+def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collection[str]) -> Lines:
+    """Return a line about the loss and what acts on it, and one each about filtered negatives and dimensions."""
+    of = f" of a {retrieval.reranker} reranker" if retrieval.reranker else ""
+    names = settings.loss, f"temperature {settings.temperature:g}"
+    if {"loss", "temperature"} <= {*defaults}:
+        parts = [f"{', '.join(names)} (defaults{of})"]
+    else:
+        chosen = zip(names, ("loss", "temperature"), strict=True)
+        parts = [f"{text} (default{of})" if name in defaults else text for text, name in chosen]
+    if settings.loss == "hard_negative_info_nce":
+        parts.append(f"beta {settings.beta:g}")
+    if settings.loss == "xtr":
+        parts.append(f"{settings.xtr_k} tokens of the batch for each query token")
+    if settings.loss == "kl_distill":
+        parts.append(f"teacher's temperature {settings.teacher_temperature:g}")
+    if settings.margin_weight:
+        parts.append(f"plus {settings.margin_weight:g} x the margin loss with margin {settings.margin:g}")
+    if settings.random_negatives:
+        parts.append(f"{quantity(settings.random_negatives, 'random negative')} a query")
+    lines = [("loss", ", ".join(parts))]
+    limits = {"perc": "{:g} x the positive's score", "abs": "the positive's score - {:g}"}
+    if limit := limits.get(settings.positive_aware):
+        lines.append(("filter", f"no negatives above {limit.format(settings.positive_aware_margin)} (positive-aware)"))
+    if settings.matryoshka_dims:
+        dims = sorted({*settings.matryoshka_dims, retrieval.dimensions})
+        lines.append(("matryoshka", f"trained at {', '.join(map(str, dims))} dimensions"))
+    return lines
+
+
+def describe_rate(settings: Settings, defaults: Collection[str]) -> str:
+    """Describe the learning rate over the steps."""
+    rate = f"{settings.learning_rate:g}"
+    if "learning_rate" in defaults:
+        full = " of full training" if settings.train_type == "full" else ""
+        small = " of small models" if settings.learning_rate in SMALL_RATES.values() else ""
+        rate += f" (default{full}{small})"
+    warmup = f"{quantity(settings.warmup_steps, 'step')} of warm-up" if settings.warmup_steps else "no warm-up"
+    decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
+    return f"{rate}, {warmup}, then {settings.schedule}{decay}"
 
 
 def machine_lines() -> Lines:
@@ -45,7 +132,7 @@ def describe(settings: Settings, retrieval: RetrievalConfig) -> str:
     if retrieval.task == "rerank":
         if retrieval.reranker != "listwise":
             lengths = f"{retrieval.max_length} tokens of query and document together"
-        return f"{retrieval.reranker} reranker, {settings.loss}, {lengths}"
+        return f"{retrieval.reranker} reranker, {lengths}"
     if retrieval.task == "late":
         return f"a vector of {retrieval.dimensions} dimensions for every token, MaxSim ({retrieval.maxsim}), {lengths}"
     truncated = ""

@@ -243,8 +243,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     adapter_config = lora.adapt(model.backbone, **settings.adapter)
     if retrieval.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
         model.head.unfreeze()
-    parameters, trainable = count_parameters(model)
-    settings.resolve_defaults(parameters, retrieval.reranker)
+    defaults = settings.resolve_defaults(count_parameters(model)[0], retrieval.reranker)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
     tokenizer = retrieval.tokenizer(base)
@@ -271,7 +270,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     if evaluations and not data.questions:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(data.eval_tasks, rules=settings.folder_rules)
-    headline = first_lines(settings, retrieval, rows, parameters, trainable) + data.lines
+    headline = first_lines(settings, retrieval, rows, model, defaults) + data.lines
     headline += example_lines(rows, tokenizer)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))

@@ -442,7 +442,8 @@ def test_mlx_lm_loads_the_adapter_and_fuses_it(settings, bases, tmp_path, monkey
 
 def test_rope_that_mlx_lm_does_not_read_is_a_warning(settings, bases):
     def told(base: str) -> list[str]:
-        return [line for name, line in prepare(settings(model=bases[base])).headline if name == "warning"]
+        warnings = [line for name, line in prepare(settings(model=bases[base])).headline if name == "warning"]
+        return [line for line in warnings if "too few" not in line]
 
     (line,) = told("transformers-llama")
     assert '"rope_theta": 500000.0' in line and "config.json" in line
@@ -588,7 +589,7 @@ def test_the_command_that_people_know(settings, small, tmp_path, monkeypatch, ca
     written = (run / "config.yaml").read_text()
     for line in ("task: chat", "steps: 8", "eval_steps: 8", "save_steps: 8", "num_layers: 1", "grad_checkpoint: true"):
         assert line in written
-    assert train.main(["--model", small, *flags.split()]) == 2  # another run is there
+    assert train.main(["--model", small, *flags.split(), "--output", "adapters"]) == 2  # another run is there
     assert "--resume" in capsys.readouterr().err
     assert train.main(["--resume"]) == 2 and "is finished" in capsys.readouterr().err
 

@@ -713,5 +713,8 @@ def test_the_default_learning_rate_goes_by_the_model_s_size(settings):
     large.resolve_defaults(parameters=600_000_000)
     assert large.learning_rate == 2e-4
     given = settings(learning_rate=1e-5)
-    given.resolve_defaults(parameters=1)
-    assert given.learning_rate == 1e-5
+    assert given.resolve_defaults(parameters=1) == {"loss", "temperature"} and given.learning_rate == 1e-5
+    for parameters, rate in ((1_000_000, 2e-3), (22_000_000, 2e-5)):
+        full = settings(train_type="full")
+        full.resolve_defaults(parameters)
+        assert full.learning_rate == rate

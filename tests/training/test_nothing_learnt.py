@@ -61,7 +61,7 @@ PAIRS = [{"query": f"query {i}", "positive": f"answer {i}"} for i in range(5)]
 def test_what_all_rows_share_is_told(write_rows, rows, constant):
     source = Rows([write_rows(rows)])
     assert source.constant == constant
-    lines = [text for _, text in nothing_learnt.warnings(Settings(), source)]
+    lines = [text for _, text in nothing_learnt.warnings(Settings(steps=100), source)]
     assert len(lines) == len(constant)
     for side, text in constant.items():
         assert any(f'all rows that were read have the same {side} ("{text}")' in line for line in lines)

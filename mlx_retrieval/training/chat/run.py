@@ -28,7 +28,7 @@ from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents
 from mlx_retrieval.training.example_rows import conversation_lines
-from mlx_retrieval.training.headline import machine_lines
+from mlx_retrieval.training.headline import describe_rate, machine_lines, model_lines
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.utils.console import print_lines
@@ -157,8 +157,8 @@ def prepare(settings: Settings) -> ChatRun:
     adapter_config = adapter.adapt(backbone, settings)
     if settings.grad_checkpoint:
         checkpoint_blocks(backbone)
-    parameters, trainable = count_parameters(backbone)
-    settings.resolve_defaults(parameters)
+    parameters, _ = count_parameters(backbone)
+    defaults = settings.resolve_defaults(parameters)
 
     def save_model(target: Path) -> None:
         adapter.save(target, backbone, adapter_config)
@@ -169,13 +169,13 @@ def prepare(settings: Settings) -> ChatRun:
     folder = settings.folder
     trainer = ChatTrainer(backbone, batches, validation, settings, folder, save_model)
     expected = expect(backbone, batches, settings)
-    layers = "" if settings.num_layers == -1 else f" of the last {settings.num_layers} of {len(backbone.layers)} layers"
     headline = [
         ("device", backend.describe()),
-        ("model", f"{settings.model}: {parameters:,} parameters, {trainable:,} trained ({settings.trained}{layers})"),
+        *model_lines(settings, backbone, backbone),
         ("text", describe(settings, tokenizer)),
         ("data", f"{quantity(len(rows), 'conversation')} of {rows.lengths.mean():,.0f} tokens on average, longest "
-                 f"{rows.longest:,}; batch {size}, {length}, learning rate {settings.learning_rate:g}"),
+                 f"{rows.longest:,}; batch {size}, {length}, seed {settings.seed}"),
+        ("rate", describe_rate(settings, defaults)),
         ("validation", quantity(len(valid), "conversation") if valid else "none: no valid.jsonl beside the data"),
         ("memory", f"about {expected.total / 1e9:.2f} GB, an estimate: weights {expected.weights / 1e9:.2f}, "
                    f"optimizer {expected.training / 1e9:.2f}, a step on the longest {expected.activations / 1e9:.2f}"),

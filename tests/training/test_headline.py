@@ -1,0 +1,101 @@
+"""The first lines of a run say what was chosen: by the user, or by default.
+
+python -m pytest tests/training/test_headline.py
+"""
+
+from fractions import Fraction
+from types import SimpleNamespace
+
+from mlx_retrieval.backend import mx, nn
+
+import pytest
+
+from mlx_retrieval.dataset.sources import InterleavedRows
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.headline import describe_rate, loss_lines, mixture_lines, model_lines
+
+EMBEDDER = SimpleNamespace(reranker="", dimensions=256)
+
+
+class Backbone(nn.Module):
+    """Three blocks of 6 weights, of which the last is trained."""
+
+    def __init__(self, dtype: mx.Dtype):
+        super().__init__()
+        self.blocks = [nn.Linear(2, 3, bias=False) for _ in range(3)]
+        self.set_dtype(dtype)
+        self.freeze()
+        self.blocks[-1].unfreeze()
+
+    trunk = property(lambda self: self)
+    layers = property(lambda self: self.blocks)
+
+
+def lines_of(retrieval: SimpleNamespace = EMBEDDER, **changes) -> list[tuple[str, str]]:
+    settings = Settings(steps=100, **changes)
+    defaults = settings.resolve_defaults(22_000_000, retrieval.reranker)
+    return loss_lines(settings, retrieval, defaults)
+
+
+def test_the_loss_with_what_acts_on_it():
+    assert lines_of() == [("loss", "info_nce, temperature 0.05 (defaults)")]
+    assert lines_of(loss="nt_xent", beta=2.0) == [("loss", "nt_xent, temperature 0.05 (default)")]
+    assert lines_of(temperature=0.1) == [("loss", "info_nce (default), temperature 0.1")]
+    assert lines_of(loss="hard_negative_info_nce", temperature=1.0, margin_weight=0.5) == [
+        ("loss", "hard_negative_info_nce, temperature 1, beta 1, plus 0.5 x the margin loss with margin 0.2")
+    ]
+    reranker = SimpleNamespace(reranker="cross-encoder", dimensions=1)
+    text = "bce, temperature 1 (defaults of a cross-encoder reranker), 4 random negatives a query"
+    assert lines_of(reranker, random_negatives=4) == [("loss", text)]
+
+
+def test_a_filter_and_dimensions_have_lines_of_their_own():
+    changes = {"positive_aware": "abs", "positive_aware_margin": 0.05, "matryoshka_dims": [128, 64]}
+    assert lines_of(**changes)[1:] == [
+        ("filter", "no negatives above the positive's score - 0.05 (positive-aware)"),
+        ("matryoshka", "trained at 64, 128, 256 dimensions"),
+    ]
+    assert lines_of(positive_aware="perc")[1][1] == "no negatives above 0.95 x the positive's score (positive-aware)"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "changes", "text"),
+    [
+        (22_000_000, {}, "0.0002 (default), 10 steps of warm-up, then cosine"),
+        (1_000_000, {}, "0.004 (default of small models), 10 steps of warm-up, then cosine"),
+        (22_000_000, {"train_type": "full"}, "2e-05 (default of full training), 10 steps of warm-up, then cosine"),
+        (1, {"learning_rate": 0.1, "warmup": 0.0, "schedule": "linear", "weight_decay": 0.01},
+         "0.1, no warm-up, then linear, weight decay 0.01"),
+    ],
+)  # fmt: skip
+def test_the_rate(parameters, changes, text):
+    settings = Settings(steps=100, **changes)
+    assert describe_rate(settings, settings.resolve_defaults(parameters)) == text
+
+
+def test_the_model_its_dtype_and_the_trained_weights():
+    backbone = Backbone(mx.bfloat16)
+    model, trained = model_lines(Settings(model="base", num_layers=1), backbone, backbone)
+    assert model == ("model", "base: 18 parameters, computes in bfloat16")
+    assert trained == ("trained", "6 parameters: LoRA r=16 in the last 1 of 3 blocks")
+    for changes, text in (
+        ({"train_type": "full"}, "all weights"),
+        ({"train_type": "full", "num_layers": 2}, "the weights of the last 2 of 3 blocks"),
+        ({"train_type": "dora", "lora_keys": ["q", "v"]}, "DoRA r=16 in q v of all 3 blocks"),
+    ):
+        assert model_lines(Settings(**changes), backbone, backbone)[1][1] == f"6 parameters: {text}"
+
+
+def test_the_shares_of_a_mixture():
+    class Some(list):
+        format = "pair"
+
+        def __init__(self, name: str, count: int):
+            super().__init__(range(count))
+            self.names = [name]
+
+    rows = InterleavedRows([Some("a.jsonl", 1000), Some("b.csv", 1)], [Fraction(2), Fraction(1)])
+    assert mixture_lines(rows) == [
+        ("mixture", "67% of the examples from a.jsonl, 1,000 rows"),
+        ("mixture", "33% of the examples from b.csv, 1 row"),
+    ]
