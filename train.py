@@ -71,6 +71,31 @@ def resumed_settings(given: dict) -> Settings:
     return Settings(**values | {"output": str(folder), "stop_after": given.get("stop_after", 0), "overwrite": False})
 
 
+def chat_reason(settings: Settings, chat_flag: str) -> str:
+    """Return why a run without --task is a chat run; "" = it is none.
+
+    Args:
+        chat_flag: the flag that selected chat's data, see `flags.chat_flag`.
+
+    Raises UserError if the data do not exist.
+    """
+    from mlx_retrieval.training.chat.data import is_chat
+
+    try:
+        if not is_chat(settings.data):
+            return ""
+    except UserError as error:
+        if not chat_flag:
+            raise
+        raise UserError(
+            f"{error}. Without --task and --data, {chat_flag} selects chat on the folder data/, as in mlx-lm; for "
+            "another task add --task embed, or --data"
+        ) from error
+    if chat_flag:
+        return f"chat, as {chat_flag} is given without --task and --data; for another task add --task embed"
+    return f"chat, as the first row of {settings.data[0]} is a conversation; for another task add --task"
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     return flags.parser(DESCRIPTION, EPILOG)
@@ -80,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, see EPILOG."""
     backend.prepare()
-    settings = None
+    settings, why_chat = None, ""
     try:
         settings, given = from_flags(DESCRIPTION, EPILOG, argv)
         distributed.start(settings.rank_timeout)
@@ -88,13 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             saved = distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())
             settings = Settings(**saved)
         elif settings.task is None and settings.columns is None:  # chat has no --columns
-            from mlx_retrieval.training.chat.data import is_chat
-
             with distributed.raise_together("the data"):
-                chat = is_chat(settings.data)
-            if chat:
+                why_chat = chat_reason(settings, flags.chat_flag(given, argv))
+            if why_chat:
                 settings = for_task("chat", given)
-        results = train(settings)
+        results = train(settings, [("task", why_chat)] if why_chat else [])
     except (UserError, FloatingPointError) as error:
         print(f"train.py{distributed.rank_label()}: {error}", file=sys.stderr)
         distributed.wait_for_main()

@@ -64,7 +64,8 @@ class Settings:
         None,
         "what to train: embed = one vector per text, late = one vector per token, rerank = a score per query and "
         "document, chat = answers in conversations (default: chat if the data are conversations, else the model's own "
-        "task, else embed)",
+        "task, else embed; without --data too, mlx-lm's names --iters, --save-every and --steps-per-eval and the flags "
+        "that only chat has select chat on the folder data/)",
         choices=("embed", "late", "rerank", "chat"),
     )
     reranker_type: str | None = option(

@@ -170,9 +170,8 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
     if "steps" in flags:
         file.pop("epochs", None)
     given = file | flags
-    if not given.keys() & {"task", "data", "resume"} and _implies_chat(given, argv):
-        given["data"] = TASK_DEFAULTS["chat"]["data"]
-    settings = for_task(given.get("task"), given)
+    chat_data = {"data": TASK_DEFAULTS["chat"]["data"]} if chat_flag(given, argv) else {}
+    settings = for_task(given.get("task"), given | chat_data)
     if path and settings.overwrite:
         written = settings.folder / "config.yaml"
         if written.exists() and written.samefile(Path(path)):
@@ -180,9 +179,15 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
     return settings, given
 
 
-def _implies_chat(given: dict, argv: Sequence[str] | None) -> bool:
-    """Return whether a setting is given that only chat has, or one by its name in mlx-lm."""
+def chat_flag(given: dict, argv: Sequence[str] | None = None) -> str:
+    """Return the flag that selects chat on the folder data/ where neither --task nor --data is given; "" = none does.
+
+    It is a setting's name in mlx-lm, or a setting that only chat has. `given`: as `from_flags` returns it.
+    """
+    if given.keys() & {"task", "data", "resume"}:
+        return ""
     fields = dataclasses.fields(Settings)
-    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
     mlx_lm_names = {name for f in fields for name in f.metadata.get("mlx_lm_names", ())}
-    return bool(words & mlx_lm_names) or any(f.metadata.get("tasks") == CHAT and f.name in given for f in fields)
+    chat_only = [flag(f.name) for f in fields if f.metadata.get("tasks") == CHAT and f.name in given]
+    return next((name for name in [*words, *chat_only] if name in {*mlx_lm_names, *chat_only}), "")

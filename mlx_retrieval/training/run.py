@@ -8,7 +8,7 @@ results = train(Settings(model="gemma-3-tiny-mlx", data=["train-data.jsonl"]))
 import gc
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -65,10 +65,15 @@ class Run(Protocol):
         """Return (name, text) lines about using the trained model."""
 
 
-def train(settings: Settings) -> dict:
-    """Train as the settings say. Return the content of `results.json`, and {} on all ranks but the first."""
+def train(settings: Settings, introduction: Sequence[tuple[str, str]] = ()) -> dict:
+    """Train as the settings say. Return the content of `results.json`, and {} on all ranks but the first.
+
+    Args:
+        introduction: (name, text) lines to print before the run's own, about how it was understood.
+    """
     with distributed.raise_together("the preparation"):
         job = prepare(settings)
+    job.headline[:0] = introduction
     if distributed.size() > 1:
         job.trainer.check_ranks()
     gc.freeze()  # no collection needs to look through the objects that exist now: they stay

@@ -25,7 +25,7 @@ from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare as prepare_chat
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings, for_task
-from mlx_retrieval.training.flags import from_flags, read_yaml
+from mlx_retrieval.training.flags import chat_flag, from_flags, read_yaml
 from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.utils.errors import UserError, flag
 
@@ -469,10 +469,30 @@ def test_val_batches_and_steps_per_report(chat_settings):
     assert len(losses) == 2  # -1 is all, and more than there are too
 
 
+def test_a_run_says_why_it_is_a_chat_run(tmp_path, monkeypatch):
+    """And where data/ is missing, why it is looked for; regression: nobody had written --data."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--iters", "7", "--mask-prompt"]
+    made, given = from_flags("", argv=flags)
+    name = chat_flag(given, flags)
+    assert name == "--iters" and chat_flag(given, ["--mask-prompt"]) == "--mask-prompt"
+    with pytest.raises(UserError, match="--data data: no such .* --iters selects chat .* data/.*--task embed"):
+        train.chat_reason(made, name)
+    (tmp_path / "data").mkdir()
+    rows = tmp_path / "data" / "train.jsonl"
+    rows.write_text('{"prompt": "q", "completion": "a"}\n')
+    assert train.chat_reason(made, name).startswith("chat, as --iters is given without --task and --data; for another")
+    by_rows = Settings(data=["data"])
+    assert train.chat_reason(by_rows, "").startswith("chat, as the first row of data is a conversation;")
+    rows.write_text('{"query": "q", "document": "a"}\n')
+    assert train.chat_reason(by_rows, "") == train.chat_reason(made, name) == ""
+    assert chat_flag({"steps": 7, "data": ["mine"]}, ["--iters"]) == chat_flag({"steps": 7}, ["--steps", "7"]) == ""
+
+
 def test_the_names_that_mlx_lm_s_users_know(tmp_path, monkeypatch):
     made, given = from_flags("", argv=["--iters", "7", "--steps-per-eval=3", "--save-every", "2"])
     assert (made.steps, made.eval_steps, made.save_steps, made.data) == (7, 3, 2, ["data"])
-    assert given == {"steps": 7, "eval_steps": 3, "save_steps": 2, "data": ["data"]}
+    assert given == {"steps": 7, "eval_steps": 3, "save_steps": 2}
     for argv, data in (
         (["--steps", "7"], ["train-data.jsonl"]),
         (["--mask-prompt"], ["data"]),
