@@ -5,6 +5,7 @@ the command line and from YAML.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -274,10 +275,11 @@ class Settings:
         "leave out of a query's results the document that has its id, as BEIR does",
         tasks=RETRIEVAL,
     )
-    eval_steps: int = option(
+    eval_steps: int | None = option(
         "evaluation",
-        50,
-        "evaluate every N steps, and at the end; 0 = only before and after training",
+        None,
+        "evaluate every N steps, and at the end; 0 = only before and after training (default: 50; three times in a "
+        "run of less than 150 steps, but 10 steps apart; ten times in one of more than 500)",
         mlx_lm_names=("--steps-per-eval",),
     )
     skip_eval_init: bool = option("evaluation", False, "do not evaluate before training")
@@ -381,6 +383,13 @@ class Settings:
     def warmup_steps(self) -> int:
         """Warm-up in steps."""
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+
+    @property
+    def steps_per_evaluation(self) -> int:
+        """Steps from one evaluation to the next; 0 = none but the last."""
+        if self.eval_steps is not None:
+            return self.eval_steps
+        return max(10, min(50, math.ceil(self.steps / 3)), math.ceil(self.steps / 10))
 
     def with_absolute_paths(self) -> "Settings":
         """Return a copy that means the same in any current folder: its files and folders are named by whole paths."""

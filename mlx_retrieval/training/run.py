@@ -215,7 +215,7 @@ def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: "S
     if record:
         trainer.reporter.step(record)
     stop = False
-    evaluating = distributed.is_main() and (finished or due(state.step, settings.eval_steps))
+    evaluating = distributed.is_main() and (finished or due(state.step, settings.steps_per_evaluation))
     if evaluating and (metrics := trainer.evaluate(state.step)):
         trainer.keep_best(metrics)
         stop = trainer.stopped_early

@@ -11,7 +11,7 @@ from mlx_retrieval.utils.errors import SettingError
 def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
     positive = ("batch_size", "lora_rank", "xtr_k", "steps_per_report")
-    counts = ("gradient_accumulation_steps", "eval_steps", "save_steps", "stop_after", "keep")
+    counts = ("gradient_accumulation_steps", "save_steps", "stop_after", "keep")
     not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
     checks = [
@@ -28,7 +28,10 @@ def check(settings: Any) -> None:
         (settings.val_batches == -1 or settings.val_batches > 0, "val_batches", "must be above 0, or -1 for all"),
         (settings.temperature is None or 0 < settings.temperature < float("inf"), "temperature", "must be above 0"),
         (0 < settings.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
-        *((_is_none_or(settings, name, 0), name, "must not be negative") for name in ("query_expansion", "impute")),
+        *(
+            (_is_none_or(settings, name, 0), name, "must not be negative")
+            for name in ("query_expansion", "impute", "eval_steps")
+        ),
         (
             settings.learning_rate is None or 0 < settings.learning_rate < float("inf"),
             "learning_rate",
