@@ -278,8 +278,8 @@ class Settings:
     eval_steps: int | None = option(
         "evaluation",
         None,
-        "evaluate every N steps, and at the end; 0 = only before and after training (default: 50; three times in a "
-        "run of less than 150 steps, but 10 steps apart; ten times in one of more than 500)",
+        "evaluate every N steps, and at the end; 0 = only before and after training (default: 3 to 10 times a run, "
+        "evenly: about every 50 steps, at least 10 apart)",
         mlx_lm_names=("--steps-per-eval",),
     )
     skip_eval_init: bool = option("evaluation", False, "do not evaluate before training")
@@ -389,7 +389,8 @@ class Settings:
         """Steps from one evaluation to the next; 0 = none but the last."""
         if self.eval_steps is not None:
             return self.eval_steps
-        return max(10, min(50, math.ceil(self.steps / 3)), math.ceil(self.steps / 10))
+        evaluations = min(10, max(self.steps // 50, min(3, self.steps // 10), 1))
+        return math.ceil(self.steps / evaluations)
 
     def with_absolute_paths(self) -> "Settings":
         """Return a copy that means the same in any current folder: its files and folders are named by whole paths."""

@@ -68,7 +68,7 @@ def test_a_run_s_config_takes_its_epochs_to_other_data(tmp_path):
 
 def test_evaluations_are_spread_over_runs_of_any_length():
     """The toolkit's run of 150 steps is evaluated every 50, as ever."""
-    lengths = {1: 10, 9: 10, 30: 10, 100: 34, 150: 50, 500: 50, 501: 51, 20_000: 2_000}
+    lengths = {1: 1, 11: 11, 20: 10, 30: 10, 100: 34, 150: 50, 151: 51, 500: 50, 501: 51, 20_000: 2_000}
     assert {steps: Settings(steps=steps).steps_per_evaluation for steps in lengths} == lengths
     assert Settings(steps=1000, eval_steps=7).steps_per_evaluation == 7
     assert Settings(steps=1000, eval_steps=0).steps_per_evaluation == 0
