@@ -8,10 +8,11 @@ Texts count as the same if they differ in case, punctuation and white space only
 """
 
 import copy
+import itertools
 import json
+from bisect import bisect_right
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -127,11 +128,8 @@ class Scan:
     def __init__(self, source: Source, seed: int):
         self.source = source
         self.parts: Sequence[Source] = source.sources if isinstance(source, InterleavedRows) else [source]
-        self._sampled = [_sample(part, seed) if isinstance(part, ElasticRows) else None for part in self.parts]
-        lengths = [
-            len(part) if sample is None else len(sample) for part, sample in zip(self.parts, self._sampled, strict=True)
-        ]
-        self.starts = np.cumsum([0, *lengths])
+        self._readable = [_sample(part, seed) if isinstance(part, ElasticRows) else part for part in self.parts]
+        self.starts = [0, *itertools.accumulate(map(len, self._readable))]
         self.keys = Keys(*(np.empty(len(self), kind) for kind in (np.uint64, np.uint64, bool)))
         self.is_plain = not source.has_negatives  # so that only queries and positives can be held-out texts
         for i in range(len(self)):
@@ -142,19 +140,18 @@ class Scan:
             self.is_plain = self.is_plain and not example.other_positives
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def __getitem__(self, i: int) -> Example:
-        which = int(np.searchsorted(self.starts, i, side="right")) - 1
-        part, sample = self.parts[which], self._sampled[which]
-        return (part if sample is None else sample)[i - int(self.starts[which])]
+        which = bisect_right(self.starts, i) - 1
+        return self._readable[which][i - self.starts[which]]
 
 
 def _sample(rows: ElasticRows, seed: int) -> list[Example]:
     """Return the first SAMPLE examples of an order of its own, read through a connection of its own."""
     rows = ElasticRows(rows.address, rows.fields, rows.documents.query, rows.skip_bad)
     try:
-        return [rows[number] for number in islice(rows.numbers(seed + 1, 0), min(SAMPLE, len(rows)))]
+        return [rows[number] for number in itertools.islice(rows.numbers(seed + 1, 0), min(SAMPLE, len(rows)))]
     finally:
         rows.close()
 
@@ -182,7 +179,7 @@ class Leaving:
 
     @property
     def _spans(self) -> list[tuple[int, int]]:
-        return list(zip(self.scan.starts[:-1].tolist(), self.scan.starts[1:].tolist(), strict=True))
+        return list(itertools.pairwise(self.scan.starts))
 
     @property
     def leaves_rows(self) -> bool:

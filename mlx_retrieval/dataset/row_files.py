@@ -230,17 +230,38 @@ def _named(data: bytes) -> Any:
     return {"query": value[0], "positive": value[1]} | ({"negatives": value[2:]} if value[2:] else {})
 
 
+def hub_validation(source: str) -> str | None:
+    """Return the name of the validation rows of a hub data set that is named without a split; None = it has none."""
+    from datasets import get_dataset_split_names
+    from datasets.exceptions import DatasetsError
+
+    *name, split = _hub_name(source)
+    if split:
+        return None
+    try:
+        splits = get_dataset_split_names(*name)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--data {source}: {str(error).strip().splitlines()[0][:300]}") from error
+    return next((f"{source}:{split}" for split in ("validation", "valid") if split in splits), None)
+
+
+def _hub_name(source: str) -> list[str]:
+    """Return owner/name, the config if one is named, and the split or "", of hf://owner/name[/config][:split]."""
+    name, _, split = source.removeprefix(HUB).partition(":")
+    parts = name.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise UserError(f"--data {source}: a data set's name is needed, hf://owner/name[/config][:split]")
+    return ["/".join(parts[:2]), *parts[2:], split]
+
+
 def _hub_rows(source: str) -> Iterable[dict]:
     """Yield the rows of hf://owner/name[/config][:split] as the hub streams them."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    name, _, split = source.removeprefix(HUB).partition(":")
-    parts = name.split("/")
-    if not all(parts) or len(parts) > 3:
-        raise UserError(f"--data {source}: a data set's name is needed, hf://owner/name[/config][:split]")
+    *name, split = _hub_name(source)
     try:
-        stored = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
+        stored = load_dataset(*name, split=split or "train", streaming=True)
         yield from stored
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--data {source}: {str(error).strip().splitlines()[0][:300]}") from error

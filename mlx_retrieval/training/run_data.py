@@ -11,8 +11,9 @@ from typing import Any
 from mlx_retrieval.dataset import choice, held_out
 from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.held_out import HeldOut, Questions
+from mlx_retrieval.dataset.row_files import HUB, hub_validation
 from mlx_retrieval.dataset.rows import Rows, find_validation
-from mlx_retrieval.dataset.sources import Source, is_default_data, local, open_source
+from mlx_retrieval.dataset.sources import Source, is_default_data, local, names, open_source
 from mlx_retrieval.training import contents, distributed
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
@@ -51,7 +52,10 @@ def open_data(settings: Settings) -> RunData:
     """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
     rows = open_source(settings.data, settings.columns, settings.es_query, settings.skip_bad_rows, settings.ignore_keys)
     columns = parse_columns(settings.columns) if settings.columns else None
-    valid_files = find_validation(local(settings.data))
+    valid_files: list[Path | str] = [*find_validation(local(settings.data))]
+    if settings.eval_tasks is None and settings.holdout != 0:
+        hub = [name for name in names(settings.data) if name.startswith(HUB)]
+        valid_files += filter(None, map(hub_validation, hub))
     validation = Rows(valid_files, settings.skip_bad_rows, settings.ignore_keys, columns) if valid_files else None
     lines = [("reads", line) for line in rows.readings]
     lines += [("left out", line) for line in rows.skipped[:20]]

@@ -17,6 +17,7 @@ from mlx_retrieval.dataset.elastic import rows as elastic_rows
 from mlx_retrieval.dataset.elastic import server as connection
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
+from mlx_retrieval.dataset.held_out import hold_out
 from mlx_retrieval.dataset.row_formats import Example, examples_of
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.utils import errors
@@ -332,6 +333,23 @@ def test_documents_written_during_an_epoch_are_in_the_next_one(stub, monkeypatch
     again = rows_of(stub, 41)  # stopped at 39, resumed when the document is there: the same rows
     again.restore(cursor, 39)
     assert [again.where(n) for n in islice(again.numbers(0, 39), 42)] == drawn[39:]
+
+
+def test_questions_are_held_out_of_an_index(stub, monkeypatch):
+    """Their documents are left out as they come, and a resumed run draws the same rows."""
+    monkeypatch.setattr(documents, "RANGE", 8)
+    monkeypatch.setattr(elastic_rows, "BLOCK", 4)
+    rows = rows_of(stub, 120)
+    held = hold_out(rows, 0.05)
+    assert isinstance(held.rows, Source) and len(held.questions.queries) == 40 == held.left_out
+    drawn = [(n, held.rows[n].query) for n in islice(held.rows.numbers(0, 0), 200)]
+    asked = set(held.questions.queries.values())
+    assert {query for _, query in drawn} == {f"q{i}" for i in range(120)} - asked
+    cursor = json.loads(json.dumps(held.rows.cursor(150)))
+    again = hold_out(rows_of(stub, 120), 0.05)
+    assert again.questions == held.questions
+    again.rows.restore(cursor, 150)
+    assert [(n, again.rows[n].query) for n in islice(again.rows.numbers(0, 150), 50)] == drawn[150:]
 
 
 def test_an_index_of_which_nothing_is_usable(stub):

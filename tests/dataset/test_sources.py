@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from mlx_retrieval.dataset import sources
+from mlx_retrieval.dataset.row_files import hub_validation
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import Rows, find_files
 from mlx_retrieval.utils import errors
@@ -131,6 +132,10 @@ def test_a_hub_data_set(tmp_path, monkeypatch):
     assert read.where(3) == "hf://owner/name:test:4"
     with pytest.raises(errors.UserError, match="hf://owner/name: .*train"):
         sources.open_source(["hf://owner/name"])
+    assert hub_validation("hf://owner/name") is None
+    (tmp_path / "owner" / "name" / "test-00000.parquet").rename(tmp_path / "owner" / "name" / "validation-0.parquet")
+    assert hub_validation("hf://owner/name") == "hf://owner/name:validation"
+    assert hub_validation("hf://owner/name:train") is None
 
 
 @pytest.mark.parametrize("name", ["hf://", "hf://a//b", "hf://a/b/c/d"])
