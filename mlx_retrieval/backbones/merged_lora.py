@@ -51,6 +51,11 @@ def product_size(layers: Sequence[nn.Module]) -> int:
     return sum(layer.linear.weight.shape[0] * layer.linear.weight.itemsize for layer in layers)
 
 
+def weight_size(layers: Sequence[nn.Module]) -> int:
+    """Return the bytes that the merged weights of `mergeable` layers take."""
+    return sum(layer.linear.weight.nbytes for layer in layers)
+
+
 @contextmanager
 def merged(layers: Sequence[nn.Module], weights: Sequence[mx.array], products: Products) -> Iterator[None]:
     """Let `mergeable` layers compute with the weights that `merge` returned, one for each; without weights, as always.

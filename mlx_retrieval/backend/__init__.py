@@ -63,12 +63,16 @@ COMPILED = FUSED
 # more than there are cores fills the moments in which another waits for its next operation.
 WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
 # Tokens (rows x padded length) that go through the backbone at once, unless --micro-batch-tokens says otherwise.
-MICRO_BATCH_TOKENS = 16_384 if IS_GPU else 1_024 if FUSED else 2_048
+GPU_TOKENS = 16_384
+MICRO_BATCH_TOKENS = GPU_TOKENS if IS_GPU else 1_024 if FUSED else 2_048
 # The cost of one more micro-batch, in tokens: saving less padding than this does not pay. MiniLM on a CPU: about 30. On
 # an H100, where launches cost time and few tokens leave most of the card idle, 17 of them took twice as long as 6.
 MICRO_BATCH_OVERHEAD = 2_048 if IS_CUDA else 32
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes graphs.
-LENGTH_GRID = 16 if IS_GPU else 4 if FUSED else 1
+GPU_GRID = 16
+LENGTH_GRID = GPU_GRID if IS_GPU else 4 if FUSED else 1
+# Of freed arrays that mlx keeps for reuse on CPUs.
+CACHE_BYTES = 256 << 20
 
 
 @functools.cache
@@ -86,7 +90,7 @@ def prepare() -> None:
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not IS_GPU:
-        mx.set_cache_limit(256 << 20)
+        mx.set_cache_limit(CACHE_BYTES)
     if IS_LINUX_CPU:
         _tune_malloc()
         KERNELS = not PLAIN and cpu_kernels.install()

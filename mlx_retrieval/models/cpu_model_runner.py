@@ -150,13 +150,16 @@ class CompiledFunctions:
             self.model.update(own)
 
 
-def held_bytes(adapters: Sequence[nn.Module], tokens: int, in_passes: int) -> int:
-    """Return `CpuModelRunner.held_bytes` of a model with these `merged_lora.mergeable` layers."""
+def held_bytes(merged: int, product: int, tokens: int, in_passes: int) -> int:
+    """Return what `CpuModelRunner.held_bytes` says, for a model of these sizes.
+
+    Args:
+        merged: bytes of the weights of the `merged_lora.mergeable` layers.
+        product: bytes that their products take for each token.
+    """
     if tokens < backend.MICRO_BATCH_TOKENS:  # then nothing is merged
         return 0
-    product = merged_lora.product_size(adapters)
-    saved = max(0, min(SAVED_BYTES, tokens * product) - in_passes * product)
-    return sum(layer.linear.weight.nbytes for layer in adapters) + saved
+    return merged + max(0, min(SAVED_BYTES, tokens * product) - in_passes * product)
 
 
 class CpuModelRunner(ModelRunner):
@@ -243,7 +246,8 @@ class CpuModelRunner(ModelRunner):
 
     def held_bytes(self, tokens: int, in_passes: int) -> int:
         """Return the bytes of merged weights, and of saved products; those in the passes are activations of theirs."""
-        return held_bytes(self._adapters, tokens, in_passes)
+        merged = merged_lora.weight_size(self._adapters)
+        return held_bytes(merged, merged_lora.product_size(self._adapters), tokens, in_passes)
 
     def _spread(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Worker, CompiledFunctions, list[int]]]:
         """Yield each worker, its functions, and the numbers of its micro-batches."""

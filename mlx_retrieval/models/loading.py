@@ -30,7 +30,7 @@ HEADS = "heads.safetensors"  # layers of a saved folder that mlx-lm does not kno
 
 @concerning("model")
 def build(
-    model: str, projection: int = 0, reranker: str | None = None, **flags
+    model: str, projection: int = 0, reranker: str | None = None, fingerprint: bool = True, **flags
 ) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Build a retrieval model from a base model, before any training.
 
@@ -38,6 +38,7 @@ def build(
         model: folder or hub name.
         projection: dimensions of a new layer that makes the token vectors of a late model; 0 = no such layer.
         reranker: with task="rerank", one of `rerankers.KINDS`; None = by the model's files.
+        fingerprint: whether to take one. Nothing else reads weights: they are read when they are first used.
         flags: fields of RetrievalConfig that override the files' values; None = do not override. Without `task` it is
             the model's own, or "embed".
 
@@ -58,7 +59,7 @@ def build(
         )
     _fit_lengths(config, backbone.max_positions, flags)
     config.base_model = toolkit_relative(model)
-    config.base_fingerprint = lora.fingerprint(backbone)
+    config.base_fingerprint = lora.fingerprint(backbone) if fingerprint else {}
     config.bidirectional = backbone.bidirectional
     if projection:
         if config.task != "late" or config.dense:

@@ -310,7 +310,9 @@ class Settings:
     )
     overwrite: bool = option("run", False, "first remove the run in --output")
     stop_after: int = option("run", 0, "stop after step N, saved and resumable; 0 = run to the end")
-    dry_run: bool = option("run", False, "plan and measure one step, then end; nothing is trained or written")
+    dry_run: bool = option(
+        "run", False, "plan and measure one step, say on which Macs it fits, then end; nothing is trained or written"
+    )
     profile: int = option(
         "run", 0, "time the phases of N steps, print a table, then end; nothing is written; 0 = off", tasks=RETRIEVAL
     )

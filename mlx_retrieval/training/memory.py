@@ -20,13 +20,14 @@ from mlx_retrieval.backend import mx
 from data_loader import Batch
 from mlx_retrieval import backend
 from mlx_retrieval.training.gradient_cache import GradientCache
-from mlx_retrieval.training.step_memory import measure_passes
+from mlx_retrieval.training.step_memory import loss_of_tokens, measure_passes
 
 GRID = tuple(128 << i for i in range(14))  # tokens: 128 to 1,048,576
 # Of the free memory. On CPUs a process that takes too much is killed, while a GPU reports an error.
 SHARE = 0.8 if backend.IS_GPU else 0.6
 # Beyond that, more tokens at once are no quicker (benchmarks/README.md), and only take memory.
 MOST = GRID[-1] if backend.IS_GPU else backend.MICRO_BATCH_TOKENS
+MEMINFO = Path("/proc/meminfo")
 SAMPLES = 2  # batches that `fit` should see
 SHORTAGE = ("out of memory", "outofmemory", "insufficient memory", "unable to allocate", "attempting to allocate")
 
@@ -63,15 +64,42 @@ def free() -> int:
     return max(0, min(limits)) + mx.get_cache_memory()
 
 
-def _free_of_machine(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+def total() -> int:
+    """Return the bytes that there are for this process if nothing else runs: of the GPU, or of the machine."""
+    if backend.IS_GPU:
+        info = mx.device_info()
+        return int(info.get("memory_size") or info.get("total_memory") or mx.get_memory_limit())
+    whole = _meminfo("MemTotal") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([whole, *_limits_of_groups()])
+
+
+def _free_of_machine(meminfo: Path = MEMINFO) -> int | None:
+    return _meminfo("MemAvailable", meminfo)
+
+
+def _meminfo(name: str, meminfo: Path = MEMINFO) -> int | None:
     for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
 
 
 def _free_of_groups(root: Path = Path("/")) -> Iterator[int]:
     """Yield the bytes left below the limit of each control group, v1 or v2, that this process is in."""
+    for folder, names in _groups(root):
+        if (left := _left(folder, *names)) is not None:
+            yield left
+
+
+def _limits_of_groups(root: Path = Path("/")) -> Iterator[int]:
+    """Yield the limits of the control groups that this process is in, in bytes."""
+    for folder, (limit, *_) in _groups(root):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+            yield int((folder / limit).read_text())
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yield the folder of each control group that this process may be in, and its files' names; see `_left`."""
     listing = root / "proc/self/cgroup"
     for line in listing.read_text().splitlines() if listing.is_file() else ():
         number, controllers, path = line.split(":", 2)
@@ -84,8 +112,7 @@ def _free_of_groups(root: Path = Path("/")) -> Iterator[int]:
             continue
         group = Path(path.lstrip("/"))
         for folder in (group, *group.parents):  # in containers the mount may lack the path; it always has the top
-            if (left := _left(mount / folder, *names)) is not None:
-                yield left
+            yield mount / folder, names
 
 
 def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
@@ -108,7 +135,8 @@ def fit(grad_cache: GradientCache, samples: Sequence[Batch]) -> Fit:
         samples: batches, among whose texts the longest stands for the longest of the run.
     """
     texts = max((batch.texts for batch in samples), key=lambda texts: texts.lengths.max())
-    step = measure_passes(grad_cache, texts)
+    losses = [loss_of_tokens(batch.texts.lengths, batch.queries) for batch in samples if isinstance(batch, Batch)]
+    step = measure_passes(grad_cache, texts, max(losses, default=0))
     mx.clear_cache()
     active = mx.get_active_memory()
     room = free()

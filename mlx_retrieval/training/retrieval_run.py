@@ -4,6 +4,7 @@ run = prepare(settings)                             # nothing is written yet
 run.trainer.update(run.trainer.batches.batch(0), 1)
 """
 
+import dataclasses
 import string
 import tempfile
 import time
@@ -32,10 +33,12 @@ from mlx_retrieval.training import distributed, improvement, nothing_learnt
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.estimate_job import retrieval_job, samples
 from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.example_rows import example_lines
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
+from mlx_retrieval.training.memory_lines import Outlook, gb
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
@@ -59,6 +62,7 @@ class RetrievalRun:
     evaluations: Evaluations | None
     retrieval: RetrievalConfig
     base: Path  # the base model's folder
+    outlook: Outlook
     headline: list[tuple[str, str]]
 
     def measure(self) -> dict:
@@ -91,6 +95,7 @@ class RetrievalRun:
             "tokens_per_second": batch.tokens / seconds,
             "seconds": seconds * settings.steps,
             "peak_memory_bytes": peak,
+            "estimated_memory_bytes": self.outlook.expected.total,
             "loss": result.loss.item(),
         }
         minutes, rest = divmod(round(plan["seconds"]), 60)
@@ -99,7 +104,8 @@ class RetrievalRun:
                 ("first batch", f"{quantity(texts, 'distinct text')}, {batch.tokens:,} tokens, longest {longest}"),
                 ("plan", f"{result.micro_batches} micro-batches, {plan['padding']:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s, loss {plan['loss']:.4f}"),
-                ("memory", f"{peak / 1e9:.2f} GB at most"),
+                ("memory", f"{gb(peak, 2)} GB at most, measured; {gb(self.outlook.expected.total, 2)} estimated"),
+                *self.outlook.mac_lines(),
                 ("all steps", f"{minutes} min {rest} s for {quantity(settings.steps, 'step')}, without evaluations"),
                 ("dry run", "nothing was trained or written"),
             ]
@@ -172,10 +178,11 @@ class RetrievalRun:
         return [*lines, ("next", shell(*use))]
 
 
-def build_model(settings: Settings) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+def build_model(settings: Settings, fingerprint: bool = True) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Return the model to train, its config and its base model's folder; see `models.loading.build`."""
     return loading.build(
         settings.model,
+        fingerprint=fingerprint,
         projection=settings.projection_dim,
         reranker=settings.reranker_type,
         task=settings.task,
@@ -212,6 +219,17 @@ def make_batches(
     return Batches(rows, tokenizer, size, seed, make, GroupBatch)
 
 
+def foresee(settings: Settings, data: RunData) -> Outlook:
+    """Return what the run will take, before any weight is read. UserError as `prepare`."""
+    rows = data.rows
+    model, retrieval, base = build_model(settings, fingerprint=False)
+    settings.check_task(retrieval.task)
+    resolved = dataclasses.replace(settings)
+    resolved.resolve_defaults(0, retrieval.reranker)
+    batches = make_batches(resolved, retrieval, rows, retrieval.tokenizer(base), min(settings.batch_size, len(rows)))
+    return Outlook.of(retrieval_job(settings, model, retrieval, base, samples(batches), data.eval_tasks))
+
+
 def make_evaluator(
     settings: Settings,
     data: RunData,
@@ -234,6 +252,8 @@ def prepare(settings: Settings) -> RetrievalRun:
     data = open_data(settings)
     rows = data.rows
     resolve_length(settings, len(rows) / min(settings.batch_size, len(rows)))
+    outlook = foresee(settings, data)
+    print_lines(outlook.lines())
     seed(settings.seed)  # a fresh projection
     model, retrieval, base = build_model(settings)
     settings.check_task(retrieval.task)
@@ -275,4 +295,4 @@ def prepare(settings: Settings) -> RetrievalRun:
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
-    return RetrievalRun(settings, folder, trainer, data, evaluations, retrieval, base, headline)
+    return RetrievalRun(settings, folder, trainer, data, evaluations, retrieval, base, outlook, headline)

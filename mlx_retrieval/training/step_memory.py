@@ -14,6 +14,7 @@ from mlx_retrieval.backend import mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_retrieval.models import maxsim
 from mlx_retrieval.models.batching import MicroBatch, Texts, pad_rows
 from mlx_retrieval.training.cutting import Cutting
 from mlx_retrieval.training.gradient_cache import GradientCache
@@ -21,7 +22,9 @@ from mlx_retrieval.training.gradient_cache import GradientCache
 # Copies of all representations that a step holds at once: they, their gradient, and both in the batch's order.
 VECTOR_COPIES, TOKEN_COPIES = 4, 6
 # Workers are not all at the peak of their passes at the same moment: the share of the others' that adds to one's.
-OTHERS = 0.8
+OTHERS = 0.7
+# Of a similarity of two tokens: it, the gradient of the chosen ones, and copies of them in other orders.
+SIMILARITY_BYTES = 12
 # Of the trained weights, while the optimizer updates them: gradients, clipped ones, and new weights and moments.
 UPDATE = 3
 
@@ -32,20 +35,24 @@ class StepMemory:
 
     Attributes:
         of_pass: (rows, tokens of a row with padding) of a micro-batch -> what its passes take for the gradient.
+        kept: the same -> those of it that several micro-batches in one graph hold each; the rest is held once.
         representation: of a text, or of a token if `token_vectors`.
         trained: the trained weights.
         compiled: whether passes are compiled; others compute a batch that fits the budget in one graph.
         workers: micro-batches computed at the same time.
         held: (tokens of a batch, those in the passes at once) -> merged weights and saved products.
+        loss: beside the representations, when no passes are computed.
     """
 
     of_pass: Callable[[int, int], float]
+    kept: Callable[[int, int], float]
     representation: float
     trained: int = 0
     token_vectors: bool = False
     compiled: bool = False
     workers: int = 1
     held: Callable[[int, int], int] = lambda tokens, at_once: 0
+    loss: int = 0
 
     def peak(self, lengths: np.ndarray, cutting: Cutting) -> int:
         """Return what a step takes at most on a batch of texts of these lengths (N,)."""
@@ -54,7 +61,8 @@ class StepMemory:
         passes = sorted((self.of_pass(*shape) for shape in shapes), reverse=True)
         one_graph = len(shapes) == 1 or (sum(sizes) <= cutting.limit(int(lengths.sum())) and not self.token_vectors)
         if one_graph and not self.compiled:
-            return int(max(sum(passes), UPDATE * self.trained))
+            once = max(self.of_pass(*shape) - self.kept(*shape) for shape in shapes)
+            return int(max(sum(self.kept(*shape) for shape in shapes) + once, UPDATE * self.trained))
         if self.token_vectors:
             representations = TOKEN_COPIES * sum(sizes) * self.representation
         else:
@@ -62,11 +70,24 @@ class StepMemory:
         at_once = passes[0] + OTHERS * sum(passes[1 : self.workers])
         at_once += self.held(sum(sizes), sum(sizes[: self.workers]))
         sums = self.trained if len(shapes) > self.workers else 0  # of the gradient, besides a micro-batch's own
-        return int(max(at_once + sums + representations, UPDATE * self.trained))
+        return int(max(max(at_once + sums, self.loss) + representations, UPDATE * self.trained))
 
 
-def measure_passes(grad_cache: GradientCache, texts: Texts) -> StepMemory:
-    """Measure passes on a few of these texts, the longest among them. Weights stay as they are."""
+def loss_of_tokens(lengths: np.ndarray, queries: int) -> int:
+    """Return the bytes that comparing a batch's token vectors takes: those of a tile of similarities.
+
+    `lengths`: the tokens of each text, those of the queries first.
+    """
+    wide = int(lengths[:queries].max()) * int(lengths[queries:].max())
+    tile = min(maxsim.SIMILARITIES_AT_ONCE, queries * (len(lengths) - queries) * wide)
+    return SIMILARITY_BYTES * tile
+
+
+def measure_passes(grad_cache: GradientCache, texts: Texts, loss: int = 0) -> StepMemory:
+    """Measure passes on a few of these texts, the longest among them. Weights stay as they are.
+
+    `loss`: see `StepMemory`; it is not measured.
+    """
     runner = grad_cache.runner
     grad_cache.model.train()
     longest = int(texts.lengths.argmax())
@@ -90,14 +111,21 @@ def measure_passes(grad_cache: GradientCache, texts: Texts) -> StepMemory:
     def of_pass(rows: int, width_: int) -> float:
         return per_pass + rows * width_ * max(0.0, per_token + growth * (width_ - width))
 
+    layers = len(grad_cache.model.backbone.layers)
+
+    def kept(rows: int, width_: int) -> float:  # by all blocks; about as much as one keeps is there once
+        return (of_pass(rows, width_) - per_pass) * layers / (layers + 1)
+
     return StepMemory(
         of_pass,
+        kept,
         representation=representations.nbytes / (width if representations.ndim == 3 else 1),
         trained=sum(v.nbytes for _, v in tree_flatten(grad_cache.model.trainable_parameters())),
         token_vectors=representations.ndim == 3,
         compiled=runner.compiled,
         workers=runner.workers,
         held=runner.held_bytes,
+        loss=loss if representations.ndim == 3 else 0,
     )
 
 

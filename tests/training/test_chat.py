@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
@@ -20,8 +19,6 @@ from mlx_retrieval.backend import mx, nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from hypothesis import given as examples
-from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from random_models import changed, quantised, save
 
@@ -31,7 +28,6 @@ from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.base_trainer import learning_rate
 from mlx_retrieval.training.chat.data import ChatBatches
-from mlx_retrieval.training.chat.memory import Shape, Work, estimate
 from mlx_retrieval.training.chat.run import prepare
 from mlx_retrieval.training.chat.trainer import Optimizer, StopTraining, compiled, loss_of, tune
 from mlx_retrieval.training.checkpoint import last_step
@@ -544,22 +540,6 @@ def test_chat_s_flags_are_refused_elsewhere(tmp_path, small, write_rows):
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
-LLAMA = Shape(400, 100, 4, hidden=512, inner=1536, heads=8, attention=512, keys=512, vocabulary=32_000)
-
-
-@examples(
-    st.integers(1, 9), st.integers(1, 2000), st.integers(1, 40), st.booleans(), st.integers(1, 3), st.integers(0, 100)
-)
-def test_more_work_takes_more_memory_and_checkpointing_never_adds(rows, width, layers, checkpointed, parts, more):
-    work = Work(rows, width, layers, checkpointed, parts)
-    least = estimate(LLAMA, work).total
-    for name in ("rows", "width", "layers", "parts"):
-        assert estimate(LLAMA, replace(work, **{name: getattr(work, name) + more})).total >= least
-    for name in ("weights", "trained", "hidden", "inner", "heads", "attention", "keys", "vocabulary"):
-        assert estimate(replace(LLAMA, **{name: getattr(LLAMA, name) + more}), work).total >= least
-    plain, checkpointed = (estimate(LLAMA, replace(work, grad_checkpoint=value)).total for value in (False, True))
-    assert checkpointed <= plain
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"grad_checkpoint": True}, {"num_layers": 1}, {"batch_size": 8}], ids=str)
@@ -569,7 +549,7 @@ def test_the_estimate_is_near_the_peak(settings, bases, changes):
     run = prepare(settings(**{"model": bases["llama"], "batch_size": 4} | changes))
     run.trainer.measure_step()
     peak = mx.get_peak_memory() - others
-    assert 0.6 < run.estimate.total / peak < 1.6, (run.estimate, peak)
+    assert 0.6 < run.outlook.expected.total / peak < 1.6, (run.outlook, peak)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -529,7 +529,8 @@ def test_parts_are_those_of_the_batch_and_empty_ones_weigh_nothing(read):
     few = batches.make(np.array([1]))
     assert [p.counted.sum().item() for p in few[1:]] == [0, 0] and few[1].ids.shape == (1, 2)
     assert mx.array_equal(few[0].ids, ChatBatches(rows, 1).make(np.array([1]))[0].ids)
-    assert batches.largest_part()[0] == 1 and ChatBatches(rows, 2).largest_part()[0] == 2
+    widest = [part.ids.shape[1] - 1 for part in ChatBatches(rows, 1).make(batches.longest()[-1:])]
+    assert batches.widths(batches.longest()).tolist()[-1:] == widest
 
 
 def test_more_than_there_are_is_all_there_are(read):

@@ -264,10 +264,9 @@ class ChatBatches:
         """Return the row numbers of the largest possible batch."""
         return np.argsort(self.rows.lengths, kind="stable")[-self.size :]
 
-    def largest_part(self) -> tuple[int, int]:
-        """Return (rows, tokens of a row with padding) of the largest possible part."""
-        part = self._split(self.longest())[-1]
-        return len(part), self._width(part)
+    def widths(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the positions that each of these rows takes, padding included, (N,)."""
+        return np.array([self._width(numbers[i : i + 1]) for i in range(len(numbers))])
 
     def counts(self, numbers: np.ndarray) -> Counts:
         """Count the tokens of a batch of these rows."""

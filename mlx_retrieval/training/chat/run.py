@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora
-from mlx_retrieval.backbones.decoder import Decoder, normalised
+from mlx_retrieval.backbones.decoder import normalised
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks
 from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.dataset.contents import Content
@@ -22,14 +22,15 @@ from mlx_retrieval.models import kinds
 from mlx_retrieval.training import improvement, nothing_learnt
 from mlx_retrieval.training.chat import adapter
 from mlx_retrieval.training.chat.data import ChatBatches, Conversations
-from mlx_retrieval.training.chat.memory import Estimate, Work, estimate, shape_of
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import BASE, Contents, base_contents
+from mlx_retrieval.training.estimate_job import chat_job
 from mlx_retrieval.training.example_rows import conversation_lines
 from mlx_retrieval.training.headline import describe_rate, machine_lines, model_lines
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
+from mlx_retrieval.training.memory_lines import Outlook, gb
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
@@ -49,7 +50,7 @@ class ChatRun:
     headline: list[tuple[str, str]]
     template: str  # ChatML in place of a chat template; "" = the tokenizer has its own
     quantised: bool  # whether the base model is
-    estimate: Estimate
+    outlook: Outlook
 
     def begin(self) -> None:
         """Write nothing: the steps need nothing in the run's folder."""
@@ -80,7 +81,7 @@ class ChatRun:
             **{when: loss if loss is None else {"validation_loss": loss} for when, loss in losses.items()},
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             "peak_memory_bytes": backend.peak_memory(),
-            "estimated_memory_bytes": self.estimate.total,
+            "estimated_memory_bytes": self.outlook.expected.total,
             **skipped,
         }
 
@@ -98,7 +99,7 @@ class ChatRun:
         speed = state.tokens / state.seconds if state.seconds else 0
         lines = [
             ("speed", f"{speed:,.0f} tokens/s, peak memory {backend.peak_memory() / 1e9:.2f} GB "
-                      f"(estimated {self.estimate.total / 1e9:.2f})"),
+                      f"(estimated {self.outlook.expected.total / 1e9:.2f})"),
             ("next", shell("mlx_lm.generate", *adapted, "--prompt", "...")),
             ("fuse", shell("mlx_lm.fuse", *adapted, "--save-path", "fused", *dequantize)),
             ("export", shell("python", "export.py", "--adapter", model, "--output", "my-chat")),
@@ -116,13 +117,18 @@ class ChatRun:
             "seconds_per_step": seconds,
             "tokens_per_second": counts.tokens / seconds,
             "peak_memory_bytes": backend.peak_memory(),
-            "estimated_memory_bytes": self.estimate.total,
+            "estimated_memory_bytes": self.outlook.expected.total,
         }
         print_lines(
             [
                 ("largest", f"{counts.tokens:,} tokens, {1 - counts.tokens / counts.padded:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s"),
-                ("peak", f"{plan['peak_memory_bytes'] / 1e9:.2f} GB"),
+                (
+                    "memory",
+                    f"{gb(backend.peak_memory(), 2)} GB at most, measured; "
+                    f"{gb(self.outlook.expected.total, 2)} estimated",
+                ),
+                *self.outlook.mac_lines(),
                 ("dry run", "nothing was trained or written"),
             ]
         )
@@ -154,6 +160,8 @@ def prepare(settings: Settings) -> ChatRun:
     improvement.check_evaluated(settings, bool(validation))
     resolve_length(settings, batches.per_epoch)
     length = describe_length(settings, batches.per_epoch)
+    outlook = foresee(settings, base, batches)
+    print_lines(outlook.lines())
     adapter_config = adapter.adapt(backbone, settings)
     if settings.grad_checkpoint:
         checkpoint_blocks(backbone)
@@ -168,7 +176,6 @@ def prepare(settings: Settings) -> ChatRun:
 
     folder = settings.folder
     trainer = ChatTrainer(backbone, batches, validation, settings, folder, save_model)
-    expected = expect(backbone, batches, settings)
     headline = [
         ("device", backend.describe()),
         *model_lines(settings, backbone, backbone),
@@ -177,8 +184,6 @@ def prepare(settings: Settings) -> ChatRun:
                  f"{rows.longest:,}; batch {size}, {length}, seed {settings.seed}"),
         ("rate", describe_rate(settings, defaults)),
         ("validation", quantity(len(valid), "conversation") if valid else "none: no valid.jsonl beside the data"),
-        ("memory", f"about {expected.total / 1e9:.2f} GB, an estimate: weights {expected.weights / 1e9:.2f}, "
-                   f"optimizer {expected.training / 1e9:.2f}, a step on the longest {expected.activations / 1e9:.2f}"),
     ]  # fmt: skip
     headline += conversation_lines(
         rows.where(0), rows.ids[0].tolist(), rows.trained[0].tolist(), tokenizer.tokenizer.decode
@@ -188,14 +193,13 @@ def prepare(settings: Settings) -> ChatRun:
     headline += [("ignored", ignored_keys(ignored))] if ignored else []
     headline += warnings(settings, rows, valid) + rope_warning(base)
     quantised = lora.is_quantised(backbone)
-    return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, quantised, expected)
+    return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, quantised, outlook)
 
 
-def expect(backbone: Decoder, batches: ChatBatches, settings: Settings) -> Estimate:
-    """Estimate the memory of a step on the largest batch."""
-    rows, width = batches.largest_part()
-    layers = len(backbone.layers) if settings.num_layers == -1 else settings.num_layers
-    return estimate(shape_of(backbone), Work(rows, width, layers, settings.grad_checkpoint, batches.parts))
+def foresee(settings: Settings, base: Path, batches: ChatBatches) -> Outlook:
+    """Return what the run will take at most, before any weight is read."""
+    backbone = load_backbone(base, bidirectional=False)
+    return Outlook.of(chat_job(settings, backbone, base, batches.widths(batches.longest()), batches.parts))
 
 
 def describe(settings: Settings, tokenizer: ChatTokenizer) -> str:

@@ -1,0 +1,182 @@
+"""How much memory a run takes at its peak, calculated from sizes before any weight is read.
+
+estimate(job, HERE).total                       bytes on this machine, as backend.peak_memory() will report them
+estimate(job, METAL).total                      on a Mac, in the checkpoint's dtype
+
+The job's sizes come from its settings, config.json and the headers of the safetensors (estimate_job.py). That covers
+mlx's arrays alone; `Estimate.process` is what the process takes beside them.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_retrieval import backend
+from mlx_retrieval.backbones.activations import (
+    Passes,
+    Sizes,
+    activations,
+    kept_activations,
+    language_model_activations,
+)
+from mlx_retrieval.models.cpu_model_runner import held_bytes
+from mlx_retrieval.training.cutting import Cutting
+from mlx_retrieval.training.step_memory import StepMemory, loss_of_tokens
+
+FLOAT32 = 4  # bytes
+# Of a chat step, which mlx-lm compiles together with the update: gradients and both moments; accumulated gradients too.
+CHAT_UPDATE, CHAT_ACCUMULATED = 3, 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """How a kind of device computes.
+
+    Attributes:
+        gpu: whether it is one: it computes in the checkpoint's dtype.
+        compiled: whether passes are compiled, with merged adapters.
+        fused: whether attention is written out for CPUs.
+        workers: micro-batches computed at the same time.
+        tokens: of a micro-batch at most, unless the settings say otherwise.
+        grid: padded lengths are multiples of it.
+    """
+
+    gpu: bool
+    compiled: bool
+    fused: bool
+    workers: int
+    tokens: int
+    grid: int
+
+
+METAL = Device(gpu=True, compiled=False, fused=False, workers=1, tokens=backend.GPU_TOKENS, grid=backend.GPU_GRID)
+
+
+def here() -> Device:
+    """Return the device of this process."""
+    return Device(
+        backend.IS_GPU,
+        backend.COMPILED,
+        backend.FUSED,
+        backend.WORKERS,
+        backend.MICRO_BATCH_TOKENS,
+        backend.LENGTH_GRID,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the memory of a run. Numbers are counts of numbers, unless they say bytes.
+
+    Attributes:
+        parameters: of the model, in a human's count.
+        numbers: floating-point numbers of the weights; `unused`, those of them that only CPUs read.
+        integers: bytes of quantised weights.
+        checkpoint: bytes of a number in the checkpoint.
+        trained: numbers that are trained.
+        new: those of them that are new, as an adapter's are, and float32 on every device.
+        merged, product: of weights that a CPU merges with adapters, and of their products for a token.
+        lengths: of sample batches, the tokens of each text.
+        representation: numbers of a text's representation, or of a token's if `token_vectors`.
+        queries: of a batch's texts, the first ones; needed with token_vectors.
+        auto: whether the budget is chosen by the memory there is (--micro-batch-tokens auto).
+        evaluation: bytes of the vectors and texts that an evaluation holds outside mlx.
+        chat: whether language modelling is trained, on rows of these lengths.
+        parts: chat: micro-batches of a batch.
+    """
+
+    sizes: Sizes
+    parameters: int
+    numbers: int
+    unused: int
+    integers: int
+    checkpoint: int
+    trained: int
+    new: int
+    merged: int
+    product: int
+    lengths: tuple[np.ndarray, ...]
+    representation: int
+    token_vectors: bool
+    queries: int = 0
+    train_type: str = "lora"
+    rank: int = 0
+    trained_layers: int = -1
+    grad_checkpoint: bool = False
+    cutting: Cutting = Cutting()
+    auto: bool = False
+    evaluation: int = 0
+    chat: bool = False
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of a run at its peak, in bytes. The first three are mlx's arrays."""
+
+    weights: int
+    optimizer: int
+    step: int
+    process: int = 0  # beside mlx's arrays
+
+    @property
+    def total(self) -> int:
+        """Return the peak of mlx's arrays."""
+        return self.weights + self.optimizer + self.step
+
+    @property
+    def of_process(self) -> int:
+        """Return the peak of the whole process."""
+        return self.total + self.process
+
+
+def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
+    """Return what a run takes at most on a device; `process`: see `Estimate`."""
+    width = job.checkpoint if device.gpu else FLOAT32
+    used = job.numbers - (0 if device.compiled or job.chat else job.unused)
+    trained = FLOAT32 * job.new + width * (job.trained - job.new)
+    weights = width * used + FLOAT32 * job.new + job.integers
+    if job.chat:
+        step = _chat_step(job, device, width)
+        updates = CHAT_ACCUMULATED if job.parts > 1 else CHAT_UPDATE
+        return Estimate(weights, updates * trained, step, process)
+    passes = _passes(job, device, width)
+
+    def of_pass(rows: int, length: int) -> float:
+        return trained + width * activations(job.sizes, passes, rows, length, job.rank)
+
+    def kept(rows: int, length: int) -> float:
+        return width * kept_activations(job.sizes, passes, rows, length, job.rank)
+
+    def held(tokens: int, in_passes: int) -> int:
+        return held_bytes(FLOAT32 * job.merged, FLOAT32 * job.product, tokens, in_passes)
+
+    step = StepMemory(
+        of_pass,
+        kept,
+        representation=FLOAT32 * job.representation,
+        trained=trained,
+        token_vectors=job.token_vectors,
+        compiled=passes.how == "compiled",
+        workers=device.workers if passes.how == "compiled" else 1,
+        loss=max(loss_of_tokens(lengths, job.queries) for lengths in job.lengths) if job.token_vectors else 0,
+        held=held if passes.how == "compiled" else lambda tokens, in_passes: 0,
+    )
+    cutting = dataclasses.replace(job.cutting, default=device.tokens, grid=device.grid)
+    return Estimate(weights, 2 * trained, max(step.peak(lengths, cutting) for lengths in job.lengths), process)
+
+
+def _passes(job: Job, device: Device, width: int) -> Passes:
+    how = "compiled" if device.compiled else "plain"
+    if job.grad_checkpoint:
+        how = "checkpointed" if device.fused else "plain checkpointed"
+    return Passes(how, job.train_type, width < FLOAT32, job.trained_layers)
+
+
+def _chat_step(job: Job, device: Device, width: int) -> int:
+    """Return what a step takes on the longest conversations."""
+    (lengths,) = job.lengths
+    part = np.array_split(np.sort(lengths), min(job.parts, len(lengths)))[-1]
+    rows, length = len(part), int(part.max())
+    return round(width * language_model_activations(job.sizes, _passes(job, device, width), rows, length))

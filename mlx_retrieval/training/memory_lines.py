@@ -1,0 +1,173 @@
+"""Whether a run fits: the lines of its first screen, and of --dry-run about Macs.
+
+print_lines(Outlook(job).lines())                   before any weight is read
+print_lines(Outlook(job).mac_lines())
+"""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_retrieval import backend
+from mlx_retrieval.training import memory
+from mlx_retrieval.training.estimate import METAL, Device, Estimate, Job, estimate, here
+
+GIB = 1 << 30
+MACS = (8, 16, 24, 32, 64)  # GiB of memory
+# Metal's recommended working set: 5,461 MiB on Macs of 8 GiB, 10,923 of 16, 21,845 of 32 and 49,152 of 64, as llama.cpp
+# prints it (its issues 5207, 2011 and 1870). What macOS and a browser need beside it is a guess.
+WORKING_SET, WORKING_SET_LARGE, LARGE = 2 / 3, 3 / 4, 36
+MACOS = 3 * GIB
+NEAR = 0.9  # flags are advised that leave a tenth free
+SHORTEST = 64  # tokens, below which no shorter texts are advised
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A job, and the memory that the process takes beside mlx's arrays, in bytes."""
+
+    job: Job
+    process: int
+
+    @classmethod
+    def of(cls, job: Job) -> "Outlook":
+        """Return the outlook of a job in this process, in which no weight is read yet."""
+        cache = 0 if backend.IS_GPU else backend.CACHE_BYTES
+        step = estimate(job, here()).step
+        process = resident() + min(cache, step) + job.evaluation
+        if job.auto:
+            job = with_budget(job, here(), int(memory.SHARE * memory.free()))
+        return cls(job, process)
+
+    @property
+    def expected(self) -> Estimate:
+        """The estimate on this machine."""
+        return estimate(self.job, here(), self.process)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return a line with the estimate and what this machine has, and a warning if it does not fit."""
+        expected = self.expected
+        whole, room = memory.total(), memory.free() + (0 if backend.IS_GPU else resident())
+        needed = expected.total if backend.IS_GPU else expected.of_process
+        text = (
+            f"{self.job.parameters:,} parameters; about {gb(needed)} GB at most, an estimate: weights "
+            f"{gb(expected.weights)}, optimizer {gb(expected.optimizer)}, a step {gb(expected.step)}"
+        )
+        if not backend.IS_GPU:
+            text += f", the process itself {gb(expected.process)}"
+        lines = [("memory", f"{text}; this machine has {gb(whole, 0)} GB, {gb(room)} free")]
+        if needed > room:
+            lines.append(("warning", f"this will probably not fit into {gb(room)} GB: {self._advice(room)}"))
+        return lines
+
+    def _advice(self, room: int) -> str:
+        taken = 0 if backend.IS_GPU else self.process
+        found = smallest_change(self.job, here(), int(NEAR * room) - taken)
+        if found is None:
+            return "no flag makes it fit; take a smaller or quantised model"
+        flags, changed = found
+        return f"{flags} would ({gb(estimate(changed, here()).total + taken)} GB)"
+
+    def mac_lines(self) -> list[tuple[str, str]]:
+        """Return a line each for Macs of several sizes, computed in the checkpoint's dtype."""
+        return [(f"Mac, {size} GB", self._mac(size)) for size in MACS]
+
+    def _mac(self, size: int) -> str:
+        share = WORKING_SET if size <= LARGE else WORKING_SET_LARGE
+        room = int(min(share * size * GIB, size * GIB - MACOS - self.process))
+        job = self.job
+        if job.auto:  # the budget that it has is this machine's
+            job = dataclasses.replace(job, cutting=dataclasses.replace(job.cutting, budget=0))
+        found = smallest_change(job, METAL, room)
+        if found is None:
+            return f"does not fit: {gb(estimate(job, METAL).total)} of {gb(room)} GB"
+        flags, changed = found
+        needed = f"{gb(estimate(changed, METAL).total)} of {gb(room)} GB"
+        return f"fits with {flags}: {needed}" if flags else f"fits: {needed}"
+
+
+def gb(count: float, digits: int = 1) -> str:
+    """Return bytes in GB, such as 1.9; below 0.05 with two digits."""
+    return f"{count / 1e9:.{2 if digits and count < 5e7 else digits}f}"
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has taken; on macOS the most that it has had."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+# --- flags that make it fit -------------------------------------------------------------------------------------------
+
+
+def smallest_change(job: Job, device: Device, room: int) -> tuple[str, Job] | None:
+    """Return the first flags, and the job with them, whose estimate is within `room` bytes; None if there are none.
+
+    First no flags, then those that cost least: they leave the result alone, then time, then change what is trained.
+    """
+    changes = _chat_changes(job) if job.chat else _changes(job, device)
+    return next(((flags, each) for flags, each in changes if estimate(each, device).total <= room), None)
+
+
+def with_budget(job: Job, device: Device, room: int) -> Job:
+    """Return the job with the largest budget whose estimate is within `room` bytes, or the smallest one."""
+    jobs = [dataclasses.replace(job, cutting=dataclasses.replace(job.cutting, budget=b)) for b in memory.GRID]
+    jobs = [each for each in jobs if each.cutting.budget <= memory.MOST]
+    return next((each for each in reversed(jobs) if estimate(each, device).total <= room), jobs[0])
+
+
+def _changes(job: Job, device: Device) -> Iterator[tuple[str, Job]]:
+    longest = max(int(lengths.max()) for lengths in job.lengths)
+    for length in (0, *_halves(longest)):
+        shorter = job if not length else _truncated(job, length)
+        for checkpointed in (False, True):
+            if checkpointed and job.grad_checkpoint:
+                continue
+            each = dataclasses.replace(shorter, grad_checkpoint=True) if checkpointed else shorter
+            for budget in (0, *_budgets(each, device)):
+                cutting = dataclasses.replace(each.cutting, budget=budget or each.cutting.budget)
+                flags = ["--grad-checkpoint"] * checkpointed
+                flags += [f"--micro-batch-tokens {budget}"] * bool(budget and not job.auto)
+                flags += [f"--max-length {length}"] * bool(length)
+                yield " ".join(flags), dataclasses.replace(each, cutting=cutting)
+
+
+def _budgets(job: Job, device: Device) -> list[int]:
+    """Return smaller budgets than the job's, largest first, down to one text."""
+    tokens = max(int(lengths.sum()) for lengths in job.lengths)
+    longest = max(int(lengths.max()) for lengths in job.lengths)
+    now = min(job.cutting.budget or device.tokens, tokens)
+    smaller = [budget for budget in memory.GRID if budget < now]
+    return [budget for budget in reversed(smaller) if 2 * budget > longest]
+
+
+def _halves(longest: int) -> list[int]:
+    """Return powers of two below the longest text, down to SHORTEST."""
+    return [1 << power for power in range(20, 0, -1) if SHORTEST <= 1 << power < longest]
+
+
+def _truncated(job: Job, length: int) -> Job:
+    return dataclasses.replace(job, lengths=tuple(np.minimum(each, length) for each in job.lengths))
+
+
+def _chat_changes(job: Job) -> Iterator[tuple[str, Job]]:
+    (widths,) = job.lengths
+    batch = len(widths)
+    for length in (0, *_halves(int(widths.max()))):
+        shorter = job if not length else _truncated(job, length)
+        for checkpointed in (False, True):
+            if checkpointed and job.grad_checkpoint:
+                continue
+            each = dataclasses.replace(shorter, grad_checkpoint=True) if checkpointed else shorter
+            for parts in (0, *(n for n in range(job.parts + 1, batch + 1) if batch % n == 0)):
+                flags = ["--grad-checkpoint"] * checkpointed + [f"--gradient-accumulation-steps {parts}"] * bool(parts)
+                flags += [f"--max-length {length}"] * bool(length)
+                yield " ".join(flags), dataclasses.replace(each, parts=parts or each.parts)

@@ -1,0 +1,211 @@
+"""Will it fit: estimates from sizes alone, the flags that are advised, and the lines about Macs.
+
+python -m pytest tests/training/test_estimate.py
+"""
+
+from dataclasses import replace
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+
+import train
+from mlx_retrieval import backend
+from mlx_retrieval.backbones.activations import (
+    NUMBERS,
+    Passes,
+    Sizes,
+    activations,
+    language_model_activations,
+    sizes_of,
+)
+from mlx_retrieval.training import memory, memory_lines, retrieval_run
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.cutting import Cutting
+from mlx_retrieval.training.estimate import METAL, Device, Job, estimate
+from mlx_retrieval.training.memory_lines import GIB, Outlook
+
+GB = 10**9
+PLAIN = Device(gpu=False, compiled=False, fused=False, workers=1, tokens=2048, grid=1)
+CPU = Device(gpu=False, compiled=True, fused=True, workers=3, tokens=1024, grid=4)
+SIZES = Sizes("bert", layers=2, hidden=8, heads=2, attention=8, keys=8, inner=32, vocabulary=100)
+JOB = Job(
+    SIZES,
+    parameters=1000,
+    numbers=1000,
+    unused=0,
+    integers=0,
+    checkpoint=2,
+    trained=60,
+    new=60,
+    merged=500,
+    product=40,
+    lengths=(np.array([10, 10, 4]),),
+    representation=8,
+    token_vectors=False,
+)
+QWEN = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
+QWEN |= {"num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28, "vocab_size": 151_936}
+
+
+def test_an_estimate_by_hand():
+    """Two blocks of BERT, uncompiled in float32: every trained number four bytes, moments twice as many."""
+    (h, _, _, i, s), (h1, _, _, i1, s1) = NUMBERS["bert"]["plain"]
+
+    def numbers(rows: int, width: int) -> float:
+        block, once = h * 8 + i * 32 + s * 2 * width, h1 * 8 + i1 * 32 + s1 * 2 * width
+        return rows * width * (2 * block + once)
+
+    assert activations(SIZES, Passes("plain"), 2, 10) == pytest.approx(numbers(2, 10))
+    result = estimate(JOB, PLAIN)
+    assert (result.weights, result.optimizer) == (4 * 1000 + 4 * 60, 2 * 4 * 60)
+    assert result.step == pytest.approx(4 * (60 + numbers(3, 10)), abs=1)  # all at once
+    assert result.total == sum((result.weights, result.optimizer, result.step)) == result.of_process
+    # In the checkpoint's 16 bits on a Mac; what is new is float32 everywhere.
+    assert estimate(JOB, METAL).weights == 2 * 1000 + 4 * 60
+
+
+@pytest.mark.parametrize("device", [PLAIN, CPU, METAL])
+def test_more_work_takes_more_memory(device):
+    job = replace(JOB, sizes=sizes_of(QWEN), lengths=(np.array([300, 200, 100, 50] * 8),))
+    least = estimate(job, device).total
+    longer = (np.array([1600, 1200, 800, 700] * 8),)
+    for more in ({"lengths": longer}, {"numbers": 2000}, {"trained": 900, "new": 900}, {"rank": 64}, {"merged": 9000}):
+        assert estimate(replace(job, **more), device).total >= least
+    for name in ("layers", "hidden", "inner", "heads"):
+        bigger = replace(job.sizes, **{name: 2 * getattr(job.sizes, name)})
+        assert estimate(replace(job, sizes=bigger), device).total > least
+    full = replace(job, train_type="full", trained=1000, new=0)
+    assert estimate(full, device).optimizer > estimate(job, device).optimizer
+    assert estimate(replace(job, grad_checkpoint=True), device).total < least
+    assert estimate(replace(job, trained_layers=2), device).total < least
+    assert estimate(replace(job, cutting=Cutting(budget=512)), device).total <= least
+    late = replace(job, token_vectors=True, representation=1024, queries=16)
+    assert estimate(late, device).step > estimate(replace(late, representation=128), device).step
+
+
+def test_language_models_add_their_logits():
+    few, many = (replace(sizes_of(QWEN), vocabulary=n) for n in (1000, 2000))
+    difference = [language_model_activations(sizes, Passes("plain"), 2, 10) for sizes in (few, many)]
+    assert difference[1] - difference[0] == 4 * 2 * 10 * 1000
+    checkpointed = language_model_activations(many, Passes("checkpointed"), 2, 10)
+    assert checkpointed < difference[1]
+    chat = replace(JOB, sizes=many, chat=True, lengths=(np.array([10, 10]),))
+    assert estimate(chat, PLAIN).step == round(4 * difference[1])
+    assert estimate(replace(chat, parts=2), PLAIN).step < estimate(chat, PLAIN).step
+
+
+def test_the_flags_that_make_it_fit_are_the_ones_that_cost_least():
+    job = replace(JOB, sizes=sizes_of(QWEN), numbers=600_000_000, lengths=(np.array([512] * 64),), rank=16)
+    needed = estimate(job, METAL).total
+    assert memory_lines.smallest_change(job, METAL, needed) == ("", job)
+    flags, changed = memory_lines.smallest_change(job, METAL, needed // 2)
+    assert flags == f"--micro-batch-tokens {changed.cutting.budget}" and changed.cutting.budget < METAL.tokens
+    assert estimate(changed, METAL).total <= needed // 2
+    larger = replace(changed, cutting=Cutting(budget=2 * changed.cutting.budget))
+    assert estimate(larger, METAL).total > needed // 2
+    weights = 2 * 600_000_000
+    assert "--grad-checkpoint" in memory_lines.smallest_change(job, METAL, weights + GB)[0]
+    assert memory_lines.smallest_change(job, METAL, weights) is None
+    chat = replace(job, chat=True, lengths=(np.array([512] * 4),))
+    flags, changed = memory_lines.smallest_change(chat, METAL, int(0.8 * estimate(chat, METAL).total))
+    assert flags == f"--gradient-accumulation-steps {changed.parts}" and changed.parts == 2
+
+
+def test_auto_takes_the_budget_that_fits_here_and_on_a_mac():
+    job = replace(JOB, sizes=sizes_of(QWEN), numbers=600_000_000, lengths=(np.array([512] * 64),), rank=16, auto=True)
+    room = estimate(job, METAL).total // 2
+    chosen = memory_lines.with_budget(job, METAL, room)
+    assert estimate(chosen, METAL).total <= room and chosen.cutting.budget in memory.GRID
+    assert memory_lines.with_budget(job, METAL, 0).cutting.budget == memory.GRID[0]
+    assert "--micro-batch-tokens" not in "".join(line for _, line in Outlook(job, 0).mac_lines())
+
+
+def test_macs():
+    """Metal's working set, and what macOS leaves; in the checkpoint's dtype, whatever this machine computes in."""
+    job = replace(JOB, sizes=sizes_of(QWEN), numbers=600_000_000, lengths=(np.array([512] * 64),), rank=16)
+    lines = dict(Outlook(job, process=int(0.5 * GIB)).mac_lines())
+    assert list(lines) == [f"Mac, {size} GB" for size in (8, 16, 24, 32, 64)]
+    rooms = [float(line.split(" of ")[1].split()[0]) for line in lines.values()]
+    expected = [min(2 / 3 * size, size - 3.5) * GIB / 1e9 for size in (8, 16, 24, 32)]
+    assert rooms == [round(room, 1) for room in [*expected, 0.75 * 64 * GIB / 1e9]]
+    assert "--grad-checkpoint" in lines["Mac, 8 GB"] or "--micro-batch-tokens" in lines["Mac, 8 GB"]
+    assert all(len(name) + 3 + len(line) <= 80 for name, line in lines.items()), lines
+    huge = Outlook(replace(job, numbers=200_000_000_000), process=0)
+    assert dict(huge.mac_lines())["Mac, 64 GB"].startswith("does not fit: ")
+
+
+def test_a_run_says_before_it_reads_a_weight_whether_it_fits(settings, monkeypatch, capsys):
+    """The line is there, and the warning with flags; nothing of the model is in memory by then."""
+    before = mx.get_active_memory()
+    read = []
+
+    def note(*_, **__):
+        read.append(mx.get_active_memory() - before)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieval_run, "seed", note)
+    with pytest.raises(KeyboardInterrupt):
+        training_run.prepare(settings())
+    assert read[0] < 20_000  # random keys; the weights are 240 kB
+    out = capsys.readouterr().out
+    assert out.startswith("memory   ") and "parameters; about" in out and "an estimate: weights" in out
+    assert "free" in out and "warning" not in out
+    monkeypatch.setattr(memory, "free", lambda: 0)
+    monkeypatch.setattr(memory_lines, "resident", lambda: 100_000)
+    with pytest.raises(KeyboardInterrupt):
+        training_run.prepare(settings())
+    assert "warning: this will probably not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"train_type": "full"}, marks=pytest.mark.slow),
+        {"task": "late"},
+        pytest.param({"grad_checkpoint": True, "micro_batch_tokens": 256}, marks=pytest.mark.slow),
+        pytest.param({"micro_batch_tokens": 256}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_estimate_is_near_the_peak(settings, monkeypatch, changes):
+    """Of a tiny model, whose small arrays weigh more than in real ones: benchmarks/memory.py holds 15 % on those."""
+    monkeypatch.setattr(backend, "COMPILED", False)
+    run = training_run.prepare(settings(batch_size=32, **changes))
+    peak = 0
+    for k in range(2):
+        run.trainer.update(run.trainer.batches.batch(k), k + 1)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        active = mx.get_active_memory()
+        run.trainer.update(run.trainer.batches.batch(k), k + 2)
+        peak = max(peak, backend.peak_memory() - active)
+    expected = run.outlook.expected
+    assert 0.6 < expected.step / peak < 1.6, (expected, peak)
+
+
+def test_the_dry_run_has_the_estimate_and_a_line_a_mac(settings, capsys):
+    plan = train.train(settings(dry_run=True))
+    assert plan["estimated_memory_bytes"] > 0
+    out = capsys.readouterr().out
+    assert out.count("Mac, ") == 5 and "measured;" in out
+
+
+def test_the_checkpoint_is_known_by_its_headers(tmp_path):
+    from mlx_retrieval.training.estimate_job import checkpoint_width
+
+    for dtype, width in ((mx.bfloat16, 2), (mx.float32, 4)):
+        mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.zeros((4, 4), dtype), "b": mx.zeros(2)})
+        assert checkpoint_width(tmp_path) == width
+
+
+def test_sizes_of_configs():
+    assert sizes_of(QWEN) == Sizes("qwen3", 28, 1024, 16, 2048, 1024, 3072, 151_936)
+    moe = sizes_of(QWEN | {"model_type": "qwen3_moe", "num_experts_per_tok": 8, "moe_intermediate_size": 768})
+    assert moe.inner == 8 * 768
+    t5 = {"model_type": "mt5", "d_model": 8, "d_kv": 4, "num_heads": 3, "num_layers": 2, "d_ff": 16, "vocab_size": 9}
+    assert sizes_of(t5) == Sizes("gated t5", 2, 8, 3, 12, 12, 16, 9)
+    assert sizes_of({"model_type": "gemma3", "text_config": QWEN | {"model_type": "gemma3_text"}}).family == "gemma"
+    assert {family for family in NUMBERS} >= {"bert", "modernbert", "t5", "gated t5", "llama", "qwen3", "gemma"}
