@@ -267,7 +267,7 @@ def check_training(words: list[str]) -> None:
     if settings.task:
         settings.check_task(settings.task)
     free = {"dry_run", "profile", "resume", "overwrite"} & given.keys()
-    assert not argv or given.keys() & {"output"} or free, "a second run in adapters/ is refused: add --output"
+    assert not argv or given.keys() & {"output"} or free, "a second run trains into adapters-2: name it with --output"
 
 
 @pytest.mark.parametrize("words", TRAIN)
