@@ -30,10 +30,14 @@ NUMBER = re.compile(r"[+-]?[\d.,]+")
 MOST = 30  # columns that are looked at
 
 
-def suggestion(row: Mapping[str, Any]) -> str:
-    """Return the `--columns ...` that would most likely make a row of a query and a document; "" = no idea."""
-    own = {role: key for key in row for role in ("query", "document") if role_of(key) == role and row[key] is not None}
-    texts = {key: row[key] for key in row if role_of(key) is None and _may_be_text(key, row[key])}
+def suggestion(row: Mapping[str, Any], by_name: bool = True) -> str:
+    """Return the `--columns ...` that would most likely make a row of a query and a document; "" = no idea.
+
+    `by_name`: whether keys with the names of roles are read without it.
+    """
+    own = {role: key for key in row if (role := role_of(key)) in ("query", "document") and row[key] is not None}
+    own = own if by_name else {}
+    texts = {key: row[key] for key in row if not (by_name and role_of(key)) and _may_be_text(key, row[key])}
     if len(plain := {key: text for key, text in texts.items() if not is_origin(snake_case(key))}) + len(own) >= 2:
         texts = plain
     texts = dict(list(texts.items())[:MOST])
@@ -58,7 +62,8 @@ def _may_be_text(key: str, value: Any) -> bool:
 def _score(query: str, document: str, row: Mapping[str, Any]) -> float:
     """Return how likely these keys hold a query and its document."""
     first, second = str(row[query]).strip(), str(row[document]).strip()
-    score = 3.0 * _named(query, QUERY_WORDS) + 3.0 * _named(document, DOCUMENT_WORDS)
+    score = 6.0 * (role_of(query) == "query") + 6.0 * (role_of(document) == "document")
+    score += 3.0 * _named(query, QUERY_WORDS) + 3.0 * _named(document, DOCUMENT_WORDS)
     score += 2.0 * first.endswith(("?", "？")) - 2.0 * second.endswith(("?", "？"))
     return score + (len(first) <= len(second)) + 0.5 * len(second) / (len(first) + len(second))
 

@@ -194,6 +194,7 @@ def first_row(file: Path | str, columns: Columns | None = None) -> Any:
 
 
 def _head(handle: BinaryIO) -> bytes:
+    handle.seek(0)  # macOS opens /dev/stdin where it was left
     head = handle.read(HEAD)
     handle.seek(0)
     return head

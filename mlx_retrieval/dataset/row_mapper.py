@@ -5,7 +5,7 @@ row = mapper.row(line.data, file.columns)
 mapper.check()                              # UserError if no row had a column of that name
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from mlx_retrieval.dataset.columns import Columns, has, missing, names
 from mlx_retrieval.dataset.json_lines import parse_object
@@ -46,7 +46,9 @@ class RowMapper:
         self.used |= changed is not row
         return changed
 
-    def check(self) -> None:
-        """Raise UserError if there is a column that no row had."""
-        if self._unseen:
-            raise UserError(missing(sorted(self._unseen), list(self._keys)))
+    def check(self, others: Iterable["RowMapper"] = ()) -> None:
+        """Raise UserError if there is a column that no row had, neither here nor in the rows of other sources."""
+        mappers = [self, *others]
+        if unseen := set.intersection(*(mapper._unseen for mapper in mappers)):
+            keys = dict.fromkeys(key for mapper in mappers for key in mapper._keys)
+            raise UserError(missing(sorted(unseen), list(keys)))

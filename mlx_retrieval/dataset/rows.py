@@ -83,6 +83,7 @@ class Rows:
         skip_bad: leave out rows that cannot be used; `skipped` lists them as "file:line: reason".
         ignore_keys: keys of rows that are treated as absent.
         columns: the columns that rows are made of, see columns.py; None = by their own names.
+        check_columns: whether each of them must be in some row.
 
     Raises UserError with file, line and reason at the first bad row, or if no row is left.
     """
@@ -93,6 +94,7 @@ class Rows:
         skip_bad: bool = False,
         ignore_keys: Collection[str] = (),
         columns: Columns | None = None,
+        check_columns: bool = True,
     ):
         self.files = list(files)
         self.ignore_keys = frozenset(ignore_keys)
@@ -107,7 +109,7 @@ class Rows:
         self._contents: list[Content] = []
         self.constant: dict[str, str] | None = None
         self._opened = [RowFile(file, columns) for file in self.files]
-        mapper = RowMapper(columns, ignore_keys)
+        self.mapper = mapper = RowMapper(columns, ignore_keys)
         starts, sizes, numbers, counts, texts = array("Q"), array("I"), array("I"), [0], []
         for file, opened in zip(self.files, self._opened, strict=True):
             counter, mapper.used = readings.ReadingCounter(), False
@@ -122,7 +124,8 @@ class Rows:
                 files=[Place(file) for file in self.files],
                 first=f"; the first that was left out: {self.skipped[0]}" if self.skipped else "",
             )
-        mapper.check()
+        if check_columns:
+            mapper.check()
         if len(starts) == 1:  # with which nothing is shared
             self.constant = {}
         self._order: tuple[tuple[int, int], np.ndarray] | None = None

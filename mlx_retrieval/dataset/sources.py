@@ -171,7 +171,9 @@ def open_source(
         any(weight for _, weight in parts) or any(server.is_address(source) for source, _ in parts)
     ):
         return _open([source for source, _ in parts], chosen, es_query, skip_bad, ignore_keys)
-    opened = [_open([source], chosen, es_query, skip_bad, ignore_keys) for source, _ in parts]
+    opened = [_open([source], chosen, es_query, skip_bad, ignore_keys, check_columns=False) for source, _ in parts]
+    if mappers := [source.mapper for source in opened if isinstance(source, Rows)]:
+        mappers[0].check(mappers[1:])
     return InterleavedRows(opened, [weight or Fraction(1) for _, weight in parts])
 
 
@@ -181,9 +183,10 @@ def _open(
     es_query: str | None,
     skip_bad: bool,
     ignore_keys: Collection[str],
+    check_columns: bool = True,
 ) -> Source:
     if not server.is_address(sources[0]):
-        return Rows(find_files(sources), skip_bad, ignore_keys, columns)
+        return Rows(find_files(sources), skip_bad, ignore_keys, columns, check_columns)
     query = None
     if es_query:
         try:

@@ -24,6 +24,7 @@ from mlx_retrieval.dataset.columns import Columns
 from mlx_retrieval.dataset.columns import names as mapped_names
 from mlx_retrieval.dataset.json_lines import MAX_ROW_BYTES, Fault
 from mlx_retrieval.dataset.roles import role_of, snake_case
+from mlx_retrieval.dataset.unread_keys import is_origin
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import quantity, shell
 
@@ -34,10 +35,11 @@ UNQUOTED = ("\t", "|")  # between these, quotes may be signs like any other
 LINE = 1 << 16  # characters that are read at once
 
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
-ID = re.compile(r"(?=.*\d)[\w.:/#-]*")  # a column of such cells holds no texts
+ID = re.compile(r"(?=.*\d)[\w.:/#-]*", re.ASCII)
 NUMBERS = ("label", "rank")  # roles
-LISTS = ("negatives", "documents", "scores", "positive scores", "negative scores")
-POSITIVES = ("positives", "pos", "positive_passages", "positive_messages")  # columns that may be lists as well
+SCORES = ("scores", "positive scores", "negative scores")
+TEXTS = ("negatives", "documents")
+POSITIVES = ("positives", "pos", "positive_passages", "positive_messages")  # columns that may be lists of texts as well
 CONVERSATION = ("messages", "tools")  # columns of JSON
 
 
@@ -109,9 +111,7 @@ class Table:
             self.labels = {number: f"column {number}" for number in numbers}
             self.labels |= {key: "+".join(map("column {}".format, group)) for key, group in columns.items()}
             return numbers
-        texts = [
-            i for i in range(width) if not all(ID.fullmatch(record[i].strip()) for record in records if len(record) > i)
-        ]
+        texts = [i for i in range(width) if any(_is_text(record[i]) for record in records if len(record) > i)]
         if len(texts) < width or width < 2:
             other = next((i for i in range(width) if i not in texts), 0)
             roles = ("query", "document", "negatives")
@@ -175,9 +175,11 @@ def _cell_reader(key: str, columns: Columns | None):
     role = next(iter(roles), None) or role_of(key)
     if role in NUMBERS:
         return _number_or_list if snake_case(name) == "score" else _number
-    if role in LISTS or snake_case(name) in (*POSITIVES, *CONVERSATION):
-        return _list
-    return str
+    if role in SCORES:
+        return _number_or_list
+    if role in TEXTS or snake_case(name) in POSITIVES:
+        return _texts
+    return _json if snake_case(name) in CONVERSATION else str
 
 
 def _number(cell: str) -> Any:
@@ -187,14 +189,22 @@ def _number(cell: str) -> Any:
 
 
 def _number_or_list(cell: str) -> Any:
-    return _list(cell) if cell.lstrip().startswith("[") else _number(cell)
+    return _json(cell) if cell.lstrip().startswith("[") else _number(cell)
 
 
-def _list(cell: str) -> Any:
-    """Return the list that a cell holds, as JSON or as Python writes it, a number, or the text. ValueError."""
+def _texts(cell: str) -> Any:
+    """Return the list of texts or passages that a cell holds, the passage, or the cell as one text. ValueError."""
+    value = _json(cell)
+    if isinstance(value, list) and not any(isinstance(item, int | float) for item in value):
+        return value
+    return value if isinstance(value, dict) and "text" in value else cell
+
+
+def _json(cell: str) -> Any:
+    """Return the list or object that a cell holds, as JSON or Python writes it, or the cell. ValueError."""
     text = cell.strip()
     if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
-        return _number(cell) if NUMBER.fullmatch(text) and "." in text else cell
+        return cell
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -267,13 +277,19 @@ def _layout(sample: str) -> Layout:
 
 
 def _is_header(cells: Sequence[str], wanted: Sequence[str], by_number: bool) -> bool:
-    """Return whether the first record names the columns: one is a known name, or all cells could be names.
+    """Return whether the first record names the columns: one is a known name, also of ids, or all could be names.
 
     The latter does not count if `--columns` calls columns by their numbers.
     """
     cells = [cell.strip() for cell in cells]
-    known = any(cell in wanted or role_of(cell) for cell in cells)
+    origins = any(len(cell.split()) <= 2 and is_origin(snake_case(cell)) for cell in cells)
+    known = origins or any(cell in wanted or role_of(cell) for cell in cells)
     return known or (not by_number and all(_is_name(cell) for cell in cells))
+
+
+def _is_text(cell: str) -> bool:
+    """Return whether a cell could be a text rather than a number, a date or an id."""
+    return any(map(str.isalpha, cell)) and not ID.fullmatch(cell.strip())
 
 
 def _is_name(cell: str) -> bool:

@@ -105,7 +105,12 @@ def test_files_of_different_names(rows, write_rows):
     )
     read = sources.open_source([str(one), str(other)], "query=frage,document=antwort")
     assert [(example.query, example.positive) for example in (read[0], read[1])] == [("a", "b"), ("c", "d")]
-    assert read.readings == ["a.jsonl: frage -> query, antwort -> document", "b.jsonl: query, pos -> document"]
+    readings = ["a.jsonl: frage -> query, antwort -> document", "b.jsonl: query, pos -> document"]
+    assert read.readings == readings
+    mixture = [f"{one}:2", f"{other}:1"]
+    assert sources.open_source(mixture, "query=frage,document=antwort").readings == readings
+    with pytest.raises(UserError, match="no row has neg; there are frage, antwort, query, pos"):
+        sources.open_source(mixture, "query=frage,document=antwort,negatives=neg")
 
 
 # --- suggestions ------------------------------------------------------------------------------------------------------

@@ -284,6 +284,17 @@ def test_invalid_mappings(text, message):
         columns.parse(text)
 
 
+def test_an_index_of_other_fields_is_told_its_columns(stub):
+    stub.answers = Shard([{"question": "Why?", "reply": "Because it is old.", "id": "7"}])
+    with pytest.raises(errors.UserError) as error:
+        ElasticRows(stub.address, columns.parse(columns.ELASTIC_DEFAULT))
+    assert str(error.value).endswith("(there: id, question, reply); try --columns query=question,document=reply")
+    rows = ElasticRows(stub.address, columns.parse("query=question,document=reply"))
+    assert rows.readings == [f"{stub.address}: question -> query, reply -> document"]
+    with pytest.raises(errors.UserError, match=r"no field repli .*did you mean reply"):
+        ElasticRows(stub.address, columns.parse("query=question,document=repli"))
+
+
 def test_a_mapping_that_makes_no_row(stub):
     stub.answers = Shard([{"q": "x"}])
     with pytest.raises(errors.UserError, match="--columns: no positive"):

@@ -286,6 +286,8 @@ def test_conversations_are_recognised_in_every_format(tmp_path, form, packed):
         "messages": [{"messages": [*said(Q), *said(D, "assistant")]}],
         "ms-swift": SHAPES["ms-swift"][0],
         "pairs": SHAPES["query, answer"][0],
+        "text": [{"text": D, "source": "a"}],
+        "title": [{"title": Q, "text": D}],
     }
     for name, rows in conversations.items():
         if form != "jsonl" and len(rows[0]) < 2 and form.endswith(("csv", "tsv")):
@@ -293,4 +295,4 @@ def test_conversations_are_recognised_in_every_format(tmp_path, form, packed):
         content = FORMATS[form](rows)
         path = tmp_path / f"{name}.{form}{packed}"
         path.write_bytes(gzip.compress(content) if packed else content)
-        assert is_chat([str(path)]) == (name in ("prompt", "messages")), name
+        assert is_chat([str(path)]) == (name in ("prompt", "messages", "text")), name

@@ -92,6 +92,18 @@ def test_without_a_header(table):
     assert pairs(rows) == [("How?", "So")]
 
 
+def test_headers_of_questions_and_columns_of_dates(table):
+    """Bug guarded against: the dates of a form's export were queries, its questions documents."""
+    names = 'Zeitstempel,"Wie lautet Ihre Frage?","Was ist die Antwort?"\n'
+    rows = "".join(f"2024-01-0{i} 10:00,Warum tropft der Boiler {i}?,Das Ventil ist alt\n" for i in range(1, 4))
+    with pytest.raises(
+        UserError, match="csv:1: no header, and column 1 holds no texts; .*--columns query=2,document=3"
+    ):
+        table(rows)
+    with pytest.raises(UserError, match="csv:2: keys .* fit no format; try --columns"):
+        table(names.replace("Zeitstempel", "Timestamp") + rows)
+
+
 def test_numbers_and_lists_in_cells(table):
     rows = table("query,document,label\na,b,0.5\nc,d,1\ne,f, 0 \n")
     assert [rows[i].scores for i in range(3)] == [(0.5,), (1.0,), (0.0,)]
@@ -102,6 +114,8 @@ def test_numbers_and_lists_in_cells(table):
     assert rows[0] == Example("a", "b", ("m", "n"), 1, (3.0, 2.0, 1.5)) and rows[1].negatives == ("m, x", "n")
     rows = table('query,answer,negative\na,"[""no"", ""list""]",[1] is a note\nc,d,[sic]\n')
     assert rows[0] == Example("a", '["no", "list"]', ("[1] is a note",), 1)
+    rows = table('query,answer,negative\na,b,3.14\nc,d,"[1, 2]"\ne,f,"{""x"": 1}"\n')
+    assert [rows[i].negatives for i in range(3)] == [("3.14",), ("[1, 2]",), ('{"x": 1}',)]
     rows = table("q,d,s\na,b,0.5\n", columns="query=q,document=d,label=s")
     assert rows[0].scores == (0.5,)
     for cell in ("yes", "1.5", "nan", "0,5"):

@@ -229,7 +229,7 @@ class ElasticRows:
             self.fields = {key: names for key, names in self.fields.items() if key != "rank"}
         if missing:
             near = next(filter(None, (near_miss(name, there) for name in sorted(missing))), "")
-            hint = suggestion(self.documents.first())
+            hint = suggestion(self.documents.first(), by_name=False)
             raise UserError(
                 f"{self.address}: no field {', '.join(sorted(missing))} (there: {listing(there)}){near}; "
                 f"{f'try {hint}' if hint else '--columns names the fields'}"

@@ -28,6 +28,7 @@ from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.row_files import RowFile, first_row
 from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.dataset.sources import local
+from mlx_retrieval.dataset.unread_keys import is_origin
 from mlx_retrieval.training.chat.messages import dialogue_of, text_of, unread_keys, without_keys
 from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
 from mlx_retrieval.utils.errors import UserError
@@ -52,7 +53,10 @@ def row_format(row: dict) -> str | None:
 
 
 def is_chat(sources: Sequence[str]) -> bool:
-    """Return whether the first row of `--data` is a conversation. Unreadable files are left for the run to report."""
+    """Return whether the first row of `--data` is a conversation, or a `text` without another text beside it.
+
+    Unreadable files are left for the run to report.
+    """
     if "://" in sources[0]:
         return False
     file = find_files(local(sources[:1]))[0]
@@ -60,7 +64,12 @@ def is_chat(sources: Sequence[str]) -> bool:
         row = first_row(file)
     except UserError:
         return False
-    return isinstance(row, dict) and row_format(row) is not None
+    if not isinstance(row, dict) or (form := row_format(row)) is None:
+        return False
+    others = [
+        key for key in row if key != "text" and isinstance(row[key], str) and not is_origin(roles.snake_case(key))
+    ]
+    return form != "text" or not others  # a title and a text may be rows for retrieval, under other names
 
 
 def _render(row: dict, kind: str | None, tokenizer: ChatTokenizer, mask_prompt: bool) -> Rendered:
