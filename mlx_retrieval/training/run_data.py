@@ -56,7 +56,8 @@ def open_data(settings: Settings) -> RunData:
     if settings.eval_tasks is None and settings.holdout != 0:
         hub = [name for name in names(settings.data) if name.startswith(HUB)]
         valid_files += filter(None, map(hub_validation, hub))
-    validation = Rows(valid_files, settings.skip_bad_rows, settings.ignore_keys, columns) if valid_files else None
+    chosen = (settings.skip_bad_rows, settings.ignore_keys, columns, False)
+    validation = Rows(valid_files, *chosen) if valid_files else None
     lines = [("reads", line) for line in rows.readings]
     lines += [("left out", line) for line in rows.skipped[:20]]
     data = RunData(rows, validation, lines, settings.eval_tasks or [])

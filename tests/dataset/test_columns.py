@@ -13,6 +13,8 @@ from mlx_retrieval.dataset import column_hints, columns, row_files, sources
 from mlx_retrieval.dataset.json_lines import RowError
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.mining import collection
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -111,6 +113,14 @@ def test_files_of_different_names(rows, write_rows):
     assert sources.open_source(mixture, "query=frage,document=antwort").readings == readings
     with pytest.raises(UserError, match="no row has neg; there are frage, antwort, query, pos"):
         sources.open_source(mixture, "query=frage,document=antwort,negatives=neg")
+
+
+def test_validation_rows_may_lack_a_column(tmp_path):
+    (tmp_path / "train.csv").write_text("frage,antwort,neg\na,b,n\nc,d,m\n")
+    (tmp_path / "valid.csv").write_text("frage,antwort\ne,f\n")
+    chosen = "query=frage,document=antwort,negatives=neg"
+    data = open_data(Settings(data=[str(tmp_path)], columns=chosen, eval_tasks=[]))
+    assert len(data.rows) == 2 and data.rows.has_negatives and len(data.validation) == 1
 
 
 # --- suggestions ------------------------------------------------------------------------------------------------------
