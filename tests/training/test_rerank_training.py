@@ -304,7 +304,7 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
     evaluations = Evaluations(lambda: None, tmp_path)
     evaluations.first_stage, evaluations.before = evaluation("BM25", 0.5, 0.7), before
     evaluations.last = Step(9, evaluation("r", 0.4, 0.6))
-    run = RetrievalRun(Settings(), tmp_path, None, None, evaluations, None, tmp_path, [])
+    run = RetrievalRun(Settings(), tmp_path, None, None, evaluations, None, tmp_path, None, [])
     run.print_results()
     out = capsys.readouterr().out
     head, row = (next(line.split() for line in out.splitlines() if word in line) for word in ("metric", " nDCG@10"))
@@ -390,6 +390,10 @@ def test_command(settings, tmp_path, capsys):
     command += ["--steps", "2", "--max-length", "300", "--output", str(tmp_path / "cli"), "--eval-tasks"]
     assert train.main(command) == 0
     out = capsys.readouterr().out
-    assert "qwen3 reranker, yes_no, 300 tokens" in out and "python rerank.py --model" in out
+    assert (
+        "qwen3 reranker, 300 tokens" in out
+        and "yes_no, temperature 1 (defaults of a qwen3" in out
+        and "python rerank.py --model" in out
+    )
     assert "loss: yes_no" in (tmp_path / "cli" / "config.yaml").read_text()
     assert Path(tmp_path / "cli" / "final" / "adapters.safetensors").is_file()
