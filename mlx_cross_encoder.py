@@ -213,7 +213,9 @@ class _Config(Settings):
         values |= {name: value for name, value in renamed.items() if value is not None}
         values |= {"batch_size": batch, "steps": math.ceil(self.num_epochs * rows / batch)}
         values |= {"eval_steps": self.eval_steps or math.ceil(rows / batch), "data": [str(run / "data")]}
-        return Settings(**values | {"model": model, "task": "rerank", "reranker_type": kind, "output": str(run)})
+        settings = Settings(**values | {"model": model, "task": "rerank", "reranker_type": kind, "output": str(run)})
+        settings.resolve_weights()
+        return settings
 
 
 @dataclass(kw_only=True)

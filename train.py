@@ -7,6 +7,7 @@ python train.py --model mlx-community/Llama-3.2-3B-Instruct-4bit --iters 222 --n
 python train.py --config adapters/config.yaml --output again     the settings of another run, flags win
 python train.py --resume --output adapters              continue a run that was stopped
 python train.py --resume --output adapters --steps 300  make a finished one longer
+python train.py --model adapters/best --data new.jsonl --output second    go on with an adapter on other data
 mlx.launch -n 2 python train.py                         two processes that train as one
 """
 

@@ -17,8 +17,8 @@ SHOWN = 5  # names of models that a message lists
 
 
 def toolkit_relative(name: str) -> str:
-    """Return a base model's name for a saved folder: absolute if it depends on the current folder, else as given."""
-    if not Path(name).expanduser().is_dir() or (CHECKOUT / name).is_dir():
+    """Return a model's name for a saved folder: absolute if it depends on the current folder, else as given."""
+    if not Path(name).expanduser().is_dir() or (CHECKOUT / name / "config.json").is_file():
         return name
     return str(Path(name).expanduser().resolve())
 

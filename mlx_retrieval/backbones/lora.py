@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from mlx_retrieval.backend import mx, nn
 
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.utils.errors import SettingError
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
+INNER = ("linear.weight", "embedding.weight")  # of mlx-lm's adapted layers: the weight that the update changes
 ROUTERS = ("gate", "router")  # in mlx-lm's mixtures of experts: the layer that chooses the experts
 
 
@@ -107,9 +108,51 @@ def attach(backbone: Backbone, config: dict) -> None:
         raise SettingError("{train_type} {value}: {reason}", value=config["fine_tune_type"], reason=error) from error
 
 
-def _unfreeze(backbone: Backbone, count: int) -> None:
+def attached_keys(backbone: Backbone, keys: Sequence[str], num_layers: int) -> list[str]:
+    """Return the keys, as `adapt` takes them, of the update that is attached to a backbone; [] = of all layers.
+
+    Raises UserError if `keys`, where there are any, match other layers than the update has.
+    """
+    names = linear_names(backbone, num_layers)
+    attached = [name.removesuffix(".linear") for name in names if name.endswith(".linear")]
+    names = [name.removesuffix(".linear") for name in names]
+    if keys and set(matching(names, keys)) != set(attached):
+        raise SettingError(
+            "{lora_keys} {keys}: the adapter goes on with the layers that it has, {attached}",
+            keys=" ".join(keys),
+            attached=", ".join(attached),
+        )
+    every = [name for name in names if name.rsplit(".", 1)[-1] not in ROUTERS]
+    return [] if set(every) == set(attached) else list(keys) or attached
+
+
+def fuse(backbone: Backbone) -> list[str]:
+    """Make updates part of the weights, in place, dequantised and in float32; return the layers' names."""
+    layers = [(name, module) for name, module in backbone.adapted.named_modules() if hasattr(module, "fuse")]
+    for _, layer in layers:
+        layer.set_dtype(mx.float32)  # rounded once, when it is cast or written
+    fused = [(name, layer.fuse(dequantize=True)) for name, layer in layers]
+    backbone.adapted.update_modules(tree_unflatten(fused))
+    return [name for name, _ in layers]
+
+
+def merge(backbone: Backbone) -> None:
+    """Make updates part of the weights, in place and in the weights' dtypes. UserError if these are quantised."""
+    _refuse_quantised(backbone)
+    dtypes = {name: value.dtype for name, value in tree_flatten(backbone.adapted.parameters())}
+    fused = fuse(backbone)
+    for name, module in backbone.adapted.named_modules():
+        if name in fused:
+            module.set_dtype(next(dtypes[f"{name}.{key}"] for key in INNER if f"{name}.{key}" in dtypes))
+
+
+def _refuse_quantised(backbone: Backbone) -> None:
     if is_quantised(backbone):
         raise SettingError("{train_type} full: quantised weights cannot be trained; use lora or dora")
+
+
+def _unfreeze(backbone: Backbone, count: int) -> None:
+    _refuse_quantised(backbone)
     if count == -1:
         backbone.trunk.unfreeze()  # not the language model's head, which would have no gradient
     for layer in backbone.layers[-max(count, 0) :]:

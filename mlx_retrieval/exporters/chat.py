@@ -14,6 +14,7 @@ from mlx_retrieval.backbones import decoder, load_backbone, resolve
 from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.exporters import chat_parity, config_json, model_card, parity, tokenizer, weights
 from mlx_retrieval.exporters.job import Export
+from mlx_retrieval.training import starting_model
 from mlx_retrieval.training.chat import adapter as chat_adapter
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.utils.errors import UserError, concerning
@@ -33,7 +34,7 @@ class ChatWriter:
     def __init__(self, job: Export):
         self.job = job
         self.folder = Path(job.adapter).expanduser()
-        self.base_model = job.model or chat_adapter.base_of(self.folder)
+        self.base_model = job.model or starting_model.base_of(self.folder)
         if self.base_model is None:
             raise UserError(f"{job.adapter}: its files do not name its base model; name it by --model")
         with concerning("model"):

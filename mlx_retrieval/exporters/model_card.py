@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.exporters import reranker_card
+from mlx_retrieval.models import kinds
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.curves import is_number, metric_name, read_metrics
@@ -95,6 +96,8 @@ def history(adapter: Path | None, names: Sequence[str] = SETTINGS) -> list[str]:
     data = settings.get("data")
     sentences = [f"Data: {', '.join(f'`{Path(str(file)).name}`' for file in data)}."] if data else []
     sentences += [f"{quantity(step, 'step')}."] if step is not None else []
+    if kinds.is_adapter(start := Path(settings.get("model") or "")):  # and not from the base model
+        sentences.append(f"It went on from the adapter `{start.parent.name}/{start.name}`.")
     parts.append((" ".join(sentences) or "The run's folder no longer says how it was trained.") + "\n")
     rows = [(key, settings.get(key)) for key in names]
     rows = [(key.replace("_", "-"), _setting(value)) for key, value in rows if value not in (None, [], "")]

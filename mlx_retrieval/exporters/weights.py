@@ -12,9 +12,9 @@ from pathlib import Path
 from mlx_retrieval.backend import mx, nn
 
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_retrieval.backbones import ENCODERS, Backbone
+from mlx_retrieval.backbones import ENCODERS, Backbone, lora
 from mlx_retrieval.backbones.hub import read_weights, save_tensors, tensor_table, weight_files
 from mlx_retrieval.utils.errors import UserError
 
@@ -33,13 +33,9 @@ def merge(backbone: Backbone) -> set[str]:
     from mlx_lm.utils import dequantize_model
 
     adapted = backbone.adapted
-    layers = [(name, module) for name, module in adapted.named_modules() if hasattr(module, "fuse")]
-    trained = {f"{name}.weight" for name, _ in layers}
-    if not layers:  # full training, or a base model
+    trained = {f"{name}.weight" for name in lora.fuse(backbone)}
+    if not trained:  # full training, or a base model
         trained = {name for name, _ in tree_flatten(adapted.trainable_parameters())}
-    for _, layer in layers:
-        layer.set_dtype(mx.float32)  # rounded once, when it is written
-    adapted.update_modules(tree_unflatten([(name, layer.fuse(dequantize=True)) for name, layer in layers]))
     dequantize_model(adapted)
     adapted.freeze()
     return trained

@@ -128,7 +128,7 @@ def refuse_others(folder: Path, name: str) -> None:
     if is_chat_adapter(folder):
         raise UserError(
             f"{name} is a chat adapter, not a retrieval model: mlx_lm.generate --adapter-path takes it, with its base "
-            "model as --model, and export.py --adapter merges it"
+            "model as --model, export.py --adapter merges it, and train.py --task chat goes on training it"
         )
     if is_adapter(folder) or (folder / "config.json").is_file():
         return
@@ -164,7 +164,12 @@ def require_base(name: str) -> Path:
     refuse_others(path, name)
     if is_adapter(path):
         raise UserError(
-            f"{name} is an adapter, and a base model is needed here: merge it first ("
-            f"{shell('python', 'export.py', '--adapter', name, '--output', 'DIR')}) and give that folder"
+            f"{name} is an adapter, and a base model is needed here: merge it first ({export_command(name)}) and give "
+            "that folder"
         )
     return resolve(name)
+
+
+def export_command(adapter: str) -> str:
+    """Return the command that merges an adapter into its base model."""
+    return shell("python", "export.py", "--adapter", adapter, "--output", "DIR")

@@ -131,12 +131,48 @@ def base_model_config(
     return config
 
 
-def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+@concerning("model")
+def open_to_train(
+    adapter: str,
+    adapter_config: dict,
+    projection: int = 0,
+    reranker: str | None = None,
+    fingerprint: bool = True,
+    **flags,
+) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+    """Open an adapter on its base model to go on training it; see `open_model`, and `build` for the arguments.
+
+    Without a fingerprint to compare, the model lacks the adapter, and none of its weights is read.
+
+    Raises UserError for arguments that would make another kind of model of it.
+    """
+    config = RetrievalConfig.read(Path(adapter).expanduser())
+    own = {"task": config.task, "reranker_type": config.reranker}
+    own["projection_dim"] = config.dense[-1]["out_features"] if config.dense else 0
+    given = {"task": flags.get("task"), "reranker_type": reranker, "projection_dim": projection}
+    for name, value in given.items():
+        if value and value != own[name]:
+            raise SettingError(
+                f"{{{name}}} {{value}}: {{adapter}} goes on as it is, with {{own}}. To make another model of it, merge "
+                "it into its base model first and train that folder:\n  {export}",
+                value=value,
+                adapter=adapter,
+                own=own[name] or "none",
+                export=kinds.export_command(adapter),
+            )
+    return open_model(None, adapter, adapter_config, bare=not fingerprint, **flags)
+
+
+def open_model(
+    model: str | None, adapter: str | None = None, adapter_config: dict | None = None, bare: bool = False, **flags
+) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Open a model for inference: a base model, or an adapter on its base model.
 
     Args:
         model: base model; None = the one that the adapter was trained on.
         adapter: a saved folder such as `adapters/final`; None = the base model alone.
+        adapter_config: in place of the adapter's own; None = its own.
+        bare: leave the adapter itself out, and its base uncompared, so that no weight is read.
         flags: fields of RetrievalConfig (max_length, ...) that override the saved values.
 
     Returns as `build` does. Raises UserError if the adapter belongs to another base model or its tensors do not fit.
@@ -153,6 +189,8 @@ def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[
         base = kinds.require_base(model or config.base_model)
         backbone = load_backbone(base, config.bidirectional)
     _fit_lengths(config, backbone.max_positions, flags)
+    if bare:
+        return _assemble(backbone, config, base), config, base
     with concerning("adapter"):
         if differing := lora.differing(config.base_fingerprint, lora.fingerprint(backbone)):
             raise UserError(
@@ -161,17 +199,17 @@ def open_model(model: str | None, adapter: str | None = None, **flags) -> tuple[
             )
     with concerning("model"):
         result = _assemble(backbone, config, base)
-    load_adapter(result, folder)
+    load_adapter(result, folder, adapter_config)
     return result, config, base
 
 
 @concerning("adapter")
-def load_adapter(model: RetrievalModel, folder: Path) -> dict:
-    """Attach the adapter in `folder` to the model; return its adapter_config.
+def load_adapter(model: RetrievalModel, folder: Path, adapter_config: dict | None = None) -> dict:
+    """Attach the adapter in `folder` to the model; return its adapter_config, or the one given in its place.
 
     Raises one UserError that names every tensor that is missing, unknown or of another shape.
     """
-    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    adapter_config = adapter_config or read_json(folder / ADAPTER_CONFIG)
     try:
         lora.attach(model.backbone, adapter_config)
     except (KeyError, TypeError) as error:

@@ -87,6 +87,12 @@ def step_of(folder: Path) -> int | None:
     return read_json(folder / STATE).get("step") if (folder / STATE).is_file() else None
 
 
+def is_finished(run: Path) -> bool:
+    """Return whether a run has a `final` of the end that it is to come to: it may be going on to a later one."""
+    now, then = run_settings(run), run_settings(run / "final")
+    return (run / "final").is_dir() and all(now.get(name) == then.get(name) for name in ("steps", "early_stopping"))
+
+
 def prune(run: Path, keep: int) -> None:
     """Remove all step folders but the newest `keep`; 0 = remove none. `best` and `final` always stay."""
     steps = sorted(_steps(run), key=lambda folder: int(folder.name.removeprefix("step-")))

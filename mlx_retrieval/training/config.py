@@ -29,6 +29,16 @@ SMALL = 10_000_000
 SMALL_RATES = {"lora": 4e-3, "full": 2e-3}
 RATES = {"lora": 2e-4, "full": 2e-5}
 
+# What is trained by default: settings that an adapter given as --model decides otherwise.
+WEIGHTS = {
+    "train_type": "lora",
+    "lora_rank": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "lora_keys": [],
+    "num_layers": -1,
+}
+
 # Tasks that a setting applies to.
 VECTORS = ("embed", "late")
 LATE = ("late",)
@@ -57,7 +67,8 @@ class Settings:
     model: str = option(
         "model",
         "gemma-3-tiny-mlx",
-        "model folder (MLX or Hugging Face safetensors), or a name on the Hugging Face hub",
+        "model folder (MLX or Hugging Face safetensors), a name on the Hugging Face hub, or an adapter to go on with, "
+        "such as adapters/best",
         aliases=("--model-path",),
     )
     task: str | None = option(
@@ -200,19 +211,23 @@ class Settings:
         "objective", [], "embed: train the first N dimensions as well, for each N given", tasks=("embed",)
     )
 
-    train_type: str = option(
+    # None = those of the adapter that --model names, or else WEIGHTS; see `resolve_weights`.
+    train_type: str | None = option(
         "weights",
-        "lora",
-        "what to train: a low-rank update (lora, dora), or all weights (full)",
+        None,
+        "what to train: a low-rank update (lora, dora), or all weights (full) (default: lora; where --model is an "
+        "adapter, this and the next five are the adapter's)",
         choices=("lora", "dora", "full"),
     )
-    lora_rank: int = option("weights", 16, "rank of the update (lora, dora)")
-    lora_alpha: float = option("weights", 32.0, "scale the update by X / rank")
-    lora_dropout: float = option("weights", 0.0, "share of the update's inputs to drop, from 0 to below 1; 0 = none")
+    lora_rank: int | None = option("weights", None, "rank of the update of lora and dora (default: 16)")
+    lora_alpha: float | None = option("weights", None, "scale the update by X / rank (default: 32)")
+    lora_dropout: float | None = option(
+        "weights", None, "share of the update's inputs to drop, from 0 to below 1; 0 = none (default: 0)"
+    )
     lora_keys: list[str] = option(
         "weights", [], "linear layers to train, as names or regular expressions (default: all but routers)"
     )
-    num_layers: int = option("weights", -1, "train only the last N blocks; -1 = all")
+    num_layers: int | None = option("weights", None, "train only the last N blocks; -1 = all (default: -1)")
 
     steps: int | None = option(
         "schedule",
@@ -347,6 +362,15 @@ class Settings:
             setattr(self, name, defaults[name])
         return missing
 
+    def resolve_weights(self, adapter: dict | None = None) -> None:
+        """Set what is trained, where it is not given: as in `adapter`, which goes on being trained, or by default.
+
+        `adapter`: values of some of these settings.
+        """
+        for name, value in (WEIGHTS | (adapter or {})).items():
+            if getattr(self, name) in (None, []):
+                setattr(self, name, value)
+
     def check_task(self, task: str) -> None:
         """Raise UserError for a setting that does not apply to this task: embed, late, rerank or chat."""
         defaults = for_task(task, {})
@@ -362,14 +386,8 @@ class Settings:
     @property
     def adapter(self) -> dict:
         """The arguments of `backbones.lora.adapt`."""
-        return {
-            "train_type": self.train_type,
-            "rank": self.lora_rank,
-            "alpha": self.lora_alpha,
-            "dropout": self.lora_dropout,
-            "keys": self.lora_keys,
-            "num_layers": self.num_layers,
-        }
+        given = {name: getattr(self, name) for name in WEIGHTS if getattr(self, name) is not None}
+        return {name.removeprefix("lora_"): value for name, value in (WEIGHTS | given).items()}
 
     @property
     def folder(self) -> Path:

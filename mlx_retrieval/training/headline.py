@@ -24,12 +24,18 @@ Lines = list[tuple[str, str]]  # name, text
 
 
 def first_lines(
-    settings: Settings, retrieval: RetrievalConfig, rows: Source, model: RetrievalModel, defaults: Collection[str]
+    settings: Settings,
+    retrieval: RetrievalConfig,
+    rows: Source,
+    model: RetrievalModel,
+    defaults: Collection[str],
+    name: str = "",
 ) -> Lines:
     """Return the lines that every retrieval model's run begins with.
 
     Args:
         defaults: the settings that `Settings.resolve_defaults` has set.
+        name: see `model_lines`.
     """
     skipped = f", {quantity(len(rows.skipped), 'bad row')} left out" if rows.skipped else ""
     size = min(settings.batch_size, len(rows))
@@ -37,7 +43,7 @@ def first_lines(
     mixture = mixture_lines(rows) if isinstance(rows, InterleavedRows) else []
     return [
         ("device", backend.describe()),
-        *model_lines(settings, model, model.backbone),
+        *model_lines(settings, model, model.backbone, name),
         ("text", describe(settings, retrieval)),
         *loss_lines(settings, retrieval, defaults),
         ("rate", describe_rate(settings, defaults)),
@@ -46,22 +52,26 @@ def first_lines(
     ]
 
 
-def model_lines(settings: Settings, model: nn.Module, backbone: Backbone) -> Lines:
-    """Return a line about the model and one about the weights that are trained."""
+def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: str = "") -> Lines:
+    """Return a line about the model and one about the weights that are trained.
+
+    `name`: the model that the run starts from, in words; "" = its name.
+    """
     parameters, trainable = count_parameters(model)
     dtypes = (value.dtype for _, value in tree_flatten(backbone.trunk.parameters()))
     dtype = str(next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))).removeprefix("mlx.core.")
     quantised = "quantised, " if lora.is_quantised(backbone) else ""
-    total, last = len(backbone.layers), settings.num_layers
+    weights = settings.adapter
+    total, last = len(backbone.layers), weights["num_layers"]
     blocks = f"all {quantity(total, 'block')}" if last in (-1, total) else f"the last {last} of {total} blocks"
-    if settings.train_type == "full":
+    if weights["train_type"] == "full":
         trained = "all weights" if last == -1 else f"the weights of {blocks}"
     else:
-        name = {"lora": "LoRA", "dora": "DoRA"}[settings.train_type]
-        keys = f"{' '.join(settings.lora_keys)} of " if settings.lora_keys else ""
-        trained = f"{name} r={settings.lora_rank} in {keys}{blocks}"
+        update = {"lora": "LoRA", "dora": "DoRA"}[weights["train_type"]]
+        keys = f"{' '.join(weights['keys'])} of " if weights["keys"] else ""
+        trained = f"{update} r={weights['rank']} in {keys}{blocks}"
     return [
-        ("model", f"{settings.model}: {parameters:,} parameters, {quantised}computes in {dtype}"),
+        ("model", f"{name or settings.model}: {parameters:,} parameters, {quantised}computes in {dtype}"),
         ("trained", f"{trainable:,} parameters: {trained}"),
     ]
 

@@ -35,7 +35,7 @@ def to_resume(given: dict) -> Path:
     if given.get("output"):
         return Path(given["output"]).expanduser()
     runs = [Path(name) for name in _default_folders() if checkpoint.holds_run(Path(name))]
-    unfinished = [run for run in runs if not (run / "final").is_dir()]
+    unfinished = [run for run in runs if not checkpoint.is_finished(run)]
     if len(runs) > 1 and (len(unfinished) != 1 or {"steps", "epochs"} & given.keys()):
         listing = ", ".join(f"{run} ({_progress(run)})" for run in runs)
         raise SettingError("{resume}: there are several runs: {listing}. Name one with {output}", listing=listing)
@@ -66,10 +66,10 @@ def _taken(folder: Path) -> list[str]:
 
 
 def _progress(run: Path) -> str:
-    if (run / "final").is_dir():
+    if checkpoint.is_finished(run):
         return "finished"
-    step = checkpoint.last_step(run)
-    return f"at step {int(step.name.removeprefix('step-')):,}" if step else "no step saved"
+    last = checkpoint.last_step(run)
+    return f"at step {checkpoint.step_of(last):,}" if last else "no step saved"
 
 
 def check(folder: Path, settings: Settings) -> None:

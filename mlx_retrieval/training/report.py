@@ -233,7 +233,9 @@ def duration(seconds: float) -> str:
 
 def settings_table(settings: Settings) -> list[tuple[str, str, bool]]:
     """Return (name, value, whether it differs from the default) of every setting, without passwords."""
-    defaults = Settings().to_dict()
+    defaults = Settings()
+    defaults.resolve_weights()
+    defaults = defaults.to_dict()
     values = without_secrets(settings.to_dict())
     words = {"True": "yes", "False": "no"}
     of_model = {f.name for f in dataclasses.fields(Settings) if f.metadata["group"] == "model"}

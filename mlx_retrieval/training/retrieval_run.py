@@ -10,13 +10,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
 from data_loader import Batches
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import count_parameters, lora
+from mlx_retrieval.backbones import count_parameters
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.evaluation.reranking import DEPTH, evaluate_reranker
@@ -32,7 +33,7 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import distributed, improvement, nothing_learnt
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.contents import BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
 from mlx_retrieval.training.estimate_job import retrieval_job, samples
 from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.example_rows import example_lines
@@ -45,6 +46,8 @@ from mlx_retrieval.training.report import Report, add_survey, loss_report, retri
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.run_data import RunData, open_data
+from mlx_retrieval.training.starting_model import StartingModel
+from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
@@ -61,6 +64,7 @@ class RetrievalRun:
     data: RunData
     evaluations: Evaluations | None
     retrieval: RetrievalConfig
+    start: StartingModel
     base: Path  # the base model's folder
     outlook: Outlook
     headline: list[tuple[str, str]]
@@ -124,6 +128,7 @@ class RetrievalRun:
             "validation": trainer.validation.rows.contents() if trainer.validation else [],
             "evaluation": evaluation_contents(self.data.eval_tasks),
             BASE: base_contents(self.base, self.folder),
+            ADAPTER: self.start.contents(),
         }
 
     def restore(self, changed: set[str]) -> None:
@@ -178,9 +183,12 @@ class RetrievalRun:
         return [*lines, ("next", shell(*use))]
 
 
-def build_model(settings: Settings, fingerprint: bool = True) -> tuple[RetrievalModel, RetrievalConfig, Path]:
+def build_model(
+    settings: Settings, start: StartingModel, fingerprint: bool = True
+) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Return the model to train, its config and its base model's folder; see `models.loading.build`."""
-    return loading.build(
+    build = partial(loading.open_to_train, adapter_config=start.config) if start.adapter else loading.build
+    return build(
         settings.model,
         fingerprint=fingerprint,
         projection=settings.projection_dim,
@@ -219,10 +227,10 @@ def make_batches(
     return Batches(rows, tokenizer, size, seed, make, GroupBatch)
 
 
-def foresee(settings: Settings, data: RunData) -> Outlook:
+def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
     """Return what the run will take, before any weight is read. UserError as `prepare`."""
     rows = data.rows
-    model, retrieval, base = build_model(settings, fingerprint=False)
+    model, retrieval, base = build_model(settings, start, fingerprint=False)
     settings.check_task(retrieval.task)
     resolved = dataclasses.replace(settings)
     resolved.resolve_defaults(0, retrieval.reranker)
@@ -249,18 +257,21 @@ def make_evaluator(
 def prepare(settings: Settings) -> RetrievalRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     folder = settings.folder
+    start = find_start(settings)
     data = open_data(settings)
     rows = data.rows
     resolve_length(settings, len(rows) / min(settings.batch_size, len(rows)))
-    outlook = foresee(settings, data)
+    outlook = foresee(settings, data, start)
     print_lines(outlook.lines())
     seed(settings.seed)  # a fresh projection
-    model, retrieval, base = build_model(settings)
+    model, retrieval, base = build_model(settings, start)
     settings.check_task(retrieval.task)
+    if start.adapter:
+        settings.matryoshka_dims = settings.matryoshka_dims or retrieval.matryoshka_dims
     if too_long := [d for d in settings.matryoshka_dims if d > retrieval.dimensions]:
         raise UserError(f"--matryoshka-dims {too_long[0]}: the model's vectors have {retrieval.dimensions} dimensions")
     seed(settings.seed)  # fresh LoRA weights
-    adapter_config = lora.adapt(model.backbone, **settings.adapter)
+    adapter_config = start.adapt(model.backbone, settings)
     if retrieval.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
         model.head.unfreeze()
     defaults = settings.resolve_defaults(count_parameters(model)[0], retrieval.reranker)
@@ -290,9 +301,9 @@ def prepare(settings: Settings) -> RetrievalRun:
     if evaluations and not data.questions:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(data.eval_tasks, rules=settings.folder_rules)
-    headline = first_lines(settings, retrieval, rows, model, defaults) + data.lines
+    headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings)) + data.lines
     headline += example_lines(rows, tokenizer)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
-    return RetrievalRun(settings, folder, trainer, data, evaluations, retrieval, base, outlook, headline)
+    return RetrievalRun(settings, folder, trainer, data, evaluations, retrieval, start, base, outlook, headline)

@@ -10,14 +10,17 @@ from mlx_retrieval.utils.errors import SettingError
 
 def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
-    positive = ("batch_size", "lora_rank", "xtr_k", "steps_per_report")
+    positive = ("batch_size", "xtr_k", "steps_per_report")
     counts = ("gradient_accumulation_steps", "save_steps", "stop_after", "keep")
     not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
     checks = [
         *((getattr(settings, name) > 0, name, "must be above 0") for name in positive),
         *((getattr(settings, name) >= 0, name, "must not be negative") for name in not_negative),
-        *((_is_none_or(settings, name, 1), name, "must be above 0") for name in ("max_length", "query_max_length")),
+        *(
+            (_is_none_or(settings, name, 1), name, "must be above 0")
+            for name in ("max_length", "query_max_length", "lora_rank")
+        ),
         (
             settings.micro_batch_tokens == "auto" or settings.micro_batch_tokens >= 0,
             "micro_batch_tokens",
@@ -38,11 +41,11 @@ def check(settings: Any) -> None:
             "must be above 0",
         ),
         (
-            settings.train_type == "full" or settings.lora_alpha > 0,
+            settings.train_type == "full" or settings.lora_alpha is None or settings.lora_alpha > 0,
             "lora_alpha",
             "must be above 0: the update is multiplied by it, so that nothing would be trained",
         ),
-        (0 <= settings.lora_dropout < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
+        (0 <= (settings.lora_dropout or 0) < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
         (
             settings.warmup < 1 or float(settings.warmup).is_integer(),
             "warmup",

@@ -19,6 +19,7 @@ from mlx_retrieval.backbones import load_backbone, set_dtype
 from mlx_retrieval.exporters import chat_parity, weights
 from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.models import kinds
+from mlx_retrieval.training import starting_model
 from mlx_retrieval.training.chat import adapter
 from mlx_retrieval.training.chat.template import ChatTokenizer
 from mlx_retrieval.training.config import for_task
@@ -42,7 +43,7 @@ def saved_adapter(base: Path, run: Path, train_type: str = "lora", **changes) ->
     settings = for_task("chat", {"model": str(base), "lora_rank": 4, "train_type": train_type} | changes)
     backbone = load_backbone(base, bidirectional=False)
     settings.learning_rate = 1e-4
-    config = adapter.adapt(backbone, settings)
+    config = adapter.adapt(backbone, settings, starting_model.find(settings, chat=True))
     if train_type != "full":
         shake(backbone.adapted)
     else:  # a twentieth of a weight's size, as training changes them
@@ -210,7 +211,9 @@ def test_an_adapter_that_mlx_lm_has_trained(bases, tmp_path, monkeypatch):
     run_export(tmp_path / "fused", adapter=source)
     del config["model"]
     (tmp_path / "older" / "adapter_config.json").write_text(json.dumps(config))
-    assert kinds.is_chat_adapter(tmp_path / "older") and adapter.base_of(tmp_path / "older") == str(bases["gemma"])
+    assert kinds.is_chat_adapter(tmp_path / "older") and starting_model.base_of(tmp_path / "older") == str(
+        bases["gemma"]
+    )
     (tmp_path / "older" / "config.yaml").unlink()
     assert not kinds.is_chat_adapter(tmp_path / "older")
 

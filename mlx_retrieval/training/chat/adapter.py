@@ -1,8 +1,8 @@
 """A chat model's adapter: `adapters.safetensors` and `adapter_config.json` as mlx-lm reads them, and its base model.
 
-    adapter_config = adapt(backbone, settings)           # makes the weights trainable
+    adapter_config = adapt(backbone, settings, start)    # makes the weights trainable
     save(folder, backbone, adapter_config)
-    attach(backbone, folder)                             # later, on the same base model: see base_of and check_base
+    attach(backbone, folder)                             # later, on the same base model: see check_base
 
 Adapters that mlx-lm itself has trained have the same form.
 """
@@ -16,18 +16,25 @@ from mlx_retrieval.backbones import hub, lora
 from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.models import loading
-from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.training.starting_model import StartingModel
+from mlx_retrieval.utils.errors import UserError, concerning
 
 FINGERPRINT = "base_fingerprint"  # key of adapter_config.json, which mlx-lm ignores
 
 
-def adapt(backbone: Decoder, settings: Settings) -> dict:
-    """Make the weights to train trainable. Return the content of `adapter_config.json`."""
-    origin = {"model": hub.toolkit_relative(settings.model), FINGERPRINT: lora.fingerprint(backbone)}
+def adapt(backbone: Decoder, settings: Settings, start: StartingModel) -> dict:
+    """Make the weights to train trainable. Return the content of `adapter_config.json`.
+
+    UserError if the run starts from an adapter that does not fit.
+    """
+    origin = {"model": hub.toolkit_relative(start.base), FINGERPRINT: lora.fingerprint(backbone)}
+    if start.adapter:
+        with concerning("model"):
+            check_base(backbone, start.adapter, start.base)
+            attach(backbone, start.adapter, start.config)
     seed(settings.seed)  # fresh LoRA weights
-    config = lora.adapt(backbone, **settings.adapter)
+    config = start.adapt(backbone, settings)
     if settings.train_type == "full" and settings.num_layers == -1:
         backbone.adapted.unfreeze()  # the vocabulary's head too
     return origin | config
@@ -39,12 +46,6 @@ def save(folder: Path, backbone: Decoder, config: dict) -> None:
     (folder / loading.ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def base_of(folder: Path) -> str | None:
-    """Return the name of the base model that an adapter was trained on; None if its files do not say."""
-    config = hub.read_json(folder / loading.ADAPTER_CONFIG)
-    return config.get("model") or checkpoint.run_settings(folder).get("model")
-
-
 def check_base(backbone: Decoder, folder: Path, base: str) -> None:
     """Raise UserError if the adapter in `folder` was trained on another model than `backbone`, whose name is `base`."""
     config = hub.read_json(folder / loading.ADAPTER_CONFIG)
@@ -53,9 +54,12 @@ def check_base(backbone: Decoder, folder: Path, base: str) -> None:
         raise UserError(f"{folder} was trained on {config['model']}, and {base} is another model {others}")
 
 
-def attach(backbone: Decoder, folder: Path) -> None:
-    """Put the adapter in `folder` on its base model. UserError if it does not fit."""
-    config = hub.read_json(folder / loading.ADAPTER_CONFIG)
+def attach(backbone: Decoder, folder: Path, config: dict | None = None) -> None:
+    """Put the adapter in `folder` on its base model. UserError if it does not fit.
+
+    `config`: in place of its adapter_config.json.
+    """
+    config = config or hub.read_json(folder / loading.ADAPTER_CONFIG)
     weights = hub.read_safetensors(folder / loading.ADAPTERS)
     model = backbone.adapted
     try:

@@ -25,13 +25,15 @@ from mlx_retrieval.training.chat.data import ChatBatches, Conversations
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.contents import BASE, Contents, base_contents
+from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents
 from mlx_retrieval.training.estimate_job import chat_job
 from mlx_retrieval.training.example_rows import conversation_lines
 from mlx_retrieval.training.headline import describe_rate, machine_lines, model_lines
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, gb
 from mlx_retrieval.training.report import Report, loss_report
+from mlx_retrieval.training.starting_model import StartingModel
+from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import quantity, shell
@@ -46,6 +48,7 @@ class ChatRun:
     settings: Settings
     folder: Path
     trainer: ChatTrainer
+    start: StartingModel
     base: Path  # the base model's folder
     headline: list[tuple[str, str]]
     template: str  # ChatML in place of a chat template; "" = the tokenizer has its own
@@ -64,6 +67,7 @@ class ChatRun:
             "tokens": [Content("all conversations", int(rows.lengths.sum()), "tokens", str(rows.checksum))],
             "validation": trainer.validation.rows.contents if trainer.validation else [],
             BASE: base_contents(self.base, self.folder),
+            ADAPTER: self.start.contents(),
         }
 
     def restore(self, changed: set[str]) -> None:
@@ -92,7 +96,7 @@ class ChatRun:
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained adapter."""
         model = improvement.model_to_use(self.folder)
-        adapted = ("--model", self.settings.model, "--adapter-path", model)
+        adapted = ("--model", self.start.base, "--adapter-path", model)
         # Weights that were quantised again after fusing would keep little of the adapter.
         dequantize = ["--dequantize"] if self.quantised else []
         state = self.trainer.state
@@ -139,7 +143,8 @@ def prepare(settings: Settings) -> ChatRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
     settings.check_task("chat")
     files, held_out = find_files(settings.data), find_validation(settings.data)
-    base = kinds.require_base(settings.model)
+    start = find_start(settings, chat=True)
+    base = kinds.require_base(start.base)
     if (kind := read_config(base)["model_type"]) in ENCODERS:
         raise UserError(f"--task chat needs a language model, and {settings.model} is a {kind}")
     tokenizer = ChatTokenizer(base)
@@ -162,7 +167,7 @@ def prepare(settings: Settings) -> ChatRun:
     length = describe_length(settings, batches.per_epoch)
     outlook = foresee(settings, base, batches)
     print_lines(outlook.lines())
-    adapter_config = adapter.adapt(backbone, settings)
+    adapter_config = adapter.adapt(backbone, settings, start)
     if settings.grad_checkpoint:
         checkpoint_blocks(backbone)
     parameters, _ = count_parameters(backbone)
@@ -178,7 +183,7 @@ def prepare(settings: Settings) -> ChatRun:
     trainer = ChatTrainer(backbone, batches, validation, settings, folder, save_model)
     headline = [
         ("device", backend.describe()),
-        *model_lines(settings, backbone, backbone),
+        *model_lines(settings, backbone, backbone, start.describe(settings)),
         ("text", describe(settings, tokenizer)),
         ("data", f"{quantity(len(rows), 'conversation')} of {rows.lengths.mean():,.0f} tokens on average, longest "
                  f"{rows.longest:,}; batch {size}, {length}, seed {settings.seed}"),
@@ -193,7 +198,7 @@ def prepare(settings: Settings) -> ChatRun:
     headline += [("ignored", ignored_keys(ignored))] if ignored else []
     headline += warnings(settings, rows, valid) + rope_warning(base)
     quantised = lora.is_quantised(backbone)
-    return ChatRun(settings, folder, trainer, base, headline, tokenizer.template, quantised, outlook)
+    return ChatRun(settings, folder, trainer, start, base, headline, tokenizer.template, quantised, outlook)
 
 
 def foresee(settings: Settings, base: Path, batches: ChatBatches) -> Outlook:
