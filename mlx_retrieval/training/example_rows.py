@@ -16,6 +16,7 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.console import MARGIN, console, shortened
 from mlx_retrieval.utils.text import quantity
 
+HEADING = "example"  # the name of the line above the texts of a row, whose names begin with a space
 EXAMPLES = 2
 SAMPLE, CHARACTERS = 200, 500_000  # rows and characters from which the share of cut texts is told
 SCORES = 4  # of a teacher, that are shown
@@ -39,6 +40,11 @@ def example_lines(rows: Source, tokenizer: TextTokenizer | PairTokenizer) -> Lin
         (heading(place, example, rows.format), seen(example, tokenizer)) for place, example in sample[:EXAMPLES]
     ]
     return [*_lines(examples), ("truncated", truncated(sample, len(rows), tokenizer))]
+
+
+def without_examples(lines: Lines) -> Lines:
+    """Return the lines but for those that show a row, for a page that is wider than the console."""
+    return [(name, text) for name, text in lines if name != HEADING and not name.startswith(" ")]
 
 
 def conversation_lines(place: str, ids: list[int], trained: list[bool], decode: Callable[[list[int]], str]) -> Lines:
@@ -139,7 +145,7 @@ def _lines(examples: Sequence[tuple[str, Sequence[Seen]]]) -> Lines:
     room = max(console().width - MARGIN - width - 3, 20)
     lines = []
     for (name, texts), row in zip(examples, figures, strict=True):
-        lines.append(("example", shortened(name, console().width - MARGIN)))
+        lines.append((HEADING, shortened(name, console().width - MARGIN)))
         lines += [
             (one.name, f"{figure:<{width}}   {shortened(one.text, room)}")
             for one, figure in zip(texts, row, strict=True)

@@ -24,6 +24,7 @@ from mlx_retrieval.evaluation.comparison import FEWEST_QUERIES, judge
 from mlx_retrieval.evaluation.reranking import harm
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.tasks import Task
+from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.curves import COLORS, curves_svg, is_number, read_metrics
 from mlx_retrieval.training.data_survey import Survey, survey_rows
@@ -94,7 +95,7 @@ def retrieval_report(
         notes += [f"{line[0].upper()}{line[1:]}."] if (line := harm(first_stage, after)) else []
     if before is None or not any(task in before.tasks for task in after.tasks):
         rows = [(label, None, average[metric], None, None, None) for metric, label in METRICS.items()]
-        sentence = f"{main} is {average['ndcg_at_10']:.4f} after training, over {quantity(count, 'query')} of {names}."
+        sentence = f"{main} is {average['ndcg_at_10']:.4f} after training, over {_asked(names, count)}."
         detail = "The untrained model was not evaluated, so nothing shows what training has changed."
         return Report(sentence, detail, tables=[Table(names, count, rows)], notes=notes)
     tables = []
@@ -104,7 +105,7 @@ def retrieval_report(
     _, old, new, difference, low, high = whole.rows[0]
     verdict = judge(("ndcg_at_10", *whole.rows[0][1:]), count)
     moved = "rose" if difference > 0 else "fell" if difference < 0 else "stayed"
-    headline = f"{main} {moved} from {old:.4f} to {new:.4f} over {quantity(count, 'query')} of {names}."
+    headline = f"{main} {moved} from {old:.4f} to {new:.4f} over {_asked(names, count)}."
     meaning = f"The trained model is {verdict}: the interval is clear of zero."
     if verdict == "no difference shown":
         reason = "the interval holds zero" if count >= FEWEST_QUERIES else f"{count} queries are too few"
@@ -112,6 +113,11 @@ def retrieval_report(
     detail = f"{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}. {meaning}"
     gained, lost = largest_changes(before, after, tasks)
     return Report(headline, detail, verdict, tables, gained, lost, notes=notes)
+
+
+def _asked(names: str, count: int) -> str:
+    """Return which queries the tasks of these names have, in words."""
+    return quantity(count, "held-out question") if names == HELD_OUT else f"{quantity(count, 'query')} of {names}"
 
 
 def _only(evaluation: Evaluation, task: str) -> Evaluation:

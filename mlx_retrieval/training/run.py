@@ -21,6 +21,7 @@ from mlx_retrieval.training.config import OUTPUT, Settings
 from mlx_retrieval.training.contents import Contents
 from mlx_retrieval.training.continuation import find as find_continuation
 from mlx_retrieval.training.continuation import history
+from mlx_retrieval.training.example_rows import without_examples
 from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files, locks
@@ -341,7 +342,7 @@ def conclude(job: Run) -> None:
             f"the trained model computes the same as the untrained one: nothing was learnt at --learning-rate {rate:g}"
         )
         lines.append(("warning", text))
-    facts = [*job.headline, *history(state, job.settings.steps), *lines]
+    facts = [*without_examples(job.headline), *history(state, job.settings.steps), *lines]
     report = write_report(folder, job.settings, facts, job.next_lines(), job.report, job.trainer.reporter.warn)
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
     lines += [("report", f"{report}")] if report else []

@@ -17,7 +17,7 @@ from mlx_retrieval.dataset.sources import InterleavedRows
 from mlx_retrieval.models.pair_tokenizers import YesNoTokenizer
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import example_rows
-from mlx_retrieval.training.example_rows import conversation_lines, example_lines
+from mlx_retrieval.training.example_rows import conversation_lines, example_lines, without_examples
 from mlx_retrieval.utils import console
 
 GEMMA = Path(__file__).resolve().parent.parent.parent / "gemma-3-tiny-mlx"
@@ -66,6 +66,11 @@ def test_texts_are_those_of_the_token_ids(write_rows, tokenizer):
     assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) in values[6]
     assert values[7] == "1 of 4 documents at 10 tokens, in all rows"
     assert len({value.index("<bos>") for value in values if "<bos>" in value}) == 1  # one column
+
+
+def test_the_report_has_the_other_lines_only(write_rows, tokenizer):
+    lines = [("device", "a CPU"), *example_lines(Rows([write_rows(pairs(("a", "b", "c")))]), tokenizer)]
+    assert [name for name, _ in without_examples(lines)] == ["device", "truncated"]
 
 
 def test_a_wrong_prompt_is_seen(write_rows):

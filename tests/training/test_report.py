@@ -80,11 +80,11 @@ def tasks(tmp_path):
     return load_tasks([str(write_folder(tmp_path / "shop", corpus, queries, qrels))])[0]
 
 
-def by_hand(scores, name: str = "m") -> Evaluation:
+def by_hand(scores, name: str = "m", task: str = "shop") -> Evaluation:
     by_query = {f"q{i}": float(score) for i, score in enumerate(scores)}
     found = {query: [query.replace("q", "d") if score else "d39", "d38", "d37"] for query, score in by_query.items()}
     figures = dict.fromkeys(METRICS, round(float(np.mean(scores)), 5))
-    return Evaluation(name, {"shop": figures}, {"shop": dict.fromkeys(METRICS, by_query)}, {}, {"shop": found})
+    return Evaluation(name, {task: figures}, {task: dict.fromkeys(METRICS, by_query)}, {}, {task: found})
 
 
 LOW, HIGH = [0.0] * 30 + [1.0] * 10, [1.0] * 30 + [0.0] * 10
@@ -101,6 +101,12 @@ def test_the_headline_is_that_of_the_comparison(tasks):
     assert worse.verdict == "worse" and "fell from 0.7500 to 0.2500" in worse.headline
     same = retrieval_report(before, before, tasks)
     assert "No difference is shown" in same.detail and (same.gained, same.lost) == ([], [])
+
+
+def test_held_out_questions_are_called_so(tasks):
+    before, after = (by_hand(scores, task="held-out") for scores in (LOW, HIGH))
+    report = retrieval_report(before, after, {"held-out": tasks["shop"]})
+    assert report.headline == "nDCG@10 rose from 0.2500 to 0.7500 over 40 held-out questions."
 
 
 def test_reports_of_less(tasks):
