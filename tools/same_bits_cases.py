@@ -132,7 +132,8 @@ CASES = (
         "train.py --task chat --model {inputs}/llama --data {inputs}/chat --train-type dora --grad-checkpoint "
         "--num-layers 1 --steps 3 --eval-steps 0 --steps-per-report 1 --output dora",
         "train.py --task chat --model {inputs}/quantised --data {inputs}/chat --max-length 24 --steps 3 --output four",
-        "train.py --task chat --model {inputs}/llama --data {inputs}/chat --train-type full --epochs 1 --output full",
+        "train.py --task chat --model {inputs}/llama --data {inputs}/chat --train-type full --epochs 1 "
+        "--learning-rate 1e-3 --output full",
     )),
     Case("backbones", ("{inputs}/backbones.py {inputs}",)),
     Case("notebook", ("{inputs}/notebook.py {inputs}",)),
