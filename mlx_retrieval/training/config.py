@@ -236,7 +236,9 @@ class Settings:
         mlx_lm_names=("--iters",),
     )
     epochs: float | None = option(
-        "schedule", None, "passes through the data, in place of --steps; 0.5 = half of the data; wins in a file"
+        "schedule",
+        None,
+        "passes through the data, in place of --steps; 0.5 = half of the data; in a --config file they win over steps",
     )
     learning_rate: float | None = option(
         "schedule",
