@@ -83,7 +83,8 @@ def _choose_evaluation(data: RunData, settings: Settings) -> None:
         texts = frozenset(earlier["texts"])
         if data.validation:
             texts |= held_out.texts_in(data.validation)
-        _leave_out(data, held_out.leave_out(data.rows, texts, settings.seed), f"the questions of {run / HELD_OUT}")
+        data.lines.append(("judged on", f"the questions of {run / HELD_OUT}, as when the run was begun"))
+        _leave_out(data, held_out.leave_out(data.rows, texts, settings.seed))
         data.eval_tasks = [str(run / HELD_OUT)]
     elif data.validation:
         name = " and ".join(data.validation.names)
@@ -116,13 +117,13 @@ def _take_questions(data: RunData, held: HeldOut, run: Path, origin: str) -> Non
     data.questions, data.eval_tasks = questions, [str(run / HELD_OUT)]
     among = f"searched among {quantity(len(questions.documents), 'document')}"
     data.lines.append(("judged on", f"{quantity(len(questions.queries), 'question')} {origin}, {among}"))
-    _leave_out(data, held, "them")
+    _leave_out(data, held)
 
 
-def _leave_out(data: RunData, held: HeldOut, what: str) -> None:
-    """Train on the rows that are left. `what` was held out, in words."""
+def _leave_out(data: RunData, held: HeldOut) -> None:
+    """Train on the rows that are left."""
     data.rows = held.rows
-    line = f"{held.left_out:,} of {quantity(held.examples, 'row')}, which share a question or an answer with {what}"
+    line = f"{held.left_out:,} of {quantity(held.examples, 'row')}, which share a question or an answer with them"
     if held.negatives:
         line += f"; {quantity(held.negatives, 'negative')} of other rows"
     data.lines.append(("held out", line))

@@ -131,6 +131,7 @@ def test_a_resumed_run_keeps_its_questions(data, tmp_path):
     again = open_data(settings)
     assert again.questions is None and again.eval_tasks == before.eval_tasks
     assert [again.rows.where(i) for i in again.rows.kept] == [before.rows.where(i) for i in before.rows.kept]
+    assert dict(again.lines)["judged on"].endswith("held-out, as when the run was begun")
     longer = open_data(data(rows(450), resume=True))
     assert len(longer.rows) == 400
     checkpoint.remove_run(tmp_path / "run")
