@@ -4,7 +4,7 @@
     python benchmarks/memory.py --paths plain --only t5       some of it
     python benchmarks/memory.py --limits 2 4 8                runs with auto that may have so many GB
 
-all-MiniLM-L6-v2 and random weights of small, real shapes; two steps each, in a process of its own. Paths: "compiled"
+all-MiniLM-L6-v2 and random weights of small, real shapes; a few steps each, in a process of its own. Paths: "compiled"
 is a CPU's, "plain" that of GPUs in float32 (MLX_RETRIEVAL_PLAIN=1), "mac" the same in the checkpoint's dtype, with the
 budget and lengths of a Mac, computed on the CPU. A limit is what `auto` is told that its control group has; the process
 is stopped as soon as its resident memory, all libraries included, is above it. A control group counts less.
@@ -103,7 +103,7 @@ def rows(file: Path, words: int, chat: bool) -> None:
 
 
 def measure(path: str, arguments: list[str], limit: int) -> dict:
-    """In a process of its own: take two steps, and return what they took and what was estimated, in bytes."""
+    """In a process of its own: take three steps, and return what they took and what was estimated, in bytes."""
     from mlx_retrieval.backend import mx
 
     from mlx_retrieval import backend
@@ -116,7 +116,7 @@ def measure(path: str, arguments: list[str], limit: int) -> dict:
     if limit:
         _limit(limit, memory, memory_lines)
     settings, _ = from_flags("", "", arguments)
-    settings.steps = 2
+    settings.steps = 3
     job = run.prepare(settings)
     if limit:
         run.run(job)
@@ -126,7 +126,8 @@ def measure(path: str, arguments: list[str], limit: int) -> dict:
     else:
         job.trainer.update(job.trainer.batches.batch(0), 1)
         mx.reset_peak_memory()  # the first step also reads the weights, and compiles
-        job.trainer.update(job.trainer.batches.batch(1), 2)
+        for k in (0, 1):  # those that the estimate is of
+            job.trainer.update(job.trainer.batches.batch(k), k + 2)
     expected = job.outlook.expected
     return {
         "peak": backend.peak_memory(),
@@ -183,7 +184,7 @@ def prepared(name: str, folder: Path) -> list[str]:
     if not data.is_file():
         rows(data, words, chat)
     rest = [] if chat else ["--eval-tasks"]
-    return ["--model", str(base), "--data", str(data), "--steps", "2", "--save-steps", "0", *flags, *rest]
+    return ["--model", str(base), "--data", str(data), "--steps", "3", "--save-steps", "0", *flags, *rest]
 
 
 def main() -> None:

@@ -144,7 +144,8 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
     passes = _passes(job, device, width)
 
     def of_pass(rows: int, length: int) -> float:
-        return trained + width * activations(job.sizes, passes, rows, length, job.rank)
+        # Gradients come while activations go, so that both are never whole at once.
+        return max(trained, width * activations(job.sizes, passes, rows, length, job.rank))
 
     def kept(rows: int, length: int) -> float:
         return width * kept_activations(job.sizes, passes, rows, length, job.rank)
