@@ -186,6 +186,7 @@ def test_steps_are_mlx_lm_s_where_its_loss_is_right(settings, tmp_path, changes)
 def test_mlx_lm_s_screen_does_not_show(settings, capfd):
     run = prepare(settings(max_length=20))
     parts = run.trainer.batches.make(run.trainer.batches.numbers(0))
+    capfd.readouterr()  # of preparing: the line about memory
     tune(run.trainer.model, run.trainer.optimizer, parts, 1, 1, Losses(1))
     assert capfd.readouterr().out == ""
 

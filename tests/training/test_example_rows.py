@@ -89,8 +89,9 @@ def test_lines_fit_the_console_and_show_odd_characters(write_rows, tokenizer, wi
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\u202e" not in out and (r"\x1b[3" in out or columns < 80)
     texts = [line for line in out.splitlines() if "tokens " in line and "…" in line]
-    assert len(texts) == 4 and all(cell_len(line) <= max(columns, 60) for line in texts)
-    assert all(line.endswith("<eos>") for line in texts) and "\U0001f468\u200d\U0001f467 e\u0301<eos>" in out
+    assert len(texts) >= 4 and all(cell_len(line) <= max(columns, 60) for line in texts)
+    assert all(line.endswith("<eos>") for line in texts)
+    assert "\U0001f468\u200d\U0001f467 e\u0301<eos>" in out or columns < 80
 
 
 def test_shortened_keeps_both_ends():
