@@ -172,6 +172,7 @@ NUMBERS: dict[str, dict[str, tuple[Sizes5, Sizes5]]] = {
 
 LORA_COPIES = 2  # of an adapter's inner numbers, its rank, for each of a block's about seven linear layers
 LINEAR_LAYERS = 7
+DORA_COPIES = 0.6  # of a linear layer's output; from BERT's peaks in benchmarks/memory.py, as most are freed at once
 
 
 def activations(sizes: Sizes, passes: Passes, rows: int, width: int, rank: int = 0) -> float:
@@ -194,7 +195,7 @@ def kept_activations(sizes: Sizes, passes: Passes, rows: int, width: int, rank: 
     if "checkpointed" not in passes.how:
         block += LORA_COPIES * LINEAR_LAYERS * rank
         if passes.train_type == "dora":  # the outputs of the linear layers, before they are scaled
-            block += 2 * (2 * sizes.hidden + sizes.attention + 2 * sizes.keys + 2 * sizes.inner)
+            block += DORA_COPIES * (2 * sizes.hidden + sizes.attention + 2 * sizes.keys + 2 * sizes.inner)
     layers = sizes.layers if passes.trained_layers == -1 else passes.trained_layers
     return rows * width * layers * block
 
