@@ -4,7 +4,7 @@ python train.py                                         the model and data that 
 python train.py --model Qwen/Qwen3-Embedding-0.6B --data pairs.jsonl --batch-size 256 --steps 2000
 python train.py --model mlx-community/Llama-3.2-3B-Instruct-4bit --iters 222 --num-layers 1 --grad-checkpoint
                                                         a chat model, on the conversations in data/
-python train.py --config adapters/config.yaml --output again     the settings of another run, flags win
+python train.py --config adapters/config.yaml           the settings of another run, in a folder of its own; flags win
 python train.py --resume --output adapters              continue a run that was stopped
 python train.py --resume --output adapters --steps 300  make a finished one longer
 python train.py --model adapters/best --data new.jsonl --output second    go on with an adapter on other data
@@ -68,6 +68,11 @@ def resumed_settings(given: dict) -> Settings:
         )
     values = saved.to_dict() | {name: given[name] for name in free if name in given}
     if given.keys() & {"steps", "epochs"}:  # another end; training/continuation.py says what that means
+        if None not in (wanted.steps, wanted.epochs) and (wanted.steps, wanted.epochs) != (saved.steps, saved.epochs):
+            raise UserError(
+                f"--resume: --steps {wanted.steps} and --epochs {wanted.epochs:g} are two ends of the run, which may "
+                "disagree; give one of them"
+            )
         values |= {"steps": wanted.steps, "epochs": wanted.epochs}
     return Settings(**values | {"output": str(folder), "stop_after": given.get("stop_after", 0), "overwrite": False})
 

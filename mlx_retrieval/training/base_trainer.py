@@ -48,7 +48,6 @@ class BaseTrainer(ABC):
         model: prepared by `backbones.lora.adapt`, so that only the weights to train are trainable.
         optimizer: initialised with the model's trainable parameters.
         state: of a run that has not begun.
-        folder: the run's folder.
         save_model: writes into the folder that it is given everything that using the model needs.
 
     `reporter` receives messages; run.py puts a `Reporter` there. `saved_step` is the step that was saved last.
@@ -60,17 +59,20 @@ class BaseTrainer(ABC):
         optimizer: optim.Optimizer,
         state: State,
         settings: Settings,
-        folder: Path,
         save_model: Callable[[Path], None],
     ):
         self.model = model
         self.optimizer = optimizer
         self.state = state
         self.settings = settings
-        self.folder = folder
         self.save_model = save_model
         self.reporter: Reporter | NullReporter = NullReporter()
         self.saved_step = -1
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.settings.folder
 
     # --- a trainer's own ----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from mlx_retrieval.utils.files import beside, tidy
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 # Of a run.
 FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results.json", "before.json", "best.json")
-FILES += ("report.html",)
+FILES += ("last.json", "report.html")
 HELD_OUT = "held-out"  # the folder of the questions that a run has kept from training, in BEIR layout
 
 

@@ -30,7 +30,8 @@ class Evaluations:
     Args:
         evaluate: returns the result of the first stage, None for a model that finds documents itself, and the result
             of the model as it is now.
-        folder: the run's, where the results of the untrained model and of `best` are saved for a resumed run.
+        folder: the run's, where the results of the untrained model, of `best` and of the last step are saved for a
+            resumed run.
 
     Attributes:
         first_stage, before: of the first stage and of the untrained model.
@@ -53,19 +54,27 @@ class Evaluations:
             self._save("before.json", dataclasses.asdict(result))
         else:
             self.last = Step(step, result)
+            self._save_step("last.json", self.last)
         return result
 
     def keep_best(self) -> None:
         """Note that the model that was evaluated last has been saved as `best`."""
         self.best = self.last
-        self._save("best.json", {"step": self.best.number, **dataclasses.asdict(self.best.evaluation)})
+        self._save_step("best.json", self.best)
 
-    def restore(self, best_step: int) -> None:
-        """Read back the results of a resumed run, whose best step so far is this one."""
+    def restore(self, best_step: int, step: int) -> None:
+        """Read back the results of a resumed run, up to the step that it goes on from and its best step until then."""
         if values := self._read("before.json"):
             self.before = Evaluation(**values)
-        if (values := self._read("best.json")) and values.pop("step") == best_step:
-            self.best = Step(best_step, Evaluation(**values))
+        if (best := self._read_step("best.json")) and best.number == best_step:
+            self.best = best
+        if (last := self._read_step("last.json")) and last.number <= step:
+            self.last = last
+
+    def forget(self) -> None:
+        """Remove the results that are saved: evaluations from now on are of other data."""
+        for name in ("before.json", "best.json", "last.json"):
+            (self.folder / name).unlink(missing_ok=True)
 
     @property
     def after(self) -> Step | None:
@@ -76,14 +85,14 @@ class Evaluations:
         """Return the evaluations' part of `results.json`: figures averaged over the tasks.
 
         `after` is of the step `after_step`, whose model is in `best`, or in `final` where no step was better than the
-        untrained model; `last` is of the last step.
+        untrained model; `last` is of the last step that was evaluated, `last_step`.
         """
         before, after, last = self.before, self.after, self.last
         results = {"before": before and before.average(), "after": after and after.evaluation.average()}
         if after:
             results["after_step"] = after.number
         if last:
-            results["last"] = last.evaluation.average()
+            results |= {"last": last.evaluation.average(), "last_step": last.number}
         newest = last.evaluation if last else before  # neither, if a run stops before its first evaluation
         if newest and newest.unreachable:
             results["unreachable"] = newest.unreachable  # the averages are without these tasks
@@ -113,6 +122,13 @@ class Evaluations:
         metric = "ndcg_at_10"
         last, best = (step.evaluation.average().get(metric, 0.0) for step in (self.last, self.best))
         return f"{METRICS[metric]} {last:.4f} at step {self.last.number}, {best:.4f} at step {self.best.number}"
+
+    def _save_step(self, name: str, step: Step) -> None:
+        self._save(name, {"step": step.number, **dataclasses.asdict(step.evaluation)})
+
+    def _read_step(self, name: str) -> Step | None:
+        values = self._read(name)
+        return Step(values.pop("step"), Evaluation(**values)) if values else None
 
     def _save(self, name: str, values: dict[str, Any]) -> None:
         files.write_file(self.folder / name, json.dumps(values))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
+from mlx_retrieval.training import checkpoint, contents
 from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_task
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.command import Parser
@@ -49,7 +50,11 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    out.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    out.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings; flags win over it, and the output of a run's own config.yaml does not count",
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in dataclasses.fields(Settings):
         if (name := f.metadata["group"]) not in groups:
@@ -162,8 +167,14 @@ def _shown(value) -> str:
 def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
     """Return the settings, from defaults, YAML file and flags, and those that a file or a flag sets, as a dict."""
     flags = vars(parser(description, epilog).parse_args(argv))
-    path = toolkit.find(flags.pop("config", None) or "")
+    path = flags.pop("config", None)
+    if path is not None and not path.strip():
+        raise UserError("--config: must not be empty")
+    path = toolkit.find(path or "")
     file = read_yaml(Path(path)) if path else {}
+    begins = not any((file | flags).get(name) for name in ("resume", "overwrite"))
+    if path and begins and _is_of_a_run(Path(path)):
+        file.pop("output", None)  # the run of these settings has its folder, and a new one gets its own
     # A run saves its steps beside the epochs that they were counted from: of other data, an epoch has other steps.
     if file.get("epochs") or flags.get("epochs"):
         file.pop("steps", None)
@@ -177,6 +188,12 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
         if written.exists() and written.samefile(Path(path)):
             raise UserError(f"--config {path}: --overwrite would replace this file; copy it to another folder first")
     return settings, given
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Return whether a file of settings is one that a run has saved, in its folder or with a step."""
+    beside = (contents.FILE, checkpoint.STATE)
+    return file.name == "config.yaml" and any((file.parent / name).is_file() for name in beside)
 
 
 def chat_flag(given: dict, argv: Sequence[str] | None = None) -> str:

@@ -2,18 +2,21 @@
 
 settings.output = choose(Settings())                # adapters, or adapters-2 if a run is there
 check(settings.folder, settings)                    # before anything is loaded
+with held(settings, chosen=True):                   # for as long as the run lasts
+    ...
 """
 
 import itertools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlx_retrieval.dataset.sources import names
 from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.config import OUTPUT, Settings
-from mlx_retrieval.utils import files, outputs
+from mlx_retrieval.utils import files, locks, outputs
 from mlx_retrieval.utils.errors import SettingError
 
 
@@ -85,6 +88,32 @@ def check(folder: Path, settings: Settings) -> None:
     if not settings.overwrite:
         check_free(folder)
     check_inputs(folder, [settings.model, *names(settings.data), *(settings.eval_tasks or [])])
+
+
+@contextmanager
+def held(settings: Settings, chosen: bool) -> Iterator[None]:
+    """Keep other processes out of the run's folder, and check once more that no run is lost there.
+
+    While this run was prepared another one may have begun in the folder, and ended. If `choose` chose it, the next
+    free one takes its place in the settings; UserError for a folder that the user named.
+    """
+    names = itertools.dropwhile(lambda name: name != settings.output, _names()) if chosen else [settings.output]
+    with ExitStack() as stack:
+        for name in names:
+            folder = Path(name or OUTPUT).expanduser()
+            refusal = SettingError("{output} {folder}: another process is training there", folder=folder)
+            try:
+                check(folder, settings)  # before the lock, which makes the folder
+                stack.enter_context(locks.only_one(folder / ".lock", refusal))
+                check(folder, settings)
+            except SettingError:
+                if not chosen:
+                    raise
+                stack.close()
+            else:
+                settings.output = name
+                break
+        yield
 
 
 def check_free(folder: Path) -> None:

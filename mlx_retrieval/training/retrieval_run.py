@@ -59,7 +59,6 @@ class RetrievalRun:
     """A run that trains a retrieval model; see `run.Run`."""
 
     settings: Settings
-    folder: Path
     trainer: Trainer
     data: RunData
     evaluations: Evaluations | None
@@ -68,6 +67,11 @@ class RetrievalRun:
     base: Path  # the base model's folder
     outlook: Outlook
     headline: list[tuple[str, str]]
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.settings.folder
 
     def measure(self) -> dict:
         """For --dry-run and --profile: measure steps, print and return the figures. Write nothing."""
@@ -119,6 +123,8 @@ class RetrievalRun:
     def begin(self) -> None:
         """Write into the run's folder what its steps need: the held-out questions."""
         self.data.keep(self.folder)
+        if self.evaluations:
+            self.evaluations.folder = self.folder  # another one than planned, if a run came there meanwhile
 
     def contents(self) -> Contents:
         """Return what the run's data, evaluation and base model hold."""
@@ -133,8 +139,12 @@ class RetrievalRun:
 
     def restore(self, changed: set[str]) -> None:
         """Before a resumed run continues, read back its evaluations, unless they were of other data."""
-        if self.evaluations and "evaluation" not in changed:
-            self.evaluations.restore(self.trainer.state.best_step)
+        if not self.evaluations:
+            return
+        if "evaluation" in changed:
+            self.evaluations.forget()
+        else:
+            self.evaluations.restore(self.trainer.state.best_step, self.trainer.state.step)
 
     def results(self) -> dict:
         """Return the content of `results.json`: metrics before and after, averaged over the tasks."""
@@ -256,7 +266,6 @@ def make_evaluator(
 
 def prepare(settings: Settings) -> RetrievalRun:
     """Check everything that can be checked, load the model and wire the trainer. UserError for any mistake."""
-    folder = settings.folder
     start = find_start(settings)
     data = open_data(settings)
     rows = data.rows
@@ -292,12 +301,12 @@ def prepare(settings: Settings) -> RetrievalRun:
 
     evaluations = None
     if data.eval_tasks and distributed.is_main():
-        evaluations = Evaluations(make_evaluator(settings, data, model, retrieval, tokenizer), folder)
+        evaluations = Evaluations(make_evaluator(settings, data, model, retrieval, tokenizer), settings.folder)
     one, other = nothing_learnt.PROBE
     probe = (
         tokenizer([(one, [one, other])]).texts if retrieval.task == "rerank" else tokenizer([one, other], "document")
     )
-    trainer = Trainer(model, batches, objective, settings, folder, save_model, evaluations, validation, probe)
+    trainer = Trainer(model, batches, objective, settings, save_model, evaluations, validation, probe)
     if evaluations and not data.questions:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(data.eval_tasks, rules=settings.folder_rules)
@@ -306,4 +315,4 @@ def prepare(settings: Settings) -> RetrievalRun:
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
-    return RetrievalRun(settings, folder, trainer, data, evaluations, retrieval, start, base, outlook, headline)
+    return RetrievalRun(settings, trainer, data, evaluations, retrieval, start, base, outlook, headline)

@@ -24,9 +24,9 @@ from mlx_retrieval.training.continuation import history
 from mlx_retrieval.training.example_rows import without_examples
 from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
-from mlx_retrieval.utils import files, locks
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines
-from mlx_retrieval.utils.errors import SettingError, UserError
+from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import shell
 
 
@@ -72,13 +72,14 @@ def train(settings: Settings, introduction: Sequence[tuple[str, str]] = ()) -> d
     Args:
         introduction: (name, text) lines to print before the run's own, about how it was understood.
     """
+    chosen = settings.output is None and not (settings.resume or settings.overwrite)
     with distributed.raise_together("the preparation"):
         job = prepare(settings)
     job.headline[:0] = introduction
     if distributed.size() > 1:
         job.trainer.check_ranks()
     gc.freeze()  # no collection needs to look through the objects that exist now: they stay
-    return run(job)
+    return run(job, chosen)
 
 
 def prepare(settings: Settings) -> Run:
@@ -86,7 +87,6 @@ def prepare(settings: Settings) -> Run:
     if distributed.size() > 1 and (settings.task == "chat" or settings.profile):
         unsupported = "--profile" if settings.profile else "--task chat"
         raise UserError(f"{unsupported} works in one process only: start it without mlx.launch")
-    default = settings.output is None
     settings.output = distributed.broadcast_object("the output folder", lambda: output_folder.choose(settings))
     if distributed.is_main():
         output_folder.check(settings.folder, settings)
@@ -94,29 +94,30 @@ def prepare(settings: Settings) -> Run:
         from mlx_retrieval.training.chat.run import prepare as prepare_task
     else:
         from mlx_retrieval.training.retrieval_run import prepare as prepare_task
-    job = prepare_task(settings)
-    if default and settings.output != OUTPUT and not settings.profile:
-        job.headline.insert(0, ("output", f"{settings.output}, as there is a run in {OUTPUT}"))
-    return job
+    return prepare_task(settings)
 
 
-def run(job: Run) -> dict:
+def run(job: Run, chosen: bool = False) -> dict:
     """Carry out a prepared run, or continue it. Returns as `train`.
+
+    Args:
+        chosen: whether `output_folder.choose` chose the folder, so that it may be another one.
 
     Raises UserError if another process uses the folder, and RunInterrupted, which ends the process, after a signal.
     """
     settings = job.settings
     trainer = job.trainer
-    print_lines(job.headline)
     if settings.dry_run or settings.profile:
+        print_headline(job, chosen)
         return job.measure()
     with ExitStack() as stack:
         # Begin, or find the step to continue from. Rank 0 does it, and holds the lock until the run ends.
         with distributed.raise_together("the begin"):
             if distributed.is_main():
-                refusal = SettingError("{output} {folder}: another process is training there", folder=job.folder)
-                stack.enter_context(locks.only_one(job.folder / ".lock", refusal))
+                stack.enter_context(output_folder.held(settings, chosen))
+                print_headline(job, chosen)
                 begin(job)
+        settings.output = distributed.broadcast_object("the folder of the run", lambda: settings.output)
         if distributed.size() > 1:
             trainer.follow()
         try:
@@ -147,6 +148,14 @@ def run(job: Run) -> dict:
 
 
 # --- begin ------------------------------------------------------------------------------------------------------------
+
+
+def print_headline(job: Run, chosen: bool) -> None:
+    """Print the first lines of a run, which name its folder if that was chosen and is not the usual one."""
+    output = job.settings.output
+    if chosen and output != OUTPUT and not job.settings.profile:
+        job.headline.insert(0, ("output", f"{output}, as there is a run in {OUTPUT}"))
+    print_lines(job.headline)
 
 
 def begin(job: Run) -> None:

@@ -10,11 +10,13 @@ from mlx_retrieval.utils.errors import SettingError
 
 def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
+    names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project")
     positive = ("batch_size", "xtr_k", "steps_per_report")
     counts = ("gradient_accumulation_steps", "save_steps", "stop_after", "keep")
     not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
     checks = [
+        *((all(_texts(getattr(settings, name))), name, "must not be empty") for name in names),
         *((getattr(settings, name) > 0, name, "must be above 0") for name in positive),
         *((getattr(settings, name) >= 0, name, "must not be negative") for name in not_negative),
         *(
@@ -75,7 +77,7 @@ def check(settings: Any) -> None:
     for good, name, message in (*_numbers(settings), *checks):
         if not good:
             value = getattr(settings, name)
-            shown = "" if value is True else f" {value}"
+            shown = "" if value is True or message == "must not be empty" else f" {value}"
             raise SettingError(f"{{{name}}}{{value}}: {message}", value=shown, chosen=settings.loss)
 
 
@@ -90,3 +92,8 @@ def _numbers(settings: Any) -> Iterator[tuple[bool, str, str]]:
 def _is_none_or(settings: Any, name: str, least: int) -> bool:
     value = getattr(settings, name)
     return value is None or value >= least
+
+
+def _texts(value: str | list[str] | None) -> list[str]:
+    """Return the texts of a setting, without blanks around them; [] where it is not given."""
+    return [text.strip() for text in ([value] if isinstance(value, str) else value or [])]

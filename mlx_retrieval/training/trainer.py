@@ -52,7 +52,6 @@ class Trainer(BaseTrainer):
         batches: Batches,
         objective: Objective,
         settings: Settings,
-        folder: Path,
         save_model: Callable[[Path], None],
         evaluations: Evaluations | None = None,
         validation: Batches | None = None,
@@ -60,7 +59,7 @@ class Trainer(BaseTrainer):
     ):
         optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
         optimizer.init(model.trainable_parameters())
-        super().__init__(model, optimizer, State(), settings, folder, save_model)
+        super().__init__(model, optimizer, State(), settings, save_model)
         self.batches = batches
         self.evaluations = evaluations
         self.validation = validation

@@ -326,6 +326,9 @@ def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
     assert resumed.data == [str(tmp_path / "rows.jsonl")] and Path(resumed.output).samefile(tmp_path / "run")
     with pytest.raises(UserError, match="--data was"):
         train.resumed_settings({"resume": True, "output": "../run", "data": ["rows.jsonl"]})
+    ends = {"resume": True, "output": "../run", "steps": 12, "epochs": 0.5}
+    with pytest.raises(UserError, match="--steps 12 and --epochs 0.5 are two ends of the run, which may disagree"):
+        train.resumed_settings(ends)
     shutil.move(tmp_path / "run", tmp_path / "elsewhere" / "adapters")  # `--output` is the folder that was read
     assert Path(train.resumed_settings({"resume": True}).output).resolve() == tmp_path / "elsewhere" / "adapters"
     (tmp_path / "rows.jsonl").unlink()

@@ -658,6 +658,15 @@ def test_config_file_flags_win_and_unknown_keys_are_refused(tmp_path):
         from_flags("", argv=["--config", str(tmp_path / "none.yaml")])
 
 
+@pytest.mark.parametrize("name", ["model", "data", "eval-tasks", "output", "columns", "config", "lora-keys"])
+def test_a_name_is_not_empty(name):
+    """Regression: `--output ""` counted as not given, so that a misspelt shell variable passed without a word."""
+    for text in ("", " "):
+        with pytest.raises(UserError, match=f"^--{name}: must not be empty$"):
+            from_flags("", argv=[f"--{name}", text])
+    assert from_flags("", argv=["--query-prompt", ""])[0].query_prompt == ""
+
+
 def test_settings_survive_yaml(tmp_path):
     made = Settings(lora_keys=["a"], pooling="cls", bidirectional=True, matryoshka_dims=[4], learning_rate=1e-5)
     made.write(tmp_path / "config.yaml")

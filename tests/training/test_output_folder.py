@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.output_folder import choose, to_resume
-from mlx_retrieval.training.run import prepare
+from mlx_retrieval.training.flags import from_flags
+from mlx_retrieval.training.output_folder import choose, held, to_resume
+from mlx_retrieval.training.run import prepare, print_headline
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -56,7 +57,55 @@ def test_the_first_line_says_which_folder_was_taken(begun, small, rows):
     begun("adapters")
     settings = Settings(model=small, data=[rows], eval_tasks=[], batch_size=8, steps=1, dry_run=True)
     job = prepare(settings)
+    print_headline(job, chosen=True)
     assert job.headline[0] == ("output", "adapters-2, as there is a run in adapters")
     assert job.folder == Path("adapters-2") and settings.output == "adapters-2"
     with pytest.raises(UserError, match="--output adapters: another run is in this folder"):
         prepare(Settings(model=small, data=[rows], eval_tasks=[], output="adapters"))
+
+
+def test_a_run_that_came_to_the_folder_meanwhile_is_not_lost(begun):
+    """Regression: a run that loaded slowly replaced one that had begun and ended in its folder in that time."""
+    chosen = Settings()
+    chosen.output = choose(chosen)
+    assert chosen.output == "adapters"
+    with held(Settings(output="adapters"), chosen=False):  # begins now, and has written nothing yet
+        with held(chosen, chosen=True):
+            assert chosen.output == "adapters-2"
+        with (
+            pytest.raises(UserError, match="--output adapters: another process is training there"),
+            held(Settings(output="adapters"), chosen=False),
+        ):
+            pass
+    (Path("adapters") / "config.yaml").touch()
+    begun("adapters-2", finished=True)
+    later = Settings(output="adapters")
+    with held(later, chosen=True):
+        assert later.output == "adapters-3" and later.folder.is_dir()
+    with (
+        pytest.raises(UserError, match="--output adapters: another run is in this folder"),
+        held(Settings(output="adapters"), chosen=False),
+    ):
+        pass
+    for changes in ({"resume": True}, {"overwrite": True}):
+        with held(Settings(output="adapters", **changes), chosen=False):
+            pass
+
+
+def test_the_settings_of_another_run_do_not_name_its_folder(begun):
+    begun("adapters", finished=True)
+    file = Path("adapters/config.yaml")
+    Settings(output="adapters", steps=7).write(file)
+    own = ["--config", str(file)]
+    assert from_flags("", argv=own)[0].folder == Path("adapters").absolute()  # a file of the user's own
+    (file.parent / "contents.json").touch()
+    Settings(output="adapters", steps=7).write(Path("adapters/final/config.yaml"))
+    (file.parent / "final" / "trainer_state.json").touch()
+    for path in (file, Path("adapters/final/config.yaml")):
+        settings, given = from_flags("", argv=["--config", str(path)])
+        assert settings.output is None and "output" not in given and settings.steps == 7
+        assert choose(settings) == "adapters-2"
+    assert from_flags("", argv=[*own, "--output", "again"])[0].output == "again"
+    assert from_flags("", argv=[*own, "--resume"])[0].folder == Path("adapters").absolute()
+    with pytest.raises(UserError, match="--overwrite would replace this file"):
+        from_flags("", argv=[*own, "--overwrite"])

@@ -44,7 +44,7 @@ class ToyTrainer(BaseTrainer):
         self.events: list[str] = []
         self.scores = iter(scores)
         self.signals = signals
-        super().__init__(model, optimizer, State(), settings, Path(settings.output), self._save_model)
+        super().__init__(model, optimizer, State(), settings, self._save_model)
 
     def _save_model(self, folder: Path) -> None:
         self.events.append(f"save {folder.name.strip('.').removesuffix('.new')}")

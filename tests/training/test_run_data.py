@@ -167,11 +167,28 @@ def test_the_figures_after_training_are_those_of_the_best_step(tmp_path, capsys)
     assert evaluations.last_line() == "nDCG@10 0.3000 at step 20, 0.6000 at step 10"
 
     resumed = Evaluations(lambda: None, tmp_path)
-    resumed.restore(10)
+    resumed.restore(10, 20)
     assert (resumed.before, resumed.after) == (figures(0.2), Step(10, figures(0.8)))
+    assert resumed.results() == results  # also if the run stops before its next evaluation
     other = Evaluations(lambda: None, tmp_path)
-    other.restore(5)  # best.json is of a later step than the one that the run goes on from
+    other.restore(5, 19)  # best.json and last.json are of later steps than the one that the run goes on from
     assert other.before and other.after is None
+
+
+def test_a_run_without_a_best_step_keeps_its_last_figures_when_it_goes_on(tmp_path):
+    """Regression: results.json of a lengthened run that stopped before its next evaluation had no `after`."""
+    scores = iter([0.8, 0.4])
+    evaluations = Evaluations(lambda: (None, figures(next(scores))), tmp_path)
+    evaluations(0)
+    evaluations(10)
+    resumed = Evaluations(lambda: None, tmp_path)
+    resumed.restore(0, 12)
+    assert resumed.after == Step(10, figures(0.4)) and resumed.results() == evaluations.results()
+    assert (resumed.results()["after_step"], resumed.results()["last_step"]) == (10, 10)
+    resumed.forget()  # the evaluation has changed, with --accept-changed-data
+    other = Evaluations(lambda: None, tmp_path)
+    other.restore(0, 12)
+    assert other.results() == {"before": None, "after": None}
 
 
 # --- from the command to the figures ----------------------------------------------------------------------------------

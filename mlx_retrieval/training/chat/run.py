@@ -46,7 +46,6 @@ class ChatRun:
     """A run that trains a chat model; see `training.run.Run`."""
 
     settings: Settings
-    folder: Path
     trainer: ChatTrainer
     start: StartingModel
     base: Path  # the base model's folder
@@ -54,6 +53,11 @@ class ChatRun:
     template: str  # ChatML in place of a chat template; "" = the tokenizer has its own
     quantised: bool  # whether the base model is
     outlook: Outlook
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.settings.folder
 
     def begin(self) -> None:
         """Write nothing: the steps need nothing in the run's folder."""
@@ -179,8 +183,7 @@ def prepare(settings: Settings) -> ChatRun:
             (target / TEMPLATE_FILE).write_text(tokenizer.template, encoding="utf-8")
         settings.write(target / "config.yaml")
 
-    folder = settings.folder
-    trainer = ChatTrainer(backbone, batches, validation, settings, folder, save_model)
+    trainer = ChatTrainer(backbone, batches, validation, settings, save_model)
     headline = [
         ("device", backend.describe()),
         *model_lines(settings, backbone, backbone, start.describe(settings)),
@@ -198,7 +201,7 @@ def prepare(settings: Settings) -> ChatRun:
     headline += [("ignored", ignored_keys(ignored))] if ignored else []
     headline += warnings(settings, rows, valid) + rope_warning(base)
     quantised = lora.is_quantised(backbone)
-    return ChatRun(settings, folder, trainer, start, base, headline, tokenizer.template, quantised, outlook)
+    return ChatRun(settings, trainer, start, base, headline, tokenizer.template, quantised, outlook)
 
 
 def foresee(settings: Settings, base: Path, batches: ChatBatches) -> Outlook:

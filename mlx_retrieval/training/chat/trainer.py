@@ -158,13 +158,12 @@ class ChatTrainer(BaseTrainer):
         batches: ChatBatches,
         validation: ChatBatches | None,
         settings: Settings,
-        folder: Path,
         save_model: Callable[[Path], None],
     ):
         model = backbone.adapted
         optimizer = Optimizer(settings.learning_rate, settings.weight_decay, settings.max_grad_norm)
         optimizer.init(model.trainable_parameters())
-        super().__init__(model, optimizer, ChatState(data=batches.rows.checksum), settings, folder, save_model)
+        super().__init__(model, optimizer, ChatState(data=batches.rows.checksum), settings, save_model)
         self.batches = batches
         self.validation = validation
         # Checkpointed blocks draw their dropout's seeds in Python, which a compiled step would do only once.
