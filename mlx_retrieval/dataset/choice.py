@@ -4,6 +4,7 @@ choice = choose(keys, share=0.05, seed=0)
 choice.queries, choice.texts         # sorted keys
 """
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,11 @@ class Keys(NamedTuple):
     positive: np.ndarray  # (N,) uint64
     relevant: np.ndarray  # (N,) bool: whether the positive answers the query: not so where a label says no
 
+    @property
+    def texts(self) -> frozenset[int]:
+        """All keys."""
+        return frozenset([*self.query.tolist(), *self.positive.tolist()])
+
 
 class Choice(NamedTuple):
     """Held-out queries, and all texts that may not occur in training: these queries and their answers."""
@@ -38,8 +44,27 @@ def wanted(queries: int, share: float) -> int:
     return count if count >= FEWEST else 0
 
 
+def askable(keys: Keys) -> np.ndarray:
+    """Return the sorted queries of which none is an answer to another.
+
+    One that is would be searched for among documents with its own text, which would count as wrong. Of two such
+    queries, the one that is tied to fewer others is left.
+    """
+    queries = np.unique(keys.query[keys.relevant])
+    tied = keys.relevant & (keys.query != keys.positive) & np.isin(keys.positive, queries)
+    neighbours: dict[int, set[int]] = defaultdict(set)
+    for query, answer in zip(keys.query[tied].tolist(), keys.positive[tied].tolist(), strict=True):
+        neighbours[query].add(answer)
+        neighbours[answer].add(query)
+    left: set[int] = set()
+    for query in sorted(neighbours, key=lambda query: (len(neighbours[query]), query)):
+        if left.isdisjoint(neighbours[query]):
+            left.add(query)
+    return queries[~np.isin(queries, np.array([*(neighbours.keys() - left)], queries.dtype))]
+
+
 def choose(keys: Keys, share: float, seed: int) -> Choice:
-    """Return a random choice of a share of the queries: LEAST to MOST, and never more than a third.
+    """Return a random choice of a share of the `askable` queries: LEAST to MOST, and never more than a third.
 
     Examples that share a text, be it a query or an answer, form a group together with all that these share a text with.
     Whole groups are held out, small ones first, so that nothing else has to leave training. Where they do not suffice,
@@ -71,12 +96,12 @@ def choose(keys: Keys, share: float, seed: int) -> Choice:
 class Texts:
     """The texts of N examples by number, 0 to `count` - 1.
 
-    query, positive: (N,) int32. queries: the numbers of the queries that have an answer, ascending.
+    query, positive: (N,) int32. queries: the numbers of the `askable` queries that have an answer, ascending.
     """
 
     def __init__(self, count: int, query: np.ndarray, positive: np.ndarray, relevant: np.ndarray):
         self.count, self.query, self.positive, self.relevant = count, query, positive, relevant
-        self.queries = np.unique(query[relevant])
+        self.queries = askable(Keys(query, positive, relevant))
         self._order = np.argsort(np.concatenate([query, positive]), kind="stable").astype(np.uint32)
         ends = np.bincount(np.concatenate([query, positive]), minlength=count).cumsum()
         self._starts, self._ends = np.concatenate([[0], ends[:-1]]), ends

@@ -4,7 +4,7 @@ held = hold_out(open_source(["pairs.jsonl"]), share=0.05, seed=0)
 held.rows                                   # a `sources.Source` without them
 held.questions.write(Path("run/held-out"))  # in BEIR layout
 
-Texts count as the same if they differ in case, punctuation and white space only (text_keys.py).
+What leaves training goes by the loose keys of text_keys.py; what is asked, and what answers it, by exact texts.
 """
 
 import copy
@@ -12,18 +12,19 @@ import itertools
 import json
 from bisect import bisect_right
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mlx_retrieval.dataset import beir
-from mlx_retrieval.dataset.choice import Keys, choose
+from mlx_retrieval.dataset.choice import Keys, askable, choose
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import InterleavedRows, Source
-from mlx_retrieval.dataset.text_keys import text_key
+from mlx_retrieval.dataset.text_keys import exact, text_key
 from mlx_retrieval.dataset.views import RowsWithout, StreamWithout, remaining
+from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import writable
 
 QUESTIONS = 500  # of validation rows, at most
@@ -38,6 +39,12 @@ class Questions:
     queries: dict[str, str]  # id -> text
     documents: dict[str, str]
     answers: dict[str, list[str]]
+
+    @property
+    def texts(self) -> frozenset[int]:
+        """The keys of the queries and their answers, see text_keys.py."""
+        answers = {self.documents[name] for names in self.answers.values() for name in names}
+        return frozenset(map(text_key, (*self.queries.values(), *answers)))
 
     def write(self, folder: Path) -> None:
         """Write corpus.jsonl, queries.jsonl and qrels/test.tsv into a folder that exists."""
@@ -78,26 +85,26 @@ def hold_out(source: Source, share: float, seed: int = 0) -> HeldOut:
     choice = choose(scan.keys, share, seed)
     if choice.reason:
         return HeldOut(source, len(scan), reason=choice.reason)
-    leaving = Leaving(scan, frozenset(choice.texts.tolist()))
+    asked = Asked(scan, np.isin(scan.keys.query, choice.queries))
+    leaving = Leaving(scan, asked.texts)
     if not leaving.leaves_rows:
         return HeldOut(source, len(scan), reason="all rows of one of the files share texts with them")
-    asked = np.flatnonzero(np.isin(scan.keys.query, choice.queries))
-    return leaving.held_out(_questions(scan, asked, leaving, seed))
+    return leaving.held_out(asked.questions(leaving, seed))
 
 
-def take_validation(source: Source, validation: Source, seed: int = 0) -> HeldOut | None:
+def take_validation(source: Source, validation: Source, seed: int = 0) -> HeldOut:
     """Return the queries of validation rows, QUESTIONS at most, as questions, and the rows without any of their texts.
 
-    None if this would leave less than half of the rows.
+    No questions if this would leave less than half of the rows.
     """
     scan, valid = Scan(source, seed), Scan(validation, seed)
-    leaving = Leaving(scan, frozenset([*valid.keys.query.tolist(), *valid.keys.positive.tolist()]))
-    queries = np.unique(valid.keys.query[valid.keys.relevant])
-    if not leaving.leaves_rows or 2 * leaving.count > len(scan) or not len(queries):
-        return None
+    if not len(queries := askable(valid.keys)):
+        return HeldOut(source, len(scan), reason="no document of it answers its query, as all labels are 0.5 or less")
+    leaving = Leaving(scan, valid.keys.texts)
+    if not leaving.leaves_rows or 2 * leaving.count > len(scan):
+        return HeldOut(source, len(scan), reason="most rows share a question or an answer with it")
     chosen = np.random.default_rng(seed).permutation(queries)[:QUESTIONS]
-    asked = np.flatnonzero(np.isin(valid.keys.query, chosen))
-    return leaving.held_out(_questions(valid, asked, leaving, seed))
+    return leaving.held_out(Asked(valid, np.isin(valid.keys.query, chosen)).questions(leaving, seed))
 
 
 def leave_out(source: Source, texts: Set[int], seed: int = 0) -> HeldOut:
@@ -105,18 +112,42 @@ def leave_out(source: Source, texts: Set[int], seed: int = 0) -> HeldOut:
     return Leaving(Scan(source, seed), texts).held_out(None)
 
 
+def read_questions(folder: Path) -> Questions:
+    """Return what `Questions.write` wrote into a folder. UserError if it is damaged."""
+    documents, queries, qrels = beir.read_folder(folder)
+    texts = {name: beir.document_text(*documents[name]) for name in documents}
+    answers = {query: [name for name in grades if name in documents] for query, grades in qrels.items()}
+    return Questions({name: text for name, (_, text) in queries.items()}, texts, answers)
+
+
+def take_questions(source: Source, questions: Questions, seed: int = 0) -> HeldOut:
+    """Return questions that were held out before, and the rows without their texts.
+
+    No questions if fewer than half of them are asked in the rows, or nothing would be left.
+    """
+    scan = Scan(source, seed)
+    keys = np.array([*map(text_key, questions.queries.values())], np.uint64)
+    count = int(np.isin(keys, scan.keys.query).sum())
+    leaving = Leaving(scan, questions.texts)
+    if 2 * count < len(keys) or not leaving.leaves_rows:
+        return HeldOut(source, len(scan), reason=f"{count} of its {len(keys)} held-out questions are in these data")
+    return leaving.held_out(questions)
+
+
+def count_asked(source: Source, questions: Questions) -> int:
+    """Return how many of some questions are queries of a source."""
+    keys = np.array([*map(text_key, questions.queries.values())], np.uint64)
+    return int(np.isin(keys, Scan(source, 0).keys.query).sum())
+
+
 def texts_of(folder: Path) -> frozenset[int]:
     """Return the keys of the questions and answers in a folder of `Questions.write`. UserError if it is damaged."""
-    documents, queries, qrels = beir.read_folder(folder)
-    answers = {document for grades in qrels.values() for document in grades if document in documents}
-    texts = [*(text for _, text in queries.values()), *(beir.document_text(*documents[name]) for name in answers)]
-    return frozenset(map(text_key, texts))
+    return read_questions(folder).texts
 
 
 def texts_in(source: Source) -> frozenset[int]:
     """Return the keys of the queries and positives of a source."""
-    keys = Scan(source, 0).keys
-    return frozenset([*keys.query.tolist(), *keys.positive.tolist()])
+    return Scan(source, 0).keys.texts
 
 
 class Scan:
@@ -132,12 +163,15 @@ class Scan:
         self.starts = [0, *itertools.accumulate(map(len, self._readable))]
         self.keys = Keys(*(np.empty(len(self), kind) for kind in (np.uint64, np.uint64, bool)))
         self.is_plain = not source.has_negatives  # so that only queries and positives can be held-out texts
-        for i in range(len(self)):
-            example = self[i]
-            self.keys.query[i] = text_key(example.query)
-            self.keys.positive[i] = text_key(example.positive)
-            self.keys.relevant[i] = source.format != "label" or example.scores[0] > 0.5
-            self.is_plain = self.is_plain and not example.other_positives
+        with progress_bar("comparing texts", "rows", len(self)) as progress:
+            for i in range(len(self)):
+                example = self[i]
+                self.keys.query[i] = text_key(example.query)
+                self.keys.positive[i] = text_key(example.positive)
+                self.keys.relevant[i] = source.format != "label" or example.scores[0] > 0.5
+                self.is_plain = self.is_plain and not example.other_positives
+                if i % 1_000 == 999:
+                    progress(i + 1)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -202,42 +236,87 @@ class Leaving:
         return RowsWithout(part, kept, self.texts, frozenset(i - start for i in self._trimmed if start <= i < end))
 
 
-def _questions(scan: Scan, asked: np.ndarray, leaving: Leaving, seed: int) -> Questions:
-    """Return the queries of some examples with their answers, among their own documents and those of other examples.
+@dataclass
+class Asked:
+    """The questions of some examples of a scan, and their answers.
+
+    Of questions that differ in nothing but what their keys leave out, one is asked. A question is not asked if an
+    answer of another one has its text, or differs from one of its own answers in no more than that: it would count as
+    wrong.
 
     Args:
-        asked: numbers of the examples, all that have these queries.
-        leaving: the positives of the rows that stay are added, up to DOCUMENTS; of the others, they may be answers.
+        scan: where the examples are.
+        chosen: (N,) bool: all examples that have these queries.
     """
-    rng = np.random.default_rng([seed, 0xD0C5])
-    queries: dict[int, str] = {}
-    answers: dict[int, dict[int, str]] = {}  # query -> answer -> text
-    wrong: dict[int, str] = {}
-    for i in asked.tolist():
-        example = scan[i]
-        query = int(scan.keys.query[i])
-        queries.setdefault(query, example.query)
-        of_query = answers.setdefault(query, {}) if scan.keys.relevant[i] else wrong
-        of_query.setdefault(int(scan.keys.positive[i]), example.positive)
-        wrong |= {key: text for text in example.negatives if (key := text_key(text)) not in wrong}
-    documents = {key: text for of_query in answers.values() for key, text in of_query.items()}
-    wrong = {key: text for key, text in wrong.items() if key not in documents}
-    chosen = rng.permutation(len(wrong))[: max(0, DOCUMENTS - len(documents))]
-    documents |= {key: wrong[key] for key in np.array([*wrong], np.uint64)[chosen].tolist()}
-    others = leaving.scan
-    more, places = np.unique(others.keys.positive, return_index=True)
-    known = np.concatenate([others.keys.positive[~leaving.kept], np.array([*leaving.texts, *documents], np.uint64)])
-    for place in rng.permutation(places[~np.isin(more, known)]).tolist():
-        if len(documents) >= DOCUMENTS:
-            break
-        documents[int(others.keys.positive[place])] = others[place].positive
-    # In a random order, so that equal scores favour neither right nor wrong documents.
-    shuffled = rng.permutation(len(documents))
-    keys = np.array([*documents], np.uint64)[shuffled].tolist()
-    names = {key: f"d{number:05d}" for number, key in enumerate(keys, 1)}
-    ids = {query: f"q{number:03d}" for number, query in enumerate(answers, 1)}
-    return Questions(
-        {name: queries[query] for query, name in ids.items()},
-        {name: documents[key] for key, name in names.items()},
-        {name: [names[key] for key in answers[query]] for query, name in ids.items()},
-    )
+
+    scan: "Scan"
+    chosen: np.ndarray
+    queries: dict[int, str] = field(default_factory=dict)  # key -> text
+    answers: dict[int, dict[int, str]] = field(default_factory=dict)  # query -> answer -> text
+    known: set[int] = field(default_factory=set)  # texts that may be right, in some spelling
+    wrong: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        by_query: dict[int, dict[int, list[str]]] = {}
+        spelling: dict[int, str] = {}
+        for i in np.flatnonzero(self.chosen).tolist():
+            example, query = self.scan[i], int(self.scan.keys.query[i])
+            self.known.add(query)
+            answers, others = _answers(example, self.scan.source.format)
+            self.wrong |= {key: text for text in others if (key := text_key(text)) not in self.wrong}
+            self.known.update(map(text_key, answers))
+            if answers and exact(spelling.setdefault(query, example.query)) == exact(example.query):
+                for text in answers:
+                    by_query.setdefault(query, {}).setdefault(text_key(text), []).append(text)
+        documents: dict[int, str] = {}
+        for query, answers in by_query.items():
+            alike = all(exact(documents.get(key, texts[0])) in map(exact, texts) for key, texts in answers.items())
+            others = documents.keys() - answers.keys()
+            if alike and query not in others and self.queries.keys().isdisjoint(answers.keys() - {query}):
+                self.queries[query] = spelling[query]
+                self.answers[query] = {key: documents.setdefault(key, texts[0]) for key, texts in answers.items()}
+        self.documents = documents
+        self.wrong = {key: text for key, text in self.wrong.items() if key not in self.known}
+
+    @property
+    def texts(self) -> frozenset[int]:
+        """The keys of the questions and their answers."""
+        return frozenset(self.queries) | frozenset(self.documents)
+
+    def questions(self, leaving: Leaving, seed: int) -> Questions:
+        """Return the questions among their own documents and those of other examples.
+
+        Args:
+            leaving: the positives of the rows that stay are added, up to DOCUMENTS; of the others, they may be answers.
+        """
+        rng = np.random.default_rng([seed, 0xD0C5])
+        documents = dict(self.documents)
+        chosen = rng.permutation(len(self.wrong))[: max(0, DOCUMENTS - len(documents))]
+        documents |= {key: self.wrong[key] for key in np.array([*self.wrong], np.uint64)[chosen].tolist()}
+        keys = leaving.scan.keys
+        more, places = np.unique(keys.positive, return_index=True)
+        apart = np.array([*leaving.texts, *self.known, *documents], np.uint64)
+        apart = np.concatenate([keys.positive[~leaving.kept], apart])
+        for place in rng.permutation(places[~np.isin(more, apart)]).tolist():
+            if len(documents) >= DOCUMENTS:
+                break
+            documents[int(keys.positive[place])] = leaving.scan[place].positive
+        # In a random order, so that equal scores favour neither right nor wrong documents.
+        order = np.array([*documents], np.uint64)[rng.permutation(len(documents))].tolist()
+        names = {key: f"d{number:05d}" for number, key in enumerate(order, 1)}
+        ids = {query: f"q{number:03d}" for number, query in enumerate(self.queries, 1)}
+        return Questions(
+            {name: self.queries[query] for query, name in ids.items()},
+            {name: documents[key] for key, name in names.items()},
+            {name: [names[key] for key in self.answers[query]] for query, name in ids.items()},
+        )
+
+
+def _answers(example: Example, kind: str | None) -> tuple[list[str], list[str]]:
+    """Return an example's documents that answer its query, and the others. `kind`: of the source's rows."""
+    if kind == "label" and example.scores[0] <= 0.5:
+        return [], [example.positive]
+    best = example.scores[0] if kind == "documents" else None
+    scores = example.scores[1:] if kind == "documents" else [0.0] * len(example.negatives)
+    pairs = list(zip(example.negatives, scores, strict=True))
+    return [example.positive, *(t for t, s in pairs if s == best)], [t for t, s in pairs if s != best]

@@ -246,9 +246,9 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
     rank = _rank(row[reading.rank]) if reading.rank else 1
     of_positives, of_negatives = _teacher_scores(row, reading, len(positives), len(negatives))
     examples = []
-    for text in distinct:
+    for i, text in enumerate(distinct):
         scores = (of_positives[positives.index(text)], *of_negatives) if of_positives else ()
-        others = tuple([other for other in distinct if other != text]) if len(distinct) > 1 else ()
+        others = (*distinct[:i], *distinct[i + 1 :])
         examples.append(Example(query, text, negatives, rank, scores, others))
     return examples, reading
 

@@ -129,6 +129,7 @@ class Rows:
         if len(starts) == 1:  # with which nothing is shared
             self.constant = {}
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
+        self._last: tuple[tuple[int, int], list[Example]] | None = None  # file and start of the row read last
         # Views of the arrays: five million rows take 80 MB.
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
         self._counts = np.array(counts)
@@ -180,18 +181,25 @@ class Rows:
 
     def __getitem__(self, i: int) -> Example:
         file = int(np.searchsorted(self._counts, i, side="right")) - 1
-        opened = self._opened[file]
-        line = opened.read(int(self._starts[i]), int(self._sizes[i]))
         # The examples of a row have its place, one after the other.
         first = self._counts[file] + np.searchsorted(self._starts[self._counts[file] : i + 1], self._starts[i])
         try:
-            examples = parse(line, self.format, self.ignore_keys, opened.columns)[0]
+            examples = self._examples(file, int(self._starts[i]), int(self._sizes[i]))
             if i - first < len(examples):
                 return examples[i - first]
             error = "the row has fewer positives"
         except RowError as reason:
             error = reason
         raise UserError(f"{self.where(i)}: the file was changed during the run ({error})")
+
+    def _examples(self, file: int, start: int, size: int) -> list[Example]:
+        """Return the examples of a row. Those of the last one are kept: several are read one after the other."""
+        last = self._last
+        if last is None or last[0] != (file, start):
+            opened = self._opened[file]
+            examples = parse(opened.read(start, size), self.format, self.ignore_keys, opened.columns)[0]
+            self._last = last = (file, start), examples
+        return last[1]
 
     @property
     def names(self) -> list[str]:

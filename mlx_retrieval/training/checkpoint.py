@@ -42,7 +42,7 @@ HELD_OUT = "held-out"  # the folder of the questions that a run has kept from tr
 def recover(run: Path) -> None:
     """Repair what a kill interrupted: bring back a folder that was moved away, remove an incomplete one."""
     for path in [*run.glob(".*.old"), *run.glob(".*.new")]:
-        if _is_saved(folder := run / path.stem[1:]):
+        if is_saved(folder := run / path.stem[1:]):
             tidy(folder)
     for name in FILES:
         beside(run / name, "new").unlink(missing_ok=True)
@@ -114,13 +114,13 @@ def run_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
     """Return whether a path has the name of a folder that runs save."""
     return re.fullmatch(rf"step-\d{{6,}}|best|final|{HELD_OUT}", path.name) is not None
 
 
 def _steps(run: Path) -> list[Path]:
-    return [folder for folder in run.glob("step-*") if _is_saved(folder)]
+    return [folder for folder in run.glob("step-*") if is_saved(folder)]
 
 
 def holds_run(run: Path) -> bool:

@@ -61,8 +61,11 @@ class GroupMaker:
         example = examples[i]
         if self.rows.format == "label":
             return [example.positive], list(example.scores)
-        documents = [example.positive, *example.negatives]
-        labels = list(example.scores) or [1.0] + [0.0] * len(example.negatives)
+        negatives, labels = example.negatives, list(example.scores)
+        if not labels:  # a positive that is among the negatives as well is none of them
+            negatives = [text for text in negatives if text not in (example.positive, *example.other_positives)]
+            labels = [1.0] + [0.0] * len(negatives)
+        documents = [example.positive, *negatives]
         relevant = {e.positive for e in examples if e.query == example.query}
         relevant.update(documents, example.other_positives)
         others = (examples[(i + step) % len(examples)].positive for step in range(1, len(examples)))

@@ -15,7 +15,7 @@ from mlx_retrieval.dataset.row_files import HUB, hub_validation
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.sources import Source, is_default_data, local, names, open_source
 from mlx_retrieval.training import contents, distributed
-from mlx_retrieval.training.checkpoint import HELD_OUT
+from mlx_retrieval.training.checkpoint import HELD_OUT, is_saved
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils import files, toolkit
 from mlx_retrieval.utils.text import quantity
@@ -63,7 +63,19 @@ def open_data(settings: Settings) -> RunData:
     data = RunData(rows, validation, lines, settings.eval_tasks or [])
     if settings.eval_tasks is None:
         _choose_evaluation(data, settings)
+    for task in settings.eval_tasks or []:
+        _warn_of_trained(data, Path(task).expanduser())
     return data
+
+
+def _warn_of_trained(data: RunData, folder: Path) -> None:
+    """Warn if the questions that another run has held out are trained on."""
+    if folder.name == HELD_OUT and folder.is_dir():
+        questions = held_out.read_questions(folder)
+        if count := held_out.count_asked(data.rows, questions):
+            line = f"{count} of the {quantity(len(questions.queries), 'question')} of {folder} are trained on"
+            way_on = "its figures will be too good. Without --eval-tasks, questions are held out"
+            data.lines.append(("warning", f"{line}: {way_on}"))
 
 
 def _choose_evaluation(data: RunData, settings: Settings) -> None:
@@ -81,23 +93,51 @@ def _choose_evaluation(data: RunData, settings: Settings) -> None:
         data.lines.append(("judged on", "no held-out questions, as when the run was begun"))
     elif earlier is not None:
         texts = frozenset(earlier["texts"])
-        if data.validation:
+        if data.validation and held_out.take_validation(data.rows, data.validation, settings.seed).questions:
             texts |= held_out.texts_in(data.validation)
         data.lines.append(("judged on", f"the questions of {run / HELD_OUT}, as when the run was begun"))
         _leave_out(data, held_out.leave_out(data.rows, texts, settings.seed))
         data.eval_tasks = [str(run / HELD_OUT)]
-    elif data.validation:
-        name = " and ".join(data.validation.names)
-        if (held := held_out.take_validation(data.rows, data.validation, settings.seed)) is None:
-            line = f"the loss of {name} only: most rows share a question or an answer with it"
-            data.lines.append(("judged on", line))
-        else:
-            _take_questions(data, held, run, f"of {name}")
-    else:
+    elif not (_ask_validation(data, settings) or _ask_again(data, settings)):
         share = choice.SHARE if settings.holdout is None else settings.holdout
-        _take_questions(
-            data, held_out.hold_out(data.rows, share, settings.seed), run, f"held out (--holdout {share:g})"
-        )
+        held = held_out.hold_out(data.rows, share, settings.seed)
+        _take_questions(data, held, run, f"held out (--holdout {share:g})")
+
+
+def _ask_validation(data: RunData, settings: Settings) -> bool:
+    """Judge the run on the questions of its validation rows, if it has some; return whether they can be asked."""
+    if not data.validation:
+        return False
+    name = " and ".join(data.validation.names)
+    held = held_out.take_validation(data.rows, data.validation, settings.seed)
+    if not held.questions:
+        data.lines.append(("validation", f"{name} gives a loss, but no questions: {held.reason}"))
+        return False
+    few = len(held.questions.queries) < 3 * choice.FEWEST
+    _take_questions(data, held, settings.folder, f"of {name}" + ", too few to tell models apart" * few)
+    return True
+
+
+def _ask_again(data: RunData, settings: Settings) -> bool:
+    """Judge a run that starts from a saved step of another on the questions that this one has held out.
+
+    Return whether the run does and they can be asked.
+    """
+    before = Path(settings.model).expanduser()
+    folder = before.parent / HELD_OUT
+    saved = distributed.broadcast_object(
+        "the questions of the starting model",
+        lambda: vars(held_out.read_questions(folder)) if is_saved(before) and folder.is_dir() else None,
+    )
+    if saved is None:
+        return False
+    held = held_out.take_questions(data.rows, Questions(**saved), settings.seed)
+    if not held.questions:
+        line = f"{settings.model} may know some of the held-out questions from its own training: {held.reason}"
+        data.lines.append(("warning", line))
+        return False
+    _take_questions(data, held, settings.folder, f"of {folder}, which {settings.model} was not trained on")
+    return True
 
 
 def _earlier(run: Path) -> dict[str, Any] | None:

@@ -14,8 +14,9 @@ from pyarrow import parquet
 
 from data_loader import Batches, make_batch
 from mlx_retrieval.dataset import columns
+from mlx_retrieval.dataset import rows as dataset_rows
 from mlx_retrieval.dataset.json_lines import RowError
-from mlx_retrieval.dataset.row_formats import Example, examples_of, ignored_keys, own_row
+from mlx_retrieval.dataset.row_formats import Example, examples_of, ignored_keys, own_row, parse
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.dataset.sources import open_source
 from mlx_retrieval.mining import collection, run
@@ -288,6 +289,21 @@ def test_runs_with_several_positives_continue_anywhere(write_rows, tokenizer):
             resumed.restore(json.loads(json.dumps(whole.cursor(k))), k)
             for batch, other in zip(resumed.stream(k, 8), expected[k:], strict=True):
                 assert batch.rows.tolist() == other.rows.tolist() and np.array_equal(batch.texts.ids, other.texts.ids)
+
+
+def test_a_row_of_many_positives_is_parsed_once(write_rows, monkeypatch):
+    """Regression: it was parsed for each of them, in time that grew with the cube of their number."""
+    source = Rows([write_rows([{"query": q, "positive": [f"{q} {i}" for i in range(50)]} for q in "ab"])])
+    calls = []
+    monkeypatch.setattr(dataset_rows, "parse", lambda *given: calls.append(given) or parse(*given))
+    assert [source[i].positive for i in range(100)] == [f"{q} {i}" for q in "ab" for i in range(50)]
+    assert len(calls) == 2 and source[0].other_positives == tuple(f"a {i}" for i in range(1, 50))
+
+
+def test_a_negative_that_is_a_positive_is_none():
+    groups = GroupMaker(type("Pairs", (), {"format": "pair"}))
+    example = Example("q", "a", ("a", "n", "b"), 1, (), ("b",))
+    assert groups.group([example], 0) == (["a", "n"], [1.0, 0.0])
 
 
 def test_positives_of_a_row_are_never_each_others_negatives(tokenizer):

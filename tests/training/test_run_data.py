@@ -78,8 +78,29 @@ def test_validation_rows_are_the_questions(data, tmp_path):
     assert dict(opened.lines)["judged on"] == f"32 questions of {name}, searched among 130 documents"
     assert len(opened.rows) == 98 and len(opened.validation) == 32
     most = open_data(data(rows(100), rows(60)))
-    assert len(most.rows) == 100 and most.eval_tasks == []
-    assert dict(most.lines)["judged on"] == f"the loss of {name} only: most rows share a question or an answer with it"
+    lines = dict(most.lines)
+    assert len(most.rows) == 67 and lines["judged on"].startswith("33 questions held out")
+    reason = "most rows share a question or an answer with it"
+    assert lines["validation"] == f"{name} gives a loss, but no questions: {reason}"
+    few = judged_on(data(rows(100), rows(104)[98:]))
+    assert few == f"6 questions of {name}, too few to tell models apart, searched among 104 documents"
+
+
+def test_a_run_from_an_adapter_is_asked_what_that_one_was_not_trained_on(data, tmp_path):
+    """Regression: with another seed or more rows, most questions were those that the adapter had learnt."""
+    first = open_data(data(rows(400), output=str(tmp_path / "one")))
+    first.keep(tmp_path / "one")
+    best = str(tmp_path / "one" / "best")
+    second = open_data(data(rows(450), model=best, seed=7))
+    assert second.questions.queries == first.questions.queries and len(second.rows) == 400
+    assert dict(second.lines)["judged on"].startswith(f"50 questions of {tmp_path}/one/held-out, which {best} was not")
+    second.keep(tmp_path / "run")
+    again = open_data(data(rows(450), model=best, seed=7, resume=True))
+    assert again.rows.kept.tolist() == second.rows.kept.tolist()
+    others = open_data(data([{"query": f"new {i}", "document": f"text {i}"} for i in range(200)], model=best))
+    assert len(others.questions.queries) == 50 and "0 of its 50 held-out questions" in dict(others.lines)["warning"]
+    named = open_data(data(rows(450), eval_tasks=[str(tmp_path / "one" / "held-out")]))
+    assert "50 of the 50 questions" in dict(named.lines)["warning"] and len(named.rows) == 450
 
 
 def test_negatives_that_are_held_out_are_counted(data):
