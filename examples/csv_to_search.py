@@ -52,6 +52,12 @@ def write_corpus(data: str, folder: Path) -> dict[str, str]:
     return corpus
 
 
+def place_of(right: set[str], found: list[str]) -> str:
+    """Return where the first of the right answers is in the texts that were found, in words."""
+    places = [place for place, text in enumerate(found, start=1) if document_text("", text) in right]
+    return f"in place {places[0]}" if places else f"not among the first {DEPTH}"
+
+
 def heading(number: int, title: str, same_as: str = "") -> None:
     print(f"\n{number}. {title}\n" + (f"   $ {same_as}\n" if same_as else ""))
 
@@ -73,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output {output}: a run is there already; name another folder")
     heading(1, "The data: a table with a question and its answer in each row")
     data = args.data
-    if data is None:
+    if data is not None:
+        print(f"{data} is yours; the line `reads` below says which column is the question and which the answer.")
+    else:
         output.mkdir(parents=True, exist_ok=True)
         data = str(output / "questions.csv")
         write_example(Path(data))
@@ -104,9 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{document_text(*question)}\n")
         for hit in hits[:HITS]:
             print(f"   {hit.score:.3f}  {excerpt(hit.text, 68)}")
-        places = [place for place, hit in enumerate(hits, start=1) if documents[hit.path] in right]
-        place = f"place {places[0]}" if places else f"no place of the first {DEPTH}"
-        print(f"\n   The answer in the table has {place}, of {quantity(len(documents), 'answer')}.\n")
+        where = place_of(right, [documents[hit.path] for hit in hits])
+        print(f"\n   The answer in the table is {where}, of {quantity(len(documents), 'answer')}.\n")
     print("Neither these questions nor their answers were trained on.")
     return 0
 

@@ -4,6 +4,7 @@ python -m pytest tests/test_examples.py
 """
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -65,6 +66,15 @@ def test_a_csv_and_no_other_flag_gain_on_their_own_questions_clear_of_zero(tmp_p
     assert (adapters / "report.html").is_file() and (adapters / "held-out" / "qrels" / "test.tsv").is_file()
 
 
+def test_a_right_answer_that_ends_in_a_space_is_found():
+    """Regression: held-out documents are without the white space around them, and the table is not."""
+    spec = importlib.util.spec_from_file_location("csv_to_search", ROOT / "examples" / "csv_to_search.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert example.place_of({"right"}, ["wrong", " right \n"]) == "in place 2"
+    assert example.place_of({"right"}, ["wrong"]) == "not among the first 100"
+
+
 @pytest.mark.slow
 def test_the_script_from_a_csv_to_a_search_runs_anywhere(tmp_path):
     def run(*flags: str) -> subprocess.CompletedProcess:
@@ -78,7 +88,7 @@ def test_the_script_from_a_csv_to_a_search_runs_anywhere(tmp_path):
     (tmp_path / "mine.csv").write_text("question,answer\n" + table)
     good = run("mine.csv", "--epochs", "1", "--output", "mine")
     assert good.returncode == 0, good.stderr
-    assert "300 answers in" in good.stdout and good.stdout.count("The answer in the table has") == 2
+    assert "300 answers in" in good.stdout and good.stdout.count("The answer in the table is") == 2
     assert all((tmp_path / "mine" / name).exists() for name in ("run/report.html", "run/held-out", "index"))
     again = run("mine.csv", "--output", "mine")
     assert again.returncode == 2 and "a run is there already" in again.stderr

@@ -8,6 +8,7 @@ Formats: Qwen3-Reranker (Zhang et al. 2025, arXiv 2506.05176), cross-encoders (N
 1901.04085), jina-reranker-v3 (Wang et al. 2025, arXiv 2509.25085). Users' texts never become special tokens.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,14 @@ class Sequences(NamedTuple):
     cut: int  # documents that were truncated
 
 
+class Part(NamedTuple):
+    """The query or the document of a pair as the model sees it, and its tokens; `full`: before truncation."""
+
+    text: str
+    length: int
+    full: int
+
+
 def body(instruction: str, query: str, document: str) -> str:
     """Return the part of Qwen3-Reranker's prompt between PREFIX and SUFFIX."""
     return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
@@ -65,16 +74,18 @@ def _texts(sequences: Sequence[list[int]], second: Sequence[int] | None = None) 
 
 
 class PairTokenizer:
-    """Base class: the tokenizer of the model in `folder`, and the most tokens of a sequence, `max_length`.
-
-    `begins`: the words after which a sequence differs from row to row; "" = from its beginning.
-    """
-
-    begins = ""
+    """Base class: the tokenizer of the model in `folder`, and the most tokens of a sequence, `max_length`."""
 
     def __init__(self, folder: Path, max_length: int):
         self.texts = TextTokenizer(folder, {}, {"text": max_length}, pool_special=True)
         self.tokenizer, self.pad_id, self.max_length = self.texts.tokenizer, self.texts.pad_id, max_length
+
+    def parts(self, query: str, document: str) -> tuple[Part, Part]:
+        """Return the query and the document of a pair as the model sees them, without what all pairs have."""
+        raise NotImplementedError
+
+    def _part(self, ids: list[int], full: int) -> Part:
+        return Part(self.tokenizer.decode(ids, skip_special_tokens=False).strip("\n"), len(ids), full)
 
     def _room(self, frame: int) -> int:
         if (room := self.max_length - frame) < 2:
@@ -88,8 +99,6 @@ class PairTokenizer:
 
 class YesNoTokenizer(PairTokenizer):
     """Qwen3-Reranker's prompt. Only the body is truncated, at the end of the document; the suffix is always kept."""
-
-    begins = "<Query>"
 
     def __init__(self, folder: Path, max_length: int, instruction: str = INSTRUCTION):
         super().__init__(folder, max_length)
@@ -116,6 +125,14 @@ class YesNoTokenizer(PairTokenizer):
         count = np.arange(len(bodies), dtype=np.int32)
         sequences = [[*self.prefix, *ids[: self.room], *self.suffix] for ids in bodies]
         return Sequences(_texts(sequences), count, np.zeros_like(count), cut)
+
+    def parts(self, query: str, document: str) -> tuple[Part, Part]:
+        whole = body(self.instruction, query, document)
+        beginnings = [f"<Instruct>: {self.instruction}", f"<Instruct>: {self.instruction}\n<Query>: {query}"]
+        *heads, ids = self.texts.bodies([*beginnings, whole])
+        first, second = map(len, heads)  # a line break is no token of its own where it follows a full stop
+        kept = ids[: self.room]
+        return self._part(kept[first:second], second - first), self._part(kept[second:], len(ids) - second)
 
 
 class CrossEncoderTokenizer(PairTokenizer):
@@ -165,6 +182,16 @@ class CrossEncoderTokenizer(PairTokenizer):
         count = np.arange(len(sequences), dtype=np.int32)
         return Sequences(_texts(sequences, second if self.has_types else None), count, np.zeros_like(count), cut)
 
+    def parts(self, query: str, document: str) -> tuple[Part, Part]:
+        first, second = self.texts.bodies([query, document])
+        before, between, after = self.frame
+        q, d = self._lengths(len(first), len(second))
+        frame = len(before) + len(between)
+        return (
+            self._part([*before, *first[:q], *between], frame + len(first)),
+            self._part([*second[:d], *after], len(second) + len(after)),
+        )
+
 
 class ListTokenizer(PairTokenizer):
     """jina-reranker-v3's prompt: up to PASSAGES documents of one query in a sequence, the rest in further sequences.
@@ -174,8 +201,6 @@ class ListTokenizer(PairTokenizer):
         query_max_length: most tokens of a query.
         most: most tokens of a sequence.
     """
-
-    begins = "<passage id"
 
     def __init__(self, folder: Path, max_length: int, query_max_length: int, most: int, instruction: str = ""):
         super().__init__(folder, max_length)
@@ -223,6 +248,14 @@ class ListTokenizer(PairTokenizer):
                 place += ends.tolist()
                 sequences.append(block)
         return Sequences(_texts(sequences), np.array(text, np.int32), np.array(place, np.int32), cut)
+
+    def parts(self, query: str, document: str) -> tuple[Part, Part]:
+        parts = []
+        for text, limit in ((query, self.query_max_length), (document, self.max_length)):
+            (kept,), _ = self._truncated([text], limit)
+            (full,), _ = self._truncated([text], sys.maxsize)
+            parts.append(Part(kept, len(self._plain(kept)), len(self._plain(full))))
+        return parts[0], parts[1]
 
     def _blocks(self, query: str, documents: list[str]) -> list[list[int]]:
         """Return the sequences of one query, as many documents in each as fit."""

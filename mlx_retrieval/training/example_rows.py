@@ -25,21 +25,25 @@ Lines = list[tuple[str, str]]  # name, text
 
 
 class Seen(NamedTuple):
-    """A text as the model sees it, and its length in tokens; `full`: before truncation, None = not known."""
+    """A text as the model sees it, and its length in tokens; `full`: before truncation."""
 
     name: str
     text: str
     length: int
-    full: int | None
+    full: int
 
 
-def example_lines(rows: Source, tokenizer: TextTokenizer | PairTokenizer) -> Lines:
-    """Return lines about two rows, and one that says how many texts of a sample are truncated."""
+def example_lines(rows: Source, tokenizer: TextTokenizer | PairTokenizer, random_negatives: int = 0) -> Lines:
+    """Return lines about two rows, and one or two that say how many texts of a sample are truncated.
+
+    `random_negatives`: that each query gets besides those of its row.
+    """
     sample = rows.preview(SAMPLE)
     examples = [
-        (heading(place, example, rows.format), seen(example, tokenizer)) for place, example in sample[:EXAMPLES]
+        (heading(place, example, rows.format, random_negatives), seen(example, tokenizer))
+        for place, example in sample[:EXAMPLES]
     ]
-    return [*_lines(examples), ("truncated", truncated(sample, len(rows), tokenizer))]
+    return [*_lines(examples), *(("truncated", line) for line in truncated(sample, len(rows), tokenizer))]
 
 
 def without_examples(lines: Lines) -> Lines:
@@ -60,13 +64,15 @@ def conversation_lines(place: str, ids: list[int], trained: list[bool], decode: 
     return _lines([(_shorter(place), texts)])
 
 
-def heading(place: str, example: Example, kind: str | None) -> str:
+def heading(place: str, example: Example, kind: str | None, random_negatives: int = 0) -> str:
     """Return the place of a row, and of its negatives, label, rank and scores those that it has."""
     facts = [_shorter(place)]
     if example.other_positives:
         facts.append(f"one of its {len(example.other_positives) + 1} positives")
     if example.negatives:
         facts.append(quantity(len(example.negatives), "negative"))
+    if random_negatives:
+        facts.append(quantity(random_negatives, "random negative"))
     if kind == "label":
         facts.append(f"label {example.scores[0]:g}")
     elif example.scores:
@@ -78,17 +84,19 @@ def heading(place: str, example: Example, kind: str | None) -> str:
 
 
 def seen(example: Example, tokenizer: TextTokenizer | PairTokenizer) -> list[Seen]:
-    """Return an example's texts as the model sees them: query, document and the first negative, or the pairs."""
+    """Return an example's texts as the model sees them: query, document and the first negative."""
     negatives = [(" negative", text) for text in example.negatives[:1]]
     if isinstance(tokenizer, PairTokenizer):
-        pairs = [(" pair", example.positive), *negatives]
-        return [_pair(name, example.query, text, tokenizer) for name, text in pairs]
+        query, document = tokenizer.parts(example.query, example.positive)
+        parts = [(" query", query), (" document", document)]
+        parts += [(name, tokenizer.parts(example.query, text)[1]) for name, text in negatives]
+        return [Seen(name, *part) for name, part in parts]
     texts = [(" query", "query", example.query), (" document", "document", example.positive)]
     return [_text(*each, tokenizer) for each in [*texts, *((name, "document", text) for name, text in negatives)]]
 
 
-def truncated(sample: Sequence[tuple[str, Example]], rows: int, tokenizer: TextTokenizer | PairTokenizer) -> str:
-    """Return how many texts of a sample of the `rows` rows are truncated, and at which length."""
+def truncated(sample: Sequence[tuple[str, Example]], rows: int, tokenizer: TextTokenizer | PairTokenizer) -> list[str]:
+    """Return lines that say how many texts of a sample of the `rows` rows are truncated, and at which length."""
     examples, characters = [], 0
     for _, example in sample:
         examples.append(example)
@@ -103,8 +111,8 @@ def truncated(sample: Sequence[tuple[str, Example]], rows: int, tokenizer: TextT
         sides = {"query": [e.query for e in examples]}
         sides["document"] = [text for e in examples for text in (e.positive, *e.negatives)]
         counts = [(name, len(texts), *_cut(texts, name, tokenizer)) for name, texts in sides.items()]
-    cut = [f"{n:,} of {quantity(count, name)} at {limit} tokens" for name, count, n, limit in counts if n]
-    return f"{', '.join(cut)}, {looked_at}" if cut else f"no text {looked_at}"
+    cut = [f"{n:,} of {quantity(count, name)} at {limit} tokens, {looked_at}" for name, count, n, limit in counts if n]
+    return cut or [f"no text {looked_at}"]
 
 
 def _cut(texts: Sequence[str], name: str, tokenizer: TextTokenizer) -> tuple[int, int]:
@@ -121,15 +129,7 @@ def _text(shown: str, name: str, text: str, tokenizer: TextTokenizer) -> Seen:
     return Seen(shown, _decoded(ids, tokenizer), len(ids), max(full, len(ids)))
 
 
-def _pair(shown: str, query: str, document: str, tokenizer: PairTokenizer) -> Seen:
-    sequences = tokenizer([(query, [document])])
-    ids = sequences.texts.ids.tolist()
-    text = _decoded(ids, tokenizer)
-    begin = max(text.find(tokenizer.begins), 0)  # long instructions are the same for all rows
-    return Seen(shown, ("…" if begin else "") + text[begin:], len(ids), None if sequences.cut else len(ids))
-
-
-def _decoded(ids: list[int], tokenizer: TextTokenizer | PairTokenizer) -> str:
+def _decoded(ids: list[int], tokenizer: TextTokenizer) -> str:
     return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -154,8 +154,6 @@ def _lines(examples: Sequence[tuple[str, Sequence[Seen]]]) -> Lines:
 
 
 def _figure(one: Seen) -> str:
-    if one.full is None:
-        return f"cut at {one.length:,} tokens"
     if one.length < one.full:
         return f"{one.length:,} of {one.full:,} tokens"
     return quantity(one.length, "token")

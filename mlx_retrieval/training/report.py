@@ -5,9 +5,6 @@ most with what was found before and after, settings, versions, and the commands 
 The page is report.html.j2; everything that comes from data or settings is escaped there.
 """
 
-import dataclasses
-import importlib.metadata
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,31 +18,44 @@ from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.sources import names as source_names
 from mlx_retrieval.evaluation.changes import QueryChange, largest_changes
 from mlx_retrieval.evaluation.comparison import FEWEST_QUERIES, judge
-from mlx_retrieval.evaluation.reranking import harm
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.tasks import Task
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.curves import COLORS, curves_svg, is_number, read_metrics
 from mlx_retrieval.training.data_survey import Survey, survey_rows
-from mlx_retrieval.training.improvement import model_to_use
+from mlx_retrieval.training.report_facts import (
+    LONGEST_VALUE,
+    commands,
+    near_paths,
+    run_facts,
+    settings_table,
+    versions,
+)
 from mlx_retrieval.training.reporting import METRICS_FILE, without_secrets
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.text import excerpt, quantity, shell, writable
+from mlx_retrieval.utils.text import excerpt, quantity, writable
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-PACKAGES = ("mlx-retrieval", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
-LONGEST_VALUE = 400  # characters of a setting
 
 
 @dataclass
 class Table:
-    """Figures of one task, or of all together. `rows`: metric, before, after, difference, low, high."""
+    """Figures of one task, or of all together.
+
+    rows: metric, before, after, difference, low, high; only metric and after are not None if nothing was compared.
+    names: of the columns before and after.
+    reference: the figures of a reranker's first stage, in the order of the rows; [] = not shown.
+    reference_name: the name of their column.
+    """
 
     title: str
     queries: int
     rows: list[tuple]
+    names: tuple[str, str] = ("before", "after")
+    reference: list[float] = field(default_factory=list)
+    reference_name: str = ""
 
 
 @dataclass
@@ -54,11 +64,15 @@ class Report:
 
     headline, detail: the result in one sentence, and a second one about it.
     verdict: "better", "worse" or "no difference shown"; "" = nothing was compared.
+    compared: whether all tasks after training were evaluated before it.
+    defaults: of settings whose default depends on the model.
+    of_model: values that the model's files give to settings that are not given.
     """
 
     headline: str
     detail: str = ""
     verdict: str = ""
+    compared: bool = False
     tables: list[Table] = field(default_factory=list)
     gained: list[QueryChange] = field(default_factory=list)
     lost: list[QueryChange] = field(default_factory=list)
@@ -67,6 +81,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     step: int = 0  # whose model is that of the figures after training
     eval_tasks: list[str] = field(default_factory=list)  # that the figures are of
+    defaults: dict[str, Any] = field(default_factory=dict)
+    of_model: dict[str, Any] = field(default_factory=dict)
 
 
 # --- content ----------------------------------------------------------------------------------------------------------
@@ -76,6 +92,8 @@ def retrieval_report(
     before: Evaluation | None, after: Evaluation, tasks: Mapping[str, Task], first_stage: Evaluation | None = None
 ) -> Report:
     """Return the content about the evaluations before and after training.
+
+    A reranker is judged by the order that it was given: one that makes it worse is of no use, however much it learnt.
 
     Args:
         before: None = the untrained model was not evaluated.
@@ -89,30 +107,54 @@ def retrieval_report(
     notes = [f"Not evaluated: {line}" for line in after.unreachable.values()]
     if not average:
         return Report("The run is finished; no task of its evaluation could be reached.", notes=notes)
+    if before and not before.tasks.keys() & after.tasks.keys():
+        before = None
+    sentences = []
+    if before:
+        sentences = _judgement(before, after, count, "trained model", "untrained one")
+    unknown = "The untrained model was not evaluated, so nothing shows what training has changed."
+    report = Report("", notes=notes, tables=_tables(before, after, first_stage))
     if first_stage:
-        found = first_stage.average()["ndcg_at_10"]
-        notes.append(f"Without the reranker, {first_stage.model} finds these documents with {main} {found:.4f}.")
-        notes += [f"{line[0].upper()}{line[1:]}."] if (line := harm(first_stage, after)) else []
-    if before is None or not any(task in before.tasks for task in after.tasks):
-        rows = [(label, None, average[metric], None, None, None) for metric, label in METRICS.items()]
-        sentence = f"{main} is {average['ndcg_at_10']:.4f} after training, over {_asked(names, count)}."
-        detail = "The untrained model was not evaluated, so nothing shows what training has changed."
-        return Report(sentence, detail, tables=[Table(names, count, rows)], notes=notes)
-    tables = []
-    if len(after.tasks) > 1:
-        tables = [_table(task, _only(before, task), _only(after, task)) for task in after.tasks if task in before.tasks]
-    tables.append(whole := _table(names, before, after))
-    _, old, new, difference, low, high = whole.rows[0]
-    verdict = judge(("ndcg_at_10", *whole.rows[0][1:]), count)
-    moved = "rose" if difference > 0 else "fell" if difference < 0 else "stayed"
-    headline = f"{main} {moved} from {old:.4f} to {new:.4f} over {_asked(names, count)}."
-    meaning = f"The trained model is {verdict}: the interval is clear of zero."
+        stage = first_stage.model
+        given = first_stage.average()["ndcg_at_10"]
+        figures = f"{average['ndcg_at_10']:.4f} after reranking and {given:.4f} in the order of {stage}"
+        report.headline = f"{main} is {figures}, over {_asked(names, count)}."
+        report.verdict, report.detail = _judgement(first_stage, after, count, "reranked order", f"order of {stage}")
+        if before:
+            report.notes.insert(0, f"Training: {_moved(before, after)}, {sentences[1]}")
+        else:
+            report.notes.insert(0, unknown)
+    elif before:
+        report.headline = f"{_moved(before, after)} over {_asked(names, count)}."
+        report.verdict, report.detail = sentences
+    else:
+        report.headline = f"{main} is {average['ndcg_at_10']:.4f} after training, over {_asked(names, count)}."
+        report.detail = unknown
+    if before:
+        report.compared = before.tasks.keys() == after.tasks.keys()
+        report.gained, report.lost = largest_changes(before, after, tasks)
+    return report
+
+
+def _moved(before: Evaluation, after: Evaluation) -> str:
+    metric, old, new, difference, *_ = compare(before, after)[0]
+    way = "rose" if difference > 0 else "fell" if difference < 0 else "stayed"
+    return f"{METRICS[metric]} {way} from {old:.4f} to {new:.4f}"
+
+
+def _judgement(first: Evaluation, second: Evaluation, count: int, this: str, other: str) -> tuple[str, str]:
+    """Return the verdict on the second evaluation, and the difference with its interval and meaning in words.
+
+    `this`, `other`: what the second and the first evaluation are of.
+    """
+    row = compare(first, second)[0]
+    *_, difference, low, high = row
+    verdict = judge(row, count)
+    meaning = f"The {this} is {verdict} than the {other}: the interval is clear of zero."
     if verdict == "no difference shown":
         reason = "the interval holds zero" if count >= FEWEST_QUERIES else f"{count} queries are too few"
-        meaning = f"No difference is shown: {reason}."
-    detail = f"{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}. {meaning}"
-    gained, lost = largest_changes(before, after, tasks)
-    return Report(headline, detail, verdict, tables, gained, lost, notes=notes)
+        meaning = f"No difference to the {other} is shown: {reason}."
+    return verdict, f"{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}. {meaning}"
 
 
 def _asked(names: str, count: int) -> str:
@@ -124,9 +166,31 @@ def _only(evaluation: Evaluation, task: str) -> Evaluation:
     return Evaluation(evaluation.model, {task: evaluation.tasks[task]}, {task: evaluation.per_query[task]}, {})
 
 
-def _table(title: str, before: Evaluation, after: Evaluation) -> Table:
-    count = sum(len(scores["ndcg_at_10"]) for task, scores in after.per_query.items() if task in before.per_query)
-    return Table(title, count, [(METRICS[metric], *rest) for metric, *rest in compare(before, after)])
+def _tables(before: Evaluation | None, after: Evaluation, first_stage: Evaluation | None) -> list[Table]:
+    """Return a table for each of several tasks, and one of all together."""
+    tables = []
+    if before and len(after.tasks) > 1:
+        for task in after.tasks:
+            if task in before.tasks:
+                tables.append(_table(task, _only(before, task), _only(after, task), first_stage))
+    return [*tables, _table(", ".join(after.tasks), before, after, first_stage)]
+
+
+def _table(title: str, before: Evaluation | None, after: Evaluation, first_stage: Evaluation | None) -> Table:
+    """Return the table of two evaluations; without one before training, that of the first stage stands in its place."""
+    reference = first_stage if before else None
+    names = ("before", "after") if before or not first_stage else (first_stage.model, "after")
+    if (before := before or first_stage) is None:
+        count = sum(len(scores["ndcg_at_10"]) for scores in after.per_query.values())
+        figures = after.average()
+        return Table(title, count, [(label, None, figures[m], None, None, None) for m, label in METRICS.items()])
+    common = [task for task in after.tasks if task in before.tasks]
+    count = sum(len(after.per_query[task]["ndcg_at_10"]) for task in common)
+    table = Table(title, count, [(METRICS[metric], *rest) for metric, *rest in compare(before, after)], names)
+    if reference:
+        table.reference_name = reference.model
+        table.reference = [sum(reference.tasks[task][m] for task in common) / len(common) for m in METRICS]
+    return table
 
 
 def loss_report(folder: Path) -> Report:
@@ -194,88 +258,25 @@ def render(
     """Return the page; see `write_report`."""
     import jinja2
 
+    near = near_paths(settings)
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    template = jinja2.Environment(**options).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    environment = jinja2.Environment(**options)
+    environment.filters["near"] = near
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     colors = {color: f"var(--c{i})" for i, color in enumerate(COLORS)}
-    sources = [("trained on", ", ".join(settings.data))]
+    sources = [("training data", ", ".join(settings.data))]
     if report.eval_tasks and "judged on" not in dict(facts):
         sources.append(("judged on", ", ".join(report.eval_tasks)))
+    rows = settings_table(settings, report.defaults, report.of_model)
     page = template.render(
         title=writable(folder.resolve().name),
         report=report,
-        facts=[(name, excerpt(without_secrets(value), 2 * LONGEST_VALUE)) for name, value in (*sources, *facts)],
+        facts=[(name, excerpt(near(without_secrets(value)), 2 * LONGEST_VALUE)) for name, value in (*sources, *facts)],
         run=run_facts(folder),
         curves=curves_svg(folder / METRICS_FILE, colors),
-        settings=settings_table(settings),
+        settings=[(name, near(value), changed) for name, value, changed in rows],
         versions=versions(),
-        commands=commands(folder, settings, report.eval_tasks, next_lines),
+        commands=commands(folder, settings, report.eval_tasks, report.compared, next_lines),
         date=time.strftime("%Y-%m-%d %H:%M %Z"),
     )
     return re.sub(r"\n\s*\n+", "\n", page)
-
-
-def run_facts(folder: Path) -> list[tuple[str, str]]:
-    """Return (name, text) about time, speed and memory, from the run's metrics."""
-    steps = [record for record in read_metrics(folder / METRICS_FILE) if record["type"] == "train"]
-    seconds = sum(record.get("seconds") or 0 for record in steps)
-    tokens = sum(record.get("tokens") or 0 for record in steps)
-    if not seconds:
-        return []
-    peak = max(record.get("peak_memory_bytes") or 0 for record in steps)
-    return [
-        ("time of the steps", duration(seconds)),
-        ("speed", f"{tokens / seconds:,.0f} tokens a second, {tokens:,} tokens in all"),
-        ("peak memory", f"{peak / 1e9:.2f} GB"),
-    ]
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: 48 s, 3 min 4 s, 2 h 5 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def settings_table(settings: Settings) -> list[tuple[str, str, bool]]:
-    """Return (name, value, whether it differs from the default) of every setting, without passwords."""
-    defaults = Settings()
-    defaults.resolve_weights()
-    defaults = defaults.to_dict()
-    values = without_secrets(settings.to_dict())
-    words = {"True": "yes", "False": "no"}
-    of_model = {f.name for f in dataclasses.fields(Settings) if f.metadata["group"] == "model"}
-
-    def shown(name: str, value: Any) -> str:
-        if value is None:
-            return "as the model's files say" if name in of_model else "not given"
-        text = " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-        return excerpt(words.get(text, text), LONGEST_VALUE)
-
-    return [(name, shown(name, value), value != defaults.get(name)) for name, value in values.items()]
-
-
-def versions() -> list[tuple[str, str]]:
-    """Return (name, version) of Python, the system and the libraries that decide a run's result."""
-    lines = [("Python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
-    for package in PACKAGES:
-        try:
-            lines.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return lines
-
-
-def commands(
-    folder: Path, settings: Settings, eval_tasks: Sequence[str], next_lines: Sequence[tuple[str, str]]
-) -> list[tuple[str, str]]:
-    """Return (purpose, command) lines: to repeat the run, to evaluate and compare its model, and to use it."""
-    again = shell("python", "train.py", "--config", folder / "config.yaml", "--output", f"{folder}-again")
-    lines = [("repeat this run", again)]
-    model = model_to_use(folder)
-    if eval_tasks:
-        evaluate = ("python", "eval.py", "--eval-tasks", *eval_tasks)
-        lines.append(("evaluate the model", shell(*evaluate, "--model", model)))
-        lines.append(("compare it with its base", shell(*evaluate, "--compare", settings.model, model)))
-    uses = {"next": "use the model", "fuse": "fuse it with its base", "export": "export it"}
-    return lines + [(uses[name], command) for name, command in next_lines if name in uses]

@@ -20,7 +20,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.dataset.sources import Source
-from mlx_retrieval.evaluation.reranking import DEPTH, evaluate_reranker
+from mlx_retrieval.evaluation.reranking import evaluate_reranker
 from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
 from mlx_retrieval.inference.embedder import Model
@@ -43,6 +43,7 @@ from mlx_retrieval.training.memory_lines import Outlook, gb
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
+from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults, model_values
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.run_data import RunData, open_data
@@ -173,6 +174,9 @@ class RetrievalRun:
         else:
             return None
         add_survey(report, settings, self.trainer.batches, self.retrieval.task)
+        parameters = count_parameters(self.trainer.model)[0]
+        report.defaults = model_defaults(settings, parameters, self.retrieval.reranker)
+        report.of_model = model_values(self.retrieval)
         return report
 
     def next_lines(self) -> list[tuple[str, str]]:
@@ -183,8 +187,15 @@ class RetrievalRun:
         texts = located(corpora[0]) if corpora else "documents.jsonl"
         lines = []
         if folders == [self.folder / HELD_OUT]:
-            depth = ("--depth", self.settings.rerank_depth) if self.settings.rerank_depth != DEPTH else ()
-            again = ("python", "eval.py", "--model", model, "--eval-tasks", folders[0], *depth)
+            again = (
+                "python",
+                "eval.py",
+                "--model",
+                model,
+                "--eval-tasks",
+                folders[0],
+                *evaluation_flags(self.settings),
+            )
             lines.append(("evaluate", shell(*again)))
         if self.retrieval.task == "rerank":
             query = ("--query", "your question", "--documents", texts)
@@ -311,7 +322,7 @@ def prepare(settings: Settings) -> RetrievalRun:
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(data.eval_tasks, rules=settings.folder_rules)
     headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings)) + data.lines
-    headline += example_lines(rows, tokenizer)
+    headline += example_lines(rows, tokenizer, settings.random_negatives)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)

@@ -9,12 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from random_models import word_tokenizer
 from rich.cells import cell_len
 
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.dataset.sources import InterleavedRows
-from mlx_retrieval.models.pair_tokenizers import YesNoTokenizer
+from mlx_retrieval.models.pair_tokenizers import CrossEncoderTokenizer, ListTokenizer, YesNoTokenizer
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import example_rows
 from mlx_retrieval.training.example_rows import conversation_lines, example_lines, without_examples
@@ -73,6 +74,12 @@ def test_the_report_has_the_other_lines_only(write_rows, tokenizer):
     assert [name for name, _ in without_examples(lines)] == ["device", "truncated"]
 
 
+def test_queries_and_documents_that_are_cut_have_a_line_each(write_rows, tokenizer):
+    rows = Rows([write_rows(pairs(("word " * 30, "word " * 30), ("a", "b")))])
+    lines = [value for name, value in example_lines(rows, tokenizer) if name == "truncated"]
+    assert lines == ["1 of 2 queries at 12 tokens, in all rows", "1 of 2 documents at 10 tokens, in all rows"]
+
+
 def test_a_wrong_prompt_is_seen(write_rows):
     other = TextTokenizer(GEMMA, {"query": "search: "}, {"query": 12, "document": 10})
     lines = dict(example_lines(Rows([write_rows(pairs(("a", "b")))]), other))
@@ -113,17 +120,42 @@ def test_labels_ranks_scores_and_positives_are_in_the_heading(write_rows, tokeni
     assert headings({"query": "a", "positives": ["b", "c"]}) == [":1, one of its 2 positives"] * 2
 
 
-def test_a_reranker_sees_the_pair_as_one_text(write_rows, qwen_tokenizer):
-    rows = Rows([write_rows(pairs(("the cat", "sat on the mat", "a stone"), ("a", "the cat sat " * 99)))])
-    tokenizer = YesNoTokenizer(qwen_tokenizer, 300, "judge")
-    lines = example_lines(rows, tokenizer)
+def test_a_rerankers_query_and_document_have_a_line_each(write_rows, qwen_tokenizer):
+    long = "the cat sat " * 99
+    rows = Rows([write_rows(pairs(("the cat.", "sat on the mat", "a stone"), ("a", long)))])
+    tokenizer = YesNoTokenizer(qwen_tokenizer, 300, "judge.")
+    lines = example_lines(rows, tokenizer, random_negatives=3)
     texts = [value.split("   ", 1)[1].lstrip() for name, value in lines[:-1] if name != "example"]
-    end = r"<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert texts[0] == rf"…<Query>: the cat\n<Document>: sat on the mat{end}"
-    assert texts[1] == rf"…<Query>: the cat\n<Document>: a stone{end}"
-    assert [name for name, _ in lines] == ["example", " pair", " negative", "example", " pair", "truncated"]
-    assert lines[4][1].startswith("cut at 300 tokens   …<Query>: a") and "<think>" in lines[4][1]
+    assert texts[:3] == ["<Query>: the cat.", "<Document>: sat on the mat", "<Document>: a stone"]
+    texts = [" query", " document"]
+    assert [name for name, _ in lines] == ["example", *texts, " negative", "example", *texts, "truncated"]
+    assert lines[0][1].endswith("jsonl:1, 1 negative, 3 random negatives")
     assert lines[-1][1] == "1 of 3 documents at 300 tokens, in all rows"
+    query, document = tokenizer.parts("a", long)
+    assert lines[6][1].startswith(f"{document.length} of {document.full} tokens   <Document>: the cat")
+    ids = tokenizer([("a", [long])]).texts.ids.tolist()
+    sequence = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+    assert f"{query.text}\n{document.text}" in sequence and "<|im_end|>" not in document.text
+    whole = YesNoTokenizer(qwen_tokenizer, 5000, "judge.")([("a", [long])]).texts.lengths[0]
+    assert document.full - document.length == whole - 300
+
+
+def test_the_parts_of_a_cross_encoders_pair_make_up_its_sequence(tmp_path):
+    folder = word_tokenizer(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = CrossEncoderTokenizer(folder, 12)
+    for query, document in (("a cat", "sat on a mat " * 9), ("long " * 20, "long " * 20), ("a", "b")):
+        texts = tokenizer([(query, [document])]).texts
+        parts = tokenizer.parts(query, document)
+        assert sum(part.length for part in parts) == texts.lengths[0]
+        full = CrossEncoderTokenizer(folder, 999)([(query, [document])]).texts
+        assert sum(part.full for part in parts) == full.lengths[0]
+
+
+def test_the_parts_of_a_list_are_cut_each_for_itself(qwen_tokenizer):
+    query, document = ListTokenizer(qwen_tokenizer, 10, 5, 4000).parts("the cat sat on the mat", "sat " * 99)
+    assert query.length == 5 < query.full and document.length == 10 < document.full
+    assert "the cat sat on the mat".startswith(query.text) and ("sat " * 99).startswith(document.text)
 
 
 def test_a_bounded_sample_tells_what_is_truncated(write_rows, tokenizer, monkeypatch):

@@ -7,6 +7,7 @@ import dataclasses
 import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import train
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.retrieval import load_tasks
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import report as reports
+from mlx_retrieval.training import report_facts
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.data_survey import survey_rows
 from mlx_retrieval.training.report import Report, loss_report, render, retrieval_report, write_report
@@ -100,7 +102,10 @@ def test_the_headline_is_that_of_the_comparison(tasks):
     worse = retrieval_report(after, before, tasks)
     assert worse.verdict == "worse" and "fell from 0.7500 to 0.2500" in worse.headline
     same = retrieval_report(before, before, tasks)
-    assert "No difference is shown" in same.detail and (same.gained, same.lost) == ([], [])
+    assert "No difference to the untrained one is shown: the interval holds zero" in same.detail and (
+        same.gained,
+        same.lost,
+    ) == ([], [])
 
 
 def test_held_out_questions_are_called_so(tasks):
@@ -109,16 +114,74 @@ def test_held_out_questions_are_called_so(tasks):
     assert report.headline == "nDCG@10 rose from 0.2500 to 0.7500 over 40 held-out questions."
 
 
-def test_reports_of_less(tasks):
+def test_reports_of_less(tasks, folder):
     after = by_hand(HIGH)
     alone = retrieval_report(None, after, tasks)
     assert alone.headline == "nDCG@10 is 0.7500 after training, over 40 queries of shop."
     assert "was not evaluated" in alone.detail and alone.verdict == "" and alone.tables[0].rows[0][1] is None
     away = retrieval_report(None, Evaluation("m", {}, {}, {"Nano": "Nano: the hub does not answer"}), {})
     assert away.notes == ["Not evaluated: Nano: the hub does not answer"]
-    second = retrieval_report(by_hand(LOW), after, tasks, first_stage=by_hand([1.0] * 40, "BM25"))
-    assert "BM25 finds these documents with nDCG@10 1.0000" in second.notes[0]
-    assert second.notes[1].startswith("Reranking does not help")
+    assert not alone.compared and shows_no_queries(folder, alone)
+
+
+def shows_no_queries(folder: Path, report: Report) -> bool:
+    page = render(folder, Settings(), [], [], report)
+    return "Gained most" not in page and "Before is" not in page
+
+
+def test_a_reranker_is_judged_by_the_order_that_it_was_given(tasks, folder):
+    before, after, first = by_hand(LOW), by_hand(HIGH), by_hand([1.0] * 40, "BM25")
+    report = retrieval_report(before, after, tasks, first)
+    assert report.headline == (
+        "nDCG@10 is 0.7500 after reranking and 1.0000 in the order of BM25, over 40 queries of shop."
+    )
+    *_, low, high = compare(first, after)[0]
+    assert report.detail.startswith(f"-0.2500, 95 % interval {low:+.4f} to {high:+.4f}. The reranked order is worse")
+    assert report.verdict == "worse" and len(report.gained) == 20
+    assert report.notes[0].startswith("Training: nDCG@10 rose from 0.2500 to 0.7500, +0.5000, 95 % interval")
+    head, first_row = re.findall(r"<tr>.*?</tr>", render(folder, Settings(), [], [], report), re.DOTALL)[:2]
+    cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in (head, first_row)]
+    assert cells[0] == ["metric", "BM25", "before", "after", "difference", "95 % interval"]
+    assert cells[1][:5] == ["nDCG@10", "1.0000", "0.2500", "0.7500", "+0.5000"]
+    better = retrieval_report(before, after, tasks, by_hand([0.0] * 40, "BM25"))
+    assert better.verdict == "better" and "is better than the order of BM25" in better.detail
+    unknown = retrieval_report(None, after, tasks, first)
+    assert unknown.verdict == "worse" and not unknown.compared and "was not evaluated" in unknown.notes[0]
+    assert unknown.tables[0].names == ("BM25", "after") and unknown.tables[0].rows[0][1:3] == (1.0, 0.75)
+    assert shows_no_queries(folder, unknown)
+
+
+def test_the_comparison_is_with_the_evaluation_that_the_run_began_with(folder, tasks):
+    """The base model by itself has other lengths, pooling and prompts than the run's step 0."""
+    settings = Settings(model="base", max_length=48, rerank_depth=20, strict=True)
+    report = retrieval_report(by_hand(LOW), by_hand(HIGH), tasks)
+    report.eval_tasks = ["shop"]
+    given = settings, report.eval_tasks
+    commands = dict(report_facts.commands(folder, *given, report.compared, []))
+    parts = shlex.split(commands["compare it with the untrained model"])
+    assert parts[2:6] == ["--eval-tasks", "shop", "--depth", "20"]
+    assert parts[6:] == ["--strict", "--compare", f"{folder}/before.json", f"{folder}/best"]
+    assert "--depth 20 --strict" in commands["evaluate the model"]
+    assert not [name for name in dict(report_facts.commands(folder, *given, False, [])) if "compare" in name]
+
+
+def test_a_lengthened_run_is_not_repeated_by_its_settings(folder):
+    (folder / "final").mkdir()
+    for state, purpose in (
+        ({"ends": []}, "repeat this run"),
+        ({"ends": [[5, 5]]}, "start a new run with these settings"),
+    ):
+        (folder / "final" / "trainer_state.json").write_text(json.dumps(state))
+        assert report_facts.commands(folder, Settings(), [], False, [])[0][0] == purpose
+
+
+def test_paths_are_short_for_readers_elsewhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(data=[str(tmp_path / "sub" / "my.csv"), "/far/away/other.csv", "hub/rows"])
+    page = render(folder, settings, [("reads", f"{tmp_path}/sub/my.csv: a -> b")], [], Report("done"))
+    shown = page.partition("<h2>Commands")[0] + page.partition("<h2>Settings")[2]
+    assert "sub/my.csv, other.csv, hub/rows" in shown and "sub/my.csv: a -&gt; b" in shown
+    assert str(tmp_path) not in shown and "/far/away" not in shown
 
 
 def test_reports_of_a_loss(folder):
@@ -158,7 +221,7 @@ def test_the_page_is_whole_and_everything_in_it_is_escaped(folder, tasks, tmp_pa
     text = html.unescape(page)
     run = str(folder)
     assert f"python train.py --config '{run}/config.yaml' --output '{run}-again'" in text
-    assert f"python eval.py --eval-tasks 'my folder; rm -rf ~' --model '{run}/best'" in text
+    assert f"python eval.py --model '{run}/best' --eval-tasks 'my folder; rm -rf ~'" in text
     assert "65 s" not in text and "1 min 5 s" in text and "2.50 GB" in text
     chips = [li for li in re.findall(r"<li>.*?</li>", page, re.DOTALL) if "relevant" in li]
     shown = [d for change in report.gained + report.lost for d in change.documents_before + change.documents_after]
@@ -195,14 +258,22 @@ def test_a_failure_is_a_warning(folder, monkeypatch):
 
 
 def test_settings_and_times():
+    settings = Settings(steps=7, lora_keys=["a", "b"], task="embed", temperature=0.7)
+    settings.resolve_defaults(10**8, "qwen3")
+    config = RetrievalConfig(pooling="cls", max_length=64, query_prompt="")
     rows = {
         name: (value, changed)
-        for name, value, changed in reports.settings_table(Settings(steps=7, lora_keys=["a", "b"]))
+        for name, value, changed in report_facts.settings_table(
+            settings, report_facts.model_defaults(settings, 10**8, "qwen3"), report_facts.model_values(config)
+        )
     }
     assert rows["steps"] == ("7", True) and rows["lora_keys"] == ("a b", True) and rows["seed"] == ("0", False)
-    assert rows["pooling"] == ("as the model's files say", False) and rows["wandb"] == ("no", False)
+    assert rows["pooling"] == ("cls (as the model's files say)", False) and rows["wandb"] == ("no", False)
+    assert rows["max_length"][0].startswith("64 (") and rows["query_prompt"][0].startswith("none (")
+    assert not rows["loss"][1] and not rows["learning_rate"][1] and rows["temperature"] == ("0.7", True)
+    assert rows["maxsim"] == ("not given", False)  # of other tasks
     assert rows.keys() == {field.name for field in dataclasses.fields(Settings)}
-    assert [reports.duration(s) for s in (0.4, 59.6, 184, 7_500)] == ["0 s", "1 min 0 s", "3 min 4 s", "2 h 5 min"]
+    assert [report_facts.duration(s) for s in (0.4, 59.6, 184, 7_500)] == ["0 s", "1 min 0 s", "3 min 4 s", "2 h 5 min"]
 
 
 def test_a_chat_report_has_no_retrieval(folder):

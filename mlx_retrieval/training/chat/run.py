@@ -32,6 +32,7 @@ from mlx_retrieval.training.headline import describe_rate, machine_lines, model_
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, gb
 from mlx_retrieval.training.report import Report, loss_report
+from mlx_retrieval.training.report_facts import model_defaults
 from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.utils.console import print_lines
@@ -95,7 +96,9 @@ class ChatRun:
 
     def report(self) -> Report:
         """Return what `report.html` says of the run: its validation loss."""
-        return loss_report(self.folder)
+        report = loss_report(self.folder)
+        report.defaults = model_defaults(self.settings, count_parameters(self.trainer.model)[0])
+        return report
 
     def next_lines(self) -> list[tuple[str, str]]:
         """Return (name, text) lines about using the trained adapter."""
