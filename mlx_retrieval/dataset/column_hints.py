@@ -48,7 +48,9 @@ def suggestion(row: Mapping[str, Any], by_name: bool = True) -> str:
     else:
         pairs = list(permutations(texts, 2))
     if not pairs:
-        return ""
+        unwritable = [key for key in row if UNWRITABLE.search(key) and isinstance(row[key], str)]
+        rename = f"rename {unwritable[0]!r}, or call columns by number" if unwritable else ""
+        return f"--columns query=1,document=2 in a table: {rename}" if unwritable else ""
     query, document = max(pairs, key=lambda pair: _score(*pair, row))
     chosen = {"query": query, "document": document}
     return shell("--columns", ",".join(f"{role}={key}" for role, key in chosen.items() if role not in own))

@@ -10,7 +10,7 @@ a key in an object. A row with none of these columns is read by its own names.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlx_retrieval.dataset.json_lines import RowError
+from mlx_retrieval.dataset.json_lines import RowError, reason_of
 from mlx_retrieval.dataset.roles import ROLES, role_of, snake_case
 from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import writable, writable_values
@@ -32,13 +32,21 @@ def parse(text: str, flag: str = "--columns") -> Columns:
         if not equals or not key or not all(name.strip() for name in names.split("+")):
             raise UserError(f"{flag}: {part.strip()!r} is not of the form key=column or key=column+column")
         if (role := role_of(key, weak=False)) in (None, "prompt"):
-            known = [name for words in ROLES.values() for name in words]
+            known = [name for words in ROLES.values() for name in words if name != "prompt"]
             listing = "query, document, documents, negatives, label, scores, pos_scores, neg_scores, rank"
             raise UserError(f"{flag}: no key {key!r} in a row; there are {listing}{near_miss(key, known)}")
         if key in columns or (role != "negatives" and role in map(role_of, columns)):
             raise UserError(f"{flag}: {key} twice")
         columns[snake_case(key)] = tuple(name.strip() for name in names.split("+"))
     return columns
+
+
+def check_roles(columns: Columns) -> None:
+    """Raise UserError if the same columns have two roles, which only two tables of a folder can give them."""
+    keys: dict[frozenset[str], str] = {}
+    for key, group in columns.items():
+        if (other := keys.setdefault(frozenset(group), key)) != key:
+            raise UserError(f"--columns: {' + '.join(group)} is both {other} and {key}: a column has one role")
 
 
 def names(columns: Columns) -> list[str]:
@@ -105,7 +113,10 @@ def row_of(source: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
 def joined(source: Mapping[str, Any], group: Sequence[str]) -> str:
     """Join the texts of several columns, and of lists in them, by line breaks; missing columns are left out."""
     values = [value for name in group if (value := value_at(source, name)) is not None]
-    texts = [str(text) for value in values for text in (value if isinstance(value, list) else [value])]
+    values = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    if reason := next(filter(None, map(reason_of, values)), ""):
+        raise RowError(f"{' + '.join(group)}: not a text{reason}")
+    texts = list(map(str, values))
     return writable("\n".join(text for text in texts if text.strip()))
 
 

@@ -48,6 +48,19 @@ class Line(NamedTuple):
     data: bytes  # a `Fault` if it is longer than MAX_ROW_BYTES
 
 
+NO_TEXT = "not a text"  # the key of an object in place of a value
+
+
+def no_text(reason: str) -> dict[str, str]:
+    """Return an object in place of a value that JSON does not have."""
+    return {NO_TEXT: reason}
+
+
+def reason_of(value: Any) -> str:
+    """Return why a value has no JSON, with a blank and brackets; "" if it has."""
+    return f" ({value[NO_TEXT]})" if isinstance(value, dict) and value.keys() == {NO_TEXT} else ""
+
+
 # --- one line ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,13 +17,16 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import UUID
 
 from mlx_retrieval.dataset import beir_rows
 from mlx_retrieval.dataset.columnar import ARROW_FILE, ARROW_STREAM, FEATHER_1, PARQUET, arrow_rows, parquet_rows
-from mlx_retrieval.dataset.columns import Columns
-from mlx_retrieval.dataset.json_lines import Fault, Line, RowError, lines_of, parse_value
+from mlx_retrieval.dataset.columns import Columns, check_roles
+from mlx_retrieval.dataset.json_lines import Fault, Line, RowError, lines_of, no_text, parse_value
 from mlx_retrieval.dataset.tables import Table
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.pipes import spooled
@@ -47,9 +50,10 @@ OTHERS = {
     b"SQLite format 3": "an SQLite database: export the table as CSV",
     FEATHER_1: "Feather of version 1: write it again with pyarrow, as version 2",
 }
+TABLE = re.compile(rb"[^\W\d][^{\[\n]*[,;\t|]")  # how a table in a file of JSON begins
 IN_ORDER = re.compile(rb'\s*(?:\[|\{\s*"set"\s*:)')  # rows whose texts have no names
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+OBJECT = re.compile(rb'\s*\[?\s*\{\s*"(?:[^"\\\n]|\\.)*"\s*:')  # how JSON begins, and no table does
 
 Numbered = Iterator[tuple[int, Any]]
 
@@ -111,6 +115,7 @@ class RowFile:
 
     def _open(self, file: Path | str) -> Iterator[Line]:
         if isinstance(file, str):
+            check_roles(self.columns or {})
             self.form = "hub data set"
             return self._written(enumerate(_hub_rows(file), start=1))
         if file.is_dir():
@@ -119,6 +124,7 @@ class RowFile:
             self.name, self.form, self.labels = folder.queries_file, folder.form, folder.labels
             self._opened.append(folder)
             return self._written(folder.rows())
+        check_roles(self.columns or {})
         path = spooled(file)
         plain = self._keep(open(path, "rb"))
         handle, head = plain, _head(plain)
@@ -141,6 +147,8 @@ class RowFile:
     def _json(self, handle: BinaryIO, packed: bool) -> Iterator[Line]:
         lines = lines_of(handle)
         first = next(lines, None)
+        if first and not isinstance(first.data, Fault) and TABLE.match(first.data):
+            first = first._replace(data=Fault(b"not JSON; a table of text needs a name that ends in .csv or .tsv"))
         every = itertools.chain([first] if first else [], lines)
         if first and IN_ORDER.match(first.data):
             self.form, self.labels = (
@@ -206,14 +214,41 @@ def _kind(head: bytes, suffix: str) -> str:
         return "parquet"
     if head.startswith((ARROW_FILE, ARROW_STREAM)):
         return "arrow"
-    if suffix in FORMATS:
-        return FORMATS[suffix]
     begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if suffix in FORMATS and not (FORMATS[suffix] == "table" and _is_json(begins)):
+        return FORMATS[suffix]
     return "json" if not begins or begins.startswith((b"{", b"[")) else "table"
+
+
+def _is_json(head: bytes) -> bool:
+    """Return whether a file begins with a JSON object, alone in its line if all of it is read, or an array of them."""
+    if not OBJECT.match(head) or head.startswith(b"[") or b"\n" not in head:
+        return bool(OBJECT.match(head))
+    try:
+        return isinstance(parse_value(head.partition(b"\n")[0]), dict)
+    except RowError:
+        return False
 
 
 def _as_json(row: Any) -> bytes:
     return _ENCODER.encode(row).encode("utf-8", "replace") + b"\n"
+
+
+def _as_value(value: Any) -> Any:
+    """Return a value that JSON lacks as a text or number, or else `no_text`, which is refused where it is read."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return no_text("binary, not UTF-8")
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return str(value) if isinstance(value, UUID) else no_text(f"a value of the type {type(value).__name__}")
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=_as_value)
 
 
 def _named(data: bytes) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from mlx_retrieval.dataset.beir import document_text
 from mlx_retrieval.dataset.column_hints import suggestion
 from mlx_retrieval.dataset.columns import NEEDED, Columns, listing, mapped, missing, names
-from mlx_retrieval.dataset.json_lines import RowError, parse_object
+from mlx_retrieval.dataset.json_lines import RowError, parse_object, reason_of
 from mlx_retrieval.dataset.roles import (
     MESSAGES,
     NUMBERED_NEGATIVE,
@@ -197,7 +197,7 @@ def reading_for(row: dict, expected: str | None = None) -> Reading:
         return reading_of(present(row))
     except NoFormatError as error:
         if empty := [key for key in row if row[key] is None and role_of(key) in NEEDED]:
-            raise RowError(f"{' and '.join(empty)} has no value") from error
+            raise RowError(f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} no value") from error
         if expected is None and (hint := suggestion(row)):
             raise ColumnsError(f"{error.reason}; try {hint}") from error
         raise
@@ -229,7 +229,7 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
         _check_unread(row, reading)
     query = _text(row[reading.query], reading.query)
     if reading.prompt:
-        query = _text(row[reading.prompt], reading.prompt) + query
+        query = _prompt(row[reading.prompt], reading.prompt) + query
     if reading.kind == "documents":
         return [_scored_documents(query, row, reading)], reading
     positives = _positives(row, reading.document)
@@ -273,6 +273,7 @@ def ignored_keys(counts: Counter[str]) -> str:
 
 def _text(value: Any, key: str) -> str:
     """Return a text, the title and text of an object that has them, or the texts of messages, joined by line breaks."""
+    original = value
     if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
         contents = [_content(message["content"], key) for message in value]
         value = "\n".join(text for text in contents if text.strip())
@@ -282,10 +283,14 @@ def _text(value: Any, key: str) -> str:
         title = value.get("title")
         value = document_text(title, value["text"]) if title is None or isinstance(title, str) else None
     if not isinstance(value, str):
-        raise RowError(f"{key} is not a text")
+        raise RowError(f"{key} is not a text{reason_of(original)}")
     if not value.strip():
         raise RowError(f"{key} is empty")
     return value
+
+
+def _prompt(value: Any, key: str) -> str:
+    return "" if value == "" else _text(value, key)
 
 
 def _content(content: Any, key: str) -> str:

@@ -122,7 +122,11 @@ class Rows:
             raise SettingError(
                 "{files}: no usable row{first}",
                 files=[Place(file) for file in self.files],
-                first=f"; the first that was left out: {self.skipped[0]}" if self.skipped else "",
+                first=f"; the first that was left out: {self.skipped[0]}"
+                if self.skipped
+                else ", only a header"
+                if all(file.form.endswith(", header") for file in self._opened)
+                else "",
             )
         if check_columns:
             mapper.check()

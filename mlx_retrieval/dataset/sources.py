@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT, Columns
+from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT, Columns, check_roles
 from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.elastic import server
@@ -166,7 +166,7 @@ def open_source(
     Raises UserError for a wrong argument and, unless `skip_bad`, for the first row that cannot be used.
     """
     parts = [weight_of(source) for source in data]
-    chosen = parse_columns(columns) if columns else None
+    chosen = None if columns is None else parse_columns(columns)
     if len(parts) == 1 or not (
         any(weight for _, weight in parts) or any(server.is_address(source) for source, _ in parts)
     ):
@@ -194,6 +194,7 @@ def _open(
         except RowError as error:
             raise UserError(f"--es-query: {error} (needed: a query of Elasticsearch as a JSON object)") from error
     chosen = without(columns or parse_columns(ELASTIC_DEFAULT), ignore_keys)
+    check_roles(chosen)
     return ElasticRows(server.parse(sources[0]), chosen, query, skip_bad)
 
 

@@ -51,7 +51,7 @@ class RunData:
 def open_data(settings: Settings) -> RunData:
     """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
     rows = open_source(settings.data, settings.columns, settings.es_query, settings.skip_bad_rows, settings.ignore_keys)
-    columns = parse_columns(settings.columns) if settings.columns else None
+    columns = None if settings.columns is None else parse_columns(settings.columns)
     valid_files: list[Path | str] = [*find_validation(local(settings.data))]
     if settings.eval_tasks is None and settings.holdout != 0:
         hub = [name for name in names(settings.data) if name.startswith(HUB)]

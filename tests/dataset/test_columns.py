@@ -70,6 +70,25 @@ def test_what_is_mapped_is_read_from_its_columns_only():
         columns.mapped({"frage": "q", "b": None}, columns.parse("query=frage,document=b"))
 
 
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        ("", "'' is not of the form key=column"),
+        ("query=a,document=a", "a is both query and document"),
+        ("query=q,negative=a,negatives=a", "a is both negative and negatives"),
+        ("prompt=p", "no key 'prompt' in a row; .*rank$"),
+    ],
+)
+def test_columns_that_are_refused(rows, chosen, message):
+    with pytest.raises(UserError, match=f"--columns: {message}"):
+        rows([{"query": "a", "document": "b"}], chosen)
+
+
+def test_names_that_columns_cannot_spell(rows):
+    with pytest.raises(UserError, match="try --columns query=1,document=2 in a table: rename 'Titel, Frage', or call"):
+        rows([{"Titel, Frage": "a", "Antwort": "b"}])
+
+
 def test_names_that_no_row_has(rows, write_rows):
     """Bug guarded against: a misspelt optional column would be passed over in silence."""
     content = [{"q": "a", "d": "b"}, {"q": "c", "d": "d", "neg": ["n"]}]

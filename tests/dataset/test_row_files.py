@@ -4,6 +4,8 @@ python -m pytest tests/dataset/test_row_files.py
 """
 
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -256,8 +258,10 @@ REFUSED = {
     "rows.parquet": (b"PAR1rest", "Parquet"),
     "rows.arrow": (b"ARROW1\0\0rest", "rows.arrow: .*small"),
     "noise": (b"\x01\0\x02noise", "neither JSON lines nor a table of text"),
-    "empty.csv": (b"", "empty.csv:1: one column only"),
-    "header.csv": (b"question,answer\n", "header.csv: no usable row"),
+    "empty.csv": (b"", "empty.csv: the file is empty"),
+    "header.csv": (b"question,answer\n", "header.csv: no usable row, only a header"),
+    "utf32.csv": ("question,answer\na?,b\n".encode("utf-32"), "UTF-32 is not read: save the table as CSV UTF-8"),
+    "table.jsonl": (b"question,answer\na?,b\n", "table.jsonl:1: not JSON; a table of text needs a name that ends in"),
 }
 
 
@@ -275,6 +279,41 @@ def test_columns_that_are_there_twice(tmp_path):
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(UserError, match="the column answer is there twice"):
         read(tmp_path / "rows.parquet")
+
+
+def test_values_that_json_lacks(tmp_path):
+    """Bug guarded against: a column of bytes was trained as "b'...'"."""
+    binary, path = pa.list_(pa.binary()), tmp_path / "rows.parquet"
+
+    def write(**columns):
+        parquet.write_table(pa.table(columns), path)
+        return path
+
+    negatives, labels = pa.array([["n é".encode()]], binary), [decimal.Decimal("0.5")]
+    assert read(write(query=["é".encode()], document=[b"d"], negatives=negatives)) == [Example("é", "d", ("n é",), 1)]
+    assert read(write(query=["a"], document=["b"], label=labels)) == [Example("a", "b", (), 1, (0.5,))]
+    assert read(write(query=["a"], document=[datetime.date(2020, 1, 2)])) == [Example("a", "2020-01-02", (), 1)]
+    assert read(write(query=["a"], document=["b"], image=[b"\xff\xd8"])) == [Example("a", "b", (), 1)]  # not read
+    with pytest.raises(UserError, match=r"rows.parquet:1: document is not a text \(binary, not UTF-8\)"):
+        read(write(query=["a"], document=[b"\xff\xd8"]))
+    with pytest.raises(UserError, match=r"parquet:1: title \+ body: not a text \(a value of the type timedelta\)"):
+        rows = write(query=["a"], title=["b"], body=[datetime.timedelta(1)])
+        sources.open_source([str(rows)], "query=query,document=title+body")
+
+
+def test_content_decides_before_the_name(tmp_path):
+    """Bug guarded against: JSON lines named .csv were split at their commas."""
+    rows = [{"query": f"a {i}, b", "document": "c, d"} for i in range(3)]
+    for name, content in {
+        "lines.csv": json_lines(rows),
+        "lines.tsv": json_lines(rows),
+        "one.csv": json.dumps(rows).encode(),
+        "long.csv": json_lines([rows[0] | {"x": "y" * 9000}, *rows[1:]]),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name) == [Example(f"a {i}, b", "c, d", (), 1) for i in range(3)], name
+    (tmp_path / "cells.tsv").write_text('{"a": 1}\tit is\n{"b": 1}\tthat too\n')
+    assert read(tmp_path / "cells.tsv")[0] == Example('{"a": 1}', "it is", (), 1)
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])

@@ -344,3 +344,8 @@ def test_mined_rows_of_other_shapes_are_written_in_the_toolkits_own_keys(write_r
     ]
     with pytest.raises(UserError, match=r"has the key score: rows with labels have no positive"):
         list(collection.read_rows([write_rows([{"query": "q", "text": "t", "score": 1}])], collection.MINED))
+
+
+def test_an_empty_prompt_is_none():
+    row = {"query": "a", "pos": ["b"], "neg": ["c"], "prompt": ""}
+    assert examples_of(row)[0] == [Example("a", "b", ("c",), 1)]
