@@ -123,11 +123,13 @@ def read_questions(folder: Path) -> Questions:
 def take_questions(source: Source, questions: Questions, seed: int = 0) -> HeldOut:
     """Return questions that were held out before, and the rows without their texts.
 
-    No questions if fewer than half of them are asked in the rows, or nothing would be left.
+    No questions if fewer than half of them are asked in the rows, or nothing would be left. No reason if none is asked.
     """
     scan = Scan(source, seed)
     keys = np.array([*map(text_key, questions.queries.values())], np.uint64)
     count = int(np.isin(keys, scan.keys.query).sum())
+    if not count:
+        return HeldOut(source, len(scan))
     leaving = Leaving(scan, questions.texts)
     if 2 * count < len(keys) or not leaving.leaves_rows:
         return HeldOut(source, len(scan), reason=f"{count} of its {len(keys)} held-out questions are in these data")

@@ -130,14 +130,25 @@ def _ask_again(data: RunData, settings: Settings) -> bool:
         lambda: vars(held_out.read_questions(folder)) if is_saved(before) and folder.is_dir() else None,
     )
     if saved is None:
+        if is_saved(before) and _shares_data(before.parent, data.rows):
+            line = f"{settings.model} was trained on these data without holding out questions, and knows those of now"
+            data.lines.append(("warning", line))
         return False
     held = held_out.take_questions(data.rows, Questions(**saved), settings.seed)
     if not held.questions:
+        if not held.reason:
+            return False
         line = f"{settings.model} may know some of the held-out questions from its own training: {held.reason}"
         data.lines.append(("warning", line))
         return False
     _take_questions(data, held, settings.folder, f"of {folder}, which {settings.model} was not trained on")
     return True
+
+
+def _shares_data(run: Path, rows: Source) -> bool:
+    """Return whether a run was begun with one of the files or indices of these rows, as it was then or is now."""
+    before = (contents.read(run) or {}).get("data", [])
+    return any(now.name == then.name or now.digest == then.digest != "" for now in rows.contents() for then in before)
 
 
 def _earlier(run: Path) -> dict[str, Any] | None:

@@ -97,10 +97,17 @@ def test_a_run_from_an_adapter_is_asked_what_that_one_was_not_trained_on(data, t
     second.keep(tmp_path / "run")
     again = open_data(data(rows(450), model=best, seed=7, resume=True))
     assert again.rows.kept.tolist() == second.rows.kept.tolist()
-    others = open_data(data([{"query": f"new {i}", "document": f"text {i}"} for i in range(200)], model=best))
-    assert len(others.questions.queries) == 50 and "0 of its 50 held-out questions" in dict(others.lines)["warning"]
+    new = [{"query": f"new {i}", "document": f"text {i}"} for i in range(200)]
+    others = open_data(data(new, model=best))
+    assert len(others.questions.queries) == 50 and "warning" not in dict(others.lines)
+    few = [{"query": query, "document": "a text"} for query in [*first.questions.queries.values()][:3]]
+    mixed = open_data(data(new + few, model=best))
+    assert "3 of its 50 held-out questions are in these data" in dict(mixed.lines)["warning"]
     named = open_data(data(rows(450), eval_tasks=[str(tmp_path / "one" / "held-out")]))
     assert "50 of the 50 questions" in dict(named.lines)["warning"] and len(named.rows) == 450
+    contents.write(tmp_path / "two", {"data": first.rows.contents()})  # of a run with --holdout 0
+    knows = open_data(data(rows(400), model=str(tmp_path / "two" / "final")))
+    assert "was trained on these data without holding out" in dict(knows.lines)["warning"]
 
 
 def test_negatives_that_are_held_out_are_counted(data):
