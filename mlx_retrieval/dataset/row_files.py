@@ -8,6 +8,7 @@ Plain JSON lines are read where they are. The rows of other formats are written 
 so memory stays the same whatever the size. The format is known by the file's ending, and without one by its beginning.
 """
 
+import codecs
 import gzip
 import itertools
 import json
@@ -142,6 +143,8 @@ class RowFile:
             table = Table(handle, file, self.columns)
             self.form, self.labels = table.form, table.labels
             return self._written(table.rows())
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{file}: JSON in UTF-16; convert it to UTF-8: iconv -f utf-16 -t utf-8")
         return self._json(handle, packed)
 
     def _json(self, handle: BinaryIO, packed: bool) -> Iterator[Line]:

@@ -19,6 +19,7 @@ Every row is read and checked once, before training. After that only the places 
 
 import hashlib
 import itertools
+import re
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -36,12 +37,14 @@ from mlx_retrieval.dataset.row_mapper import RowMapper
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # of a folder's files of rows, in this order
+PART = re.compile(rf"-\d+-of-(\d+)(?:{'|'.join(map(re.escape, ENDINGS))})(?:\.gz)?$")
 
 
 def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]:
     """Return the files that `--data` names: a file itself, a folder's `train.jsonl`, a BEIR folder, or an `hf://` name.
 
-    A folder's file may have any of ENDINGS instead, `.gz` included.
+    A folder's file may have any of ENDINGS instead, `.gz` included, or be in parts, `train-00000-of-00002.parquet`,
+    also in its folder `data`, as the Hub has them.
     """
     files: list[Path | str] = []
     for source in sources:
@@ -51,7 +54,7 @@ def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]
         path = Path(source).expanduser()
         if path.is_dir():
             if existing := _inside(path, split):
-                files.append(existing[0])
+                files += existing
             elif split == "train" and beir_rows.is_folder(path):
                 files.append(path)
             else:
@@ -64,15 +67,25 @@ def find_files(sources: Sequence[str], split: str = "train") -> list[Path | str]
 
 
 def _inside(folder: Path, split: str) -> list[Path]:
-    """Return the files of rows of a split that a folder has."""
+    """Return the file of rows of a split that a folder has, or all its parts. UserError if one is missing."""
     names = [f"{split}{ending}{packed}" for ending in ENDINGS for packed in ("", ".gz")]
-    return [folder / name for name in names if (folder / name).is_file()]
+    if existing := [folder / name for name in names if (folder / name).is_file()]:
+        return existing[:1]
+    for place in (folder, folder / "data"):
+        parts = sorted(path for path in place.glob(f"{split}-*-of-*") if PART.search(path.name))
+        if not parts:
+            continue
+        count = int(PART.search(parts[0].name)[1])
+        if len(parts) != count:
+            raise UserError(f"--data {folder}: {len(parts)} of {count} parts of {split} are there, as {parts[0].name}")
+        return parts
+    return []
 
 
 def find_validation(sources: Sequence[str]) -> list[Path]:
-    """Return the file of validation rows of those folders that `--data` names and that have one."""
-    folders = [Path(source).expanduser() for source in sources]
-    return [files[0] for folder in folders if folder.is_dir() and (files := _inside(folder, "valid"))]
+    """Return the validation rows of those folders that `--data` names and that have a file of them, or its parts."""
+    folders = [folder for source in sources if (folder := Path(source).expanduser()).is_dir()]
+    return [file for folder in folders for file in _inside(folder, "valid") or _inside(folder, "validation")]
 
 
 class Rows:
@@ -157,7 +170,9 @@ class Rows:
                 examples, reading = examples_of(mapper.row(line.data, file.columns), self.format)
             except RowError as error:
                 if not skip_bad:
-                    way_on = "" if isinstance(error, ColumnsError) else " ({skip_bad_rows} leaves such rows out)"
+                    way_on = " ({skip_bad_rows} leaves such rows out)"
+                    if isinstance(error, ColumnsError):
+                        way_on = " (if line 1 is a row: add a line of names)" if file.form.endswith(", header") else ""
                     raise SettingError("{place}: {reason}" + way_on, place=place, reason=error) from error
                 self.skipped.append(f"{place}: {error}")
                 continue

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from mlx_retrieval.dataset import sources
+from mlx_retrieval.dataset import row_files, sources
 from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.rows import find_validation
 from mlx_retrieval.training.chat.data import is_chat
 from mlx_retrieval.utils.errors import UserError
 
@@ -250,6 +251,27 @@ def test_folders_hold_any_format(tmp_path):
     assert read(tmp_path) == expected[:1]
 
 
+def test_folders_hold_parts(tmp_path):
+    rows, expected = SHAPES["query, answer"]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        for i in range(2):
+            (tmp_path / f"data/{split}-0000{i}-of-00002.jsonl").write_bytes(json_lines(rows[i : i + 1]))
+    assert read(tmp_path) == expected
+    assert [path.name[:16] for path in find_validation([str(tmp_path)])] == ["validation-00000", "validation-00001"]
+    (tmp_path / "data/train-00000-of-00002.jsonl").unlink()
+    with pytest.raises(UserError, match="1 of 2 parts of train are there"):
+        read(tmp_path)
+
+
+def test_conversations_of_the_hub_are_recognised(monkeypatch):
+    rows = [{"messages": [*said(Q), *said(D, "assistant")]}]
+    monkeypatch.setattr(row_files, "_hub_rows", lambda _: iter(rows))
+    assert is_chat(["hf://owner/chat:2"])
+    rows[0] = {"query": Q, "answer": D}
+    assert not is_chat(["hf://owner/pairs"]) and not is_chat(["es://index"])
+
+
 REFUSED = {
     "book.xlsx": (b"PK\x03\x04rest", "an Excel workbook or another zip file: save its sheet as CSV UTF-8"),
     "rows.jsonl.bz2": (b"BZh9rest", "compressed by bzip2: unpack it"),
@@ -261,6 +283,7 @@ REFUSED = {
     "empty.csv": (b"", "empty.csv: the file is empty"),
     "header.csv": (b"question,answer\n", "header.csv: no usable row, only a header"),
     "utf32.csv": ("question,answer\na?,b\n".encode("utf-32"), "UTF-32 is not read: save the table as CSV UTF-8"),
+    "utf16.jsonl": ('{"query": "a", "answer": "b"}'.encode("utf-16"), "utf16.jsonl: JSON in UTF-16; convert it"),
     "table.jsonl": (b"question,answer\na?,b\n", "table.jsonl:1: not JSON; a table of text needs a name that ends in"),
 }
 

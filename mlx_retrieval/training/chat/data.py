@@ -25,9 +25,9 @@ import numpy as np
 from mlx_retrieval.dataset import roles
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
-from mlx_retrieval.dataset.row_files import RowFile, first_row
+from mlx_retrieval.dataset.row_files import HUB, RowFile, first_row
 from mlx_retrieval.dataset.rows import find_files
-from mlx_retrieval.dataset.sources import local
+from mlx_retrieval.dataset.sources import names
 from mlx_retrieval.dataset.unread_keys import is_origin
 from mlx_retrieval.training.chat.messages import dialogue_of, text_of, unread_keys, without_keys
 from mlx_retrieval.training.chat.template import ChatTokenizer, Rendered
@@ -57,9 +57,10 @@ def is_chat(sources: Sequence[str]) -> bool:
 
     Unreadable files are left for the run to report.
     """
-    if "://" in sources[0]:
+    name = names(sources[:1])[0]
+    if "://" in name and not name.startswith(HUB):
         return False
-    file = find_files(local(sources[:1]))[0]
+    file = find_files([name])[0]
     try:
         row = first_row(file)
     except UserError:
