@@ -132,15 +132,11 @@ class Rows:
             texts.append(counter.text(opened.form, opened.labels, opened.columns if mapper.used else None))
         self.readings = readings.lines([getattr(file, "name", file) for file in self.files], texts)
         if not starts:
-            raise SettingError(
-                "{files}: no usable row{first}",
-                files=[Place(file) for file in self.files],
-                first=f"; the first that was left out: {self.skipped[0]}"
-                if self.skipped
-                else ", only a header"
-                if all(file.form.endswith(", header") for file in self._opened)
-                else "",
-            )
+            reason = ", only a header" if all(file.form.endswith(", header") for file in self._opened) else ""
+            if self.skipped:
+                reason = f"; the first that was left out: {self.skipped[0]}"
+            files = [Place(file) for file in self.files]
+            raise SettingError("{files}: no usable row{reason}", files=files, reason=reason)
         if check_columns:
             mapper.check()
         if len(starts) == 1:  # with which nothing is shared

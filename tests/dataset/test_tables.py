@@ -278,8 +278,9 @@ def test_what_csv_writes_is_read_back(table, rows, delimiter, quoting):
     writer = csv.writer(out, delimiter=delimiter, quoting=quoting)
     writer.writerow(("question", "answer"))
     writer.writerows(rows)
-    lines = out.getvalue().splitlines()
-    hypothesis.assume(len(lines) == len(rows) + 1 or {line.count(delimiter) for line in lines} != {1})  # else, lines
+    lines = [line for line in out.getvalue().splitlines() if line.strip()]
+    # A quoted text whose every line makes a record is read as lines, between tabs and bars.
+    hypothesis.assume(len(lines) == len(rows) + 1 or {line.count(delimiter) for line in lines} != {1})
     expected = [(query, answer) for query, answer in rows if query.strip() and answer.strip()]
     if not expected:
         with pytest.raises(UserError):
