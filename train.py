@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_retrieval import backend
-from mlx_retrieval.dataset.sources import local
+from mlx_retrieval.dataset.sources import local, weight_of
 from mlx_retrieval.training import distributed, flags, improvement, output_folder
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags, read_yaml
@@ -26,6 +26,7 @@ from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import command
 from mlx_retrieval.utils.errors import UserError, flag
 from mlx_retrieval.utils.pipes import is_pipe
+from mlx_retrieval.utils.text import located
 
 __all__ = ["Settings", "main", "train"]
 
@@ -66,7 +67,7 @@ def resumed_settings(given: dict) -> Settings:
         raise UserError(
             f"--resume: {', '.join(missing)}: no such file or folder; if it has moved, correct {folder / 'config.yaml'}"
         )
-    values = saved.to_dict() | {name: given[name] for name in free if name in given}
+    values = saved.to_dict() | _as_seen_from_here(saved) | {name: given[name] for name in free if name in given}
     if given.keys() & {"steps", "epochs"}:  # another end; training/continuation.py says what that means
         if None not in (wanted.steps, wanted.epochs) and (wanted.steps, wanted.epochs) != (saved.steps, saved.epochs):
             raise UserError(
@@ -75,6 +76,20 @@ def resumed_settings(given: dict) -> Settings:
             )
         values |= {"steps": wanted.steps, "epochs": wanted.epochs}
     return Settings(**values | {"output": str(folder), "stop_after": given.get("stop_after", 0), "overwrite": False})
+
+
+def _as_seen_from_here(saved: Settings) -> dict:
+    """Return the files and folders of a saved run as they are shortest to name; whole ones if there are other ranks."""
+    if distributed.size() > 1:  # which may have another current folder
+        return {}
+
+    def shortest(name: str) -> str:
+        return str(located(Path(name))) if Path(name).is_absolute() and Path(name).exists() else name
+
+    weights = [weight_of(name) for name in saved.data]
+    data = [shortest(path) + name.removeprefix(path) for (path, _), name in zip(weights, saved.data, strict=True)]
+    tasks = saved.eval_tasks and [shortest(name) for name in saved.eval_tasks]
+    return {"model": shortest(saved.model), "data": data, "eval_tasks": tasks}
 
 
 def chat_reason(settings: Settings, chat_flag: str) -> str:

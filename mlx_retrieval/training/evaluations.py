@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_retrieval.evaluation.comparison import judge
 from mlx_retrieval.evaluation.reranking import harm
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, print_comparison, print_table
+from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare, print_comparison, print_table
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import console
 
@@ -114,6 +115,16 @@ class Evaluations:
             print_table(dataclasses.replace(after, model=f"{after.model}, step {step}"))
         if first and (line := harm(first, after)):
             console().print(line)
+
+    def verdict(self) -> str:
+        """Return "better", "worse" or "no difference shown" of the model after training; "" = nothing to compare."""
+        if not self.before or not self.after:
+            return ""
+        after = self.after.evaluation
+        if not any(task in self.before.tasks for task in after.tasks):
+            return ""
+        count = sum(len(scores["ndcg_at_10"]) for scores in after.per_query.values())
+        return judge(compare(self.before, after)[0], count)
 
     def last_line(self) -> str:
         """Return a sentence about the last step, if the results are of an earlier one; else ""."""

@@ -4,6 +4,7 @@ print_lines(first_lines(settings, retrieval, rows, model, defaults) + machine_li
 """
 
 from collections.abc import Collection
+from pathlib import Path
 
 from mlx_retrieval.backend import cpu_kernels, mx, nn
 
@@ -14,6 +15,7 @@ from mlx_retrieval.backbones import count_parameters, lora
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.dataset.sources import InterleavedRows, Source
 from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.kinds import is_adapter
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import SMALL_RATES, Settings
@@ -123,7 +125,9 @@ def describe_rate(settings: Settings, defaults: Collection[str]) -> str:
         rate += f" (default{full}{small})"
     warmup = f"{quantity(settings.warmup_steps, 'step')} of warm-up" if settings.warmup_steps else "no warm-up"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
-    return f"{rate}, {warmup}, then {settings.schedule}{decay}"
+    again = is_adapter(Path(settings.model).expanduser())
+    start = ", from the beginning: it does not follow the adapter's own run" if again else ""
+    return f"{rate}, {warmup}, then {settings.schedule}{decay}{start}"
 
 
 def machine_lines() -> Lines:

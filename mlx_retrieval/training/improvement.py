@@ -12,6 +12,7 @@ from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import SettingError
 
 METRICS = {"ndcg_at_10": "nDCG@10", "validation_loss": "validation loss"}
+UNTRAINED = "the untrained model"
 EXIT_CODE = 4  # of --require-improvement
 
 
@@ -71,20 +72,25 @@ def model_to_use(folder: Path) -> Path:
     return next(path for path in (folder / "best", folder / "final") if path.is_dir())
 
 
-def conclusion(state: State, folder: Path) -> list[tuple[str, str]]:
-    """Return the lines, (name, text), that end a run: where its best step is, or that training gained nothing."""
+def conclusion(state: State, folder: Path, verdict: str = "", began_with: str = UNTRAINED) -> list[tuple[str, str]]:
+    """Return the lines, (name, text), that end a run: where its best step is, or that training gained nothing.
+
+    Args:
+        verdict: see `Evaluations.verdict`; any but "worse" means that no fall is shown. "" = there is no interval.
+        began_with: the model that the run began with, in words.
+    """
     lines = []
     best = folder / "best"
     if state.best_step and best.is_dir():
-        unknown = "; the untrained model was not evaluated, so it may be better" if state.untrained is None else ""
+        unknown = f"; {began_with} was not evaluated, so it may be better" if state.untrained is None else ""
         lines.append(("best", f"{best} (step {state.best_step}){unknown}"))
     if improved(state) is None:
         return lines
     after, before = abs(state.last), abs(state.untrained)  # a loss is negative as a score
     scores = f"{METRICS[state.metric]} {after:.4f} after training, {before:.4f} before"
     if not improved(state):
-        name = "worse" if state.last < state.untrained else "no gain"
-        lines.append((name, f"{scores}: no step was better than the untrained model, so there is no `best`"))
+        name = "worse" if state.last < state.untrained and verdict in ("", "worse") else "no gain"
+        lines.append((name, f"{scores}: no step was better than {began_with}, so there is no `best`"))
     elif state.last > state.untrained and state.metric == "validation_loss":  # other metrics are in a table
         lines.append(("gain", scores))
     elif state.last < state.untrained:

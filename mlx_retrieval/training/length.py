@@ -37,7 +37,7 @@ def resolve_length(settings: Settings, per_epoch: float) -> None:
     steps = _steps(settings.epochs, per_epoch)
     if settings.steps is None:
         settings.steps = steps
-    if settings.steps != steps and math.ceil(settings.steps / per_epoch) != settings.epochs:
+    if abs(settings.steps - settings.epochs * per_epoch) >= 1 and settings.steps != steps:  # rounded either way
         raise SettingError(
             "{steps} {given} and {epochs} {number:g} disagree: an epoch is {each}, so that would be {epochs} {needed}; "
             "give one of them",

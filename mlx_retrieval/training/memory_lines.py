@@ -24,6 +24,7 @@ MACS = (8, 16, 24, 32, 64)  # GiB of memory
 WORKING_SET, WORKING_SET_LARGE, LARGE = 2 / 3, 3 / 4, 36
 MACOS = 3 * GIB
 NEAR = 0.9  # flags are advised that leave a tenth free
+SHOWN = 5e7  # bytes; smaller parts of an estimate are not named
 SHORTEST = 64  # tokens, below which no shorter texts are advised
 
 
@@ -54,12 +55,12 @@ class Outlook:
         expected = self.expected
         whole, room = memory.total(), memory.free() + (0 if backend.IS_GPU else resident())
         needed = expected.total if backend.IS_GPU else expected.of_process
-        text = (
-            f"{self.job.parameters:,} parameters; about {gb(needed)} GB at most, an estimate: weights "
-            f"{gb(expected.weights)}, optimizer {gb(expected.optimizer)}, a step {gb(expected.step)}"
-        )
+        parts = {"weights": expected.weights, "optimizer": expected.optimizer, "a step": expected.step}
         if not backend.IS_GPU:
-            text += f", the process itself {gb(expected.process)}"
+            parts["the process itself"] = expected.process
+        large = [f"{name} {gb(count)}" for name, count in parts.items() if count >= SHOWN]
+        text = f"base model of {self.job.parameters:,} parameters; about {gb(needed)} GB at most, an estimate"
+        text += f": {', '.join(large)}" if large else ""
         lines = [("memory", f"{text}; this machine has {gb(whole, 0)} GB, {gb(room)} free")]
         if needed > room:
             lines.append(("warning", f"this will probably not fit into {gb(room)} GB: {self._advice(room)}"))

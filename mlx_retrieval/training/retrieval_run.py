@@ -5,6 +5,7 @@ run.trainer.update(run.trainer.batches.batch(0), 1)
 """
 
 import dataclasses
+import math
 import string
 import tempfile
 import time
@@ -111,15 +112,24 @@ class RetrievalRun:
         print_lines(
             [
                 ("first batch", f"{quantity(texts, 'distinct text')}, {batch.tokens:,} tokens, longest {longest}"),
-                ("plan", f"{result.micro_batches} micro-batches, {plan['padding']:.1%} padding"),
+                ("plan", f"{quantity(result.micro_batches, 'micro-batch')}, {plan['padding']:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s, loss {plan['loss']:.4f}"),
-                ("memory", f"{gb(peak, 2)} GB at most, measured; {gb(self.outlook.expected.total, 2)} estimated"),
+                ("measured", f"{gb(peak, 2)} GB at most; {gb(self.outlook.expected.total, 2)} estimated"),
                 *self.outlook.mac_lines(),
-                ("all steps", f"{minutes} min {rest} s for {quantity(settings.steps, 'step')}, without evaluations"),
+                ("all steps", f"{minutes} min {rest} s for {quantity(settings.steps, 'step')}{self._evaluations()}"),
                 ("dry run", "nothing was trained or written"),
             ]
         )
         return plan
+
+    def _evaluations(self) -> str:
+        """Return which evaluations a time without them leaves out, in words."""
+        if not self.evaluations:
+            return ""
+        settings = self.settings
+        every = settings.steps_per_evaluation or settings.steps
+        count = math.ceil(settings.steps / every) + (not settings.skip_eval_init)
+        return f", without the run's {quantity(count, 'evaluation')}"
 
     def begin(self) -> None:
         """Write into the run's folder what its steps need: the held-out questions."""
@@ -154,10 +164,12 @@ class RetrievalRun:
             results["skipped_batches"] = self.trainer.state.skipped_batches
         return results
 
-    def print_results(self) -> None:
-        """Print the table of metrics that ends a run."""
-        if self.evaluations:
-            self.evaluations.print()
+    def print_results(self) -> str:
+        """Print the table of metrics that ends a run; return its verdict."""
+        if not self.evaluations:
+            return ""
+        self.evaluations.print()
+        return self.evaluations.verdict()
 
     def report(self) -> Report | None:
         """Return what `report.html` says of the run's evaluations and data; None if nothing was evaluated."""
@@ -184,7 +196,6 @@ class RetrievalRun:
         model = improvement.model_to_use(self.folder)
         folders = [Path(task) for task in self.data.eval_tasks]
         corpora = [folder / "corpus.jsonl" for folder in folders if (folder / "corpus.jsonl").is_file()]
-        texts = located(corpora[0]) if corpora else "documents.jsonl"
         lines = []
         if folders == [self.folder / HELD_OUT]:
             again = (
@@ -197,6 +208,10 @@ class RetrievalRun:
                 *evaluation_flags(self.settings),
             )
             lines.append(("evaluate", shell(*again)))
+        if not corpora:  # no file of texts to name
+            script = "rerank.py" if self.retrieval.task == "rerank" else "embed.py"
+            return [*lines, ("use", f"{script} --model {model} takes texts of yours; --help says how")]
+        texts = located(corpora[0])
         if self.retrieval.task == "rerank":
             query = ("--query", "your question", "--documents", texts)
             return [*lines, ("next", shell("python", "rerank.py", "--model", model, *query))]

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from mlx_retrieval.backend import mx
 
+from mlx_retrieval.models.kinds import is_adapter
 from mlx_retrieval.training import checkpoint, contents, distributed, improvement, nothing_learnt, output_folder
 from mlx_retrieval.training.base_trainer import BaseTrainer, due
 from mlx_retrieval.training.config import OUTPUT, Settings
@@ -22,6 +23,7 @@ from mlx_retrieval.training.contents import Contents
 from mlx_retrieval.training.continuation import find as find_continuation
 from mlx_retrieval.training.continuation import history
 from mlx_retrieval.training.example_rows import without_examples
+from mlx_retrieval.training.improvement import UNTRAINED
 from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.utils import files
@@ -56,8 +58,11 @@ class Run(Protocol):
     def results(self) -> dict:
         """Return the content of `results.json`: metrics before and after training, and figures of the run."""
 
-    def print_results(self) -> None:
-        """Print the table of metrics that ends a run."""
+    def print_results(self) -> str:
+        """Print the table of metrics that ends a run.
+
+        Return "better", "worse" or "no difference shown", by the interval of the difference; "" = there is none.
+        """
 
     def report(self) -> Report | None:
         """Return what `report.html` says of the finished run's result and data; None = there is to be none."""
@@ -339,8 +344,9 @@ def conclude(job: Run) -> None:
     if not is_finished(job.trainer):
         print_lines([("stopped", f"at step {state.step}, saved"), ("continue", continue_command(folder))])
         return
-    job.print_results()
-    lines = [("adapter", f"{folder / 'final'}"), *improvement.conclusion(state, folder)]
+    verdict = job.print_results()
+    began_with = "the model that it began with" if is_adapter(Path(job.settings.model).expanduser()) else UNTRAINED
+    lines = [("adapter", f"{folder / 'final'}"), *improvement.conclusion(state, folder, verdict, began_with)]
     if job.settings.require_improvement and improvement.improved(state) is None:
         lines.append(
             ("unknown", "whether a step is better than the untrained model: --require-improvement asks for it")
@@ -352,10 +358,14 @@ def conclude(job: Run) -> None:
         )
         lines.append(("warning", text))
     facts = [*without_examples(job.headline), *history(state, job.settings.steps), *lines]
-    report = write_report(folder, job.settings, facts, job.next_lines(), job.report, job.trainer.reporter.warn)
+    following = job.next_lines()
+    if improvement.improved(state) is False:
+        following = [line for line in following if line[0] not in ("evaluate", "next", "fuse", "export")]
+        following.append(("use", f"{job.settings.model}, which the run began with: final is no better"))
+    report = write_report(folder, job.settings, facts, following, job.report, job.trainer.reporter.warn)
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
     lines += [("report", f"{report}")] if report else []
-    print_lines([*lines, *job.next_lines()])
+    print_lines([*lines, *following])
 
 
 def continue_command(folder: Path) -> str:

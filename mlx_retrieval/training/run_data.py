@@ -65,6 +65,9 @@ def open_data(settings: Settings) -> RunData:
         _choose_evaluation(data, settings)
     for task in settings.eval_tasks or []:
         _warn_of_trained(data, Path(task).expanduser())
+    if not data.eval_tasks and not validation and not any(name == "judged on" for name, _ in data.lines):
+        given = "--holdout 0" if settings.eval_tasks is None else "--eval-tasks without a name"
+        data.lines.append(("judged on", f"nothing ({given}), so there is no table, no best and no report"))
     return data
 
 

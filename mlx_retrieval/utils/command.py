@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
             near = near_miss(flags[0], known) or f" ({self.prog} --help lists all)"
             self.exit(2, f"{self.prog}: no such flag: {', '.join(map(_shown, flags))}{near}\n")
         if not required:
-            self.exit(2, f"{self.prog}: not the value of a flag: {' '.join(map(_shown, words))}\n")
+            self.exit(2, f"{self.prog}: no flag takes this: {' '.join(map(_shown, words))}\n")
 
     def _is_misspelt(self, word: str) -> bool:
         """Return whether a word looks like a flag, is none, and is not the beginning of one either."""

@@ -55,7 +55,7 @@ def located(path: Path) -> Path:
 def quantity(count: int, noun: str) -> str:
     """Return a number and what it counts: `1 row`, `2,000 rows`, `2 queries`; `noun` is in the singular."""
     if count != 1:
-        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{count:,} {noun}"
 
 

@@ -47,7 +47,7 @@ def signalled(self, batch, step):
         os.kill(os.getpid(), signal.SIGTERM)
     return update(self, batch, step)
 trainer.Trainer.update = signalled
-run.run = lambda job: (kept.append(job.trainer), original(job))[1]
+run.run = lambda job, chosen=False: (kept.append(job.trainer), original(job, chosen))[1]
 for folder, argv in json.loads(sys.argv[1])[int(os.environ["MLX_RANK"])]:
     kept.clear()
     os.chdir(folder)

@@ -150,7 +150,8 @@ def test_a_run_says_before_it_reads_a_weight_whether_it_fits(settings, monkeypat
         training_run.prepare(settings())
     assert read[0] < 20_000  # random keys; the weights are 240 kB
     out = capsys.readouterr().out
-    assert out.startswith("memory   ") and "parameters; about" in out and "an estimate: weights" in out
+    assert out.startswith("memory   base model of ") and "parameters; about" in out and "GB at most, an estimate" in out
+    assert "weights 0.0" not in out  # parts that are nearly nothing
     assert "free" in out and "warning" not in out
     monkeypatch.setattr(memory, "free", lambda: 0)
     monkeypatch.setattr(memory_lines, "resident", lambda: 100_000)
@@ -190,7 +191,7 @@ def test_the_dry_run_has_the_estimate_and_a_line_a_mac(settings, capsys):
     plan = train.train(settings(dry_run=True))
     assert plan["estimated_memory_bytes"] > 0
     out = capsys.readouterr().out
-    assert out.count("Mac, ") == 5 and "measured;" in out
+    assert out.count("Mac, ") == 5 and "measured " in out and out.count("\nmemory ") == 0
 
 
 def test_the_checkpoint_is_known_by_its_headers(tmp_path):

@@ -35,7 +35,11 @@ def test_steps_from_epochs_and_epochs_of_steps():
 
 def test_steps_and_epochs_have_to_agree():
     assert resolved(6, steps=18, epochs=3) == (18, 3, "3 epochs = 18 steps")
-    assert resolved(6, steps=14, epochs=3) == (14, 3, "14 steps = 2.3 epochs")  # in the third epoch, as mlx-lm has it
+    assert resolved(187.5, steps=562, epochs=3)[0] == 562  # rounded down
+    with pytest.raises(
+        UserError, match="--steps 4 and --epochs 1 disagree: an epoch is 16 steps, .* --epochs 0.2; give"
+    ):
+        resolved(16, steps=4, epochs=1)  # Regression: any step of the last epoch would do
     with pytest.raises(UserError, match="--steps 6 and --epochs 3 disagree: an epoch is 6 steps, .* --epochs 1; give"):
         resolved(6, steps=6, epochs=3)
     for value in (0, -1, 1e7):

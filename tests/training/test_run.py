@@ -83,6 +83,7 @@ class ToyRun:
         self.folder = trainer.folder
         self.trainer = trainer
         self.headline = [("model", "toy")]
+        self.verdict = ""
         self.now = {"data": [Content("rows.jsonl", 40, "rows", "abc")]}
 
     def measure(self) -> dict:
@@ -100,8 +101,9 @@ class ToyRun:
     def results(self) -> dict:
         return {"steps": self.trainer.state.step}
 
-    def print_results(self) -> None:
+    def print_results(self) -> str:
         self.trainer.events.append("print")
+        return self.verdict
 
     def report(self) -> None:
         return None
@@ -272,6 +274,19 @@ def test_a_run_that_got_worse_names_no_step_best_and_says_so(toy, capsys):
     assert run.run(job)["improved"] is False and "no gain   nDCG@10 0.5000 after" in capsys.readouterr().out
 
 
+def test_a_fall_within_the_interval_is_no_gain_and_the_model_of_before_is_named(toy, capsys):
+    """Regression: the screen said "worse" and named final to go on with, the report "no difference is shown"."""
+    job = toy(scores=(0.5568, 0.52, 0.5165))
+    job.verdict = "no difference shown"
+    assert run.run(job)["improved"] is False
+    out = capsys.readouterr().out
+    assert "no gain   nDCG@10 0.5165 after training, 0.5568 before" in out and "worse" not in out
+    assert "next" not in out and "use       gemma-3-tiny-mlx, which the run began with: final is no better" in out
+    began_with = "the model that it began with"
+    ((name, line),) = improvement.conclusion(job.trainer.state, job.folder, "worse", began_with)
+    assert name == "worse" and "no step was better than the model that it began with" in line
+
+
 def test_a_run_whose_last_step_is_worse_than_its_start_names_the_better_one(toy, capsys):
     job = toy(scores=(0.5, 0.6, 0.4))
     assert run.run(job)["improved"] is True and (job.folder / "best").is_dir()
@@ -362,13 +377,16 @@ def test_the_next_line_names_the_best_model_and_texts_that_are_there(task, tmp_p
     monkeypatch.chdir(tmp_path)
     data = SimpleNamespace(eval_tasks=["NanoNQRetrieval", str(tmp_path / "my eval")])
     job = SimpleNamespace(folder=tmp_path / "run", data=data, retrieval=SimpleNamespace(task=task))
-    for name, texts in (("final", "documents.jsonl"), ("best", "my eval/corpus.jsonl")):
-        (job.folder / name).mkdir(parents=True)
+    (job.folder / "final").mkdir(parents=True)
+    ((name, line),) = RetrievalRun.next_lines(job)
+    assert name == "use" and f"--model {job.folder / 'final'} takes texts of yours" in line  # there is no file of texts
+    (tmp_path / "my eval").mkdir()
+    (tmp_path / "my eval" / "corpus.jsonl").touch()
+    for name in ("final", "best"):
+        (job.folder / name).mkdir(exist_ok=True)
         ((_, command),) = RetrievalRun.next_lines(job)
         words = shlex.split(command)
-        assert words[words.index("--model") + 1] == str(job.folder / name) and texts in words
-        (tmp_path / "my eval").mkdir(exist_ok=True)
-        (tmp_path / "my eval" / "corpus.jsonl").touch()
+        assert words[words.index("--model") + 1] == str(job.folder / name) and "my eval/corpus.jsonl" in words
 
 
 def test_the_settings_of_a_resumed_run_serve_a_new_one(toy):

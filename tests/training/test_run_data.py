@@ -55,11 +55,14 @@ def test_what_a_run_is_judged_on(data, tmp_path):
     for changes, tasks in (({"eval_tasks": []}, []), ({"eval_tasks": ["mine"]}, ["mine"]), ({"holdout": 0.0}, [])):
         given = open_data(data(rows(400), **changes))
         assert (given.eval_tasks, given.questions, len(given.rows)) == (tasks, None, 400)
-        assert not {"judged on", "held out"} & {name for name, _ in given.lines}
+        assert "held out" not in dict(given.lines)
+        assert dict(given.lines).get("judged on", "").startswith("" if tasks else "nothing (--")
     toy = Settings(data=[str(ROOT / "train-data.jsonl")])
     assert [Path(task).name for task in open_data(toy).eval_tasks] == ["eval-data"] and not judged_on(toy)
     assert "500 questions" not in judged_on(Settings(data=toy.data, holdout=0.1)) != ""
-    assert judged_on(Settings(data=toy.data, eval_tasks=[])) == ""
+    assert judged_on(Settings(data=toy.data, eval_tasks=[])).startswith(
+        "nothing (--eval-tasks without a name), so there"
+    )
 
 
 def test_where_nothing_is_held_out_the_run_says_so(data):

@@ -146,7 +146,7 @@ def test_the_streams_of_a_notebook_stay(capsys):
     ("train.py --task embd", "--task: embd is not one of embed, late, rerank, chat; did you mean embed?"),
     ("train.py --steps many", "--steps/--iters: 'many' is not a whole number"),
     ("train.py --zzz", "no such flag: --zzz (train.py --help lists all)"),
-    ("train.py surplus", "not the value of a flag: surplus"),
+    ("train.py surplus", "no flag takes this: surplus"),
     ("eval.py --modle x", "no such flag: --modle; did you mean --model?"),
     ("eval.py", "one of the arguments --model/--model-path --compare is required"),
     ("mine.py code", "the following arguments are required: PATH, --output"),

@@ -78,8 +78,9 @@ class ChatRun:
     def restore(self, changed: set[str]) -> None:
         """Do nothing: the trainer's state holds all results."""
 
-    def print_results(self) -> None:
-        """Do nothing: the losses have been reported, and chat runs have no other metrics."""
+    def print_results(self) -> str:
+        """Print nothing: the losses have been reported, and chat runs have no other metrics."""
+        return ""
 
     def results(self) -> dict:
         """Return the content of `results.json`: losses on the validation conversations, speed, memory."""
@@ -135,9 +136,8 @@ class ChatRun:
                 ("largest", f"{counts.tokens:,} tokens, {1 - counts.tokens / counts.padded:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s"),
                 (
-                    "memory",
-                    f"{gb(backend.peak_memory(), 2)} GB at most, measured; "
-                    f"{gb(self.outlook.expected.total, 2)} estimated",
+                    "measured",
+                    f"{gb(backend.peak_memory(), 2)} GB at most; {gb(self.outlook.expected.total, 2)} estimated",
                 ),
                 *self.outlook.mac_lines(),
                 ("dry run", "nothing was trained or written"),
