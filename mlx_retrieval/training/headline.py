@@ -126,7 +126,7 @@ def describe_rate(settings: Settings, defaults: Collection[str]) -> str:
     warmup = f"{quantity(settings.warmup_steps, 'step')} of warm-up" if settings.warmup_steps else "no warm-up"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
     again = is_adapter(Path(settings.model).expanduser())
-    start = ", from the beginning: it does not follow the adapter's own run" if again else ""
+    start = "; a whole new schedule, though the adapter is trained already" if again else ""
     return f"{rate}, {warmup}, then {settings.schedule}{decay}{start}"
 
 

@@ -73,6 +73,14 @@ def test_the_rate(parameters, changes, text):
     assert describe_rate(settings, settings.resolve_defaults(parameters)) == text
 
 
+def test_an_adapter_that_goes_on_is_told_to_begin_a_new_schedule(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    settings = Settings(model=str(tmp_path), steps=100, learning_rate=0.1)
+    assert describe_rate(settings, {}).endswith(
+        "then cosine; a whole new schedule, though the adapter is trained already"
+    )
+
+
 def test_the_model_its_dtype_and_the_trained_weights():
     backbone = Backbone(mx.bfloat16)
     model, trained = model_lines(Settings(model="base", num_layers=1), backbone, backbone)
