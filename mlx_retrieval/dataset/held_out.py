@@ -142,11 +142,6 @@ def count_asked(source: Source, questions: Questions) -> int:
     return int(np.isin(keys, Scan(source, 0).keys.query).sum())
 
 
-def texts_of(folder: Path) -> frozenset[int]:
-    """Return the keys of the questions and answers in a folder of `Questions.write`. UserError if it is damaged."""
-    return read_questions(folder).texts
-
-
 def texts_in(source: Source) -> frozenset[int]:
     """Return the keys of the queries and positives of a source."""
     return Scan(source, 0).keys.texts

@@ -98,13 +98,16 @@ def _choose_evaluation(data: RunData, settings: Settings) -> None:
         texts = frozenset(earlier["texts"])
         if data.validation and held_out.take_validation(data.rows, data.validation, settings.seed).questions:
             texts |= held_out.texts_in(data.validation)
-        data.lines.append(("judged on", f"the questions of {run / HELD_OUT}, as when the run was begun"))
+        questions = f"{quantity(earlier['questions'], 'question')} of {run / HELD_OUT}, as when the run was begun"
+        data.lines.append(("judged on", f"{questions}, {_among(earlier['documents'])}"))
         _leave_out(data, held_out.leave_out(data.rows, texts, settings.seed))
         data.eval_tasks = [str(run / HELD_OUT)]
     elif not (_ask_validation(data, settings) or _ask_again(data, settings)):
         share = choice.SHARE if settings.holdout is None else settings.holdout
         held = held_out.hold_out(data.rows, share, settings.seed)
-        _take_questions(data, held, run, f"held out (--holdout {share:g})")
+        count = len(held.questions.queries) if held.questions else 0
+        bound = {choice.LEAST: f", at least {choice.LEAST}", choice.MOST: f", at most {choice.MOST}"}.get(count, "")
+        _take_questions(data, held, run, f"held out (--holdout {share:g}{bound})")
 
 
 def _ask_validation(data: RunData, settings: Settings) -> bool:
@@ -155,9 +158,14 @@ def _shares_data(run: Path, rows: Source) -> bool:
 
 
 def _earlier(run: Path) -> dict[str, Any] | None:
-    """Return the texts that a run has held out, by their keys; none if it held nothing out; None = it has not begun."""
+    """Return the texts that a run has held out, by their keys, and the counts of questions and documents.
+
+    There are no texts if it held nothing out. None = it has not begun.
+    """
     if (run / HELD_OUT).is_dir():
-        return {"texts": sorted(held_out.texts_of(run / HELD_OUT))}
+        questions = held_out.read_questions(run / HELD_OUT)
+        counts = {"questions": len(questions.queries), "documents": len(questions.documents)}
+        return {"texts": sorted(questions.texts), **counts}
     begun = contents.read(run)
     return {"texts": []} if begun is not None and not begun.get("evaluation") else None
 
@@ -169,15 +177,22 @@ def _take_questions(data: RunData, held: HeldOut, run: Path, origin: str) -> Non
         data.lines.append(("judged on", line))
         return
     data.questions, data.eval_tasks = questions, [str(run / HELD_OUT)]
-    among = f"searched among {quantity(len(questions.documents), 'document')}"
-    data.lines.append(("judged on", f"{quantity(len(questions.queries), 'question')} {origin}, {among}"))
+    count = quantity(len(questions.queries), "question")
+    data.lines.append(("judged on", f"{count} {origin}, {_among(len(questions.documents))}"))
     _leave_out(data, held)
+
+
+def _among(documents: int) -> str:
+    return f"searched among {quantity(documents, 'document')}"
 
 
 def _leave_out(data: RunData, held: HeldOut) -> None:
     """Train on the rows that are left."""
     data.rows = held.rows
-    line = f"{held.left_out:,} of {quantity(held.examples, 'row')}, which share a question or an answer with them"
+    line = f"{held.left_out:,} of {quantity(held.examples, 'row')}, which hold one of these questions or answers"
     if held.negatives:
-        line += f"; {quantity(held.negatives, 'negative')} of other rows"
-    data.lines.append(("held out", line))
+        line += (
+            f"; from other rows, {quantity(held.negatives, 'negative')} that {'is' if held.negatives == 1 else 'are'}"
+        )
+        line += " one of these answers"
+    data.lines.append(("not trained", line))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlx_retrieval.dataset import beir, choice, held_out
 from mlx_retrieval.dataset.choice import Keys, choose, groups_of, wanted
-from mlx_retrieval.dataset.held_out import hold_out, leave_out, take_validation, texts_of
+from mlx_retrieval.dataset.held_out import hold_out, leave_out, read_questions, take_validation
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.dataset.sources import Source, open_source
@@ -201,7 +201,7 @@ def test_questions_are_searched_among_answers_and_other_documents(tmp_path, monk
     assert {name: text for name, (_, text) in documents.items()} == questions.documents
     assert {name: text for name, (_, text) in queries.items()} == questions.queries
     assert {query: list(those) for query, those in qrels.items()} == questions.answers
-    assert texts_of(folder) == set(map(text_key, texts_held_out(questions)))
+    assert read_questions(folder).texts == set(map(text_key, texts_held_out(questions)))
 
 
 def test_no_document_has_the_text_of_a_question(tmp_path):
@@ -302,7 +302,7 @@ def test_the_texts_of_a_folder_leave_again_what_has_left_before(tmp_path):
     held = hold_out(rows, 0.05, seed=4)
     (tmp_path / "held-out").mkdir()
     held.questions.write(tmp_path / "held-out")
-    again = leave_out(rows, texts_of(tmp_path / "held-out"))
+    again = leave_out(rows, read_questions(tmp_path / "held-out").texts)
     assert examples_of(again.rows) == examples_of(held.rows) and again.left_out == held.left_out
     assert again.negatives == held.negatives
 

@@ -50,12 +50,15 @@ def test_what_a_run_is_judged_on(data, tmp_path):
     held_out = [str(tmp_path / "run" / "held-out")]
     own = open_data(data(rows(400)))
     assert own.eval_tasks == held_out and len(own.rows) == 350
-    assert dict(own.lines)["judged on"] == "50 questions held out (--holdout 0.05), searched among 400 documents"
-    assert dict(own.lines)["held out"] == "50 of 400 rows, which share a question or an answer with them"
+    assert (
+        dict(own.lines)["judged on"]
+        == "50 questions held out (--holdout 0.05, at least 50), searched among 400 documents"
+    )
+    assert dict(own.lines)["not trained"] == "50 of 400 rows, which hold one of these questions or answers"
     for changes, tasks in (({"eval_tasks": []}, []), ({"eval_tasks": ["mine"]}, ["mine"]), ({"holdout": 0.0}, [])):
         given = open_data(data(rows(400), **changes))
         assert (given.eval_tasks, given.questions, len(given.rows)) == (tasks, None, 400)
-        assert "held out" not in dict(given.lines)
+        assert "not trained" not in dict(given.lines)
         assert dict(given.lines).get("judged on", "").startswith("" if tasks else "nothing (--")
     toy = Settings(data=[str(ROOT / "train-data.jsonl")])
     assert [Path(task).name for task in open_data(toy).eval_tasks] == ["eval-data"] and not judged_on(toy)
@@ -117,7 +120,7 @@ def test_negatives_that_are_held_out_are_counted(data):
     opened = open_data(
         data([row | {"negatives": ["x", rows(400)[i - 1]["document"]]} for i, row in enumerate(rows(400))])
     )
-    assert dict(opened.lines)["held out"].endswith(" negatives of other rows")
+    assert dict(opened.lines)["not trained"].endswith(" negatives that are one of these answers")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,9 @@ def test_a_resumed_run_keeps_its_questions(data, tmp_path):
     again = open_data(settings)
     assert again.questions is None and again.eval_tasks == before.eval_tasks
     assert [again.rows.where(i) for i in again.rows.kept] == [before.rows.where(i) for i in before.rows.kept]
-    assert dict(again.lines)["judged on"].endswith("held-out, as when the run was begun")
+    assert dict(again.lines)["judged on"] == (
+        f"50 questions of {tmp_path / 'run' / 'held-out'}, as when the run was begun, searched among 400 documents"
+    )
     longer = open_data(data(rows(450), resume=True))
     assert len(longer.rows) == 400
     checkpoint.remove_run(tmp_path / "run")
