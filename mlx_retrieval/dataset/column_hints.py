@@ -26,6 +26,7 @@ DOCUMENT_WORDS = (
     "risposta", "resposta", "antwoord", "svar", "ответ", "答案", "回答", "답변",
 )  # fmt: skip
 UNWRITABLE = re.compile(r"[,+=]")  # in --columns these signs separate
+LAST = re.compile(r"(?:[a-z]|\d+)$")  # of the names of a series
 NUMBER = re.compile(r"[+-]?[\d.,]+")
 MOST = 30  # columns that are looked at
 
@@ -53,7 +54,14 @@ def suggestion(row: Mapping[str, Any], by_name: bool = True) -> str:
         return f"--columns query=1,document=2 in a table: {rename}" if unwritable else ""
     query, document = max(pairs, key=lambda pair: _score(*pair, row))
     chosen = {"query": query, "document": document}
+    if not own and [query, document] == list(texts)[:2] and _are_a_series(list(texts)):
+        chosen["negatives"] = list(texts)[2]
     return shell("--columns", ",".join(f"{role}={key}" for role, key in chosen.items() if role not in own))
+
+
+def _are_a_series(keys: list[str]) -> bool:
+    """Return whether names differ in their last letter or number alone: of an anchor, a positive and a negative."""
+    return len(keys) == 3 and len({LAST.sub("", snake_case(key)) for key in keys}) == 1
 
 
 def _may_be_text(key: str, value: Any) -> bool:

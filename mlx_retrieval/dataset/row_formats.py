@@ -238,8 +238,8 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
         label = row[reading.label]
         if not isinstance(label, (int, float)) or not 0 <= label <= 1:
             raise RowError(
-                f"{reading.label} {repr(label)[:20]} is not a number from 0 to 1 (if it is no label of the pair, "
-                f"--ignore-keys {reading.label} leaves it unread)"
+                f"{reading.label} {repr(label)[:20]} is not a number from 0 to 1; divide by the top of the scale, or "
+                f"leave it unread: --ignore-keys {reading.label}"
             )
         return [Example(query, text, (), 1, (float(label),)) for text in distinct], reading
     negatives = tuple([text for key in reading.negatives for text in _texts(row, key)])

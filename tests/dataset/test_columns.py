@@ -154,6 +154,8 @@ SUGGESTED = {
     "a title": ({"id": "x1", "title": "Boiler", "body": LONG, "url": "https://a.b"}, "query=title,document=body"),
     "a query is there": ({"question": "Why?", "reply": LONG, "note": "no"}, "document=reply"),
     "a document is there": ({"headline": "Why?", "text": LONG}, "query=headline"),
+    "a series of three": ({"t1": "Why?", "t2": LONG, "t3": LONG}, "query=t1,document=t2,negatives=t3"),
+    "three, but no series": ({"b": "Why?", "c2": LONG, "note": LONG}, "query=b,document=c2"),
     "blanks in a name": ({"die Frage": "Why?", "die Antwort": LONG}, "'query=die Frage,document=die Antwort'"),
 }  # fmt: skip
 
