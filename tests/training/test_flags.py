@@ -561,7 +561,7 @@ def test_a_run_with_eval_tasks_eval_steps_save_steps_output(settings, small_task
         == set(results["after"])
         == {"ndcg_at_10", "mrr_at_10", "recall_at_100", "precision_at_1"}
     )
-    for word in ("nDCG@10", "95 %", str(run / "final"), "curves.png", "metrics.jsonl", "python embed.py"):
+    for word in ("nDCG@10", "95 %", str(run / "final"), "curves.png", "metrics.jsonl", "\nuse  "):
         assert word in done.stdout
     again = command(*run_flags(s, *flags))
     assert again.returncode == 2 and "--resume" in again.stderr and "--overwrite" in again.stderr
