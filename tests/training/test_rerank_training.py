@@ -393,7 +393,7 @@ def test_command(settings, tmp_path, capsys):
     assert (
         "qwen3 reranker, 300 tokens" in out
         and "yes_no, temperature 1 (defaults of a qwen3" in out
-        and "python rerank.py --model" in out
+        and "rerank.py --model" in out
     )
     assert "loss: yes_no" in (tmp_path / "cli" / "config.yaml").read_text()
     assert Path(tmp_path / "cli" / "final" / "adapters.safetensors").is_file()
