@@ -105,6 +105,7 @@ def short(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_the_step_is_repeated_with_half(settings, tmp_path, short, capsys):
     """Equal to a run that had that budget from the start; a resumed run knows it."""
     run = {"steps": 4, "lora_dropout": 0.2}

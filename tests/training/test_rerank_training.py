@@ -180,7 +180,7 @@ def everything(run) -> dict:
     ("kind", "name"),
     [
         ("qwen3", "yes_no"),
-        ("listwise", "list_softmax"),
+        pytest.param("listwise", "list_softmax", marks=pytest.mark.slow),
         *(("cross-encoder", name) for name in ("bce", "list_softmax", "ranknet", "margin_mse", "kl_distill")),
     ],
 )
@@ -201,7 +201,9 @@ def test_micro_batches_change_nothing(kind, name, settings):
             np.testing.assert_allclose(np.array(gradient[key]), np.array(expected), atol=2e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "listwise" else k for k in KINDS])
+@pytest.mark.parametrize(
+    "kind", [k if k == "cross-encoder" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_training_learns_and_the_adapter_scores_as_the_trained_model(kind, settings, tmp_path, monkeypatch):
     """Loss falls, `Reranker` of the saved folder gives the scores of the model in memory, positives come first."""
     changes = {"steps": 25, "learning_rate": 3e-3, "lora_rank": 8}

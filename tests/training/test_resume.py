@@ -180,6 +180,7 @@ def full_disk(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_no_run(settings, tmp_path, rows, full_disk, capsys):
     """The step that could not be saved is told, older ones stay whole, the next one works; best is what is kept."""
     (tmp_path / "data").mkdir()
