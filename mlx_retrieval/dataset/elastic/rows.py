@@ -118,6 +118,7 @@ class ElasticRows:
 
     def contents(self) -> list[Content]:
         """Return the identity of the index. Its documents may change; `restore` deals with that."""
+        self.documents.server.open()  # rows may have been drawn before, for the estimate of memory
         return [Content(str(self.address), 0, "", self.documents.identity())]
 
     def close(self) -> None:
@@ -162,6 +163,7 @@ class ElasticRows:
 
     def restore(self, cursor: dict[str, Any], position: int) -> None:
         """Continue at a cursor. If documents have changed since, say so and begin a new epoch instead."""
+        self.documents.server.open()
         block = Cursor.of(cursor)
         if self.documents.survey(block.survey.last) != block.survey:
             print(
