@@ -20,8 +20,9 @@ from mlx_retrieval import backend
 from mlx_retrieval.dataset.sources import local, weight_of
 from mlx_retrieval.training import distributed, flags, improvement, output_folder
 from mlx_retrieval.training.config import Settings, for_task
-from mlx_retrieval.training.flags import from_flags, read_yaml
+from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.run import continue_command, train
+from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import command
 from mlx_retrieval.utils.errors import UserError, flag

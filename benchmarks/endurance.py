@@ -64,13 +64,14 @@ def kill(folder: Path, kills: int, steps: int, save_steps: int, seed: int = 0, t
     last kill.
     """
     from mlx_retrieval.training.config import Settings
+    from mlx_retrieval.training.settings_file import write_yaml
 
     draw, began, run = random.Random(seed), time.perf_counter(), folder / "killed"
     files = {}
     for name in ("whole", "killed"):
         made = settings_of(folder, steps, 12, save_steps=save_steps, keep=2, output=str(folder / name))
         files[name] = folder / f"{name}.yaml"
-        Settings(**made).write(files[name])
+        write_yaml(Settings(**made), files[name])
     _train("--config", str(files["whole"])).wait()
     pace = _seconds(folder / "whole") / steps
     lost, loadable = [], True

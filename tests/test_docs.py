@@ -391,7 +391,7 @@ def test_rows_and_bodies_are_read(block):
 
 @pytest.mark.parametrize("block", blocks_in("yaml"))
 def test_settings_in_yaml_exist(block, tmp_path):
-    from mlx_retrieval.training.flags import read_yaml
+    from mlx_retrieval.training.settings_file import read_yaml
 
     (tmp_path / "settings.yaml").write_text(block.text)
     assert read_yaml(tmp_path / "settings.yaml").keys() == yaml.safe_load(block.text).keys()

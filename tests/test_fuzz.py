@@ -20,8 +20,9 @@ from data_loader import Batches
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.flags import from_flags, read_yaml
+from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.training.settings_file import read_yaml, write_yaml
 from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +211,6 @@ def read_one(file: Path, document: bytes) -> None:
         assert str(error)
         return
     assert made.steps is None or made.warmup_steps >= 0
-    made.write(file)
+    write_yaml(made, file)
     again = {"resume": False, "overwrite": False, "accept_changed_data": False}  # a new run
     assert Settings(**read_yaml(file)) == dataclasses.replace(made.with_absolute_paths(), **again)

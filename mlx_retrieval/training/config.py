@@ -1,12 +1,12 @@
 """Every setting of a run. One dataclass defines the flags, the YAML file and the settings saved beside the weights.
 
 Defaults are here and nowhere else. `settings_checks.py` says which values make sense; `flags.py` reads settings from
-the command line and from YAML.
+the command line, `settings_file.py` from YAML.
 """
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from loss import FILTERS, LOSSES
@@ -16,7 +16,8 @@ from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
 from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.training import settings_checks
-from mlx_retrieval.utils import files, toolkit
+from mlx_retrieval.training.setting_fields import option
+from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import SettingError
 
 # The default loss of each kind of reranker.
@@ -46,18 +47,6 @@ RERANK = ("rerank",)
 CHAT = ("chat",)
 RETRIEVAL = (*VECTORS, *RERANK)
 TASK_DEFAULTS = {"chat": {"data": ["data"], "batch_size": 4, "eval_tasks": []}}  # that differ from the other tasks'
-
-
-def option(group: str, default, help: str, **extra):
-    """Return a field of `Settings` with the metadata that flags.py turns into a flag.
-
-    `extra`: `choices`; `tasks` that the setting applies to; `words` allowed in place of a number; `aliases`, other
-    flags for the setting; `mlx_lm_names`, aliases that mlx-lm's users know, which mean that chat is to be trained.
-    """
-    metadata = {"group": group, "help": help, **extra}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -436,22 +425,6 @@ class Settings:
     def to_dict(self) -> dict:
         """Return plain values, for YAML and JSON."""
         return dataclasses.asdict(self)
-
-    def to_yaml(self) -> str:
-        """Return every setting as YAML; `--config` reads it back."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-    def write(self, path: Path) -> None:
-        """Write the settings of a new run like this one to a YAML file, in one piece, valid in any current folder.
-
-        With `--config`, they neither continue a run nor remove one.
-        """
-        again = dataclasses.replace(
-            self.with_absolute_paths(), resume=False, overwrite=False, accept_changed_data=False
-        )
-        files.write_file(path, again.to_yaml())
 
 
 def for_task(task: str | None, given: dict) -> Settings:

@@ -1,7 +1,6 @@
-"""Settings from flags and YAML files: one flag, and one key, for every field of `config.Settings`.
+"""Settings from flags: one for every field of `config.Settings`.
 
-settings, given = from_flags("Train a retrieval model.")         # `given`: the fields that the file or a flag sets
-settings = Settings(**read_yaml(Path("adapters/config.yaml")))
+settings, given = from_flags("Train a retrieval model.")         # `given`: the fields that a file or a flag sets
 
 A YAML file (`--config`) wins over defaults, flags win over the file.
 """
@@ -9,36 +8,16 @@ A YAML file (`--config`) wins over defaults, flags win over the file.
 import argparse
 import dataclasses
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
 from mlx_retrieval.training import checkpoint, contents
 from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_task
+from mlx_retrieval.training.setting_fields import aliases, kind_of
+from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.command import Parser
-from mlx_retrieval.utils.errors import Place, UserError, flag, near_miss
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
-def _aliases(f: dataclasses.Field) -> tuple[str, ...]:
-    """Return other flags for the same setting."""
-    return (*f.metadata.get("aliases", ()), *f.metadata.get("mlx_lm_names", ()))
-
-
-def _kind(f: dataclasses.Field) -> tuple[type, bool]:
-    """Return (type of a value, whether it is a list) of a field annotated `T`, `T | None` or `list[T]`."""
-    kind = f.type
-    if isinstance(kind, types.UnionType):
-        kind = next(t for t in typing.get_args(kind) if t is not type(None))
-    if typing.get_origin(kind) is list:
-        return typing.get_args(kind)[0], True
-    return kind, False
+from mlx_retrieval.utils.errors import UserError, flag
 
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -59,7 +38,7 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     for f in dataclasses.fields(Settings):
         if (name := f.metadata["group"]) not in groups:
             groups[name] = out.add_argument_group(name)
-        kind, many = _kind(f)
+        kind, many = kind_of(f)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         text = f.metadata["help"].replace("%", "%%") + _default_note(f.name, default)
         arguments = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
@@ -71,7 +50,7 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
             arguments |= {"nargs": "*" if many else None}
             shape = "|".join(({int: "N", float: "X", str: "TEXT"}[kind], *words))
             arguments["metavar"] = None if "choices" in f.metadata else shape
-        groups[name].add_argument(flag(f.name), *_aliases(f), **arguments)
+        groups[name].add_argument(flag(f.name), *aliases(f), **arguments)
     return out
 
 
@@ -97,71 +76,6 @@ def _or_word(kind: type, words: tuple[str, ...]) -> Callable:
 
     read.__name__ = kind.__name__  # in argparse's message
     return read
-
-
-def read_yaml(path: Path) -> dict:
-    """Return the settings in a YAML file. UserError, with the line, for an unknown key or a value of a wrong type."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = yaml.safe_load(text) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        place = Place(path, error.problem_mark.line + 1 if error.problem_mark else None)
-        raise UserError(f"--config {place}: not valid YAML ({error.problem})") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
-        raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
-    except RecursionError as error:
-        raise UserError(f"--config {path}: nested too deeply") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: not a list of `key: value`")
-    fields = {name: f for f in dataclasses.fields(Settings) for name in (f.name, *map(_name, _aliases(f)))}
-    nodes = yaml.compose(text, yaml.SafeLoader).value if values else []
-    lines = {key.value: key.start_mark.line + 1 for key, _ in nodes if isinstance(key.value, str)}
-    clean = {}
-    for key, value in values.items():
-        name, where = str(key).replace("-", "_"), f"--config {Place(path, lines.get(str(key)))}"
-        if name not in fields:
-            raise UserError(f"{where}: unknown key {_shown(key)}{near_miss(name, fields)}")
-        if name == "es_fields" and value == ELASTIC_DEFAULT:
-            continue  # saved by an earlier version, where it was the default
-        clean[fields[name].name] = _checked(fields[name], value, f"{where}: {key}")
-    return clean
-
-
-def _checked(f: dataclasses.Field, value, where: str):
-    """Return a YAML value as the field's type."""
-    kind, many = _kind(f)
-    if many and not (value is None and f.default is None):
-        if not isinstance(value, list):
-            value = [value]
-        return [_scalar(kind, item, where) for item in value]
-    if (value is None and f.default is None) or (isinstance(value, str) and value in f.metadata.get("words", ())):
-        return value
-    value = _scalar(kind, value, where)
-    if "choices" in f.metadata and value not in f.metadata["choices"]:
-        choices = f.metadata["choices"]
-        raise UserError(f"{where}: {_shown(value)} is not one of {', '.join(choices)}{near_miss(value, choices)}")
-    return value
-
-
-def _scalar(kind: type, value, where: str):
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:  # YAML reads 1e-3 as a text
-            return float(value)
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"{where}: {_shown(value)} is not a number") from error
-    if type(value) is not kind:
-        raise UserError(f"{where}: {_shown(value)} is not of type {kind.__name__}")
-    return value
-
-
-def _shown(value) -> str:
-    """Return a YAML value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = None) -> tuple[Settings, dict]:

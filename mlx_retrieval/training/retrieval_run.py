@@ -48,6 +48,7 @@ from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.run_data import RunData, open_data
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.training.trainer import Trainer
@@ -323,7 +324,7 @@ def prepare(settings: Settings) -> RetrievalRun:
 
     def save_model(target: Path) -> None:
         loading.save_model(target, model, adapter_config, retrieval)
-        settings.write(target / "config.yaml")
+        write_yaml(settings, target / "config.yaml")
 
     evaluations = None
     if data.eval_tasks and distributed.is_main():

@@ -26,6 +26,7 @@ from mlx_retrieval.training.example_rows import without_examples
 from mlx_retrieval.training.improvement import UNTRAINED
 from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import UserError
@@ -181,7 +182,7 @@ def begin(job: Run) -> None:
             job.trainer.forget_evaluations()
         job.restore(changed)
         print_lines(lines)
-    job.settings.write(job.folder / "config.yaml")
+    write_yaml(job.settings, job.folder / "config.yaml")
     contents.write(job.folder, now)
 
 

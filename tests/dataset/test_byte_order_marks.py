@@ -20,7 +20,7 @@ from mlx_retrieval.dataset.text_files import read_texts
 from mlx_retrieval.evaluation.index_search import read_queries
 from mlx_retrieval.mining.collection import MINED, corpus_file, read_corpus, read_rows
 from mlx_retrieval.training.chat.data import is_chat
-from mlx_retrieval.training.flags import read_yaml
+from mlx_retrieval.training.settings_file import read_yaml
 from rerank import read_documents
 
 ROWS = [{"query": "ä", "document": "b", "path": "p"}, {"query": "c", "document": "d", "path": "p"}]

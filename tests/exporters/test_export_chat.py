@@ -23,6 +23,7 @@ from mlx_retrieval.training import starting_model
 from mlx_retrieval.training.chat import adapter
 from mlx_retrieval.training.chat.template import ChatTokenizer
 from mlx_retrieval.training.config import for_task
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -51,7 +52,7 @@ def saved_adapter(base: Path, run: Path, train_type: str = "lora", **changes) ->
         backbone.adapted.update(_scaled(values))
     (run / "final").mkdir(parents=True)
     adapter.save(run / "final", backbone, config)
-    settings.write(run / "final" / "config.yaml")
+    write_yaml(settings, run / "final" / "config.yaml")
     return run / "final"
 
 

@@ -14,6 +14,7 @@ import yaml
 from mlx_retrieval.exporters import model_card
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.settings_file import write_yaml
 
 BEFORE, AFTER, LATER = {"ndcg_at_10": 0.41237}, {"ndcg_at_10": 0.65432, "validation_loss": 1.5}, {"ndcg_at_10": 0.6}
 CONFIG = RetrievalConfig(
@@ -43,7 +44,7 @@ def best(tmp_path) -> Path:
         for step, figures in ((0, BEFORE), (10, AFTER), (20, LATER))
     ]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    Settings(data=["/home/me/pairs.jsonl"], lora_rank=7, steps=20, loss="info_nce").write(folder / "config.yaml")
+    write_yaml(Settings(data=["/home/me/pairs.jsonl"], lora_rank=7, steps=20, loss="info_nce"), folder / "config.yaml")
     (folder / "trainer_state.json").write_text('{"step": 10}')
     return folder
 

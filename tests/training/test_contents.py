@@ -20,6 +20,7 @@ from mlx_retrieval.dataset.sources import open_source
 from mlx_retrieval.training import contents
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings, for_task
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
@@ -316,7 +317,7 @@ def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_bytes(lines(ROWS))
     Path("run").mkdir()
-    Settings(data=["rows.jsonl"], eval_tasks=[], output="run", steps=7).write(Path("run/config.yaml"))
+    write_yaml(Settings(data=["rows.jsonl"], eval_tasks=[], output="run", steps=7), Path("run/config.yaml"))
     given = {"resume": True, "output": "run"}
     same = train.resumed_settings(given | {"data": ["rows.jsonl"], "steps": 7})  # what is given again may be relative
     assert same.data == ["rows.jsonl"]  # and so do the first lines and the report

@@ -25,8 +25,9 @@ from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare as prepare_chat
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings, for_task
-from mlx_retrieval.training.flags import chat_flag, from_flags, read_yaml
+from mlx_retrieval.training.flags import chat_flag, from_flags
 from mlx_retrieval.training.run_data import open_data
+from mlx_retrieval.training.settings_file import read_yaml, write_yaml
 from mlx_retrieval.utils.errors import UserError, flag
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -584,7 +585,7 @@ def test_a_run_that_stops_before_its_first_evaluation(settings, small_task):
     """Regression: it was saved, and then ended with a traceback, as it had no results to tell. Nor does it import what
     only evaluations need."""
     s = settings(eval_tasks=[str(small_task)], skip_eval_init=True)
-    s.write(Path(s.output).parent / "settings.yaml")
+    write_yaml(s, Path(s.output).parent / "settings.yaml")
     code = (
         "import sys, train\n"
         f"code = train.main(['--config', {str(Path(s.output).parent / 'settings.yaml')!r}, '--stop-after', '1'])\n"
@@ -669,7 +670,7 @@ def test_a_name_is_not_empty(name):
 
 def test_settings_survive_yaml(tmp_path):
     made = Settings(lora_keys=["a"], pooling="cls", bidirectional=True, matryoshka_dims=[4], learning_rate=1e-5)
-    made.write(tmp_path / "config.yaml")
+    write_yaml(made, tmp_path / "config.yaml")
     assert Settings(**read_yaml(tmp_path / "config.yaml")) == made.with_absolute_paths()
 
 
@@ -677,7 +678,7 @@ def test_accept_changed_data(tmp_path):
     """For resumed runs, and not saved; what it does, test_contents.py shows."""
     with pytest.raises(UserError, match="--accept-changed-data: is for --resume"):
         Settings(accept_changed_data=True)
-    Settings(accept_changed_data=True, resume=True).write(tmp_path / "config.yaml")
+    write_yaml(Settings(accept_changed_data=True, resume=True), tmp_path / "config.yaml")
     assert "accept_changed_data: false" in (tmp_path / "config.yaml").read_text()
 
 

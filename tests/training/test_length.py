@@ -8,6 +8,7 @@ import pytest
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils.errors import UserError
 
 OWN = ["pairs.jsonl"]  # need not exist here
@@ -56,7 +57,7 @@ def test_a_run_s_config_takes_its_epochs_to_other_data(tmp_path):
     """The number of steps is saved for --resume; with --config it is that of the epochs, or of a flag."""
     settings = Settings(data=OWN)
     resolve_length(settings, 187.5)
-    settings.write(tmp_path / "config.yaml")
+    write_yaml(settings, tmp_path / "config.yaml")
     assert "steps: 188\nepochs: 1.0\n" in (tmp_path / "config.yaml").read_text()
     for flags, length in (
         ([], (None, 1.0)),
@@ -65,7 +66,7 @@ def test_a_run_s_config_takes_its_epochs_to_other_data(tmp_path):
     ):
         made, _ = from_flags("", argv=["--config", str(tmp_path / "config.yaml"), *flags])
         assert (made.steps, made.epochs) == length
-    Settings(steps=30).write(tmp_path / "config.yaml")
+    write_yaml(Settings(steps=30), tmp_path / "config.yaml")
     made, _ = from_flags("", argv=["--config", str(tmp_path / "config.yaml"), "--epochs", "2"])
     assert (made.steps, made.epochs) == (None, 2)
 

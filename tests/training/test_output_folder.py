@@ -11,6 +11,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.output_folder import choose, held, to_resume
 from mlx_retrieval.training.run import prepare, print_headline
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -95,11 +96,11 @@ def test_a_run_that_came_to_the_folder_meanwhile_is_not_lost(begun):
 def test_the_settings_of_another_run_do_not_name_its_folder(begun):
     begun("adapters", finished=True)
     file = Path("adapters/config.yaml")
-    Settings(output="adapters", steps=7).write(file)
+    write_yaml(Settings(output="adapters", steps=7), file)
     own = ["--config", str(file)]
     assert from_flags("", argv=own)[0].folder == Path("adapters").absolute()  # a file of the user's own
     (file.parent / "contents.json").touch()
-    Settings(output="adapters", steps=7).write(Path("adapters/final/config.yaml"))
+    write_yaml(Settings(output="adapters", steps=7), Path("adapters/final/config.yaml"))
     (file.parent / "final" / "trainer_state.json").touch()
     for path in (file, Path("adapters/final/config.yaml")):
         settings, given = from_flags("", argv=["--config", str(path)])

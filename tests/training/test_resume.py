@@ -24,6 +24,7 @@ from mlx_retrieval.training import reporting
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.reporting import Reporter
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils.errors import UserError
 
@@ -255,7 +256,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp
     monkeypatch.undo()  # the process below computes with the usual shapes
     monkeypatch.setattr(backend, "COMPILED", backend.FUSED)  # as that process, where quick tests do without
     s = settings(steps=50, lora_dropout=0.2, save_steps=1000)
-    s.write(tmp_path / "settings.yaml")
+    write_yaml(s, tmp_path / "settings.yaml")
     process = subprocess.Popen(
         [sys.executable, "train.py", "--config", str(tmp_path / "settings.yaml")],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},

@@ -24,6 +24,7 @@ from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer
 from mlx_retrieval.training.chat.run import ChatRun
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.retrieval_run import RetrievalRun
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import UserError
 
@@ -50,7 +51,7 @@ class ToyTrainer(BaseTrainer):
         self.events.append(f"save {folder.name.strip('.').removesuffix('.new')}")
         for name in (ADAPTERS, ADAPTER_CONFIG):
             (folder / name).touch()
-        self.settings.write(folder / "config.yaml")
+        write_yaml(self.settings, folder / "config.yaml")
 
     def train(self, last: int, after_step: AfterStep) -> None:
         while self.state.step < last:

@@ -33,6 +33,7 @@ from mlx_retrieval.training.length import describe_length, length_warnings, reso
 from mlx_retrieval.training.memory_lines import Outlook, gb
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.training.report_facts import model_defaults
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.utils.console import print_lines
@@ -184,7 +185,7 @@ def prepare(settings: Settings) -> ChatRun:
         adapter.save(target, backbone, adapter_config)
         if tokenizer.template:
             (target / TEMPLATE_FILE).write_text(tokenizer.template, encoding="utf-8")
-        settings.write(target / "config.yaml")
+        write_yaml(settings, target / "config.yaml")
 
     trainer = ChatTrainer(backbone, batches, validation, settings, save_model)
     headline = [
