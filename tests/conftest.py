@@ -32,6 +32,19 @@ backend.prepare()  # as the commands do
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = pytest.StashKey[int]()
+# What `backend` chooses in the mode for tests, MLX_RETRIEVAL_AS=metal.
+AS_METAL = {
+    "AS_METAL": True,
+    "IS_GPU": True,
+    "IS_METAL": True,
+    "IS_CUDA": False,
+    "FUSED": False,
+    "COMPILED": False,
+    "WORKERS": 1,
+    "MICRO_BATCH_TOKENS": backend.GPU_TOKENS,
+    "MICRO_BATCH_OVERHEAD": backend.METAL_OVERHEAD,
+    "LENGTH_GRID": backend.GPU_GRID,
+}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -104,6 +117,15 @@ def _compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     else:
         yield
         backend.mx.disable_compile()  # a conversation's trainer enables it
+
+
+@pytest.fixture
+def as_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of a Mac with 16 GB, as MLX_RETRIEVAL_AS=metal does for a process; see backend/as_metal.py."""
+    if not backend.AS_METAL:
+        backend.as_metal.install(monkeypatch.setattr)
+    for name, value in AS_METAL.items():
+        monkeypatch.setattr(backend, name, value)
 
 
 @pytest.fixture(autouse=True)

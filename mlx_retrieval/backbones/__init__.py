@@ -43,12 +43,12 @@ def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: mx.Dty
 
 
 def set_dtype(model: Backbone, dtype: mx.Dtype | None) -> None:
-    """Cast floating-point weights to `dtype`; None = `backend.default_dtype`. Quantised weights stay integers."""
+    """Cast floating-point weights to `dtype`; None = `backend.compute_dtype`. Quantised weights stay integers."""
 
     def cast(value: mx.array) -> mx.array:
         if not mx.issubdtype(value.dtype, mx.floating):
             return value
-        return value.astype(dtype or backend.default_dtype(value.dtype))
+        return value.astype(dtype or backend.compute_dtype(value.dtype))
 
     model.update(tree_map(cast, model.parameters()))
 

@@ -11,6 +11,9 @@ are the same up to rounding, and slower on CPUs.
 
 `MLX_RETRIEVAL_PLAIN=1` in the environment turns off the optimisations for CPUs beyond the BLAS (vectorised kernels,
 compiled passes, worker threads, merged weights), for comparison. Losses and vectors are the same up to rounding.
+
+`MLX_RETRIEVAL_AS=metal` takes the path of a Mac with `MLX_RETRIEVAL_MEMORY` GB (16 by default) on any machine, which is
+meant for tests: see as_metal.py. `MLX_RETRIEVAL_AS=cpu` computes on the CPU of a machine with a GPU.
 """
 
 import ctypes
@@ -45,15 +48,27 @@ def _has_cuda_wheel() -> bool:
 
 
 PLAIN = os.environ.get("MLX_RETRIEVAL_PLAIN", "0") not in ("", "0")
+AS = os.environ.get("MLX_RETRIEVAL_AS", "")
+if AS not in ("", "metal", "cpu"):
+    raise SystemExit(f"MLX_RETRIEVAL_AS={AS}: neither metal nor cpu")
 IS_LINUX_CPU = platform.system() == "Linux" and not _has_cuda_wheel()
 BLAS = _load_blas() if IS_LINUX_CPU else None
 KERNELS = False  # whether g++ vectorises the kernels that `mx.compile` writes: see `prepare`
 
+from mlx_retrieval.backend import as_metal  # noqa: E402
+
 import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
 import mlx.nn as nn  # noqa: E402, F401  (other modules write `from mlx_retrieval.backend import mx, nn`)
 
-IS_GPU = mx.default_device() == mx.Device(mx.gpu)
-IS_CUDA = IS_GPU and platform.system() == "Linux"
+if AS == "cpu":
+    mx.set_default_device(mx.cpu)
+# Whether this process only takes the path of a Mac, on another machine: a mode for tests.
+AS_METAL = AS == "metal" and not mx.metal.is_available()
+if AS_METAL:
+    as_metal.install()
+IS_GPU = AS_METAL or mx.default_device() == mx.Device(mx.gpu)
+IS_CUDA = IS_GPU and platform.system() == "Linux" and not AS_METAL
+IS_METAL = IS_GPU and not IS_CUDA
 
 # Whether functions are written for `mx.compile` to fuse, adapters merged and worker threads used: pays on CPUs only.
 FUSED = not IS_GPU and not PLAIN
@@ -67,12 +82,16 @@ GPU_TOKENS = 16_384
 MICRO_BATCH_TOKENS = GPU_TOKENS if IS_GPU else 1_024 if FUSED else 2_048
 # The cost of one more micro-batch, in tokens: saving less padding than this does not pay. MiniLM on a CPU: about 30. On
 # an H100, where launches cost time and few tokens leave most of the card idle, 17 of them took twice as long as 6.
-MICRO_BATCH_OVERHEAD = 2_048 if IS_CUDA else 32
+# Metal: an estimate from the number of launches, until somebody measures it.
+CPU_OVERHEAD, CUDA_OVERHEAD, METAL_OVERHEAD = 32, 2_048, 512
+MICRO_BATCH_OVERHEAD = CUDA_OVERHEAD if IS_CUDA else METAL_OVERHEAD if IS_METAL else CPU_OVERHEAD
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes graphs.
 GPU_GRID = 16
 LENGTH_GRID = GPU_GRID if IS_GPU else 4 if FUSED else 1
 # Of freed arrays that mlx keeps for reuse on CPUs.
 CACHE_BYTES = 256 << 20
+# The dtypes to compute in: see `compute_dtype`.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @functools.cache
@@ -108,14 +127,26 @@ def _tune_malloc() -> None:
     libc.mallopt(m_trim_threshold, 1 << 30)
 
 
-def default_dtype(checkpoint: mx.Dtype) -> mx.Dtype:
-    """Return the dtype to compute in: the checkpoint's on a GPU, float32 on CPUs, where bfloat16 is 40 times slower."""
-    return checkpoint if IS_GPU else mx.float32
+def compute_dtype(checkpoint: mx.Dtype, wanted: str = "auto") -> mx.Dtype:
+    """Return the dtype to compute in.
+
+    Args:
+        checkpoint: the dtype of the model's files.
+        wanted: one of DTYPES; auto = the checkpoint's on a GPU, float32 on CPUs, where bfloat16 is 40 times slower.
+    """
+    if wanted == "auto":
+        return checkpoint if IS_GPU else mx.float32
+    return getattr(mx, wanted)
+
+
+def device_info() -> dict[str, str | int]:
+    """Return what mlx knows of the device: `device_name`, on GPUs `memory_size` and more; see `mx.device_info`."""
+    return as_metal.device_info() if AS_METAL else mx.device_info()
 
 
 def device_name() -> str:
     """Return the device's name, for instance `Apple M3 Max GPU` or `Intel(R) Xeon(R) Processor CPU`."""
-    return f"{mx.device_info().get('device_name', 'unknown')} {'GPU' if IS_GPU else 'CPU'}"
+    return f"{device_info().get('device_name', 'unknown')} {'GPU' if IS_GPU else 'CPU'}"
 
 
 def describe() -> str:

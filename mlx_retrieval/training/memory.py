@@ -54,7 +54,7 @@ class Fit:
 def free() -> int:
     """Return the bytes that this process may still take: of the GPU, or of the machine and its control groups."""
     if backend.IS_GPU:
-        info = mx.device_info()
+        info = backend.device_info()
         total = info.get("max_recommended_working_set_size") or info.get("total_memory") or mx.get_memory_limit()
         unused = info["free_memory"] + mx.get_cache_memory() if info.get("free_memory") else total
         return int(min(total - mx.get_active_memory(), unused))
@@ -67,7 +67,7 @@ def free() -> int:
 def total() -> int:
     """Return the bytes that there are for this process if nothing else runs: of the GPU, or of the machine."""
     if backend.IS_GPU:
-        info = mx.device_info()
+        info = backend.device_info()
         return int(info.get("memory_size") or info.get("total_memory") or mx.get_memory_limit())
     whole = _meminfo("MemTotal") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([whole, *_limits_of_groups()])
@@ -173,7 +173,7 @@ def _set_limits(whole: int, estimate: int) -> None:
     if backend.IS_GPU:
         _bound_cache(whole, estimate)
     if platform.system() == "Darwin" and mx.metal.is_available():
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        mx.set_wired_limit(int(backend.device_info()["max_recommended_working_set_size"]))
 
 
 # --- when it was not enough -----------------------------------------------------------------------------------------

@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_retrieval.backend import as_metal
+from mlx_retrieval.backend.as_metal import GIB
+
 import numpy as np
 
 from mlx_retrieval import backend
 from mlx_retrieval.training import memory
 from mlx_retrieval.training.estimate import METAL, Device, Estimate, Job, estimate, here
 
-GIB = 1 << 30
 MACS = (8, 16, 24, 32, 64)  # GiB of memory
-# Metal's recommended working set: 5,461 MiB on Macs of 8 GiB, 10,923 of 16, 21,845 of 32 and 49,152 of 64, as llama.cpp
-# prints it (its issues 5207, 2011 and 1870). What macOS and a browser need beside it is a guess.
-WORKING_SET, WORKING_SET_LARGE, LARGE = 2 / 3, 3 / 4, 36
-MACOS = 3 * GIB
+MACOS = 3 * GIB  # for macOS and a browser: a guess
 NEAR = 0.9  # flags are advised that leave a tenth free
 SHOWN = 5e7  # bytes; smaller parts of an estimate are not named
 SHORTEST = 64  # tokens, below which no shorter texts are advised
@@ -79,8 +78,7 @@ class Outlook:
         return [(f"Mac, {size} GB", self._mac(size)) for size in MACS]
 
     def _mac(self, size: int) -> str:
-        share = WORKING_SET if size <= LARGE else WORKING_SET_LARGE
-        room = int(min(share * size * GIB, size * GIB - MACOS - self.process))
+        room = int(min(as_metal.working_set(size * GIB), size * GIB - MACOS - self.process))
         job = self.job
         if job.auto:  # the budget that it has is this machine's
             job = dataclasses.replace(job, cutting=dataclasses.replace(job.cutting, budget=0))

@@ -134,7 +134,7 @@ def test_freed_arrays_are_not_hoarded():
 
 
 def test_dtype_is_float32_on_cpus_and_the_checkpoint_s_on_gpus():
-    assert backend.default_dtype(mx.bfloat16) == (mx.bfloat16 if backend.IS_GPU else mx.float32)
+    assert backend.compute_dtype(mx.bfloat16) == (mx.bfloat16 if backend.IS_GPU else mx.float32)
 
 
 SNAPSHOT = """
