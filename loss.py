@@ -13,6 +13,7 @@ relevant to which queries: those never count as negatives.
     kl_distill, margin_mse      a teacher's scores
     yes_no, bce                 rerankers, labels from 0 to 1
     list_softmax, ranknet       rerankers, several documents a query: shares of relevance; any order
+    lambda_loss, list_mle       rerankers, graded documents: those at the top count most; a whole order
 
 `LOSSES` at the end has every name that `--loss` takes.
 
@@ -22,6 +23,7 @@ negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aw
 (arXiv 1503.02531).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -200,6 +202,8 @@ def kl_distill(
 
 # --- groups: scores (G, K) of up to K documents for each of G queries -------------------------------------------------
 
+LEAST = -1e30  # in place of a document that is not there: no infinity, whose gradient would be NaN
+
 
 def binary_cross_entropy(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
     """Cross-entropy between labels from 0 to 1 and the scores' sigmoid, the mean over documents; a float32 scalar.
@@ -249,6 +253,53 @@ def ranknet(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
     costs = mx.logaddexp(0.0, scores[:, None, :] - scores[:, :, None])
     count = better.sum(axis=(1, 2))
     return _over_groups(mx.where(better, costs, 0.0).sum(axis=(1, 2)) / mx.maximum(count, 1), count > 0)
+
+
+def lambda_loss(scores: mx.array, labels: mx.array, real: mx.array, mu: float = 10.0) -> mx.array:
+    """LambdaLoss under NDCG-Loss2++ (Wang et al. 2018, section 5): log2(1 + exp(worse - better)), each pair weighted.
+
+    A pair weighs as much as nDCG would change if the two documents changed places, and `mu` times a bound of nDCG's
+    cost for documents that far apart. The mean over all unequal pairs of the batch. Arguments and result as of
+    `binary_cross_entropy`; labels are grades from 0 on, whose gain is 2^label - 1. No gradient flows to the weights.
+
+    When to use: rerankers with several grades a query, if what stands first matters most. Related: `ranknet`.
+    """
+    scores = mx.where(real, scores.astype(mx.float32), 0.0)
+    order = mx.argsort(mx.where(real, -mx.stop_gradient(scores), mx.inf), axis=1)
+    ranks = 1.0 + mx.argsort(order, axis=1)
+    gains = mx.where(real, 2.0 ** labels.astype(mx.float32) - 1, 0.0)
+    ideal = (-mx.sort(-gains, axis=1) * _discount(mx.arange(1.0, gains.shape[1] + 1))).sum(axis=1)
+    gains = gains / mx.maximum(ideal, 1e-10)[:, None]
+
+    def apart(values: mx.array) -> mx.array:
+        return mx.abs(values[:, :, None] - values[:, None, :])  # (G, K, K)
+
+    distance = mx.maximum(apart(ranks), 1.0)
+    bound = _discount(distance) - _discount(distance + 1)
+    weights = (apart(_discount(ranks)) + mu * bound) * apart(gains)
+    better = (labels[:, :, None] > labels[:, None, :]) & real[:, :, None] & real[:, None, :]
+    costs = mx.logaddexp(0.0, scores[:, None, :] - scores[:, :, None]) / math.log(2)
+    return mx.where(better, weights * costs, 0.0).sum() / mx.maximum(better.sum(), 1)
+
+
+def _discount(ranks: mx.array) -> mx.array:
+    return 1 / mx.log2(1.0 + ranks)
+
+
+def list_mle(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
+    """ListMLE (Xia et al. 2008): -log of the chance of a group's order, documents being drawn by their scores' softmax.
+
+    The order is that of the labels, and among equal ones that of the row: give rows from best to worst. The mean over
+    groups of two documents and more. Arguments and result as of `binary_cross_entropy`; labels may be any numbers.
+
+    When to use: rerankers with a whole order of each query's documents, such as a teacher's. Related: `lambda_loss`.
+    """
+    order = mx.argsort(mx.where(real, -labels.astype(mx.float32), mx.inf), axis=1)
+    real = mx.take_along_axis(real, order, axis=1)
+    scores = mx.take_along_axis(scores.astype(mx.float32), order, axis=1)
+    rest = mx.logcumsumexp(mx.where(real, scores, LEAST), axis=1, reverse=True)  # of a document and all that follow
+    losses = mx.where(real, rest - scores, 0.0).sum(axis=1)
+    return _over_groups(losses, real.sum(axis=1) >= 2)
 
 
 def margin_mse(scores: mx.array, teacher: mx.array, real: mx.array) -> mx.array:
@@ -368,6 +419,8 @@ GROUPS = {  # functions of scores, labels and real documents, each (G, K)
     "bce": binary_cross_entropy,
     "list_softmax": list_softmax,
     "ranknet": ranknet,
+    "lambda_loss": lambda_loss,
+    "list_mle": list_mle,
     "margin_mse": margin_mse,
 }
 LOSSES = (*CONTRASTIVE, "xtr", "kl_distill", *GROUPS)

@@ -19,6 +19,8 @@ from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.utils.errors import Place, SettingError
 
+HIGHEST_GRADE = 30  # of `loss.lambda_loss`, whose gains are 2^grade - 1
+
 
 @dataclass(frozen=True)
 class GroupBatch:
@@ -126,14 +128,24 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
     if loss in ("yes_no", "bce") and not 0 <= low <= high <= 1:
         raise SettingError(
             "{loss} {name} takes labels from 0 to 1, and the scores in {where} go from {low:g} to {high:g}: "
-            "ranknet, margin_mse and kl_distill take any",
+            "ranknet, list_mle, margin_mse and kl_distill take any",
             name=loss,
             where=where,
             low=low,
             high=high,
         )
-    if loss == "list_softmax" and low < 0:
-        raise SettingError("{loss} list_softmax takes scores from 0 on, and {where} has {low:g}", where=where, low=low)
+    if loss in ("list_softmax", "lambda_loss") and low < 0:
+        raise SettingError(
+            "{loss} {name} takes scores from 0 on, and {where} has {low:g}", name=loss, where=where, low=low
+        )
+    if loss == "lambda_loss" and high > HIGHEST_GRADE:
+        raise SettingError(
+            "{loss} lambda_loss takes grades up to {highest}, whose gain is 2^grade - 1, and {where} has {high:g}: "
+            "ranknet and list_mle take any",
+            highest=HIGHEST_GRADE,
+            where=where,
+            high=high,
+        )
     if loss == "list_softmax" and rows.without_positive:
         raise SettingError(
             "{place}: the group has no positive, all its scores are 0: nothing to learn", place=rows.without_positive

@@ -3,7 +3,9 @@
 python -m pytest tests/training/test_rerank_training.py
 """
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
@@ -61,6 +63,21 @@ def reference(name: str, scores, labels, real) -> torch.Tensor:
                 torch.nn.functional.binary_cross_entropy_with_logits(s[i] - s[j], torch.ones(())) for i, j in pairs
             ]
             total, count = (total + sum(costs) / len(costs), count + 1) if pairs else (total, count)
+        elif name == "list_mle" and len(s) > 1:
+            drawn = s[torch.argsort(-y, stable=True)]
+            total = total - sum(torch.log_softmax(drawn[i:], 0)[0] for i in range(len(s)))
+            count += 1
+        elif name == "lambda_loss":
+            ideal = sum((2**g - 1) / math.log2(2 + i) for i, g in enumerate(sorted(y.tolist(), reverse=True)))
+            rank = {int(i): r for r, i in enumerate(torch.argsort(-s), start=1)}
+            for i, j in itertools.permutations(range(len(s)), 2):
+                if y[i] > y[j]:
+                    swap = abs(1 / math.log2(1 + rank[i]) - 1 / math.log2(1 + rank[j]))
+                    apart = abs(rank[i] - rank[j])
+                    bound = 1 / math.log2(1 + apart) - 1 / math.log2(2 + apart)
+                    gain = float(2 ** y[i] - 2 ** y[j]) / ideal
+                    total = total + (swap + 10 * bound) * gain * torch.log2(1 + torch.exp(s[j] - s[i]))
+                    count += 1
         elif name == "margin_mse" and len(s) > 1:
             best = int(y.argmax())
             rest = [i for i in range(len(s)) if i != best]
@@ -69,7 +86,7 @@ def reference(name: str, scores, labels, real) -> torch.Tensor:
     return total / count
 
 
-@pytest.mark.parametrize("name", ("binary_cross_entropy", "list_softmax", "ranknet", "margin_mse"))
+@pytest.mark.parametrize("name", sorted({function.__name__ for function in loss.GROUPS.values()}))
 def test_losses_over_groups(name, scored):
     """Value and gradient against torch; what is no document changes nothing."""
     scores, labels, real = scored
@@ -82,10 +99,68 @@ def test_losses_over_groups(name, scored):
     np.testing.assert_allclose(np.array(gradient), theirs.grad.numpy(), atol=1e-6)
 
 
+class Scores:
+    """A stand-in for a CrossEncoder: its score of a pair is the number that the document spells."""
+
+    num_labels, device = 1, "cpu"
+
+    def __init__(self):
+        self.leaves = {}
+
+    def preprocess(self, pairs, **_) -> dict[str, list[str]]:
+        return {"documents": [document for _, document in pairs]}
+
+    def __call__(self, inputs: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+        numbers = inputs["documents"]
+        leaves = [self.leaves.setdefault(n, torch.tensor(float(n), requires_grad=True)) for n in numbers]
+        return {"scores": torch.stack(leaves)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "theirs", "arguments"),
+    [("lambda_loss", "LambdaLoss", {}), ("list_mle", "ListMLELoss", {"respect_input_order": False})],
+)
+def test_losses_are_those_of_sentence_transformers(name, theirs, arguments):
+    """Value and gradient, in groups of 6, 2 and 4 documents, grades from 0 to 3 without ties."""
+    from sentence_transformers.cross_encoder import losses
+
+    rng = np.random.default_rng(1)
+    real = np.arange(6)[None] < np.array([6, 2, 4])[:, None]
+    scores = np.where(real, rng.normal(size=(3, 6)) * 3, 9.0).astype(np.float32)
+    labels = np.where(real, rng.permuted(np.tile(np.linspace(0, 3, 6), (3, 1)), axis=1), 5.0).astype(np.float32)
+    spelt = [[repr(float(s)) for s in row[here]] for row, here in zip(scores, real, strict=True)]
+    judged = [torch.tensor(row[here]) for row, here in zip(labels, real, strict=True)]
+    model = Scores()
+    expected = getattr(losses, theirs)(model, **arguments)([["q"] * 3, spelt], judged)
+    expected.backward()
+    function = getattr(loss, name)
+    value, gradient = mx.value_and_grad(lambda s: function(s, mx.array(labels), mx.array(real)))(mx.array(scores))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    wanted = [model.leaves[spelling].grad.item() for row in spelt for spelling in row]
+    np.testing.assert_allclose(np.array(gradient)[real], wanted, atol=1e-5)
+    assert not np.array(gradient)[~real].any()
+
+
+def test_equal_labels_are_ordered_as_the_row_is():
+    scores, real = mx.array([[0.5, -1.0, 2.0]]), mx.array([[True, True, True]])
+    ties, order = mx.array([[1.0, 0.0, 0.0]]), mx.array([[2.0, 1.0, 0.0]])
+    assert loss.list_mle(scores, ties, real).item() == loss.list_mle(scores, order, real).item()
+
+
+def test_pairs_at_the_top_weigh_more_in_lambda_loss():
+    """Of two mistakes of the same size, that between the first places costs more."""
+    real, labels = mx.ones((1, 4), dtype=mx.bool_), mx.array([[3.0, 2.0, 1.0, 0.0]])
+    top = loss.lambda_loss(mx.array([[3.0, 4.0, 2.0, 1.0]]), labels, real).item()
+    bottom = loss.lambda_loss(mx.array([[4.0, 3.0, 1.0, 2.0]]), labels, real).item()
+    right = loss.lambda_loss(mx.array([[4.0, 3.0, 2.0, 1.0]]), labels, real).item()
+    assert top > bottom > right
+
+
 def test_groups_with_nothing_to_compare_cost_nothing():
     scores, labels = mx.array([[2.0, 1.0]]), mx.array([[0.0, 0.0]])
     real = mx.array([[True, True]])
-    for function in (loss.list_softmax, loss.ranknet):
+    for function in (loss.list_softmax, loss.ranknet, loss.lambda_loss):
         value, gradient = mx.value_and_grad(lambda s, f=function: f(s, labels, real))(scores)
         assert value.item() == 0 and not np.array(gradient).any()
 
@@ -181,7 +256,7 @@ def everything(run) -> dict:
     [
         ("qwen3", "yes_no"),
         pytest.param("listwise", "list_softmax", marks=pytest.mark.slow),
-        *(("cross-encoder", name) for name in ("bce", "list_softmax", "ranknet", "margin_mse", "kl_distill")),
+        *(("cross-encoder", name) for name in (*loss.GROUPS, "kl_distill") if name != "yes_no"),
     ],
 )
 def test_micro_batches_change_nothing(kind, name, settings):
@@ -331,6 +406,8 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
         ({"loss": "bce"}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "labels from 0 to 1"),
         ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [0, 0]}] * 8, "no positive"),
         ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [1, -1]}] * 8, "from 0 on"),
+        ({"loss": "lambda_loss"}, [{"query": "q", "documents": ["a", "b"], "scores": [1, -1]}] * 8, "from 0 on"),
+        ({"loss": "lambda_loss"}, [{"query": "q", "documents": ["a", "b"], "scores": [31, 0]}] * 8, "grades up to 30"),
         ({"pooling": "mean"}, None, "--pooling is for --task embed"),
         ({"matryoshka_dims": [8]}, None, "--matryoshka-dims is for --task embed"),
         ({"reranker_type": "qwen3"}, None, "needs a language model"),
