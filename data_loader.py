@@ -9,7 +9,9 @@ Rows are reshuffled every epoch. For rows in files, batch k is computed from k a
 
 import atexit
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -150,26 +152,51 @@ class Batches:
         self.rows.restore(cursor, k * self.size)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
-        """Yield batches `first` to `last` - 1, read and tokenised by mlx-data in the background, two ahead."""
-        import mlx.data as dx
+        """Yield batches `first` to `last` - 1, read and tokenised in the background, two ahead."""
+        read_ahead = _read_ahead_with_mlx_data if _has_mlx_data() else _read_ahead_in_thread
+        return read_ahead(lambda: self._batches(first, last), self.kind, self.rows.close)
 
-        def produce() -> Iterator[dict]:
-            return map(pack, self._batches(first, last))
 
-        stream = dx.stream_python_iterable(produce).prefetch(2, 1)
+def _has_mlx_data() -> bool:
+    try:
+        import mlx.data  # noqa: F401
+    except ModuleNotFoundError:  # it has no wheel for Python 3.14
+        return False
+    return True
 
-        def stop() -> None:
-            self.rows.close()  # first, as `reset` waits for the reader
-            stream.reset()
 
-        # The interpreter aborts or hangs at exit if a stream still prefetches, or has met an error.
-        atexit.register(stop)
+def _read_ahead_with_mlx_data(make: Callable[[], Iterator[Any]], kind: type, close: Callable[[], None]) -> Iterator:
+    """Yield the batches, of that kind, of `make()`, which mlx-data draws two ahead. At the end call `close`."""
+    import mlx.data as dx
+
+    stream = dx.stream_python_iterable(lambda: map(pack, make())).prefetch(2, 1)
+
+    def stop() -> None:
+        close()  # first, as `reset` waits for the reader
+        stream.reset()
+
+    # The interpreter aborts or hangs at exit if a stream still prefetches, or has met an error.
+    atexit.register(stop)
+    try:
+        for sample in stream:
+            yield unpack(sample, kind)
+    finally:
+        atexit.unregister(stop)
+        stop()
+
+
+def _read_ahead_in_thread(make: Callable[[], Iterator[Any]], kind: type, close: Callable[[], None]) -> Iterator:
+    """Do the same in a thread of the standard library, and with the very batches of `make()`, whatever their kind."""
+    batches, end = make(), object()
+    with ThreadPoolExecutor(1, "batches") as thread:
         try:
-            for sample in stream:
-                yield unpack(sample, self.kind)
+            ahead = deque(thread.submit(next, batches, end) for _ in range(2))
+            while (batch := ahead.popleft().result()) is not end:
+                ahead.append(thread.submit(next, batches, end))
+                yield batch
         finally:
-            atexit.unregister(stop)
-            stop()
+            close()  # first, as the thread may wait for the reader
+            thread.shutdown(cancel_futures=True)
 
 
 def pack(batch: Any) -> dict[str, np.ndarray]:

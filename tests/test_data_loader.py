@@ -3,16 +3,21 @@
 python -m pytest tests/test_data_loader.py
 """
 
+import contextlib
 import gzip
+import importlib.util
 import json
 import re
+import sys
+import threading
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_loader import Batches, make_batch
+from data_loader import Batch, Batches, make_batch, pack
 from mlx_retrieval.dataset import json_lines
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import Rows, find_files, find_validation
@@ -316,26 +321,40 @@ def test_rows_with_a_text(tokenizer):
 
 # --- the background stream ---
 
+WAYS = [
+    pytest.param("mlx-data", marks=pytest.mark.skipif(not importlib.util.find_spec("mlx.data"), reason="no mlx-data")),
+    "thread",
+]
+
+
+@pytest.fixture(params=WAYS)
+def reader(request, monkeypatch) -> str:
+    """By which means batches are read ahead; mlx-data has no wheel for Python 3.14, so there a thread does it."""
+    if request.param == "thread":
+        monkeypatch.setitem(sys.modules, "mlx.data", None)
+    return request.param
+
 
 def assert_same(one, other) -> None:
-    assert one.queries == other.queries
-    for name in ("query", "document", "rank", "rows"):
-        a, b = getattr(one, name), getattr(other, name)
-        assert a.dtype == b.dtype and a.tolist() == b.tolist()
-    for name in ("ids", "lengths", "start", "end"):
-        a, b = getattr(one.texts, name), getattr(other.texts, name)
-        assert a.dtype == b.dtype and a.tolist() == b.tolist()
+    """Whether two batches are the same bit for bit, dtypes included."""
+    one, other = pack(one), pack(other)
+    assert list(one) == list(other)
+    for name in one:
+        a, b = np.asarray(one[name]), np.asarray(other[name])
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), name
 
 
+@pytest.mark.usefixtures("reader")
 def test_stream_equals_direct_batches(batches):
     made = batches(23, 5)
     streamed = list(made.stream(3, 12))
-    assert len(streamed) == 9
+    assert len(streamed) == 9 and all(type(batch) is Batch and type(batch.queries) is int for batch in streamed)
     for k, batch in enumerate(streamed, start=3):
         assert_same(batch, made.batch(k))
     assert list(made.stream(4, 4)) == []
 
 
+@pytest.mark.usefixtures("reader")
 def test_stream_continues_anywhere(batches):
     made = batches(23, 5)
     whole = list(made.stream(0, 10))
@@ -343,11 +362,50 @@ def test_stream_continues_anywhere(batches):
         assert_same(batch, again)
 
 
+@pytest.mark.usefixtures("reader")
 def test_errors_reach_the_reader_of_the_stream(batches):
     made = batches(400, 4)
     made.rows.files[0].write_bytes(b"")
     with pytest.raises(UserError, match="the file was changed during the run"):
         list(made.stream(0, 50))
+
+
+def test_an_error_of_the_thread_keeps_its_place(batches, monkeypatch):
+    """It comes after the batches before it, with the frames in which it was raised, and ends the thread."""
+    monkeypatch.setitem(sys.modules, "mlx.data", None)
+
+    def fail_at_the_third(examples, rows, tokenizer):
+        if fail_at_the_third.count == 2:
+            raise ZeroDivisionError("in the third batch")
+        fail_at_the_third.count += 1
+        return make_batch(examples, rows, tokenizer)
+
+    fail_at_the_third.count = 0
+    made = batches(40, 4)
+    made.make = fail_at_the_third
+    stream = made.stream(0, 9)
+    assert [len(batch.rows) for batch in (next(stream), next(stream))] == [4, 4]
+    with pytest.raises(ZeroDivisionError, match="in the third batch") as error:
+        next(stream)
+    assert "fail_at_the_third" in {frame.name for frame in traceback.extract_tb(error.value.__traceback__)}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_a_consumer_that_stops_early_ends_the_thread(batches, monkeypatch, error):
+    """It is two batches ahead of the consumer, not more, and closes the rows."""
+    monkeypatch.setitem(sys.modules, "mlx.data", None)
+    made, closed = batches(400, 4), []
+    monkeypatch.setattr(made.rows, "close", lambda: closed.append(True))
+    drawn = []
+    monkeypatch.setattr(made, "make", lambda *words: drawn.append(True) or make_batch(*words))
+    with contextlib.suppress(KeyboardInterrupt, ValueError), contextlib.closing(made.stream(0, 90)) as stream:
+        next(stream)
+        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+        if error:
+            raise error
+    assert len(drawn) <= 3 and closed
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 STREAM = """
@@ -358,7 +416,9 @@ from data_loader import Batches
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.models.tokenizer import TextTokenizer
 
-file, folder, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+file, folder, way, reader = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+if reader == "thread":
+    sys.modules["mlx.data"] = None
 batches = Batches(Rows([file]), TextTokenizer(folder, {}, {"query": 16, "document": 32}), 4)
 stream = batches.stream(0, 90)
 next(stream)
@@ -373,6 +433,16 @@ elif way == "raised":
             raise ValueError("in the step")
     except ValueError as error:
         sys.last_exc = error  # as notebooks and debuggers keep it, with all its frames
+elif way == "interrupted":  # Ctrl-C while the next batch is waited for
+    import signal, threading, time
+    reads = type(batches.rows).__getitem__
+    type(batches.rows).__getitem__ = lambda rows, i: time.sleep(0.2) or reads(rows, i)
+    threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()
+    try:
+        for batch in stream:
+            pass
+    except KeyboardInterrupt as error:
+        sys.last_exc = error
 elif way in ("truncated", "uncaught"):
     file.write_bytes(file.read_bytes()[:200])
     try:
@@ -386,11 +456,18 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("way", ["closed", "dropped", "raised", "truncated", "uncaught"])
-def test_no_abort_at_exit(run_python, write_rows, toy_tokenizer_folder, way):
+@pytest.mark.parametrize(
+    "way",
+    [
+        "dropped",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("closed", "raised", "truncated", "uncaught")),
+        pytest.param("interrupted", marks=pytest.mark.slow),
+    ],
+)
+def test_no_abort_at_exit(run_python, write_rows, toy_tokenizer_folder, way, reader):
     """A stream that still prefetches at exit, or met an error, aborted the interpreter or hung it."""
     file = write_rows([pair(i) for i in range(400)])
-    result = run_python(STREAM, file, toy_tokenizer_folder, way, timeout=30)
+    result = run_python(STREAM, file, toy_tokenizer_folder, way, reader, timeout=30)
     if way == "uncaught":
         assert result.returncode == 1 and "the file was changed during the run" in result.stderr
     else:
