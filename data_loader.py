@@ -37,12 +37,21 @@ class Batch:
     scored: np.ndarray  # (B, K) int32: documents that a teacher scored, the positive first; -1 = no more
     scores: np.ndarray  # (B, K) float32: the teacher's scores
     known: np.ndarray  # (P, 2) int32: query and document of every known positive, the examples' own first
+    mined: np.ndarray  # (H, 2) int32: query and document of every negative in a row; [[-1, -1]] = there are none
 
     @property
     def relevant(self) -> np.ndarray:
         """(Q, C) bool: whether an example has this document as a positive of this query, or its row has."""
+        return self._relation(self.known)
+
+    @property
+    def hard_negatives(self) -> np.ndarray:
+        """(Q, C) bool: whether a row of this query has this document as a negative."""
+        return self._relation(self.mined)
+
+    def _relation(self, cells: np.ndarray) -> np.ndarray:
         relation = np.zeros((self.queries, len(self.texts) - self.queries), dtype=bool)
-        relation[tuple(self.known.T)] = True
+        relation[tuple(cells[cells[:, 0] >= 0].T)] = True
         return relation
 
     @property
@@ -65,9 +74,10 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: Text
     for example in examples:
         for negative in example.negatives:
             documents.setdefault(negative, len(documents))
-    known = list(zip(query, document, strict=True))
+    known, mined = list(zip(query, document, strict=True)), []
     for example, number in zip(examples, query, strict=True):
         known += [(number, documents[text]) for text in example.other_positives if text in documents]
+        mined += [(number, documents[text]) for text in example.negatives]
     texts = Texts.join([tokenizer(list(queries), "query"), tokenizer(list(documents), "document")])
     rank = np.array([e.rank for e in examples], np.int32)
     width = max(1, *(len(e.scores) for e in examples))  # mlx-data carries no empty arrays
@@ -86,6 +96,7 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: Text
         scored=scored,
         scores=scores,
         known=np.array(known, np.int32),
+        mined=np.array(mined or [(-1, -1)], np.int32),
     )
 
 

@@ -8,6 +8,7 @@ relevant to which queries: those never count as negatives.
     info_nce                    queries and documents of different kinds: the default
     symmetric_info_nce          pairs whose sides are alike, searched in both directions
     nt_xent                     few or no hard negatives: each side's other texts are negatives too
+    directed_info_nce           info_nce with --directions, --mask-above or --hardness: what competes, and how much
     hard_negative_info_nce      when most negatives are easy: close ones weigh more
     xtr                         late interaction searched by token retrieval: see models/maxsim.py
     kl_distill, margin_mse      a teacher's scores
@@ -19,16 +20,20 @@ relevant to which queries: those never count as negatives.
 
 Sources: InfoNCE, van den Oord et al. 2018 (arXiv 1807.03748); NT-Xent, Chen et al. 2020 (arXiv 2002.05709); hard
 negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aware filter, Moreira et al. 2024
-(NV-Retriever, arXiv 2407.15831); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015
-(arXiv 1503.02531).
+(NV-Retriever, arXiv 2407.15831); four directions in one denominator, Li et al. 2023 (GTE, arXiv 2308.03281), masked
+negatives, Zhang et al. 2025 (Qwen3-Embedding, arXiv 2506.05176); hardness, Lan et al. 2025 (LLaVE, arXiv 2503.04812)
+and Schechter Vera et al. 2025 (EmbeddingGemma, arXiv 2509.20354); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147);
+distillation, Hinton et al. 2015 (arXiv 1503.02531).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mlx_retrieval.backend import mx
 from mlx_retrieval.backend.vectors import unit
+
+LEAST = -1e30  # the logit of what does not compete: no infinity, whose gradient would be NaN
 
 
 class Pairs(NamedTuple):
@@ -38,6 +43,7 @@ class Pairs(NamedTuple):
     document: mx.array  # (B,) int32: its positive
     weight: mx.array  # (B,) float32 of any positive scale, as it is divided by the batch's sum
     relevant: mx.array  # (Q, C) bool: known positives of every query
+    mined: mx.array | None = None  # (Q, C) bool: hard negatives of every query's own rows; None = there are none
 
 
 def dot(queries: mx.array, documents: mx.array) -> mx.array:
@@ -202,8 +208,6 @@ def kl_distill(
 
 # --- groups: scores (G, K) of up to K documents for each of G queries -------------------------------------------------
 
-LEAST = -1e30  # in place of a document that is not there: no infinity, whose gradient would be NaN
-
 
 def binary_cross_entropy(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
     """Cross-entropy between labels from 0 to 1 and the scores' sigmoid, the mean over documents; a float32 scalar.
@@ -366,6 +370,74 @@ def nt_xent(
     return (queries + documents) / 2
 
 
+def directed_info_nce(
+    scores: mx.array,
+    pairs: Pairs,
+    temperature: float = 0.05,
+    directions: Sequence[str] = ("query-document",),
+    denominator: str = "one",
+    mask_above: float | None = None,
+    hardness: float = 0.0,
+    hardness_of: str = "hard",
+    query_scores: mx.array | None = None,
+    document_scores: mx.array | None = None,
+) -> mx.array:
+    """InfoNCE of whole batches in which one chooses what competes with a positive, and how much; a float32 scalar.
+
+    Each direction is a kind of competitors of an example's query and positive: query-document are the other documents,
+    query-query the other queries, document-query the other queries' similarity to the positive, document-document the
+    other documents' to it. A text that is known to belong to the example competes in none of them; nor does one of the
+    row's own hard negatives in document-document.
+
+    Args:
+        scores: (Q, C) queries against documents; query_scores: (Q, Q) and document_scores: (C, C), if they are needed.
+        directions: of DIRECTIONS.
+        denominator: "one" = all directions under one logarithm, in which the positive counts in query-document and
+            again in document-query (GTE's equation 5); "each" = the mean of one InfoNCE a direction.
+        mask_above: leave out competitors whose similarity exceeds the positive's by more than this (Qwen3-Embedding:
+            0.1); None = none.
+        hardness: added to a negative's logit for each unit of its similarity, without a gradient (Lan et al.: 9;
+            EmbeddingGemma: 5); 0 = nothing.
+        hardness_of: the negatives among the documents that it applies to: "hard" = the row's own, "in-batch" = those of
+            other rows, "all".
+
+    When to use: pairs without hard negatives gain by more directions, mined negatives by `mask_above` and `hardness`.
+    Related: `symmetric_info_nce` (two directions, a denominator each), `nt_xent`, `hard_negative_info_nce`.
+    """
+    query, document = pairs.query, pairs.document
+    similarities = {"query-document": scores[query], "document-query": scores.T[document]}
+    if query_scores is not None:
+        similarities["query-query"] = query_scores[query]
+    if document_scores is not None:
+        similarities["document-document"] = document_scores[document]
+    positive = scores[query, document].astype(mx.float32)  # (B,)
+    none = mx.zeros_like(pairs.relevant)
+    mined = (none if pairs.mined is None else pairs.mined)[query]  # (B, C)
+    strange_documents, strange_queries = ~pairs.relevant[query], ~pairs.relevant.T[document]  # (B, C), (B, Q)
+    competing = {
+        "query-document": strange_documents,
+        "query-query": strange_queries,
+        "document-query": strange_queries,
+        "document-document": strange_documents & ~mined,
+    }
+    sums = []  # of each direction, log(sum of exponentials) (B,)
+    for direction in directions:
+        similarity, allowed = similarities[direction].astype(mx.float32), competing[direction]
+        logits = similarity / temperature
+        if mask_above is not None:
+            allowed = allowed & (mx.stop_gradient(similarity) <= mx.stop_gradient(positive)[:, None] + mask_above)
+        if hardness and direction == "query-document":
+            weighted = {"hard": mined, "in-batch": ~mined, "all": ~none[query]}[hardness_of]
+            logits = logits + mx.where(weighted & allowed, hardness * mx.stop_gradient(similarity), 0.0)
+        columns = [mx.where(allowed, logits, LEAST)]
+        if denominator == "each" or direction in ("query-document", "document-query"):
+            columns.append(positive[:, None] / temperature)
+        sums.append(mx.logsumexp(mx.concatenate(columns, axis=1), axis=1))
+    sums = mx.stack(sums)
+    total = mx.logsumexp(sums, axis=0) if denominator == "one" else sums.mean(axis=0)
+    return weighted_mean(total - positive / temperature, pairs.weight)
+
+
 def contrastive(
     queries: mx.array,
     documents: mx.array,
@@ -414,6 +486,9 @@ def contrastive(
 
 CONTRASTIVE = ("info_nce", "symmetric_info_nce", "nt_xent", "hard_negative_info_nce")  # by `contrastive`
 FILTERS = ("off", "perc", "abs")  # of negatives, by `positive_aware`
+DIRECTIONS = ("query-document", "query-query", "document-query", "document-document")  # of `directed_info_nce`
+DENOMINATORS = ("one", "each")
+HARDNESS_OF = ("hard", "in-batch", "all")
 GROUPS = {  # functions of scores, labels and real documents, each (G, K)
     "yes_no": binary_cross_entropy,
     "bce": binary_cross_entropy,

@@ -67,9 +67,8 @@ def synthetic(rows: int, length: int) -> Batch:
     texts = Texts(ids, lengths, np.zeros(count, np.int32), lengths)
     judged, scores = np.full((rows, 1), -1, np.int32), np.zeros((rows, 1), np.float32)  # no teacher
     known = np.stack([numbers, numbers], axis=1)
-    return Batch(
-        texts, rows, numbers, numbers, np.ones(rows, np.int32), numbers.astype(np.int64), judged, scores, known
-    )
+    none, ranks = np.array([(-1, -1)], np.int32), np.ones(rows, np.int32)
+    return Batch(texts, rows, numbers, numbers, ranks, numbers.astype(np.int64), judged, scores, known, mined=none)
 
 
 def timed(work: Callable, *args) -> float:

@@ -194,6 +194,104 @@ def test_equals_sentence_transformers(torch, theirs, name, class_name, negatives
     assert_same(mine, torch_gradients(torch, compute, queries, documents))
 
 
+SIDES = {"query-document": "query_to_doc", "query-query": "query_to_query",
+         "document-query": "doc_to_query", "document-document": "doc_to_doc"}  # fmt: skip
+
+
+@pytest.mark.parametrize("hardness_of", [None, *loss.HARDNESS_OF])
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize(("directions", "denominator"), [
+    (("query-document",), "one"), (("query-document", "query-query"), "one"),
+    (("query-document", "document-query"), "one"), (("query-document", "document-query"), "each"),
+    (("query-document", "document-document"), "one"), (loss.DIRECTIONS, "one"),
+], ids=str)  # fmt: skip
+def test_directions_and_hardness_equal_sentence_transformers(
+    torch, theirs, directions, denominator, negatives, hardness_of
+):
+    rows, temperature = 6, 0.2
+    queries, documents = vectors(rows), vectors(rows * (1 + negatives), seed=1)
+    modes = {"hard": "hard_negatives", "in-batch": "in_batch_negatives", "all": "all_negatives", None: None}
+    reference = theirs.MultipleNegativesRankingLoss(
+        model=None,
+        scale=1 / temperature,
+        directions=tuple(SIDES[direction] for direction in directions),
+        partition_mode={"one": "joint", "each": "per_direction"}[denominator],
+        hardness_mode=modes[hardness_of],
+        hardness_strength=5.0 if hardness_of else 0.0,
+    )
+
+    def compute(q, d):
+        columns = [d[i * rows : (i + 1) * rows] for i in range(1 + negatives)]
+        return reference.compute_loss_from_embeddings([q, *columns], None)
+
+    pairs = plain_pairs(rows, len(documents))
+    mined = np.concatenate([np.zeros((rows, rows), bool), *[np.eye(rows, dtype=bool)] * negatives], axis=1)
+
+    def mine(q, d):
+        return loss.directed_info_nce(
+            loss.dot(q, d),
+            pairs._replace(mined=mx.array(mined)),
+            temperature,
+            directions,
+            denominator,
+            hardness=5.0 if hardness_of else 0.0,
+            hardness_of=hardness_of or "hard",
+            query_scores=loss.dot(q, q),
+            document_scores=loss.dot(d, d),
+        )
+
+    assert_same(value_and_gradients(mine, queries, documents), torch_gradients(torch, compute, queries, documents))
+
+
+def test_competitors_above_the_positive_are_masked():
+    """Qwen3-Embedding's equation 1, as a loop: other queries and documents within the positive's score + 0.1."""
+    q, d = normalised(vectors(5)), normalised(vectors(8, seed=2))
+    mined = np.zeros((5, 8), bool)
+    mined[[0, 1, 2], [5, 6, 7]] = True
+    expected = []
+    for i in range(5):
+        limit = q[i] @ d[i] + 0.1
+        competitors = [q[i] @ d[j] for j in range(8) if j != i]
+        competitors += [q[i] @ q[j] for j in range(5) if j != i]
+        competitors += [d[i] @ d[j] for j in range(8) if j != i and not mined[i, j]]
+        kept = [s for s in competitors if s <= limit]
+        assert 0 < len(kept) < len(competitors)
+        expected.append(np.logaddexp.reduce(np.array([q[i] @ d[i], *kept]) / 0.3) - q[i] @ d[i] / 0.3)
+    queries, documents = mx.array(q, mx.float32), mx.array(d, mx.float32)
+    found = loss.directed_info_nce(
+        loss.dot(queries, documents),
+        plain_pairs(5, 8)._replace(mined=mx.array(mined)),
+        0.3,
+        ("query-document", "query-query", "document-document"),
+        mask_above=0.1,
+        query_scores=loss.dot(queries, queries),
+        document_scores=loss.dot(documents, documents),
+    )
+    assert found.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_known_texts_compete_in_no_direction():
+    """A query of the same document, and a document of the same query, are no competitors."""
+    queries, documents = mx.array(normalised(vectors(3))), mx.array(normalised(vectors(3, seed=1)))
+    shared = pairs_of([0, 1, 0], [0, 0, 1], 3, 3)  # queries 0 and 1 share document 0, query 0 also has document 1
+
+    def value(moved_query: float, moved_document: float) -> float:
+        q = queries + mx.array([[0.0], [moved_query], [0.0]])
+        d = documents + mx.array([[0.0], [moved_document], [0.0]])
+        pairs = shared._replace(query=shared.query[:1], document=shared.document[:1], weight=shared.weight[:1])
+        return loss.directed_info_nce(
+            loss.dot(q, d), pairs, 0.5, loss.DIRECTIONS, query_scores=loss.dot(q, q), document_scores=loss.dot(d, d)
+        ).item()
+
+    assert value(5.0, 0.0) == value(0.0, 5.0) == value(0.0, 0.0)
+
+
+def test_a_row_that_competes_with_nothing_costs_nothing():
+    pairs = pairs_of([0], [0], 1, 1)
+    value, grad = mx.value_and_grad(lambda s: loss.directed_info_nce(s, pairs, mask_above=0.1))(mx.array([[0.4]]))
+    assert value.item() == 0 and grad.item() == 0
+
+
 def test_matryoshka_equals_sentence_transformers(torch, theirs):
     rows, dims, temperature = 5, [2, 4, 8], 0.1
     queries, documents = vectors(rows, 8), vectors(rows, 8, seed=1)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from loss import FILTERS, LOSSES
+from loss import DENOMINATORS, DIRECTIONS, FILTERS, HARDNESS_OF, LOSSES
 from mlx_retrieval.backbones.hub import toolkit_relative
 from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
@@ -177,6 +177,41 @@ class Settings:
     )
     beta: float = option(
         "objective", 1.0, "hard_negative_info_nce: how much more weight close negatives get; 0 = none", tasks=VECTORS
+    )
+    directions: list[str] = option(
+        "objective",
+        [DIRECTIONS[0]],
+        "info_nce: what competes with a query's positive: other documents (query-document), other queries "
+        "(query-query), and both seen from the positive (document-query, document-document)",
+        choices=DIRECTIONS,
+        tasks=VECTORS,
+    )
+    denominator: str = option(
+        "objective",
+        "one",
+        "info_nce with several --directions: one denominator for all, or each its own",
+        choices=DENOMINATORS,
+        tasks=VECTORS,
+    )
+    mask_above: float | None = option(
+        "objective",
+        None,
+        "info_nce: leave out negatives whose similarity exceeds the positive's by more than X, such as 0.1 (default: "
+        "none are left out)",
+        tasks=VECTORS,
+    )
+    hardness: float = option(
+        "objective",
+        0.0,
+        "info_nce: add X times its similarity to a negative's logit, such as 5; 0 = none",
+        tasks=VECTORS,
+    )
+    hardness_of: str = option(
+        "objective",
+        "hard",
+        "the negatives that --hardness applies to: those of the query's own row, of other rows (in-batch), or all",
+        choices=HARDNESS_OF,
+        tasks=VECTORS,
     )
     positive_aware: str = option(
         "objective",
@@ -379,6 +414,11 @@ class Settings:
         """The arguments of `backbones.lora.adapt`."""
         given = {name: getattr(self, name) for name in WEIGHTS if getattr(self, name) is not None}
         return {name.removeprefix("lora_"): value for name, value in (WEIGHTS | given).items()}
+
+    @property
+    def is_directed(self) -> bool:
+        """Whether `loss.directed_info_nce` is asked for: other competitors than those of plain InfoNCE."""
+        return self.directions != [DIRECTIONS[0]] or self.mask_above is not None or self.hardness > 0
 
     @property
     def folder(self) -> Path:

@@ -98,6 +98,11 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
         parts = [f"{text} (default{of})" if name in defaults else text for text, name in chosen]
     if settings.loss == "hard_negative_info_nce":
         parts.append(f"beta {settings.beta:g}")
+    if len(settings.directions) > 1:
+        each = ", a denominator each" if settings.denominator == "each" else ""
+        parts.append(f"{' + '.join(settings.directions)}{each}")
+    if settings.hardness:
+        parts.append(f"hardness {settings.hardness:g} of {settings.hardness_of} negatives")
     if settings.loss == "xtr":
         parts.append(f"{settings.xtr_k} tokens of the batch for each query token")
     if settings.loss == "kl_distill":
@@ -110,6 +115,8 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
     limits = {"perc": "{:g} x the positive's score", "abs": "the positive's score - {:g}"}
     if limit := limits.get(settings.positive_aware):
         lines.append(("filter", f"no negatives above {limit.format(settings.positive_aware_margin)} (positive-aware)"))
+    if settings.mask_above is not None:
+        lines.append(("filter", f"no negatives above the positive's score + {settings.mask_above:g}"))
     if settings.matryoshka_dims:
         dims = sorted({*settings.matryoshka_dims, retrieval.dimensions})
         lines.append(("matryoshka", f"trained at {', '.join(map(str, dims))} dimensions"))

@@ -33,6 +33,7 @@ class Objective:
             document=mx.array(batch.document),
             weight=loss.rank_weights(mx.array(batch.rank)),
             relevant=mx.array(batch.relevant),
+            mined=mx.array(batch.hard_negatives),
         )
         scores = compare(queries, documents)
         rows = scores[pairs.query]  # (B, C)
@@ -45,6 +46,19 @@ class Objective:
         elif settings.loss == "margin_mse":
             student = mx.take_along_axis(rows, mx.maximum(scored, 0), axis=1) / settings.temperature
             total = loss.margin_mse(student, teacher, scored >= 0)
+        elif settings.is_directed:
+            total = loss.directed_info_nce(
+                scores,
+                pairs,
+                settings.temperature,
+                settings.directions,
+                settings.denominator,
+                settings.mask_above,
+                settings.hardness,
+                settings.hardness_of,
+                query_scores=compare(queries, queries) if "query-query" in settings.directions else None,
+                document_scores=compare(documents, documents) if "document-document" in settings.directions else None,
+            )
         else:
             name = "info_nce" if settings.loss == "xtr" else settings.loss
             total = loss.contrastive(
@@ -170,6 +184,8 @@ def make_objective(
         if settings.matryoshka_dims and not config.normalize:
             raise UserError("--matryoshka-dims needs vectors of unit length, and this model's are compared as they are")
         return EmbedObjective(settings)
+    if alike := {"query-query", "document-document"} & {*settings.directions}:
+        raise UserError(f"--task late takes no --directions {' '.join(sorted(alike))}")
     if settings.matryoshka_dims or settings.loss == "nt_xent":
         raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")
     return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim)

@@ -13,7 +13,17 @@ def check(settings: Any) -> None:
     names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project")
     positive = ("batch_size", "xtr_k", "steps_per_report")
     counts = ("gradient_accumulation_steps", "save_steps", "stop_after", "keep")
-    not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
+    not_negative = (
+        *counts,
+        "profile",
+        "early_stopping",
+        "warmup",
+        "weight_decay",
+        "max_grad_norm",
+        "beta",
+        "seed",
+        "hardness",
+    )
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
     checks = [
         *((all(_texts(getattr(settings, name))), name, "must not be empty") for name in names),
@@ -68,6 +78,27 @@ def check(settings: Any) -> None:
             "needs the evaluation before training, and {skip_eval_init} leaves it out",
         ),
         (settings.resume or not settings.accept_changed_data, "accept_changed_data", "is for {resume}"),
+        ("query-document" in settings.directions, "directions", "must have query-document, which holds the positive"),
+        (len({*settings.directions}) == len(settings.directions), "directions", "names a direction twice"),
+        *(
+            (
+                not settings.is_directed or settings.loss in (None, "info_nce"),
+                name,
+                "works with info_nce, not with {chosen}",
+            )
+            for name in _of_directed(settings)
+        ),
+        (
+            not settings.is_directed or settings.positive_aware == "off",
+            "positive_aware",
+            "does not go with {directions}, {mask_above} and {hardness}; {mask_above} leaves out negatives as well",
+        ),
+        (
+            settings.denominator == "one" or len(settings.directions) > 1,
+            "denominator",
+            "needs several {directions}",
+        ),
+        (settings.hardness_of == "hard" or settings.hardness > 0, "hardness_of", "needs a {hardness} above 0"),
         (
             settings.positive_aware == "off" or settings.loss in (None, "info_nce", "hard_negative_info_nce"),
             "positive_aware",
@@ -87,6 +118,16 @@ def _numbers(settings: Any) -> Iterator[tuple[bool, str, str]]:
         for number in value if isinstance(value, list) else [value]:
             yield not isinstance(number, float) or math.isfinite(number), f.name, "must be finite"
             yield not isinstance(number, int) or abs(number) < 2**53, f.name, "is too large"
+
+
+def _of_directed(settings: Any) -> list[str]:
+    """Return the settings of `loss.directed_info_nce` that are given."""
+    given = {
+        "directions": len(settings.directions) > 1,
+        "mask_above": settings.mask_above is not None,
+        "hardness": settings.hardness > 0,
+    }
+    return [name for name, is_given in given.items() if is_given]
 
 
 def _is_none_or(settings: Any, name: str, least: int) -> bool:

@@ -331,6 +331,39 @@ def test_positive_aware_and_its_margin(settings):
         settings(positive_aware="perc", loss="nt_xent")
 
 
+def test_directions_and_denominator(settings):
+    """More competitors can only raise the loss; a denominator each gives another one."""
+    plain = loss_of(settings(), warm=False)
+    both = ["query-document", "query-query"]
+    assert loss_of(settings(directions=both), warm=False) > plain
+    assert loss_of(settings(directions=both, denominator="each"), warm=False) != loss_of(settings(directions=both))
+    for directions, message in ([["query-query"], "must have query-document"], [both * 2, "twice"]):
+        with pytest.raises(UserError, match=message):
+            settings(directions=directions)
+    with pytest.raises(UserError, match="--denominator each: needs several --directions"):
+        settings(denominator="each")
+    with pytest.raises(UserError, match="--directions .*: works with info_nce, not with nt_xent"):
+        settings(directions=both, loss="nt_xent")
+    with pytest.raises(UserError, match="--task late takes no --directions query-query"):
+        training_run.prepare(settings(directions=both, task="late"))
+
+
+def test_mask_above(settings):
+    plain = loss_of(settings(), warm=False)
+    assert loss_of(settings(mask_above=-3.0), warm=False) == 0.0
+    assert loss_of(settings(mask_above=3.0), warm=False) == pytest.approx(plain, rel=1e-6)
+    with pytest.raises(UserError, match="--positive-aware"):
+        settings(mask_above=0.1, positive_aware="perc")
+
+
+def test_hardness_and_of_what(settings):
+    plain = loss_of(settings(), warm=False)
+    assert loss_of(settings(hardness=5.0), warm=False) == pytest.approx(plain, rel=1e-6)  # rows without negatives
+    assert loss_of(settings(hardness=5.0, hardness_of="all"), warm=False) > plain
+    with pytest.raises(UserError, match="--hardness-of all: needs a --hardness above 0"):
+        settings(hardness_of="all")
+
+
 def test_matryoshka_dims(settings):
     assert loss_of(settings(matryoshka_dims=[8, 32]), warm=False) != loss_of(settings(), warm=False)
     with pytest.raises(UserError, match="--matryoshka-dims 100000"):

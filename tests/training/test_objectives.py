@@ -47,6 +47,7 @@ def batch() -> Batch:
         scored=np.array([[0, 3], [1, 3], [-1, -1]], np.int32),
         scores=np.array([[3.0, 1.0], [0.5, 0.6], [0.0, 0.0]], np.float32),
         known=np.array([[0, 0], [1, 1], [2, 2]], np.int32),
+        mined=np.array([[0, 3]], np.int32),
     )
 
 
@@ -62,6 +63,7 @@ def representations(batch) -> mx.array:
 
 @pytest.mark.parametrize("changes", [
     {}, {"loss": "symmetric_info_nce"}, {"loss": "hard_negative_info_nce"}, {"positive_aware": "perc"},
+    {"directions": ["query-document", "document-query"], "mask_above": 0.1, "hardness": 5.0},
     {"margin_weight": 0.5}, {"loss": "kl_distill"}, {"loss": "margin_mse"}, {"loss": "xtr", "xtr_k": 4},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("skipped", [[], [SKIPPED]])
