@@ -22,8 +22,8 @@ Sources: InfoNCE, van den Oord et al. 2018 (arXiv 1807.03748); NT-Xent, Chen et 
 negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aware filter, Moreira et al. 2024
 (NV-Retriever, arXiv 2407.15831); four directions in one denominator, Li et al. 2023 (GTE, arXiv 2308.03281), masked
 negatives, Zhang et al. 2025 (Qwen3-Embedding, arXiv 2506.05176); hardness, Lan et al. 2025 (LLaVE, arXiv 2503.04812)
-and Schechter Vera et al. 2025 (EmbeddingGemma, arXiv 2509.20354); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147);
-distillation, Hinton et al. 2015 (arXiv 1503.02531).
+and Schechter Vera et al. 2025 (EmbeddingGemma, arXiv 2509.20354); vectors spread out, Zhang et al. 2017 (arXiv
+1708.06320); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv 1503.02531).
 """
 
 import math
@@ -436,6 +436,24 @@ def directed_info_nce(
     sums = mx.stack(sums)
     total = mx.logsumexp(sums, axis=0) if denominator == "one" else sums.mean(axis=0)
     return weighted_mean(total - positive / temperature, pairs.weight)
+
+
+def spread_out(vectors: mx.array) -> mx.array:
+    """Global orthogonal regularisation (Zhang et al. 2017): how far vectors are from being spread over the sphere.
+
+    The squared mean of all similarities between two of the vectors, plus what their mean square exceeds 1/D, which
+    vectors drawn at random have. A float32 scalar; 0 for a single vector.
+
+    Args:
+        vectors: (N, D) of unit length, of one side of a batch.
+
+    When to use: added to another loss (`--spread-weight`), if vectors are to be stored as bits or bytes.
+    """
+    count = len(vectors)
+    similarities = dot(vectors, vectors) * (1 - mx.eye(count))
+    pairs = max(count * (count - 1), 1)
+    excess = similarities.square().sum() / pairs - 1 / vectors.shape[-1]
+    return (similarities.sum() / pairs).square() + mx.maximum(excess, 0.0)
 
 
 def contrastive(

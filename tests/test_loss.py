@@ -292,6 +292,20 @@ def test_a_row_that_competes_with_nothing_costs_nothing():
     assert value.item() == 0 and grad.item() == 0
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("moved", [0.0, 1.5])
+def test_spread_out_equals_sentence_transformers(torch, theirs, rows, moved):
+    """Vectors that are spread out, and vectors around one direction."""
+    queries, documents = vectors(rows) + moved, vectors(rows, seed=1) + moved
+    reference = theirs.GlobalOrthogonalRegularizationLoss(model=None)
+
+    def compute(q, d):
+        return sum(reference.compute_loss_from_embeddings([q, d]).values())
+
+    mine = value_and_gradients(lambda q, d: (loss.spread_out(q) + loss.spread_out(d)) / 2, queries, documents)
+    assert_same(mine, torch_gradients(torch, compute, queries, documents))
+
+
 def test_matryoshka_equals_sentence_transformers(torch, theirs):
     rows, dims, temperature = 5, [2, 4, 8], 0.1
     queries, documents = vectors(rows, 8), vectors(rows, 8, seed=1)

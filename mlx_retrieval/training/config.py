@@ -229,6 +229,12 @@ class Settings:
     margin: float = option(
         "objective", 0.2, "margin loss: how far the positive should score above the hardest negative", tasks=VECTORS
     )
+    spread_weight: float = option(
+        "objective",
+        0.0,
+        "embed: add X times the spread-out loss, which keeps different texts' vectors apart; 0 = none",
+        tasks=("embed",),
+    )
     xtr_k: int = option("objective", 320, "xtr: tokens of the batch that each query token retrieves", tasks=RETRIEVAL)
     teacher_temperature: float = option("objective", 1.0, "kl_distill: divide teacher scores by X", tasks=RETRIEVAL)
     matryoshka_dims: list[int] = option(

@@ -109,6 +109,8 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
         parts.append(f"teacher's temperature {settings.teacher_temperature:g}")
     if settings.margin_weight:
         parts.append(f"plus {settings.margin_weight:g} x the margin loss with margin {settings.margin:g}")
+    if settings.spread_weight:
+        parts.append(f"plus {settings.spread_weight:g} x the spread-out loss")
     if settings.random_negatives:
         parts.append(f"{quantity(settings.random_negatives, 'random negative')} a query")
     lines = [("loss", ", ".join(parts))]

@@ -1,7 +1,6 @@
 """The objective of each task: representations of a batch -> its loss. It wires loss.py and models/maxsim.py to both."""
 
 from collections.abc import Callable
-from functools import partial
 
 from mlx_retrieval.backend import mx
 
@@ -85,7 +84,13 @@ class EmbedObjective(Objective):
     def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
         queries = representations[: batch.queries]
         documents = representations[batch.queries :]
-        compute = partial(self.loss_of, batch, compare=loss.dot)
+
+        def compute(queries: mx.array, documents: mx.array) -> mx.array:
+            total = self.loss_of(batch, queries, documents, loss.dot)
+            if weight := self.settings.spread_weight:
+                total += weight * (loss.spread_out(queries) + loss.spread_out(documents)) / 2
+            return total
+
         if not self.settings.matryoshka_dims:
             return compute(queries, documents)
         dims = sorted({*self.settings.matryoshka_dims, queries.shape[-1]})
@@ -181,6 +186,8 @@ def make_objective(
     if config.task == "embed":
         if settings.loss == "xtr":
             raise UserError("--loss xtr compares tokens; it needs --task late")
+        if settings.spread_weight and not config.normalize:
+            raise UserError("--spread-weight needs vectors of unit length, and this model's are compared as they are")
         if settings.matryoshka_dims and not config.normalize:
             raise UserError("--matryoshka-dims needs vectors of unit length, and this model's are compared as they are")
         return EmbedObjective(settings)

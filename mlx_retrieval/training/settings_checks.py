@@ -24,7 +24,7 @@ def check(settings: Any) -> None:
         "seed",
         "hardness",
     )
-    not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
+    not_negative += ("projection_dim", "margin_weight", "spread_weight", "random_negatives", "rank_timeout")
     checks = [
         *((all(_texts(getattr(settings, name))), name, "must not be empty") for name in names),
         *((getattr(settings, name) > 0, name, "must be above 0") for name in positive),

@@ -364,6 +364,13 @@ def test_hardness_and_of_what(settings):
         settings(hardness_of="all")
 
 
+def test_spread_weight(settings):
+    """Texts that are alike are pushed apart, which costs."""
+    one, two = (loss_of(settings(spread_weight=weight), warm=False) for weight in (0.5, 1.0))
+    plain = loss_of(settings(), warm=False)
+    assert one > plain and two - plain == pytest.approx(2 * (one - plain), rel=1e-3)
+
+
 def test_matryoshka_dims(settings):
     assert loss_of(settings(matryoshka_dims=[8, 32]), warm=False) != loss_of(settings(), warm=False)
     with pytest.raises(UserError, match="--matryoshka-dims 100000"):
