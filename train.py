@@ -58,7 +58,8 @@ def resumed_settings(given: dict) -> Settings:
     if differing:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
         raise UserError(f"--resume continues the run as it was begun, but {listing}")
-    names = [name for name in (saved.model, *local(saved.data), *(saved.eval_tasks or [])) if Path(name).is_absolute()]
+    inputs = (saved.model, *local(saved.data), *(saved.eval_tasks or []), *saved.guard)
+    names = [name for name in inputs if Path(name).is_absolute()]
     if pipes := [name for name in local(saved.data) if name.startswith(("/dev/", "/proc/")) or is_pipe(Path(name))]:
         raise UserError(
             f"--resume: the rows came through the pipe {', '.join(pipes)}, which cannot be read again; put them in "
@@ -90,7 +91,8 @@ def _as_seen_from_here(saved: Settings) -> dict:
     weights = [weight_of(name) for name in saved.data]
     data = [shortest(path) + name.removeprefix(path) for (path, _), name in zip(weights, saved.data, strict=True)]
     tasks = saved.eval_tasks and [shortest(name) for name in saved.eval_tasks]
-    return {"model": shortest(saved.model), "data": data, "eval_tasks": tasks}
+    guard = [shortest(name) for name in saved.guard]
+    return {"model": shortest(saved.model), "data": data, "eval_tasks": tasks, "guard": guard}
 
 
 def chat_reason(settings: Settings, chat_flag: str) -> str:

@@ -310,6 +310,14 @@ class Settings:
         "0.05)",
         tasks=RETRIEVAL,
     )
+    guard: list[str] = option(
+        "evaluation",
+        [],
+        "MTEB tasks and folders in BEIR layout on which the model must not get worse: no step that loses more than "
+        "--guard-tolerance on one of them is kept as the best",
+        tasks=RETRIEVAL,
+    )
+    guard_tolerance: float = option("evaluation", 0.002, "nDCG@10 that a --guard may lose", tasks=RETRIEVAL)
     strict: bool = option(
         "evaluation",
         False,
@@ -375,6 +383,7 @@ class Settings:
         self.data = [toolkit.find(p) + name.removeprefix(p) for p, name in zip(paths, self.data, strict=True)]
         if self.eval_tasks is not None:
             self.eval_tasks = [toolkit.find(name) for name in self.eval_tasks]
+        self.guard = [toolkit.find(name) for name in self.guard]
         settings_checks.check(self)
 
     def resolve_defaults(self, parameters: int, reranker: str = "") -> set[str]:
@@ -465,6 +474,7 @@ class Settings:
             model=toolkit_relative(self.model),
             data=[source(name) for name in self.data],
             eval_tasks=None if self.eval_tasks is None else [absolute(name) for name in self.eval_tasks],
+            guard=[absolute(name) for name in self.guard],
             output=self.output and str(self.folder.absolute()),
         )
 

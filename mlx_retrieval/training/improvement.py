@@ -26,7 +26,8 @@ def note(state: State, metrics: dict[str, float]) -> bool:
     """Note an evaluation at the state's step; return whether it beats the untrained model and all steps before.
 
     At step 0 the untrained model is evaluated: its score is the one to beat, and it is no step's. Metrics without the
-    one that the run goes by, as a task of the hub was unreachable, decide nothing.
+    one that the run goes by, as a task of the hub was unreachable, decide nothing. Nor is a step better at which a
+    guard has fallen; see guards.py.
     """
     state.metric = state.metric or next((name for name in METRICS if name in metrics), "")
     if state.metric not in metrics:
@@ -35,7 +36,7 @@ def note(state: State, metrics: dict[str, float]) -> bool:
     if not math.isfinite(score):
         score = None
     state.last = score
-    better = score is not None and (state.best is None or score > state.best)
+    better = score is not None and (state.best is None or score > state.best) and not state.fallen
     if state.step == 0:
         state.untrained = state.best = score
         return False
@@ -50,13 +51,14 @@ def forget(state: State) -> None:
     """Forget the scores so far: evaluations from now on are of other data."""
     state.metric, state.untrained, state.best, state.last = "", None, None, None
     state.best_step = state.evaluations_since_best = 0
+    state.fallen = []
 
 
 def improved(state: State) -> bool | None:
     """Return whether a step was better than the untrained model; None if that is not known."""
     if state.untrained is None or state.last is None:
         return None
-    return state.best_step > 0 or state.last > state.untrained
+    return state.best_step > 0 or (state.last > state.untrained and not state.fallen)
 
 
 def exit_code(settings: Settings, results: dict) -> int:
@@ -88,13 +90,19 @@ def conclusion(state: State, folder: Path, verdict: str = "", began_with: str = 
         return lines
     after, before = abs(state.last), abs(state.untrained)  # a loss is negative as a score
     scores = f"{METRICS[state.metric]} {after:.4f} after training, {before:.4f} before"
-    if not improved(state):
+    if not improved(state) and state.fallen and state.last > state.untrained:
+        guards = ", ".join(state.fallen)
+        lines.append(("no best", f"{scores}, but {guards} fell: no step was better and kept its guards"))
+    elif not improved(state):
         name = "worse" if state.last < state.untrained and verdict in ("", "worse") else "no gain"
         lines.append((name, f"{scores}: no step was better than {began_with}, so there is no `best`"))
     elif state.last > state.untrained and state.metric == "validation_loss":  # other metrics are in a table
         lines.append(("gain", scores))
     elif state.last < state.untrained:
         lines.append(("worse", f"{scores}: of the steps evaluated, step {state.best_step} was better than both"))
+    elif state.best_step and state.fallen and state.last > state.best:
+        guards = ", ".join(state.fallen)
+        lines.append(("last", f"{METRICS[state.metric]} {after:.4f} at step {state.step}, but {guards} fell there"))
     elif state.best_step and state.last < state.best:
         lines.append(("last", f"{METRICS[state.metric]} {after:.4f} at step {state.step}, below that of `best`"))
     return lines

@@ -87,7 +87,7 @@ def check(folder: Path, settings: Settings) -> None:
         return
     if not settings.overwrite:
         check_free(folder)
-    check_inputs(folder, [settings.model, *names(settings.data), *(settings.eval_tasks or [])])
+    check_inputs(folder, [settings.model, *names(settings.data), *(settings.eval_tasks or []), *settings.guard])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -139,17 +139,34 @@ class Reporter:
             self.message("  ".join(["step" + self._counts(), *self._figures()[:4], *self._times()]))
 
     def evaluation(
-        self, step: int, metrics: dict[str, float], per_task: dict[str, dict[str, float]] | None = None
+        self,
+        step: int,
+        metrics: dict[str, float],
+        per_task: dict[str, dict[str, float]] | None = None,
+        guards: dict[str, float] | None = None,
+        fallen: Sequence[str] = (),
     ) -> None:
-        """Report an evaluation after `step` steps (0 = untrained): the mean over tasks, and each task's. Draw it."""
+        """Report an evaluation after `step` steps (0 = untrained): the mean over tasks, and each task's. Draw it.
+
+        Args:
+            guards: what each guard's nDCG@10 has changed by.
+            fallen: those that lost too much, so that this is not the best step.
+        """
         metrics, tasks = _clean(metrics), _clean(per_task or {})
         values = {f"eval/{key}": value for key, value in metrics.items()} | {"train/step": step}
         for task, scores in tasks.items():
             values |= {f"eval/{task}/{key}": value for key, value in scores.items()}
-        self._record({"type": "eval", "step": step, "metrics": metrics, "tasks": tasks}, values)
-        better, self._status = self._note_evaluation(step, metrics), "training"
+        record = {"type": "eval", "step": step, "metrics": metrics, "tasks": tasks}
+        if guards:
+            values |= {f"guard/{task}": change for task, change in guards.items()}
+            record |= {"guards": guards, "fallen": [*fallen]}
+        self._record(record, values)
+        better, self._status = self._note_evaluation(step, metrics, bool(fallen)), "training"
         shown = [f"{metric_name(key)} {value:.4f}" for key, value in metrics.items() if is_number(value)]
         self.message(f"eval {step}: " + "  ".join(shown) + (", best" if better else ""))
+        if guards:
+            changes = [f"{task} {change:+.4f}" + " fell" * (task in fallen) for task, change in guards.items()]
+            self.message(f"guards {step}: " + "  ".join(changes) + ", not kept as best" * bool(fallen))
         if step:  # a single point needs no curve, and matplotlib is slow
             self.draw()
 
@@ -186,7 +203,7 @@ class Reporter:
         records = [r for r in read_metrics(file) if r["step"] <= self.first_step] if self.first_step else []
         for record in records:
             if record["type"] == "eval":
-                self._note_evaluation(record["step"], record.get("metrics", {}))
+                self._note_evaluation(record["step"], record.get("metrics", {}), bool(record.get("fallen")))
         files.write_file(file, "".join(json.dumps(_clean(r)) + "\n" for r in records))
         if not self.first_step:
             (self.folder / CURVES_FILE).unlink(missing_ok=True)
@@ -212,12 +229,15 @@ class Reporter:
             if first:
                 self.warn(f"{METRICS_FILE} could not be written: {error.strerror}; it waits for room")
 
-    def _note_evaluation(self, step: int, metrics: dict[str, Any]) -> bool:
-        """Keep the last and the best evaluation. Return True if this one is better than an earlier one."""
+    def _note_evaluation(self, step: int, metrics: dict[str, Any], fallen: bool = False) -> bool:
+        """Keep the last and the best evaluation. Return True if this one is better than an earlier one.
+
+        `fallen`: whether a guard has fallen, so that it is not the best one.
+        """
         self._shown |= {key: metrics.get(key) for key in (MAIN_METRIC, "validation_loss")}
         score = metrics.get(MAIN_METRIC)
         before = self._best
-        if not is_number(score):
+        if not is_number(score) or fallen:
             return False
         if before is None or score > before[0]:
             self._best = (score, step)

@@ -31,13 +31,14 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import distributed, improvement, nothing_learnt
+from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
 from mlx_retrieval.training.estimate_job import retrieval_job, samples
 from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.example_rows import example_lines
+from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, gb
@@ -65,6 +66,7 @@ class RetrievalRun:
     trainer: Trainer
     data: RunData
     evaluations: Evaluations | None
+    guards: Guards | None
     retrieval: RetrievalConfig
     start: StartingModel
     base: Path  # the base model's folder
@@ -137,6 +139,8 @@ class RetrievalRun:
         self.data.keep(self.folder)
         if self.evaluations:
             self.evaluations.folder = self.folder  # another one than planned, if a run came there meanwhile
+        if self.guards:
+            self.guards.folder = self.folder / guards.FOLDER
 
     def contents(self) -> Contents:
         """Return what the run's data, evaluation and base model hold."""
@@ -144,23 +148,24 @@ class RetrievalRun:
         return {
             "data": trainer.batches.rows.contents(),
             "validation": trainer.validation.rows.contents() if trainer.validation else [],
-            "evaluation": evaluation_contents(self.data.eval_tasks),
+            "evaluation": evaluation_contents([*self.data.eval_tasks, *self.settings.guard]),
             BASE: base_contents(self.base, self.folder),
             ADAPTER: self.start.contents(),
         }
 
     def restore(self, changed: set[str]) -> None:
         """Before a resumed run continues, read back its evaluations, unless they were of other data."""
-        if not self.evaluations:
-            return
-        if "evaluation" in changed:
-            self.evaluations.forget()
-        else:
-            self.evaluations.restore(self.trainer.state.best_step, self.trainer.state.step)
+        for evaluations in filter(None, (self.evaluations, self.guards)):
+            if "evaluation" in changed:
+                evaluations.forget()
+            else:
+                evaluations.restore(self.trainer.state.best_step, self.trainer.state.step)
 
     def results(self) -> dict:
         """Return the content of `results.json`: metrics before and after, averaged over the tasks."""
         results = self.evaluations.results() if self.evaluations else {"before": None, "after": None}
+        if self.guards:
+            results["guards"] = self.guards.results()
         if self.settings.skip_bad_batches:
             results["skipped_batches"] = self.trainer.state.skipped_batches
         return results
@@ -170,6 +175,8 @@ class RetrievalRun:
         if not self.evaluations:
             return ""
         self.evaluations.print()
+        if self.guards:
+            self.guards.print()
         return self.evaluations.verdict()
 
     def report(self) -> Report | None:
@@ -186,6 +193,9 @@ class RetrievalRun:
             report = loss_report(self.folder)
         else:
             return None
+        if self.guards:
+            rows = [f"{task} {before} → {after} ({change})" for task, before, after, change, _ in self.guards.rows()]
+            report.notes.append(f"Guards, nDCG@10: {', '.join(rows)}; each may lose {settings.guard_tolerance:g}.")
         add_survey(report, settings, self.trainer.batches, self.retrieval.task)
         parameters = count_parameters(self.trainer.model)[0]
         report.defaults = model_defaults(settings, parameters, self.retrieval.reranker)
@@ -277,18 +287,21 @@ def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
 
 def make_evaluator(
     settings: Settings,
-    data: RunData,
+    tasks: Callable[[], list[str]],
     model: RetrievalModel,
     retrieval: RetrievalConfig,
     tokenizer: TextTokenizer,
 ) -> Callable[[], tuple[Evaluation | None, Evaluation]]:
-    """Return the function of `Evaluations`; it evaluates the weights that the model has when the function is called."""
+    """Return the function of `Evaluations`; it evaluates the weights that the model has when the function is called.
+
+    `tasks` returns the tasks to evaluate on, as they are called by then.
+    """
     rules = settings.folder_rules
     if retrieval.task == "rerank":
         reranker = Reranker.of(model, retrieval.override(activation=""), tokenizer, settings.model)  # as eval.py
-        return lambda: evaluate_reranker(reranker, data.eval_tasks, depth=settings.rerank_depth, rules=rules)
+        return lambda: evaluate_reranker(reranker, tasks(), depth=settings.rerank_depth, rules=rules)
     embedder = Model(model, retrieval, tokenizer, settings.model)
-    return lambda: (None, evaluate(embedder, data.eval_tasks, rules=rules))
+    return lambda: (None, evaluate(embedder, tasks(), rules=rules))
 
 
 def prepare(settings: Settings) -> RetrievalRun:
@@ -320,26 +333,31 @@ def prepare(settings: Settings) -> RetrievalRun:
     if data.validation:
         size = min(settings.batch_size, len(data.validation))
         validation = make_batches(settings, retrieval, data.validation, tokenizer, size)
-    improvement.check_evaluated(settings, bool(data.eval_tasks or validation))
+    evaluated = bool(data.eval_tasks or validation)
+    improvement.check_evaluated(settings, evaluated)
+    guards.check(settings, data.eval_tasks, evaluated)
 
     def save_model(target: Path) -> None:
         loading.save_model(target, model, adapter_config, retrieval)
         write_yaml(settings, target / "config.yaml")
 
-    evaluations = None
+    evaluations = guarding = None
+    make = partial(make_evaluator, settings, model=model, retrieval=retrieval, tokenizer=tokenizer)
     if data.eval_tasks and distributed.is_main():
-        evaluations = Evaluations(make_evaluator(settings, data, model, retrieval, tokenizer), settings.folder)
+        evaluations = Evaluations(make(lambda: data.eval_tasks), settings.folder)
+    if settings.guard and distributed.is_main():
+        guarding = Guards(make(lambda: settings.guard), settings.folder, settings.guard_tolerance)
     one, other = nothing_learnt.PROBE
     probe = (
         tokenizer([(one, [one, other])]).texts if retrieval.task == "rerank" else tokenizer([one, other], "document")
     )
-    trainer = Trainer(model, batches, objective, settings, save_model, evaluations, validation, probe)
-    if evaluations and not data.questions:
+    trainer = Trainer(model, batches, objective, settings, save_model, evaluations, guarding, validation, probe)
+    if distributed.is_main() and (tasks := [*([] if data.questions else data.eval_tasks), *settings.guard]):
         # A wrong name or folder is reported now, not after a hundred steps.
-        load_tasks(data.eval_tasks, rules=settings.folder_rules)
+        load_tasks(tasks, rules=settings.folder_rules)
     headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings)) + data.lines
     headline += example_lines(rows, tokenizer, settings.random_negatives)
     if settings.micro_batch_tokens == "auto":
         headline.append(("memory", str(trainer.fit_memory())))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
-    return RetrievalRun(settings, trainer, data, evaluations, retrieval, start, base, outlook, headline)
+    return RetrievalRun(settings, trainer, data, evaluations, guarding, retrieval, start, base, outlook, headline)

@@ -18,7 +18,7 @@ from mlx_retrieval.training import contents, distributed
 from mlx_retrieval.training.checkpoint import HELD_OUT, is_saved
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils import files, toolkit
-from mlx_retrieval.utils.text import quantity
+from mlx_retrieval.utils.text import located, quantity
 
 Lines = list[tuple[str, str]]  # name, text
 
@@ -63,7 +63,10 @@ def open_data(settings: Settings) -> RunData:
     data = RunData(rows, validation, lines, settings.eval_tasks or [])
     if settings.eval_tasks is None:
         _choose_evaluation(data, settings)
-    for task in settings.eval_tasks or []:
+    if settings.guard:
+        allowed = f"each may lose {settings.guard_tolerance:g} of nDCG@10"
+        data.lines.append(("guards", f"{', '.join(str(located(Path(task))) for task in settings.guard)}: {allowed}"))
+    for task in (*(settings.eval_tasks or []), *settings.guard):
         _warn_of_trained(data, Path(task).expanduser())
     if not data.eval_tasks and not validation and not any(name == "judged on" for name, _ in data.lines):
         given = "--holdout 0" if settings.eval_tasks is None else "--eval-tasks without a name"

@@ -10,21 +10,12 @@ from mlx_retrieval.utils.errors import SettingError
 
 def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
-    names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project")
+    names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project", "guard")
     positive = ("batch_size", "xtr_k", "steps_per_report")
     counts = ("gradient_accumulation_steps", "save_steps", "stop_after", "keep")
-    not_negative = (
-        *counts,
-        "profile",
-        "early_stopping",
-        "warmup",
-        "weight_decay",
-        "max_grad_norm",
-        "beta",
-        "seed",
-        "hardness",
-    )
-    not_negative += ("projection_dim", "margin_weight", "spread_weight", "random_negatives", "rank_timeout")
+    not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
+    not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
+    not_negative += ("hardness", "spread_weight", "guard_tolerance")
     checks = [
         *((all(_texts(getattr(settings, name))), name, "must not be empty") for name in names),
         *((getattr(settings, name) > 0, name, "must be above 0") for name in positive),
@@ -77,6 +68,11 @@ def check(settings: Any) -> None:
             "require_improvement",
             "needs the evaluation before training, and {skip_eval_init} leaves it out",
         ),
+        (
+            not (settings.guard and settings.skip_eval_init),
+            "guard",
+            "needs the evaluation before training, and {skip_eval_init} leaves it out",
+        ),
         (settings.resume or not settings.accept_changed_data, "accept_changed_data", "is for {resume}"),
         ("query-document" in settings.directions, "directions", "must have query-document, which holds the positive"),
         (len({*settings.directions}) == len(settings.directions), "directions", "names a direction twice"),
@@ -108,7 +104,8 @@ def check(settings: Any) -> None:
     for good, name, message in (*_numbers(settings), *checks):
         if not good:
             value = getattr(settings, name)
-            shown = "" if value is True or message == "must not be empty" else f" {value}"
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            shown = "" if value is True or message == "must not be empty" else f" {words}"
             raise SettingError(f"{{{name}}}{{value}}: {message}", value=shown, chosen=settings.loss)
 
 

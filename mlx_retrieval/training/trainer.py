@@ -28,6 +28,7 @@ from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, learning
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.gradient_cache import GradientCache, Objective, StepResult
+from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import SettingError, UserError
 
@@ -42,6 +43,7 @@ class Trainer(BaseTrainer):
         batches: `stream(first, last)` gives the batches of steps first+1 to last.
         objective: see `Objective`.
         evaluations: evaluates the model at a step; None = no evaluation.
+        guards: evaluates the model on the tasks that it must not get worse at; None = there are none.
         validation: batches whose loss is reported at every evaluation; None = none.
         probe_texts: texts whose representations are compared before and after training; None = none.
     """
@@ -54,6 +56,7 @@ class Trainer(BaseTrainer):
         settings: Settings,
         save_model: Callable[[Path], None],
         evaluations: Evaluations | None = None,
+        guards: Guards | None = None,
         validation: Batches | None = None,
         probe_texts: Texts | None = None,
     ):
@@ -62,6 +65,7 @@ class Trainer(BaseTrainer):
         super().__init__(model, optimizer, State(), settings, save_model)
         self.batches = batches
         self.evaluations = evaluations
+        self.guards = guards
         self.validation = validation
         self.probe_texts = probe_texts
         budget = settings.micro_batch_tokens
@@ -215,16 +219,22 @@ class Trainer(BaseTrainer):
             count = min(VALIDATION_BATCHES, len(self.validation.rows) // self.validation.size)
             losses = [self.grad_cache.loss(self.validation.batch(k)) for k in range(count)]
             metrics["validation_loss"] = sum(losses) / len(losses)
+        changes = {}
+        if self.guards:
+            for line in self.guards(step).unreachable.values():
+                self.reporter.warn(line)
+            changes, self.state.fallen = self.guards.changes(), [*self.guards.fallen()]
         if metrics:
-            self.reporter.evaluation(step, metrics, tasks)
+            self.reporter.evaluation(step, metrics, tasks, changes, self.state.fallen)
         self.reporter.status("")
         return metrics
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Note an evaluation, and save the model to `best` if it is better than untrained and at all steps before."""
         super().keep_best(metrics)
-        if self.evaluations and 0 < self.state.step == self.state.best_step:
-            self.evaluations.keep_best()
+        if 0 < self.state.step == self.state.best_step:
+            for evaluations in filter(None, (self.evaluations, self.guards)):
+                evaluations.keep_best()
 
     def probe(self) -> np.ndarray | None:
         """Return the representations of the probe's texts, as one row (N,)."""

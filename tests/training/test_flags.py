@@ -337,7 +337,7 @@ def test_directions_and_denominator(settings):
     both = ["query-document", "query-query"]
     assert loss_of(settings(directions=both), warm=False) > plain
     assert loss_of(settings(directions=both, denominator="each"), warm=False) != loss_of(settings(directions=both))
-    for directions, message in ([["query-query"], "must have query-document"], [both * 2, "twice"]):
+    for directions, message in ([["query-query"], "--directions query-query: must have"], [both * 2, "twice"]):
         with pytest.raises(UserError, match=message):
             settings(directions=directions)
     with pytest.raises(UserError, match="--denominator each: needs several --directions"):
@@ -578,6 +578,7 @@ def small_task(tmp_path: Path) -> Path:
     return folder
 
 
+# What guard and guard_tolerance do, test_guards.py shows.
 def test_holdout(settings):
     """More rows are held out by default, none for 0; test_run_data.py looks closer."""
     counts = {}

@@ -381,7 +381,7 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
     evaluations = Evaluations(lambda: None, tmp_path)
     evaluations.first_stage, evaluations.before = evaluation("BM25", 0.5, 0.7), before
     evaluations.last = Step(9, evaluation("r", 0.4, 0.6))
-    run = RetrievalRun(Settings(output=str(tmp_path)), None, None, evaluations, None, None, tmp_path, None, [])
+    run = RetrievalRun(Settings(output=str(tmp_path)), None, None, evaluations, None, None, None, tmp_path, None, [])
     run.print_results()
     out = capsys.readouterr().out
     head, row = (next(line.split() for line in out.splitlines() if word in line) for word in ("metric", " nDCG@10"))

@@ -1,0 +1,95 @@
+"""Tasks on which a model must not get worse while it learns another: --guard.
+
+guards = Guards(evaluate, Path("adapters/mine"), tolerance=0.002)
+guards(0); guards(50); guards.fallen()              # {"eval-data": -0.0131}
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.evaluations import Evaluations
+from mlx_retrieval.utils.console import print_rows
+from mlx_retrieval.utils.errors import SettingError
+
+FOLDER = "guards"  # of their results, in the run's folder
+METRIC = "ndcg_at_10"
+
+
+def check(settings: Settings, tasks: list[str], evaluated: bool) -> None:
+    """Raise UserError if guards cannot guard.
+
+    Args:
+        tasks: that the run is judged on.
+        evaluated: whether a step of the run can be its best.
+    """
+    if not settings.guard:
+        return
+    if not evaluated:
+        raise SettingError("{guard}: nothing is evaluated, so no step is kept as the best")
+    judging = {Path(task).expanduser().resolve() for task in tasks}
+    for task in settings.guard:
+        if Path(task).expanduser().resolve() in judging:
+            raise SettingError("{guard} {task}: the run is judged on this task; a guard is another one", task=task)
+
+
+class Guards(Evaluations):
+    """Evaluates the model on its guards, and knows by how much each has changed.
+
+    Args:
+        evaluate: returns None and the result of the model as it is now; see `Evaluations`.
+        run: the run's folder.
+        tolerance: of nDCG@10; a guard that loses more has fallen.
+    """
+
+    def __init__(self, evaluate: Callable[[], tuple[None, Evaluation]], run: Path, tolerance: float):
+        super().__init__(evaluate, run / FOLDER)
+        self.tolerance = tolerance
+
+    def __call__(self, step: int) -> Evaluation:
+        self.folder.mkdir(exist_ok=True)
+        return super().__call__(step)
+
+    def changes(self) -> dict[str, float]:
+        """Return task -> what the last step's nDCG@10 differs from the untrained model's; {} before a step."""
+        if not self.before or not self.last:
+            return {}
+        now = self.last.evaluation.tasks
+        return {task: now[task][METRIC] - old[METRIC] for task, old in self.before.tasks.items() if task in now}
+
+    def fallen(self) -> dict[str, float]:
+        """Return the changes of those tasks that the last step has lost more of than the tolerance."""
+        return {task: change for task, change in self.changes().items() if change < -self.tolerance}
+
+    def results(self) -> dict[str, Any]:
+        """Return task -> {"before": nDCG@10, "after": that of the model in `best`, or of the last step}."""
+        before = self.before.tasks if self.before else {}
+        after = self.after.evaluation.tasks if self.after else {}
+        return {
+            task: {"before": scores[METRIC], "after": after[task][METRIC]}
+            for task, scores in before.items()
+            if task in after
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Return a row of figures for each task: name, before, after, difference, its interval."""
+        rows = []
+        for task in self.results():
+            before, after = (_only(task, evaluation) for evaluation in (self.before, self.after.evaluation))
+            _, old, new, difference, low, high = compare(before, after)[0]
+            rows.append((task, f"{old:.4f}", f"{new:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
+        return rows
+
+    def print(self) -> None:
+        """Print the table of the guards."""
+        if self.after and self.before:
+            title = f"guards, {METRICS[METRIC]}, before training and after step {self.after.number:,}"
+            print_rows(title, ("task", "before", "after", "difference", "95 % interval"), self.rows())
+
+
+def _only(task: str, evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation's figures of one task."""
+    return replace(evaluation, tasks={task: evaluation.tasks[task]})

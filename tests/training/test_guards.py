@@ -1,0 +1,146 @@
+"""Guards: tasks on which a model must not get worse; a step at which one has fallen is never the best.
+
+python -m pytest tests/training/test_guards.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from beir_folders import write_folder
+
+from mlx_retrieval.evaluation.results import METRICS, Evaluation
+from mlx_retrieval.training import improvement
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.guards import Guards
+from mlx_retrieval.training.reporting import Reporter
+from mlx_retrieval.training.state import State
+from mlx_retrieval.utils.errors import UserError
+
+
+def evaluation(**tasks: float) -> Evaluation:
+    """Three queries of each task, all with the task's score."""
+    per_query = {task: {m: dict.fromkeys(("a", "b", "c"), score) for m in METRICS} for task, score in tasks.items()}
+    return Evaluation("toy", {task: dict.fromkeys(METRICS, score) for task, score in tasks.items()}, per_query, {})
+
+
+@pytest.fixture
+def guards(tmp_path):
+    """Guards of two tasks with the given results, one after the other."""
+
+    def make(*results: Evaluation, tolerance: float = 0.002) -> Guards:
+        following = iter(results)
+        return Guards(lambda: (None, next(following)), tmp_path, tolerance)
+
+    return make
+
+
+def test_a_guard_falls_if_it_loses_more_than_the_tolerance(guards):
+    guard = guards(evaluation(code=0.5, prose=0.4), evaluation(code=0.4985, prose=0.39), tolerance=0.002)
+    guard(0)
+    assert guard.changes() == {} == guard.fallen()
+    guard(10)
+    assert guard.changes() == pytest.approx({"code": -0.0015, "prose": -0.01})
+    assert guard.fallen() == pytest.approx({"prose": -0.01})
+
+
+def test_their_table_is_of_the_best_step(guards, capsys):
+    guard = guards(evaluation(code=0.5), evaluation(code=0.51), evaluation(code=0.2))
+    guard(0)
+    guard(10)
+    guard.keep_best()
+    guard(20)
+    assert guard.results() == {"code": {"before": 0.5, "after": 0.51}}
+    guard.print()
+    out = capsys.readouterr().out
+    assert "after step 10" in out and "+0.0100" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_they_are_restored(guards):
+    first = guards(evaluation(code=0.5), evaluation(code=0.51))
+    first(0)
+    first(10)
+    first.keep_best()
+    again = guards(evaluation(code=0.3))
+    again.restore(10, 10)
+    assert again.results() == first.results()
+    again(20)
+    assert [*again.fallen()] == ["code"]
+
+
+def test_a_step_with_a_fallen_guard_is_not_the_best():
+    state = State()
+    improvement.note(state, {"ndcg_at_10": 0.5})
+    state.step, state.fallen = 10, ["code"]
+    assert not improvement.note(state, {"ndcg_at_10": 0.9}) and state.best == 0.5
+    assert improvement.improved(state) is False and state.evaluations_since_best == 1
+    (line,) = improvement.conclusion(state, Path("nowhere"))
+    assert line == ("no best", "nDCG@10 0.9000 after training, 0.5000 before, but code fell: no step was better and "
+                    "kept its guards")  # fmt: skip
+    state.step, state.fallen = 20, []
+    assert improvement.note(state, {"ndcg_at_10": 0.8}) and state.best_step == 20
+
+
+def test_the_last_step_may_have_lost_a_guard(tmp_path):
+    (tmp_path / "best").mkdir()
+    state = State(step=20, metric="ndcg_at_10", untrained=0.5, best=0.6, best_step=10, last=0.7, fallen=["code"])
+    assert ("last", "nDCG@10 0.7000 at step 20, but code fell there") in improvement.conclusion(state, tmp_path)
+
+
+def test_the_reporter_does_not_call_it_the_best(tmp_path, capsys):
+    with Reporter(tmp_path, 3) as reporter:
+        reporter.evaluation(0, {"ndcg_at_10": 0.5})
+        reporter.evaluation(1, {"ndcg_at_10": 0.9}, {}, {"code": -0.01, "prose": 0.001}, ["code"])
+        reporter.evaluation(2, {"ndcg_at_10": 0.6}, {}, {"code": 0.0, "prose": 0.001}, [])
+    lines = capsys.readouterr().out.splitlines()
+    assert "eval 1: nDCG@10 0.9000" in lines and "eval 2: nDCG@10 0.6000, best" in lines
+    assert "guards 1: code -0.0100 fell  prose +0.0010, not kept as best" in lines
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records[1]["fallen"] == ["code"] and "guards" not in records[0]
+
+
+@pytest.fixture
+def settings(tmp_path, small):
+    """A run of two steps, judged on one small task and guarded by another."""
+    texts = ["dogs bark", "cats meow", "cows moo"]
+    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]
+    queries = [{"_id": "q0", "text": "which animal barks"}, {"_id": "q1", "text": "meow"}]
+    for name in ("task", "other"):
+        write_folder(tmp_path / name, corpus, queries, "q0\td0\t1\nq1\td1\t1\n")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"query": f"q {i}", "document": f"d {i}"}) + "\n" for i in range(20)))
+
+    def make(**changes) -> Settings:
+        defaults = {"model": small, "data": [str(rows)], "batch_size": 4, "steps": 2, "lora_rank": 2, "save_steps": 0}
+        defaults |= {"eval_tasks": [str(tmp_path / "task")], "guard": [str(tmp_path / "other")]}
+        return Settings(**defaults | {"output": str(tmp_path / "run")} | changes)
+
+    return make
+
+
+def test_guard_and_guard_tolerance_of_a_run(settings, capsys):
+    """A tolerance that nothing can break, in a run from its first line to its last."""
+    chosen = settings(guard_tolerance=1.0)
+    results = training_run.train(chosen)
+    assert set(results["guards"]) == {"other"} and set(results["guards"]["other"]) == {"before", "after"}
+    out = capsys.readouterr().out
+    assert "may lose 1 of nDCG@10" in out and "guards 2: other " in out and "guards, nDCG@10, before training" in out
+    assert (Path(chosen.output) / "guards" / "before.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guard": ["task"]}, "the run is judged on this task"),
+        ({"skip_eval_init": True}, "--guard .*other: needs the evaluation before training, and --skip-eval-init"),
+        ({"eval_tasks": []}, "--guard: nothing is evaluated"),
+        ({"guard": [""]}, "--guard: must not be empty"),
+        ({"guard_tolerance": -0.1}, "--guard-tolerance -0.1: must not be negative"),
+        ({"guard": ["no-such-folder/here"]}, "no-such-folder"),
+    ],
+)
+def test_guards_that_cannot_guard_are_refused(settings, changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        training_run.prepare(settings(**changes))
