@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_retrieval.backend import device_errors
+
 import numpy as np
 
 from mlx_retrieval import backend
@@ -194,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-@command("embed.py")
+@command("embed.py", explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if a check fails, 2 for an error the user can fix."""
     backend.prepare()

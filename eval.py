@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_retrieval.backend import device_errors
+
 from mlx_retrieval import backend
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.evaluation import comparison
@@ -188,7 +190,7 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     return output
 
 
-@command("eval.py")
+@command("eval.py", explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, 1 if some tasks were unreachable, or 2 for an error or no task at all."""
     backend.prepare()

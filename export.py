@@ -20,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_retrieval.backend import device_errors
+
 from mlx_retrieval import backend
 from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output
 from mlx_retrieval.exporters.limits import MISSED
@@ -142,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-@command("export.py")
+@command("export.py", explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if a limit is missed, or 2 for an error the user can fix."""
     backend.prepare()

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_retrieval.backend import device_errors
+
 import numpy as np
 
 from mlx_retrieval import backend
@@ -375,7 +377,7 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-@command("mine.py")
+@command("mine.py", explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0; see docs/troubleshooting.md for the exit codes of errors."""
     backend.prepare()

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlx_retrieval.backend import device_errors
+
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.text_files import Text, read_text_rows
 from mlx_retrieval.inference.finite import NonFiniteError
@@ -145,7 +147,7 @@ def check_model(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("rerank.py")
+@command("rerank.py", explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if a check fails, 2 for a user's error, 130 after Ctrl-C."""
     backend.prepare()

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_retrieval.backend import device_errors
+
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.source_code import file_tree
@@ -228,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-@command("search.py")
+@command("search.py", explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, 2 for an error of the user, or 130 after Ctrl-C."""
     backend.prepare()

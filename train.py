@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_retrieval.backend import device_errors
+
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.sources import local, weight_of
 from mlx_retrieval.training import distributed, flags, improvement, output_folder
@@ -53,7 +55,7 @@ def resumed_settings(given: dict) -> Settings:
     saved = Settings(**read_yaml(folder / "config.yaml")).with_absolute_paths()
     wanted = for_task(given.get("task"), given).with_absolute_paths()
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
-    free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs"}
+    free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs", "micro_batch_tokens"}
     differing = [name for name in given if name not in free and getattr(saved, name) != getattr(wanted, name)]
     if differing:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
@@ -125,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     return flags.parser(DESCRIPTION, EPILOG)
 
 
-@command("train.py", goes_on=True)
+@command("train.py", goes_on=True, explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, see EPILOG."""
     backend.prepare()

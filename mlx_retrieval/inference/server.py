@@ -23,6 +23,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from mlx_retrieval.backend.device_errors import DeviceError
+
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -142,7 +144,7 @@ async def _refused(request: Request, error: Exception) -> Response:
         return _error(error.status_code, str(error.detail), error.headers)
     if isinstance(error, RequestValidationError):
         return _error(400, _message(error))
-    if isinstance(error, NonFiniteError):  # the model's fault, not the request's
+    if isinstance(error, NonFiniteError | DeviceError):  # not the request's fault
         logging.getLogger("uvicorn.error").error(str(error))
         return _error(500, str(error))
     if isinstance(error, UserError):
@@ -334,7 +336,7 @@ def run(
     for part in (reranker, model):
         if part is not None:
             part.limit_shapes()
-    # Weights are computed when they are first used, and only the thread that loaded them can do that: this one.
+    # A first pass makes the kernels that every pass needs; no request should wait for them.
     if reranker is not None:
         reranker.score_groups([("first", ["text"])])
     if model is not None:

@@ -26,6 +26,13 @@ class MicroBatch(NamedTuple):
     # Keys and values, one pair a layer, of tokens that all rows have before their own.
     past: list[tuple[mx.array, mx.array]] | None = None
 
+    def rows(self, first: int, last: int) -> "MicroBatch":
+        """Return rows `first` to `last` - 1, in the same padding."""
+        if (first, last) == (0, len(self.ids)):
+            return self
+        columns = (None if column is None else column[first:last] for column in self[:5])
+        return MicroBatch(*columns, self.past)
+
 
 @dataclass(frozen=True)
 class Texts:

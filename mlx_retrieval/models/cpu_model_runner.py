@@ -171,8 +171,6 @@ class CpuModelRunner(ModelRunner):
         super().__init__(model)
         self.workers = backend.WORKERS
         self._adapters = merged_lora.mergeable(model)
-        # A worker can compute nothing that another thread left uncomputed, such as constants made with the model.
-        mx.eval([[v for v in (*m.values(), *vars(m).values()) if isinstance(v, mx.array)] for m in model.modules()])
         self._functions = [CompiledFunctions(model, self._adapters) for _ in range(self.workers)]
 
     def limit_shapes(self) -> None:

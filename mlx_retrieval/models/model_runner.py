@@ -8,18 +8,29 @@ rounding, and each gives the same bits for the same micro-batches.
 from collections.abc import Iterator, Sequence
 
 from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend.device_errors import halved
 
 from mlx.utils import tree_map
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import gradient_checkpointing
 from mlx_retrieval.models.batching import MicroBatch
-from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.heads import RetrievalModel, YesNoHead
 
 SERVED_GRID = 8  # padded lengths in a server are multiples of this at least: see `ModelRunner.limit_shapes`
 # By the number of a micro-batch: the matrix products of its forward pass, which the backward pass then need not
 # repeat. The backward pass empties it.
 SavedProducts = dict[int, list[mx.array]]
+
+
+def evaluate_weights(model: RetrievalModel) -> None:
+    """Compute the weights and constants that a pass needs: only the thread that made them lazily can do that.
+
+    The output layer of a language model stays unread where the head does not judge by its logits.
+    """
+    trunk = model.backbone if isinstance(model.head, YesNoHead) else model.backbone.trunk
+    modules = [*trunk.modules(), *model.head.modules()]
+    mx.eval([[v for v in (*m.values(), *vars(m).values()) if isinstance(v, mx.array)] for m in modules])
 
 
 class ModelRunner:
@@ -32,6 +43,7 @@ class ModelRunner:
         compiled: whether passes run as compiled functions.
         workers: micro-batches computed at the same time.
         length_grid: padded lengths are multiples of this; pass it to `batching.micro_batches`.
+        most_tokens: what the device could compute at once, padding included, after it failed; None = it has not.
     """
 
     compiled = False
@@ -40,6 +52,8 @@ class ModelRunner:
         self.model = model
         self.workers = 1
         self.length_grid = backend.LENGTH_GRID
+        self.most_tokens: int | None = None
+        evaluate_weights(model)
 
     def limit_shapes(self) -> None:
         """Meet fewer shapes from now on, so that a server's memory does not grow with every length and batch size."""
@@ -56,13 +70,31 @@ class ModelRunner:
         Args:
             seeds: dropout seed of each micro-batch; None = do not seed.
             saved: filled with products that `gradient` of the same micro-batches can reuse; unused by this class.
+
+        Without seeds, what the device cannot compute at once is computed in parts; DeviceError if one row is too much.
+        With seeds RuntimeError: the gradient must see the same micro-batches, and a trainer repeats the whole step.
         """
         for i, micro_batch in enumerate(micro_batches):
-            if seeds is not None:
+            if seeds is None:
+                yield self._in_parts(micro_batch)
+            else:
                 gradient_checkpointing.seed(int(seeds[i]))
-            result = mx.stop_gradient(self.model(micro_batch))
-            mx.eval(result)
-            yield result
+                yield self._evaluated(micro_batch)
+
+    def _evaluated(self, micro_batch: MicroBatch) -> mx.array:
+        result = mx.stop_gradient(self.model(micro_batch))
+        mx.eval(result)
+        return result
+
+    def _in_parts(self, micro_batch: MicroBatch) -> mx.array:
+        """Return the representations of a micro-batch, computed in as many parts as the device needs."""
+        rows, length = micro_batch.ids.shape
+        most = rows if self.most_tokens is None else max(1, self.most_tokens // length)
+        parts = list(halved(lambda *part: self._evaluated(micro_batch.rows(*part)), 0, rows, most))
+        if len(parts) == 1:
+            return parts[0]
+        self.most_tokens = length * max(map(len, parts))
+        return mx.concatenate(parts)
 
     def gradient(
         self,

@@ -5,11 +5,13 @@ trainer.py builds on it for retrieval models, chat/trainer.py for chat models; r
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mlx_retrieval.backend import nn
+from mlx_retrieval.backend import device_errors, nn
+from mlx_retrieval.backend.device_errors import DeviceError
 
 import mlx.optimizers as optim
 import numpy as np
@@ -68,6 +70,7 @@ class BaseTrainer(ABC):
         self.save_model = save_model
         self.reporter: Reporter | NullReporter = NullReporter()
         self.saved_step = -1
+        self._changing = False  # whether the weights in memory are those of no step
 
     @property
     def folder(self) -> Path:
@@ -147,10 +150,16 @@ class BaseTrainer(ABC):
         """Before an error ends the run, save the state; return a text about it for the error's message."""
         if not self.state.step or not distributed.is_main():
             return ""
+        if self._changing:
+            return "; it came while the weights changed, so only what was saved before is whole"
         try:
             self.save()
         except files.SaveError as error:
             return f" ({error})"
+        except RuntimeError as error:
+            if not device_errors.is_device_error(error):
+                raise
+            return "; what the device holds can no longer be saved, and what was saved before is whole"
         return f"; the state after step {self.state.step} is saved"
 
     def resume(self, folder: Path) -> None:
@@ -182,6 +191,33 @@ class BaseTrainer(ABC):
             examples=examples,
             listing=listing,
         )
+
+    # --- errors of the GPU --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Note that the weights change in this block; after an error in it, they are not saved."""
+        self._changing = True
+        yield
+        self._changing = False
+
+    def recover(self, happened: str) -> None:
+        """Bring the device to rest after an error, so that work can be repeated. DeviceError if it is of no more use.
+
+        Args:
+            happened: the error, see `device_errors.what_happened`.
+        """
+        try:
+            device_errors.drain()
+        except RuntimeError as error:  # seen with CUDA, where other processes had the rest of the card's memory
+            raise DeviceError(
+                f"{happened}, and this process can no longer use the device ({error}). Free some of its memory and "
+                "continue from what was saved last with --resume"
+            ) from error
+
+    def lighter(self) -> str:
+        """Return the flags with which a resumed run does less at once, for a message; "" = there are none."""
+        return ""
 
     # --- several ranks ------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ SHARE = 0.8 if backend.IS_GPU else 0.6
 MOST = GRID[-1] if backend.IS_GPU else backend.MICRO_BATCH_TOKENS
 MEMINFO = Path("/proc/meminfo")
 SAMPLES = 2  # batches that `fit` should see
-SHORTAGE = ("out of memory", "outofmemory", "insufficient memory", "unable to allocate", "attempting to allocate")
 
 
 @dataclass(frozen=True)
@@ -174,12 +173,3 @@ def _set_limits(whole: int, estimate: int) -> None:
         _bound_cache(whole, estimate)
     if platform.system() == "Darwin" and mx.metal.is_available():
         mx.set_wired_limit(int(backend.device_info()["max_recommended_working_set_size"]))
-
-
-# --- when it was not enough -----------------------------------------------------------------------------------------
-
-
-def is_shortage(error: RuntimeError) -> bool:
-    """Return whether Metal or CUDA reports that memory ran out. On CPUs mlx crashes then, or the process is killed."""
-    message = str(error).lower()
-    return any(words in message for words in SHORTAGE)

@@ -26,6 +26,7 @@ from mlx_retrieval.training.example_rows import without_examples
 from mlx_retrieval.training.improvement import UNTRAINED
 from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
+from mlx_retrieval.training.rescue import rescuing
 from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines
@@ -214,7 +215,11 @@ def take_steps(trainer: BaseTrainer) -> None:
     if trainer.stopped_early or trainer.state.step >= last:
         return
     mx.reset_peak_memory()  # loading is over
-    with noted_signals() as signals, distributed.rescuing(trainer.save_last_good):
+    with (
+        noted_signals() as signals,
+        distributed.rescuing(trainer.save_last_good),
+        rescuing(trainer, continue_command(trainer.folder)),
+    ):
         try:
             trainer.train(last, lambda record: after_step(trainer, record, last, signals))
         except RunInterrupted as interrupt:

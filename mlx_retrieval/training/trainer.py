@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import device_errors, mx
 
 import mlx.optimizers as optim
 import numpy as np
@@ -30,7 +30,7 @@ from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.gradient_cache import GradientCache, Objective, StepResult
 from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.state import State
-from mlx_retrieval.utils.errors import SettingError, UserError
+from mlx_retrieval.utils.errors import SettingError
 
 VALIDATION_BATCHES = 8
 
@@ -103,7 +103,7 @@ class Trainer(BaseTrainer):
         loss = result.loss.item()
         norm = norm.item()
         if math.isfinite(loss) and math.isfinite(norm):
-            with self.clock("optimizer"):
+            with self.clock("optimizer"), self.changing_weights():
                 self.optimizer.learning_rate = rate
                 self.optimizer.update(self.model, result.grads)
                 mx.eval(self.model.trainable_parameters(), self.optimizer.state)
@@ -162,7 +162,7 @@ class Trainer(BaseTrainer):
         return fit
 
     def _grads_within_memory(self, batch: Batch, seed: int) -> StepResult:
-        """Return `grad_cache(batch, seed)`, repeated with half the budget while memory runs out.
+        """Return `grad_cache(batch, seed)`, repeated with half the budget while the device reports an overload.
 
         Raises UserError if not even a single text fits; on several ranks RuntimeError, as they would no longer agree.
         """
@@ -171,29 +171,26 @@ class Trainer(BaseTrainer):
             try:
                 return cache(batch, seed)
             except RuntimeError as error:
-                if not memory.is_shortage(error) or distributed.size() > 1:
+                if not device_errors.is_overload(error) or distributed.size() > 1:
                     raise
-                reason = str(error).strip().splitlines()[0]
+                happened = device_errors.what_happened(error)
             # Outside the handler: the error holds on to everything that the step had computed.
-            try:
-                mx.clear_cache()
-            except RuntimeError as error:  # seen with CUDA, where other processes had the rest of the card's memory
-                raise UserError(
-                    f"memory ran out ({reason}), and this process can no longer use the device ({error}). Free some of "
-                    "its memory and continue from what was saved last with --resume"
-                ) from error
+            self.recover(happened)
             share = -(-batch.tokens // cache.accumulation) if cache.accumulation else backend.MICRO_BATCH_TOKENS
             budget = min(cache.budget or share, batch.tokens) // 2
             if budget < batch.texts.lengths.max() // 2 or budget == 0:
                 raise SettingError(
-                    "memory ran out on a single text ({reason}); {grad_checkpoint}, a lower {max_length} or a smaller "
-                    "model need less{saved}",
-                    reason=reason,
+                    "{happened}, on a single text; {grad_checkpoint}, a lower {max_length} or a smaller model need "
+                    "less at once{saved}",
+                    happened=happened,
                     saved=self.save_last_good(),
                 )
             cache.budget = self.state.micro_batch_tokens = budget
-            message = f"memory ran out ({reason}): from here on {budget:,} tokens at once, and the step is repeated"
-            self.reporter.warn(message)
+            self.reporter.warn(f"{happened}: from here on {budget:,} tokens at once, and the step is repeated")
+
+    def lighter(self) -> str:
+        """Return the flags with which a resumed run does half as much at once."""
+        return f"--micro-batch-tokens {max(1, (self.grad_cache.budget or backend.MICRO_BATCH_TOKENS) // 2)}"
 
     def restore_budget(self) -> None:
         """After a resume, use the budget that the run had come to, so that it goes on bit for bit, or a lower one."""

@@ -20,7 +20,9 @@ NUMBERS = {"int": "a whole number", "float": "a number"}
 Main = Callable[[Sequence[str] | None], int]
 
 
-def command(program: str, goes_on: bool = False) -> Callable[[Main], Main]:
+def command(
+    program: str, goes_on: bool = False, explain: Callable[[RuntimeError], str | None] = lambda error: None
+) -> Callable[[Main], Main]:
     """Return a decorator for a command's `main`: streams that work, and an exit code for every error of the user.
 
     The exit codes are those of `main`, 2 after an error that the user can fix, the disk's included, and 130 after
@@ -29,6 +31,7 @@ def command(program: str, goes_on: bool = False) -> Callable[[Main], Main]:
     Args:
         program: the name that messages begin with.
         goes_on: whether the command goes on if nothing can be printed any more, and says so once.
+        explain: returns a message for an error of the machine that is no fault of the program, and None for any other.
     """
 
     def decorate(main: Main) -> Main:
@@ -42,6 +45,10 @@ def command(program: str, goes_on: bool = False) -> Callable[[Main], Main]:
                 message, code = str(error), 2
             except OSError as error:
                 message, code = _reason(error), 2
+            except RuntimeError as error:
+                if (reason := explain(error)) is None:
+                    raise
+                message, code = reason, 2
             except KeyboardInterrupt as stop:
                 message, code = str(stop) or "interrupted", 130
             if (reason := streams.flush()) and (code == 0 or message == reason):

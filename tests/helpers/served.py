@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+from mlx_retrieval.backend.device_errors import DeviceError
+
 import numpy as np
 from starlette.testclient import TestClient
 
@@ -41,6 +43,8 @@ class Slow:
             raise UserError("this text is a mistake")
         if "crash" in texts:
             raise RuntimeError("secret details")
+        if "no memory" in texts:
+            raise DeviceError("memory ran out")
 
 
 class Reranker(Slow):

@@ -88,7 +88,7 @@ def test_inputs_of_one_kind_are_embedded_together():
     assert [len(call) - 2 for call in model.calls[1:4]] == [8, 4, 4]
 
 
-@pytest.mark.parametrize(("text", "status"), [("mistake", 400), ("crash", 500)])
+@pytest.mark.parametrize(("text", "status"), [("mistake", 400), ("crash", 500), ("no memory", 500)])
 def test_a_bad_request_among_good_ones(text, status):
     reranker = Reranker()
     with served(reranker) as client:

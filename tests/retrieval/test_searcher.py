@@ -6,12 +6,14 @@ python -m pytest tests/retrieval/test_searcher.py
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import search
+from mlx_retrieval import backend
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import base, lance_index
 from mlx_retrieval.retrieval.base import FileRecord, Hit, IndexInfo, fuse_hits, reciprocal_rank_fusion
@@ -409,3 +411,12 @@ def test_the_command_reranks(indexed, tmp_path, capsys):
     assert len(texts) >= 3 and [hit["score"] for hit in results] == sorted((h["score"] for h in results), reverse=True)
     assert search.main([*command[:-1], str(index / "nothing")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_a_searcher_answers_in_another_thread_than_it_was_made_in(indexed, monkeypatch):
+    """Regression, as on GPUs: "There is no Stream(gpu, 0) in current thread"."""
+    monkeypatch.setattr(backend, "COMPILED", False)
+    searcher = Searcher(indexed[1])
+    with ThreadPoolExecutor(1) as pool:
+        hits = pool.submit(searcher.search, "the chain squeaks").result()
+    assert paths(hits) == paths(searcher.search("the chain squeaks"))

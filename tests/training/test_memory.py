@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
+import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
 
@@ -15,6 +16,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.training import memory
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.gradient_cache import GradientCache
+from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils.errors import UserError
 
 GB = 10**9
@@ -89,15 +91,21 @@ def test_the_dry_run_tells_it_and_the_loss_stays(settings, capsys):
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 
+SHORT = "[metal::malloc] Attempting to allocate 9 bytes\nmore than there is"
+METAL = "[METAL] Command buffer execution failed: "
+WATCHDOG = f"{METAL}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
+FAULT = f"{METAL}Caused GPU Address Fault Error (0000000b:kIOGPUCommandBufferCallbackErrorPageFault)."
+
+
 @pytest.fixture
 def short(monkeypatch):
     """`short(tokens)`: a backend without room for micro-batches of more."""
     original = GradientCache.__call__
 
-    def make(most: int) -> None:
+    def make(most: int, message: str = SHORT) -> None:
         def call(self, batch, seed):
             if (self.budget or backend.MICRO_BATCH_TOKENS) > most:
-                raise RuntimeError("[metal::malloc] Attempting to allocate 9 bytes\nmore than there is")
+                raise RuntimeError(message)
             return original(self, batch, seed)
 
         monkeypatch.setattr(GradientCache, "__call__", call)
@@ -122,7 +130,7 @@ def test_where_memory_runs_out_the_step_is_repeated_with_half(settings, tmp_path
 
 def test_where_not_even_one_text_has_room(settings, short, monkeypatch):
     short(0)
-    with pytest.raises(UserError, match="memory ran out on a single text .*--grad-checkpoint"):
+    with pytest.raises(UserError, match=r"memory ran out \(.*\), on a single text; --grad-checkpoint"):
         train.train(settings())
 
     def fail(*_):
@@ -144,6 +152,62 @@ def test_a_device_that_does_not_recover(settings, short, monkeypatch):
     monkeypatch.setattr(mx, "clear_cache", fail)
     with pytest.raises(UserError, match=r"ran out \(.*Attempting.*illegal memory access.*--resume"):
         trainer.update(trainer.batches.batch(0), 1)
+
+
+def test_the_step_is_repeated_after_other_overloads(settings, short, monkeypatch):
+    """Regression: macOS's watchdog, and what it leaves behind, ended the run with a traceback."""
+    behind = [RuntimeError(f"{METAL}Discarded (victim of GPU error/recovery).")] * 2
+
+    def synchronize():
+        if behind:
+            raise behind.pop()
+
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    trainer = training_run.prepare(settings(micro_batch_tokens=600)).trainer
+    batch = trainer.batches.batch(0)
+    expected = trainer.compute_grads(batch, 1)[0].loss.item()
+    short(150, WATCHDOG)
+    assert trainer.compute_grads(batch, 1)[0].loss.item() == pytest.approx(expected, rel=1e-5)
+    assert not behind and trainer.grad_cache.budget == trainer.state.micro_batch_tokens == 150
+
+
+@pytest.mark.parametrize("where", ["gradient", "update", "evaluation"])
+def test_other_errors_of_the_gpu_save_the_run(settings, tmp_path, monkeypatch, where):
+    """Regression: a traceback, and what was learnt since the last save was lost. Weights in doubt are not saved."""
+    calls, message = [], WATCHDOG if where == "evaluation" else FAULT
+
+    def failing(function):
+        def call(*args):
+            calls.append(args)
+            if len(calls) > 1:
+                raise RuntimeError(message)
+            return function(*args)
+
+        return call
+
+    if where == "gradient":
+        monkeypatch.setattr(GradientCache, "__call__", failing(GradientCache.__call__))
+    elif where == "update":
+        monkeypatch.setattr(optim.AdamW, "update", failing(optim.AdamW.update))
+    else:
+        monkeypatch.setattr(Trainer, "evaluate", failing(lambda *_: {}))
+    trainer = training_run.prepare(settings(steps=3, eval_steps=1, save_steps=int(where == "update"))).trainer
+    with pytest.raises(UserError) as caught:
+        training_run.take_steps(trainer)
+    told, run = str(caught.value), tmp_path / "run"
+    step = 2 if where == "evaluation" else 1
+    reason = "only what was saved before is whole" if where == "update" else f"the state after step {step} is saved"
+    assert message in told and reason in told and f"train.py --resume --output {run} --micro-batch-tokens" in told
+    assert [folder.name for folder in run.glob("step-*")] == [f"step-{step:06d}"]
+
+
+def test_a_resumed_run_takes_another_budget(settings, tmp_path):
+    run = settings(micro_batch_tokens=600)
+    run.folder.mkdir()
+    run.write(run.folder / "config.yaml")
+    given = {"output": str(tmp_path / "run"), "resume": True}
+    assert train.resumed_settings(given | {"micro_batch_tokens": 300}).micro_batch_tokens == 300
+    assert train.resumed_settings(given).micro_batch_tokens == 600
 
 
 @pytest.mark.parametrize(("unused", "room"), [(3 * GB, 5 * GB), (9 * GB, 10 * GB), (None, 10 * GB)])
