@@ -72,8 +72,9 @@ IS_METAL = IS_GPU and not IS_CUDA
 
 # Whether functions are written for `mx.compile` to fuse, adapters merged and worker threads used: pays on CPUs only.
 FUSED = not IS_GPU and not PLAIN
-# Whether passes are compiled.
+# Whether passes are compiled, unless --compile says otherwise. On GPUs that has not been measured.
 COMPILED = FUSED
+COMPILE = ("auto", "on", "off")
 # Micro-batches computed at the same time, each on its own thread: element-wise functions use one core each. One thread
 # more than there are cores fills the moments in which another waits for its next operation.
 WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sched_getaffinity") else 1
@@ -137,6 +138,20 @@ def compute_dtype(checkpoint: mx.Dtype, wanted: str = "auto") -> mx.Dtype:
     if wanted == "auto":
         return checkpoint if IS_GPU else mx.float32
     return getattr(mx, wanted)
+
+
+def compiles(wanted: str = "auto") -> bool:
+    """Return whether passes are compiled; `wanted`: one of COMPILE, auto = as `set_compile` says, else on CPUs only."""
+    return COMPILED if wanted == "auto" else wanted == "on"
+
+
+def set_compile(wanted: str) -> None:
+    """Compile the passes of models that are loaded from now on, or do not; `wanted`: one of COMPILE, auto = no change.
+
+    The commands for inference call it; a notebook may. Training has a setting of its own, `Settings.compile`.
+    """
+    global COMPILED
+    COMPILED = compiles(wanted)
 
 
 def device_info() -> dict[str, str | int]:

@@ -11,7 +11,7 @@ from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference import fingerprint, finite
 from mlx_retrieval.inference.quantization import check, quantise, truncate
 from mlx_retrieval.models import kinds, loading
-from mlx_retrieval.models.batching import Texts, micro_batches
+from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.runners import make_runner
@@ -28,6 +28,7 @@ class Model:
     Args:
         name: adapter folder, base model's folder, or hub name; shown in messages.
         base: the folder of the base model that an adapter was loaded on; None = there is no adapter.
+        compile: whether passes are compiled; see `make_runner`.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Model:
         tokenizer: TextTokenizer,
         name: str,
         base: Path | None = None,
+        compile: str = "auto",
     ):
         self.model, self.config, self.tokenizer, self.name, self.base = model, config, tokenizer, name, base
-        self.runner = make_runner(model)
+        self.runner = make_runner(model, compile)
 
     @property
     def late(self) -> bool:
@@ -115,7 +117,7 @@ class Model:
             for first in range(0, len(texts), CHUNK):
                 tokens = self.tokenizer(texts[first : first + CHUNK], prompt)
                 budget = batch_tokens or backend.MICRO_BATCH_TOKENS
-                batches = list(micro_batches(tokens, budget, self.tokenizer.pad_id, self.runner.length_grid))
+                batches = list(self.runner.micro_batches(tokens, budget, self.tokenizer.pad_id))
                 representations = self.runner.representations([micro_batch for _, micro_batch in batches])
                 for (index, _), representation in zip(batches, representations, strict=True):
                     vectors = np.array(representation)

@@ -13,7 +13,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference import embedder, fingerprint, finite
 from mlx_retrieval.models import kinds, loading, maxsim
-from mlx_retrieval.models.batching import Texts, micro_batches
+from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pair_tokenizers import Group, PairTokenizer, Sequences
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -93,10 +93,15 @@ class Reranker:
         config: RetrievalConfig,
         tokenizer: PairTokenizer | TextTokenizer,
         name: str,
+        compile: str = "auto",
     ) -> "Reranker":
-        """Make a reranker of a model that is already loaded, such as the one that is being trained."""
+        """Make a reranker of a model that is already loaded, such as the one that is being trained.
+
+        Args:
+            compile: whether passes are compiled; see `make_runner`.
+        """
         reranker = cls.__new__(cls)
-        reranker.set_model(model, config, tokenizer, name)
+        reranker.set_model(model, config, tokenizer, name, compile=compile)
         return reranker
 
     def set_model(
@@ -106,21 +111,23 @@ class Reranker:
         tokenizer: PairTokenizer | TextTokenizer,
         name: str,
         base: Path | None = None,
+        compile: str = "auto",
     ) -> None:
         """Score with this loaded model from now on; UserError for an embedding model.
 
         Args:
             base: see `embedder.Model`; only for a late-interaction model.
+            compile: see `of`.
         """
         if config.task not in ("rerank", "late"):
             raise UserError(kinds.explain(name, "embed"))
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.late: embedder.Model | None = None
         if config.task == "late":
-            self.late = embedder.Model(model, config, tokenizer, name, base)
+            self.late = embedder.Model(model, config, tokenizer, name, base, compile)
             self.runner = self.late.runner
         else:
-            self.runner = make_runner(model)
+            self.runner = make_runner(model, compile)
         self.cut = 0
 
     @property
@@ -235,8 +242,7 @@ class Reranker:
         Args:
             past: keys and values of tokens that all texts have before their own; see `MicroBatch`.
         """
-        grid = self.runner.length_grid
-        batches = list(micro_batches(texts, backend.MICRO_BATCH_TOKENS, self.tokenizer.pad_id, grid))
+        batches = list(self.runner.micro_batches(texts, backend.MICRO_BATCH_TOKENS, self.tokenizer.pad_id))
         results = self.runner.representations([micro_batch._replace(past=past) for _, micro_batch in batches])
         return ((index, np.array(result)) for (index, _), result in zip(batches, results, strict=True))
 

@@ -82,7 +82,13 @@ def padded(lengths: np.ndarray, grid: int | None = None) -> np.ndarray:
     return -(-lengths // grid) * grid
 
 
-def plan(lengths: np.ndarray, budget: int, grid: int | None = None) -> list[np.ndarray]:
+def rounded_rows(rows: np.ndarray | int) -> np.ndarray:
+    """Round numbers of rows up to 1, 2, 3, 4, 6, 8, 12, 16 ...: powers of two, and one and a half times them."""
+    step = 2.0 ** np.maximum(0, np.floor(np.log2(np.maximum(rows, 1))) - 1)
+    return (np.ceil(rows / step) * step).astype(int)
+
+
+def plan(lengths: np.ndarray, budget: int, grid: int | None = None, round_rows: bool = False) -> list[np.ndarray]:
     """Plan micro-batches of texts of similar length, with the least padding.
 
     Texts are sorted by length, and dynamic programming finds the boundaries of least total cost: a micro-batch costs
@@ -92,6 +98,7 @@ def plan(lengths: np.ndarray, budget: int, grid: int | None = None) -> list[np.n
         lengths: (N,) tokens of each text.
         budget: most tokens of a micro-batch, padding included; a longer text is a micro-batch by itself.
         grid: see `padded`.
+        round_rows: whether a micro-batch costs as many rows as it has in compiled passes; see `rounded_rows`.
 
     Returns index arrays that together hold 0..N-1 once, longest texts first (so that a lack of memory shows early).
     """
@@ -99,10 +106,12 @@ def plan(lengths: np.ndarray, budget: int, grid: int | None = None) -> list[np.n
     widths = padded(lengths[order], grid)
     count, overhead = len(order), min(backend.MICRO_BATCH_OVERHEAD, budget / 8)
     cost, start, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
+    rows = np.arange(count + 1)
+    rows = rounded_rows(rows) if round_rows else rows
     for end in range(1, count + 1):
-        while first < end - 1 and (end - first) * widths[first] > budget:
+        while first < end - 1 and rows[end - first] * widths[first] > budget:
             first += 1
-        costs = cost[first:end] + (end - np.arange(first, end)) * widths[first:end] + overhead
+        costs = cost[first:end] + rows[end - first : 0 : -1] * widths[first:end] + overhead
         best = int(costs.argmin())
         cost[end], start[end] = costs[best], first + best
     groups, end = [], count
@@ -125,10 +134,10 @@ def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0, grid: int | None 
 
 
 def micro_batches(
-    texts: Texts, budget: int, pad_id: int = 0, grid: int | None = None
+    texts: Texts, budget: int, pad_id: int = 0, grid: int | None = None, round_rows: bool = False
 ) -> Iterator[tuple[np.ndarray, MicroBatch]]:
     """Yield every micro-batch of `plan`, as (index, padded rows)."""
-    for index in plan(texts.lengths, budget, grid):
+    for index in plan(texts.lengths, budget, grid, round_rows):
         yield index, pad_rows(texts, index, pad_id, grid)
 
 

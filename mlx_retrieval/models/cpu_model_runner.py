@@ -8,30 +8,23 @@ import functools
 import itertools
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
-from mlx_retrieval.backend import blas, cpu_kernels, mx, nn
+from mlx_retrieval.backend import blas, mx
 
 from mlx.utils import tree_map
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import gradient_checkpointing, merged_lora
+from mlx_retrieval.backbones import merged_lora
 from mlx_retrieval.models.batching import MicroBatch, shares
+from mlx_retrieval.models.compiled import SHAPES_SERVED, CompiledFunctions, evaluate
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts
-from mlx_retrieval.utils.errors import UserError
 
-# Compiled functions that a worker keeps, each with the graph of one shape: 700 bytes an operation, half a megabyte for
-# three layers. The least recently used one makes room. With lengths on a grid of 4, training meets few more shapes; a
-# server keeps fewer, as it always meets new ones.
-SHAPES_KEPT, SHAPES_SERVED = 128, 24
 # Bytes of products that a step saves from its forward passes for its gradient, however large the batch.
 SAVED_BYTES = 384 << 20
-# While a graph is built the model holds tracers instead of weights; and mlx's random state is shared by all threads.
-_building = threading.Lock()
 
 
 class Worker:
@@ -75,81 +68,6 @@ def _finishing(futures: Collection[Future]) -> Iterator[None]:
         wait(futures)
 
 
-def _evaluate(arrays: mx.array | dict) -> None:
-    """Evaluate; a kernel that cannot be compiled is a UserError with the compiler's reason."""
-    try:
-        mx.eval(arrays)
-    except RuntimeError as error:
-        if (reason := cpu_kernels.failure(error)) is None:
-            raise
-        raise UserError(f"a CPU kernel could not be compiled: {reason}") from error
-
-
-class CompiledFunctions:
-    """The compiled functions of one model on one worker: one for each shape of micro-batch, at most `shapes_kept`."""
-
-    def __init__(self, model: RetrievalModel, adapters: list[nn.Module]):
-        self.model, self.adapters, self.shapes_kept = model, adapters, SHAPES_KEPT
-        self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # most recently used last
-
-    def __call__(self, kind: str, micro_batch: MicroBatch, seed: int | None, *arrays) -> mx.array | list | dict:
-        """Build the graph of one pass without computing it.
-
-        Args:
-            kind: "forward", "forward_saving" or "gradient", the method to compile.
-            seed: of dropout; None = do not seed.
-            arrays: that method's arguments between `weights` and `micro_batch`.
-        """
-        random = self.model.training and any(isinstance(m, nn.Dropout) and m._p_1 < 1 for m in self.model.modules())
-        counts = tuple(len(each) for each in arrays if isinstance(each, list))
-        function = self._function(kind, micro_batch, mx.random.state if random else [], counts)
-        if seed is not None:
-            gradient_checkpointing.seed(seed)
-        result = function(self.model.parameters(), *arrays, *micro_batch)
-        if random:
-            gradient_checkpointing.seed(seed or 0)  # the state that the graph leaves behind belongs to this thread
-        return result
-
-    def _function(self, kind: str, micro_batch: MicroBatch, state: list, counts: tuple[int, ...]) -> Callable:
-        """Return the function compiled for these shapes and numbers (`counts`) of merged weights and products."""
-        past = micro_batch.past[0][0].shape if micro_batch.past else None
-        key = (kind, self.model.training, counts, micro_batch.ids.shape, past)
-        if key not in self._compiled:
-            self._compiled[key] = mx.compile(getattr(self, kind), inputs=state, outputs=state)
-        self._compiled.move_to_end(key)
-        while len(self._compiled) > self.shapes_kept:
-            self._compiled.popitem(last=False)
-        return self._compiled[key]
-
-    def forward(self, weights: dict, merged: list[mx.array], *micro_batch: mx.array) -> mx.array:
-        return self._with(weights, merged, merged_lora.Products(), lambda: self.model(MicroBatch(*micro_batch)))
-
-    def forward_saving(self, weights: dict, merged: list[mx.array], *micro_batch: mx.array) -> list[mx.array]:
-        products = merged_lora.Products()
-        return [self._with(weights, merged, products, lambda: self.model(MicroBatch(*micro_batch))), *products.computed]
-
-    def gradient(
-        self, weights: dict, merged: list, trained: dict, cotangent: mx.array, products: list, *micro_batch: mx.array
-    ) -> dict:
-        def value(trained: dict) -> mx.array:
-            self.model.update(trained)
-            return (self.model(MicroBatch(*micro_batch)) * cotangent).sum()
-
-        return self._with(weights, merged, merged_lora.Products(products), lambda: mx.grad(value)(trained))
-
-    def _with(
-        self, weights: dict, merged: list[mx.array], products: merged_lora.Products, function: Callable
-    ) -> mx.array | dict:
-        """Call `function` while the model holds `weights`, so that a compiled graph has them as inputs, not inside."""
-        own = self.model.parameters()
-        self.model.update(weights)
-        try:
-            with merged_lora.merged(self.adapters, merged, products):
-                return function()
-        finally:
-            self.model.update(own)
-
-
 def held_bytes(merged: int, product: int, tokens: int, in_passes: int) -> int:
     """Return what `CpuModelRunner.held_bytes` says, for a model of these sizes.
 
@@ -189,10 +107,9 @@ class CpuModelRunner(ModelRunner):
         saving = self._worth_saving(micro_batches) if merged and saved is not None else ()
 
         def task(functions: CompiledFunctions, i: int) -> mx.array:
-            with _building:
-                kind = "forward_saving" if i in saving else "forward"
-                result = functions(kind, micro_batches[i], None if seeds is None else int(seeds[i]), merged)
-            _evaluate(result)
+            kind = "forward_saving" if i in saving else "forward"
+            result = functions(kind, micro_batches[i], None if seeds is None else int(seeds[i]), merged)
+            evaluate(result)
             if i in saving:
                 result, *saved[i] = result
             return result
@@ -223,12 +140,11 @@ class CpuModelRunner(ModelRunner):
             total = None
             for i in sorted(share, key=lambda i: i not in saved):  # first those whose products take memory
                 products = saved.pop(i, [])
-                with _building:
-                    seed = int(seeds[i])
-                    gradient = functions("gradient", micro_batches[i], seed, merged, trained, cotangents[i], products)
+                seed = int(seeds[i])
+                gradient = functions("gradient", micro_batches[i], seed, merged, trained, cotangents[i], products)
                 total = gradient if total is None else tree_map(mx.add, total, gradient)
                 del products
-                _evaluate(total)
+                evaluate(total)
             return total
 
         with blas.one_thread():

@@ -1,8 +1,8 @@
 """Run micro-batches through a model: representations and gradients, one micro-batch after the other.
 
-This is all that Metal and CUDA need. `cpu_model_runner.py` has the same methods for CPUs, where several micro-batches
-are computed side by side; `runners.make_runner` chooses between the two. Both give the same results up to float32
-rounding, and each gives the same bits for the same micro-batches.
+This is the path of Metal and CUDA. `compiled_model_runner.py` has the same methods for compiled passes on GPUs, and
+`cpu_model_runner.py` for CPUs, where several micro-batches are computed side by side; `runners.make_runner` chooses.
+All give the same results up to float32 rounding, and each gives the same bits for the same micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from mlx_retrieval.backend import mx, nn
 from mlx_retrieval.backend.device_errors import halved
 
+import numpy as np
 from mlx.utils import tree_map
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import gradient_checkpointing
-from mlx_retrieval.models.batching import MicroBatch
+from mlx_retrieval.models import batching
+from mlx_retrieval.models.batching import MicroBatch, Texts
 from mlx_retrieval.models.heads import RetrievalModel, YesNoHead
 
 SERVED_GRID = 8  # padded lengths in a server are multiples of this at least: see `ModelRunner.limit_shapes`
@@ -41,12 +43,14 @@ class ModelRunner:
 
     Attributes:
         compiled: whether passes run as compiled functions.
+        rounds_rows: whether micro-batches are filled up to `batching.rounded_rows`.
         workers: micro-batches computed at the same time.
-        length_grid: padded lengths are multiples of this; pass it to `batching.micro_batches`.
+        length_grid: padded lengths are multiples of this.
         most_tokens: what the device could compute at once, padding included, after it failed; None = it has not.
     """
 
     compiled = False
+    rounds_rows = False
 
     def __init__(self, model: RetrievalModel):
         self.model = model
@@ -58,6 +62,10 @@ class ModelRunner:
     def limit_shapes(self) -> None:
         """Meet fewer shapes from now on, so that a server's memory does not grow with every length and batch size."""
         self.length_grid = max(self.length_grid, SERVED_GRID)
+
+    def micro_batches(self, texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:
+        """Yield the micro-batches that suit this runner; see `batching.micro_batches`."""
+        return batching.micro_batches(texts, budget, pad_id, self.length_grid, self.rounds_rows)
 
     def representations(
         self,
@@ -78,10 +86,12 @@ class ModelRunner:
             if seeds is None:
                 yield self._in_parts(micro_batch)
             else:
-                gradient_checkpointing.seed(int(seeds[i]))
-                yield self._evaluated(micro_batch)
+                yield self._evaluated(micro_batch, int(seeds[i]))
 
-    def _evaluated(self, micro_batch: MicroBatch) -> mx.array:
+    def _evaluated(self, micro_batch: MicroBatch, seed: int | None = None) -> mx.array:
+        """Return the representations of a micro-batch, computed; `seed` is that of dropout, None = do not seed."""
+        if seed is not None:
+            gradient_checkpointing.seed(seed)
         result = mx.stop_gradient(self.model(micro_batch))
         mx.eval(result)
         return result

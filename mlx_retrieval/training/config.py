@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loss import DENOMINATORS, DIRECTIONS, FILTERS, HARDNESS_OF, LOSSES
+from mlx_retrieval import backend
 from mlx_retrieval.backbones.hub import toolkit_relative
 from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
@@ -294,6 +295,15 @@ class Settings:
         words=("auto",),
     )
     grad_checkpoint: bool = option("memory", False, "recompute blocks in the backward pass: less memory, slower")
+
+    compile: str = option(
+        "memory",
+        "auto",
+        "compile the model's passes, one graph for each shape of micro-batch; auto = on CPUs only, as it has not been "
+        "measured on GPUs",
+        choices=backend.COMPILE,
+        tasks=RETRIEVAL,
+    )
 
     eval_tasks: list[str] | None = option(
         "evaluation",

@@ -22,6 +22,7 @@ class Cutting:
         least: micro-batches that a batch is cut into at least, for accumulation and several ranks; 0 = any number.
         default: tokens of a micro-batch at most where neither is given; 0 = as suits this device.
         grid: padded lengths are multiples of this; 0 = as suits this device.
+        round_rows: whether micro-batches are filled up to `batching.rounded_rows`, as compiled passes on GPUs need it.
     """
 
     accumulation: int = 0
@@ -29,6 +30,7 @@ class Cutting:
     least: int = 0
     default: int = 0
     grid: int = 0
+    round_rows: bool = False
 
     def limit(self, tokens: int) -> float:
         """Return how many tokens of a batch of `tokens` tokens may be in the backbone at once."""
@@ -45,11 +47,14 @@ class Cutting:
             return [np.arange(len(lengths))]
         least = min(self.least, len(lengths))
         # Where long texts fill micro-batches alone there are too few. How many a limit gives is known by planning only.
-        while len(indices := batching.plan(lengths, limit, self.grid or None)) < least:
+        while len(indices := batching.plan(lengths, limit, self.grid or None, self.round_rows)) < least:
             limit *= 0.9
         return indices
 
     def shapes(self, lengths: np.ndarray) -> list[tuple[int, int]]:
         """Return (rows, tokens of a row with padding) of each micro-batch."""
-        grid = self.grid or None
-        return [(len(index), int(batching.padded(lengths[index].max(), grid))) for index in self.indices(lengths)]
+        indices = self.indices(lengths)
+        rows = np.array([len(index) for index in indices])
+        rows = batching.rounded_rows(rows) if self.round_rows else rows
+        widths = batching.padded(np.array([lengths[index].max() for index in indices]), self.grid or None)
+        return list(zip(rows.tolist(), widths.tolist(), strict=True))

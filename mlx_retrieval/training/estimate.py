@@ -35,8 +35,8 @@ class Device:
 
     Attributes:
         gpu: whether it is one: it computes in the checkpoint's dtype.
-        compiled: whether passes are compiled, with merged adapters.
-        fused: whether attention is written out for CPUs.
+        compiled: whether passes are compiled, unless the settings say otherwise.
+        fused: whether attention is written out for CPUs, and compiled passes have merged adapters.
         workers: micro-batches computed at the same time.
         tokens: of a micro-batch at most, unless the settings say otherwise.
         grid: padded lengths are multiples of it.
@@ -82,6 +82,7 @@ class Job:
         queries: of a batch's texts, the first ones; needed with token_vectors.
         auto: whether the budget is chosen by the memory there is (--micro-batch-tokens auto).
         evaluation: bytes of the vectors and texts that an evaluation holds outside mlx.
+        compile: whether passes are compiled; one of `backend.COMPILE`.
         chat: whether language modelling is trained, on rows of these lengths.
         parts: chat: micro-batches of a batch.
     """
@@ -107,6 +108,7 @@ class Job:
     cutting: Cutting = Cutting()
     auto: bool = False
     evaluation: int = 0
+    compile: str = "auto"
     chat: bool = False
     parts: int = 1
 
@@ -134,7 +136,10 @@ class Estimate:
 def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
     """Return what a run takes at most on a device; `process`: see `Estimate`."""
     width = job.checkpoint if device.gpu else FLOAT32
-    used = job.numbers - (0 if device.compiled or job.chat else job.unused)
+    if job.compile != "auto":
+        device = dataclasses.replace(device, compiled=job.compile == "on")
+    merging = device.compiled and device.fused
+    used = job.numbers - (0 if merging or job.chat else job.unused)
     trained = FLOAT32 * job.new + width * (job.trained - job.new)
     weights = width * used + FLOAT32 * job.new + job.integers
     if job.chat:
@@ -159,17 +164,19 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
         representation=FLOAT32 * job.representation,
         trained=trained,
         token_vectors=job.token_vectors,
-        compiled=passes.how == "compiled",
+        compiled=device.compiled and not job.grad_checkpoint,
         workers=device.workers if passes.how == "compiled" else 1,
         loss=max(loss_of_tokens(lengths, job.queries) for lengths in job.lengths) if job.token_vectors else 0,
         held=held if passes.how == "compiled" else lambda tokens, in_passes: 0,
     )
     cutting = dataclasses.replace(job.cutting, default=device.tokens, grid=device.grid)
+    cutting = dataclasses.replace(cutting, round_rows=step.compiled and not device.fused)
     return Estimate(weights, 2 * trained, max(step.peak(lengths, cutting) for lengths in job.lengths), process)
 
 
 def _passes(job: Job, device: Device, width: int) -> Passes:
-    how = "compiled" if device.compiled else "plain"
+    # Compiled as for GPUs, they take what plain ones take within 10 % (float32 above, half precision below).
+    how = "compiled" if device.compiled and device.fused else "plain"
     if job.grad_checkpoint:
         how = "checkpointed" if device.fused else "plain checkpointed"
     return Passes(how, job.train_type, width < FLOAT32, job.trained_layers)

@@ -69,6 +69,7 @@ def retrieval_job(
         queries=batches[0].queries if config.task == "late" else 0,
         evaluation=evaluation_bytes(tasks, dimensions, tokens),
         auto=auto,
+        compile=settings.compile,
         cutting=Cutting(accumulation, budget, max(accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)),
     )
 

@@ -75,14 +75,21 @@ class GradientCache:
         accumulation: cut a batch into at least this many micro-batches; 0 = as many as `budget` requires.
         budget: tokens of a micro-batch at most; 0 = as suits the device. If both are given, the smaller one counts.
         pad_id: the token that fills shorter rows.
+        compile: whether passes are compiled; see `make_runner`.
     """
 
     def __init__(
-        self, model: RetrievalModel, objective: Objective, accumulation: int = 0, budget: int = 0, pad_id: int = 0
+        self,
+        model: RetrievalModel,
+        objective: Objective,
+        accumulation: int = 0,
+        budget: int = 0,
+        pad_id: int = 0,
+        compile: str = "auto",
     ):
         self.model = model
         self.objective = objective
-        self.runner = make_runner(model)
+        self.runner = make_runner(model, compile)
         self.clock = Clock()
         self.accumulation = accumulation
         self.budget = budget
@@ -93,7 +100,7 @@ class GradientCache:
         """How batches are cut into micro-batches."""
         ranks = distributed.size()
         least = max(self.accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)
-        return Cutting(self.accumulation, self.budget, least)
+        return Cutting(self.accumulation, self.budget, least, round_rows=self.runner.rounds_rows)
 
     def plan(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
         """Return the batch's micro-batches, and the order in which they hold its texts: (N,) int."""

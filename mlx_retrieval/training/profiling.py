@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from data_loader import Batch
 from mlx_retrieval import backend
-from mlx_retrieval.models.batching import micro_batches
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.trainer import Trainer
@@ -58,7 +57,8 @@ def _sides(grad_cache: GradientCache, batch: Batch) -> tuple[float, float]:
     """Return the shares of queries and of documents in a forward pass. A step mixes them: here they run apart."""
     seconds = []
     for texts in (batch.texts.part(0, batch.queries), batch.texts.part(batch.queries, len(batch.texts))):
-        parts = [part for _, part in micro_batches(texts, backend.MICRO_BATCH_TOKENS, grad_cache.pad_id)]
+        batches = grad_cache.runner.micro_batches(texts, backend.MICRO_BATCH_TOKENS, grad_cache.pad_id)
+        parts = [part for _, part in batches]
         for _ in range(2):  # the first compiles
             began = time.perf_counter()
             list(grad_cache.runner.representations(parts))

@@ -298,9 +298,10 @@ def make_evaluator(
     """
     rules = settings.folder_rules
     if retrieval.task == "rerank":
-        reranker = Reranker.of(model, retrieval.override(activation=""), tokenizer, settings.model)  # as eval.py
+        logits = retrieval.override(activation="")  # as eval.py
+        reranker = Reranker.of(model, logits, tokenizer, settings.model, settings.compile)
         return lambda: evaluate_reranker(reranker, tasks(), depth=settings.rerank_depth, rules=rules)
-    embedder = Model(model, retrieval, tokenizer, settings.model)
+    embedder = Model(model, retrieval, tokenizer, settings.model, compile=settings.compile)
     return lambda: (None, evaluate(embedder, tasks(), rules=rules))
 
 

@@ -73,6 +73,11 @@ def check(settings: Any) -> None:
             "guard",
             "needs the evaluation before training, and {skip_eval_init} leaves it out",
         ),
+        (
+            settings.compile != "on" or not settings.grad_checkpoint,
+            "compile",
+            "cannot be combined with {grad_checkpoint}, whose blocks are not compiled",
+        ),
         (settings.resume or not settings.accept_changed_data, "accept_changed_data", "is for {resume}"),
         ("query-document" in settings.directions, "directions", "must have query-document, which holds the positive"),
         (len({*settings.directions}) == len(settings.directions), "directions", "names a direction twice"),

@@ -75,6 +75,7 @@ class Trainer(BaseTrainer):
             accumulation=settings.gradient_accumulation_steps,
             budget=0 if budget == "auto" else budget,  # `fit_memory` chooses it
             pad_id=batches.tokenizer.pad_id,
+            compile=settings.compile,
         )
         self.clock = self.grad_cache.clock
 

@@ -16,8 +16,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import lora, merged_lora
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
+from mlx_retrieval.models import compiled as compiled_passes
 from mlx_retrieval.models import cpu_model_runner
 from mlx_retrieval.models.batching import MicroBatch
+from mlx_retrieval.models.compiled import CompiledFunctions
 from mlx_retrieval.models.cpu_model_runner import CpuModelRunner
 from mlx_retrieval.models.loading import build
 from mlx_retrieval.models.model_runner import ModelRunner
@@ -143,12 +145,10 @@ def test_graphs_of_many_shapes_are_not_kept_for_ever(monkeypatch, model):
     one = cpu_model_runner._workers()[:1]
     monkeypatch.setattr(cpu_model_runner, "_workers", lambda: one)
     monkeypatch.setattr(backend, "WORKERS", 1)
-    monkeypatch.setattr(cpu_model_runner, "SHAPES_KEPT", 3)
+    monkeypatch.setattr(compiled_passes, "SHAPES_KEPT", 3)
     runner, built = make_runner(model), []
-    forward = cpu_model_runner.CompiledFunctions.forward
-    monkeypatch.setattr(
-        cpu_model_runner.CompiledFunctions, "forward", lambda *args: (built.append(1), forward(*args))[1]
-    )
+    forward = CompiledFunctions.forward
+    monkeypatch.setattr(CompiledFunctions, "forward", lambda *args: (built.append(1), forward(*args))[1])
     for length, graphs in ((4, 1), (5, 2), (6, 3), (4, 3), (7, 4), (4, 4), (6, 4), (5, 5), (7, 6)):
         (found,) = runner.representations([micro_batch(2, length)])
         np.testing.assert_allclose(np.array(found), np.array(model(micro_batch(2, length))), atol=1e-6)

@@ -210,3 +210,11 @@ def test_sizes_of_configs():
     assert sizes_of(t5) == Sizes("gated t5", 2, 8, 3, 12, 12, 16, 9)
     assert sizes_of({"model_type": "gemma3", "text_config": QWEN | {"model_type": "gemma3_text"}}).family == "gemma"
     assert {family for family in NUMBERS} >= {"bert", "modernbert", "t5", "gated t5", "llama", "qwen3", "gemma"}
+
+
+def test_passes_compiled_as_on_gpus_are_estimated_with_their_filled_rows(as_metal):
+    job = replace(JOB, sizes=sizes_of(QWEN), lengths=(np.array([100] * 13),), compile="on")
+    of_16 = replace(job, lengths=(np.array([100] * 16),))
+    assert estimate(job, METAL).step == pytest.approx(estimate(of_16, METAL).step, rel=1e-3)
+    off, uncompiled = replace(job, compile="off"), replace(CPU, compiled=False)
+    assert estimate(off, CPU) == estimate(replace(off, compile="auto"), uncompiled) != estimate(job, CPU)

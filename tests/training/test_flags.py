@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 import train
 from loss import GROUPS, LOSSES
+from mlx_retrieval import backend
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.training import objectives, trainer
 from mlx_retrieval.training import run as training_run
@@ -467,6 +468,16 @@ def test_gradient_accumulation_steps_and_micro_batch_tokens(settings):
 def test_grad_checkpoint(settings):
     run = training_run.prepare(settings(grad_checkpoint=True))
     assert type(model_of(run).backbone.layers[0]).__name__.startswith("Checkpointed")
+
+
+def test_compile(settings, monkeypatch):
+    monkeypatch.setattr(backend, "FUSED", False)  # a GPU; on CPUs, tests/models/test_compiled_model_runner.py
+    runners = {
+        wanted: training_run.prepare(settings(compile=wanted)).trainer.grad_cache.runner for wanted in backend.COMPILE
+    }
+    assert {wanted: runner.compiled for wanted, runner in runners.items()} == {"auto": False, "on": True, "off": False}
+    with pytest.raises(UserError, match="--compile on: cannot be combined with --grad-checkpoint"):
+        training_run.prepare(settings(compile="on", grad_checkpoint=True))
 
 
 # --- chat ---

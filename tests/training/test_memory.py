@@ -84,6 +84,15 @@ def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
     assert 0.85 < fit.estimate / peak < 1.15, (fit, peak)
 
 
+@pytest.mark.slow
+def test_auto_holds_for_passes_compiled_as_on_gpus(settings, monkeypatch, as_metal):
+    trainer = training_run.prepare(settings(batch_size=32, compile="on")).trainer
+    fit = trainer.fit_memory()
+    mx.reset_peak_memory()
+    trainer.update(trainer.batches.batch(0), 1)
+    assert 0.85 < fit.estimate / backend.peak_memory() < 1.15, fit
+
+
 def test_the_dry_run_tells_it_and_the_loss_stays(settings, capsys):
     losses = [train.train(settings(micro_batch_tokens=n, dry_run=True))["loss"] for n in ("auto", 0, 64)]
     told = [line for line in capsys.readouterr().out.splitlines() if "an estimate, with" in line]
