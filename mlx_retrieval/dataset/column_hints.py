@@ -5,7 +5,7 @@ suggestion({"nr": "7", "frage": "Warum tropft der Boiler?", "antwort": "Das Vent
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -26,7 +26,7 @@ DOCUMENT_WORDS = (
     "risposta", "resposta", "antwoord", "svar", "ответ", "答案", "回答", "답변",
 )  # fmt: skip
 UNWRITABLE = re.compile(r"[,+=]")  # in --columns these signs separate
-LAST = re.compile(r"(?:[a-z]|\d+)$")  # of the names of a series
+LAST = re.compile(r"(?:(?<![^\W\d_])[a-z]|\d+)$")  # of the names of a series
 NUMBER = re.compile(r"[+-]?[\d.,]+")
 MOST = 30  # columns that are looked at
 
@@ -54,14 +54,18 @@ def suggestion(row: Mapping[str, Any], by_name: bool = True) -> str:
         return f"--columns query=1,document=2 in a table: {rename}" if unwritable else ""
     query, document = max(pairs, key=lambda pair: _score(*pair, row))
     chosen = {"query": query, "document": document}
-    if not own and [query, document] == list(texts)[:2] and _are_a_series(list(texts)):
+    if not own and [query, document] == list(texts)[:2] and len(texts) == 3 and is_series(list(texts)):
         chosen["negatives"] = list(texts)[2]
     return shell("--columns", ",".join(f"{role}={key}" for role, key in chosen.items() if role not in own))
 
 
-def _are_a_series(keys: list[str]) -> bool:
-    """Return whether names differ in their last letter or number alone: of an anchor, a positive and a negative."""
-    return len(keys) == 3 and len({LAST.sub("", snake_case(key)) for key in keys}) == 1
+def is_series(keys: Sequence[str]) -> bool:
+    """Return whether names count: they differ in their last letter or number alone, each followed by the next one."""
+    places = [LAST.search(snake_case(key)) for key in keys]
+    if not all(places) or len({place.string[: place.start()] for place in places}) > 1:
+        return False
+    values = [int(place[0]) if place[0].isdigit() else ord(place[0]) for place in places]
+    return values == list(range(values[0], values[0] + len(values)))
 
 
 def _may_be_text(key: str, value: Any) -> bool:
@@ -73,12 +77,12 @@ def _score(query: str, document: str, row: Mapping[str, Any]) -> float:
     """Return how likely these keys hold a query and its document."""
     first, second = str(row[query]).strip(), str(row[document]).strip()
     score = 6.0 * (role_of(query) == "query") + 6.0 * (role_of(document) == "document")
-    score += 3.0 * _named(query, QUERY_WORDS) + 3.0 * _named(document, DOCUMENT_WORDS)
+    score += 3.0 * has_word(query, QUERY_WORDS) + 3.0 * has_word(document, DOCUMENT_WORDS)
     score += 2.0 * first.endswith(("?", "？")) - 2.0 * second.endswith(("?", "？"))
     return score + (len(first) <= len(second)) + 0.5 * len(second) / (len(first) + len(second))
 
 
-def _named(key: str, words: tuple[str, ...]) -> bool:
+def has_word(key: str, words: tuple[str, ...]) -> bool:
     """Return whether a name, or a part of it, is one of the words, in the singular or plural."""
     parts = snake_case(key).split("_")
     return any(part == word or (len(word) > 3 and word in part) for part in parts for word in words)

@@ -54,11 +54,11 @@ def names(columns: Columns) -> list[str]:
     return list(dict.fromkeys(name for group in columns.values() for name in group))
 
 
-def mapped(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+def mapped(row: dict[str, Any], columns: Columns, origin: str = "--columns") -> dict[str, Any]:
     """Return a row with its columns under the keys of `columns`; as it is if it has none of the columns.
 
     A column is not read under its own name as well, and a role that is mapped is read from its columns only.
-    RowError if the row has some of the columns, but none for the query or the document that is mapped.
+    RowError, with the `origin` of the columns, if the row has some of them, but none for the query or the document.
     """
     if not (there := [name for name in names(columns) if has(row, name)]):
         return row
@@ -69,8 +69,13 @@ def mapped(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
         if role_of(key) in NEEDED and key not in values:
             absent = [name for name in wanted if not has(row, name)]
             reason = f"no {' or '.join(absent)}" if absent else f"{' and '.join(wanted)} without a value"
-            raise RowError(f"{reason} for the {key} (--columns); there are {listing(row)}{_near(absent, row)}")
+            raise RowError(f"{reason} for the {key} ({origin}); there are {listing(row)}{_near(absent, row)}")
     return {key: row[key] for key in row if key not in used and role_of(key) not in roles} | values
+
+
+def text_of(columns: Columns) -> str:
+    """Return the columns as `parse` reads them."""
+    return ",".join(f"{key}={'+'.join(group)}" for key, group in columns.items())
 
 
 def missing(wanted: Iterable[str], there: Sequence[str]) -> str:

@@ -87,7 +87,11 @@ class NoFormatError(RowError):
 
 
 class ColumnsError(RowError):
-    """`--columns`, which the message suggests, would help."""
+    """`--columns` would help. `hint` is the flag as it would most likely work."""
+
+    def __init__(self, reason: str, hint: str):
+        super().__init__(f"{reason}; try {hint}")
+        self.reason, self.hint = reason, hint
 
 
 @functools.lru_cache(maxsize=256)
@@ -199,7 +203,7 @@ def reading_for(row: dict, expected: str | None = None) -> Reading:
         if empty := [key for key in row if row[key] is None and role_of(key) in NEEDED]:
             raise RowError(f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} no value") from error
         if expected is None and (hint := suggestion(row)):
-            raise ColumnsError(f"{error.reason}; try {hint}") from error
+            raise ColumnsError(error.reason, hint) from error
         raise
 
 

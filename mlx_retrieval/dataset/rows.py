@@ -159,7 +159,7 @@ class Rows:
     ) -> str:
         """Check every row of a file, and note its place; return a hash of all rows."""
         digest = hashlib.sha256()
-        for line in file.lines():
+        for line in mapper.lines(file):
             digest.update(line.data)
             place = Place(file.name, line.number)
             try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_retrieval.dataset import table_layout
+from mlx_retrieval.dataset.column_order import WORDS, are_repeated, are_values, question_count
 from mlx_retrieval.dataset.columns import Columns
 from mlx_retrieval.dataset.columns import names as mapped_names
 from mlx_retrieval.dataset.json_lines import MAX_ROW_BYTES, Fault
@@ -27,7 +28,6 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import quantity, shell
 
 LINE = 1 << 16  # characters that are read at once
-REPEATED = 8  # records from which on a column of few different texts is one of categories
 
 
 class Table:
@@ -119,13 +119,14 @@ class Table:
             raise self._no_header(f"column {other + 1} holds no texts", texts if width > 2 else [0, 1])
         if width == 2:
             return
-        questions = [sum(text.endswith(("?", "？")) for text in column) for column in columns]
-        repeated = [i for i in range(width) if i != 1 and REPEATED <= len(columns[i]) >= 2 * len(set(columns[i]))]
+        repeated = [i for i in range(width) if i != 1 and are_repeated(columns[i])]
         if repeated:
             raise self._no_header(
                 f"column {repeated[0] + 1} has few different texts", [i for i in texts if i not in repeated]
             )
-        if questions[1] > questions[0]:
+        if are_values(columns[1]):
+            raise self._no_header(f"column 2 has fewer than {WORDS} words in most rows", texts)
+        if question_count(columns[1]) > question_count(columns[0]):
             raise self._no_header("column 2 holds questions", texts[1:])
 
     def _no_header(self, reason: str, texts: Sequence[int]) -> UserError:

@@ -56,7 +56,7 @@ def read_rows(
     expected, mapper = None, RowMapper(columns, ignore_keys)
     for file in files:
         with RowFile(file, columns) as opened:
-            for line in opened.lines():
+            for line in mapper.lines(opened):
                 try:
                     row = mapper.row(line.data, opened.columns)
                     examples, reading = _examples(row, kinds, expected)
@@ -91,7 +91,7 @@ def place_of(
     mapper = RowMapper(columns, ignore_keys)
     for file in files:
         with RowFile(file, columns) as opened:
-            for line in opened.lines():
+            for line in mapper.lines(opened):
                 with suppress(RowError):  # rows that are left out
                     examples, _ = _examples(mapper.row(line.data, opened.columns), SCORED, None)
                     if any(text in (example.query, example.positive, *example.negatives) for example in examples):

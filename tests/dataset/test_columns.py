@@ -180,6 +180,46 @@ def test_later_rows_are_not_helped_by_columns(rows):
         rows([{"query": "a", "document": "b"}, {"q": "a", "d": "b"}])
 
 
+# --- by order ---------------------------------------------------------------------------------------------------------
+
+PAIR = {"a": "why does it drip", "b": "The valve is worn."}
+
+
+def test_what_is_ignored_does_not_stand_in_the_order(rows):
+    priced = [{"price": 7} | PAIR]
+    with pytest.raises(UserError, match="not read by order: price holds not only texts"):
+        rows(priced)
+    read = rows(priced, ignore_keys=["price"])
+    assert (read[0].query, read[0].positive) == (PAIR["a"], PAIR["b"])
+
+
+def test_later_rows_keep_the_order(rows):
+    """They may name their columns in another order, and a row of other columns is not taken for one of these."""
+    many = [{"a": f"why does valve {i} drip", "b": PAIR["b"]} for i in range(100)]
+    read = rows([*many, {"b": "The tap is old.", "a": "x"}])
+    assert (read[100].query, read[100].positive) == ("x", "The tap is old.")
+    with pytest.raises(UserError, match=r"rows.jsonl:101: no b for the document \(by order\); there are a, c"):
+        rows([*many, {"a": "why", "c": "The tap is old."}])
+    with pytest.raises(UserError, match=r"rows.jsonl:101: keys x, y fit no format \(query"):
+        rows([*many, {"x": "why", "y": "The tap is old."}])
+    assert "c (1 row)" in rows([*many, PAIR | {"c": "more"}]).readings[0]
+
+
+def test_each_file_has_its_own_order(rows, write_rows):
+    other = {"frage": PAIR["a"], "antwort": PAIR["b"]}
+    files = [str(write_rows([row], name)) for row, name in ((PAIR, "1.jsonl"), (other, "2.jsonl"))]
+    read = sources.open_source(files)
+    assert [read[i].query for i in (0, 1)] == [PAIR["a"]] * 2 and "frage -> query" in read.readings[1]
+
+
+@pytest.mark.parametrize("names, are_series", [
+    ("a b c", True), ("x y", True), ("t1 t2 t3", True), ("text_9 text_10", True), ("textA textB", True),
+    ("q a", False), ("b c2", False), ("cod coe", False), ("a c", False), ("s1 t2", False),
+])  # fmt: skip
+def test_series(names, are_series):
+    assert column_hints.is_series(names.split()) == are_series
+
+
 # --- the line `reads` -------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,29 @@ SHAPES = {
     ),
 }  # fmt: skip
 
+# Columns of unknown names in the order of sentence-transformers, and tables of something else.
+IN_ORDER = {
+    "a pair": ([{"a": Q, "b": D}, {"a": R, "b": E}], PAIRS),
+    "a triplet": (
+        [{"a": Q, "b": D, "c": M}, {"a": R, "b": E, "c": N + " at night"}],
+        [WITH_ONE[0], WITH_ONE[1]._replace(negatives=(N + " at night",))],
+    ),
+    "numbers": ([{"text_1": Q, "text_2": D, "text_3": M, "text_4": D}], [WITH_TWO[0]._replace(negatives=(M, D))]),
+    "names of another language": ([{"vraag": Q, "uitleg": D}, {"vraag": R, "uitleg": E}], PAIRS),
+}
+UNRELATED = {
+    "values": [{"who": f"Ann {name}", "city": "Oslo", "country": "Norway"} for name in ("Lee", "Moe")],
+    "a number": [{"a": Q, "b": D, "price": 7.5}],
+    "an id": [{"id": "x", "a": Q, "b": D}],
+    "a title": [{"a": Q, "book_title": D}],
+    "more about the document": [{"complaint": Q, "reply": D, "resolution": E}],
+    "a category": [{"a": "the same three words", "b": f"{D} {i}"} for i in range(8)],
+    "questions in the second column": [{"a": D, "b": Q}],
+    "long texts in the first column": [{"a": D * 3, "b": "a boiler heats"}],
+    "names in the other order": [{"antwort": D, "frage": "the water is hot"}],
+    "links": [{"a": Q, "b": "https://example.org/a/long/path"}],
+}  # fmt: skip
+
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +208,30 @@ def test_every_shape_in_every_format(tmp_path, form, packed):
         path = tmp_path / f"{number}.{form}{packed}"
         path.write_bytes(gzip.compress(content) if packed else content)
         assert read(path) == expected, name
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_columns_in_order_in_every_format(tmp_path, form):
+    """Bug guarded against: texts in the order of sentence-transformers were refused."""
+    for number, (name, (rows, expected)) in enumerate(IN_ORDER.items()):
+        path = tmp_path / f"{number}.{form}"
+        path.write_bytes(FORMATS[form](rows))
+        assert read(path) == expected, name
+        (line,) = sources.open_source([str(path)]).readings
+        first, second = list(rows[0])[:2]
+        assert f"{first} -> query, {second} -> document" in line and "by order, as no name is known" in line
+        columns = line.partition("--columns ")[2].strip(")")
+        assert read(path, columns) == expected  # as it says
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_tables_of_something_else_in_every_format(tmp_path, form):
+    """They are refused, with the reason why their order is not trusted."""
+    for number, (name, rows) in enumerate(UNRELATED.items()):
+        path = tmp_path / f"{number}.{form}"
+        path.write_bytes(FORMATS[form](rows))
+        with pytest.raises(UserError, match=r"(fit no format \(not read by order: |no header, and ).*--columns"):
+            pytest.fail(f"{name}: {read(path)}")
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -100,7 +100,7 @@ def test_headers_of_questions_and_columns_of_dates(table):
         UserError, match="csv:1: no header, and column 1 holds no texts; .*--columns query=2,document=3"
     ):
         table(rows)
-    with pytest.raises(UserError, match="csv:2: keys .* fit no format; try --columns"):
+    with pytest.raises(UserError, match="csv:2: keys .* fit no format .*; try --columns"):
         table(names.replace("Zeitstempel", "Timestamp") + rows)
 
 
@@ -188,8 +188,13 @@ def test_order_without_a_header(table):
         (topics, "column 1 has few different texts", "query=2,document=3"),
         (questions, "column 2 holds questions", "query=2,document=3"),
         (sources_last, "column 3 has few different texts", "query=1,document=2"),
+        (
+            "who,city,country\nAnn Lee,Oslo,Norway\n",
+            "column 2 has fewer than 3 words",
+            "query=1,document=2,negatives=3",
+        ),
     ):
-        with pytest.raises(UserError, match=f"csv:1: no header, and {reason}; perhaps --columns {way_on}, or put"):
+        with pytest.raises(UserError, match=f"csv:1: no header, and {reason}.*; perhaps --columns {way_on}, or put"):
             table(text)
         assert len(table(text, columns=way_on)) == text.count("\n")
     with pytest.raises(UserError, match="column 2 holds no texts; perhaps --columns query=1,document=2"):
@@ -222,7 +227,7 @@ REFUSED = {
     ),
     "a name twice": ("question,question,answer\na,b,c\n", ":1: the header has the column question twice"),
     "one column": ("question\na\n", r":1: one column only \(question\)"),
-    "names that fit nothing": ("frage,antwort\na,b\n", ":2: .* fit no format; try .*query=f.*if line 1 is a row"),
+    "names that fit nothing": ("frage,antwort\na,b\n", ":2: .* fit no format .*; try .*query=f.*if line 1 is a row"),
 }  # fmt: skip
 
 
