@@ -5,6 +5,7 @@ prepares a backbone in the same way before saved weights are loaded.
 """
 
 import base64
+import math
 import re
 from collections.abc import Sequence
 
@@ -106,6 +107,22 @@ def attach(backbone: Backbone, config: dict) -> None:
         linear_to_lora_layers(backbone.adapted, count, config["lora_parameters"], use_dora=use_dora)
     except ValueError as error:  # mixtures of experts have no DoRA
         raise SettingError("{train_type} {value}: {reason}", value=config["fine_tune_type"], reason=error) from error
+    if use_dora:
+        for module in backbone.adapted.modules():
+            if isinstance(getattr(module, "linear", None), nn.QuantizedLinear):
+                _fit_inputs(module)
+
+
+def _fit_inputs(layer: nn.Module) -> None:
+    """Draw the DoRA matrix of a quantised layer's inputs again where mlx-lm took their number for another.
+
+    It divides 32 by the bits and drops the rest, as no weight of 3, 5 or 6 bits fills 32 evenly.
+    """
+    linear = layer.linear
+    inputs = linear.weight.shape[1] * 32 // linear.bits
+    if layer.lora_a.shape[0] != inputs:
+        bound = 1 / math.sqrt(inputs)  # as mlx-lm draws it
+        layer.lora_a = mx.random.uniform(low=-bound, high=bound, shape=(inputs, layer.lora_a.shape[1]))
 
 
 def attached_keys(backbone: Backbone, keys: Sequence[str], num_layers: int) -> list[str]:

@@ -23,6 +23,7 @@ from mlx_retrieval.dataset.beir import document_text
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Judged, Rankings, SplitResult, Task
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.products import product
 
 
 def load(name: str, show_progress: bool = False, ignore_identical_ids: bool = False) -> tuple["MtebTask | None", str]:
@@ -118,7 +119,7 @@ class _EncoderAdapter(_SearchAdapter):
         return self.searcher.encode([text for batch in inputs for text in batch["text"]], prompt_type.value)
 
     def similarity(self, queries: Any, documents: Any) -> np.ndarray:
-        return np.asarray(queries) @ np.asarray(documents).T
+        return product(np.asarray(queries), np.asarray(documents).T)
 
     def search(self, queries: Any, **kwargs: Any) -> Rankings:
         rankings = self.mteb_search.search(queries, **kwargs)

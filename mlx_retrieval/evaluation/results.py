@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_retrieval.inference.quantization import CALIBRATED, row_bytes
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.text import quantity
 
 # mteb's names -> the spelling in tables, in their order. Training keeps the checkpoint that is best by the first.
@@ -76,7 +77,7 @@ def compare(
             rows = min(chunk, resamples - first)
             drawn = rng.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
             times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
-            draws[first : first + rows] += times @ differences / (count * len(names))
+            draws[first : first + rows] += product(times, differences) / (count * len(names))
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     rows = []
     for column, metric in enumerate(METRICS):

@@ -9,7 +9,6 @@
 """
 
 import json
-import os
 import re
 import shutil
 import zipfile
@@ -88,7 +87,7 @@ class ResumableCache:
                 with files.naming(path):
                     file.write(vectors)
                     file.flush()
-                    os.fsync(file.fileno())
+                    files.flush(file.fileno())
         return np.memmap(path, np.float32, "r", shape=(len(documents), dimensions))
 
     def block(self, number: int, names: Sequence[str]) -> dict[str, np.ndarray] | None:

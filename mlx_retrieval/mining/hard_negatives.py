@@ -10,9 +10,11 @@ collection.py holds their texts, cache.py finished blocks, and output.py writes 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from mlx_retrieval.backend import mx
+from mlx_retrieval.backend.device_errors import halved
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from mlx_retrieval.mining.collection import Collection
 from mlx_retrieval.retrieval.base import reciprocal_rank_fusion
 from mlx_retrieval.retrieval.topk import DOCUMENTS, NO_DOCUMENT, QUERIES, best_first, merge
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.progress import Progress
 
 QUERIES_OF_A_JUDGE = 128  # queries of a block that a judge scores; without a judge a block has QUERIES
@@ -125,7 +128,7 @@ def by_vectors(
     device_queries = mx.array(queries)
     for first in range(0, len(documents), block):
         part = np.asarray(documents[first : first + block])
-        scores = np.array(device_queries @ mx.array(part).T)
+        scores = np.concatenate([*halved(partial(_scores, device_queries, part), 0, len(part))], axis=1)
         here = (excluded >= first) & (excluded < first + len(part))
         scores[rows[here], excluded[here] - first] = -np.inf
         best = merge(best, scores, first, k)
@@ -134,8 +137,13 @@ def by_vectors(
     scores = dots(queries, documents, numbers)
     order = np.lexsort((numbers, -scores), axis=1)
     numbers, scores = (np.take_along_axis(each, order, axis=1) for each in (numbers, scores))
-    pairs = [queries[row].astype(np.float64) @ documents[i] for row, i in zip(rows, excluded, strict=True)]
+    pairs = [product(queries[row].astype(np.float64), documents[i]) for row, i in zip(rows, excluded, strict=True)]
     return Ranking(numbers, scores, np.array(pairs, np.float32))
+
+
+def _scores(queries: mx.array, documents: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Return (Q, last - first): the dot products of the queries and documents `first` to `last` - 1."""
+    return np.array(queries @ mx.array(documents[first:last]).T)
 
 
 def dots(queries: np.ndarray, documents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -143,7 +151,7 @@ def dots(queries: np.ndarray, documents: np.ndarray, numbers: np.ndarray) -> np.
     scores = np.full(numbers.shape, -np.inf, np.float32)
     for i, query in enumerate(queries.astype(np.float64)):
         real = numbers[i] >= 0
-        scores[i, real] = documents[numbers[i, real]].astype(np.float64) @ query
+        scores[i, real] = product(documents[numbers[i, real]].astype(np.float64), query)
     return scores
 
 

@@ -26,6 +26,7 @@ from mlx_retrieval.mining.output import shortened
 from mlx_retrieval.models.kinds import detect_kind, is_adapter
 from mlx_retrieval.models.rerankers import gives_logits_to_students
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.progress import Progress
 
 KINDS = ("reranker", "embedder")
@@ -86,7 +87,7 @@ class Teacher:
         queries = embed(self.model, [query for query, _ in groups], "query")
         vectors = embed(self.model, texts, "document")
         return [
-            vectors[[place[text] for text in documents]] @ query
+            product(vectors[[place[text] for text in documents]], query)
             for query, (_, documents) in zip(queries, groups, strict=True)
         ]
 

@@ -7,6 +7,7 @@ Sources: MaxSim, Khattab and Zaharia 2020 (ColBERT, arXiv 2004.12832); XTR, Lee 
 from collections.abc import Iterator
 
 from mlx_retrieval.backend import mx
+from mlx_retrieval.backend.device_errors import halved
 
 import numpy as np
 
@@ -164,7 +165,11 @@ def score(query: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, how: str =
         lengths: (C,) tokens of each document.
         how, impute: see `maxsim`.
     """
-    similarities = np.array(mx.array(tokens).astype(mx.float32) @ mx.array(query).T)
+
+    def similar(first: int, last: int) -> np.ndarray:
+        return np.array(mx.array(tokens[first:last]).astype(mx.float32) @ mx.array(query).T)
+
+    similarities = np.concatenate([*halved(similar, 0, len(tokens))])
     filled = lengths > 0
     best = np.full((len(lengths), len(query)), NO_TOKEN, np.float32)
     if filled.any():

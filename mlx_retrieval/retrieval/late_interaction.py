@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_retrieval.models import maxsim
 from mlx_retrieval.models.maxsim import score
+from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.text import quantity
 
 EXHAUSTIVE_TOKENS = 20_000_000
@@ -54,7 +55,7 @@ class LateIndex:
                 rankings += [_best(everything, row, top_k) for row in self._scores(block, everything)]
             return rankings
         for query in queries:
-            near = np.argsort(-(self.means @ query.mean(axis=0)), kind="stable")[:CANDIDATES]
+            near = np.argsort(-product(self.means, query.mean(axis=0)), kind="stable")[:CANDIDATES]
             tokens = np.concatenate([self.vectors[i] for i in near])
             scores = score(query, tokens, self.lengths[near], self.reduction, self.impute)
             rankings.append(_best(near, scores, top_k))

@@ -11,6 +11,8 @@ product depend on its shape, so identical documents may get scores that differ i
 
 import numpy as np
 
+from mlx_retrieval.utils.products import product
+
 DOCUMENTS, QUERIES = 8_192, 1_024  # compared at once
 NO_DOCUMENT = -1
 
@@ -39,7 +41,7 @@ class Nearest:
             block = np.ascontiguousarray(documents[first : first + DOCUMENTS][::-1])
             self.left -= len(block)
             for i, queries in enumerate(self.blocks):
-                self.keys[i] = merge(self.keys[i], queries @ block.T, self.left, self.k)
+                self.keys[i] = merge(self.keys[i], product(queries, block.T), self.left, self.k)
 
     def best(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (documents, scores), both (Q, at most k), best first. Call it after the last `add`.

@@ -1,5 +1,7 @@
 """Write files and folders so that a kill at any moment leaves the old or the new one, never half of either."""
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +14,8 @@ from mlx_retrieval.utils.text import writable
 
 READ_WHOLE = 64 << 20  # bytes; of a larger file, `sampled_blocks` reads BLOCKS blocks of BLOCK bytes
 BLOCKS, BLOCK = 64, 256 << 10
+# Of a volume that cannot flush folders, such as a network's; it has to keep names in its own way.
+NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 class SaveError(UserError):
@@ -144,6 +148,17 @@ def _flush_folder(folder: Path) -> None:
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
+    except OSError as error:
+        if error.errno not in NO_FLUSH or not path.is_dir():
+            raise
     finally:
         os.close(handle)
+
+
+def flush(handle: int) -> None:
+    """Write what the system keeps of an open file to the disk itself, so that it survives a loss of power."""
+    os.fsync(handle)
+    if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS, fsync leaves it in the disk's own cache
+        with suppress(OSError):  # volumes that cannot do it have done what they can
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)

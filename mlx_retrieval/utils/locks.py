@@ -4,6 +4,7 @@ with only_one(folder / ".lock", f"--output {folder}: another process is training
     ...
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mlx_retrieval.utils.errors import UserError
+
+NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}  # some network and external volumes
 
 
 @contextmanager
@@ -27,6 +30,11 @@ def only_one(path: Path, refusal: str | UserError) -> Iterator[None]:
     except Timeout as error:  # an OSError, too
         raise (refusal if isinstance(refusal, UserError) else UserError(refusal)) from error
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise UserError(
+                f"{path}: this volume has no file locks ({error.strerror}), without which two processes could write "
+                "there at once; choose a folder on another volume"
+            ) from error
         raise UserError(f"{path}: {error.strerror}") from error
     try:
         yield

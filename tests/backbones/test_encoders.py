@@ -341,6 +341,23 @@ def test_t5_in_float16_stays_finite(folders, kind):
     assert states.dtype == mx.float16 and mx.isfinite(states).all()
 
 
+@pytest.mark.parametrize("kind", ["t5", "t5-v1.1"])
+def test_t5_in_float16_where_the_feed_forward_products_overflow(folders, kind):
+    """Regression: what `wi` and the gate gave was infinite, and `wo` made NaN of it. bfloat16 and float32 bear it."""
+    half, whole = load_backbone(folders[kind], dtype=mx.float16), load_backbone(folders[kind], dtype=mx.float32)
+    for backbone in (half, whole):
+        dense = backbone.layers[1].layer[1]["DenseReluDense"]
+        for name in ("wi", "wi_0", "wi_1"):
+            if name in dense:
+                dense[name].weight *= 3_000 if name == "wi" else 600
+        dense.wo.weight *= 1e-3
+    ids, lengths = texts((30, 4))
+    exact, close = rows_of(whole, ids, lengths), rows_of(half, ids, lengths)
+    assert all(np.isfinite(row).all() for row in close)
+    for one, other in zip(close, exact, strict=True):
+        assert np.corrcoef(one.astype(np.float32).ravel(), other.ravel())[0, 1] > 0.999
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 

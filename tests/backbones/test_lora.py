@@ -52,6 +52,19 @@ def test_adapters_train_every_linear_layer_of_every_block(folders, kind, train_t
     assert count_parameters(backbone)[1] == sum(value.size for value in trainable(backbone).values())
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_dora_on_bits_that_do_not_fill_32(folders, tmp_path, bits):
+    """Regression: mlx-lm took the number of inputs for a smaller one, and the first pass failed."""
+    backbone = load_backbone(random_models.quantised(folders["qwen3"], tmp_path / "base", bits=bits))
+    expected = np.array(backbone.hidden_states(*texts()))
+    lora.adapt(backbone, "dora", rank=2)
+    assert np.abs(np.array(backbone.hidden_states(*texts())) - expected).max() < 2e-5 * np.abs(expected).max()
+    shake(backbone)
+    trained = np.array(backbone.hidden_states(*texts()))
+    lora.fuse(backbone)
+    assert np.abs(np.array(backbone.hidden_states(*texts())) - trained).max() < 1e-3 * np.abs(trained).max()
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "4-bit"])
 def test_fresh_adapters_change_nothing(folders, kind):
     expected = np.array(load_backbone(folders[kind]).hidden_states(*texts()))

@@ -5,6 +5,7 @@ python -m pytest tests/mining/test_mining_run.py
 
 import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,7 +213,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     texts = collection.TextFile(tmp_path)
     texts.add("a")
     texts.close()
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=f"could not write {tmp_path / cache.VECTORS}: No space left"):
         ResumableCache(tmp_path).vectors(texts, 2, lambda texts: np.zeros((len(texts), 2)))
 

@@ -4,6 +4,7 @@ python -m pytest tests/training/test_chat_data.py
 """
 
 import gzip
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from chat_templates import EXPECTED, TALK, TEMPLATES, THOUGHTFUL
 
 from mlx_retrieval.dataset.row_formats import RowError
-from mlx_retrieval.training.chat.data import GRID, POOL, ChatBatches, Conversations, is_chat
+from mlx_retrieval.training.chat.data import GRID, POOL, WIDTHS, ChatBatches, Conversations, is_chat, padded_widths
 from mlx_retrieval.training.chat.messages import Dialogue, dialogue_of
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.utils.errors import UserError
@@ -503,6 +504,23 @@ def test_batches_are_sorted_by_length_and_so_hardly_padded(read):
     ends = [rows.lengths[batches.numbers(k)].max() for k in range(batches.per_epoch)]
     assert ends != sorted(ends)  # yet they do not come in the order of their lengths
     assert POOL * 8 > 128
+
+
+@pytest.mark.parametrize("longest", [0, 1, 17, 500, 2_047, 4_095, 16_383, 131_071, 1 << 20])
+def test_shapes_are_bounded_however_long_conversations_are(longest):
+    """Regression: from --max-length 16,000 on, a run could meet more shapes than Metal has resources for."""
+    widths = padded_widths(longest)
+    assert widths == sorted(set(widths)) and widths[-1] == max(longest, 1) and len(widths) <= WIDTHS
+    assert all(width % GRID == 0 for width in widths[:-1])
+    if longest <= GRID * WIDTHS:
+        assert len(widths) == max(1, -(-longest // GRID))  # as fine as it can be
+    assert all(b - a <= max(GRID, a / 8) for a, b in itertools.pairwise(widths))
+
+
+def test_long_conversations_are_padded_to_these_widths(read):
+    rows = read([talk(n, seed=n) for n in range(3, 200, 7)], limit=20_000)
+    batches = ChatBatches(rows, 1)
+    assert set(batches.widths(np.arange(len(rows)))) <= set(padded_widths(19_999))
 
 
 def test_what_a_batch_holds(read):

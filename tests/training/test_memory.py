@@ -16,6 +16,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.training import memory
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.gradient_cache import GradientCache
+from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.trainer import Trainer
 from mlx_retrieval.utils.errors import UserError
 
@@ -213,7 +214,7 @@ def test_other_errors_of_the_gpu_save_the_run(settings, tmp_path, monkeypatch, w
 def test_a_resumed_run_takes_another_budget(settings, tmp_path):
     run = settings(micro_batch_tokens=600)
     run.folder.mkdir()
-    run.write(run.folder / "config.yaml")
+    write_yaml(run, run.folder / "config.yaml")
     given = {"output": str(tmp_path / "run"), "resume": True}
     assert train.resumed_settings(given | {"micro_batch_tokens": 300}).micro_batch_tokens == 300
     assert train.resumed_settings(given).micro_batch_tokens == 600

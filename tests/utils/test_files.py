@@ -3,18 +3,26 @@
 python -m pytest tests/utils/test_files.py
 """
 
+import ast
 import errno
+import fcntl
 import os
+import stat
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mlx_retrieval.retrieval.topk import Nearest
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.progress import progress_bar
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_errors_name_the_file_and_have_no_stray_punctuation(tmp_path):
@@ -134,3 +142,92 @@ def test_one_bar_for_all(monkeypatch, capsys):
         with progress_bar("embedding", "texts", total) as progress:
             progress(2)
         assert capsys.readouterr() == ("", "")
+
+
+# --- volumes and systems that are unlike others -----------------------------------------------------------------------
+
+
+def test_on_macos_files_reach_the_disk_itself(tmp_path, monkeypatch):
+    """Regression: there fsync leaves them in the disk's cache, which a loss of power empties."""
+    calls = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda handle, number: calls.append((os.fstat(handle).st_ino, number)))
+    files.write_folder(tmp_path / "best", lambda folder: (folder / "a").write_text("one"))
+    places = (tmp_path / "best" / "a", tmp_path / "best", tmp_path)
+    assert calls == [(path.stat().st_ino, 51) for path in places]
+
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)  # an external volume
+    files.write_file(tmp_path / "file", "two")
+    assert (tmp_path / "file").read_text() == "two"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_volumes_that_cannot_flush_folders(tmp_path, monkeypatch, number):
+    """Regression: everything was written, and saving failed."""
+    fsync = os.fsync
+
+    def flush(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, "not here")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    files.make_folder(tmp_path / "run")
+    files.write_folder(tmp_path / "run" / "best", lambda folder: (folder / "a").write_text("one"))
+    files.write_file(tmp_path / "run" / "file", "two")
+    assert (tmp_path / "run" / "best" / "a").read_text() == "one"
+
+    def broken(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(files.SaveError, match="Input/output error"):
+        files.write_folder(tmp_path / "run" / "best", lambda folder: None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_volumes_without_locks_are_refused_with_the_reason(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    reason = "this volume has no file locks .*choose a folder on another volume"
+    with pytest.raises(UserError, match=reason), locks.only_one(tmp_path / ".lock", "held"):
+        raise AssertionError("not reached")
+
+
+class AppleArray(np.ndarray):
+    """Its products warn as NumPy's do on an M4: numpy#28687."""
+
+    def __matmul__(self, other):
+        np.divide(np.float32(1), np.zeros(1, np.float32))
+        np.multiply(np.full(1, np.inf, np.float32), np.zeros(1, np.float32))
+        return np.asarray(self) @ np.asarray(other)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_products_have_no_false_warnings():
+    """Regression: a search on an M4 printed "divide by zero encountered in matmul"."""
+    queries, documents = np.eye(3, dtype=np.float32).view(AppleArray), np.eye(3, dtype=np.float32)
+    with pytest.raises(RuntimeWarning):
+        queries @ documents
+    assert (product(queries, documents) == np.eye(3)).all()
+    nearest = Nearest(queries, 1, 3)
+    nearest.add(documents)
+    assert nearest.best()[0].ravel().tolist() == [0, 1, 2]
+
+
+def test_products_of_numpy_go_through_one_function():
+    """Files that compute with NumPy alone have no bare `@`."""
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("mlx_retrieval/**/*.py")]:
+        text = file.read_text()
+        if file.name != "products.py" and "import numpy" in text and "import mx" not in text:
+            products = [n.lineno for n in ast.walk(ast.parse(text)) if isinstance(n, ast.BinOp) and _is_product(n)]
+            assert not products, f"{file}: use utils.products.product in lines {products}"
+
+
+def _is_product(node: ast.BinOp) -> bool:
+    return isinstance(node.op, ast.MatMult)

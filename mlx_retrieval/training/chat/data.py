@@ -13,6 +13,7 @@ continue anywhere. No row is dropped: an epoch's last batch may be smaller.
 
 import hashlib
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ from mlx_retrieval.utils.errors import UserError
 
 FORMATS = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}
 POOL = 50  # batches that are sorted by length together
-GRID = 16  # padded lengths are multiples of this, so that few shapes are compiled
+# Padded lengths are multiples of this, and at most so many different ones: mlx-lm compiles a step for every shape, and
+# mlx keeps all of them, each with some 500 of the 499,000 resources that Metal has. See `padded_widths`.
+GRID, WIDTHS = 16, 128
 CHUNK = 512  # conversations that are tokenised at once
 
 
@@ -207,6 +210,23 @@ class Conversations:
         return value
 
 
+def padded_widths(longest: int) -> list[int]:
+    """Return the padded lengths of conversations of up to `longest` positions, ascending, `WIDTHS` of them at most.
+
+    Multiples of GRID; where those are too many, longer ones are wider apart: a 32nd of the next smaller power of two,
+    or a 16th or an 8th, so that padding takes no more than that share.
+    """
+    share = WIDTHS
+    while True:
+        widths, last = [], 0
+        while last < longest:
+            last = min(last + max(GRID, 2 ** (last.bit_length() - 1) // share if last else 0), longest)
+            widths.append(last)
+        if len(widths) <= WIDTHS:
+            return widths or [1]
+        share //= 2
+
+
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +269,7 @@ class ChatBatches:
         self.parts = parts
         self.pad_id = pad_id
         self.per_epoch = -(-len(rows) // self.size)
+        self._widths = padded_widths(rows._limit - 1)
         self._epoch = -1
         self._batches: list[np.ndarray] = []
 
@@ -298,7 +319,7 @@ class ChatBatches:
     def _width(self, numbers: np.ndarray) -> int:
         """Return the number L of positions that predict a token, padding included."""
         longest = int(self.rows.lengths[numbers].max()) - 1
-        return max(min(-(-longest // GRID) * GRID, self.rows._limit - 1), 1)
+        return self._widths[bisect_left(self._widths, longest)]
 
     def _part(self, numbers: np.ndarray, share: float) -> Part:
         width = self._width(numbers)
