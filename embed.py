@@ -27,7 +27,7 @@ from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, Parser, command
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell
@@ -172,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--max-length", type=int, metavar="N", help="truncate texts after N tokens (default: as the model was saved)"
     )
+    out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     out.add_argument(
         "--dimensions", type=int, metavar="N", help="keep only the first N dimensions (Matryoshka; default: all)"
     )
@@ -202,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     flags = parser()
     args = flags.parse_args(argv)
+    backend.set_compile(args.compile)
     needed = {"--model": args.model, "--input": args.input, "--output": args.output}
     if args.to is not None:
         if args.input is not None or args.output is not None:

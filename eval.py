@@ -34,7 +34,7 @@ from mlx_retrieval.evaluation.results import Evaluation, compare, compare_format
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
 from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 
@@ -133,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--max-length", type=int, metavar="N", help=longest)
     shorter = "truncate queries to N tokens; not for rerank (default: the model's own limit)"
     out.add_argument("--query-max-length", type=int, metavar="N", help=shorter)
+    out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     vectors = out.add_argument_group("stored vectors (--task embed)")
     precisions = (
         "also evaluate vectors stored at these precisions, without embedding again; int8 and uint8: ranges from the "
@@ -195,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, 1 if some tasks were unreachable, or 2 for an error or no task at all."""
     backend.prepare()
     args = parser().parse_args(argv)
+    backend.set_compile(args.compile)
     output = check_flags(args)
     run = evaluate_compared
     if not args.compare:

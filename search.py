@@ -33,7 +33,7 @@ from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell, writable
@@ -172,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     shared = Parser(add_help=False)
     shared.add_argument("--index", default=".index", metavar="DIR", help="folder of the index (default: .index)")
+    shared.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     top = Parser(prog="search.py", description="Search source code and texts by meaning and by words.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -235,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, 2 for an error of the user, or 130 after Ctrl-C."""
     backend.prepare()
     args = parser().parse_args(argv)
+    backend.set_compile(args.compile)
     try:
         args.run(args)
     except KeyboardInterrupt as stop:

@@ -299,8 +299,7 @@ class Settings:
     compile: str = option(
         "memory",
         "auto",
-        "compile the model's passes, one graph for each shape of micro-batch; auto = on CPUs only, as it has not been "
-        "measured on GPUs",
+        "compile the model's passes, one graph a shape; auto = on CPUs only, as GPUs have not been measured",
         choices=backend.COMPILE,
         tasks=RETRIEVAL,
     )

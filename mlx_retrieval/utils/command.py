@@ -17,6 +17,7 @@ from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import writable
 
 NUMBERS = {"int": "a whole number", "float": "a number"}
+COMPILE_HELP = "compile the model's passes; auto = on CPUs only, as GPUs have not been measured (default: auto)"
 Main = Callable[[Sequence[str] | None], int]
 
 

@@ -14,9 +14,10 @@ import embed
 import eval as evaluation
 import rerank
 import train
+from mlx_retrieval import backend
 from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.inference import embedder, quantization, vector_files
-from mlx_retrieval.inference.embedder import load
+from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.errors import UserError
 
@@ -265,3 +266,15 @@ def test_training_evaluation_and_use_agree_to_the_last_digit(small, tmp_path, mo
     assert results["after"] == printed["metrics"] and results["before"] != results["after"]
     trained = load(run / "final")  # finds its base by itself
     assert retrieval.evaluate(trained, [str(task)]).average() == results["after"]
+
+
+@pytest.mark.parametrize(("flag", "compiled"), [("on", True), ("off", False), ("auto", False)])
+def test_compile(small, tmp_path, monkeypatch, as_metal, flag, compiled):
+    """`embed.py --compile`: of a model that is loaded after it; eval.py, rerank.py and search.py have the same flag."""
+    monkeypatch.setattr(backend, "COMPILED", False)  # restored after the test
+    runners = []
+    monkeypatch.setattr(Model, "encode", lambda self, texts, *_, **__: runners.append(self.runner) or np.ones((1, 2)))
+    (tmp_path / "texts.txt").write_text("a\n")
+    command = ["--model", str(small), "--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "a.npy")]
+    assert embed.main([*command, "--compile", flag]) == 0
+    assert [runner.compiled for runner in runners] == [compiled]
