@@ -2,6 +2,7 @@
 
 python export.py --adapter adapters/best --output my-model                      # for sentence-transformers
 python export.py --adapter adapters/best --output my-model-4bit --format mlx --quantize 4
+python export.py --adapter adapters/best --output my-model --merge-with-base auto     # keeps more of the base model
 python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints llama.cpp's next command
 python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # an untrained base model
 python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
@@ -23,7 +24,7 @@ from pathlib import Path
 from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
-from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output
+from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output, share_of
 from mlx_retrieval.exporters.limits import MISSED
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
@@ -64,6 +65,12 @@ def _export(job: Export) -> tuple[Path, list[str]]:
             wanted = kinds.RERANKING if job.task == "rerank" else kinds.EMBEDDING
             kinds.require(wanted, job.model, job.adapter, job.task)
         model, config, base = loading.open_model(job.model, job.adapter, **task)
+        if job.merge_with_base is not None:
+            from mlx_retrieval.exporters.blend import blend_with_base
+
+            original = loading.open_model(job.model, job.adapter, bare=True)[0]
+            adapter = Path(job.adapter)
+            job.merge_with_base = blend_with_base(job.merge_with_base, model, original, config, base, adapter)
         if config.task == "rerank":
             from mlx_retrieval.exporters.reranker import RerankerWriter as Writer
         else:
@@ -132,6 +139,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write weights and settings as llama.cpp's convert_hf_to_gguf.py reads them, in one dtype, and print the "
         "command to run next",
+    )
+    out.add_argument(
+        "--merge-with-base",
+        type=share_of,
+        metavar="X|auto",
+        help="share of the trained weights, the rest being the base model's, which forgets less: 1 = the trained "
+        "model; auto = the share of 0, 0.1 ... 1 that is best on what the run was judged on while its --guard tasks "
+        "hold, with a table (default: 1)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the base model's)")
     out.add_argument("--overwrite", action="store_true", help="replace the exported folder in --output")

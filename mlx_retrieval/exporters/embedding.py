@@ -22,7 +22,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pylate_files import PROJECTION
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity, writable
+from mlx_retrieval.utils.text import writable
 
 
 class EmbeddingWriter:
@@ -89,7 +89,7 @@ class EmbeddingWriter:
         job, config, backbone = self.job, self.config, self.model.backbone
         trained = weights.merge(backbone)
         if job.adapter:
-            self._note("merged", f"{job.adapter}: {quantity(len(trained), 'tensor')}")
+            self._note("merged", job.merged(len(trained)))
         else:
             self._note("adapter", "none: the base model itself is exported")
         stored = weights.stored_dtype(self.base)
@@ -127,6 +127,7 @@ class EmbeddingWriter:
             config_json.write(folder, settings)
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or config.base_model
-        card = model_card.write(config, base, adapter, job.format, name, Path(job.output).name)
+        folder_name, share = Path(job.output).name, job.merge_with_base
+        card = model_card.write(config, base, adapter, job.format, name, folder_name, share=share)
         (folder / "README.md").write_text(writable(card), encoding="utf-8")
         return dtype or stored

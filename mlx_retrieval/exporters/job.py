@@ -1,5 +1,7 @@
 """Describe one export, and check the folders that it reads and writes."""
 
+import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from mlx_retrieval.exporters.config_json import MARK
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_parent, holds_model
+from mlx_retrieval.utils.text import quantity
 
 FORMATS = ("sentence-transformers", "mlx", "hf")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,6 +30,7 @@ class Export:
     quantize: int | None = None
     gguf_ready: bool = False
     dtype: str | None = None
+    merge_with_base: float | str | None = None  # share of the trained model, "auto", or None = all of it
     overwrite: bool = False
     skip_library_check: bool = False
 
@@ -42,12 +46,20 @@ class Export:
         if self.is_chat and (self.gguf_ready or self.format == FORMATS[0]):
             given = "--gguf-ready" if self.gguf_ready else f"--format {self.format}"
             raise UserError(f"{given} is for retrieval models: a chat adapter is exported with --format mlx or hf")
+        if self.merge_with_base is not None and (self.adapter is None or self.is_chat):
+            reason = "is for the adapters of retrieval models" if self.adapter else "needs an --adapter"
+            raise UserError(f"--merge-with-base {self.merge_with_base}: {reason}")
         if self.task is not None and self.adapter is not None:
             raise UserError("--task is for a base model: an adapter's files tell what it was trained for")
         if self.quantize and self.format != "mlx":
             raise UserError(f"--quantize writes a folder that only mlx reads: use --format mlx, not {self.format}")
         if self.gguf_ready and self.format == "mlx":
             raise UserError("--gguf-ready needs --format sentence-transformers or hf: the converter reads those")
+
+    def merged(self, tensors: int) -> str:
+        """Return what was merged into the base model, in words."""
+        share = "" if self.merge_with_base is None else f", {self.merge_with_base:g} of the trained weights"
+        return f"{self.adapter}: {quantity(tensors, 'tensor')}{share}"
 
     @property
     def is_chat(self) -> bool:
@@ -60,6 +72,16 @@ class Export:
     def source(self) -> str:
         """The name of the exported model: the adapter's folder, or the base model."""
         return self.adapter or self.model
+
+
+def share_of(text: str) -> float | str:
+    """Read the value of --merge-with-base: a number from 0 to 1, or "auto". ArgumentTypeError if it is neither."""
+    if text == "auto":
+        return text
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: neither a number from 0 to 1 nor auto")
 
 
 def check_adapter(adapter: str) -> None:

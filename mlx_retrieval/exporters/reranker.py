@@ -34,7 +34,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.sentence_transformers_files import MODULES, SENTENCE, SETTINGS
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity, writable
+from mlx_retrieval.utils.text import writable
 
 ACTIVATIONS = {"sigmoid": "torch.nn.modules.activation.Sigmoid", "": "torch.nn.modules.linear.Identity"}
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -121,7 +121,7 @@ class RerankerWriter:
         job, backbone = self.job, self.model.backbone
         trained = weights.merge(backbone)
         if job.adapter:
-            self._note("merged", f"{job.adapter}: {quantity(len(trained), 'tensor')}")
+            self._note("merged", job.merged(len(trained)))
         else:
             self._note("adapter", "none: the base model itself is exported")
         name = str(dtype).rpartition(".")[-1]
@@ -149,7 +149,8 @@ class RerankerWriter:
         self._note("tokenizer", self._write_tokenizer(folder))
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or self.config.base_model
-        card = model_card.write(self.config, base, adapter, self.form, name, Path(job.output).name, self.answers)
+        folder_name, share = Path(job.output).name, job.merge_with_base
+        card = model_card.write(self.config, base, adapter, self.form, name, folder_name, self.answers, share)
         (folder / "README.md").write_text(writable(card), encoding="utf-8")
 
     def _write_tokenizer(self, folder: Path) -> str:

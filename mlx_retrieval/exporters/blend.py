@@ -1,0 +1,165 @@
+"""Blend a trained model with its base: weights between the two forget less (LM-Cocktail, Xiao et al. 2023, 2311.13534).
+
+share = blend_with_base("auto", model, original, config, base, Path("adapters/best"))
+
+blend = Blend(model, original, config)                 # adapters become part of the weights
+blend.set(0.7)                                         # base + 0.7 * (trained - base)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mlx_retrieval.backend import mx, nn
+
+from mlx.utils import tree_flatten
+
+from mlx_retrieval.backbones import lora
+from mlx_retrieval.dataset.sources import is_default_data
+from mlx_retrieval.evaluation.results import METRICS, Evaluation
+from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.training.checkpoint import HELD_OUT
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.retrieval_run import make_evaluator
+from mlx_retrieval.training.settings_file import read_yaml
+from mlx_retrieval.utils import toolkit
+from mlx_retrieval.utils.console import print_rows
+from mlx_retrieval.utils.errors import UserError
+
+Evaluator = Callable[[], tuple[Evaluation | None, Evaluation]]  # see `training.retrieval_run.make_evaluator`
+SHARES = tuple(i / 10 for i in range(11))  # that `auto` tries
+METRIC = "ndcg_at_10"
+
+
+def blend_with_base(
+    share: float | str,
+    model: RetrievalModel,
+    original: RetrievalModel,
+    config: RetrievalConfig,
+    base: Path,
+    adapter: Path,
+) -> float:
+    """Move a trained model's weights towards its base model's; return the share of its own that is left.
+
+    Args:
+        share: from 0 to 1, or "auto": the best one of SHARES on what the run of `adapter` was judged on, among those
+            at which its guards hold. A table shows them all.
+        model, config, base: as `loading.open_model` returns them; the adapter becomes part of the weights.
+        original: the model without its adapter.
+
+    Raises UserError if the run was judged on nothing.
+    """
+    if share != "auto":
+        Blend(model, original, config).set(share)
+        return share
+    settings, tasks = _judged_on(adapter.expanduser())
+    blend = Blend(model, original, config)
+    make = partial(make_evaluator, settings, model=model, retrieval=config, tokenizer=config.tokenizer(base))
+    judge, guard = (make(lambda names=names: names) for names in (tasks, settings.guard))
+    points = [_evaluated(blend, one, judge, guard if settings.guard else None) for one in SHARES]
+    chosen = best(points, settings.guard_tolerance)
+    print_points(points, chosen, settings.guard_tolerance)
+    blend.set(chosen.share)
+    return chosen.share
+
+
+def _judged_on(adapter: Path) -> tuple[Settings, list[str]]:
+    """Return the settings of the run that an adapter folder is of, and the tasks that it was judged on."""
+    run = adapter.resolve().parent
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--merge-with-base auto: no config.yaml in {run}, so the tasks to choose by are not known")
+    settings = Settings(**read_yaml(run / "config.yaml"))
+    held_out = [str(run / HELD_OUT)] if (run / HELD_OUT).is_dir() else []
+    default = [toolkit.find(toolkit.EVALUATION)] if is_default_data(settings.data) and not settings.holdout else []
+    if not (tasks := settings.eval_tasks or held_out or default):
+        raise UserError(f"--merge-with-base auto: {run} was judged on nothing, and a share is chosen by figures")
+    return settings, tasks
+
+
+class Blend:
+    """A trained model whose weights can be moved between its base model's and its own, in place and in float32.
+
+    Layers that the base model does not have, a projection or a reranker's head, stay as they were trained.
+
+    Args:
+        model: with its adapter, which becomes part of the weights, dequantised.
+        original: the base model.
+        config: the trained model's.
+    """
+
+    def __init__(self, model: RetrievalModel, original: RetrievalModel, config: RetrievalConfig):
+        from mlx_lm.utils import dequantize_model
+
+        adapted, before = model.backbone.adapted, original.backbone.adapted
+        fused = {f"{name}.weight" for name in lora.fuse(model.backbone)}
+        if fused:  # from now on these are what training has changed: see `weights.merge`
+            adapted.freeze()
+            for name, module in adapted.named_modules():
+                if f"{name}.weight" in fused:
+                    module.unfreeze(keys=["weight"], recurse=False)
+        dequantize_model(before)
+        self._ends = [_Ends.of(adapted, before)]
+        for layer, base_layer, description in zip(model.head.dense, original.head.dense, config.dense, strict=True):
+            if description["path"]:  # of a layer in the base model's files
+                self._ends.append(_Ends.of(layer, base_layer))
+
+    def set(self, share: float) -> None:
+        """Set the weights to base + share * (trained - base)."""
+        for ends in self._ends:
+            weights = [(name, base + share * (trained - base)) for name, (base, trained) in ends.weights.items()]
+            ends.module.load_weights(weights, strict=False)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """A module's trainable parameters: name -> (base model's, trained), float32."""
+
+    module: nn.Module
+    weights: dict[str, tuple[mx.array, mx.array]]
+
+    @classmethod
+    def of(cls, module: nn.Module, original: nn.Module) -> "_Ends":
+        before, after = dict(tree_flatten(original.parameters())), dict(tree_flatten(module.trainable_parameters()))
+        weights = {name: (before[name].astype(mx.float32), value.astype(mx.float32)) for name, value in after.items()}
+        mx.eval(weights)
+        return cls(module, weights)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A share, and what the model is worth there."""
+
+    share: float
+    score: float  # nDCG@10, the mean over the tasks
+    guards: dict[str, float]  # guard -> nDCG@10
+
+
+def _evaluated(blend: Blend, share: float, judge: Evaluator, guard: Evaluator | None) -> Point:
+    blend.set(share)
+    guards = guard()[1].tasks if guard else {}
+    return Point(share, judge()[1].average()[METRIC], {task: figures[METRIC] for task, figures in guards.items()})
+
+
+def best(points: Sequence[Point], tolerance: float) -> Point:
+    """Return the point of the highest score among those whose guards have lost `tolerance` at most.
+
+    Of equal scores, it is that of the smallest share.
+    """
+    base = points[0].guards
+    kept = [p for p in points if all(score >= base[task] - tolerance for task, score in p.guards.items())]
+    return max(kept, key=lambda point: (point.score, -point.share))
+
+
+def print_points(points: Sequence[Point], chosen: Point, tolerance: float) -> None:
+    """Print the figures of every share, and mark the one that was chosen."""
+    base = points[0].guards
+    rows = []
+    for point in points:
+        lost = any(score < base[task] - tolerance for task, score in point.guards.items())
+        note = "chosen" if point == chosen else "a guard fell" if lost else ""
+        rows.append(
+            (f"{point.share:.1f} {note}".rstrip(), f"{point.score:.4f}", *(f"{s:.4f}" for s in point.guards.values()))
+        )
+    print_rows("share of the trained model", ("share", METRICS[METRIC], *base), rows)

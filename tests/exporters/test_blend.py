@@ -1,0 +1,140 @@
+"""Weights between a trained model's and its base model's: `export.py --merge-with-base`.
+
+python -m pytest tests/exporters/test_blend.py
+"""
+
+import json
+from pathlib import Path
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+from beir_folders import write_folder
+from exported import read_json, run_export
+from random_models import save
+from trained_models import trained
+
+import export
+from mlx_retrieval.exporters import blend
+from mlx_retrieval.exporters.blend import Point
+from mlx_retrieval.exporters.job import share_of
+from mlx_retrieval.inference.embedder import load
+from mlx_retrieval.models import loading
+from mlx_retrieval.utils.errors import UserError
+
+TEXTS = ["the cat sat on the mat", "a kidney stone", "what is it"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, toy_tokenizer_folder) -> Path:
+    return save("bert", tmp_path_factory.mktemp("blend") / "bert", tokenizer=toy_tokenizer_folder)
+
+
+@pytest.fixture(scope="module", params=["lora", "dora", "full"])
+def adapter(request, base, tmp_path_factory) -> Path:
+    """An adapter of each kind, in a folder of its own."""
+    return trained(base, tmp_path_factory.mktemp(request.param) / "best", request.param)[1]
+
+
+@pytest.fixture(scope="module")
+def run_folder(base, tmp_path_factory) -> Path:
+    """The folder of a run that has a `best`."""
+    run = tmp_path_factory.mktemp("run")
+    trained(base, run / "best")
+    return run
+
+
+def opened(adapter: Path):
+    model, config, _ = loading.open_model(None, str(adapter))
+    return model, loading.open_model(None, str(adapter), bare=True)[0], config
+
+
+def states(model) -> np.ndarray:
+    ids, lengths = mx.array([[5, 6, 7, 8]]), mx.array([4])
+    return np.array(model.backbone.hidden_states(ids, lengths).astype(mx.float32))
+
+
+def test_the_ends_are_the_base_model_and_the_trained_one(adapter):
+    model, original, config = opened(adapter)
+    base_states, trained_states = states(original), states(model)
+    assert np.abs(base_states - trained_states).max() > 1e-2
+    mixture = blend.Blend(model, original, config)
+    for share, expected in ((1.0, trained_states), (0.0, base_states), (1.0, trained_states)):
+        mixture.set(share)
+        np.testing.assert_allclose(states(model), expected, atol=2e-5)
+
+
+def test_half_way_is_the_mean_of_the_weights(adapter):
+    model, original, config = opened(adapter)
+    mixture = blend.Blend(model, original, config)
+    mixture.set(1.0)
+    ends = [dict(blend.tree_flatten(each.backbone.adapted.parameters())) for each in (original, model)]
+    ends = [{name: np.array(value.astype(mx.float32)) for name, value in end.items()} for end in ends]
+    mixture.set(0.5)
+    changed = 0
+    for name, value in blend.tree_flatten(model.backbone.adapted.parameters()):
+        np.testing.assert_allclose(np.array(value), (ends[0][name] + ends[1][name]) / 2, atol=1e-6, err_msg=name)
+        changed += not np.array_equal(ends[0][name], ends[1][name])
+    assert changed
+
+
+def test_an_exported_blend(run_folder, tmp_path, capsys):
+    """It is read by the libraries, and says what it is."""
+    folder = run_export(tmp_path / "half", adapter=run_folder / "best", merge_with_base=0.5)
+    whole = run_export(tmp_path / "whole", adapter=run_folder / "best")
+    vectors = [load(str(where)).encode(TEXTS) for where in (folder, whole)]
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() < 0.9999
+    assert "0.5 of the trained weights" in capsys.readouterr().out
+    assert "0.5 of the trained model's and 0.5 of its base model's" in (folder / "README.md").read_text()
+    assert read_json(folder)["model_type"] == "bert"
+
+
+POINTS = [Point(0.0, 0.50, {"g": 0.80}), Point(0.5, 0.60, {"g": 0.799}), Point(0.8, 0.60, {"g": 0.799}),
+          Point(1.0, 0.70, {"g": 0.79})]  # fmt: skip
+
+
+def test_the_best_share_keeps_its_guards(capsys):
+    assert blend.best(POINTS, 0.002).share == 0.5  # 0.8 is as good and moves further; 1.0 loses its guard
+    assert blend.best(POINTS, 0.02).share == 1.0
+    assert blend.best(POINTS, 0.0).share == 0.0
+    blend.print_points(POINTS, POINTS[1], 0.002)
+    out = capsys.readouterr().out
+    assert "0.5 chosen" in out and "1.0 a guard fell" in out and "nDCG@10" in out
+
+
+def test_auto_chooses_by_the_run_s_own_tasks_and_guards(run_folder, tmp_path, monkeypatch, capsys):
+    """Its held-out questions are asked, and its guards with them."""
+    monkeypatch.setattr(blend, "SHARES", (0.0, 0.5, 1.0))
+    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(TEXTS)]
+    write_folder(run_folder / "held-out", corpus, [{"_id": "q", "text": "mat"}], "q\td0\t1\n")
+    guard = write_folder(tmp_path / "guard", corpus, [{"_id": "q", "text": "stone"}], "q\td1\t1\n")
+    settings = {"data": ["rows.jsonl"], "guard": [str(guard)], "guard_tolerance": 1.0}
+    (run_folder / "config.yaml").write_text(json.dumps(settings))
+    folder = run_export(tmp_path / "auto", adapter=run_folder / "best", merge_with_base="auto")
+    out = capsys.readouterr().out
+    assert out.count(" chosen") == 1 and "guard" in out
+    assert folder.is_dir()
+
+
+def test_auto_needs_what_the_run_was_judged_on(base, tmp_path):
+    _, lonely = trained(base, tmp_path / "run" / "best")
+    with pytest.raises(UserError, match=r"no config.yaml in .*run"):
+        run_export(tmp_path / "out", adapter=lonely, merge_with_base="auto")
+    (tmp_path / "run" / "config.yaml").write_text('{"data": ["rows.jsonl"]}')
+    with pytest.raises(UserError, match="judged on nothing"):
+        run_export(tmp_path / "out", adapter=lonely, merge_with_base="auto")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.1", "half", "nan", ""])
+def test_shares_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        export.parser().parse_args(["--adapter", "a", "--output", "o", "--merge-with-base", text])
+    assert "neither a number from 0 to 1 nor auto" in capsys.readouterr().err
+
+
+def test_what_has_no_base_is_refused(base, tmp_path):
+    assert share_of("0.7") == 0.7
+    with pytest.raises(UserError, match="--merge-with-base 0.5: needs an --adapter"):
+        run_export(tmp_path / "out", model=str(base), merge_with_base=0.5)
