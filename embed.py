@@ -22,12 +22,12 @@ import numpy as np
 from mlx_retrieval import backend
 from mlx_retrieval.dataset import columns
 from mlx_retrieval.dataset.text_files import read_text_rows
-from mlx_retrieval.inference import quantization, vector_files
+from mlx_retrieval.inference import dtypes, quantization, vector_files
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell
@@ -74,7 +74,8 @@ def embed_file(args: argparse.Namespace) -> str:
         )
     if args.ranges:
         ranges = read_ranges(Path(args.ranges))
-    model = load(args.model, args.adapter, max_length=args.max_length)
+    model = load(args.model, args.adapter, args.dtype, max_length=args.max_length)
+    dtypes.warn("embed.py", model)
     if model.late:
         vector_files.check_late(output)
         check_outputs(args, *[vector_files.lengths_file(output)] * (output.suffix == ".npy"))
@@ -116,7 +117,8 @@ def embed_index(args: argparse.Namespace) -> str:
     texts = row_fields.get("document") or row_fields.get("positive")
     if not texts:
         raise UserError("--es-fields: document=FIELD+FIELD must name the fields to embed")
-    model, field = load(args.model, args.adapter, max_length=args.max_length), args.field or "vector"
+    model, field = load(args.model, args.adapter, args.dtype, max_length=args.max_length), args.field or "vector"
+    dtypes.warn("embed.py", model)
     with progress_bar("embedding", "documents") as progress:
         count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress)
     skipped = f"; skipped {quantity(empty, 'document')} without text" if empty else ""
@@ -172,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--max-length", type=int, metavar="N", help="truncate texts after N tokens (default: as the model was saved)"
     )
+    out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     out.add_argument(
         "--dimensions", type=int, metavar="N", help="keep only the first N dimensions (Matryoshka; default: all)"
@@ -215,17 +218,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif missing := [name for name, value in needed.items() if value is None]:
         flags.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
     if args.check is not None:
-        return check_model(args.check, args.adapter)
+        return check_model(args.check, args.adapter, args.dtype)
     print(embed_index(args) if args.to is not None else embed_file(args))
     return 0
 
 
-def check_model(path: str, adapter: str | None) -> int:
+def check_model(path: str, adapter: str | None, dtype: str | None = None) -> int:
     """Print the findings of every check and a verdict; return 1 if a check fails, else 0."""
     import data_loader
     from mlx_retrieval.inference import checks
 
-    findings = checks.check(path, data_loader.make_batch, adapter)
+    findings = checks.check(path, data_loader.make_batch, adapter, dtype)
     if failed := checks.report(path, findings):
         print(f"embed.py: FAILED: {', '.join(failed)}", file=sys.stderr)
         return 1

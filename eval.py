@@ -34,7 +34,7 @@ from mlx_retrieval.evaluation.results import Evaluation, compare, compare_format
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
 from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import COMPILE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 
@@ -48,12 +48,14 @@ def rules_of(args: argparse.Namespace) -> beir.FolderRules:
 
 def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate an embedding or late-interaction model and print the tables. Return figures and `--output`'s JSON."""
+    from mlx_retrieval.inference import dtypes
     from mlx_retrieval.inference.embedder import load
 
     settings: dict[str, Any] = {"max_length": args.max_length, "query_max_length": args.query_max_length}
-    settings |= {"task": args.task} if args.task else {}
+    settings |= {"dtype": args.dtype} | ({"task": args.task} if args.task else {})
     settings |= {"truncate_dim": 0} if args.dimensions else {}  # the flag wins over the model's files
     model, stored = load(args.model, args.adapter, **settings), {}
+    dtypes.report(model)
     if args.precision or args.dimensions:
         formats = vector_formats(args.precision, args.dimensions, model.dimensions)
         evaluation, stored = evaluate_formats(model, args.eval_tasks, formats, show_progress, rules_of(args))
@@ -70,15 +72,17 @@ def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Eva
 
 def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate a reranker and print the tables. Return the figures after reranking and `--output`'s JSON."""
+    from mlx_retrieval.inference import dtypes
     from mlx_retrieval.inference.reranker import Reranker
 
     first_stage: Any = "bm25"
     if args.first_stage not in (None, "bm25"):
         from mlx_retrieval.inference.embedder import load
 
-        first_stage = load(args.first_stage)
+        first_stage = load(args.first_stage, dtype=args.dtype)
     # By logits: large ones have the same sigmoid in float32, and would tie.
-    reranker = Reranker(args.model, args.adapter, max_length=args.max_length, raw_scores=True)
+    reranker = Reranker(args.model, args.adapter, max_length=args.max_length, raw_scores=True, dtype=args.dtype)
+    dtypes.report(*([] if first_stage == "bm25" else [first_stage]), reranker)
     depth = args.depth or DEPTH
     before, after = evaluate_reranker(reranker, args.eval_tasks, first_stage, depth, show_progress, rules_of(args))
     record = after.to_json() | {"first_stage": {"model": before.model, "depth": depth, "tasks": before.tasks}}
@@ -94,7 +98,7 @@ def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
 def evaluate_compared(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
     """Compare models and files of results, and print the tables. Return the first's figures and `--output`'s JSON."""
     names = args.compare
-    how = args.first_stage, args.depth, show_progress, rules_of(args)
+    how = args.first_stage, args.depth, show_progress, rules_of(args), args.dtype
     evaluations = comparison.evaluations_of(names, args.eval_tasks, *how)
     if not evaluations[0].tasks:  # no task could be reached
         return evaluations[0], {}
@@ -133,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--max-length", type=int, metavar="N", help=longest)
     shorter = "truncate queries to N tokens; not for rerank (default: the model's own limit)"
     out.add_argument("--query-max-length", type=int, metavar="N", help=shorter)
+    out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     vectors = out.add_argument_group("stored vectors (--task embed)")
     precisions = (

@@ -64,11 +64,13 @@ def _export(job: Export) -> tuple[Path, list[str]]:
         if job.task:
             wanted = kinds.RERANKING if job.task == "rerank" else kinds.EMBEDDING
             kinds.require(wanted, job.model, job.adapter, job.task)
-        model, config, base = loading.open_model(job.model, job.adapter, **task)
+        # Merged in float32, whatever the adapter was trained in; an export asks for no dtype but that of its weights.
+        model, config, base = loading.open_model(job.model, job.adapter, dtype="float32", **task)
+        config.dtype = "auto"
         if job.merge_with_base is not None:
             from mlx_retrieval.exporters.blend import blend_with_base
 
-            original = loading.open_model(job.model, job.adapter, bare=True)[0]
+            original = loading.open_model(job.model, job.adapter, bare=True, dtype="float32")[0]
             adapter = Path(job.adapter)
             job.merge_with_base = blend_with_base(job.merge_with_base, model, original, config, base, adapter)
         if config.task == "rerank":

@@ -22,16 +22,18 @@ from mlx_retrieval.backend import device_errors
 import numpy as np
 
 from mlx_retrieval import backend
+from mlx_retrieval.backbones import describe_dtype
 from mlx_retrieval.dataset import columns
 from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
+from mlx_retrieval.inference import dtypes
 from mlx_retrieval.mining import code_pairs, hard_negatives, run
 from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
 from mlx_retrieval.models.rerankers import KINDS as RERANKERS
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import Parser, command
+from mlx_retrieval.utils.command import DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
@@ -201,8 +203,11 @@ def run_negatives(args: argparse.Namespace) -> None:
     )  # fmt: skip
     corpus = run.open_corpus(args.corpus, args.field, args.es_fields)
     run.check_margins(corpus, rules, bool(args.model or args.reranker))
-    model = run.load_retriever(args.model, args.max_length) if args.model else None
-    judge = Teacher(args.reranker, "reranker", reranker_type=args.reranker_type) if args.reranker else None
+    model = run.load_retriever(args.model, args.max_length, args.dtype) if args.model else None
+    judge = None
+    if args.reranker:
+        judge = Teacher(args.reranker, "reranker", reranker_type=args.reranker_type, dtype=args.dtype)
+    dtypes.warn("mine.py", model, judge and judge.model)
     with (
         cache_folder(output, args.work) as cache,
         run.naming_lines(files, args.corpus, args.field, args.ignore_keys, args.columns),
@@ -281,6 +286,7 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
     flag("--model", "--model-path", metavar="MODEL", help="embedding model: adapter folder, base model's folder, or "
          "hub name")  # fmt: skip
     flag("--max-length", type=int, metavar="N", help="truncate documents to N tokens (default: as saved)")
+    flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     flag("--by", choices=hard_negatives.BY, help="what ranks the documents; both: reciprocal rank fusion (default: "
          "model; bm25 without --model)")  # fmt: skip
     flag("--reranker", metavar="MODEL", help="its scores decide order and filters; a late-interaction model works too")
@@ -317,9 +323,10 @@ def run_score(args: argparse.Namespace) -> None:
     output, files = Path(args.output).expanduser(), find_files(args.data)
     check_output(output, args.overwrite, [*files, args.teacher])
     counts, skipped = run.count_rows(files, args.skip_bad_rows, notify, args.ignore_keys, args.columns)
-    teacher = Teacher(args.teacher, args.teacher_kind, args.max_length, args.reranker_type, args.raw_scores)
+    settings = (args.max_length, args.reranker_type, args.raw_scores, args.dtype)
+    teacher = Teacher(args.teacher, args.teacher_kind, *settings)
     name = teacher.model.name
-    print_lines([("teacher", f"{name}, {teacher.kind}")])
+    print_lines([("teacher", f"{name}, {teacher.kind}, {describe_dtype(teacher.model.model.backbone)}")])
     with (
         cache_folder(output, args.work) as cache,
         run.naming_lines(files, ignore_keys=args.ignore_keys, columns=args.columns),
@@ -360,6 +367,7 @@ def add_score(commands: argparse._SubParsersAction) -> None:
          "files do not say is a reranker if its name has 'rerank')")  # fmt: skip
     flag("--reranker-type", choices=RERANKERS, metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--max-length", type=int, metavar="N", help="truncate texts to N tokens (default: as saved)")
+    flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     flag("--raw-scores", action="store_true", help="logits of a reranker, not their sigmoid (default: as its files "
          "say; logits of a cross-encoder whose files do not say)")  # fmt: skip
     out.set_defaults(run=run_score)

@@ -85,6 +85,7 @@ class TriBridMLXReranker(Reranker):
             model's files say.
         model_name: a folder or hub name; None = the adapter's base, or without one Qwen3-Reranker-0.6B.
         adapter_path: a saved adapter's folder. max_length: tokens of query and document; None = as the model was saved.
+        dtype: to compute in: see `Reranker`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class TriBridMLXReranker(Reranker):
         model_name: str | None = None,
         adapter_path: str | None = None,
         max_length: int | None = None,
+        dtype: str | None = None,
     ):
         with _parameters(LOADING, about="model" if model_name else "adapter"):
             kind = TYPES.get(reranker_type.lower()) if reranker_type else None
@@ -108,7 +110,7 @@ class TriBridMLXReranker(Reranker):
                     )
                 model_name = QWEN3
             model = (model_name, adapter_path or None) if model_name else (adapter_path, None)
-            super().__init__(*model, kind, max_length)
+            super().__init__(*model, kind, max_length, dtype=dtype)
 
     def score(self, query: str, documents: str | Sequence[str]) -> Any:
         """Score documents as `Reranker.score` does; return a float for a single document."""
@@ -144,10 +146,10 @@ class MLXCrossEncoder(Reranker):
     """A cross-encoder, made by `from_pretrained`. MLXCrossEncoderTrainer changes it in place."""
 
     @classmethod
-    def from_pretrained(cls, name: str, max_length: int | None = None) -> "MLXCrossEncoder":
-        """Load a model by folder or hub name, or by a saved adapter's folder."""
+    def from_pretrained(cls, name: str, max_length: int | None = None, dtype: str | None = None) -> "MLXCrossEncoder":
+        """Load a model by folder or hub name, or by a saved adapter's folder; `dtype`: see `Reranker`."""
         with _parameters(dict.fromkeys(LOADING, "pretrained_path"), about="model"):
-            model = cls(name, max_length=max_length)
+            model = cls(name, max_length=max_length, dtype=dtype)
         if model.kind != "cross-encoder":
             raise UserError(f"pretrained_path {name}: of the type {model.kind}; use TriBridMLXReranker for it")
         return model
@@ -260,8 +262,9 @@ class _Trainer:
         """Load the model now. Without this call, the first score before training loads it."""
         if self.model is None:
             instruction = getattr(self.config, "task_instruction", None) or self.config.instruction
+            settings = (self.config.max_length, instruction, False, self.config.dtype)
             with _parameters(self.config.parameters, about="model"):
-                self.model = Reranker(self.name, None, self.kind, self.config.max_length, instruction)
+                self.model = Reranker(self.name, None, self.kind, *settings)
 
     def score_pair(self, query: str, document: str) -> float:
         """Return the score of one document."""
@@ -345,8 +348,8 @@ class MLXCrossEncoderTrainer(_Trainer):
             raise UserError(f"pretrained_path {config.pretrained_path}, but the model is {model.name}")
         if kinds.is_adapter(Path(model.name).expanduser()):
             raise UserError(f"{model.name} is an adapter: training starts from a base model")
-        if config.max_length is None:
-            config = replace(config, max_length=model.config.max_length)
+        own = {name: getattr(model.config, name) for name in ("max_length", "dtype")}
+        config = replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
         super().__init__(model.name, "cross-encoder", config, model)
 
 

@@ -23,11 +23,12 @@ from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.text_files import Text, read_text_rows
+from mlx_retrieval.inference import dtypes
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.rerankers import KINDS
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.console import NARROWEST, console
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.text import quantity, writable
@@ -59,7 +60,7 @@ def print_results(results: Sequence[dict[str, Any]], count: int, name: str) -> N
 
 def open_reranker(args: argparse.Namespace) -> Reranker:
     """Load the reranker that the flags name."""
-    settings = (args.reranker_type, args.max_length, args.instruction, args.raw_scores)
+    settings = (args.reranker_type, args.max_length, args.instruction, args.raw_scores, args.dtype)
     return Reranker(args.model, args.adapter, *settings)
 
 
@@ -69,7 +70,8 @@ def serve(args: argparse.Namespace) -> None:
 
     key = os.environ.get("RERANK_API_KEY") or None
     reranker = open_reranker(args) if args.model else None
-    model = embedder.load(args.embedding_model) if args.embedding_model else None
+    model = embedder.load(args.embedding_model, dtype=args.dtype) if args.embedding_model else None
+    dtypes.report(*(each for each in (reranker, model) if each is not None))
     server.run(reranker, model, host=args.host, port=args.port, api_key=key)
 
 
@@ -103,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give logits, without the sigmoid that most rerankers' files ask for; the ranking is the same",
     )
+    out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     rank = out.add_argument_group("rank a file")
     rank.add_argument("--query", type=writable, metavar="TEXT", help="the query")
@@ -170,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     documents = read_documents(Path(args.documents), args.field)
     reranker = open_reranker(args)
+    dtypes.warn("rerank.py", reranker)
     try:
         results = reranker.rerank(args.query, [document.text for document in documents], args.top_n)
     except NonFiniteError as error:

@@ -33,7 +33,7 @@ from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import COMPILE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell, writable
@@ -111,7 +111,7 @@ def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:
 
 def index_command(args: argparse.Namespace) -> None:
     """Index a folder."""
-    from mlx_retrieval.inference import embedder
+    from mlx_retrieval.inference import dtypes, embedder
     from mlx_retrieval.retrieval.indexer import is_corpus, update
 
     if not 0 <= args.overlap < args.chunk_size:
@@ -119,7 +119,8 @@ def index_command(args: argparse.Namespace) -> None:
     if not (root := Path(args.path).expanduser()).is_dir():
         raise UserError(f"{args.path}: no such folder")
     print(backend.describe(), file=sys.stderr)
-    folder, model = Path(args.index), embedder.load(args.model_path)
+    folder, model = Path(args.index), embedder.load(args.model_path, dtype=args.dtype)
+    dtypes.report(model)
     limits = (args.chunk_size, args.overlap, args.max_file_size, args.exclude)
     print_summary(update(root, folder, model, *limits, rebuild=args.rebuild), folder, is_corpus(root))
 
@@ -134,8 +135,8 @@ def search_command(args: argparse.Namespace) -> None:
     if args.rerank:
         from mlx_retrieval.inference.reranker import Reranker
 
-        reranker = Reranker(args.rerank)
-    searcher = Searcher(args.store or args.index, args.model_path, reranker, args.field)
+        reranker = Reranker(args.rerank, dtype=args.dtype)
+    searcher = Searcher(args.store or args.index, args.model_path, reranker, args.field, args.dtype)
     if not searcher.index.info.complete:
         print(
             "search.py: indexing was not finished, so some files are missing (search.py index continues)",
@@ -158,7 +159,7 @@ def eval_command(args: argparse.Namespace) -> None:
     if not 0 <= args.weight <= 1:
         raise UserError(f"--weight {args.weight}: between 0 and 1")
     queries = index_search.read_queries(args.queries, FolderRules(args.strict, args.ignore_identical_ids))
-    searcher = Searcher(args.index, args.model_path)
+    searcher = Searcher(args.index, args.model_path, dtype=args.dtype)
     queries, missing = index_search.resolve(queries, searcher.index)
     if missing:
         print(f"search.py: {missing:,} of the answers are not in {args.index}: no search finds them", file=sys.stderr)
@@ -171,6 +172,7 @@ def eval_command(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     shared = Parser(add_help=False)
+    shared.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     shared.add_argument("--index", default=".index", metavar="DIR", help="folder of the index (default: .index)")
     shared.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     top = Parser(prog="search.py", description="Search source code and texts by meaning and by words.")

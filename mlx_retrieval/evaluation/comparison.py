@@ -18,7 +18,7 @@ from mlx_retrieval.dataset.beir import TOLERANT, FolderRules, check_folders
 from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_reranker
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, Scores, compare
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
-from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference import dtypes, embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.kinds import detect_kind
 from mlx_retrieval.utils.errors import UserError
@@ -56,6 +56,7 @@ def evaluations_of(
     depth: int | None = None,
     show_progress: bool = False,
     rules: FolderRules = TOLERANT,
+    dtype: str | None = None,
 ) -> list[Evaluation]:
     """Return the evaluation of each name: read from a file, or of the model that is evaluated here.
 
@@ -65,6 +66,7 @@ def evaluations_of(
         first_stage: what finds the documents for rerankers: "bm25", or a model; None = "bm25".
         depth: documents of a query that a reranker scores; None = `reranking.DEPTH`.
         rules: how folders are read.
+        dtype: that models compute in: see `embedder.load`.
 
     Raises UserError, before any model is evaluated, for a file that holds no results, and if the files' tasks or
     queries differ from each other or from `tasks`.
@@ -85,13 +87,17 @@ def evaluations_of(
         check_folders(tasks, rules)
         if results:
             _check_tasks(*next(iter(results.items())), tasks, rules)
-        stage = "bm25" if first_stage in (None, "bm25") else embedder.load(first_stage)
+        stage = "bm25" if first_stage in (None, "bm25") else embedder.load(first_stage, dtype=dtype)
         for name in models:
             if kinds[name] == "rerank":
-                reranker = Reranker(name, raw_scores=True)  # large logits have the same sigmoid in float32
+                # Large logits have the same sigmoid in float32.
+                reranker = Reranker(name, raw_scores=True, dtype=dtype)
+                dtypes.report(reranker)
                 _, results[name] = evaluate_reranker(reranker, tasks, stage, depth or DEPTH, show_progress, rules)
             else:
-                results[name] = evaluate(embedder.load(name), tasks, show_progress, rules)
+                model = embedder.load(name, dtype=dtype)
+                dtypes.report(model)
+                results[name] = evaluate(model, tasks, show_progress, rules)
             if results[name].tasks:
                 check_alike(results)
     return [results[name] for name in names]

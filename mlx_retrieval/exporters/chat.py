@@ -39,7 +39,7 @@ class ChatWriter:
             raise UserError(f"{job.adapter}: its files do not name its base model; name it by --model")
         with concerning("model"):
             self.base = resolve(self.base_model)
-            self.backbone: Decoder = load_backbone(self.base, bidirectional=False)
+            self.backbone: Decoder = load_backbone(self.base, bidirectional=False, dtype="float32")
         with concerning("adapter"):
             chat_adapter.check_base(self.backbone, self.folder, self.base_model)
         self.lines: list[tuple[str, str]] = []

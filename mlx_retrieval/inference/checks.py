@@ -108,7 +108,7 @@ def adapter(model: embedder.Model) -> tuple[bool | None, str]:
     if model.base is None:
         return None, "no adapter"
     config = model.config
-    same = {name: getattr(config, name) for name in ("task", "pooling", "bidirectional")}
+    same = {name: getattr(config, name) for name in ("task", "pooling", "bidirectional", "dtype")}
     base, _, _ = loading.build(str(model.base), **same)
     bare = embedder.Model(base, config, model.tokenizer, str(model.base))
     return _different(model.encode(TEXTS, "document"), bare.encode(TEXTS, "document"), "from the base model")
@@ -230,9 +230,9 @@ CHECKS = {
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
-def check(path: str, make_batch: MakeBatch, adapter: str | None = None) -> list[Finding]:
+def check(path: str, make_batch: MakeBatch, adapter: str | None = None, dtype: str | None = None) -> list[Finding]:
     """Load a model as `embedder.load` does and run all checks; UserError if it cannot be loaded."""
-    return examine(embedder.load(path, adapter), make_batch)
+    return examine(embedder.load(path, adapter, dtype), make_batch)
 
 
 def examine(model: embedder.Model, make_batch: MakeBatch) -> list[Finding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import resolve
+from mlx_retrieval.backbones import dtype_name, resolve
 from mlx_retrieval.inference import fingerprint, finite
 from mlx_retrieval.inference.quantization import check, quantise, truncate
 from mlx_retrieval.models import kinds, loading
@@ -52,6 +52,11 @@ class Model:
     def dimensions(self) -> int:
         """Length of a vector that `encode` returns by default; see `RetrievalConfig.truncate_dim`."""
         return self.config.truncate_dim or self.config.dimensions
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the backbone computes in, such as `bfloat16`; vectors are float32 whatever it is."""
+        return dtype_name(self.model.backbone)
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides this model's vectors; see `fingerprint.fingerprint`."""
@@ -156,12 +161,14 @@ def embed(
         raise (error.placed(place) if place else error) from error
 
 
-def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Model:
+def load(path: str | Path, adapter: str | Path | None = None, dtype: str | None = None, **overrides) -> Model:
     """Load a model for inference.
 
     Args:
         path: adapter folder, which names its base model; base model's folder; or hub name.
         adapter: adapter folder to load on top of the base model `path`.
+        dtype: to compute in: "float32", "bfloat16", "float16", or "auto": the checkpoint's on GPUs, float32 on CPUs;
+            None = as an adapter was trained, or else "auto".
         overrides: fields of RetrievalConfig that override the saved ones, for instance max_length or query_prompt.
 
     Raises UserError if anything is missing or does not fit.
@@ -171,5 +178,5 @@ def load(path: str | Path, adapter: str | Path | None = None, **overrides) -> Mo
         base, adapter = None, path
     name = str(adapter or base).rstrip("/")
     kinds.require(kinds.EMBEDDING, base, str(adapter) if adapter else None, overrides.get("task"))
-    model, config, folder = loading.open_model(base, str(adapter) if adapter else None, **overrides)
+    model, config, folder = loading.open_model(base, str(adapter) if adapter else None, dtype=dtype, **overrides)
     return Model(model, config, config.tokenizer(folder), name, folder if adapter else None)

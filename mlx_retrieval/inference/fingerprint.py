@@ -27,6 +27,7 @@ def fingerprint(config: RetrievalConfig, base: Path, adapter: Path | None = None
         adapter: the adapter's folder; None = there is none.
     """
     settings = dataclasses.asdict(config) | {"base_model": ""}  # folders may move
+    del settings["dtype"]  # the same vectors up to rounding: an index of one dtype is searched in another
     if not config.truncate_dim:  # a later field: indices of before stay valid
         del settings["truncate_dim"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import resolve
+from mlx_retrieval.backbones import dtype_name, resolve
 from mlx_retrieval.inference import embedder, fingerprint, finite
 from mlx_retrieval.models import kinds, loading, maxsim
 from mlx_retrieval.models.batching import Texts
@@ -45,6 +45,7 @@ class Reranker:
         max_length: most tokens of query and document together (listwise: of a document); None = as saved.
         instruction: the instruction by which a qwen3 or listwise model judges; None = as saved.
         raw_scores: give logits, without the sigmoid that most rerankers' files ask for.
+        dtype: to compute in: see `embedder.load`.
 
     Raises UserError if anything is missing or does not fit.
 
@@ -60,11 +61,12 @@ class Reranker:
         max_length: int | None = None,
         instruction: str | None = None,
         raw_scores: bool = False,
+        dtype: str | None = None,
     ):
         base: str | None = str(model)
         if adapter is None and kinds.is_adapter(Path(model).expanduser()):
             base, adapter = None, model
-        flags: dict[str, Any] = {"max_length": max_length, "instruction": instruction}
+        flags: dict[str, Any] = {"max_length": max_length, "instruction": instruction, "dtype": dtype}
         flags |= {"activation": ""} if raw_scores else {}
         name = str(adapter or base).rstrip("/")
         names = (base, str(adapter) if adapter else None)
@@ -134,6 +136,11 @@ class Reranker:
     def kind(self) -> str:
         """One of `rerankers.KINDS`, or "late"."""
         return self.config.reranker or "late"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the backbone computes in, such as `bfloat16`; scores are float32 whatever it is."""
+        return dtype_name(self.model.backbone)
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides this reranker's scores; see `fingerprint.fingerprint`.

@@ -40,9 +40,9 @@ def open_corpus(name: str | None, field: str | None = None, es_fields: str = ELA
     return ElasticCorpus(name, texts)
 
 
-def load_retriever(name: str, max_length: int | None = None) -> embedder.Model:
+def load_retriever(name: str, max_length: int | None = None, dtype: str | None = None) -> embedder.Model:
     """Load the embedding model that finds documents. UserError for a late-interaction model."""
-    model = embedder.load(name, max_length=max_length)
+    model = embedder.load(name, dtype=dtype, max_length=max_length)
     if model.late:
         raise UserError(
             f"--model {name}: a late-interaction model, whose token vectors of a corpus are not kept on disk; "
@@ -109,7 +109,7 @@ def mine_negatives(
     if ignored:
         notify(ignored_keys(ignored))
     fingerprints = texts.fingerprints | vars(rules)
-    fingerprints |= {"model": model.fingerprint() if model else "", "reranker": judge.fingerprint if judge else ""}
+    fingerprints |= {"model": _identity(model), "reranker": judge.fingerprint if judge else ""}
     open_cache(cache, fingerprints, ("corpus", "model"), skipped, notify)
     retrievers = hard_negatives.Retrievers(judge=judge and judge.score_groups)
     if model:
@@ -142,6 +142,11 @@ def naming_lines(
         if place := collection.place_of(error.texts[error.numbers[0]], files, file, field, ignore_keys, columns):
             raise error.placed(lambda _: str(place)) from error
         raise
+
+
+def _identity(model: embedder.Model | None) -> str:
+    """Return all that decides the vectors in the cache: the model's fingerprint, and its dtype; "" without a model."""
+    return f"{model.fingerprint()} {model.dtype}" if model else ""
 
 
 def _encoder(model: embedder.Model, prompt: str):

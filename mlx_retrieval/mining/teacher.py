@@ -44,6 +44,7 @@ class Teacher:
         reranker_type: the kind of reranker, if its files do not say.
         raw_scores: teach with logits, not with their sigmoid. A cross-encoder whose files name no activation always
             does: its makers distil so.
+        dtype: to compute in: see inference.embedder.load.
 
     Raises UserError if the model cannot be loaded, or is a late-interaction model and `kind` is "embedder".
     """
@@ -55,6 +56,7 @@ class Teacher:
         max_length: int | None = None,
         reranker_type: str | None = None,
         raw_scores: bool = False,
+        dtype: str | None = None,
     ):
         by_files = "embedder" if not reranker_type and detect_kind(name) == "embed" else "reranker"
         self.kind = kind or by_files
@@ -62,16 +64,17 @@ class Teacher:
             from mlx_retrieval.inference.reranker import Reranker
 
             raw_scores |= not is_adapter(Path(name).expanduser()) and gives_logits_to_students(resolve(name))
-            self.model: Any = Reranker(name, reranker_type=reranker_type, max_length=max_length, raw_scores=raw_scores)
+            settings = {"max_length": max_length, "raw_scores": raw_scores, "dtype": dtype}
+            self.model: Any = Reranker(name, reranker_type=reranker_type, **settings)
             self.score_groups: Callable[[Groups], list[np.ndarray]] = self.model.score_groups
         else:
             from mlx_retrieval.inference import embedder
 
-            self.model = embedder.load(name, max_length=max_length)
+            self.model = embedder.load(name, dtype=dtype, max_length=max_length)
             if self.model.late:
                 raise UserError(f"{name}: a late-interaction model scores as a reranker (--teacher-kind reranker)")
             self.score_groups = self._by_vectors
-        self.fingerprint = self.model.fingerprint()
+        self.fingerprint = f"{self.model.fingerprint()} {self.model.dtype}"
 
     @property
     def cut(self) -> int:

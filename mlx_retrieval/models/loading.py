@@ -12,6 +12,7 @@ from mlx_retrieval.backbones.hub import (
     check_fit,
     inside,
     load_strictly,
+    read_config,
     read_json,
     read_safetensors,
     read_weights,
@@ -45,11 +46,12 @@ def build(
     Returns the model, frozen except for new layers, its RetrievalConfig, and the base model's folder.
     """
     folder = kinds.require_base(model)
-    backbone = load_backbone(folder, flags.pop("bidirectional", None))
     if flags.get("task") is None and kinds.detect_kind(model) == "rerank":
         flags["task"] = "rerank"
-    base_config = base_model_config(folder, backbone.config, flags.get("task"), reranker)
+    bidirectional = flags.pop("bidirectional", None)
+    base_config = base_model_config(folder, read_config(folder), flags.get("task"), reranker)
     config = base_config.override(**flags)
+    backbone = load_backbone(folder, bidirectional, config.dtype)
     if base_config.dense and config.task != base_config.task:
         raise SettingError(
             "{name}: its layers are those of a model for {task} {trained}, not {wanted}",
@@ -187,7 +189,7 @@ def open_model(
     config = config.override(**flags)
     with concerning("model"):
         base = kinds.require_base(model or config.base_model)
-        backbone = load_backbone(base, config.bidirectional)
+        backbone = load_backbone(base, config.bidirectional, config.dtype)
     _fit_lengths(config, backbone.max_positions, flags)
     if bare:
         return _assemble(backbone, config, base), config, base

@@ -49,6 +49,7 @@ class RetrievalConfig:
     reranker: str = ""  # rerank: one of rerankers.KINDS; max_length is then of query and document together
     instruction: str = ""  # rerank: the instruction by which qwen3 and listwise models judge
     activation: str = ""  # rerank: of scores in use, not in training: sigmoid, or "" = none
+    dtype: str = "auto"  # to compute in, one of backend.DTYPES
     dimensions: int = 0  # length of a vector, as it is trained
     truncate_dim: int = 0  # embed: only the first N dimensions are used; 0 = all
     matryoshka_dims: list[int] = field(default_factory=list)  # shorter vector lengths that were trained as well

@@ -25,6 +25,7 @@ class Searcher:
         model: the model's folder or name, if it has moved since indexing.
         reranker: a `reranker.Reranker`, or any object with its `score`, that sorts the first hits; None = no reranking.
         field: field of the vectors in Elasticsearch; None = the only one.
+        dtype: that the model computes in: see `embedder.load`. It need not be that of the index.
 
     Raises UserError if there is no index, and in a search if the model is not the one that made the index.
     """
@@ -35,6 +36,7 @@ class Searcher:
         model: str | None = None,
         reranker: "Reranker | None" = None,
         field: str | None = None,
+        dtype: str | None = None,
     ):
         from mlx_retrieval.dataset.elastic.server import is_address
 
@@ -46,7 +48,7 @@ class Searcher:
             from mlx_retrieval.retrieval.lance_index import Index
 
             self.index = Index.open(index)
-        self._model_name, self.reranker = model, reranker
+        self._model_name, self.reranker, self._dtype = model, reranker, dtype
 
     @functools.cached_property
     def model(self) -> "Model":
@@ -56,7 +58,7 @@ class Searcher:
         info = self.index.info
         name = self._model_name or info.model
         try:
-            model = embedder.load(name)
+            model = embedder.load(name, dtype=self._dtype)
         except UserError as error:
             hint = "" if self._model_name else "; give the model's new place with --model-path"
             raise UserError(f"{error}{hint}") from error

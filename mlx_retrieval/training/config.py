@@ -94,6 +94,13 @@ class Settings:
     bidirectional: bool | None = option(
         "model", None, "let a decoder's tokens attend to the whole text, not only to earlier tokens", tasks=VECTORS
     )
+    dtype: str | None = option(
+        "model",
+        None,
+        "compute in this dtype; auto = the checkpoint's on GPUs, float32 on CPUs (default: auto, or the dtype of an "
+        "adapter given as --model)",
+        choices=backend.DTYPES,
+    )
     max_length: int | None = option(
         "model",
         None,

@@ -74,6 +74,7 @@ class Job:
         numbers: floating-point numbers of the weights; `unused`, those of them that only CPUs read.
         integers: bytes of quantised weights.
         checkpoint: bytes of a number in the checkpoint.
+        dtype: bytes of a number that --dtype asks for; 0 = none in particular, see `width`.
         trained: numbers that are trained.
         new: those of them that are new, as an adapter's are, and float32 on every device.
         merged, product: of weights that a CPU merges with adapters, and of their products for a token.
@@ -100,6 +101,7 @@ class Job:
     lengths: tuple[np.ndarray, ...]
     representation: int
     token_vectors: bool
+    dtype: int = 0
     queries: int = 0
     train_type: str = "lora"
     rank: int = 0
@@ -111,6 +113,10 @@ class Job:
     compile: str = "auto"
     chat: bool = False
     parts: int = 1
+
+    def width(self, device: Device) -> int:
+        """Return the bytes of a number that a device computes with."""
+        return self.dtype or (self.checkpoint if device.gpu else FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class Estimate:
 
 def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
     """Return what a run takes at most on a device; `process`: see `Estimate`."""
-    width = job.checkpoint if device.gpu else FLOAT32
+    width = job.width(device)
     if job.compile != "auto":
         device = dataclasses.replace(device, compiled=job.compile == "on")
     merging = device.compiled and device.fused

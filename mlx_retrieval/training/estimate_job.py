@@ -57,7 +57,7 @@ def retrieval_job(
     ranks = distributed.size()
     auto = settings.micro_batch_tokens == "auto"
     budget = 0 if auto else settings.micro_batch_tokens
-    job = _job(settings, model, backbone, base, before)
+    job = _job(settings, model, backbone, base, before, config.dtype)
     dimensions = config.dimensions if config.task != "rerank" else 1
     tokens = float(np.concatenate(lengths).mean()) if config.task == "late" else 1
     return dataclasses.replace(
@@ -80,12 +80,17 @@ def chat_job(settings: Settings, backbone: Backbone, base: Path, widths: np.ndar
     lora.adapt(backbone, **settings.adapter)
     if settings.train_type == "full" and settings.num_layers == -1:
         backbone.adapted.unfreeze()
-    job = _job(settings, backbone.adapted, backbone, base, before)
+    job = _job(settings, backbone.adapted, backbone, base, before, settings.dtype)
     return dataclasses.replace(job, lengths=(widths,), chat=True, parts=parts)
 
 
-def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, before: int) -> Job:
-    """Return the sizes of a model with its adapter; `before`: its floating-point numbers without."""
+def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, before: int, dtype: str) -> Job:
+    """Return the sizes of a model with its adapter.
+
+    Args:
+        before: its floating-point numbers without the adapter.
+        dtype: as --dtype names it.
+    """
     parameters = [value for _, value in tree_flatten(model.parameters())]
     trained = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
     new = _numbers(model) - before
@@ -98,6 +103,7 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
         unused=0,
         integers=sum(value.nbytes for value in parameters if not mx.issubdtype(value.dtype, mx.floating)),
         checkpoint=checkpoint_width(base),
+        dtype=0 if dtype == "auto" else getattr(mx, dtype).size,
         trained=trained,
         new=new,
         merged=merged_lora.weight_size(mergeable) // FLOAT32,

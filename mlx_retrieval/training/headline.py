@@ -6,12 +6,10 @@ print_lines(first_lines(settings, retrieval, rows, model, defaults) + machine_li
 from collections.abc import Collection
 from pathlib import Path
 
-from mlx_retrieval.backend import cpu_kernels, mx, nn
-
-from mlx.utils import tree_flatten
+from mlx_retrieval.backend import cpu_kernels, nn
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import count_parameters, lora
+from mlx_retrieval.backbones import count_parameters, describe_dtype, lora
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.dataset.sources import InterleavedRows, Source
 from mlx_retrieval.models.heads import RetrievalModel
@@ -60,8 +58,6 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
     `name`: the model that the run starts from, in words; "" = its name.
     """
     parameters, trainable = count_parameters(model)
-    dtypes = (value.dtype for _, value in tree_flatten(backbone.trunk.parameters()))
-    dtype = str(next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))).removeprefix("mlx.core.")
     quantised = "quantised, " if lora.is_quantised(backbone) else ""
     weights = settings.adapter
     total, last = len(backbone.layers), weights["num_layers"]
@@ -73,7 +69,7 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
         keys = f"{' '.join(weights['keys'])} of " if weights["keys"] else ""
         trained = f"{update} r={weights['rank']} in {keys}{blocks}"
     return [
-        ("model", f"{name or settings.model}: {parameters:,} parameters, {quantised}computes in {dtype}"),
+        ("model", f"{name or settings.model}: {parameters:,} parameters, {quantised}{describe_dtype(backbone)}"),
         ("trained", f"{trainable:,} parameters: {trained}"),
     ]
 

@@ -74,7 +74,7 @@ class Outlook:
         return f"{flags} would ({gb(estimate(changed, here()).total + taken)} GB)"
 
     def mac_lines(self) -> list[tuple[str, str]]:
-        """Return a line each for Macs of several sizes, computed in the checkpoint's dtype."""
+        """Return a line each for Macs of several sizes, computed in the checkpoint's dtype or that of --dtype."""
         return [(f"Mac, {size} GB", self._mac(size)) for size in MACS]
 
     def _mac(self, size: int) -> str:

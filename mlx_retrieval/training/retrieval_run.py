@@ -245,6 +245,7 @@ def build_model(
         query_prompt=settings.query_prompt,
         document_prompt=settings.document_prompt,
         bidirectional=settings.bidirectional,
+        dtype=settings.dtype,
         max_length=settings.max_length,
         # ColBERT truncates queries at the length that it fills them up to.
         query_max_length=settings.query_max_length or settings.query_expansion,
@@ -315,6 +316,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     print_lines(outlook.lines())
     seed(settings.seed)  # a fresh projection
     model, retrieval, base = build_model(settings, start)
+    settings.dtype = retrieval.dtype
     settings.check_task(retrieval.task)
     if start.adapter:
         settings.matryoshka_dims = settings.matryoshka_dims or retrieval.matryoshka_dims

@@ -16,6 +16,10 @@ from mlx_retrieval.utils import streams
 from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import writable
 
+DTYPE_HELP = (
+    "compute in this dtype; auto = the checkpoint's on GPUs, float32 on CPUs (default: the --dtype of the adapter's "
+    "training, or auto)"
+)
 NUMBERS = {"int": "a whole number", "float": "a number"}
 COMPILE_HELP = "compile the model's passes; auto = on CPUs only, as GPUs have not been measured (default: auto)"
 Main = Callable[[Sequence[str] | None], int]

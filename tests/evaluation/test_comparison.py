@@ -180,11 +180,12 @@ def models(monkeypatch):
     loaded = []
     monkeypatch.setattr(comparison, "detect_kind", lambda name: "rerank" if "rerank" in name else "embed")
 
-    def load(name):
+    def load(name, dtype=None):
         loaded.append(name)
         return WordCounts(seed=int(name[-1]), dimensions=64, name=name)
 
     monkeypatch.setattr(comparison.embedder, "load", load)
+    monkeypatch.setattr(comparison.dtypes, "report", lambda *_: None)  # these have no weights
     monkeypatch.setattr(comparison, "Reranker", lambda name, **_: loaded.append(name) or Scorer(name))
     return loaded
 

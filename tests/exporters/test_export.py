@@ -264,7 +264,7 @@ def test_quantised_export(adapters, vectors, tmp_path, capsys, kind, bits):
         loaded, _ = mlx_lm.load(str(folder))
         ids, lengths = random_models.texts((29, 29))
         theirs = Decoder(loaded, read_json(folder))
-        backbones.set_dtype(theirs, None)
+        backbones.set_dtype(theirs, mx.float32)
         own = model.model.backbone.hidden_states(ids, lengths)
         np.testing.assert_allclose(np.array(theirs.hidden_states(ids, lengths)), np.array(own), atol=1e-4)
 

@@ -24,9 +24,11 @@ def test_the_bytes_that_are_hashed(tmp_path):
     config = RetrievalConfig(base_model=str(base))
     values = dataclasses.asdict(config) | {"base_model": ""}
     assert values.pop("truncate_dim") == 0  # a field of later versions, hashed where it is set
+    assert values.pop("dtype") == "auto"  # of later versions, too; never hashed
     settings = json.dumps(values, sort_keys=True).encode()
     base_bytes = settings + b"model.safetensors 1\nmmodel.safetensors 5\ndenseconfig.json 2\n{}"
     adapter_bytes = b"adapters.safetensors 1\naadapter_config.json 2\n{}"
     assert fingerprint(config, base) == hashlib.sha256(base_bytes).hexdigest()
     assert fingerprint(config.override(truncate_dim=8), base) != fingerprint(config, base)
+    assert fingerprint(config.override(dtype="bfloat16"), base) == fingerprint(config, base)
     assert fingerprint(config, base, adapter) == hashlib.sha256(base_bytes + adapter_bytes).hexdigest()

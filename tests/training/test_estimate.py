@@ -85,6 +85,12 @@ def test_more_work_takes_more_memory(device):
     assert estimate(late, device).step > estimate(replace(late, representation=128), device).step
 
 
+@pytest.mark.parametrize("device", [PLAIN, METAL])
+def test_a_dtype_that_is_asked_for_decides_on_every_device(device):
+    asked = {width: estimate(replace(JOB, dtype=width), device).total for width in (0, 2, 4)}
+    assert asked[0] == asked[2 if device.gpu else 4] and asked[2] < asked[4]
+
+
 def test_language_models_add_their_logits():
     few, many = (replace(sizes_of(QWEN), vocabulary=n) for n in (1000, 2000))
     difference = [language_model_activations(sizes, Passes("plain"), 2, 10) for sizes in (few, many)]

@@ -21,6 +21,7 @@ import train
 from loss import GROUPS, LOSSES
 from mlx_retrieval import backend
 from mlx_retrieval.models.heads import POOLING
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import objectives, trainer
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare as prepare_chat
@@ -29,6 +30,7 @@ from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import chat_flag, from_flags
 from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.training.settings_file import read_yaml, write_yaml
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError, flag
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -87,6 +89,50 @@ def test_task(settings):
         ("late", objectives.LateObjective),
     ):
         assert type(training_run.prepare(settings(task=task)).trainer.grad_cache.objective) is kind
+
+
+def test_dtype(settings, tmp_path, as_metal):
+    """The run computes in it, and close to float32; its adapter stays float32; folders and runs on it ask for it."""
+    dtype = "bfloat16"
+    run = training_run.prepare(settings(dtype=dtype))
+    half = run.trainer.grad_cache.loss(run.trainer.batches.batch(0))
+    plain = loss_of(settings(dtype="float32"), warm=False)
+    assert plain != half == pytest.approx(plain, rel=1e-3)
+    assert f"computes in {dtype}" in dict(run.headline)["model"]
+    assert model_of(run).backbone.layers[0].self_attn.q_proj.linear.weight.dtype == getattr(mx, dtype)
+    assert {value.dtype for value in trainable(run).values()} == {mx.float32}
+    assert run.outlook.job.dtype == 2  # bytes a number, also in the estimate of memory
+    files.write_folder(tmp_path / "saved", run.trainer.write)
+    saved = RetrievalConfig.read(tmp_path / "saved"), Settings(**read_yaml(tmp_path / "saved" / "config.yaml"))
+    assert [each.dtype for each in saved] == [dtype, dtype]
+    again = {"model": str(tmp_path / "saved"), "lora_rank": None}
+    runs = [training_run.prepare(settings(**again, dtype=wanted)) for wanted in (None, "auto")]
+    assert [each.settings.dtype for each in runs] == [each.retrieval.dtype for each in runs] == [dtype, "auto"]
+    assert "computes in float32" in dict(runs[1].headline)["model"]  # auto = the checkpoint's, which is float32
+    plain = training_run.prepare(settings())
+    assert plain.settings.dtype == "auto" and plain.outlook.job.dtype == 0
+
+
+def test_an_unknown_dtype_is_refused_with_the_near_miss(settings, capsys):
+    for wanted in ("bfloat", "BFLOAT16"):
+        with pytest.raises(SystemExit):
+            train.main(["--dtype", wanted])
+        assert f"{wanted} is not one of auto, float32, bfloat16, float16" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--dtype float: not one of .*; did you mean float32"):
+        training_run.prepare(settings(dtype="float"))
+
+
+def test_a_resumed_run_keeps_its_dtype(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    write_yaml(settings(dtype="bfloat16"), tmp_path / "run" / "config.yaml")
+    given = {"resume": True, "output": str(tmp_path / "run")}
+    for same in (given, given | {"dtype": "bfloat16"}):
+        assert train.resumed_settings(same).dtype == "bfloat16"
+    with pytest.raises(UserError, match="but --dtype was bfloat16"):
+        train.resumed_settings(given | {"dtype": "auto"})
+    earlier = (tmp_path / "run" / "config.yaml").read_text().replace("dtype: bfloat16\n", "")
+    (tmp_path / "run" / "config.yaml").write_text(earlier)  # as versions before --dtype wrote it
+    assert train.resumed_settings(given | {"dtype": "auto"}).dtype == "auto"
 
 
 def representations(run, batch) -> np.ndarray:
@@ -502,6 +548,22 @@ def test_epochs(settings, chat_settings):
     for prepare, made, steps in ((training_run.prepare, settings, 10), (prepare_chat, chat_settings, 6)):
         run = prepare(made(steps=None, epochs=2))
         assert run.settings.steps == steps and any(f"2 epochs = {steps} steps" in line for _, line in run.headline)
+
+
+def test_dtype_of_chat(chat_settings, tmp_path, as_metal):
+    """mlx-lm computes in it, too; a run that goes on with the adapter takes it, and resumes nothing else."""
+    run = prepare_chat(chat_settings(dtype="bfloat16"))
+    assert "computes in bfloat16" in dict(run.headline)["model"]
+    model = run.trainer.model
+    assert model.layers[0].mlp.up_proj.linear.weight.dtype == mx.bfloat16
+    assert model(mx.array([[2, 5, 6]])).dtype == mx.bfloat16
+    assert {value.dtype for _, value in tree_flatten(model.trainable_parameters())} == {mx.float32}
+    files.write_folder(tmp_path / "saved", run.trainer.write)
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["dtype"] == "bfloat16"
+    again = {"model": str(tmp_path / "saved"), "lora_rank": None}
+    runs = [prepare_chat(chat_settings(**again, dtype=wanted)) for wanted in (None, "float32")]
+    assert [each.settings.dtype for each in runs] == ["bfloat16", "float32"]
+    assert "computes in float32" in dict(runs[1].headline)["model"]
 
 
 def test_mask_prompt(chat_settings):

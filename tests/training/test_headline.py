@@ -10,6 +10,7 @@ from mlx_retrieval.backend import mx, nn
 
 import pytest
 
+from mlx_retrieval import backend
 from mlx_retrieval.dataset.sources import InterleavedRows
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.headline import describe_rate, loss_lines, mixture_lines, model_lines
@@ -81,10 +82,12 @@ def test_an_adapter_that_goes_on_is_told_to_begin_a_new_schedule(tmp_path):
     )
 
 
-def test_the_model_its_dtype_and_the_trained_weights():
+@pytest.mark.parametrize(("is_gpu", "hint"), [(True, ""), (False, ", which is slow on CPUs (--dtype float32 is not)")])
+def test_the_model_its_dtype_and_the_trained_weights(monkeypatch, is_gpu, hint):
+    monkeypatch.setattr(backend, "IS_GPU", is_gpu)
     backbone = Backbone(mx.bfloat16)
     model, trained = model_lines(Settings(model="base", num_layers=1), backbone, backbone)
-    assert model == ("model", "base: 18 parameters, computes in bfloat16")
+    assert model == ("model", f"base: 18 parameters, computes in bfloat16{hint}")
     assert trained == ("trained", "6 parameters: LoRA r=16 in the last 1 of 3 blocks")
     for changes, text in (
         ({"train_type": "full"}, "all weights"),

@@ -20,7 +20,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.utils.errors import UserError, concerning
 
-FINGERPRINT = "base_fingerprint"  # key of adapter_config.json, which mlx-lm ignores
+FINGERPRINT, DTYPE = "base_fingerprint", "dtype"  # keys of adapter_config.json, which mlx-lm ignores
 
 
 def adapt(backbone: Decoder, settings: Settings, start: StartingModel) -> dict:
@@ -29,6 +29,7 @@ def adapt(backbone: Decoder, settings: Settings, start: StartingModel) -> dict:
     UserError if the run starts from an adapter that does not fit.
     """
     origin = {"model": hub.toolkit_relative(start.base), FINGERPRINT: lora.fingerprint(backbone)}
+    origin[DTYPE] = settings.dtype
     if start.adapter:
         with concerning("model"):
             check_base(backbone, start.adapter, start.base)
@@ -38,6 +39,11 @@ def adapt(backbone: Decoder, settings: Settings, start: StartingModel) -> dict:
     if settings.train_type == "full" and settings.num_layers == -1:
         backbone.adapted.unfreeze()  # the vocabulary's head too
     return origin | config
+
+
+def dtype_of(folder: Path) -> str:
+    """Return the dtype that the adapter in `folder` asks for, as --dtype names it; "auto" if it asks for none."""
+    return hub.read_json(folder / loading.ADAPTER_CONFIG).get(DTYPE) or "auto"
 
 
 def save(folder: Path, backbone: Decoder, config: dict) -> None:

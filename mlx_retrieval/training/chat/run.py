@@ -156,7 +156,8 @@ def prepare(settings: Settings) -> ChatRun:
     if (kind := read_config(base)["model_type"]) in ENCODERS:
         raise UserError(f"--task chat needs a language model, and {settings.model} is a {kind}")
     tokenizer = ChatTokenizer(base)
-    backbone = load_backbone(base, bidirectional=False)
+    settings.dtype = settings.dtype or (adapter.dtype_of(start.adapter) if start.adapter else "auto")
+    backbone = load_backbone(base, bidirectional=False, dtype=settings.dtype)
     if (settings.max_length or 0) > backbone.max_positions:
         raise UserError(f"--max-length {settings.max_length}: the model has {backbone.max_positions} positions")
     settings.max_length = settings.max_length or min(MAX_LENGTH, backbone.max_positions)
@@ -210,7 +211,7 @@ def prepare(settings: Settings) -> ChatRun:
 
 def foresee(settings: Settings, base: Path, batches: ChatBatches) -> Outlook:
     """Return what the run will take at most, before any weight is read."""
-    backbone = load_backbone(base, bidirectional=False)
+    backbone = load_backbone(base, bidirectional=False, dtype=settings.dtype)
     return Outlook.of(chat_job(settings, backbone, base, batches.widths(batches.longest()), batches.parts))
 
 
