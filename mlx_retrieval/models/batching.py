@@ -88,7 +88,13 @@ def rounded_rows(rows: np.ndarray | int) -> np.ndarray:
     return (np.ceil(rows / step) * step).astype(int)
 
 
-def plan(lengths: np.ndarray, budget: int, grid: int | None = None, round_rows: bool = False) -> list[np.ndarray]:
+def plan(
+    lengths: np.ndarray,
+    budget: int,
+    grid: int | None = None,
+    round_rows: bool = False,
+    overhead: int | None = None,
+) -> list[np.ndarray]:
     """Plan micro-batches of texts of similar length, with the least padding.
 
     Texts are sorted by length, and dynamic programming finds the boundaries of least total cost: a micro-batch costs
@@ -99,12 +105,13 @@ def plan(lengths: np.ndarray, budget: int, grid: int | None = None, round_rows: 
         budget: most tokens of a micro-batch, padding included; a longer text is a micro-batch by itself.
         grid: see `padded`.
         round_rows: whether a micro-batch costs as many rows as it has in compiled passes; see `rounded_rows`.
+        overhead: the cost of a micro-batch, in tokens; None = this device's, `backend.MICRO_BATCH_OVERHEAD`.
 
     Returns index arrays that together hold 0..N-1 once, longest texts first (so that a lack of memory shows early).
     """
     order = np.argsort(-lengths, kind="stable")
     widths = padded(lengths[order], grid)
-    count, overhead = len(order), min(backend.MICRO_BATCH_OVERHEAD, budget / 8)
+    count, overhead = len(order), min(overhead or backend.MICRO_BATCH_OVERHEAD, budget / 8)
     cost, start, first = np.zeros(count + 1), np.zeros(count + 1, int), 0
     rows = np.arange(count + 1)
     rows = rounded_rows(rows) if round_rows else rows

@@ -7,7 +7,7 @@ All give the same results up to float32 rounding, and each gives the same bits f
 
 from collections.abc import Iterator, Sequence
 
-from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend import device_memory, mx, nn
 from mlx_retrieval.backend.device_errors import halved
 
 import numpy as np
@@ -58,6 +58,7 @@ class ModelRunner:
         self.length_grid = backend.LENGTH_GRID
         self.most_tokens: int | None = None
         evaluate_weights(model)
+        device_memory.bound_cache()
 
     def limit_shapes(self) -> None:
         """Meet fewer shapes from now on, so that a server's memory does not grow with every length and batch size."""
@@ -87,6 +88,7 @@ class ModelRunner:
                 yield self._in_parts(micro_batch)
             else:
                 yield self._evaluated(micro_batch, int(seeds[i]))
+        device_memory.bound_cache()
 
     def _evaluated(self, micro_batch: MicroBatch, seed: int | None = None) -> mx.array:
         """Return the representations of a micro-batch, computed; `seed` is that of dropout, None = do not seed."""

@@ -296,8 +296,8 @@ class Settings:
     micro_batch_tokens: int | str = option(
         "memory",
         0,
-        "tokens in the backbone at once, at most; 0 = as suits the device; auto = as many as fit into memory, "
-        "measured before the first step",
+        "tokens in the backbone at once, at most; 0 = as suits the device and, on Macs, its memory; auto = as many as "
+        "fit into memory, measured before the first step",
         tasks=RETRIEVAL,
         words=("auto",),
     )

@@ -23,6 +23,7 @@ class Cutting:
         default: tokens of a micro-batch at most where neither is given; 0 = as suits this device.
         grid: padded lengths are multiples of this; 0 = as suits this device.
         round_rows: whether micro-batches are filled up to `batching.rounded_rows`, as compiled passes on GPUs need it.
+        overhead: the cost of a micro-batch, in tokens; 0 = as suits this device.
     """
 
     accumulation: int = 0
@@ -31,6 +32,7 @@ class Cutting:
     default: int = 0
     grid: int = 0
     round_rows: bool = False
+    overhead: int = 0
 
     def limit(self, tokens: int) -> float:
         """Return how many tokens of a batch of `tokens` tokens may be in the backbone at once."""
@@ -47,7 +49,8 @@ class Cutting:
             return [np.arange(len(lengths))]
         least = min(self.least, len(lengths))
         # Where long texts fill micro-batches alone there are too few. How many a limit gives is known by planning only.
-        while len(indices := batching.plan(lengths, limit, self.grid or None, self.round_rows)) < least:
+        grid, overhead = self.grid or None, self.overhead or None
+        while len(indices := batching.plan(lengths, limit, grid, self.round_rows, overhead)) < least:
             limit *= 0.9
         return indices
 

@@ -10,6 +10,8 @@ mlx's arrays alone; `Estimate.process` is what the process takes beside them.
 import dataclasses
 from dataclasses import dataclass
 
+from mlx_retrieval.backend import device_memory
+
 import numpy as np
 
 from mlx_retrieval import backend
@@ -40,6 +42,9 @@ class Device:
         workers: micro-batches computed at the same time.
         tokens: of a micro-batch at most, unless the settings say otherwise.
         grid: padded lengths are multiples of it.
+        overhead: of a micro-batch, in tokens; see `Cutting`.
+        share: of the free memory, what a run may plan with.
+        measures: whether a run whose settings leave its budget open takes what fits, up to `tokens`.
     """
 
     gpu: bool
@@ -48,9 +53,22 @@ class Device:
     workers: int
     tokens: int
     grid: int
+    overhead: int = backend.CPU_OVERHEAD
+    share: float = device_memory.CPU_SHARE
+    measures: bool = False
 
 
-METAL = Device(gpu=True, compiled=False, fused=False, workers=1, tokens=backend.GPU_TOKENS, grid=backend.GPU_GRID)
+METAL = Device(
+    gpu=True,
+    compiled=False,
+    fused=False,
+    workers=1,
+    tokens=backend.GPU_TOKENS,
+    grid=backend.GPU_GRID,
+    overhead=backend.METAL_OVERHEAD,
+    share=device_memory.GPU_SHARE,
+    measures=True,
+)
 
 
 def here() -> Device:
@@ -62,6 +80,9 @@ def here() -> Device:
         backend.WORKERS,
         backend.MICRO_BATCH_TOKENS,
         backend.LENGTH_GRID,
+        backend.MICRO_BATCH_OVERHEAD,
+        device_memory.share(),
+        backend.IS_METAL,
     )
 
 
@@ -82,6 +103,7 @@ class Job:
         representation: numbers of a text's representation, or of a token's if `token_vectors`.
         queries: of a batch's texts, the first ones; needed with token_vectors.
         auto: whether the budget is chosen by the memory there is (--micro-batch-tokens auto).
+        open: whether the settings leave the budget to the device, or of a chat's batches their number of parts.
         evaluation: bytes of the vectors and texts that an evaluation holds outside mlx.
         compile: whether passes are compiled; one of `backend.COMPILE`.
         chat: whether language modelling is trained, on rows of these lengths.
@@ -109,6 +131,7 @@ class Job:
     grad_checkpoint: bool = False
     cutting: Cutting = Cutting()
     auto: bool = False
+    open: bool = False
     evaluation: int = 0
     compile: str = "auto"
     chat: bool = False
@@ -141,17 +164,30 @@ class Estimate:
 
 def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
     """Return what a run takes at most on a device; `process`: see `Estimate`."""
+    device = _as_asked(device, job)
     width = job.width(device)
-    if job.compile != "auto":
-        device = dataclasses.replace(device, compiled=job.compile == "on")
     merging = device.compiled and device.fused
     used = job.numbers - (0 if merging or job.chat else job.unused)
-    trained = FLOAT32 * job.new + width * (job.trained - job.new)
     weights = width * used + FLOAT32 * job.new + job.integers
+    trained = _trained(job, device)
     if job.chat:
         step = _chat_step(job, device, width)
         updates = CHAT_ACCUMULATED if job.parts > 1 else CHAT_UPDATE
         return Estimate(weights, updates * trained, step, process)
+    step = step_memory(job, device)
+    cutting = dataclasses.replace(
+        job.cutting,
+        default=device.tokens,
+        grid=device.grid,
+        overhead=device.overhead,
+        round_rows=step.compiled and not device.fused,
+    )
+    return Estimate(weights, 2 * trained, max(step.peak(lengths, cutting) for lengths in job.lengths), process)
+
+
+def step_memory(job: Job, device: Device) -> StepMemory:
+    """Return what a retrieval model's steps take on a device."""
+    width, trained = job.width(device), _trained(job, device)
     passes = _passes(job, device, width)
 
     def of_pass(rows: int, length: int) -> float:
@@ -164,7 +200,7 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
     def held(tokens: int, in_passes: int) -> int:
         return held_bytes(FLOAT32 * job.merged, FLOAT32 * job.product, tokens, in_passes)
 
-    step = StepMemory(
+    return StepMemory(
         of_pass,
         kept,
         representation=FLOAT32 * job.representation,
@@ -175,9 +211,16 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
         loss=max(loss_of_tokens(lengths, job.queries) for lengths in job.lengths) if job.token_vectors else 0,
         held=held if passes.how == "compiled" else lambda tokens, in_passes: 0,
     )
-    cutting = dataclasses.replace(job.cutting, default=device.tokens, grid=device.grid)
-    cutting = dataclasses.replace(cutting, round_rows=step.compiled and not device.fused)
-    return Estimate(weights, 2 * trained, max(step.peak(lengths, cutting) for lengths in job.lengths), process)
+
+
+def _as_asked(device: Device, job: Job) -> Device:
+    """Return the device with passes compiled or not, as the job asks."""
+    return device if job.compile == "auto" else dataclasses.replace(device, compiled=job.compile == "on")
+
+
+def _trained(job: Job, device: Device) -> int:
+    """Return the bytes of the trained weights."""
+    return FLOAT32 * job.new + job.width(device) * (job.trained - job.new)
 
 
 def _passes(job: Job, device: Device, width: int) -> Passes:

@@ -70,6 +70,7 @@ def retrieval_job(
         evaluation=evaluation_bytes(tasks, dimensions, tokens),
         auto=auto,
         compile=settings.compile,
+        open=not settings.micro_batch_tokens,
         cutting=Cutting(accumulation, budget, max(accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)),
     )
 
@@ -81,7 +82,8 @@ def chat_job(settings: Settings, backbone: Backbone, base: Path, widths: np.ndar
     if settings.train_type == "full" and settings.num_layers == -1:
         backbone.adapted.unfreeze()
     job = _job(settings, backbone.adapted, backbone, base, before, settings.dtype)
-    return dataclasses.replace(job, lengths=(widths,), chat=True, parts=parts)
+    open_ = not settings.gradient_accumulation_steps
+    return dataclasses.replace(job, lengths=(widths,), chat=True, parts=parts, open=open_)
 
 
 def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, before: int, dtype: str) -> Job:

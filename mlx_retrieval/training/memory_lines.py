@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_retrieval.backend import as_metal
+from mlx_retrieval.backend import as_metal, device_memory
 from mlx_retrieval.backend.as_metal import GIB
 
 import numpy as np
@@ -19,11 +19,13 @@ import numpy as np
 from mlx_retrieval import backend
 from mlx_retrieval.training import memory
 from mlx_retrieval.training.estimate import METAL, Device, Estimate, Job, estimate, here
+from mlx_retrieval.utils.errors import UserError
 
 MACS = (8, 16, 24, 32, 64)  # GiB of memory
 MACOS = 3 * GIB  # for macOS and a browser: a guess
 NEAR = 0.9  # flags are advised that leave a tenth free
 SHOWN = 5e7  # bytes; smaller parts of an estimate are not named
+AMPLE = 0.5  # of the free memory; what fits into it needs no measurement: estimates are within a fifth
 SHORTEST = 64  # tokens, below which no shorter texts are advised
 
 
@@ -40,9 +42,28 @@ class Outlook:
         cache = 0 if backend.IS_GPU else backend.CACHE_BYTES
         step = estimate(job, here()).step
         process = resident() + min(cache, step) + job.evaluation
-        if job.auto:
-            job = with_budget(job, here(), int(memory.SHARE * memory.free()))
+        if decides(job, here()):
+            job = as_fits(job, here(), device_memory.free())
         return cls(job, process)
+
+    @property
+    def ample(self) -> bool:
+        """Whether the usual budget takes so little that measuring passes would choose it, too."""
+        return fits(_with(self.job, budget=0), here(), int(AMPLE * device_memory.free()))
+
+    def with_budget(self, budget: int) -> "Outlook":
+        """Return the outlook with the budget that passes were measured for."""
+        return dataclasses.replace(self, job=_with(self.job, budget))
+
+    def require_room(self) -> None:
+        """Raise UserError if a step needs more memory than is free."""
+        room = device_memory.free()
+        if self.expected.total > room:
+            needed = f"about {gb(self.expected.total)} GB, an estimate, and {gb(room)} GB are free"
+            raise UserError(
+                f"a step takes {needed}: {self._advice(room)}. With --gradient-accumulation-steps it is tried all the "
+                "same, which may freeze the machine"
+            )
 
     @property
     def expected(self) -> Estimate:
@@ -52,7 +73,7 @@ class Outlook:
     def lines(self) -> list[tuple[str, str]]:
         """Return a line with the estimate and what this machine has, and a warning if it does not fit."""
         expected = self.expected
-        whole, room = memory.total(), memory.free() + (0 if backend.IS_GPU else resident())
+        whole, room = device_memory.total(), device_memory.free() + (0 if backend.IS_GPU else resident())
         needed = expected.total if backend.IS_GPU else expected.of_process
         parts = {"weights": expected.weights, "optimizer": expected.optimizer, "a step": expected.step}
         if not backend.IS_GPU:
@@ -79,15 +100,28 @@ class Outlook:
 
     def _mac(self, size: int) -> str:
         room = int(min(as_metal.working_set(size * GIB), size * GIB - MACOS - self.process))
-        job = self.job
-        if job.auto:  # the budget that it has is this machine's
-            job = dataclasses.replace(job, cutting=dataclasses.replace(job.cutting, budget=0))
+        job, decided = self.job, decides(self.job, METAL)
+        if decided:  # the budget that it has is this machine's
+            job = dataclasses.replace(_with(job, budget=0), parts=1)
         found = smallest_change(job, METAL, room)
         if found is None:
-            return f"does not fit: {gb(estimate(job, METAL).total)} of {gb(room)} GB"
+            least = as_fits(job, METAL, room) if decided else job
+            return f"does not fit: {gb(estimate(least, METAL).total)} of {gb(room)} GB"
         flags, changed = found
-        needed = f"{gb(estimate(changed, METAL).total)} of {gb(room)} GB"
+        chosen = ""
+        if decided:
+            changed = as_fits(changed, METAL, room)
+            chosen = self._chosen(changed)
+        needed = f"{gb(estimate(changed, METAL).total)} of {gb(room)} GB{chosen}"
         return f"fits with {flags}: {needed}" if flags else f"fits: {needed}"
+
+    @staticmethod
+    def _chosen(job: Job) -> str:
+        """Return what a Mac chooses by itself, where it is not the usual."""
+        if job.chat:
+            return f", in {job.parts} micro-batches" if job.parts > 1 else ""
+        budget = job.cutting.budget
+        return f", {budget:,} tokens at once" if budget and budget < METAL.tokens else ""
 
 
 def gb(count: float, digits: int = 1) -> str:
@@ -112,15 +146,35 @@ def smallest_change(job: Job, device: Device, room: int) -> tuple[str, Job] | No
 
     First no flags, then those that cost least: they leave the result alone, then time, then change what is trained.
     """
-    changes = _chat_changes(job) if job.chat else _changes(job, device)
+    changes = _chat_changes(job, device) if job.chat else _changes(job, device)
     return next(((flags, each) for flags, each in changes if estimate(each, device).total <= room), None)
 
 
-def with_budget(job: Job, device: Device, room: int) -> Job:
-    """Return the job with the largest budget whose estimate is within `room` bytes, or the smallest one."""
-    jobs = [dataclasses.replace(job, cutting=dataclasses.replace(job.cutting, budget=b)) for b in memory.GRID]
-    jobs = [each for each in jobs if each.cutting.budget <= memory.MOST]
-    return next((each for each in reversed(jobs) if estimate(each, device).total <= room), jobs[0])
+def decides(job: Job, device: Device) -> bool:
+    """Return whether the memory that there is decides how a batch is cut."""
+    return job.auto or (job.open and device.measures)
+
+
+def fits(job: Job, device: Device, room: int) -> bool:
+    """Return whether a step takes no more than the device's share of what the weights leave of `room` bytes."""
+    needed = estimate(job, device)
+    return needed.step <= device.share * (room - needed.weights - needed.optimizer)
+
+
+def as_fits(job: Job, device: Device, room: int) -> Job:
+    """Return the job with the largest budget, or of a chat the fewest parts, that fits; else with the least."""
+    if job.chat:
+        (widths,) = job.lengths
+        jobs = [dataclasses.replace(job, parts=n) for n in range(1, len(widths) + 1)]
+    else:
+        unlimited = device.gpu and (job.auto or job.cutting.accumulation)
+        largest = memory.GRID[-1] if unlimited else device.tokens
+        jobs = [_with(job, budget) for budget in reversed(memory.GRID) if budget <= largest]
+    return next((each for each in jobs if fits(each, device, room)), jobs[-1])
+
+
+def _with(job: Job, budget: int) -> Job:
+    return dataclasses.replace(job, cutting=dataclasses.replace(job.cutting, budget=budget))
 
 
 def _changes(job: Job, device: Device) -> Iterator[tuple[str, Job]]:
@@ -134,7 +188,7 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, Job]]:
             for budget in (0, *_budgets(each, device)):
                 cutting = dataclasses.replace(each.cutting, budget=budget or each.cutting.budget)
                 flags = ["--grad-checkpoint"] * checkpointed
-                flags += [f"--micro-batch-tokens {budget}"] * bool(budget and not job.auto)
+                flags += [f"--micro-batch-tokens {budget}"] * bool(budget and not decides(job, device))
                 flags += [f"--max-length {length}"] * bool(length)
                 yield " ".join(flags), dataclasses.replace(each, cutting=cutting)
 
@@ -157,7 +211,7 @@ def _truncated(job: Job, length: int) -> Job:
     return dataclasses.replace(job, lengths=tuple(np.minimum(each, length) for each in job.lengths))
 
 
-def _chat_changes(job: Job) -> Iterator[tuple[str, Job]]:
+def _chat_changes(job: Job, device: Device) -> Iterator[tuple[str, Job]]:
     (widths,) = job.lengths
     batch = len(widths)
     for length in (0, *_halves(int(widths.max()))):
@@ -167,6 +221,7 @@ def _chat_changes(job: Job) -> Iterator[tuple[str, Job]]:
                 continue
             each = dataclasses.replace(shorter, grad_checkpoint=True) if checkpointed else shorter
             for parts in (0, *(n for n in range(job.parts + 1, batch + 1) if batch % n == 0)):
-                flags = ["--grad-checkpoint"] * checkpointed + [f"--gradient-accumulation-steps {parts}"] * bool(parts)
+                flags = ["--grad-checkpoint"] * checkpointed
+                flags += [f"--gradient-accumulation-steps {parts}"] * bool(parts and not decides(job, device))
                 flags += [f"--max-length {length}"] * bool(length)
                 yield " ".join(flags), dataclasses.replace(each, parts=parts or each.parts)

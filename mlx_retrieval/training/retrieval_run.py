@@ -35,13 +35,14 @@ from mlx_retrieval.training import distributed, guards, improvement, nothing_lea
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.estimate import here
 from mlx_retrieval.training.estimate_job import retrieval_job, samples
 from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.example_rows import example_lines
 from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
-from mlx_retrieval.training.memory_lines import Outlook, gb
+from mlx_retrieval.training.memory_lines import Outlook, decides, gb
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
@@ -360,7 +361,9 @@ def prepare(settings: Settings) -> RetrievalRun:
         load_tasks(tasks, rules=settings.folder_rules)
     headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings)) + data.lines
     headline += example_lines(rows, tokenizer, settings.random_negatives)
-    if settings.micro_batch_tokens == "auto":
-        headline.append(("memory", str(trainer.fit_memory())))
+    if decides(outlook.job, here()) and (settings.micro_batch_tokens == "auto" or not outlook.ample):
+        fit = trainer.fit_memory()
+        outlook = outlook.with_budget(fit.budget)
+        headline.append(("memory", str(fit)))
     headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
     return RetrievalRun(settings, trainer, data, evaluations, guarding, retrieval, start, base, outlook, headline)

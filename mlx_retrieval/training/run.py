@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import device_memory, mx
 
 from mlx_retrieval.models.kinds import is_adapter
 from mlx_retrieval.training import checkpoint, contents, distributed, improvement, nothing_learnt, output_folder
@@ -97,6 +97,7 @@ def prepare(settings: Settings) -> Run:
     settings.output = distributed.broadcast_object("the output folder", lambda: output_folder.choose(settings))
     if distributed.is_main():
         output_folder.check(settings.folder, settings)
+    device_memory.keep_resident()
     if settings.task == "chat":
         from mlx_retrieval.training.chat.run import prepare as prepare_task
     else:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from mlx_retrieval.backend import device_errors, mx
+from mlx_retrieval.backend import device_errors, device_memory, mx
 
 import mlx.optimizers as optim
 import numpy as np
@@ -112,8 +112,7 @@ class Trainer(BaseTrainer):
             reason = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
             advice = "A lower {learning_rate} or a higher {temperature} may help if the rows are sound"
             self.skip_or_refuse(reason, "Examples", self._not_finite(batch, result), advice)
-        if self.settings.micro_batch_tokens != "auto":  # then `fit_memory` has bounded it
-            memory.bound_cache()
+        device_memory.bound_cache()
         self.state.step = step
         self.state.tokens += batch.tokens
         self.state.cursor = self.batches.cursor(step)
@@ -156,9 +155,12 @@ class Trainer(BaseTrainer):
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def fit_memory(self) -> memory.Fit:
-        """Choose the budget of the steps by the memory that is free (--micro-batch-tokens auto)."""
+        """Choose the budget of the steps by the memory that is free: with --micro-batch-tokens auto, and on Metal."""
         mx.eval(self.optimizer.state)  # else it would be counted as what a step takes
-        fit = memory.fit(self.grad_cache, [self.batches.batch(k) for k in range(memory.SAMPLES)])
+        samples = [self.batches.batch(k) for k in range(memory.SAMPLES)]
+        settings = self.settings
+        open_ended = settings.micro_batch_tokens == "auto" or settings.gradient_accumulation_steps
+        fit = memory.fit(self.grad_cache, samples, memory.most() if open_ended else backend.MICRO_BATCH_TOKENS)
         self.state.micro_batch_tokens = fit.budget
         return fit
 
@@ -258,8 +260,9 @@ class Trainer(BaseTrainer):
     def check_ranks(self) -> None:
         """Raise RankMismatch on all ranks if their settings, data or models differ; take the smallest budget of all."""
         distributed.check_equal("the settings", self.settings.to_dict())
-        self.grad_cache.budget = distributed.all_min("the memory", self.grad_cache.budget)[0]
-        if self.settings.micro_batch_tokens == "auto":
+        budget = distributed.all_min("the memory", self.grad_cache.budget or memory.UNLIMITED)[0]
+        self.grad_cache.budget = 0 if budget == memory.UNLIMITED else budget
+        if not self.settings.micro_batch_tokens or self.settings.micro_batch_tokens == "auto":
             self.state.micro_batch_tokens = self.grad_cache.budget
         data = {
             "the number of rows": len(self.batches.rows),

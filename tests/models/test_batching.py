@@ -165,3 +165,11 @@ def test_shares_hold_everything_once_and_are_even(sizes, count):
     assert len(chosen) == count and sorted(i for share in chosen for i in share) == list(range(len(sizes)))
     work = [sum(sizes[i] for i in share) for share in chosen]
     assert max(work) - min(work) <= max(sizes)
+
+
+def test_on_metal_a_micro_batch_counts_for_512_tokens(as_metal, monkeypatch):
+    """Regression: Macs planned with the 32 tokens of a CPU: more micro-batches, whose launches take longer."""
+    lengths = np.random.default_rng(0).integers(16, 257, 128)
+    counts = [len(plan(lengths, backend.GPU_TOKENS)), len(plan(lengths, backend.GPU_TOKENS, overhead=32))]
+    assert backend.MICRO_BATCH_OVERHEAD == backend.METAL_OVERHEAD == 512
+    assert counts[0] <= counts[1] / 2

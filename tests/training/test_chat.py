@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend import device_memory, mx, nn
 
 import mlx.optimizers as optim
 import numpy as np
@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_map
 from random_models import changed, quantised, save
 
 import train
+from mlx_retrieval import backend
 from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.training import run as training_run
@@ -582,3 +583,28 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, small, write_rows):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert f"train.py: {data}:1: no assistant message" in done.stderr and not (tmp_path / "adapters").exists()
+
+
+# --- memory on a Mac --------------------------------------------------------------------------------------------------
+
+
+def test_on_macs_a_batch_is_cut_into_what_fits(settings, as_metal, monkeypatch):
+    """By the estimate; and the run's settings say so, so that it is resumed the same."""
+    assert prepare(settings()).settings.gradient_accumulation_steps == 0  # there is room for the whole batch
+    sizes = [prepare(settings(gradient_accumulation_steps=n)).outlook.expected for n in (1, 2)]
+    weights = sizes[1].weights + sizes[1].optimizer
+    room = weights + int((sizes[0].step + sizes[1].step) / 2 / device_memory.share())
+    monkeypatch.setattr(device_memory, "free", lambda: room)
+    run = prepare(settings())
+    assert run.settings.gradient_accumulation_steps == run.trainer.batches.parts == 2
+    assert run.outlook.expected.step <= device_memory.share() * (room - weights)
+    assert "2 micro-batches a batch" in dict(run.headline)["memory"]
+    assert prepare(settings(gradient_accumulation_steps=1)).trainer.batches.parts == 1  # as it is asked for
+
+
+def test_on_macs_what_cannot_fit_is_refused(settings, as_metal, monkeypatch):
+    monkeypatch.setattr(device_memory, "free", lambda: 1000)
+    with pytest.raises(UserError, match="a step takes about .* GB are free: .*--gradient-accumulation-steps"):
+        prepare(settings())
+    monkeypatch.setattr(backend, "IS_METAL", False)  # elsewhere it is a warning
+    assert prepare(settings()).trainer.batches.parts == 1

@@ -5,7 +5,7 @@ python -m pytest tests/training/test_estimate.py
 
 from dataclasses import replace
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import device_memory, mx
 
 import numpy as np
 import pytest
@@ -122,10 +122,24 @@ def test_the_flags_that_make_it_fit_are_the_ones_that_cost_least():
 def test_auto_takes_the_budget_that_fits_here_and_on_a_mac():
     job = replace(JOB, sizes=sizes_of(QWEN), numbers=600_000_000, lengths=(np.array([512] * 64),), rank=16, auto=True)
     room = estimate(job, METAL).total // 2
-    chosen = memory_lines.with_budget(job, METAL, room)
+    chosen = memory_lines.as_fits(job, METAL, room)
     assert estimate(chosen, METAL).total <= room and chosen.cutting.budget in memory.GRID
-    assert memory_lines.with_budget(job, METAL, 0).cutting.budget == memory.GRID[0]
+    assert memory_lines.as_fits(job, METAL, 0).cutting.budget == memory.GRID[0]
+    assert memory_lines.as_fits(job, CPU, 10**15).cutting.budget == CPU.tokens
     assert "--micro-batch-tokens" not in "".join(line for _, line in Outlook(job, 0).mac_lines())
+
+
+def test_the_lines_about_macs_name_what_a_mac_chooses_itself():
+    """No flag is needed for it."""
+    job = replace(JOB, sizes=sizes_of(QWEN), numbers=600_000_000, lengths=(np.array([512] * 64),), rank=16, open=True)
+    lines = dict(Outlook(job, 0).mac_lines())
+    assert lines["Mac, 16 GB"].startswith("fits: ") and lines["Mac, 16 GB"].endswith(" tokens at once")
+    tokens = [int(line.split(", ")[1].split()[0].replace(",", "")) for line in lines.values() if "at once" in line]
+    assert tokens == sorted(tokens) and all(count in memory.GRID for count in tokens)
+    assert "--micro-batch-tokens" not in "".join(lines.values())
+    chat = replace(job, chat=True, lengths=(np.array([1024] * 8),))
+    lines = dict(Outlook(chat, 0).mac_lines())
+    assert "micro-batches" in lines["Mac, 16 GB"] and "--gradient-acc" not in "".join(lines.values()), lines
 
 
 def test_macs():
@@ -159,7 +173,7 @@ def test_a_run_says_before_it_reads_a_weight_whether_it_fits(settings, monkeypat
     assert out.startswith("memory   base model of ") and "parameters; about" in out and "GB at most, an estimate" in out
     assert "weights 0.0" not in out  # parts that are nearly nothing
     assert "free" in out and "warning" not in out
-    monkeypatch.setattr(memory, "free", lambda: 0)
+    monkeypatch.setattr(device_memory, "free", lambda: 0)
     monkeypatch.setattr(memory_lines, "resident", lambda: 100_000)
     with pytest.raises(KeyboardInterrupt):
         training_run.prepare(settings())

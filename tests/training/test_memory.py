@@ -1,11 +1,9 @@
-"""--micro-batch-tokens auto: what is free, what a step takes, the budget between them, and what happens without room.
+"""--micro-batch-tokens auto: what a step takes, the budget that fits, and what happens without room.
 
 python -m pytest tests/training/test_memory.py
 """
 
-from pathlib import Path
-
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import device_memory, mx
 
 import mlx.optimizers as optim
 import pytest
@@ -23,39 +21,14 @@ from mlx_retrieval.utils.errors import UserError
 GB = 10**9
 
 
-def group(folder: Path, limit: str, usage: int, cached: int, version: int) -> None:
-    """The files of a control group."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    for name, value in zip(names, (limit, usage), strict=True):
-        (folder / name).write_text(f"{value}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{'total_' * (version == 1)}inactive_file {cached}\n")
-
-
-def test_what_is_free_on_linux(tmp_path):
-    """The machine's memory, and whatever control group leaves less, cached files not counted as taken."""
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 16000000 kB\nMemFree: 100 kB\nMemAvailable: 8000000 kB\n")
-    assert memory._free_of_machine(meminfo) == 8_000_000 * 1024
-    assert memory._free_of_machine(tmp_path / "none") is None and list(memory._free_of_groups(tmp_path)) == []
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("4:cpu,memory:/a/b\n3:cpuset:/\n0::/user/job\n")
-    top = tmp_path / "sys/fs/cgroup"
-    group(top / "user/job", "max", 7 * GB, 0, version=2)
-    group(top / "user", str(9 * GB), 7 * GB, 1 * GB, version=2)
-    assert list(memory._free_of_groups(tmp_path)) == [3 * GB]
-    group(top / "memory/a/b", str(4 * GB), 3 * GB, 0, version=1)
-    assert sorted(memory._free_of_groups(tmp_path)) == [1 * GB, 3 * GB]
-
-
 def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
     trainer = training_run.prepare(settings(micro_batch_tokens="auto")).trainer
     before = [v.tolist() for _, v in tree_flatten(trainer.model.trainable_parameters())]
-    monkeypatch.setattr(memory, "MOST", memory.GRID[-1])
+    monkeypatch.setattr(memory, "most", lambda: memory.GRID[-1])
     tokens = max(trainer.batches.batch(k).tokens for k in range(memory.SAMPLES))
     found = []
     for free in (0, 4_000_000, 16_000_000, GB):
-        monkeypatch.setattr(memory, "free", lambda free=free: free)
+        monkeypatch.setattr(device_memory, "free", lambda free=free: free)
         found.append(trainer.fit_memory())
         assert trainer.grad_cache.budget == trainer.state.micro_batch_tokens == found[-1].budget
     budgets, estimates = [fit.budget for fit in found], [fit.estimate for fit in found]
@@ -63,7 +36,7 @@ def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
     assert budgets[0] == memory.GRID[0] < budgets[-1] and tokens <= budgets[-1] < 2 * tokens
     assert "may be too little" in str(found[0]) and "too little" not in str(found[-1])
     assert [v.tolist() for _, v in tree_flatten(trainer.model.trainable_parameters())] == before
-    monkeypatch.setattr(memory, "MOST", 128)  # as on CPUs, where more are no quicker
+    monkeypatch.setattr(memory, "most", lambda: 128)  # as on CPUs, where more are no quicker
     assert trainer.fit_memory().budget == 128
 
 
@@ -218,35 +191,3 @@ def test_a_resumed_run_takes_another_budget(settings, tmp_path):
     given = {"output": str(tmp_path / "run"), "resume": True}
     assert train.resumed_settings(given | {"micro_batch_tokens": 300}).micro_batch_tokens == 300
     assert train.resumed_settings(given).micro_batch_tokens == 600
-
-
-@pytest.mark.parametrize(("unused", "room"), [(3 * GB, 5 * GB), (9 * GB, 10 * GB), (None, 10 * GB)])
-def test_what_mlx_keeps_on_a_gpu_is_free(monkeypatch, unused, room):
-    """Of 11 GB: the driver counts what mlx keeps as taken, and knows of other processes; some tell nothing of it."""
-    monkeypatch.setattr(backend, "IS_GPU", True)
-    told = {"total_memory": 11 * GB} | ({"free_memory": unused} if unused else {})
-    for name, value in (("device_info", told), ("get_active_memory", GB), ("get_cache_memory", 2 * GB)):
-        monkeypatch.setattr(mx, name, lambda value=value: value)
-    assert memory.free() == room
-
-
-def test_gpus_keep_no_more_freed_memory_than_a_step_takes(settings, monkeypatch):
-    """Regression, CUDA: steps of other shapes each left their arrays behind, until the card was full; and where a step
-    takes more than half of it, as much again is too much."""
-    trainer, limits, whole = training_run.prepare(settings()).trainer, [], [GB]
-    monkeypatch.setattr(memory, "free", lambda: whole[-1] - mx.get_active_memory())
-    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
-    trainer.update(trainer.batches.batch(0), 1)
-    assert limits == []  # CPUs have a limit of their own
-    monkeypatch.setattr(backend, "IS_GPU", True)
-    trainer.update(trainer.batches.batch(1), 2)
-    assert limits.pop() == backend.peak_memory()
-    whole.append(16_000)
-    trainer.update(trainer.batches.batch(2), 3)
-    assert limits.pop() == 1_000
-    trainer.settings.micro_batch_tokens = "auto"
-    trainer.update(trainer.batches.batch(3), 4)
-    assert limits == []
-    for estimate, kept in ((3 * GB, 3 * GB), (12 * GB, 4 * GB), (16 * GB, GB)):  # of 16 GB: what is left, or a little
-        memory._set_limits(16 * GB, estimate)
-        assert limits.pop() == kept

@@ -26,11 +26,12 @@ from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents
+from mlx_retrieval.training.estimate import here
 from mlx_retrieval.training.estimate_job import chat_job
 from mlx_retrieval.training.example_rows import conversation_lines
 from mlx_retrieval.training.headline import describe_rate, machine_lines, model_lines
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
-from mlx_retrieval.training.memory_lines import Outlook, gb
+from mlx_retrieval.training.memory_lines import Outlook, decides, gb
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.training.report_facts import model_defaults
 from mlx_retrieval.training.settings_file import write_yaml
@@ -176,6 +177,12 @@ def prepare(settings: Settings) -> ChatRun:
     length = describe_length(settings, batches.per_epoch)
     outlook = foresee(settings, base, batches)
     print_lines(outlook.lines())
+    cutting = []
+    if decides(outlook.job, here()):
+        outlook.require_room()
+        if (parts := outlook.job.parts) > 1:
+            batches.parts = settings.gradient_accumulation_steps = parts
+            cutting = [("memory", f"{parts} micro-batches a batch, which fit; the loss is that of the whole batch")]
     adapter_config = adapter.adapt(backbone, settings, start)
     if settings.grad_checkpoint:
         checkpoint_blocks(backbone)
@@ -201,7 +208,7 @@ def prepare(settings: Settings) -> ChatRun:
     headline += conversation_lines(
         rows.where(0), rows.ids[0].tolist(), rows.trained[0].tolist(), tokenizer.tokenizer.decode
     )
-    headline += machine_lines() + nothing_learnt.warnings(settings)
+    headline += cutting + machine_lines() + nothing_learnt.warnings(settings)
     ignored = rows.ignored + (valid.ignored if valid else Counter())
     headline += [("ignored", ignored_keys(ignored))] if ignored else []
     headline += warnings(settings, rows, valid) + rope_warning(base)

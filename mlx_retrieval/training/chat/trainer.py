@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend import device_memory, mx, nn
 
 import mlx.optimizers as optim
 import numpy as np
@@ -22,7 +22,7 @@ from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.models import loading
-from mlx_retrieval.training import contents, memory
+from mlx_retrieval.training import contents
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, due, learning_rate
 from mlx_retrieval.training.chat.data import ChatBatches, Counts, Part
 from mlx_retrieval.training.config import Settings
@@ -248,7 +248,9 @@ class ChatTrainer(BaseTrainer):
         count = self.validation.per_epoch
         count = count if self.settings.val_batches == -1 else min(count, self.settings.val_batches)
         parts = (part.arrays for k in range(count) for part in self.validation.make(self.validation.numbers(k)))
+        device_memory.bound_cache()
         loss = evaluate(self.model, None, 0, -1, loss=loss_of, iterate_batches=lambda **_: parts)
+        device_memory.bound_cache()
         self.model.train()
         if step == 0:
             self.state.before = loss
@@ -331,7 +333,7 @@ class Steps:
 
     def on_train_loss_report(self, info: dict) -> None:
         """Called by mlx-lm after each step."""
-        memory.bound_cache()
+        device_memory.bound_cache()
         seconds = time.perf_counter() - self.began
         record = self.trainer.update_state(self.numbers, info["train_loss"], seconds)
         if self.after_step(record) or self.trainer.state.step == self.last:
