@@ -1,4 +1,7 @@
-"""The mode for tests in which any machine takes the path of a Mac."""
+"""The mode for tests in which any machine takes the path of a Mac.
+
+python -m pytest tests/backend/test_as_metal.py
+"""
 
 import json
 

@@ -67,8 +67,9 @@ def test_the_toolkits_own_model_is_sound():
     findings = {finding.name: finding for finding in checks.check(str(TINY), data_loader.make_batch)}
     assert [name for name, finding in findings.items() if not finding.passed] == [NOT_BROKEN]
     assert findings[NOT_BROKEN].passed is None
-    assert "limit 1e-04" in findings["padding invariance"].detail
-    assert "limit 1e-05" in findings["order and batching"].detail
+    limits = ("2e-02", "2e-02") if backend.IS_GPU else ("1e-04", "1e-05")  # its weights are bfloat16
+    for name, limit in zip(("padding invariance", "order and batching"), limits, strict=True):
+        assert f"limit {limit}" in findings[name].detail
     assert "8 reserved tokens" in findings["special tokens not injectable"].detail
     assert "query 512, document 512" in findings["truncation"].detail
 

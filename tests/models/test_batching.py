@@ -53,6 +53,13 @@ def check(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return parts
 
 
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch) -> None:
+    """Plan as for CPUs, whatever the device; tests that need another grid set it."""
+    monkeypatch.setattr(backend, "MICRO_BATCH_OVERHEAD", backend.CPU_OVERHEAD)
+    monkeypatch.setattr(backend, "LENGTH_GRID", 4)
+
+
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=60).map(np.array)
 
 
