@@ -249,7 +249,7 @@ def machine() -> str:
     ours = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     theirs = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
     lines = [
-        f"{datetime.date.today()}, {_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
         ours.strip(),
         f"{theirs}, {os.cpu_count()} threads",
     ]
@@ -259,7 +259,7 @@ def machine() -> str:
     return "\n".join(lines)
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []

@@ -6,12 +6,16 @@ python -m pytest tests/test_benchmarks.py
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
+
+import pytest
 
 from mlx_retrieval import backend  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import as_a_mac
 import growth
 import train_speed
 
@@ -43,3 +47,69 @@ def test_what_is_measured_is_prepared_as_in_commands():
     users = {name for name, text in texts.items() if computing.search(text)}
     assert len(users) > 10
     assert not [name for name in sorted(users) if "backend.prepare()" not in texts[name]]
+
+
+# --- as_a_mac.py ------------------------------------------------------------------------------------------------------
+
+ROW = as_a_mac.Row("full", 20, "--train-type full")
+RESULT = {"row": "full", "dtype": "float32", "loss": 0.5, "before": 1.5, "after": 0.75, "seconds": 9}
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """`runs(scale)`: measure ROW in two dtypes, of which float16 fails. `runs.taken`: the dtypes of all runs so far."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"query": "a", "document": "b"}) + "\n")
+    monkeypatch.setattr(as_a_mac, "commit", lambda: "abc")
+
+    def train(row, dtype, folder, scale):
+        measured.taken.append(dtype)
+        return {"error": "exit code 2: not finite"} if dtype == "float16" else dict(RESULT)
+
+    def measured(scale: float = 1.0) -> dict:
+        return as_a_mac.measure([ROW], ["float32", "float16"], tmp_path, tmp_path / "results.jsonl", scale)
+
+    monkeypatch.setattr(as_a_mac, "train", train)
+    measured.taken = []
+    return measured
+
+
+def test_a_run_that_fails_is_named_and_stops_no_other(runs):
+    lines = as_a_mac.table([ROW], ["float32", "float16"], runs(), 1.0)
+    assert "| full | 20 | loss, last 5 steps | 0.5000 | failed |" in lines
+    assert "| | | held-out loss | 1.5000 -> 0.7500 | failed |" in lines
+    assert lines[-1] == "- full, float16: exit code 2: not finite"
+
+
+def test_a_stopped_script_goes_on_and_tries_again_what_failed(runs, tmp_path):
+    runs()
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"commit": "abc", "row": "fu')  # killed while it wrote
+    assert runs.taken == ["float32", "float16"]
+    assert runs()["full", "float32"]["after"] == 0.75
+    assert runs.taken[2:] == ["float16"]
+    runs(0.1)
+    assert runs.taken[3:] == ["float32", "float16"]  # of other steps
+
+
+def test_a_run_ends_in_figures_or_in_its_last_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(as_a_mac, "ROOT", tmp_path)
+    code = """
+        import json, os, pathlib, sys
+        flags = sys.argv
+        assert os.environ["MLX_RETRIEVAL_AS"] == "metal" and flags[flags.index("--steps") + 1] == "20"
+        dtype = flags[flags.index("--dtype") + 1]
+        if dtype == "float16":
+            sys.exit("train.py: no good\\n")
+        folder = pathlib.Path(flags[flags.index("--output") + 1])
+        folder.mkdir()
+        losses = [9.0, 5.0, 4.0, 3.0, 2.0, 1.0 if dtype == "float32" else float("nan")]
+        lines = [{"type": "train", "loss": loss} for loss in losses] + [{"type": "eval"}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+        evaluations = {"before": {"validation_loss": 2}, "after": {"validation_loss": 1}}
+        (folder / "results.json").write_text(json.dumps(evaluations))
+    """
+    (tmp_path / "train.py").write_text(textwrap.dedent(code))
+    result = as_a_mac.train(ROW, "float32", tmp_path, 1.0)
+    assert {name: result[name] for name in ("loss", "before", "after")} == {"loss": 3, "before": 2, "after": 1}
+    assert as_a_mac.train(ROW, "float16", tmp_path, 1.0) == {"error": "exit code 1: train.py: no good"}
+    assert "not finite" in as_a_mac.train(ROW, "bfloat16", tmp_path, 1.0)["error"]
