@@ -18,11 +18,14 @@ import sides
 from sides import Side, Turn
 
 
-def ours(folder: str, texts: list[str], max_length: int, batch_tokens: int | None) -> Callable[[int], Turn]:
+def ours(
+    folder: str, texts: list[str], max_length: int, batch_tokens: int | None, compile: str
+) -> Callable[[int], Turn]:
     from mlx_retrieval import backend
     from mlx_retrieval.inference import embedder
 
     backend.prepare()  # as commands do
+    backend.set_compile(compile)
     model = embedder.load(folder, max_length=max_length)
     tokens = int(model.tokenizer(texts, "document").lengths.sum())
 
@@ -55,6 +58,8 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=5_000, help="embed the first so many answers")
     parser.add_argument("--max-length", type=int, default=256, help="most tokens of a text")
     parser.add_argument("--batch-tokens", type=int, metavar="N", help="ours: tokens at once; default: what it chooses")
+    compiled = "ours: whether passes are compiled, as embed.py's flag"
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compiled)
     parser.add_argument("--rounds", type=int, default=3, help="measured turns of each side")
     args = parser.parse_args()
 
@@ -62,7 +67,7 @@ def main() -> None:
     folder = sides.model_folder(args.model)
     print(sides.machine())
     with (
-        Side("this toolkit", ours, folder, texts, args.max_length, args.batch_tokens) as our,
+        Side("this toolkit", ours, folder, texts, args.max_length, args.batch_tokens, args.compile) as our,
         Side("sentence-transformers", sentence_transformers, folder, texts, args.max_length) as their,
     ):
         ratio = sides.take_turns(our, their, args.rounds)

@@ -4,6 +4,7 @@
     python benchmarks/train_speed.py --against sentence-transformers --data ../shared/data/medquad
     python benchmarks/train_speed.py --against sentence-transformers --model gemma
     python benchmarks/train_speed.py --against reference --rounds 1
+    python benchmarks/train_speed.py --compile on --peer-tokens auto             # on a GPU; all of gpu_check.sh
     python benchmarks/train_speed.py --batches 32,64,128,256 --picture benchmarks/train_speed.png
 
 Rows of MedQuAD at their real lengths, LoRA r = 16 on all linear layers, AdamW, clipping, the loss over the full batch.
@@ -24,10 +25,18 @@ from sides import Side, Turn
 
 TEMPERATURE, LEARNING_RATE = 0.05, 2e-4
 MICRO_BATCH_ROWS = 16  # of the reference design
+PEER_TOKENS = (0, 4_096, 16_384, 65_536)  # budgets of the peer that --peer-tokens auto tries; 0 = 32 rows
 NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "reference": "reference design"}
 
 
-def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_batch_tokens: int | str = 0):
+def prepared(
+    model: str,
+    rows: Path,
+    batch_size: int,
+    max_length: int,
+    micro_batch_tokens: int | str = 0,
+    compile: str = "auto",
+):
     """Return a run of the toolkit that is ready to take steps; see `run.prepare`."""
     from mlx_retrieval import backend
     from mlx_retrieval.training import config, run
@@ -38,6 +47,7 @@ def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_bat
         data=[str(rows)],
         batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
+        compile=compile,
         max_length=max_length,
         temperature=TEMPERATURE,
         learning_rate=LEARNING_RATE,
@@ -50,8 +60,10 @@ def prepared(model: str, rows: Path, batch_size: int, max_length: int, micro_bat
     return run.prepare(settings)
 
 
-def ours(model: str, rows: Path, batch_size: int, max_length: int, budget: int | str, steps: int) -> Callable:
-    trainer = prepared(model, rows, batch_size, max_length, budget).trainer
+def ours(
+    model: str, rows: Path, batch_size: int, max_length: int, budget: int | str, compile: str, steps: int
+) -> Callable:
+    trainer = prepared(model, rows, batch_size, max_length, budget, compile).trainer
     # Two more than are used, so that every step has another batch built beside it, as in a long run.
     stream = trainer.batches.stream(0, steps + 2)
 
@@ -75,7 +87,7 @@ def texts_of_batches(rows: Path, batch_size: int, steps: int) -> list[list[tuple
     return [[(read[i].query, read[i].positive) for i in batches.row_numbers(k)] for k in range(steps)]
 
 
-def sentence_transformers(model: str, batches: list, max_length: int) -> Callable[[int], Turn]:
+def sentence_transformers(model: str, batches: list, max_length: int, budget: int) -> Callable[[int], Turn]:
     import peft
     import torch
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -86,7 +98,9 @@ def sentence_transformers(model: str, batches: list, max_length: int) -> Callabl
     targets = [name for name in linear if "pooler" not in name]
     config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
     peft.inject_adapter_in_model(config, peer[0].model)  # `add_adapter` asks for a peft that is not out yet
-    loss_of = CachedMultipleNegativesRankingLoss(peer, scale=1 / TEMPERATURE, mini_batch_size=32)
+    loss_of = CachedMultipleNegativesRankingLoss(
+        peer, scale=1 / TEMPERATURE, mini_batch_size=32, mini_batch_num_tokens=budget or None
+    )
     parameters = [p for p in peer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     seen: list[int] = []  # padded tokens of every mini-batch; all go through the model twice
@@ -164,29 +178,50 @@ def reference(model: str, rows: Path, batch_size: int, max_length: int) -> Calla
 def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -> tuple[Side, Side, float]:
     """Return both sides after their turns, and the ratio."""
     steps = 1 + args.rounds
-    with Side("this toolkit", ours, model, rows, batch_size, args.max_length, args.micro_batch_tokens, steps) as our:
+    how = args.micro_batch_tokens, args.compile, steps
+    with Side("this toolkit", ours, model, rows, batch_size, args.max_length, *how) as our:
         name = NAMES[args.against]
         if args.against == "reference":
             # Steps of minutes: without warm-up, for what it compiles or allocates is nothing beside them.
             their = Side(name, reference, model, rows, args.reference_batch_size, args.max_length, warm_up=0)
         else:
             texts = sides.in_child(texts_of_batches, rows, batch_size, steps)
-            their = Side(name, sentence_transformers, model, texts, args.max_length)
+            budget = args.peer_tokens if args.peer_tokens != "auto" else best_budget(model, texts, args.max_length)
+            their = Side(name, sentence_transformers, model, texts, args.max_length, budget)
         with their:
             return our, their, sides.take_turns(our, their, args.rounds)
+
+
+def best_budget(model: str, texts: list, max_length: int) -> int:
+    """Return the budget of PEER_TOKENS with which the peer is fastest, alone on the machine."""
+    speeds = {}
+    for budget in PEER_TOKENS:
+        with Side(
+            f"the peer, {budget or 'no'} tokens", sentence_transformers, model, texts, max_length, budget
+        ) as side:
+            try:
+                for _ in texts:
+                    side.take_turn()
+                speeds[budget] = side.median(lambda turn: turn.throughput)
+            except RuntimeError as error:  # out of memory
+                print(f"{side.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+    budget = max(speeds, key=speeds.get)
+    print(f"the peer's best budget: {budget or 'mini-batches of 32 rows'}, of {speeds}")
+    return budget
 
 
 def table(pair: tuple[Side, Side], ratio: float) -> Iterator[str]:
     """Return the lines of one comparison."""
     width = max(len(side.name) for side in pair)
-    yield f"{'':{width}}{'tokens/s':>10}{'least - most':>18}{'padding':>9}{'s a step':>10}{'loss':>9}{'peak MB':>9}"
+    head = f"{'':{width}}{'tokens/s':>10}{'least - most':>18}{'padding':>9}"
+    yield f"{head}{'first s':>9}{'s a step':>10}{'loss':>9}{'peak MB':>9}"
     for side in pair:
         speeds = [turn.throughput for turn in side.measured]
         spread = f"{min(speeds):,.0f} - {max(speeds):,.0f}"
         padding = 1 - sum(t.tokens for t in side.turns) / sum(t.padded_tokens for t in side.turns)
         yield (
             f"{side.name:{width}}{side.median(lambda t: t.throughput):>10,.0f}{spread:>18}{padding:>9.1%}"
-            f"{side.median(lambda t: t.seconds):>10.2f}{side.turns[0].value:>9.4f}"
+            f"{side.turns[0].seconds:>9.2f}{side.median(lambda t: t.seconds):>10.2f}{side.turns[0].value:>9.4f}"
             f"{side.turns[-1].peak_memory_bytes / 1e6:>9,.0f}"
         )
     yield f"ratio {ratio:.2f}"
@@ -238,6 +273,10 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256, help="most tokens of a query and of a document")
     budget = "ours: tokens at once; auto = what has room; 0 = as it chooses"
     parser.add_argument("--micro-batch-tokens", type=tokens, default=0, metavar="N", help=budget)
+    compiled = "ours: whether passes are compiled, as train.py's flag"
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compiled)
+    peer = "theirs: mini_batch_num_tokens; 0 = mini-batches of 32 rows; auto = the fastest of a few"
+    parser.add_argument("--peer-tokens", type=tokens, default=0, metavar="N", help=peer)
     parser.add_argument("--rounds", type=int, default=3, help="measured turns of each side")
     parser.add_argument("--batches", metavar="N,N,...", help="compare at each of these batch sizes instead")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw throughput against the batch")

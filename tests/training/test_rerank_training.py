@@ -192,6 +192,22 @@ def test_every_format_becomes_a_group(write_rows, tmp_path):
     assert again.tokens == drawn.tokens and drawn.rows_with(4).tolist() == [1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_with_compiled_passes_is_the_plain_one_on_gpus(settings, as_metal, kind):
+    results = []
+    for compile in ("on", "off"):
+        run = training_run.prepare(settings(kind, compile=compile))
+        trainer = run.trainer
+        result = trainer.grad_cache(trainer.batches.batch(0), seed=3)
+        grads = np.concatenate([np.array(v).ravel() for _, v in sorted(tree_flatten(result.grads))])
+        reranker = Reranker.of(trainer.model, run.retrieval, trainer.batches.tokenizer, "trained", compile)
+        results.append((result.loss.item(), grads, reranker.score(QUERY, DOCUMENTS)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-5 * np.abs(results[1][1]).max())
+    np.testing.assert_allclose(results[0][2], results[1][2], atol=1e-5)
+
+
 def test_listwise_order_is_shuffled_and_repeats(write_rows, tmp_path, qwen_tokenizer):
     _, folder, _ = listwise(tmp_path, qwen_tokenizer)
     tokenizer = Reranker(str(folder)).tokenizer

@@ -113,6 +113,24 @@ def test_what_has_room_at_once_goes_through_once(settings, monkeypatch, dropout)
     np.testing.assert_allclose(flat(once.grads), flat(twice.grads), atol=1e-5 * largest)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {}, {"train_type": "dora"}, {"train_type": "full"}, {"task": "late"}, {"loss": "nt_xent", "pooling": "last"},
+    {"gradient_accumulation_steps": 4}, {"dtype": "bfloat16"}, {"dtype": "float16", "task": "late"},
+], ids=str)  # fmt: skip
+def test_a_step_with_compiled_passes_is_the_plain_one_on_gpus(settings, as_metal, changes):
+    results = {}
+    for compile in ("on", "off"):
+        trainer = prepared(settings(compile=compile, **changes))
+        result = trainer.grad_cache(trainer.batches.batch(0), seed=3)
+        results[compile] = result.loss.item(), flat(tree_map(lambda v: v.astype(mx.float32), result.grads))
+        assert trainer.grad_cache.runner.compiled == (compile == "on")
+    tolerance = 1e-5 if "dtype" not in changes else 1e-2
+    assert results["on"][0] == pytest.approx(results["off"][0], rel=tolerance)
+    difference = np.linalg.norm(results["on"][1] - results["off"][1]) / np.linalg.norm(results["off"][1])
+    assert difference < tolerance * (1 if "dtype" not in changes else 5), difference
+
+
 def test_join_puts_rows_back_in_order_and_pads_token_vectors():
     parts = [mx.array([[3.0], [1.0]]), mx.array([[2.0], [0.0]])]
     assert join(parts, np.array([3, 1, 2, 0])).tolist() == [[0.0], [1.0], [2.0], [3.0]]
