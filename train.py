@@ -56,7 +56,8 @@ def resumed_settings(given: dict) -> Settings:
     saved = Settings(**{"dtype": "auto"} | read_yaml(folder / "config.yaml")).with_absolute_paths()
     wanted = for_task(given.get("task"), given).with_absolute_paths()
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
-    free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs", "micro_batch_tokens"}
+    free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs"}
+    free |= {"micro_batch_tokens", "gradient_accumulation_steps"}  # no loss depends on them
     differing = [name for name in given if name not in free and getattr(saved, name) != getattr(wanted, name)]
     if differing:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)

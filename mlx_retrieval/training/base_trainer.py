@@ -70,7 +70,7 @@ class BaseTrainer(ABC):
         self.save_model = save_model
         self.reporter: Reporter | NullReporter = NullReporter()
         self.saved_step = -1
-        self._changing = False  # whether the weights in memory are those of no step
+        self.weights_in_doubt = False  # whether the weights in memory may be those of no step
 
     @property
     def folder(self) -> Path:
@@ -150,7 +150,7 @@ class BaseTrainer(ABC):
         """Before an error ends the run, save the state; return a text about it for the error's message."""
         if not self.state.step or not distributed.is_main():
             return ""
-        if self._changing:
+        if self.weights_in_doubt:
             return "; it came while the weights changed, so only what was saved before is whole"
         try:
             self.save()
@@ -197,9 +197,9 @@ class BaseTrainer(ABC):
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
         """Note that the weights change in this block; after an error in it, they are not saved."""
-        self._changing = True
+        self.weights_in_doubt = True
         yield
-        self._changing = False
+        self.weights_in_doubt = False
 
     def recover(self, happened: str) -> None:
         """Bring the device to rest after an error, so that work can be repeated. DeviceError if it is of no more use.

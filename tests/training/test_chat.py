@@ -28,6 +28,7 @@ from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.base_trainer import learning_rate
+from mlx_retrieval.training.chat import trainer as chat_trainer
 from mlx_retrieval.training.chat.data import ChatBatches
 from mlx_retrieval.training.chat.run import prepare
 from mlx_retrieval.training.chat.trainer import Optimizer, StopTraining, compiled, loss_of, tune
@@ -608,3 +609,84 @@ def test_on_macs_what_cannot_fit_is_refused(settings, as_metal, monkeypatch):
         prepare(settings())
     monkeypatch.setattr(backend, "IS_METAL", False)  # elsewhere it is a warning
     assert prepare(settings()).trainer.batches.parts == 1
+
+
+# --- errors of the GPU ------------------------------------------------------------------------------------------------
+
+WATCHDOG = "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackError"
+
+
+@pytest.fixture
+def weak(monkeypatch):
+    """`weak(tokens)`: the device fails at more tokens at once, after the step has put its results in place."""
+    evaluate = mx.eval
+    sizes = []
+
+    def make(most: int) -> None:
+        def loss(model, ids, *rest):
+            sizes.append(ids.size)
+            return loss_of(model, ids, *rest)
+
+        def fail(*arrays):
+            if any(size > most for size in sizes):
+                sizes.clear()
+                raise RuntimeError(WATCHDOG)
+            sizes.clear()
+            evaluate(*arrays)
+
+        monkeypatch.setattr(chat_trainer, "loss_of", loss)
+        monkeypatch.setattr(mx, "eval", fail)
+
+    return make
+
+
+def test_a_step_is_repeated_in_more_parts_after_an_overload(settings, tmp_path, weak):
+    """Regression: a traceback. The weights are those of a run that had as many parts from the start."""
+    run = {"steps": 2, "batch_size": 6, "lora_dropout": 0.0, "data": settings().data}
+    whole = training_run.prepare(settings(**run, gradient_accumulation_steps=2, output=str(tmp_path / "a"))).trainer
+    training_run.take_steps(whole)
+    widest = max(part.ids.size for k in range(2) for part in whole.batches.make(whole.batches.numbers(k)))
+    one = training_run.prepare(settings(**run, output=str(tmp_path / "b"))).trainer
+    one.validation = None
+    weak(widest)
+    training_run.take_steps(one)
+    assert one.batches.parts == one.state.parts == 2 and one.state.step == 2
+    expected = dict(tree_flatten(whole.model.trainable_parameters()))
+    for name, value in tree_flatten(one.model.trainable_parameters()):
+        assert mx.allclose(value, expected[name], atol=1e-6), name
+    again = training_run.prepare(settings(**run, output=str(tmp_path / "c"))).trainer
+    again.restore_state(one.state)
+    assert again.batches.parts == 2
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_a_conversation_that_is_too_much_ends_the_run_and_doubtful_weights_are_not_saved(settings, weak, train_type):
+    trainer = training_run.prepare(settings(steps=3, batch_size=2, train_type=train_type, save_steps=1)).trainer
+    trainer.state.step = 1  # of which the weights are
+    weak(1)
+    with pytest.raises(UserError) as caught:
+        training_run.take_steps(trainer)
+    told = str(caught.value)
+    assert WATCHDOG in told
+    if train_type == "lora":
+        assert "on a single conversation; --grad-checkpoint" in told and "the state after step 1 is saved" in told
+    else:
+        assert "only what was saved before is whole" in told and "--gradient-accumulation-steps 2" in told
+
+
+def test_the_validation_loss_in_parts_is_the_same(settings, monkeypatch):
+    trainer = training_run.prepare(settings()).trainer
+    expected, calls = trainer.evaluate(0), []
+
+    def loss(model, ids, *rest):
+        calls.append(len(ids))
+        if len(ids) > 2:
+            raise RuntimeError(WATCHDOG)
+        return loss_of(model, ids, *rest)
+
+    monkeypatch.setattr(chat_trainer, "loss_of", loss)
+    assert trainer.evaluate(0)["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
+    assert max(calls) > 2
+    calls.clear()
+    trainer.evaluate(0)
+    assert max(calls) <= 2

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from mlx_retrieval.backend import device_memory, mx, nn
+from mlx_retrieval.backend import device_errors, device_memory, mx, nn
+from mlx_retrieval.backend.device_errors import halved
 
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones.decoder import Decoder
@@ -27,7 +30,7 @@ from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, due, lea
 from mlx_retrieval.training.chat.data import ChatBatches, Counts, Part
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.state import State
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 # --- a step ---------------------------------------------------------------------------------------------------------
 
@@ -141,6 +144,18 @@ class ChatState(State):
     seconds: float = 0.0  # of training, without evaluations and saving
     # Since the last report: loss x trained tokens, trained tokens, real tokens, tokens with padding, seconds.
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    parts: int = 0  # micro-batches of a step, if the device could not compute the run's own
+
+
+class Weights(NamedTuple):
+    """The trained weights and the optimizer's state of a moment, which later steps leave alone."""
+
+    parameters: dict
+    optimizer: dict
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: Optimizer) -> "Weights":
+        return cls(*(tree_map(lambda value: value, tree) for tree in (model.trainable_parameters(), optimizer.state)))
 
 
 class ChatTrainer(BaseTrainer):
@@ -168,14 +183,51 @@ class ChatTrainer(BaseTrainer):
         self.validation = validation
         # Checkpointed blocks draw their dropout's seeds in Python, which a compiled step would do only once.
         self.compiled = not (settings.grad_checkpoint and settings.lora_dropout)
+        self.at_once: int | None = None  # conversations that the device could evaluate, after it failed at more
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def train(self, last: int, after_step: AfterStep) -> None:
         """Take the steps that follow the state's, up to step `last`, or until `after_step` returns True."""
-        steps = Steps(self, last, after_step)
-        with compiled(self.compiled):
-            tune(self.model, self.optimizer, steps.parts(), last - self.state.step, self.batches.parts, steps)
+        while True:
+            steps = Steps(self, last, after_step)
+            try:
+                with compiled(self.compiled):
+                    tune(self.model, self.optimizer, steps.parts(), last - self.state.step, self.batches.parts, steps)
+                return
+            except RuntimeError as error:
+                if steps.before is None or not (self.weights_in_doubt and device_errors.is_overload(error)):
+                    raise
+                happened = device_errors.what_happened(error)
+            # Outside the handler: the error holds on to everything that the step had computed.
+            self._repeat(happened, steps.before)
+
+    def _repeat(self, happened: str, before: Weights) -> None:
+        """After an overload, go back to the weights before the step, and take it in twice as many micro-batches.
+
+        Raises UserError if a micro-batch was a single conversation.
+        """
+        self.recover(happened)
+        self.model.update(before.parameters)
+        self.optimizer.state = before.optimizer
+        self.weights_in_doubt = False
+        if self.batches.parts >= self.batches.size:
+            raise SettingError(
+                "{happened}, on a single conversation; {grad_checkpoint}, a lower {max_length} or a smaller model need "
+                "less at once{saved}",
+                happened=happened,
+                saved=self.save_last_good(),
+            )
+        self.batches.parts = self.state.parts = min(2 * self.batches.parts, self.batches.size)
+        self.reporter.warn(
+            f"{happened}: from here on {self.batches.parts} micro-batches a step, and the step is repeated"
+        )
+
+    def lighter(self) -> str:
+        """Return the flags with which a resumed run does less at once."""
+        if self.batches.parts >= self.batches.size:
+            return ""
+        return f"--gradient-accumulation-steps {min(2 * self.batches.parts, self.batches.size)}"
 
     def update_state(self, numbers: np.ndarray, loss: float, seconds: float) -> dict | None:
         """Count a step that was taken on the rows `numbers`; return a record if one is due to be reported."""
@@ -240,17 +292,16 @@ class ChatTrainer(BaseTrainer):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Report and return the loss on the validation conversations; {} without any."""
-        from mlx_lm.tuner.trainer import evaluate
-
         if self.validation is None:
             return {}
         self.reporter.status("evaluating")
         count = self.validation.per_epoch
         count = count if self.settings.val_batches == -1 else min(count, self.settings.val_batches)
-        parts = (part.arrays for k in range(count) for part in self.validation.make(self.validation.numbers(k)))
+        self.model.eval()
         device_memory.bound_cache()
-        loss = evaluate(self.model, None, 0, -1, loss=loss_of, iterate_batches=lambda **_: parts)
+        sums = [self._validation_loss(self.validation.numbers(k)) for k in range(count)]
         device_memory.bound_cache()
+        loss = sum(total for total, _ in sums) / sum(trained for _, trained in sums)
         self.model.train()
         if step == 0:
             self.state.before = loss
@@ -260,6 +311,19 @@ class ChatTrainer(BaseTrainer):
         self.reporter.evaluation(step, metrics)
         self.reporter.status("")
         return metrics
+
+    def _validation_loss(self, numbers: np.ndarray) -> tuple[float, int]:
+        """Return the sum of losses on the conversations of these numbers, and the number of tokens that it is of."""
+
+        def sums(first: int, last: int) -> tuple[float, int, int]:
+            (part,) = self.validation.make(numbers[first:last])
+            loss, trained = loss_of(self.model, *part.arrays)
+            return loss.item() * trained.item(), trained.item(), last - first
+
+        parts = [*halved(sums, 0, len(numbers), self.at_once)]
+        if len(parts) > 1:
+            self.at_once = max(rows for _, _, rows in parts)
+        return sum(loss for loss, _, _ in parts), sum(trained for _, trained, _ in parts)
 
     def probe(self) -> np.ndarray:
         """Return the logits after a few tokens, (V,)."""
@@ -302,6 +366,7 @@ class ChatTrainer(BaseTrainer):
             raise UserError(f"--resume: the conversations are not those that the run in {self.folder} was begun with")
         state.data = self.state.data
         self.state = state
+        self.batches.parts = max(self.batches.parts, state.parts)
 
     def check_ranks(self) -> None:
         raise AssertionError("run.prepare refuses chat runs of several ranks")
@@ -315,6 +380,7 @@ class Steps:
         self.last = last
         self.after_step = after_step
         self.numbers: np.ndarray | None = None  # the rows of the step that is being taken
+        self.before: Weights | None = None  # as of that step's beginning; None = they would take too much memory
         self.began = 0.0
 
     def parts(self) -> Iterator[Part]:
@@ -326,6 +392,9 @@ class Steps:
         for step in range(trainer.state.step + 1, self.last + 1):
             trainer.optimizer.learning_rate = learning_rate(settings, step)
             self.numbers = batches.numbers(step - 1)
+            # Training all weights, mlx reuses the memory of the old ones for the new ones.
+            self.before = None if settings.train_type == "full" else Weights.of(trainer.model, trainer.optimizer)
+            trainer.weights_in_doubt = True  # mlx-lm puts the new ones in place before they are computed
             seeds = np.random.SeedSequence(settings.seed * 1_000_003 + step).generate_state(batches.parts)
             for part, value in zip(batches.make(self.numbers), seeds, strict=True):
                 seed(int(value))
@@ -333,6 +402,7 @@ class Steps:
 
     def on_train_loss_report(self, info: dict) -> None:
         """Called by mlx-lm after each step."""
+        self.trainer.weights_in_doubt = False
         device_memory.bound_cache()
         seconds = time.perf_counter() - self.began
         record = self.trainer.update_state(self.numbers, info["train_loss"], seconds)
