@@ -52,8 +52,9 @@ def resumed_settings(given: dict) -> Settings:
     folder = output_folder.to_resume(given)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: no run in {folder}")
-    # Runs of versions without --dtype computed as `auto` does.
-    saved = Settings(**{"dtype": "auto"} | read_yaml(folder / "config.yaml")).with_absolute_paths()
+    # Runs of versions without these settings were as follows.
+    earlier = {"dtype": "auto", "batches": "mixed"}
+    saved = Settings(**earlier | read_yaml(folder / "config.yaml")).with_absolute_paths()
     wanted = for_task(given.get("task"), given).with_absolute_paths()
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
     free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs"}

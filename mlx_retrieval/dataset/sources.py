@@ -9,6 +9,7 @@
 """
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -32,7 +33,7 @@ from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.text import CHECKOUT
 
 WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
-LARGEST = 1000  # of the whole numbers that stand for weights
+LARGEST = 1000  # turns of a mixture's pattern, about, so that weights of many digits do not make it long
 
 
 @runtime_checkable
@@ -152,6 +153,8 @@ def open_source(
     es_query: str | None = None,
     skip_bad: bool = False,
     ignore_keys: Collection[str] = (),
+    block: int = 1,
+    temperature: float | None = None,
 ) -> Source:
     """Open the rows that `--data` names.
 
@@ -162,19 +165,28 @@ def open_source(
         es_query: a JSON query that documents must match (`--es-query`); None = all documents.
         skip_bad: leave out rows that cannot be used, instead of raising.
         ignore_keys: keys of rows that are treated as absent (`--ignore-keys`); an index's rows have those of `columns`.
+        block: examples that follow each other from one source of a mixture.
+        temperature: mix sources by their number of examples to the power of 1 / temperature; None = by their weights.
 
     Raises UserError for a wrong argument and, unless `skip_bad`, for the first row that cannot be used.
     """
     parts = [weight_of(source) for source in data]
+    weighted = any(weight for _, weight in parts)
+    if temperature is not None and (weighted or len(parts) < 2):
+        reason = "the weights in --data say how sources are mixed" if weighted else "there is one source to draw from"
+        raise UserError(f"--source-temperature {temperature:g}: {reason}")
     chosen = None if columns is None else parse_columns(columns)
-    if len(parts) == 1 or not (
-        any(weight for _, weight in parts) or any(server.is_address(source) for source, _ in parts)
-    ):
+    mixes = weighted or temperature is not None or any(server.is_address(source) for source, _ in parts)
+    if len(parts) == 1 or not mixes:
         return _open([source for source, _ in parts], chosen, es_query, skip_bad, ignore_keys)
     opened = [_open([source], chosen, es_query, skip_bad, ignore_keys, check_columns=False) for source, _ in parts]
     if mappers := [source.mapper for source in opened if isinstance(source, Rows)]:
         mappers[0].check(mappers[1:])
-    return InterleavedRows(opened, [weight or Fraction(1) for _, weight in parts])
+    if temperature is not None:
+        weights = [Fraction(len(source) ** (1 / temperature)) for source in opened]
+    else:
+        weights = [weight or Fraction(1) for _, weight in parts]
+    return InterleavedRows(opened, weights, block)
 
 
 def _open(
@@ -204,20 +216,21 @@ class InterleavedRows:
     Args:
         sources: rows with labels do not mix with rows of other formats.
         weights: the share of each source's examples, in proportion.
+        block: examples that follow each other from one source, so that a batch of as many comes from one.
 
     Sources take turns in a fixed pattern, so a position in the mixture gives the position in every source. The number
     of a row is its number in its source times the count of sources, plus the index of the source.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction]):
-        self.sources = list(sources)
+    def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction], block: int = 1):
+        self.sources, self.block = list(sources), block
         formats = {source.format for source in sources}
         if "label" in formats and len(formats) > 1:
             raise UserError(f"{', '.join(self.names)}: rows with a label do not mix with others")
         total = sum(weights)
         shares = [(weight / total).limit_denominator(LARGEST) for weight in weights]
-        common = np.lcm.reduce([share.denominator for share in shares])
-        self.counts = np.array([max(1, round(share * int(common))) for share in shares])
+        common = min(math.lcm(*(share.denominator for share in shares)), LARGEST)
+        self.counts = np.array([max(1, round(share * common)) for share in shares])
         length = int(self.counts.sum())
         # Each source is spread evenly over the pattern: example j of n stands near (j + 1/2) / n of its length.
         places = [((j + 0.5) / n, s) for s, n in enumerate(self.counts.tolist()) for j in range(n)]
@@ -280,18 +293,19 @@ class InterleavedRows:
 
     def taken(self, position: int) -> list[int]:
         """Return how many examples of each source come before a position."""
-        rounds, place = divmod(position, len(self.pattern))
-        return (rounds * self.counts + self._before[place]).tolist()
+        turn, within = divmod(position, self.block)
+        rounds, place = divmod(turn, len(self.pattern))
+        before = (rounds * self.counts + self._before[place]) * self.block
+        before[self.pattern[place]] += within
+        return before.tolist()
 
     def numbers(self, seed: int, position: int) -> Iterator[int]:
         drawn = [source.numbers(seed, at) for source, at in zip(self.sources, self.taken(position), strict=True)]
-        place = position % len(self.pattern)
-        while True:
-            which = int(self.pattern[place])
+        for place in itertools.count(position):
+            which = int(self.pattern[place // self.block % len(self.pattern)])
             if (number := next(drawn[which], None)) is None:  # the source was closed
                 return
             yield number * len(self.sources) + which
-            place = (place + 1) % len(self.pattern)
 
     def preview(self, count: int) -> list[tuple[str, Example]]:
         share = -(-count // len(self.sources))

@@ -150,6 +150,21 @@ class Settings:
         "data", None, "es://: read only documents that match this JSON query", tasks=RETRIEVAL
     )
     batch_size: int = option("data", 64, "examples in one loss: 256 = 255 in-batch negatives for each query")
+    batches: str = option(
+        "data",
+        "homogeneous",
+        "with several sources that are mixed: each batch from one of them (homogeneous), or every batch from all "
+        "(mixed)",
+        choices=("homogeneous", "mixed"),
+        tasks=RETRIEVAL,
+    )
+    source_temperature: float | None = option(
+        "data",
+        None,
+        "mix several sources by their sizes to the power of 1/X: 1 = in proportion, larger = more evenly (default: by "
+        "the weights in --data; without any they are read as one)",
+        tasks=RETRIEVAL,
+    )
     skip_bad_rows: bool = option(
         "data", False, "leave out rows that cannot be used, counted and listed; else they are errors"
     )

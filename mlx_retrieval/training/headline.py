@@ -76,9 +76,9 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
 
 def mixture_lines(rows: InterleavedRows) -> Lines:
     """Return a line for each source: its share of the examples, and its rows."""
-    shares = rows.counts / rows.counts.sum()
+    shares, unit = rows.counts / rows.counts.sum(), "batches" if rows.block > 1 else "examples"
     return [
-        ("mixture", f"{share:.0%} of the examples from {', '.join(source.names)}, {quantity(len(source), 'row')}")
+        ("mixture", f"{share:.0%} of the {unit} from {', '.join(source.names)}, {quantity(len(source), 'row')}")
         for share, source in zip(shares, rows.sources, strict=True)
     ]
 

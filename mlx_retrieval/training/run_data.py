@@ -50,7 +50,15 @@ class RunData:
 
 def open_data(settings: Settings) -> RunData:
     """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
-    rows = open_source(settings.data, settings.columns, settings.es_query, settings.skip_bad_rows, settings.ignore_keys)
+    rows = open_source(
+        settings.data,
+        settings.columns,
+        settings.es_query,
+        settings.skip_bad_rows,
+        settings.ignore_keys,
+        block=settings.batch_size if settings.batches == "homogeneous" else 1,
+        temperature=settings.source_temperature,
+    )
     columns = None if settings.columns is None else parse_columns(settings.columns)
     valid_files: list[Path | str] = [*find_validation(local(settings.data))]
     if settings.eval_tasks is None and settings.holdout != 0:

@@ -34,6 +34,7 @@ def check(settings: Any) -> None:
         (settings.val_batches == -1 or settings.val_batches > 0, "val_batches", "must be above 0, or -1 for all"),
         (settings.temperature is None or 0 < settings.temperature < float("inf"), "temperature", "must be above 0"),
         (0 < settings.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),
+        (_is_none_or(settings, "source_temperature", 0.1), "source_temperature", "must be 0.1 or more"),
         *(
             (_is_none_or(settings, name, 0), name, "must not be negative")
             for name in ("query_expansion", "impute", "eval_steps")

@@ -8,6 +8,7 @@ from collections import Counter
 from fractions import Fraction
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -72,11 +73,47 @@ def test_each_source_goes_through_its_own_epochs(files):
         assert len(set(map(tuple, epochs))) == len(epochs)
 
 
+def test_a_block_comes_from_one_source(files):
+    """Each source has its share of the blocks, and goes on in its own order."""
+    data = [f"{files[0]}:2", f"{files[1]}:1"]
+    mixed = sources.open_source(data, block=8)
+    places = [mixed.where(n) for n in islice(mixed.numbers(0, 0), 8 * 300)]
+    blocks = [places[i : i + 8] for i in range(0, len(places), 8)]
+    kinds = [{place.split("/")[-1][0] for place in block} for block in blocks]
+    assert all(len(kind) == 1 for kind in kinds) and Counter(kind.pop() for kind in kinds) == {"a": 200, "b": 100}
+    single = sources.open_source(data)
+    for letter, source in zip("ab", single.sources, strict=True):
+        mine = [place for place in places if f"{letter}.jsonl" in place]
+        assert mine == [source.where(n) for n in islice(source.numbers(0, 0), len(mine))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1e9])
+def test_sources_are_mixed_by_their_sizes(files, temperature):
+    mixed = sources.open_source(files, temperature=temperature)
+    shares = np.array([30, 7, 11]) ** (1 / temperature)
+    assert mixed.counts / mixed.counts.sum() == pytest.approx(shares / shares.sum(), abs=2e-3)
+
+
+def test_weights_of_many_digits_make_no_long_pattern(files):
+    """Regression: three such weights made a pattern of a thousand million turns, and took all memory."""
+    mixed = sources.open_source([f"{files[0]}:0.377", f"{files[1]}:0.911", f"{files[2]}:0.533"])
+    assert len(mixed.pattern) < 1100
+    assert mixed.counts / mixed.counts.sum() == pytest.approx(np.array([0.377, 0.911, 0.533]) / 1.821, abs=2e-3)
+
+
+def test_a_temperature_needs_sources_without_weights(files):
+    with pytest.raises(errors.UserError, match="--source-temperature 2: the weights in --data"):
+        sources.open_source([f"{files[0]}:2", files[1]], temperature=2.0)
+    with pytest.raises(errors.UserError, match="--source-temperature 2: there is one source"):
+        sources.open_source(files[:1], temperature=2.0)
+
+
+@pytest.mark.parametrize("block", [1, 5])
 @pytest.mark.parametrize("position", [0, 1, 6, 7, 100, 333])
-def test_a_mixture_continues_anywhere(files, position):
+def test_a_mixture_continues_anywhere(files, position, block):
     data = [f"{files[0]}:2", f"{files[1]}:1", f"{files[2]}:0.5"]
-    straight = list(islice(sources.open_source(data).numbers(1, 0), 400))
-    again = sources.open_source(data)
+    straight = list(islice(sources.open_source(data, block=block).numbers(1, 0), 400))
+    again = sources.open_source(data, block=block)
     assert list(islice(again.numbers(1, position), 400 - position)) == straight[position:]
     assert sum(again.taken(position)) == position
 

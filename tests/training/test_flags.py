@@ -835,6 +835,26 @@ def test_two_runs_into_one_folder_are_refused(settings, tmp_path):
     assert (tmp_path / "run" / "final").is_dir()
 
 
+def test_batches_and_source_temperature(settings, data, tmp_path):
+    """A batch of one source, or of all; and as many batches of a small source as of a large one."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"query": f"q {i}", "document": f"d {i}"}) + "\n" for i in range(10)))
+
+    def kinds(**changes) -> list[set[str]]:
+        run = training_run.prepare(settings(**changes))
+        rows = run.trainer.batches.rows
+        numbers = (run.trainer.batches.row_numbers(k) for k in range(8))
+        return [{Path(rows.where(i).partition(":")[0]).name for i in batch} for batch in numbers]
+
+    mixture = [f"{data}:1", f"{other}:1"]
+    assert all(len(kind) == 1 for kind in kinds(data=mixture))
+    assert all(len(kind) == 2 for kind in kinds(data=mixture, batches="mixed"))
+    by_size = kinds(data=[str(data), str(other)], source_temperature=1.0)
+    assert sum("other.jsonl" in kind for kind in by_size) in (1, 2)  # a fifth of 8
+    with pytest.raises(UserError, match=r"--source-temperature 0.01: must be 0.1 or more"):
+        settings(source_temperature=0.01)
+
+
 def test_no_setting_without_a_test():
     text = Path(__file__).read_text()
     named = {f.name for f in dataclasses.fields(Settings) if f.name in text or flag(f.name) in text}

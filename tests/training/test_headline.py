@@ -110,3 +110,5 @@ def test_the_shares_of_a_mixture():
         ("mixture", "67% of the examples from a.jsonl, 1,000 rows"),
         ("mixture", "33% of the examples from b.csv, 1 row"),
     ]
+    rows.block = 64
+    assert mixture_lines(rows)[0] == ("mixture", "67% of the batches from a.jsonl, 1,000 rows")
