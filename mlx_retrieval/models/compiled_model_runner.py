@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from mlx_retrieval.models.batching import MicroBatch, rounded_rows
 from mlx_retrieval.models.compiled import SHAPES_SERVED, CompiledFunctions, evaluate
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts
+from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts, in_float32
 
 
 class CompiledModelRunner(ModelRunner):
@@ -49,7 +49,7 @@ class CompiledModelRunner(ModelRunner):
             batch = filled(micro_batch)
             missing = len(batch.ids) - len(cotangent)
             cotangent = mx.pad(cotangent, [(0, missing), *[(0, 0)] * (cotangent.ndim - 1)])
-            gradient = self._functions("gradient", batch, int(seed), [], trained, cotangent, [])
+            gradient = in_float32(self._functions("gradient", batch, int(seed), [], trained, cotangent, []))
             total = gradient if total is None else tree_map(mx.add, total, gradient)
             evaluate(total)
         return total

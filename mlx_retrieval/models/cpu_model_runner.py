@@ -21,7 +21,7 @@ from mlx_retrieval.backbones import merged_lora
 from mlx_retrieval.models.batching import MicroBatch, shares
 from mlx_retrieval.models.compiled import SHAPES_SERVED, CompiledFunctions, evaluate
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts
+from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts, in_float32
 
 # Bytes of products that a step saves from its forward passes for its gradient, however large the batch.
 SAVED_BYTES = 384 << 20
@@ -142,6 +142,7 @@ class CpuModelRunner(ModelRunner):
                 products = saved.pop(i, [])
                 seed = int(seeds[i])
                 gradient = functions("gradient", micro_batches[i], seed, merged, trained, cotangents[i], products)
+                gradient = in_float32(gradient)
                 total = gradient if total is None else tree_map(mx.add, total, gradient)
                 del products
                 evaluate(total)

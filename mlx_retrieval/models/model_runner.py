@@ -35,6 +35,11 @@ def evaluate_weights(model: RetrievalModel) -> None:
     mx.eval([[v for v in (*m.values(), *vars(m).values()) if isinstance(v, mx.array)] for m in modules])
 
 
+def in_float32(grads: dict) -> dict:
+    """Return gradients in float32. In half precision, sums of them would lose what is small beside them."""
+    return tree_map(lambda grad: grad.astype(mx.float32), grads)
+
+
 class ModelRunner:
     """Compute representations and gradients of micro-batches.
 
@@ -115,7 +120,7 @@ class ModelRunner:
         cotangents: Sequence[mx.array],
         saved: SavedProducts | None = None,
     ) -> dict:
-        """Return the gradient of sum(representations * cotangents) over all micro-batches, evaluated.
+        """Return the gradient of sum(representations * cotangents) over all micro-batches, float32, evaluated.
 
         Args:
             seeds: dropout seed of each micro-batch.
@@ -127,6 +132,7 @@ class ModelRunner:
         for micro_batch, seed, cotangent in zip(micro_batches, seeds, cotangents, strict=True):
             gradient_checkpointing.seed(int(seed))
             _, gradient = value_and_grad(micro_batch, cotangent)
+            gradient = in_float32(gradient)
             total = gradient if total is None else tree_map(mx.add, total, gradient)
             mx.eval(total)
         return total

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mlx_retrieval.backend import device_errors, nn
+from mlx_retrieval.backend import device_errors, mx, nn
 from mlx_retrieval.backend.device_errors import DeviceError
 
 import mlx.optimizers as optim
@@ -22,8 +22,11 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.errors import SettingError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
+# Batches left out one after the other (--skip-bad-batches) that end a run: single bad rows do not do that, but a model
+# that can no longer compute does, and so do data of which nearly every batch has a bad row.
+MOST_SKIPPED = 10
 # Called after each optimizer step with a record to report, or None. Returns whether training ends here.
 AfterStep = Callable[[dict | None], bool]
 
@@ -104,7 +107,8 @@ class BaseTrainer(ABC):
         return None
 
     def watch(self, loss: float, grad_norm: float) -> None:
-        """Warn, once, if the steps so far are a sign that nothing is learnt."""
+        """Note that a step was good, and warn, once, if the steps so far are a sign that nothing is learnt."""
+        self.state.skipped_in_a_row = 0
         if warning := nothing_learnt.watch(self.state, self.settings, loss, grad_norm):
             self.reporter.warn(warning)
 
@@ -134,7 +138,8 @@ class BaseTrainer(ABC):
     # --- saving and resuming ------------------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> None:
-        """Write the model and everything that continuing needs into a folder."""
+        """Write the model and everything that continuing needs into a folder. UserError if a weight is not finite."""
+        self.check_weights(self.state.step)
         self.save_model(folder)
         checkpoint.save_training(folder, self.optimizer, asdict(self.state))
 
@@ -154,7 +159,7 @@ class BaseTrainer(ABC):
             return "; it came while the weights changed, so only what was saved before is whole"
         try:
             self.save()
-        except files.SaveError as error:
+        except UserError as error:
             return f" ({error})"
         except RuntimeError as error:
             if not device_errors.is_device_error(error):
@@ -162,15 +167,34 @@ class BaseTrainer(ABC):
             return "; what the device holds can no longer be saved, and what was saved before is whole"
         return f"; the state after step {self.state.step} is saved"
 
+    def check_weights(self, step: int) -> None:
+        """Raise UserError if a trained weight is not finite after `step`. What was saved before stays the last good."""
+        weights = tree_flatten(self.model.trainable_parameters())
+        finite = mx.stack([mx.isfinite(value).all() for _, value in weights]).tolist()
+        names = [name for (name, _), good in zip(weights, finite, strict=True) if not good]
+        if not names:
+            return
+        last = checkpoint.last_step(self.folder)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise SettingError(
+            "step {step}: the update made {names} infinite or NaN, and such weights are not saved; {saved}. A lower "
+            "{learning_rate} may help",
+            step=step,
+            names=f"{names[0]}{more}",
+            saved=f"the last good state is in {last}" if last else "no step was saved before",
+        )
+
     def resume(self, folder: Path) -> None:
-        """Continue from a saved step."""
+        """Continue from a saved step. UserError if its weights have other dtypes than the model's."""
+        checkpoint.check_dtypes(folder, self.model.trainable_parameters())
         self.load_weights(folder)
         self.restore_state(type(self.state)(**checkpoint.load_training(folder, self.optimizer)))
 
     def skip_or_refuse(self, reason: str, examples: str, places: Sequence[str], advice: str) -> None:
         """Deal with a loss or gradient that is not finite.
 
-        With --skip-bad-batches, count the batch and warn; otherwise save the last good state and raise UserError.
+        With --skip-bad-batches, count the batch and warn, unless it is one of MOST_SKIPPED in a row; otherwise save the
+        last good state and raise UserError.
 
         Args:
             reason: which step, and which numbers it gave.
@@ -179,7 +203,14 @@ class BaseTrainer(ABC):
             advice: a sentence about what may help, without its end; settings in braces, as in `SettingError`.
         """
         if self.settings.skip_bad_batches:
+            if self.state.skipped_in_a_row + 1 >= MOST_SKIPPED:
+                raise SettingError(
+                    f"{{reason}}, as in the {MOST_SKIPPED - 1} batches before: the run ends{{saved}}. {advice}",
+                    reason=reason,
+                    saved=self.save_last_good(),
+                )
             self.state.skipped_batches += 1
+            self.state.skipped_in_a_row += 1
             self.reporter.warn(f"{reason}; the batch is skipped. {examples} concerned: {', '.join(places)}")
             return
         listing = "\n  ".join(places)
@@ -230,8 +261,11 @@ class BaseTrainer(ABC):
             self.restore_state(type(self.state)(**state))
 
     def sync_weights(self) -> None:
-        """Take rank 0's weights where the ranks' differ: machines of different kinds round differently in an update."""
-        weights = distributed.digest(dict(tree_flatten(self.model.trainable_parameters())))
+        """Take rank 0's weights where the ranks' differ: machines of different kinds round differently in an update.
+
+        The optimizer's state counts as well: masters may differ where the weights rounded from them do not.
+        """
+        weights = distributed.digest(dict(tree_flatten([self.model.trainable_parameters(), self.optimizer.state])))
         if len(set(distributed.gather_bytes("the weights", weights.encode(), patient=True))) > 1:
             self._take_weights()
 

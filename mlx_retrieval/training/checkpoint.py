@@ -17,6 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mlx_retrieval.backend import mx
+
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_retrieval.backbones.hub import (
@@ -25,8 +27,9 @@ from mlx_retrieval.backbones.hub import (
     read_safetensors,
     save_tensors,
 )
-from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS, HEADS
+from mlx_retrieval.training.optimizer import HALF
+from mlx_retrieval.utils.errors import SettingError, UserError
 from mlx_retrieval.utils.files import beside, tidy
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
@@ -60,6 +63,25 @@ def load_training(folder: Path, optimizer) -> dict:
     check_fit(dict(tree_flatten(optimizer.state)), saved, folder / OPTIMIZER)
     optimizer.state = tree_unflatten(list(saved.items()))
     return read_json(folder / STATE)
+
+
+def check_dtypes(folder: Path, weights: dict) -> None:
+    """Raise UserError if the trained weights in `folder` have another half-precision dtype than `weights`, or none.
+
+    The optimizer's state has float32 masters of such weights alone, so that no other dtype can continue exactly.
+    """
+    saved = [read_safetensors(folder / name) for name in (ADAPTERS, HEADS) if (folder / name).is_file()]
+    there = {value.dtype for tensors in saved for value in tensors.values()}.intersection(HALF)
+    here = {value.dtype for _, value in tree_flatten(weights)}.intersection(HALF)
+    if there != here:
+        there, here = (str(max(dtypes, key=str, default=mx.float32)).rpartition(".")[2] for dtypes in (there, here))
+        raise SettingError(
+            "{resume}: the weights in {folder} are trained in {there}, and here they would be in {here}. {dtype} "
+            "{there} continues the run",
+            folder=folder,
+            there=there,
+            here=here,
+        )
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

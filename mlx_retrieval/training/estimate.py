@@ -141,6 +141,11 @@ class Job:
         """Return the bytes of a number that a device computes with."""
         return self.dtype or (self.checkpoint if device.gpu else FLOAT32)
 
+    @property
+    def grads(self) -> int:
+        """The bytes of the gradients, which are float32 whatever the weights are; a moment has as many."""
+        return FLOAT32 * self.trained
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -168,12 +173,12 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
     width = job.width(device)
     merging = device.compiled and device.fused
     used = job.numbers - (0 if merging or job.chat else job.unused)
+    masters = FLOAT32 * (job.trained - job.new) if width < FLOAT32 else 0  # of weights in half precision: optimizer.py
     weights = width * used + FLOAT32 * job.new + job.integers
-    trained = _trained(job, device)
     if job.chat:
         step = _chat_step(job, device, width)
         updates = CHAT_ACCUMULATED if job.parts > 1 else CHAT_UPDATE
-        return Estimate(weights, updates * trained, step, process)
+        return Estimate(weights, updates * job.grads + masters, step, process)
     step = step_memory(job, device)
     cutting = dataclasses.replace(
         job.cutting,
@@ -182,17 +187,18 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
         overhead=device.overhead,
         round_rows=step.compiled and not device.fused,
     )
-    return Estimate(weights, 2 * trained, max(step.peak(lengths, cutting) for lengths in job.lengths), process)
+    peak = max(step.peak(lengths, cutting) for lengths in job.lengths)
+    return Estimate(weights, 2 * job.grads + masters, peak, process)
 
 
 def step_memory(job: Job, device: Device) -> StepMemory:
     """Return what a retrieval model's steps take on a device."""
-    width, trained = job.width(device), _trained(job, device)
+    width = job.width(device)
     passes = _passes(job, device, width)
 
     def of_pass(rows: int, length: int) -> float:
         # Gradients come while activations go, so that both are never whole at once.
-        return max(trained, width * activations(job.sizes, passes, rows, length, job.rank))
+        return max(job.grads, width * activations(job.sizes, passes, rows, length, job.rank))
 
     def kept(rows: int, length: int) -> float:
         return width * kept_activations(job.sizes, passes, rows, length, job.rank)
@@ -204,7 +210,7 @@ def step_memory(job: Job, device: Device) -> StepMemory:
         of_pass,
         kept,
         representation=FLOAT32 * job.representation,
-        trained=trained,
+        grads=job.grads,
         token_vectors=job.token_vectors,
         compiled=device.compiled and not job.grad_checkpoint,
         workers=device.workers if passes.how == "compiled" else 1,
@@ -216,11 +222,6 @@ def step_memory(job: Job, device: Device) -> StepMemory:
 def _as_asked(device: Device, job: Job) -> Device:
     """Return the device with passes compiled or not, as the job asks."""
     return device if job.compile == "auto" else dataclasses.replace(device, compiled=job.compile == "on")
-
-
-def _trained(job: Job, device: Device) -> int:
-    """Return the bytes of the trained weights."""
-    return FLOAT32 * job.new + job.width(device) * (job.trained - job.new)
 
 
 def _passes(job: Job, device: Device, width: int) -> Passes:

@@ -15,8 +15,9 @@ from data_loader import Batch
 from mlx_retrieval.backbones.gradient_checkpointing import seed as seed_dropout
 from mlx_retrieval.models.batching import MicroBatch, pad_rows, shares
 from mlx_retrieval.models.heads import RetrievalModel
+from mlx_retrieval.models.model_runner import in_float32
 from mlx_retrieval.models.runners import make_runner
-from mlx_retrieval.training import distributed
+from mlx_retrieval.training import distributed, loss_scale
 from mlx_retrieval.training.clock import Clock
 from mlx_retrieval.training.cutting import Cutting
 from mlx_retrieval.utils.errors import UserError
@@ -32,7 +33,7 @@ class StepResult(NamedTuple):
     """The loss of one batch, and what was computed on the way to it."""
 
     loss: mx.array  # float32 scalar
-    grads: dict  # of the trainable parameters
+    grads: dict  # of the trainable parameters, float32
     representations: mx.array  # (N, ...) float32
     padded_tokens: int  # tokens that went through the backbone once, padding included
     micro_batches: int
@@ -94,6 +95,7 @@ class GradientCache:
         self.accumulation = accumulation
         self.budget = budget
         self.pad_id = pad_id
+        self.scaled = loss_scale.is_needed(model)
 
     @property
     def cutting(self) -> Cutting:
@@ -126,15 +128,25 @@ class GradientCache:
     def _plain(self, micro_batches: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
         """One forward and one backward pass over everything."""
 
-        def loss_and_representations() -> tuple[mx.array, list[mx.array]]:
+        def loss_and_representations() -> tuple[mx.array, mx.array, list[mx.array], mx.array]:
             representations = []
             for micro_batch, seed in zip(micro_batches, seeds, strict=True):
                 seed_dropout(int(seed))
                 representations.append(self.model(micro_batch))
-            return self.objective(join(representations, order), batch), representations
+            joined = join(representations, order)
+            if not self.scaled:
+                loss = self.objective(joined, batch)
+                return loss, loss, representations, mx.array(1.0)
+            # The loss's own gradient decides the scale, and its product with the representations passes it on.
+            loss, grad = mx.value_and_grad(self.objective)(mx.stop_gradient(joined), batch)
+            scale = loss_scale.scale_of(grad)
+            return (joined * mx.stop_gradient(grad * scale)).sum(), loss, representations, scale
 
         with self.clock("forward, loss, backward"):
-            (loss, representations), grads = nn.value_and_grad(self.model, loss_and_representations)()
+            (_, loss, representations, scale), grads = nn.value_and_grad(self.model, loss_and_representations)()
+            grads = in_float32(grads)
+            if self.scaled:
+                grads = loss_scale.unscaled(grads, scale)
             mx.eval(loss, grads, representations)
         return loss, grads, representations
 
@@ -157,12 +169,17 @@ class GradientCache:
         loss_and_grad = getattr(self.objective, "loss_and_grad", None) or mx.value_and_grad(self.objective)
         with self.clock("loss"):
             loss, grad = loss_and_grad(join(representations, order), batch)
+            scale = loss_scale.scale_of(grad) if self.scaled else None
+            grad = grad if scale is None else grad * scale
             cotangents = split(grad, representations, order)
             own_cotangents = [cotangents[i] for i in own]
             mx.eval(loss, own_cotangents)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
         with self.clock("backward"):
             grads = self.runner.gradient(own_micro_batches, own_seeds, own_cotangents, saved)
+            if scale is not None:
+                grads = loss_scale.unscaled(grads, scale)
+                mx.eval(grads)
         if ranks > 1:
             with self.clock("exchange"):
                 grads = distributed.all_sum(grads)

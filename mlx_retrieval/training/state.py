@@ -11,6 +11,7 @@ class State:
     tokens: int = 0  # real tokens trained on so far
     cursor: dict = field(default_factory=dict)  # where the data source continues
     skipped_batches: int = 0  # with --skip-bad-batches
+    skipped_in_a_row: int = 0  # the last ones of them, with no good batch after
     micro_batch_tokens: int = 0  # the budget, if memory decided it; see memory.py
     # Where the run was to end before it was continued with other --steps: [last step, steps taken then] of each.
     ends: list[list[int]] = field(default_factory=list)

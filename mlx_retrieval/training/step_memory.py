@@ -25,7 +25,7 @@ VECTOR_COPIES, TOKEN_COPIES = 4, 6
 OTHERS = 0.7
 # Of a similarity of two tokens: it, the gradient of the chosen ones, and copies of them in other orders.
 SIMILARITY_BYTES = 12
-# Of the trained weights, while the optimizer updates them: gradients, clipped ones, and new weights and moments.
+# Times the gradients, while the optimizer updates the weights: they, clipped ones, and new weights and moments.
 UPDATE = 3
 
 
@@ -37,7 +37,7 @@ class StepMemory:
         of_pass: (rows, tokens of a row with padding) of a micro-batch -> what its passes take for the gradient.
         kept: the same -> those of it that several micro-batches in one graph hold each; the rest is held once.
         representation: of a text, or of a token if `token_vectors`.
-        trained: the trained weights.
+        grads: the gradients of the trained weights, which are float32.
         compiled: whether passes are compiled; others compute a batch that fits the budget in one graph.
         workers: micro-batches computed at the same time.
         held: (tokens of a batch, those in the passes at once) -> merged weights and saved products.
@@ -47,7 +47,7 @@ class StepMemory:
     of_pass: Callable[[int, int], float]
     kept: Callable[[int, int], float]
     representation: float
-    trained: int = 0
+    grads: int = 0
     token_vectors: bool = False
     compiled: bool = False
     workers: int = 1
@@ -62,15 +62,15 @@ class StepMemory:
         one_graph = len(shapes) == 1 or (sum(sizes) <= cutting.limit(int(lengths.sum())) and not self.token_vectors)
         if one_graph and not self.compiled:
             once = max(self.of_pass(*shape) - self.kept(*shape) for shape in shapes)
-            return int(max(sum(self.kept(*shape) for shape in shapes) + once, UPDATE * self.trained))
+            return int(max(sum(self.kept(*shape) for shape in shapes) + once, UPDATE * self.grads))
         if self.token_vectors:
             representations = TOKEN_COPIES * sum(sizes) * self.representation
         else:
             representations = VECTOR_COPIES * len(lengths) * self.representation
         at_once = passes[0] + OTHERS * sum(passes[1 : self.workers])
         at_once += self.held(sum(sizes), sum(sizes[: self.workers]))
-        sums = self.trained if len(shapes) > self.workers else 0  # of the gradient, besides a micro-batch's own
-        return int(max(max(at_once + sums, self.loss) + representations, UPDATE * self.trained))
+        sums = self.grads if len(shapes) > self.workers else 0  # of the gradient, besides a micro-batch's own
+        return int(max(max(at_once + sums, self.loss) + representations, UPDATE * self.grads))
 
 
 def loss_of_tokens(lengths: np.ndarray, queries: int) -> int:
@@ -121,7 +121,7 @@ def measure_passes(grad_cache: GradientCache, texts: Texts, loss: int = 0) -> St
         of_pass,
         kept,
         representation=representations.nbytes / (width if representations.ndim == 3 else 1),
-        trained=sum(v.nbytes for _, v in tree_flatten(grad_cache.model.trainable_parameters())),
+        grads=sum(mx.float32.size * v.size for _, v in tree_flatten(grad_cache.model.trainable_parameters())),
         token_vectors=representations.ndim == 3,
         compiled=runner.compiled,
         workers=runner.workers,

@@ -29,6 +29,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.training.gradient_cache import GradientCache, Objective, StepResult
 from mlx_retrieval.training.guards import Guards
+from mlx_retrieval.training.optimizer import AdamW
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import SettingError
 
@@ -60,8 +61,7 @@ class Trainer(BaseTrainer):
         validation: Batches | None = None,
         probe_texts: Texts | None = None,
     ):
-        optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
-        optimizer.init(model.trainable_parameters())
+        optimizer = AdamW(model.trainable_parameters(), settings.learning_rate, settings.weight_decay)
         super().__init__(model, optimizer, State(), settings, save_model)
         self.batches = batches
         self.evaluations = evaluations
@@ -108,6 +108,7 @@ class Trainer(BaseTrainer):
                 self.optimizer.learning_rate = rate
                 self.optimizer.update(self.model, result.grads)
                 mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+                self.check_weights(step)
         else:
             reason = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
             advice = "A lower {learning_rate} or a higher {temperature} may help if the rows are sound"

@@ -172,7 +172,14 @@ def test_steps_are_mlx_lm_s_where_its_loss_is_right(settings, tmp_path, changes)
         assert len(parts) == 4
         if ours:
             losses = Losses(4)
-            tune(run.trainer.model, Optimizer(1e-2, 0.01, 0.0), parts, 4, 1, losses)
+            tune(
+                run.trainer.model,
+                Optimizer(run.trainer.model.trainable_parameters(), 1e-2, 0.01, 0.0),
+                parts,
+                4,
+                1,
+                losses,
+            )
         else:
             losses = Losses(5)
             arrays = [(part.ids, mx.array([[0, part.ids.shape[1]]] * len(part.ids))) for part in parts]
@@ -330,7 +337,7 @@ def test_checkpointed_blocks_drop_others_in_every_step(settings):
             yield trainer.batches.make(trainer.batches.numbers(0))[0]
 
     with compiled(trainer.compiled):
-        tune(trainer.model, Optimizer(0.0, 0.0, 0.0), parts(), 4, 1, losses)
+        tune(trainer.model, Optimizer(trainer.model.trainable_parameters(), 0.0, 0.0, 0.0), parts(), 4, 1, losses)
     assert losses.values[0] == losses.values[1] != losses.values[2] == losses.values[3]
 
 

@@ -62,8 +62,14 @@ def test_an_estimate_by_hand():
     assert (result.weights, result.optimizer) == (4 * 1000 + 4 * 60, 2 * 4 * 60)
     assert result.step == pytest.approx(4 * numbers(3, 10), abs=1)  # all at once
     assert result.total == sum((result.weights, result.optimizer, result.step)) == result.of_process
-    # In the checkpoint's 16 bits on a Mac; what is new is float32 everywhere.
+    # In the checkpoint's 16 bits on a Mac; new weights, masters, moments and gradients are float32 everywhere.
     assert estimate(JOB, METAL).weights == 2 * 1000 + 4 * 60
+    assert estimate(JOB, METAL).optimizer == 2 * 4 * 60
+    full = replace(JOB, train_type="full", trained=1000, new=0)
+    assert (estimate(full, METAL).weights, estimate(full, METAL).optimizer) == (2 * 1000, 3 * 4 * 1000)
+    assert (estimate(full, PLAIN).weights, estimate(full, PLAIN).optimizer) == (4 * 1000, 2 * 4 * 1000)
+    chat = replace(full, chat=True, lengths=(np.array([10, 10]),))
+    assert estimate(chat, METAL).optimizer == (3 + 1) * 4 * 1000  # gradients too, as they are compiled with the update
 
 
 @pytest.mark.parametrize("device", [PLAIN, CPU, METAL])

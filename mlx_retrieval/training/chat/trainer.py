@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from mlx_retrieval.backend import device_errors, device_memory, mx, nn
@@ -25,10 +26,12 @@ from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.models import loading
-from mlx_retrieval.training import contents
+from mlx_retrieval.models.model_runner import in_float32
+from mlx_retrieval.training import contents, loss_scale
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, due, learning_rate
 from mlx_retrieval.training.chat.data import ChatBatches, Counts, Part
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.optimizer import AdamW
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import SettingError, UserError
 
@@ -52,14 +55,37 @@ def loss_of(model: nn.Module, ids: mx.array, counted: mx.array, share: mx.array)
     return total / share, counted.sum()
 
 
-class Optimizer(optim.AdamW):
+def value_and_grad(model: nn.Module, loss: Callable) -> Callable:
+    """Return what `nn.value_and_grad(model, loss)` returns, but with float32 gradients.
+
+    In float16 they come from a scaled loss (loss_scale.py): the gradient that enters the model at a counted token is at
+    most 1 / share, so the power of two at `share` brings it to about 1.
+    """
+    is_scaled = loss_scale.is_needed(model)
+
+    def scaled(model: nn.Module, *batch: mx.array) -> tuple[mx.array, ...]:
+        value, count = loss(model, *batch)
+        scale = loss_scale.power_of_two(batch[-1]) if is_scaled else mx.array(1.0)
+        return value * scale, value, count, scale
+
+    scaled_value_and_grad = nn.value_and_grad(model, scaled)
+
+    def function(model: nn.Module, *batch: mx.array) -> tuple[tuple[mx.array, mx.array], dict]:
+        (_, value, count, scale), grads = scaled_value_and_grad(model, *batch)
+        grads = in_float32(grads)
+        return (value, count), loss_scale.unscaled(grads, scale) if is_scaled else grads
+
+    return function
+
+
+class Optimizer(AdamW):
     """AdamW with clipping, as for retrieval models; a gradient that is not finite changes nothing.
 
     `state["grad_norm"]` is the gradient's norm before clipping.
     """
 
-    def __init__(self, rate: float, weight_decay: float, limit: float):
-        super().__init__(rate, weight_decay=weight_decay, bias_correction=True)
+    def __init__(self, parameters: dict, learning_rate: float, weight_decay: float, limit: float):
+        super().__init__(parameters, learning_rate, weight_decay)
         self.limit = limit
         self.state["grad_norm"] = mx.array(0.0)
         self._good: mx.array | None = None
@@ -104,19 +130,32 @@ def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: i
     before = console.quiet
     console.quiet = True
     try:
-        train(
-            model=model,
-            optimizer=optimizer,
-            train_dataset=None,
-            args=arguments,
-            loss=loss_of,
-            iterate_batches=lambda **_: (part.arrays for part in parts),
-            training_callback=callback,
-        )
+        with float32_gradients():
+            train(
+                model=model,
+                optimizer=optimizer,
+                train_dataset=None,
+                args=arguments,
+                loss=loss_of,
+                iterate_batches=lambda **_: (part.arrays for part in parts),
+                training_callback=callback,
+            )
     except StopTraining:
         pass
     finally:
         console.quiet = before
+
+
+@contextmanager
+def float32_gradients() -> Iterator[None]:
+    """Let mlx-lm's step use `value_and_grad` of this file. It has no argument for that, so it gets another `nn`."""
+    from mlx_lm.tuner import trainer
+
+    trainer.nn = SimpleNamespace(**vars(nn) | {"value_and_grad": value_and_grad})
+    try:
+        yield
+    finally:
+        trainer.nn = nn
 
 
 @contextmanager
@@ -176,8 +215,8 @@ class ChatTrainer(BaseTrainer):
         save_model: Callable[[Path], None],
     ):
         model = backbone.adapted
-        optimizer = Optimizer(settings.learning_rate, settings.weight_decay, settings.max_grad_norm)
-        optimizer.init(model.trainable_parameters())
+        parameters = model.trainable_parameters()
+        optimizer = Optimizer(parameters, settings.learning_rate, settings.weight_decay, settings.max_grad_norm)
         super().__init__(model, optimizer, ChatState(data=batches.rows.checksum), settings, save_model)
         self.batches = batches
         self.validation = validation
@@ -239,6 +278,7 @@ class ChatTrainer(BaseTrainer):
         trained = 0
         if math.isfinite(loss) and math.isfinite(norm):
             trained = counts.trained
+            self.check_weights(step)
         else:
             reason = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
             advice = "A lower {learning_rate} may help if they are sound"

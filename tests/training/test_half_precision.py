@@ -1,0 +1,305 @@
+"""Training in bfloat16 and float16: what is learnt is float32's, and weights that are not finite are never saved.
+
+python -m pytest tests/training/test_half_precision.py
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from mlx_retrieval.backend import mx, nn
+
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+import train
+from mlx_retrieval.backbones.hub import read_safetensors
+from mlx_retrieval.training import base_trainer, checkpoint, loss_scale
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.chat.trainer import loss_of, value_and_grad
+from mlx_retrieval.training.gradient_cache import GradientCache
+from mlx_retrieval.training.optimizer import AdamW
+from mlx_retrieval.utils.errors import UserError
+
+HALF = [mx.bfloat16, mx.float16]
+
+
+@pytest.fixture(scope="module")
+def half_folders(small, tmp_path_factory) -> dict[str, str]:
+    """The small model with its weights rounded: by the name of the dtype, its folder."""
+    root = tmp_path_factory.mktemp("half")
+    folders = {}
+    for name in ("bfloat16", "float16"):
+        folder = shutil.copytree(small, root / name)
+        weights = mx.load(str(folder / "model.safetensors"))
+        weights = {key: value.astype(getattr(mx, name)) for key, value in weights.items()}
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture
+def make_trainer(as_metal, half_folders, settings) -> Callable:
+    """`make_trainer(dtype)`: of a `full` run on short rows that computes in this dtype, from rounded weights."""
+
+    def make(dtype: str, rounded: str = "", **changes):
+        given = {"model": half_folders[rounded or dtype], "dtype": dtype, "train_type": "full"}
+        given |= {"max_length": 16, "batch_size": 4}
+        given |= {"weight_decay": 0.01, "learning_rate": 2e-5, "schedule": "constant"} | changes
+        return training_run.prepare(settings(**given)).trainer
+
+    return make
+
+
+def flat(gradient: dict) -> np.ndarray:
+    return np.concatenate([np.array(v.astype(mx.float32)).ravel() for _, v in sorted(tree_flatten(gradient))])
+
+
+def cosine(a: dict, b: dict) -> float:
+    a, b = flat(a).astype(np.float64), flat(b).astype(np.float64)
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_updates_below_half_an_ulp_add_up(dtype):
+    """A hundred updates of 1e-4: none of them alone moves a weight of 1 in half precision."""
+    weights = mx.array([1.0, -1.0, 0.5], dtype)
+    gradients = [mx.array([1e-6, -3e-4, 2.0]) * (1 + k % 7) for k in range(100)]
+    model, exact = nn.Module(), nn.Module()
+    model.w, exact.w = weights, weights.astype(mx.float32)
+    ours = AdamW(model.trainable_parameters(), 1e-4, 0.01)
+    theirs = optim.AdamW(1e-4, weight_decay=0.01, bias_correction=True)
+    for gradient in gradients:
+        ours.update(model, {"w": gradient})
+        theirs.update(exact, {"w": gradient})
+    assert mx.array_equal(ours.state["w"]["master"], exact.w)
+    assert model.w.dtype == dtype and mx.array_equal(model.w, exact.w.astype(dtype))
+    assert mx.all(mx.abs(model.w.astype(mx.float32) - weights.astype(mx.float32)) > 1e-3)
+    assert {name for name, value in tree_flatten(ours.state) if value.dtype != mx.float32} == {"step"}
+
+
+def test_float32_weights_are_updated_as_by_mlx_and_take_no_more_memory():
+    first = mx.random.normal((5, 3))
+    ours, theirs = nn.Module(), nn.Module()
+    ours.w = theirs.w = first
+    optimizers = AdamW(ours.trainable_parameters(), 1e-3, 0.01), optim.AdamW(1e-3, [0.9, 0.999], 1e-8, 0.01, True)
+    for _ in range(3):
+        for optimizer, model in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.update(model, {"w": first.square()})
+    assert mx.array_equal(ours.w, theirs.w) and not mx.array_equal(ours.w, first)
+    states = [dict(tree_flatten(optimizer.state)) for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys() == {"step", "learning_rate", "w.m", "w.v"}
+    assert all(mx.array_equal(states[0][name], value) for name, value in states[1].items())
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_full_run_in_half_precision_learns_as_much_as_in_float32(make_trainer, dtype):
+    """Twenty steps at 2e-5, of which bfloat16 alone keeps a fifteenth."""
+    losses = {}
+    for computed in ("float32", dtype):
+        trainer = make_trainer(computed, rounded=dtype, batch_size=16, max_length=32)
+        batches = [trainer.batches.batch(k) for k in range(20)]
+        trainer.model.eval()
+        before = np.mean([trainer.grad_cache.loss(batch) for batch in batches[:4]])
+        for step, batch in enumerate(batches, 1):
+            trainer.update(batch, step)
+        losses[computed] = np.mean([trainer.grad_cache.loss(batch) for batch in batches[:4]])
+        state = dict(tree_flatten(trainer.optimizer.state))
+        assert {name for name, value in state.items() if value.dtype != mx.float32} == {"step"}
+        assert any(name.endswith(".master") for name in state) == (computed != "float32")
+        for name, value in tree_flatten(trainer.model.trainable_parameters()):
+            assert mx.array_equal(value, state.get(f"{name}.master", value).astype(value.dtype))
+    assert losses["float32"] < 0.92 * before
+    assert losses[dtype] == pytest.approx(losses["float32"], rel=0.03)
+
+
+def test_a_full_run_in_float16_stays_finite(make_trainer):
+    trainer = make_trainer("float16")
+    for step in (1, 2):
+        trainer.update(trainer.batches.batch(step), step)
+    arrays = tree_flatten([trainer.model.trainable_parameters(), trainer.optimizer.state])
+    assert all(mx.isfinite(value).all().item() for _, value in arrays)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.compiled])])
+def test_gradients_are_added_in_float32(make_trainer, compiled):
+    trainer = make_trainer("bfloat16", gradient_accumulation_steps=3, compile="on" if compiled else "off")
+    assert trainer.grad_cache.runner.compiled == compiled
+    result = trainer.grad_cache(trainer.batches.batch(0), 0)
+    assert {value.dtype for _, value in tree_flatten(result.grads)} == {mx.float32}
+    exact = [value for _, value in tree_flatten(result.grads) if not mx.array_equal(value, value.astype(mx.bfloat16))]
+    assert exact  # sums that bfloat16 could not hold
+
+
+# --- float16's range --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest", [0.135, 1.0, 1.99, 3e-5, 7e4, 1e-37])
+def test_the_scale_is_a_power_of_two_and_the_largest_number_about_1(largest):
+    scale = loss_scale.scale_of(mx.array([[0.0, -largest], [largest / 3, 0.0]])).item()
+    assert 1 <= scale * largest < 2.0001 and np.frexp(scale)[0] == 0.5
+
+
+def test_the_scale_of_nothing_and_of_no_number():
+    assert loss_scale.scale_of(mx.zeros((3,))).item() == 1
+    for bad in (float("nan"), float("inf")):
+        grad = mx.array([1.0, bad, 0.0])
+        assert not mx.isfinite(grad * loss_scale.scale_of(grad)).all().item()
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_small_gradients_survive_in_float16(make_trainer, parts):
+    """At a hundred-thousandth of the loss the gradient has float32's direction, in one pass and by gradient caching."""
+    grads = {}
+    for dtype in ("float32", "float16"):
+        trainer = make_trainer(dtype, rounded="float16", gradient_accumulation_steps=parts)
+        objective = trainer.grad_cache.objective
+        trainer.grad_cache.objective = lambda vectors, batch, given=objective: given(vectors, batch) / 100_000
+        result = trainer.grad_cache(trainer.batches.batch(0), 0)
+        assert (result.micro_batches == 1) == (parts == 0)
+        grads[dtype] = result.grads
+        loss = result.loss.item()
+    again = trainer.grad_cache.objective(result.representations, trainer.batches.batch(0))
+    assert loss == pytest.approx(again.item())  # as reported, it is not scaled
+    assert cosine(grads["float32"], grads["float16"]) > 0.999
+    assert np.linalg.norm(flat(grads["float16"])) == pytest.approx(np.linalg.norm(flat(grads["float32"])), rel=0.01)
+
+
+def test_chat_s_small_gradients_survive_in_float16(as_metal, half_folders):
+    """With a divisor of 100,000 tokens, as of a large batch."""
+    from mlx_retrieval.backbones import load_backbone
+
+    batch = mx.array([[5, 6, 7, 8, 9, 10]]), mx.ones((1, 5), mx.bool_), mx.array(100_000.0)
+    results = {}
+    for dtype in ("float32", "float16"):
+        backbone = load_backbone(Path(half_folders["float16"]), bidirectional=False, dtype=dtype)
+        backbone.adapted.unfreeze()
+        (loss, count), grads = value_and_grad(backbone.adapted, loss_of)(backbone.adapted, *batch)
+        assert count.item() == 5 and {value.dtype for _, value in tree_flatten(grads)} == {mx.float32}
+        results[dtype] = loss.item(), grads
+    assert results["float16"][0] == pytest.approx(results["float32"][0], rel=0.01)
+    assert cosine(results["float32"][1], results["float16"][1]) > 0.999
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def arguments(settings) -> list[str]:
+    """The flags of a run on the small model."""
+    given = settings()
+    return ["--model", given.model, "--data", *given.data, "--output", given.output, "--batch-size", "4",
+            "--max-length", "16", "--steps", "4", "--save-steps", "1", "--holdout", "0"]  # fmt: skip
+
+
+def assert_all_finite(run: Path) -> None:
+    files = list(run.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert all(mx.isfinite(value).all().item() for value in read_safetensors(file).values()), file
+
+
+@pytest.mark.slow
+def test_an_update_to_nan_ends_the_run_and_is_not_saved(settings, tmp_path, monkeypatch, capsys):
+    original = AdamW.apply_single
+
+    def spoilt(self, gradient, parameter, state):
+        updated = original(self, gradient, parameter, state)
+        return updated + mx.where(self.step == 3, float("nan"), 0.0)
+
+    monkeypatch.setattr(AdamW, "apply_single", spoilt)
+    assert train.main(arguments(settings)) == 2
+    error = capsys.readouterr().err
+    assert "step 3: the update made " in error and "the last good state is in " in error and "step-000002" in error
+    assert_all_finite(tmp_path / "run")
+    assert checkpoint.last_step(tmp_path / "run").name == "step-000002" and not (tmp_path / "run" / "final").exists()
+
+
+def test_no_folder_is_written_whose_weights_are_not_finite(settings, tmp_path):
+    trainer = training_run.prepare(settings()).trainer
+    trainer.state.step = 5
+    trainer.model.update(tree_map(lambda value: value + float("inf"), trainer.model.trainable_parameters()))
+    with pytest.raises(UserError, match=r"step 5: the update made .*lora_a and \d+ more .*; no step was saved before"):
+        trainer.save()
+    assert "not saved" in trainer.save_last_good()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_tenth_skipped_batch_in_a_row_ends_the_run(settings):
+    trainer = training_run.prepare(settings(skip_bad_batches=True)).trainer
+    about = "step 3: loss nan", "Examples", ["rows.jsonl:1"], "A lower {learning_rate} may help"
+    for _ in range(2):
+        trainer.watch(1.0, 1.0)  # a good step
+        for _ in range(base_trainer.MOST_SKIPPED - 1):
+            trainer.skip_or_refuse(*about)
+    with pytest.raises(UserError, match=r"loss nan, as in the 9 batches before: the run ends. A lower --learning-rate"):
+        trainer.skip_or_refuse(*about)
+
+
+@pytest.mark.slow
+def test_ten_skipped_batches_in_a_row_end_the_run(settings, tmp_path, monkeypatch, capsys):
+    """After two good batches and nine bad ones, a good one; then ten."""
+    good = (1, 2, 12)
+    original = GradientCache.__call__
+
+    def spoilt(self, batch, seed):
+        result = original(self, batch, seed)
+        return result if seed in good else result._replace(loss=result.loss * float("nan"))
+
+    monkeypatch.setattr(GradientCache, "__call__", spoilt)
+    flags = [*arguments(settings), "--steps", "30", "--save-steps", "0", "--skip-bad-batches"]
+    assert train.main(flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("the batch is skipped") == 2 * (base_trainer.MOST_SKIPPED - 1)
+    assert "step 22: loss nan" in captured.err and "as in the 9 batches before: the run ends" in captured.err
+    saved = checkpoint.last_step(tmp_path / "run")
+    assert saved.name == "step-000021" and str(saved.name)[-2:] in captured.err
+    assert json.loads((saved / "trainer_state.json").read_text())["skipped_batches"] == 18
+    assert_all_finite(tmp_path / "run")
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task",
+    [{}, pytest.param({"task": "rerank", "loss": "ranknet", "max_length": 200}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_masters_are_saved_and_resumed_bit_for_bit(make_trainer, tmp_path, task):
+    whole = make_trainer("bfloat16", **task)
+    for step in (1, 2, 3):
+        whole.update(whole.batches.batch(step - 1), step)
+        if step == 1:
+            whole.save()
+    broken = make_trainer("bfloat16", output=str(tmp_path / "broken"), **task)
+    folder = checkpoint.last_step(tmp_path / "run")
+    broken.resume(folder)
+    assert {value.dtype for value in read_safetensors(folder / "adapters.safetensors").values()} == {mx.bfloat16}
+    for step in (2, 3):
+        broken.update(broken.batches.batch(step - 1), step)
+    states = [
+        dict(tree_flatten([trainer.model.trainable_parameters(), trainer.optimizer.state]))
+        for trainer in (whole, broken)
+    ]
+    assert states[0].keys() == states[1].keys() and any(name.endswith("master") for name in states[0])
+    assert all(mx.array_equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("there, here", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_a_full_run_is_not_continued_in_another_dtype(make_trainer, tmp_path, there, here):
+    trainer = make_trainer(there, rounded="float16")
+    trainer.update(trainer.batches.batch(0), 1)
+    trainer.save()
+    other = make_trainer(here, rounded="float16", output=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=rf"trained in {there}, and here .* in {here}. --dtype {there} continues"):
+        other.resume(checkpoint.last_step(tmp_path / "run"))
