@@ -55,7 +55,7 @@ def what_happened(error: RuntimeError) -> str:
         cause = "the system ended the GPU's work, which took too long at once"
     elif any(words in lower for words in AFTERWARDS):
         cause = "the GPU dropped its work after an error"
-    return f"{cause} ({text.splitlines()[0] if text else 'no reason given'})"
+    return f"{cause} ({text.splitlines()[0].rstrip('.') if text else 'no reason given'})"
 
 
 def advice(error: RuntimeError) -> str:

@@ -417,6 +417,7 @@ def test_a_searcher_answers_in_another_thread_than_it_was_made_in(indexed, monke
     """Regression, as on GPUs: "There is no Stream(gpu, 0) in current thread"."""
     monkeypatch.setattr(backend, "COMPILED", False)
     searcher = Searcher(indexed[1])
+    assert searcher.model.dimensions  # it is loaded here, and not used
     with ThreadPoolExecutor(1) as pool:
         hits = pool.submit(searcher.search, "the chain squeaks").result()
     assert paths(hits) == paths(searcher.search("the chain squeaks"))

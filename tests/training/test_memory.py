@@ -76,8 +76,8 @@ def test_the_dry_run_tells_it_and_the_loss_stays(settings, capsys):
 
 SHORT = "[metal::malloc] Attempting to allocate 9 bytes\nmore than there is"
 METAL = "[METAL] Command buffer execution failed: "
-WATCHDOG = f"{METAL}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
-FAULT = f"{METAL}Caused GPU Address Fault Error (0000000b:kIOGPUCommandBufferCallbackErrorPageFault)."
+WATCHDOG = f"{METAL}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+FAULT = f"{METAL}Caused GPU Address Fault Error (0000000b:kIOGPUCommandBufferCallbackErrorPageFault)"
 
 
 @pytest.fixture
