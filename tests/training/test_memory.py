@@ -13,6 +13,7 @@ import train
 from mlx_retrieval import backend
 from mlx_retrieval.training import memory
 from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.trainer import Trainer
@@ -47,7 +48,12 @@ def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
     On Metal that chose budgets that need five times the memory that there is.
     """
     monkeypatch.setattr(backend, "COMPILED", False)
-    trainer = training_run.prepare(settings(batch_size=32, **changes)).trainer  # the weights are not read yet
+    check_auto(settings(batch_size=32, **changes))
+
+
+def check_auto(settings: Settings) -> None:
+    """Compare the estimate with the peak of steps; by then the weights are not read yet."""
+    trainer = training_run.prepare(settings).trainer
     fit = trainer.fit_memory()
     peak = 0
     for k in range(memory.SAMPLES):
@@ -56,6 +62,14 @@ def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
         trainer.update(trainer.batches.batch(k), k + 1)
         peak = max(peak, backend.peak_memory())
     assert 0.85 < fit.estimate / peak < 1.15, (fit, peak)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.skipif(not backend.FUSED, reason="about passes compiled as on CPUs")
+def test_auto_holds_for_the_compiled_passes_of_cpus(minilm, settings):
+    """With a real model, as the graphs of a tiny one weigh more than its arrays."""
+    check_auto(settings(model=str(minilm), batch_size=24))
 
 
 @pytest.mark.slow
