@@ -51,12 +51,12 @@ def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
     check_auto(settings(batch_size=32, **changes))
 
 
-def check_auto(settings: Settings) -> None:
-    """Compare the estimate with the peak of steps; by then the weights are not read yet."""
+def check_auto(settings: Settings, repeats: int = 1) -> None:
+    """Compare the estimate with the peak of steps."""
     trainer = training_run.prepare(settings).trainer
     fit = trainer.fit_memory()
     peak = 0
-    for k in range(memory.SAMPLES):
+    for k in [*range(memory.SAMPLES)] * repeats:
         mx.clear_cache()
         mx.reset_peak_memory()
         trainer.update(trainer.batches.batch(k), k + 1)
@@ -68,8 +68,8 @@ def check_auto(settings: Settings) -> None:
 @pytest.mark.compiled
 @pytest.mark.skipif(not backend.FUSED, reason="about passes compiled as on CPUs")
 def test_auto_holds_for_the_compiled_passes_of_cpus(minilm, settings):
-    """With a real model, as the graphs of a tiny one weigh more than its arrays."""
-    check_auto(settings(model=str(minilm), batch_size=24))
+    """With a real model, and several times: threads are not at their peaks at the same moment in every step."""
+    check_auto(settings(model=str(minilm), batch_size=32), repeats=4)
 
 
 @pytest.mark.slow
