@@ -5,7 +5,6 @@ python -m pytest tests/training/test_memory.py
 
 from mlx_retrieval.backend import device_memory, mx
 
-import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
 
@@ -184,11 +183,12 @@ def test_other_errors_of_the_gpu_save_the_run(settings, tmp_path, monkeypatch, w
 
     if where == "gradient":
         monkeypatch.setattr(GradientCache, "__call__", failing(GradientCache.__call__))
-    elif where == "update":
-        monkeypatch.setattr(optim.AdamW, "update", failing(optim.AdamW.update))
-    else:
+    elif where == "evaluation":
         monkeypatch.setattr(Trainer, "evaluate", failing(lambda *_: {}))
     trainer = training_run.prepare(settings(steps=3, eval_steps=1, save_steps=int(where == "update"))).trainer
+    if where == "update":
+        kind = type(trainer.optimizer)
+        monkeypatch.setattr(kind, "update", failing(kind.update))
     with pytest.raises(UserError) as caught:
         training_run.take_steps(trainer)
     told, run = str(caught.value), tmp_path / "run"
