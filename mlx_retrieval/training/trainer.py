@@ -61,7 +61,8 @@ class Trainer(BaseTrainer):
         validation: Batches | None = None,
         probe_texts: Texts | None = None,
     ):
-        optimizer = AdamW(model.trainable_parameters(), settings.learning_rate, settings.weight_decay)
+        parameters, compiled = model.trainable_parameters(), backend.IS_GPU and backend.compiles(settings.compile)
+        optimizer = AdamW(parameters, settings.learning_rate, settings.weight_decay, compiled)
         super().__init__(model, optimizer, State(), settings, save_model)
         self.batches = batches
         self.evaluations = evaluations

@@ -303,3 +303,24 @@ def test_a_full_run_is_not_continued_in_another_dtype(make_trainer, tmp_path, th
     other = make_trainer(here, rounded="float16", output=str(tmp_path / "other"))
     with pytest.raises(UserError, match=rf"trained in {there}, and here .* in {here}. --dtype {there} continues"):
         other.resume(checkpoint.last_step(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_compiled_update_is_the_plain_one(dtype):
+    """With --compile on. Its state is as of any other, so that a run may be resumed without it."""
+    states = []
+    for compiled in (False, True):
+        model = nn.Linear(4, 3)
+        model.update({"weight": mx.arange(12.0).reshape(3, 4).astype(dtype), "bias": mx.ones(3, dtype)})
+        optimizer = AdamW(model.trainable_parameters(), 1e-3, 0.1, compiled)
+        for step in range(1, 4):
+            optimizer.learning_rate = 1e-3 * step
+            optimizer.update(model, {"weight": mx.full((3, 4), 0.5 * step), "bias": mx.full(3, -0.2)})
+            mx.eval(model.parameters(), optimizer.state)
+        states.append(dict(tree_flatten([model.parameters(), optimizer.state])))
+    plain, result = states
+    assert plain.keys() == result.keys() and all(plain[name].dtype == result[name].dtype for name in plain)
+    for name, value in plain.items():
+        exact = np.array(value.astype(mx.float32))
+        np.testing.assert_allclose(np.array(result[name].astype(mx.float32)), exact, rtol=1e-5, err_msg=name)
