@@ -21,7 +21,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_retrieval.backend import device_errors
 
@@ -109,6 +109,13 @@ def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:
 # --- commands ---
 
 
+def warn_if_slow(model: Any) -> None:
+    """Print the dtype of a model for which it is slow on this device."""
+    from mlx_retrieval.inference import dtypes
+
+    dtypes.warn("search.py", model)
+
+
 def index_command(args: argparse.Namespace) -> None:
     """Index a folder."""
     from mlx_retrieval.inference import dtypes, embedder
@@ -136,12 +143,15 @@ def search_command(args: argparse.Namespace) -> None:
         from mlx_retrieval.inference.reranker import Reranker
 
         reranker = Reranker(args.rerank, dtype=args.dtype)
+        warn_if_slow(reranker)
     searcher = Searcher(args.store or args.index, args.model_path, reranker, args.field, args.dtype)
     if not searcher.index.info.complete:
         print(
             "search.py: indexing was not finished, so some files are missing (search.py index continues)",
             file=sys.stderr,
         )
+    if args.mode != "bm25":
+        warn_if_slow(searcher.model)
     hits = searcher.search(args.query, args.mode, args.top, weight, args.rerank_depth)
     if args.json:
         print(hits_to_json(hits, args.query, args.mode, searcher.index.root))

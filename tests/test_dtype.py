@@ -8,6 +8,7 @@ Training's own flag is tested in tests/training/test_flags.py.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from mlx_retrieval.backend import mx
 
@@ -222,11 +223,34 @@ def test_search_eval_passes_its_flag_on(monkeypatch, tmp_path):
             search.main([*words, "--dtype", "float16"])
 
 
-@pytest.mark.parametrize("command", [embed, evaluation, rerank])
-def test_a_misspelt_dtype_is_refused(command, capsys):
+def test_a_search_says_that_its_dtype_is_slow_here(base_folders, monkeypatch, capsys):
+    model = embedder.load(base_folders["qwen3"], dtype="float16")
+
+    class Found:
+        def __init__(self, *_):
+            self.index = SimpleNamespace(info=SimpleNamespace(complete=True, is_corpus=True), root=Path())
+            self.model, self.search = model, lambda *_: []
+
+    monkeypatch.setattr(search, "Searcher", Found)
+    for is_gpu, mode, said in ((False, "--semantic", True), (False, "--bm25", False), (True, "--semantic", False)):
+        monkeypatch.setattr(backend, "IS_GPU", is_gpu)
+        assert search.main(["search", "where", mode]) == 0
+        assert ("computes in float16, which is slow on CPUs" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted", "near"),
+    [
+        (embed, "bfloat", "; did you mean bfloat16?"),
+        (evaluation, "bf16", "; did you mean bfloat16?"),
+        (rerank, "FP32", "; did you mean float32?"),
+        (rerank, "int8", ""),
+    ],
+)
+def test_another_dtype_is_refused_with_the_near_miss(command, wanted, near, capsys):
     with pytest.raises(SystemExit):
-        command.main(["--model", "m", "--dtype", "float8"])
-    assert "float8 is not one of auto, float32, bfloat16, float16" in capsys.readouterr().err
+        command.main(["--model", "m", "--dtype", wanted])
+    assert f"--dtype: {wanted} is not one of auto, float32, bfloat16, float16{near}\n" in capsys.readouterr().err
 
 
 def test_the_headline_of_evaluations_says_the_dtype(base_folders, tmp_path, as_metal, capsys, monkeypatch):

@@ -6,6 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Other tools' names of dtypes, which are too short to be recognised as misspelt.
+SHORT = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+}
+
 
 def flag(setting: str) -> str:
     """Return a setting's name as the command line spells it: `--max-length` of `max_length`."""
@@ -14,7 +24,9 @@ def flag(setting: str) -> str:
 
 def near_miss(word: object, known: Iterable[object]) -> str:
     """Return `; did you mean info_nce?` for a misspelt word, or "" if it is like none of the known ones."""
-    near = difflib.get_close_matches(str(word)[:80], [*map(str, known)], n=1, cutoff=0.7)
+    names = [*map(str, known)]
+    name = SHORT.get(str(word).lower())
+    near = [name] if name in names else difflib.get_close_matches(str(word)[:80], names, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 
