@@ -26,7 +26,7 @@ TOP_LEVEL = {
     *("data_loader.py", "loss.py", "mlx_retrieval", "tests", "benchmarks", "tools", "examples", "configs", "docs"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "requirements.txt"),
     *("adapters", "eval-data", "gemma-3-tiny-mlx", "train-data.jsonl"),
-    *(".ci", ".gitignore", ".pre-commit-config.yaml"),
+    *(".ci", ".github", ".gitignore", ".pre-commit-config.yaml"),
 }
 ROOMS = """The top level is closed: commands, loss.py, data_loader.py and the files of a first minute.
 New code belongs in a room of mlx_retrieval/ (docs/architecture.md):

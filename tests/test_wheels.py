@@ -3,11 +3,13 @@
 python -m pytest tests/test_wheels.py
 """
 
+import re
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -62,6 +64,19 @@ def test_all_that_is_missing_is_named(monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["wheels.py", "--python", "3.14", "--system", "linux"])
     assert wheels.main() == 0
+
+
+def test_every_page_names_the_same_pythons():
+    """README, CONTRIBUTING, docs and the workflow for Macs: those whose wheels are resolved."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "macos.yml").read_text(encoding="utf-8"))
+    assert workflow["jobs"]["cpu"]["strategy"]["matrix"]["python"] == list(wheels.PYTHONS)
+    assert workflow["jobs"]["metal"]["continue-on-error"] is True
+    for page in ("README.md", "CONTRIBUTING.md", "docs/backends.md"):
+        assert f"Python {wheels.PYTHONS[0]} to {wheels.PYTHONS[-1]}" in (ROOT / page).read_text(encoding="utf-8"), page
+    for job in workflow["jobs"].values():
+        scripts = " ".join(step.get("run", "") for step in job["steps"])
+        assert all((ROOT / name).is_file() for name in re.findall(r"python ([\w/]+\.py)", scripts))
+        assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", scripts))
 
 
 def write_wheel(folder: Path, name: str, tags: str, *needs: str) -> None:
