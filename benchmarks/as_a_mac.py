@@ -33,7 +33,7 @@ LIMIT = 900  # seconds that one run may take
 SEED = 0
 ENVIRONMENT = {"MLX_RETRIEVAL_AS": "metal", "HF_HUB_OFFLINE": "1"}
 # Held out: 128 pairs, whose loss is measured before and after.
-PAIRS = "--batch-size 32 --max-length 96 --save-steps 0 --eval-steps 0 --eval-tasks --data @pairs"
+PAIRS = "--batch-size 64 --max-length 32 --save-steps 0 --eval-steps 0 --eval-tasks --data @pairs"
 CHAT = "--batch-size 8 --max-length 192 --mask-prompt --val-batches -1 --save-steps 0 --eval-steps 0 --data @chat"
 
 
@@ -145,14 +145,13 @@ def train(row: Row, dtype: str, folder: Path, scale: float) -> dict:
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         return {"error": f"exit code {done.returncode}: {lines[-1].strip() if lines else 'no word'}"}
-    records = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
     losses = [record["loss"] for record in records if record["type"] == "train"]
-    summary = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    result = {
-        "loss": statistics.fmean(losses[-LAST:]),
-        "before": summary["before"][row.metric],
-        "after": summary["after"][row.metric],
-    }
+    scores = [record["metrics"].get(row.metric) for record in records if record["type"] == "eval"]
+    if not losses or len(scores) < 2 or None in scores:
+        return {"error": f"metrics.jsonl holds {len(losses)} losses and as {row.metric} {scores}"}
+    result = {"loss": statistics.fmean(losses[-LAST:]), "before": scores[0], "after": scores[-1]}
     if not all(map(math.isfinite, result.values())):
         return {"error": f"not finite: {result}"}
     return result | {"seconds": round(time.perf_counter() - began)}
@@ -172,7 +171,7 @@ def write_data(source: Path, folder: Path, scale: float) -> None:
     ]
     retrieval = [{"query": query, "document": answer} for query, answer in pairs]
     most = max(steps_of(row, scale) for row in ROWS)
-    for name, rows, held_out, batch in (("pairs", retrieval, 128, 32), ("chat", chat, 64, 8)):
+    for name, rows, held_out, batch in (("pairs", retrieval, 128, 64), ("chat", chat, 64, 8)):
         write_rows(folder / name / "valid.jsonl", rows[:held_out])
         write_rows(folder / name / "train.jsonl", rows[held_out : held_out + most * batch])
 

@@ -3,8 +3,10 @@
 python -m pytest tests/test_benchmarks.py
 """
 
+import dataclasses
 import json
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -103,13 +105,15 @@ def test_a_run_ends_in_figures_or_in_its_last_word(tmp_path, monkeypatch):
         folder = pathlib.Path(flags[flags.index("--output") + 1])
         folder.mkdir()
         losses = [9.0, 5.0, 4.0, 3.0, 2.0, 1.0 if dtype == "float32" else float("nan")]
-        lines = [{"type": "train", "loss": loss} for loss in losses] + [{"type": "eval"}]
+        lines = [{"type": "train", "loss": loss} for loss in losses]
+        lines += [{"type": "eval", "metrics": {"validation_loss": loss}} for loss in (2.0, 1.5, 1.0)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
-        evaluations = {"before": {"validation_loss": 2}, "after": {"validation_loss": 1}}
-        (folder / "results.json").write_text(json.dumps(evaluations))
     """
     (tmp_path / "train.py").write_text(textwrap.dedent(code))
     result = as_a_mac.train(ROW, "float32", tmp_path, 1.0)
     assert {name: result[name] for name in ("loss", "before", "after")} == {"loss": 3, "before": 2, "after": 1}
     assert as_a_mac.train(ROW, "float16", tmp_path, 1.0) == {"error": "exit code 1: train.py: no good"}
     assert "not finite" in as_a_mac.train(ROW, "bfloat16", tmp_path, 1.0)["error"]
+    shutil.rmtree(tmp_path / "full-float32")
+    other = as_a_mac.train(dataclasses.replace(ROW, metric="ndcg_at_10"), "float32", tmp_path, 1.0)
+    assert other == {"error": "metrics.jsonl holds 6 losses and as ndcg_at_10 [None, None, None]"}
