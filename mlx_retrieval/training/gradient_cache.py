@@ -119,14 +119,18 @@ class GradientCache:
         seeds = np.random.SeedSequence(seed).generate_state(len(micro_batches))
         # What fits at once needs no second pass; but an objective with a gradient of its own saves memory by it.
         fits = padded_tokens <= self.cutting.limit(batch.tokens) and not hasattr(self.objective, "loss_and_grad")
-        if not self.runner.compiled and (len(micro_batches) == 1 or (fits and ranks == 1)):
-            loss, grads, representations = self._plain(micro_batches, seeds, batch, order)
-        else:
-            loss, grads, representations = self._cached(micro_batches, seeds, batch, order)
+        plain = not self.runner.compiled and (len(micro_batches) == 1 or (fits and ranks == 1))
+        compute = self._plain if plain else self._cached
+        for largest in loss_scale.LARGEST:
+            loss, grads, representations = compute(micro_batches, seeds, batch, order, largest)
+            if not self.scaled or not loss_scale.overflowed(loss, grads):
+                break
         return StepResult(loss, grads, join(representations, order), padded_tokens, len(micro_batches))
 
-    def _plain(self, micro_batches: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
-        """One forward and one backward pass over everything."""
+    def _plain(
+        self, micro_batches: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray, largest: float
+    ) -> tuple:
+        """One forward and one backward pass over everything; in float16 scaled, see `loss_scale.scale_of`."""
 
         def loss_and_representations() -> tuple[mx.array, mx.array, list[mx.array], mx.array]:
             representations = []
@@ -139,7 +143,7 @@ class GradientCache:
                 return loss, loss, representations, mx.array(1.0)
             # The loss's own gradient decides the scale, and its product with the representations passes it on.
             loss, grad = mx.value_and_grad(self.objective)(mx.stop_gradient(joined), batch)
-            scale = loss_scale.scale_of(grad)
+            scale = loss_scale.scale_of(grad, largest)
             return (joined * mx.stop_gradient(grad * scale)).sum(), loss, representations, scale
 
         with self.clock("forward, loss, backward"):
@@ -150,8 +154,13 @@ class GradientCache:
             mx.eval(loss, grads, representations)
         return loss, grads, representations
 
-    def _cached(self, micro_batches: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray) -> tuple:
-        """Gradient caching: forward, the loss's gradient by the representations, forward again and backward."""
+    def _cached(
+        self, micro_batches: list[MicroBatch], seeds: np.ndarray, batch: Batch, order: np.ndarray, largest: float
+    ) -> tuple:
+        """Gradient caching: forward, the loss's gradient by the representations, forward again and backward.
+
+        `largest`: in float16 that gradient is scaled, see `loss_scale.scale_of`.
+        """
         # 1. Representations of all micro-batches, without a gradient; of several ranks, each computes its share.
         ranks = distributed.size()
         by_rank = shares(micro_batches, ranks) if ranks > 1 else [range(len(micro_batches))]
@@ -169,7 +178,7 @@ class GradientCache:
         loss_and_grad = getattr(self.objective, "loss_and_grad", None) or mx.value_and_grad(self.objective)
         with self.clock("loss"):
             loss, grad = loss_and_grad(join(representations, order), batch)
-            scale = loss_scale.scale_of(grad) if self.scaled else None
+            scale = loss_scale.scale_of(grad, largest) if self.scaled else None
             grad = grad if scale is None else grad * scale
             cotangents = split(grad, representations, order)
             own_cotangents = [cotangents[i] for i in own]

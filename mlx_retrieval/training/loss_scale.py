@@ -12,6 +12,9 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten, tree_map
 
 EXPONENT = 0x7F800000  # the bits of a float32's exponent
+# What the largest number that enters the model is scaled to; the second, for batches whose gradients of weights, which
+# are sums over tokens, would exceed float16's 65,504.
+LARGEST = (1.0, 2.0**-8)
 
 
 def is_needed(model: nn.Module) -> bool:
@@ -24,13 +27,21 @@ def power_of_two(number: mx.array) -> mx.array:
     return (number.astype(mx.float32).view(mx.int32) & EXPONENT).view(mx.float32)
 
 
-def scale_of(grad: mx.array) -> mx.array:
-    """Return the power of two that brings the largest |number| of a float32 gradient to at least 1, and below 2.
+def scale_of(grad: mx.array, largest: float = LARGEST[0]) -> mx.array:
+    """Return the power of two that brings the largest |number| of a float32 gradient to `largest`, or up to twice that.
+
+    `largest`: a power of two.
 
     1 for a gradient of zeros; 0 if a number is not finite, so that the scaled gradient is not finite either.
     """
     power = power_of_two(mx.abs(grad).max())
-    return mx.where(power > 0, 1 / power, 1)
+    return mx.where(power > 0, largest / power, 1)
+
+
+def overflowed(loss: mx.array, grads: dict) -> bool:
+    """Return whether gradients are not finite although the loss is."""
+    finite = mx.stack([mx.isfinite(grad).all() for _, grad in tree_flatten(grads)]).all()
+    return (mx.isfinite(loss) & ~finite).item()
 
 
 def unscaled(grads: dict, scale: mx.array) -> dict:

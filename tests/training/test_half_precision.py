@@ -175,6 +175,22 @@ def test_small_gradients_survive_in_float16(make_trainer, parts):
     assert np.linalg.norm(flat(grads["float16"])) == pytest.approx(np.linalg.norm(flat(grads["float32"])), rel=0.01)
 
 
+@pytest.mark.parametrize("parts", [0, 3])
+def test_a_gradient_that_overflows_is_computed_again_with_a_smaller_scale(make_trainer, monkeypatch, parts):
+    trainer = make_trainer("float16", gradient_accumulation_steps=parts)
+    batch, scale_of, sizes = trainer.batches.batch(0), loss_scale.scale_of, []
+    expected = trainer.grad_cache(batch, 0)
+
+    def too_large(grad: mx.array, largest: float) -> mx.array:
+        sizes.append(largest)
+        return scale_of(grad, largest) * 2**15
+
+    monkeypatch.setattr(loss_scale, "scale_of", too_large)
+    result = trainer.grad_cache(batch, 0)
+    assert sizes == list(loss_scale.LARGEST)
+    assert cosine(result.grads, expected.grads) > 0.999
+
+
 def test_chat_s_small_gradients_survive_in_float16(as_metal, half_folders):
     """With a divisor of 100,000 tokens, as of a large batch."""
     from mlx_retrieval.backbones import load_backbone
