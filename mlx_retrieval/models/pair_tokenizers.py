@@ -9,6 +9,7 @@ Formats: Qwen3-Reranker (Zhang et al. 2025, arXiv 2506.05176), cross-encoders (N
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,16 +74,20 @@ def _texts(sequences: Sequence[list[int]], second: Sequence[int] | None = None) 
     return Texts(flat, lengths, np.zeros_like(lengths), lengths.copy(), None, pairs)
 
 
-class PairTokenizer:
+class PairTokenizer(ABC):
     """Base class: the tokenizer of the model in `folder`, and the most tokens of a sequence, `max_length`."""
 
     def __init__(self, folder: Path, max_length: int):
         self.texts = TextTokenizer(folder, {}, {"text": max_length}, pool_special=True)
         self.tokenizer, self.pad_id, self.max_length = self.texts.tokenizer, self.texts.pad_id, max_length
 
+    @abstractmethod
+    def __call__(self, groups: Sequence[Group]) -> Sequences:
+        """Return the token sequences of queries and their documents."""
+
+    @abstractmethod
     def parts(self, query: str, document: str) -> tuple[Part, Part]:
         """Return the query and the document of a pair as the model sees them, without what all pairs have."""
-        raise NotImplementedError
 
     def _part(self, ids: list[int], full: int) -> Part:
         return Part(self.tokenizer.decode(ids, skip_special_tokens=False).strip("\n"), len(ids), full)

@@ -1,5 +1,6 @@
 """The objective of each task: representations of a batch -> its loss. It wires loss.py and models/maxsim.py to both."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from mlx_retrieval.backend import mx
@@ -15,14 +16,15 @@ from mlx_retrieval.training.rerank_batches import GroupBatch
 from mlx_retrieval.utils.errors import UserError
 
 
-class Objective:
-    """Base of `EmbedObjective` and `LateObjective`: the named loss over the scores of queries and documents.
-
-    Called with the representations (N, ...) of a batch's N texts, queries first, it returns a float32 scalar.
-    """
+class Objective(ABC):
+    """Base of `EmbedObjective` and `LateObjective`: the named loss over the scores of queries and documents."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
+
+    @abstractmethod
+    def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
+        """Return the loss, a float32 scalar, of the representations (N, ...) of a batch's N texts, queries first."""
 
     def loss_of(self, batch: Batch, queries: mx.array, documents: mx.array, compare: Callable) -> mx.array:
         """Return the loss; `compare(queries, documents)` returns their scores (Q, C)."""
