@@ -66,6 +66,7 @@ def test_importing_the_package_alone_imports_nothing(crowded):
     assert run(crowded, code, PYTHONPATH=str(ROOT)).stdout.split() == ["False", "False"]
 
 
+@pytest.mark.slow
 def test_an_editable_install_maps_the_package_and_no_command(tmp_path, crowded):
     """As `pip install -e .` builds it, from a copy: building leaves files beside pyproject.toml."""
     pytest.importorskip("setuptools", minversion="77")

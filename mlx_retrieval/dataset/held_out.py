@@ -246,7 +246,7 @@ class Asked:
         chosen: (N,) bool: all examples that have these queries.
     """
 
-    scan: "Scan"
+    scan: Scan
     chosen: np.ndarray
     queries: dict[int, str] = field(default_factory=dict)  # key -> text
     answers: dict[int, dict[int, str]] = field(default_factory=dict)  # query -> answer -> text
