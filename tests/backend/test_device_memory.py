@@ -106,6 +106,7 @@ def test_freed_memory_is_bounded_by_the_most_that_was_in_use(monkeypatch, limits
     monkeypatch.setattr(device_memory, "free", lambda: (16 - active) * GB)
     monkeypatch.setattr(mx, "get_active_memory", lambda: active * GB)
     monkeypatch.setattr(backend, "peak_memory", lambda: peak * GB)
+    monkeypatch.setattr(backend, "IS_GPU", False)
     device_memory.bound_cache(expected * GB)
     assert limits == []  # CPUs have a limit of their own
     monkeypatch.setattr(backend, "IS_GPU", True)
@@ -126,6 +127,7 @@ def test_freed_memory_never_takes_the_working_set(as_metal, limits, monkeypatch,
 def test_memory_stays_resident_on_metal_alone(monkeypatch, request):
     wired = []
     monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    monkeypatch.setattr(backend, "IS_METAL", False)
     device_memory.keep_resident()
     assert wired == []
     request.getfixturevalue("as_metal")

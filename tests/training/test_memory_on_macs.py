@@ -101,6 +101,8 @@ def test_on_macs_passes_are_measured_where_room_is_not_ample(settings, mac, monk
 def test_other_devices_keep_their_default(settings, monkeypatch):
     monkeypatch.setattr(memory_lines, "AMPLE", 0)
     monkeypatch.setattr(memory, "measure_passes", None)
+    monkeypatch.setattr(backend, "IS_METAL", False)
+    monkeypatch.setattr(backend, "IS_GPU", False)
     assert training_run.prepare(settings()).trainer.grad_cache.budget == 0
     monkeypatch.setattr(backend, "IS_GPU", True)  # CUDA
     monkeypatch.setattr(device_memory, "free", lambda: 0)
