@@ -207,13 +207,14 @@ def show(line: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this script's flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default=MODEL, help="embedding model, a folder or a name of the hub")
-    parser.add_argument("--batch-size", type=int, default=64, help="examples in one loss")
-    parser.add_argument("--steps", type=int, default=20, help="steps of the default run in each dtype, at least 2")
-    parser.add_argument("--tries", type=int, default=6, help="steps for each overhead, at least 2")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=MODEL, help="an embedding model's folder or name (default: the toolkit's)")
+    for name, default, meaning in (
+        ("--batch-size", 64, "examples in one loss"),
+        ("--steps", 20, "steps of the default run in each dtype, at least 2"),
+        ("--tries", 6, "steps for each overhead, at least 2"),
+    ):
+        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
     return parser
 
 

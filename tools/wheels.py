@@ -142,12 +142,13 @@ def table(resolutions: dict[Target, Resolution]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this script's flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    file = CHECKOUT / "requirements.txt"
+    parser.add_argument(
+        "--requirements", type=Path, default=file, metavar="FILE", help="resolve this file (default: the toolkit's)"
     )
-    parser.add_argument("--requirements", type=Path, default=CHECKOUT / "requirements.txt", help="file to resolve")
-    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION", help="Python versions")
-    parser.add_argument("--system", nargs="+", default=[*PLATFORMS], choices=PLATFORMS, help="systems")
+    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION", help=f"default: {' '.join(PYTHONS)}")
+    parser.add_argument("--system", nargs="+", default=[*PLATFORMS], choices=PLATFORMS, help="default: both")
     parser.add_argument("--list", action="store_true", help="print the file name of every wheel as well")
     return parser
 
