@@ -206,7 +206,8 @@ def best_budget(model: str, texts: list, max_length: int) -> int:
             except RuntimeError as error:  # out of memory
                 print(f"{side.name}: {str(error).splitlines()[0]}", file=sys.stderr)
     budget = max(speeds, key=speeds.get)
-    print(f"the peer's best budget: {budget or 'mini-batches of 32 rows'}, of {speeds}")
+    tried = ", ".join(f"{tokens:,} tokens: {speed:,.0f}" for tokens, speed in speeds.items())
+    print(f"the peer's best budget: {budget or 'mini-batches of 32 rows'} (tokens/s with {tried}; 0 = 32 rows)")
     return budget
 
 
