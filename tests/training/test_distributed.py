@@ -33,6 +33,7 @@ CASES = {
     "rerank": ["--task", "rerank", "--loss", "list_softmax"],
     "full": ["--train-type", "full", "--learning-rate", "5e-5"],
 }
+QUICK = ("embed",)
 # A rank that runs commands one after the other, each in a folder of its own: argv[1] has both, for each rank.
 # In step 3 of a run whose folder is called "signalled", rank 1 gets a signal.
 DRIVER = """
@@ -105,7 +106,7 @@ def launch(hosts: Path, code: str, *arguments: str) -> list[subprocess.Popen]:
     return [subprocess.Popen(line, env=environment | {"MLX_RANK": rank}, **pipes) for rank in "01"]
 
 
-def collect(processes: list[subprocess.Popen], seconds: float = 120) -> list[SimpleNamespace]:
+def collect(processes: list[subprocess.Popen], seconds: float = 300) -> list[SimpleNamespace]:
     """(code, out, err) of each, without what mlx's ring says; one that hangs is killed and fails the test."""
     found = []
     try:
@@ -126,6 +127,8 @@ class Work:
         self.root, self.model = root, model
         self.rows = make_rows()
         self.data = write(root / "train.jsonl", self.rows)
+        self.outcomes: dict[str, tuple] = {}
+        self.ended: dict[str, list[SimpleNamespace]] = {}
 
     def argv(self, name: str, *more: str, data: Path | str | None = None) -> list[str]:
         values = {"model": self.model, "data": data or self.data, "output": self.root / name, "batch-size": 12}
@@ -150,51 +153,71 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, small) -> Work:
-    """Everything that takes processes, in as few of them as can be: most of their time is Python starting."""
+def files(tmp_path_factory, small) -> Work:
+    """The data of all runs."""
     work = Work(tmp_path_factory.mktemp("ranks"), small)
-    root, argv = work.root, work.argv
-    split = write(root / "split" / "train.jsonl", work.rows[:48]).parent
-    write(split / "valid.jsonl", work.rows[48:])
-    assert train.main(argv("by-one", "--stop-after", "2")) == 0
+    write(work.root / "split" / "train.jsonl", work.rows[:48])
+    write(work.root / "split" / "valid.jsonl", work.rows[48:])
+    return work
+
+
+def together(work: Work, name: str, lines: dict[str, list[tuple[str, list[str]]]]) -> None:
+    """Run commands, of each rank its own, in as few processes as can be: most of their time is Python starting."""
+    both = collect(launch(work.root / f"{name}.json", DRIVER, json.dumps(list(zip(*lines.values(), strict=True)))))
+    done = [line for ended in both for line in ended.out.splitlines() if line.startswith("OUTCOME ")]
+    assert len(done) == 2, [ended.err for ended in both]
+    told = [json.loads(line.removeprefix("OUTCOME ")) for line in done]
+    work.outcomes |= dict(zip(lines, zip(*told, strict=True), strict=True))
+    work.ended[name] = both
+
+
+@pytest.fixture(scope="module")
+def work(files: Work) -> Work:
+    """The same, after the runs of the quick tests."""
+    root, argv = files.root, files.argv
     batches = run.prepare(train.from_flags("", "", argv("none"))[0]).trainer.batches
     changed = batches.row_numbers(2)[3]  # which the first batch does not have
-    rows = [row | {"query": "another"} if i == changed else row for i, row in enumerate(work.rows)]
+    rows = [row | {"query": "another"} if i == changed else row for i, row in enumerate(files.rows)]
     elsewhere = write(root / "elsewhere" / "train.jsonl", rows).parent
-
-    patient = ["--early-stopping", "1", "--eval-steps", "1", "--learning-rate", "1e-30"]  # too little to change a score
     here = str(root)
-    work.commands = {name: argv(name, *flags) for name, flags in CASES.items()} | {
+    commands = {name: argv(name, *CASES[name]) for name in QUICK} | {
         "stopped": argv("by-two", "--stop-after", "2"),
-        "resumed": work.resume("by-two"),
-        "taken over": work.resume("by-one"),
-        "stopped, for one": argv("by-two-and-one", "--stop-after", "2"),
-        "no gain": argv("patience", *patient, data=split),
+        "resumed": files.resume("by-two"),
         "signalled": argv("signalled"),
-        "dry run": argv("dry", "--dry-run"),
     }
-    lines = {name: [(here, command)] * 2 for name, command in work.commands.items()} | {
+    lines = {name: [(here, command)] * 2 for name, command in commands.items()} | {
         # The settings name the same file, but what is in it differs from machine to machine.
         "unequal": [(str(folder), argv("unequal", data="train.jsonl")) for folder in (root, elsewhere)],
         "chat": [(here, argv("no", "--task", "chat"))] * 2,
         "seed": [(here, argv("no", "--seed", seed)) for seed in "01"],
         "file": [(here, argv("no", data=name)) for name in ("train.jsonl", "missing.jsonl")],
-        "finished": [(here, work.resume("by-two"))] * 2,
-        "longer": [(here, [*work.resume("patience"), "--steps", "5", "--early-stopping", "0"])] * 2,
+        "finished": [(here, files.resume("by-two"))] * 2,
     }
-    both = collect(launch(root / "hosts.json", DRIVER, json.dumps(list(zip(*lines.values(), strict=True)))))
-    done = [line for ended in both for line in ended.out.splitlines() if line.startswith("OUTCOME ")]
-    assert len(done) == 2, [ended.err for ended in both]
-    told = [json.loads(line.removeprefix("OUTCOME ")) for line in done]
-    work.outcomes, work.ended = dict(zip(lines, zip(*told, strict=True), strict=True)), {"cases": both}
+    together(files, "quick", lines)
+    return files
 
+
+@pytest.fixture(scope="module")
+def more(work: Work) -> Work:
+    """The same, after the runs of the slow tests."""
+    argv = work.argv
+    assert train.main(argv("by-one", "--stop-after", "2")) == 0
+    patient = ["--early-stopping", "1", "--eval-steps", "1", "--learning-rate", "1e-30"]  # too little to change a score
+    commands = {name: argv(name, *flags) for name, flags in CASES.items() if name not in QUICK} | {
+        "taken over": work.resume("by-one"),
+        "stopped, for one": argv("by-two-and-one", "--stop-after", "2"),
+        "no gain": argv("patience", *patient, data=work.root / "split"),
+        "dry run": argv("dry", "--dry-run"),
+        "longer": [*work.resume("patience"), "--steps", "5", "--early-stopping", "0"],
+    }
+    together(work, "slow", {name: [(str(work.root), command)] * 2 for name, command in commands.items()})
     return work
 
 
 @pytest.fixture(scope="module")
-def lost(work: Work) -> Work:
+def lost(files: Work) -> Work:
     """The same, after runs in which a rank is killed or hangs."""
-    root, argv = work.root, work.argv
+    root, argv = files.root, files.argv
 
     def strike(name: str, victim: int, number: int, *more: str) -> list[str]:
         return [str(victim), str(int(number)), *argv(name, *more)]
@@ -205,22 +228,26 @@ def lost(work: Work) -> Work:
     line += [sys.executable, root / "victim.py", *strike("killed", 1, signal.SIGKILL)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)  # the launcher reads its input
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    work.ended["killed"] = collect([subprocess.Popen(list(map(str, line)), env=environment, text=True, **pipes)])
-    work.ended["killed-first"] = collect(launch(root / "k.json", VICTIM, *strike("killed-first", 0, signal.SIGKILL)))
+    files.ended["killed"] = collect([subprocess.Popen(list(map(str, line)), env=environment, text=True, **pipes)])
+    files.ended["killed-first"] = collect(launch(root / "k.json", VICTIM, *strike("killed-first", 0, signal.SIGKILL)))
     try:
-        work.ended["halted"] = collect(halted[:1])
+        files.ended["halted"] = collect(halted[:1])
     finally:
         halted[1].kill()
         halted[1].communicate()
-    return work
+    return files
 
 
 # --- two ranks are one ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_train_what_one_trains(work, name):
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_two_ranks_train_what_one_trains(request, work, name):
     """Adapters within 1e-5, and losses; both ranks end with the same bits."""
+    if name not in QUICK:
+        request.getfixturevalue("more")
     first, second = work.outcomes[name]
     assert first == second and first[0] == 0 and first[1].endswith(" at 4")
     assert train.main(work.argv(f"{name}-alone", *CASES[name])) == 0
@@ -231,32 +258,41 @@ def test_two_ranks_train_what_one_trains(work, name):
 
 
 def test_only_the_first_rank_speaks(work):
-    out, silent = (ended.out for ended in work.ended["cases"])
-    assert out.count("2 processes share") >= len(work.commands) and "step 4/4" in out
+    out, silent = (ended.out for ended in work.ended["quick"])
+    assert out.count("2 processes share") >= 4 and "step 4/4" in out
     assert all(line.startswith("OUTCOME") for line in silent.splitlines())
 
 
-def test_runs_are_continued_by_any_number_of_ranks(work):
-    """Rank 0's folder is enough: settings, weights, optimizer and state reach the others from it."""
-    for name in ("stopped", "resumed", "taken over", "stopped, for one"):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(work):
+    """Rank 0's folder is enough: settings, weights, optimizer and state reach the other from it."""
+    for name in ("stopped", "resumed"):
         first, second = work.outcomes[name]
         assert first == second and first[0] == 0, name
     np.testing.assert_array_equal(work.weights("by-two"), work.weights("embed"))
-    assert train.main(work.resume("by-two-and-one")) == 0
+
+
+@pytest.mark.slow
+def test_runs_are_continued_by_any_number_of_ranks(more):
+    for name in ("taken over", "stopped, for one", "dry run"):
+        first, second = more.outcomes[name]
+        assert first == second and first[0] == 0, name
+    assert train.main(more.resume("by-two-and-one")) == 0
     for name in ("by-one", "by-two-and-one"):
-        assert np.abs(work.weights(name) - work.weights("embed")).max() < 1e-5
-        assert len(work.losses(name)) == 4
+        assert np.abs(more.weights(name) - more.weights("embed")).max() < 1e-5
+        assert len(more.losses(name)) == 4
 
 
-def test_all_stop_where_the_first_saw_no_gain(work):
-    first, second = work.outcomes["no gain"]
+@pytest.mark.slow
+def test_all_stop_where_the_first_saw_no_gain(more):
+    first, second = more.outcomes["no gain"]
     assert first == second and first[0] == 0 and first[1].endswith(" at 2")
-    assert (work.root / "patience" / "final").is_dir()
+    assert (more.root / "patience" / "final").is_dir()
 
 
-def test_all_go_on_with_a_run_that_had_ended(work):
-    first, second = work.outcomes["longer"]
-    assert first == second and first[0] == 0 and first[1].endswith(" at 5") and work.saved("patience") == 5
+@pytest.mark.slow
+def test_all_go_on_with_a_run_that_had_ended(more):
+    first, second = more.outcomes["longer"]
+    assert first == second and first[0] == 0 and first[1].endswith(" at 5") and more.saved("patience") == 5
 
 
 # --- what cannot go on ends, and says so ------------------------------------------------------------------------------
@@ -270,22 +306,22 @@ def test_all_go_on_with_a_run_that_had_ended(work):
 ])  # fmt: skip
 def test_a_mistake_of_one_is_told_by_all(work, name, words):
     assert [outcome[0] for outcome in work.outcomes[name]] == [2, 2]
-    assert all(words in ended.err for ended in work.ended["cases"])
+    assert all(words in ended.err for ended in work.ended["quick"])
     assert not (work.root / "no").exists()
 
 
 def test_unequal_data_end_in_the_step_that_meets_them(work):
     """The files differ in a row of the third batch only. Regression: the ring takes whatever comes, or hangs."""
     assert [outcome[0] for outcome in work.outcomes["unequal"]] == [2, 2]
-    for ended in work.ended["cases"]:
+    for ended in work.ended["quick"]:
         assert "do not agree, at step 3: the batch is " in ended.err
-    assert "the state after step 2 is saved" in work.ended["cases"][0].err and work.saved("unequal") == 2
+    assert "the state after step 2 is saved" in work.ended["quick"][0].err and work.saved("unequal") == 2
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(work):
     first, second = work.outcomes["signalled"]
     assert first == second and first[0] == 128 + signal.SIGTERM and first[1].endswith(" at 3")
-    assert work.saved("signalled") == 3 and "step 3 is saved. Continue: " in work.ended["cases"][0].out
+    assert work.saved("signalled") == 3 and "step 3 is saved. Continue: " in work.ended["quick"][0].out
 
 
 @pytest.mark.slow
