@@ -7,6 +7,7 @@ import pytest
 from beir_folders import write_folder
 
 from mlx_retrieval.evaluation import mteb_tasks
+from mlx_retrieval.inference import dtypes
 from mlx_retrieval.models import kinds
 
 
@@ -29,6 +30,13 @@ def _unnamed_models(monkeypatch):
     """Models that tests replace, `m` or `[m]`, count as embedding models; all others tell themselves."""
     detect = kinds.detect_kind
     monkeypatch.setattr(kinds, "detect_kind", lambda *names: "embed" if names[0] in ("m", "[m]") else detect(*names))
+
+
+@pytest.fixture(autouse=True)
+def _models_without_a_backbone(monkeypatch):
+    """Models that tests replace compute in no dtype; all others tell theirs."""
+    report = dtypes.report
+    monkeypatch.setattr(dtypes, "report", lambda *models: report(*(m for m in models if hasattr(m, "model"))))
 
 
 @pytest.fixture

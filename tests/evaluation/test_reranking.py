@@ -335,7 +335,7 @@ def rerankers(monkeypatch) -> list[tuple]:
     made: list[tuple] = []
 
     class Reranker(Hash):
-        def __init__(self, model, adapter=None, reranker_type=None, max_length=None, raw_scores=False):
+        def __init__(self, model, adapter=None, reranker_type=None, max_length=None, raw_scores=False, dtype=None):
             super().__init__()
             self.name = model
             made.append((model, adapter, reranker_type, max_length))
@@ -388,12 +388,12 @@ def test_command_with_a_model_as_first_stage(monkeypatch, rerankers, capsys, wor
         return WordCounts(name=path)
 
     monkeypatch.setattr(embedder, "load", load)
-    command = ["--task", "rerank", "--model", "m", "--eval-tasks", str(words), "--first-stage"]
+    command = ["--task", "rerank", "--model", "m", "--eval-tasks", str(words), "--dtype", "float16", "--first-stage"]
     assert evaluation.main([*command, "adapters/mine"]) == 0
     assert "m reranks the first 100 documents of adapters/mine" in capsys.readouterr().out
     assert evaluation.main([*command, "bm25"]) == 0
     assert "documents of BM25" in capsys.readouterr().out
-    assert loaded == [("adapters/mine", (), {})]
+    assert loaded == [("adapters/mine", (), {"dtype": "float16"})]
 
 
 def test_task_of_a_bi_encoder_can_be_said(monkeypatch, capsys, words):
@@ -403,7 +403,7 @@ def test_task_of_a_bi_encoder_can_be_said(monkeypatch, capsys, words):
     monkeypatch.setattr(embedder, "load", lambda path, adapter=None, **settings: seen.append(settings) or WordCounts())
     for flags in ([], ["--task", "embed"], ["--task", "late"]):
         assert evaluation.main(["--model", "m", "--eval-tasks", str(words), *flags]) == 0
-    lengths = {"max_length": None, "query_max_length": None}
+    lengths = {"max_length": None, "query_max_length": None, "dtype": None}
     assert seen == [lengths, lengths | {"task": "embed"}, lengths | {"task": "late"}]
 
 

@@ -570,10 +570,10 @@ def test_command(monkeypatch, capsys, tmp_path, fruit, no_hub):
 
     monkeypatch.setattr(embedder, "load", load)
     file = tmp_path / "results.json"
-    lengths = ["--max-length", "64", "--query-max-length", "16"]
+    lengths = ["--max-length", "64", "--query-max-length", "16", "--dtype", "bfloat16"]
     command = ["--model", "m", "--adapter", "a", *lengths, "--output", str(file), "--overwrite", "--eval-tasks"]
     assert evaluation.main([*command, str(fruit)]) == 0
-    assert seen == [("m", "a", {"max_length": 64, "query_max_length": 16})]
+    assert seen == [("m", "a", {"max_length": 64, "query_max_length": 16, "dtype": "bfloat16"})]
     assert json.loads(file.read_text()) == evaluate(WordCounts(name="m"), [str(fruit)]).to_json()
     assert "fruit" in capsys.readouterr().out
     assert evaluation.main([*command, str(fruit), NANO]) == 1
