@@ -17,6 +17,7 @@ import mlx.optimizers as optim
 import pytest
 import yaml
 
+from mlx_retrieval.backbones.hub import save_tensors
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS
 from mlx_retrieval.training import checkpoint, continuation, improvement, reporting, run
@@ -49,8 +50,8 @@ class ToyTrainer(BaseTrainer):
 
     def _save_model(self, folder: Path) -> None:
         self.events.append(f"save {folder.name.strip('.').removesuffix('.new')}")
-        for name in (ADAPTERS, ADAPTER_CONFIG):
-            (folder / name).touch()
+        save_tensors(folder / ADAPTERS, self.model.trainable_parameters())
+        (folder / ADAPTER_CONFIG).touch()
         write_yaml(self.settings, folder / "config.yaml")
 
     def train(self, last: int, after_step: AfterStep) -> None:
