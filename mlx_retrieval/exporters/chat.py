@@ -17,6 +17,7 @@ from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.training import starting_model
 from mlx_retrieval.training.chat import adapter as chat_adapter
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import UserError, concerning
 from mlx_retrieval.utils.text import quantity, shell
 
@@ -42,7 +43,7 @@ class ChatWriter:
             self.backbone: Decoder = load_backbone(self.base, bidirectional=False, dtype="float32")
         with concerning("adapter"):
             chat_adapter.check_base(self.backbone, self.folder, self.base_model)
-        self.lines: list[tuple[str, str]] = []
+        self.lines: Lines = []
 
     def fill(self, folder: Path) -> None:
         """Write the folder and compare its answers with those of the base and its adapter. UserError if they differ."""

@@ -21,6 +21,7 @@ from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pylate_files import PROJECTION
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import writable
 
@@ -40,7 +41,7 @@ class EmbeddingWriter:
         self.model_type = model.backbone.config["model_type"]
         self.limit = max(config.max_length, config.query_max_length)
         self.for_sentence_transformers = job.format == FORMATS[0] or job.gguf_ready
-        self.lines: list[tuple[str, str]] = []
+        self.lines: Lines = []
         if job.gguf_ready and config.task == "late":
             raise UserError("--gguf-ready: llama.cpp gives one vector a text, and this model gives one vector a token")
 

@@ -16,10 +16,10 @@ from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.base_trainer import learning_rate
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.state import State
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import SettingError
 from mlx_retrieval.utils.text import quantity
 
-Lines = list[tuple[str, str]]  # name, text
 NEARLY_0 = 1e-3  # share of --learning-rate, below which a rate is not told in numbers
 
 

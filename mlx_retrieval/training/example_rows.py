@@ -13,15 +13,13 @@ from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.utils.console import MARGIN, console, shortened
+from mlx_retrieval.utils.console import MARGIN, Lines, console, shortened
 from mlx_retrieval.utils.text import quantity
 
 HEADING = "example"  # the name of the line above the texts of a row, whose names begin with a space
 EXAMPLES = 2
 SAMPLE, CHARACTERS = 200, 500_000  # rows and characters from which the share of cut texts is told
 SCORES = 4  # of a teacher, that are shown
-
-Lines = list[tuple[str, str]]  # name, text
 
 
 class Seen(NamedTuple):

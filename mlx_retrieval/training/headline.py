@@ -18,9 +18,8 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import SMALL_RATES, Settings
 from mlx_retrieval.training.length import describe_length
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.text import quantity
-
-Lines = list[tuple[str, str]]  # name, text
 
 
 def first_lines(

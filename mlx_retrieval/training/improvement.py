@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.state import State
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import SettingError
 
 METRICS = {"ndcg_at_10": "nDCG@10", "validation_loss": "validation loss"}
@@ -74,7 +75,7 @@ def model_to_use(folder: Path) -> Path:
     return next(path for path in (folder / "best", folder / "final") if path.is_dir())
 
 
-def conclusion(state: State, folder: Path, verdict: str = "", began_with: str = UNTRAINED) -> list[tuple[str, str]]:
+def conclusion(state: State, folder: Path, verdict: str = "", began_with: str = UNTRAINED) -> Lines:
     """Return the lines, (name, text), that end a run: where its best step is, or that training gained nothing.
 
     Args:

@@ -9,6 +9,7 @@ import math
 
 from mlx_retrieval.dataset.sources import is_default_data
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import SettingError
 from mlx_retrieval.utils.text import quantity
 
@@ -56,7 +57,7 @@ def describe_length(settings: Settings, per_epoch: float) -> str:
     return f"{steps} = {_epochs(settings.steps / per_epoch)}"
 
 
-def length_warnings(settings: Settings, count: int, noun: str = "row") -> list[tuple[str, str]]:
+def length_warnings(settings: Settings, count: int, noun: str = "row") -> Lines:
     """Return a line, ("warning", text), for data that a batch holds as a whole, and for a run that is very short.
 
     Args:

@@ -19,6 +19,7 @@ import numpy as np
 from mlx_retrieval import backend
 from mlx_retrieval.training import memory
 from mlx_retrieval.training.estimate import METAL, Device, Estimate, Job, estimate, here
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import UserError
 
 MACS = (8, 16, 24, 32, 64)  # GiB of memory
@@ -70,7 +71,7 @@ class Outlook:
         """The estimate on this machine."""
         return estimate(self.job, here(), self.process)
 
-    def lines(self) -> list[tuple[str, str]]:
+    def lines(self) -> Lines:
         """Return a line with the estimate and what this machine has, and a warning if it does not fit."""
         expected = self.expected
         whole, room = device_memory.total(), device_memory.free() + (0 if backend.IS_GPU else resident())
@@ -94,7 +95,7 @@ class Outlook:
         flags, changed = found
         return f"{flags} would ({gb(estimate(changed, here()).total + taken)} GB)"
 
-    def mac_lines(self) -> list[tuple[str, str]]:
+    def mac_lines(self) -> Lines:
         """Return a line each for Macs of several sizes, computed in the checkpoint's dtype or that of --dtype."""
         return [(f"Mac, {size} GB", self._mac(size)) for size in MACS]
 

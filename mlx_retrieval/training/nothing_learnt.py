@@ -7,6 +7,7 @@ import numpy as np
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.state import State
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.text import quantity
 
 LEAST_STEPS = 3  # of fewer losses, equal ones tell nothing
@@ -16,7 +17,7 @@ PROBE_SIZE = 64  # numbers that represent the probe's vectors
 PROBE = ("which train goes to Kyoto", "The train to Kyoto leaves from platform 12 at ten past nine.")
 
 
-def warnings(settings: Settings, rows: Source | None = None) -> list[tuple[str, str]]:
+def warnings(settings: Settings, rows: Source | None = None) -> Lines:
     """Return a line, ("warning", text), for everything in the settings and rows that leaves nothing to learn."""
     lines = []
     if settings.warmup_steps > settings.steps:

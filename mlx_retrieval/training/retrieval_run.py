@@ -54,7 +54,7 @@ from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.training.trainer import Trainer
-from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.console import Lines, print_lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import located, quantity, shell
 
@@ -72,7 +72,7 @@ class RetrievalRun:
     start: StartingModel
     base: Path  # the base model's folder
     outlook: Outlook
-    headline: list[tuple[str, str]]
+    headline: Lines
 
     @property
     def folder(self) -> Path:
@@ -203,7 +203,7 @@ class RetrievalRun:
         report.of_model = model_values(self.retrieval)
         return report
 
-    def next_lines(self) -> list[tuple[str, str]]:
+    def next_lines(self) -> Lines:
         """Return (name, text) lines about using the trained model."""
         model = improvement.model_to_use(self.folder)
         folders = [Path(task) for task in self.data.eval_tasks]

@@ -29,7 +29,7 @@ from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.rescue import rescuing
 from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.console import Lines, print_lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import shell
 
@@ -40,7 +40,7 @@ class Run(Protocol):
     settings: Settings
     folder: Path
     trainer: BaseTrainer
-    headline: list[tuple[str, str]]  # (name, text), printed before the first step
+    headline: Lines  # (name, text), printed before the first step
 
     def measure(self) -> dict:
         """For --dry-run and --profile: measure steps, print and return the figures. Write nothing."""
@@ -69,7 +69,7 @@ class Run(Protocol):
     def report(self) -> Report | None:
         """Return what `report.html` says of the finished run's result and data; None = there is to be none."""
 
-    def next_lines(self) -> list[tuple[str, str]]:
+    def next_lines(self) -> Lines:
         """Return (name, text) lines about using the trained model."""
 
 

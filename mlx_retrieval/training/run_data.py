@@ -18,9 +18,8 @@ from mlx_retrieval.training import contents, distributed
 from mlx_retrieval.training.checkpoint import HELD_OUT, is_saved
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils import files, toolkit
+from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.text import located, quantity
-
-Lines = list[tuple[str, str]]  # name, text
 
 
 @dataclass

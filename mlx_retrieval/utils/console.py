@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 from rich.console import Console
 
+Lines = list[tuple[str, str]]  # (name, text) pairs about a run or a result, as `print_lines` takes them
 WARNING = "warning"  # the name of a pair of `print_lines`, as `Reporter.warn` begins
 MARGIN = 15  # columns that `print_lines` takes before the values, for names of up to 12 characters
 JOINERS = "\u200c\u200d"  # invisible, and needed to write Persian, Hindi or a family's emoji
@@ -25,7 +26,7 @@ def console() -> Console:
     return Console(force_terminal=terminal, **plain)
 
 
-def print_lines(pairs: list[tuple[str, str]]) -> None:
+def print_lines(pairs: Lines) -> None:
     """Print names and values in two aligned columns, one pair a line; a warning is a line of its own."""
     width = max((len(name) for name, _ in pairs if name != WARNING), default=0)
     for name, value in pairs:

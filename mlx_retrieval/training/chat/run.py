@@ -37,7 +37,7 @@ from mlx_retrieval.training.report_facts import model_defaults
 from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.training.starting_model import find as find_start
-from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.console import Lines, print_lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import quantity, shell
 
@@ -52,7 +52,7 @@ class ChatRun:
     trainer: ChatTrainer
     start: StartingModel
     base: Path  # the base model's folder
-    headline: list[tuple[str, str]]
+    headline: Lines
     template: str  # ChatML in place of a chat template; "" = the tokenizer has its own
     quantised: bool  # whether the base model is
     outlook: Outlook
@@ -103,7 +103,7 @@ class ChatRun:
         report.defaults = model_defaults(self.settings, count_parameters(self.trainer.model)[0])
         return report
 
-    def next_lines(self) -> list[tuple[str, str]]:
+    def next_lines(self) -> Lines:
         """Return (name, text) lines about using the trained adapter."""
         model = improvement.model_to_use(self.folder)
         adapted = ("--model", self.start.base, "--adapter-path", model)
@@ -229,7 +229,7 @@ def describe(settings: Settings, tokenizer: ChatTokenizer) -> str:
     return f"{form}, trained on {trained}, {settings.max_length:,} tokens at most"
 
 
-def warnings(settings: Settings, rows: Conversations, valid: Conversations | None) -> list[tuple[str, str]]:
+def warnings(settings: Settings, rows: Conversations, valid: Conversations | None) -> Lines:
     """Return a line for everything that differs from what the user may expect."""
     lines = []
     for name, some in (("", rows), (" for validation", valid)):
@@ -252,7 +252,7 @@ def warnings(settings: Settings, rows: Conversations, valid: Conversations | Non
     return length_warnings(settings, len(rows), "conversation") + [("warning", line) for line in lines]
 
 
-def rope_warning(base: Path) -> list[tuple[str, str]]:
+def rope_warning(base: Path) -> Lines:
     """Return a line if mlx-lm would read another RoPE from config.json than the model is trained with here."""
     from mlx_lm.utils import _get_classes
 
