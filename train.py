@@ -58,7 +58,7 @@ def resumed_settings(given: dict) -> Settings:
     wanted = for_task(given.get("task"), given).with_absolute_paths()
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
     free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs"}
-    free |= {"micro_batch_tokens", "gradient_accumulation_steps"}  # no loss depends on them
+    free |= {"micro_batch_tokens", "gradient_accumulation_steps"}  # only dropout's draws depend on them
     free |= {"dtype"} if saved.dtype == "auto" else set()  # it is the device's, and this may be another device
     differing = [name for name in given if name not in free and getattr(saved, name) != getattr(wanted, name)]
     if differing:

@@ -33,7 +33,7 @@ from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.text import CHECKOUT
 
 WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
-LARGEST = 1000  # turns of a mixture's pattern, about, so that weights of many digits do not make it long
+LARGEST = 100_000  # turns of a mixture's pattern, about, so that weights of many digits do not make it long
 
 
 @runtime_checkable
@@ -227,8 +227,7 @@ class InterleavedRows:
         formats = {source.format for source in sources}
         if "label" in formats and len(formats) > 1:
             raise UserError(f"{', '.join(self.names)}: rows with a label do not mix with others")
-        total = sum(weights)
-        shares = [(weight / total).limit_denominator(LARGEST) for weight in weights]
+        shares = [weight / sum(weights) for weight in weights]
         common = min(math.lcm(*(share.denominator for share in shares)), LARGEST)
         self.counts = np.array([max(1, round(share * common)) for share in shares])
         length = int(self.counts.sum())

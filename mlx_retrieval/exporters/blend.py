@@ -22,11 +22,13 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.guards import refuse_unreachable
 from mlx_retrieval.training.retrieval_run import make_evaluator
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.console import print_rows
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
 
 Evaluator = Callable[[], tuple[Evaluation | None, Evaluation]]  # see `training.retrieval_run.make_evaluator`
 SHARES = tuple(i / 10 for i in range(11))  # that `auto` tries
@@ -49,7 +51,7 @@ def blend_with_base(
         model, config, base: as `loading.open_model` returns them; the adapter becomes part of the weights.
         original: the model without its adapter.
 
-    Raises UserError if the run was judged on nothing.
+    Raises UserError if the run was judged on nothing, or if "auto" would leave nothing of the trained weights.
     """
     if share != "auto":
         Blend(model, original, config).set(share)
@@ -58,9 +60,16 @@ def blend_with_base(
     blend = Blend(model, original, config)
     make = partial(make_evaluator, settings, model=model, retrieval=config, tokenizer=config.tokenizer(base))
     judge, guard = (make(lambda names=names: names) for names in (tasks, settings.guard))
-    points = [_evaluated(blend, one, judge, guard if settings.guard else None) for one in SHARES]
+    points = []
+    with progress_bar("evaluating", "shares", len(SHARES)) as progress:
+        for one in SHARES:
+            points.append(_evaluated(blend, one, judge, guard if settings.guard else None))
+            progress(len(points))
     chosen = best(points, settings.guard_tolerance)
     print_points(points, chosen, settings.guard_tolerance)
+    if not chosen.share:
+        held = " while its guards hold" if settings.guard else ""
+        raise UserError(f"--merge-with-base auto: no share of {adapter} is better than the base model{held}")
     blend.set(chosen.share)
     return chosen.share
 
@@ -101,9 +110,9 @@ class Blend:
                     module.unfreeze(keys=["weight"], recurse=False)
         dequantize_model(before)
         self._ends = [_Ends.of(adapted, before)]
-        for layer, base_layer, description in zip(model.head.dense, original.head.dense, config.dense, strict=True):
+        for i, description in enumerate(config.dense):
             if description["path"]:  # of a layer in the base model's files
-                self._ends.append(_Ends.of(layer, base_layer))
+                self._ends.append(_Ends.of(model.head.dense[i], original.head.dense[i]))
 
     def set(self, share: float) -> None:
         """Set the weights to base + share * (trained - base)."""
@@ -138,7 +147,11 @@ class Point:
 
 def _evaluated(blend: Blend, share: float, judge: Evaluator, guard: Evaluator | None) -> Point:
     blend.set(share)
-    guards = guard()[1].tasks if guard else {}
+    guards = {}
+    if guard:
+        result = guard()[1]
+        refuse_unreachable(result)
+        guards = result.tasks
     return Point(share, judge()[1].average()[METRIC], {task: figures[METRIC] for task, figures in guards.items()})
 
 

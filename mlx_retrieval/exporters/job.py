@@ -58,7 +58,9 @@ class Export:
 
     def merged(self, tensors: int) -> str:
         """Return what was merged into the base model, in words."""
-        share = "" if self.merge_with_base is None else f", {self.merge_with_base:g} of the trained weights"
+        share = (
+            "" if self.merge_with_base is None else f", share {self.merge_with_base:g}, the rest is the base model's"
+        )
         return f"{self.adapter}: {quantity(tensors, 'tensor')}{share}"
 
     @property

@@ -84,9 +84,9 @@ def stored_tensors(
             raise UserError(f"{folder}: {name} is quantised but not part of the model: use --format mlx")
         result = value
         if packed or (own in trained and merged[own].shape == value.shape):
-            result = merged[own].astype(scales.dtype if packed else value.dtype)
+            result = merged[own].astype(dtype or (scales.dtype if packed else value.dtype))  # rounded once
             placed.add(own)
-        if dtype is not None and mx.issubdtype(result.dtype, mx.floating):
+        elif dtype is not None and mx.issubdtype(result.dtype, mx.floating):
             result = result.astype(dtype)
         exported[name] = result
     if lost := sorted(trained - placed):

@@ -36,6 +36,7 @@ STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 # Of a run.
 FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results.json", "before.json", "best.json")
 FILES += ("last.json", "report.html")
+GUARDS = "guards"  # the folder of the guards' results
 HELD_OUT = "held-out"  # the folder of the questions that a run has kept from training, in BEIR layout
 
 
@@ -48,7 +49,8 @@ def recover(run: Path) -> None:
         if is_saved(folder := run / path.stem[1:]):
             tidy(folder)
     for name in FILES:
-        beside(run / name, "new").unlink(missing_ok=True)
+        for folder in (run, run / GUARDS):
+            beside(folder / name, "new").unlink(missing_ok=True)
 
 
 def save_training(folder: Path, optimizer, state: dict) -> None:
@@ -152,14 +154,14 @@ def holds_run(run: Path) -> bool:
 
 def contents(run: Path) -> list[Path]:
     """Return the files and folders in `run` that a run there replaces or removes."""
-    paths = [*(run / name for name in (*FILES, HELD_OUT)), run / "best", run / "final", *_steps(run)]
+    paths = [*(run / name for name in (*FILES, HELD_OUT, GUARDS)), run / "best", run / "final", *_steps(run)]
     return [path for path in paths if path.exists()]
 
 
 def remove_run(run: Path) -> None:
     """Remove a run's files and nothing else from its folder."""
     recover(run)  # also removes interrupted writes
-    for folder in (run / "best", run / "final", run / HELD_OUT, *_steps(run)):
+    for folder in (run / "best", run / "final", run / HELD_OUT, run / GUARDS, *_steps(run)):
         shutil.rmtree(folder, ignore_errors=True)
     for name in FILES:
         (run / name).unlink(missing_ok=True)

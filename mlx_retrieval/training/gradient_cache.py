@@ -68,7 +68,9 @@ def representation_shapes(one: mx.array, micro_batches: Sequence[MicroBatch]) ->
 
 
 class GradientCache:
-    """Computes loss and gradient of whole batches. The result is the same however a batch is cut into micro-batches.
+    """Computes loss and gradient of whole batches.
+
+    The result is the same however a batch is cut into micro-batches, but for dropout, which draws for each of them.
 
     Args:
         model: maps a MicroBatch to representations, one a row.

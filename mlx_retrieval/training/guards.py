@@ -1,21 +1,22 @@
 """Tasks on which a model must not get worse while it learns another: --guard.
 
 guards = Guards(evaluate, Path("adapters/mine"), tolerance=0.002)
-guards(0); guards(50); guards.fallen()              # {"eval-data": -0.0131}
+guards(0); guards(50); guards.fallen()              # ["eval-data"]
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.training.checkpoint import GUARDS
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.utils.console import print_rows
 from mlx_retrieval.utils.errors import SettingError
 
-FOLDER = "guards"  # of their results, in the run's folder
 METRIC = "ndcg_at_10"
 
 
@@ -36,6 +37,14 @@ def check(settings: Settings, tasks: list[str], evaluated: bool) -> None:
             raise SettingError("{guard} {task}: the run is judged on this task; a guard is another one", task=task)
 
 
+def refuse_unreachable(result: Evaluation) -> None:
+    """Raise UserError if a guard could not be evaluated: nothing would guard it."""
+    for task, reason in result.unreachable.items():
+        raise SettingError(
+            "{guard} {task}: it cannot be evaluated, so nothing would guard it: {reason}", task=task, reason=reason
+        )
+
+
 class Guards(Evaluations):
     """Evaluates the model on its guards, and knows by how much each has changed.
 
@@ -46,12 +55,16 @@ class Guards(Evaluations):
     """
 
     def __init__(self, evaluate: Callable[[], tuple[None, Evaluation]], run: Path, tolerance: float):
-        super().__init__(evaluate, run / FOLDER)
+        super().__init__(evaluate, run / GUARDS)
         self.tolerance = tolerance
 
     def __call__(self, step: int) -> Evaluation:
+        """Evaluate the model after a step. UserError if a guard cannot be evaluated before the first one."""
         self.folder.mkdir(exist_ok=True)
-        return super().__call__(step)
+        result = super().__call__(step)
+        if step == 0:
+            refuse_unreachable(result)
+        return result
 
     def changes(self) -> dict[str, float]:
         """Return task -> what the last step's nDCG@10 differs from the untrained model's; {} before a step."""
@@ -60,9 +73,12 @@ class Guards(Evaluations):
         now = self.last.evaluation.tasks
         return {task: now[task][METRIC] - old[METRIC] for task, old in self.before.tasks.items() if task in now}
 
-    def fallen(self) -> dict[str, float]:
-        """Return the changes of those tasks that the last step has lost more of than the tolerance."""
-        return {task: change for task, change in self.changes().items() if change < -self.tolerance}
+    def fallen(self) -> list[str]:
+        """Return the tasks that the last step has lost more of than the tolerance, or that could not be evaluated."""
+        if not self.before or not self.last:
+            return []
+        changes = self.changes()
+        return [task for task in self.before.tasks if not changes.get(task, -math.inf) >= -self.tolerance]
 
     def results(self) -> dict[str, Any]:
         """Return task -> {"before": nDCG@10, "after": that of the model in `best`, or of the last step}."""

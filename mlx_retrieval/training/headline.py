@@ -76,10 +76,15 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
 def mixture_lines(rows: InterleavedRows) -> Lines:
     """Return a line for each source: its share of the examples, and its rows."""
     shares, unit = rows.counts / rows.counts.sum(), "batches" if rows.block > 1 else "examples"
-    return [
-        ("mixture", f"{share:.0%} of the {unit} from {', '.join(source.names)}, {quantity(len(source), 'row')}")
+    lines = [
+        ("mixture", f"{share:.1%} of the {unit} from {', '.join(source.names)}, {quantity(len(source), 'row')}")
         for share, source in zip(shares, rows.sources, strict=True)
     ]
+    for source in rows.sources:
+        if len(source) < rows.block:
+            repeats = f"fewer than a batch of {rows.block}: its batches have rows twice (--batches mixed, --batch-size)"
+            lines.append(("warning", f"{', '.join(source.names)}: {quantity(len(source), 'row')}, {repeats}"))
+    return lines
 
 
 def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collection[str]) -> Lines:

@@ -136,7 +136,10 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
         )
     if loss in ("list_softmax", "lambda_loss") and low < 0:
         raise SettingError(
-            "{loss} {name} takes scores from 0 on, and {where} has {low:g}", name=loss, where=where, low=low
+            "{loss} {name} takes scores from 0 on, and {where} has {low:g}: ranknet and list_mle take any",
+            name=loss,
+            where=where,
+            low=low,
         )
     if loss == "lambda_loss" and high > HIGHEST_GRADE:
         raise SettingError(

@@ -32,7 +32,7 @@ from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt
-from mlx_retrieval.training.checkpoint import HELD_OUT
+from mlx_retrieval.training.checkpoint import GUARDS, HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
 from mlx_retrieval.training.estimate import here
@@ -141,7 +141,7 @@ class RetrievalRun:
         if self.evaluations:
             self.evaluations.folder = self.folder  # another one than planned, if a run came there meanwhile
         if self.guards:
-            self.guards.folder = self.folder / guards.FOLDER
+            self.guards.folder = self.folder / GUARDS
 
     def contents(self) -> Contents:
         """Return what the run's data, evaluation and base model hold."""

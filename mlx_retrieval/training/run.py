@@ -31,7 +31,7 @@ from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import Lines, print_lines
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import quantity, shell
 
 
 class Run(Protocol):
@@ -248,7 +248,8 @@ def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: "S
     save_if_due(trainer, last, finished or stop, signals)
     if stop and not finished:
         patience = settings.early_stopping
-        trainer.reporter.message(f"no better for {patience} evaluations: stopped at step {state.step}")
+        count = quantity(patience, "evaluation")
+        trainer.reporter.message(f"no better for {count}: stopped at step {state.step}")
     return stop
 
 
@@ -368,7 +369,8 @@ def conclude(job: Run) -> None:
     following = job.next_lines()
     if improvement.improved(state) is False:
         following = [line for line in following if line[0] not in ("evaluate", "next", "fuse", "export")]
-        following.append(("use", f"{job.settings.model}, which the run began with: final is no better"))
+        reason = f"final has lost {', '.join(state.fallen)}" if state.fallen else "final is no better"
+        following.append(("use", f"{job.settings.model}, which the run began with: {reason}"))
     report = write_report(folder, job.settings, facts, following, job.report, job.trainer.reporter.warn)
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
     lines += [("report", f"{report}")] if report else []

@@ -74,6 +74,7 @@ def check(settings: Any) -> None:
             "guard",
             "needs the evaluation before training, and {skip_eval_init} leaves it out",
         ),
+        (len({*settings.guard}) == len(settings.guard), "guard", "names a task twice"),
         (
             settings.compile != "on" or not settings.grad_checkpoint,
             "compile",

@@ -225,7 +225,7 @@ class Trainer(BaseTrainer):
         if self.guards:
             for line in self.guards(step).unreachable.values():
                 self.reporter.warn(line)
-            changes, self.state.fallen = self.guards.changes(), [*self.guards.fallen()]
+            changes, self.state.fallen = self.guards.changes(), self.guards.fallen()
         if metrics:
             self.reporter.evaluation(step, metrics, tasks, changes, self.state.fallen)
         self.reporter.status("")

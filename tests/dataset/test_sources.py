@@ -94,10 +94,18 @@ def test_sources_are_mixed_by_their_sizes(files, temperature):
     assert mixed.counts / mixed.counts.sum() == pytest.approx(shares / shares.sum(), abs=2e-3)
 
 
+@pytest.mark.parametrize("weights", [(5000, 1), (9000, 9000, 4), (99_999.5, 0.5, 1)])
+def test_a_small_share_stays_small(files, weights):
+    """Regression: a share below 1/2000 became as large as the others."""
+    mixed = sources.open_source([f"{file}:{weight}" for file, weight in zip(files, weights, strict=False)])
+    shares = np.array(weights) / sum(weights)
+    assert mixed.counts / mixed.counts.sum() == pytest.approx(shares, rel=0.05, abs=1e-5)
+
+
 def test_weights_of_many_digits_make_no_long_pattern(files):
     """Regression: three such weights made a pattern of a thousand million turns, and took all memory."""
     mixed = sources.open_source([f"{files[0]}:0.377", f"{files[1]}:0.911", f"{files[2]}:0.533"])
-    assert len(mixed.pattern) < 1100
+    assert len(mixed.pattern) < 1.1 * sources.LARGEST
     assert mixed.counts / mixed.counts.sum() == pytest.approx(np.array([0.377, 0.911, 0.533]) / 1.821, abs=2e-3)
 
 

@@ -13,6 +13,7 @@ import pytest
 from beir_folders import write_folder
 from exported import read_json, run_export
 from random_models import save
+from random_rerankers import cross_encoder
 from trained_models import trained
 
 import export
@@ -85,7 +86,7 @@ def test_an_exported_blend(run_folder, tmp_path, capsys):
     whole = run_export(tmp_path / "whole", adapter=run_folder / "best")
     vectors = [load(str(where)).encode(TEXTS) for where in (folder, whole)]
     assert (vectors[0] * vectors[1]).sum(axis=1).min() < 0.9999
-    assert "0.5 of the trained weights" in capsys.readouterr().out
+    assert "share 0.5, the rest is the base model's" in capsys.readouterr().out
     assert "0.5 of the trained model's and 0.5 of its base model's" in (folder / "README.md").read_text()
     assert read_json(folder)["model_type"] == "bert"
 
@@ -115,6 +116,37 @@ def test_auto_chooses_by_the_run_s_own_tasks_and_guards(run_folder, tmp_path, mo
     out = capsys.readouterr().out
     assert out.count(" chosen") == 1 and "guard" in out
     assert folder.is_dir()
+
+
+def test_auto_that_keeps_nothing_is_refused(run_folder, tmp_path, monkeypatch):
+    """Regression: it wrote the base model without a word."""
+    points = iter([Point(0.0, 0.7, {}), Point(0.5, 0.6, {}), Point(1.0, 0.5, {})])
+    monkeypatch.setattr(blend, "SHARES", (0.0, 0.5, 1.0))
+    monkeypatch.setattr(blend, "_evaluated", lambda *_: next(points))
+    (run_folder / "config.yaml").write_text('{"data": ["rows.jsonl"], "eval_tasks": ["x"]}')
+    with pytest.raises(UserError, match="no share of .*best is better than the base model"):
+        run_export(tmp_path / "out", adapter=run_folder / "best", merge_with_base="auto")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_rounded_once(toy_tokenizer_folder, tmp_path):
+    """Regression: with --dtype float32, trained weights were first rounded to the base model's bfloat16."""
+    base = save("bert", tmp_path / "bert", tokenizer=toy_tokenizer_folder)
+    half = {name: value.astype(mx.bfloat16) for name, value in mx.load(str(base / "model.safetensors")).items()}
+    mx.save_safetensors(str(base / "model.safetensors"), half)
+    trained(base, tmp_path / "best")
+    folder = run_export(tmp_path / "out", adapter=tmp_path / "best", dtype="float32", merge_with_base=0.3)
+    weights = {n: v for n, v in mx.load(str(folder / "model.safetensors")).items() if "query.weight" in n}
+    assert weights and all(v.dtype == mx.float32 for v in weights.values())
+    assert not any(mx.array_equal(v, v.astype(mx.bfloat16).astype(mx.float32)) for v in weights.values())
+
+
+def test_a_reranker_keeps_its_head(toy_tokenizer_folder, tmp_path):
+    base = tmp_path / "reranker"
+    cross_encoder("bert", base)
+    trained(base, tmp_path / "best", task="rerank")
+    folder = run_export(tmp_path / "out", adapter=tmp_path / "best", merge_with_base=0.5)
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_auto_needs_what_the_run_was_judged_on(base, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from beir_folders import write_folder
 
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
-from mlx_retrieval.training import improvement
+from mlx_retrieval.training import checkpoint, improvement
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.guards import Guards
@@ -39,10 +39,10 @@ def guards(tmp_path):
 def test_a_guard_falls_if_it_loses_more_than_the_tolerance(guards):
     guard = guards(evaluation(code=0.5, prose=0.4), evaluation(code=0.4985, prose=0.39), tolerance=0.002)
     guard(0)
-    assert guard.changes() == {} == guard.fallen()
+    assert guard.changes() == {} and guard.fallen() == []
     guard(10)
     assert guard.changes() == pytest.approx({"code": -0.0015, "prose": -0.01})
-    assert guard.fallen() == pytest.approx({"prose": -0.01})
+    assert guard.fallen() == ["prose"]
 
 
 def test_their_table_is_of_the_best_step(guards, capsys):
@@ -66,7 +66,14 @@ def test_they_are_restored(guards):
     again.restore(10, 10)
     assert again.results() == first.results()
     again(20)
-    assert [*again.fallen()] == ["code"]
+    assert again.fallen() == ["code"]
+
+
+def test_a_guard_that_cannot_be_evaluated_any_more_has_fallen(guards):
+    guard = guards(evaluation(code=0.5, prose=0.4), evaluation(prose=0.4))
+    guard(0)
+    guard(10)
+    assert guard.fallen() == ["code"]
 
 
 def test_a_step_with_a_fallen_guard_is_not_the_best():
@@ -98,6 +105,23 @@ def test_the_reporter_does_not_call_it_the_best(tmp_path, capsys):
     assert "guards 1: code -0.0100 fell  prose +0.0010, not kept as best" in lines
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records[1]["fallen"] == ["code"] and "guards" not in records[0]
+
+
+def test_a_guard_that_cannot_be_evaluated_ends_the_run_before_it_begins(guards):
+    """Regression: it guarded nothing, and `best` was kept."""
+    unreachable = Evaluation("toy", {}, {}, {"NanoNQRetrieval": "no network"})
+    with pytest.raises(UserError, match="--guard NanoNQRetrieval: it cannot be evaluated, .* no network"):
+        guards(unreachable)(0)
+
+
+def test_another_run_leaves_no_guards_behind(guards, tmp_path):
+    """Regression: --overwrite left their results, which a later run read."""
+    guard = guards(evaluation(code=0.5))
+    guard(0)
+    (tmp_path / "config.yaml").write_text("")
+    assert tmp_path / "guards" in checkpoint.contents(tmp_path)
+    checkpoint.remove_run(tmp_path)
+    assert not (tmp_path / "guards").exists()
 
 
 @pytest.fixture
@@ -136,6 +160,7 @@ def test_guard_and_guard_tolerance_of_a_run(settings, capsys):
         ({"skip_eval_init": True}, "--guard .*other: needs the evaluation before training, and --skip-eval-init"),
         ({"eval_tasks": []}, "--guard: nothing is evaluated"),
         ({"guard": [""]}, "--guard: must not be empty"),
+        ({"guard": ["other", "other"]}, "--guard other other: names a task twice"),
         ({"guard_tolerance": -0.1}, "--guard-tolerance -0.1: must not be negative"),
         ({"guard": ["no-such-folder/here"]}, "no-such-folder"),
     ],

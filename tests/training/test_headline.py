@@ -107,8 +107,15 @@ def test_the_shares_of_a_mixture():
 
     rows = InterleavedRows([Some("a.jsonl", 1000), Some("b.csv", 1)], [Fraction(2), Fraction(1)])
     assert mixture_lines(rows) == [
-        ("mixture", "67% of the examples from a.jsonl, 1,000 rows"),
-        ("mixture", "33% of the examples from b.csv, 1 row"),
+        ("mixture", "66.7% of the examples from a.jsonl, 1,000 rows"),
+        ("mixture", "33.3% of the examples from b.csv, 1 row"),
     ]
     rows.block = 64
-    assert mixture_lines(rows)[0] == ("mixture", "67% of the batches from a.jsonl, 1,000 rows")
+    lines = mixture_lines(rows)
+    assert lines[0] == ("mixture", "66.7% of the batches from a.jsonl, 1,000 rows")
+    assert lines[2:] == [
+        (
+            "warning",
+            "b.csv: 1 row, fewer than a batch of 64: its batches have rows twice (--batches mixed, --batch-size)",
+        )
+    ]
