@@ -33,8 +33,8 @@ class DeviceError(UserError):
     """The GPU did not compute what it was asked to; the inputs are not at fault."""
 
 
-def is_overload(error: RuntimeError) -> bool:
-    """Return whether Metal or CUDA may succeed with less work at once."""
+def is_overload(error: Exception) -> bool:
+    """Return whether Metal or CUDA may succeed with less work at once, by their error or a DeviceError about it."""
     text = str(error).lower()
     return any(words in text for words in SHORTAGE + WATCHDOG + AFTERWARDS)
 

@@ -98,6 +98,7 @@ class GradientCache:
         self.budget = budget
         self.pad_id = pad_id
         self.scaled = loss_scale.is_needed(model)
+        self.at_once = 0  # tokens, padding included, of the last batch's largest micro-batch
 
     @property
     def cutting(self) -> Cutting:
@@ -109,7 +110,9 @@ class GradientCache:
     def plan(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
         """Return the batch's micro-batches, and the order in which they hold its texts: (N,) int."""
         indices = self.cutting.indices(batch.texts.lengths)
-        return [pad_rows(batch.texts, index, self.pad_id) for index in indices], np.concatenate(indices)
+        micro_batches = [pad_rows(batch.texts, index, self.pad_id) for index in indices]
+        self.at_once = max(micro_batch.ids.size for micro_batch in micro_batches)
+        return micro_batches, np.concatenate(indices)
 
     def __call__(self, batch: Batch, seed: int) -> StepResult:
         """Compute loss and gradient of a batch; `seed` is that of dropout. Everything returned is evaluated."""

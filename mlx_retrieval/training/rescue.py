@@ -20,16 +20,17 @@ def rescuing(trainer: BaseTrainer, command: str) -> Iterator[None]:
         yield
         return
     except device_errors.DeviceError as error:
-        happened, advice = str(error), ""
+        happened, advice, overload = str(error), "", device_errors.is_overload(error)
     except RuntimeError as error:
         if not device_errors.is_device_error(error):
             raise
         happened, advice = device_errors.what_happened(error), device_errors.advice(error)
+        overload = device_errors.is_overload(error)
     # Outside the handlers: the error holds on to everything that the step had computed.
     with suppress(RuntimeError):  # `save_last_good` finds that out, too
         device_errors.drain()
     saved = trainer.save_last_good()
-    flags = trainer.lighter()
+    flags = trainer.lighter() if overload else ""
     if checkpoint.last_step(trainer.folder):
         way = f"Continue: {command} {flags}".rstrip()
     else:

@@ -213,7 +213,8 @@ def take_steps(trainer: BaseTrainer) -> None:
     """
     settings = trainer.settings
     last = min(settings.steps, settings.stop_after or settings.steps)
-    if trainer.stopped_early or trainer.state.step >= last:
+    unevaluated = trainer.state.evaluation_due  # the device failed before: this evaluation comes first
+    if (trainer.stopped_early or trainer.state.step >= last) and not unevaluated:
         return
     mx.reset_peak_memory()  # loading is over
     with (
@@ -222,7 +223,9 @@ def take_steps(trainer: BaseTrainer) -> None:
         rescuing(trainer, continue_command(trainer.folder)),
     ):
         try:
-            trainer.train(last, lambda record: after_step(trainer, record, last, signals))
+            ended = unevaluated and after_step(trainer, None, last, signals)
+            if not ended and trainer.state.step < last:
+                trainer.train(last, lambda record: after_step(trainer, record, last, signals))
         except RunInterrupted as interrupt:
             saved = f"{interrupt}; step {trainer.state.step} is saved"
             trainer.reporter.message(f"{saved}. Continue: {continue_command(trainer.folder)}")
@@ -237,10 +240,14 @@ def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: "S
     if record:
         trainer.reporter.step(record)
     stop = False
-    evaluating = distributed.is_main() and (finished or due(state.step, settings.steps_per_evaluation))
-    if evaluating and (metrics := trainer.evaluate(state.step)):
-        trainer.keep_best(metrics)
-        stop = trainer.stopped_early
+    evaluating = state.evaluation_due or finished or due(state.step, settings.steps_per_evaluation)
+    if evaluating and distributed.is_main():
+        state.evaluation_due = True  # is saved if the device fails meanwhile
+        metrics = trainer.evaluate(state.step)
+        state.evaluation_due = False
+        if metrics:
+            trainer.keep_best(metrics)
+            stop = trainer.stopped_early
     if distributed.size() > 1:  # no rank stops alone, and what is saved is the same on all
         stop = signals.agree(stop, state.step)
         if due(state.step, settings.save_steps):

@@ -22,6 +22,7 @@ class State:
     best_step: int = 0  # 0 = none was better than the untrained model
     last: float | None = None  # score of the last evaluation
     evaluations_since_best: int = 0
+    evaluation_due: bool = False  # this step's has begun and not ended; a resumed run begins with it
     fallen: list[str] = field(default_factory=list)  # guards that the last evaluation found below their tolerance
     # Signs that nothing is learnt; see nothing_learnt.py.
     first_loss: float | None = None

@@ -194,8 +194,9 @@ class Trainer(BaseTrainer):
             self.reporter.warn(f"{happened}: from here on {budget:,} tokens at once, and the step is repeated")
 
     def lighter(self) -> str:
-        """Return the flags with which a resumed run does half as much at once."""
-        return f"--micro-batch-tokens {max(1, (self.grad_cache.budget or backend.MICRO_BATCH_TOKENS) // 2)}"
+        """Return the flags with which a resumed run does half as much at once; "" before the first batch."""
+        at_once = self.grad_cache.at_once
+        return f"--micro-batch-tokens {max(1, at_once // 2)}" if at_once else ""
 
     def restore_budget(self) -> None:
         """After a resume, use the budget that the run had come to, so that it goes on bit for bit, or a lower one."""

@@ -174,6 +174,7 @@ def test_the_step_is_repeated_after_other_overloads(settings, short, monkeypatch
 def test_other_errors_of_the_gpu_save_the_run(settings, tmp_path, monkeypatch, where):
     """Regression: a traceback, and what was learnt since the last save was lost. Weights in doubt are not saved."""
     calls, message = [], WATCHDOG if where == "evaluation" else FAULT
+    monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", backend.GPU_TOKENS)
 
     def failing(function):
         def call(*args):
@@ -197,7 +198,11 @@ def test_other_errors_of_the_gpu_save_the_run(settings, tmp_path, monkeypatch, w
     told, run = str(caught.value), tmp_path / "run"
     step = 2 if where == "evaluation" else 1
     reason = "only what was saved before is whole" if where == "update" else f"the state after step {step} is saved"
-    assert message in told and reason in told and f"train.py --resume --output {run} --micro-batch-tokens" in told
+    # Less at once than the last batch took, but only where that may help.
+    half = trainer.grad_cache.at_once // 2
+    assert 0 < half < backend.GPU_TOKENS // 2
+    way = f"train.py --resume --output {run}" + (f" --micro-batch-tokens {half}" if where == "evaluation" else ".")
+    assert message in told and reason in told and f"Continue: python {way}" in told
     assert [folder.name for folder in run.glob("step-*")] == [f"step-{step:06d}"]
 
 

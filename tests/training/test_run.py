@@ -143,6 +143,28 @@ def test_a_run_begins_evaluates_steps_saves_and_concludes(toy, capsys):
     assert "next" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step, events", [
+    (2, ["evaluate 2", "save best", "save step-000002", "step 3"]),
+    (4, ["evaluate 4", "save best", "save step-000004", "save final"]),
+])  # fmt: skip
+def test_an_evaluation_that_the_gpu_ended_comes_first_in_the_resumed_run(toy, monkeypatch, step, events):
+    """Regression: its step counted as evaluated, never became best, and early stopping did not see it."""
+    evaluate = ToyTrainer.evaluate
+
+    def fail(trainer: ToyTrainer, number: int) -> dict[str, float]:
+        if number == step:
+            raise RuntimeError("[METAL] Command buffer execution failed: Invalid Resource (00000009)")
+        return evaluate(trainer, number)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"state after step {step} is saved"):
+        patch.setattr(ToyTrainer, "evaluate", fail)
+        run.run(toy())
+    job = toy(resume=True, scores=(0.7, 0.8))
+    run.run(job)
+    assert job.trainer.events[2:6] == events and not job.trainer.state.evaluation_due
+    assert job.trainer.state.best_step == 4
+
+
 def test_a_stopped_run_continues_at_its_step(toy):
     assert run.run(toy(stop_after=3)) == {"steps": 3}  # not "improved": it has not ended
     job = toy(resume=True)
