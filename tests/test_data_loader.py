@@ -397,14 +397,22 @@ def test_a_consumer_that_stops_early_ends_the_thread(batches, monkeypatch, error
     monkeypatch.setitem(sys.modules, "mlx.data", None)
     made, closed = batches(400, 4), []
     monkeypatch.setattr(made.rows, "close", lambda: closed.append(True))
-    drawn = []
-    monkeypatch.setattr(made, "make", lambda *words: drawn.append(True) or make_batch(*words))
+    drawn, two_ahead = [], threading.Event()
+
+    def make(*words) -> Batch:
+        drawn.append(True)
+        if len(drawn) == 3:
+            two_ahead.set()
+        return make_batch(*words)
+
+    monkeypatch.setattr(made, "make", make)
     with contextlib.suppress(KeyboardInterrupt, ValueError), contextlib.closing(made.stream(0, 90)) as stream:
         next(stream)
         assert [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+        assert two_ahead.wait(5)
         if error:
             raise error
-    assert len(drawn) <= 3 and closed
+    assert len(drawn) == 3 and closed
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 

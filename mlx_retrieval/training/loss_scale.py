@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 EXPONENT = 0x7F800000  # the bits of a float32's exponent
 # What the largest number that enters the model is scaled to; the second, for batches whose gradients of weights, which
-# are sums over tokens, would exceed float16's 65,504.
+# are sums over tokens, would exceed float16's 65,504. Their step is repeated with it, and a chat run keeps it.
 LARGEST = (1.0, 2.0**-8)
 
 

@@ -19,7 +19,8 @@ import train
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.training import base_trainer, checkpoint, loss_scale
 from mlx_retrieval.training import run as training_run
-from mlx_retrieval.training.chat.trainer import loss_of, value_and_grad
+from mlx_retrieval.training.chat.trainer import ChatTrainer, loss_of, value_and_grad
+from mlx_retrieval.training.config import for_task
 from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.optimizer import AdamW
 from mlx_retrieval.utils.errors import UserError
@@ -189,6 +190,70 @@ def test_a_gradient_that_overflows_is_computed_again_with_a_smaller_scale(make_t
     result = trainer.grad_cache(batch, 0)
     assert sizes == list(loss_scale.LARGEST)
     assert cosine(result.grads, expected.grads) > 0.999
+
+
+def test_a_smaller_scale_holds_chat_s_large_gradients_in_float16():
+    """The gradient itself is finite, and in float16 only its scaled sum over 4,096 tokens is not."""
+
+    class Model(nn.Module):
+        def __init__(self, dtype: mx.Dtype):
+            super().__init__()
+            keys = mx.random.split(mx.random.key(0))
+            self.embedding, self.last = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False)
+            self.embedding.weight = (200 * mx.random.normal((50, 16), key=keys[0])).astype(mx.float16).astype(dtype)
+            self.last.weight = (mx.random.normal((50, 16), key=keys[1]) / 600).astype(mx.float16).astype(dtype)
+
+        def __call__(self, ids: mx.array) -> mx.array:
+            return self.last(self.embedding(ids))
+
+    batch = mx.random.randint(0, 3, (4, 1025), key=mx.random.key(2)), mx.ones((4, 1024), mx.bool_), mx.array(4096.0)
+    first, second = loss_scale.LARGEST
+    results = []
+    for dtype, largest in ((mx.float32, first), (mx.float16, first), (mx.float16, second)):
+        model = Model(dtype)
+        (loss, _), grads = value_and_grad(model, loss_of, largest)(model, *batch)
+        assert loss_scale.overflowed(loss, grads) == (dtype == mx.float16 and largest == first)
+        results.append(grads)
+    assert cosine(results[0], results[2]) > 0.999
+    assert np.linalg.norm(flat(results[2])) == pytest.approx(np.linalg.norm(flat(results[0])), rel=0.01)
+
+
+@pytest.fixture
+def make_chat(as_metal, half_folders, tmp_path, write_rows) -> Callable:
+    """`make_chat(**changes)`: the trainer of a `full` chat run of two steps in float16."""
+    turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a kidney stone"}]
+    data = str(write_rows([{"messages": turns}] * 4))
+
+    def make(**changes) -> ChatTrainer:
+        given = {"model": half_folders["float16"], "data": [data], "dtype": "float16", "train_type": "full", "steps": 2}
+        given |= {"batch_size": 2, "learning_rate": 2e-5, "save_steps": 0, "output": str(tmp_path / "run")}
+        return training_run.prepare(for_task("chat", given | changes)).trainer
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_full_chat_run_in_float16_repeats_a_step_that_overflows(make_chat, monkeypatch):
+    """Regression: it ended the run. A resumed run knows the scale that it came to."""
+    trainers, norms, power_of_two = [], [], loss_scale.power_of_two
+    for factor in (1, 2**17):
+        monkeypatch.setattr(loss_scale, "power_of_two", lambda share, factor=factor: power_of_two(share) * factor)
+        trainers.append(make_chat())
+        norms.append([])
+        trainers[-1].train(2, lambda _: norms[-1].append(trainers[-1].optimizer.state["grad_norm"].item()))
+    assert [trainer.state.largest for trainer in trainers] == list(loss_scale.LARGEST)
+    assert norms[1] == pytest.approx(norms[0], rel=0.01) and len(norms[1]) == trainers[1].state.step == 2
+    arrays = tree_flatten([trainers[1].model.trainable_parameters(), trainers[1].optimizer.state])
+    assert all(mx.isfinite(value).all().item() for _, value in arrays)
+
+
+def test_unscaled_gradients_have_the_bits_that_were_scaled():
+    grads = {"w": mx.random.normal((100,), key=mx.random.key(0)), "layer": {"b": mx.array([1e-20, -3e9, 0.0])}}
+    for power in (-8, 0, 13):
+        scale = mx.array(2.0**power)
+        again = loss_scale.unscaled(tree_map(lambda grad, scale=scale: grad * scale, grads), scale)
+        for (name, grad), (_, other) in zip(tree_flatten(grads), tree_flatten(again), strict=True):
+            assert mx.array_equal(grad.view(mx.int32), other.view(mx.int32)), name
 
 
 def test_chat_s_small_gradients_survive_in_float16(as_metal, half_folders):

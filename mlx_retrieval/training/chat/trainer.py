@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -55,17 +56,17 @@ def loss_of(model: nn.Module, ids: mx.array, counted: mx.array, share: mx.array)
     return total / share, counted.sum()
 
 
-def value_and_grad(model: nn.Module, loss: Callable) -> Callable:
+def value_and_grad(model: nn.Module, loss: Callable, largest: float = loss_scale.LARGEST[0]) -> Callable:
     """Return what `nn.value_and_grad(model, loss)` returns, but with float32 gradients.
 
     In float16 they come from a scaled loss (loss_scale.py): the gradient that enters the model at a counted token is at
-    most 1 / share, so the power of two at `share` brings it to about 1.
+    most 1 / share, so the power of two at `share` brings it to about 1, and times `largest` to about `largest`.
     """
     is_scaled = loss_scale.is_needed(model)
 
     def scaled(model: nn.Module, *batch: mx.array) -> tuple[mx.array, ...]:
         value, count = loss(model, *batch)
-        scale = loss_scale.power_of_two(batch[-1]) if is_scaled else mx.array(1.0)
+        scale = largest * loss_scale.power_of_two(batch[-1]) if is_scaled else mx.array(1.0)
         return value * scale, value, count, scale
 
     scaled_value_and_grad = nn.value_and_grad(model, scaled)
@@ -110,12 +111,20 @@ class StopTraining(Exception):  # noqa: N818  (no error: it ends mlx-lm's loop)
     """Raised by a callback to end mlx-lm's `train` after a step."""
 
 
-def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: int, per_step: int, callback) -> None:
+def tune(
+    model: nn.Module,
+    optimizer: Optimizer,
+    parts: Iterable[Part],
+    steps: int,
+    per_step: int,
+    callback,
+    largest: float = loss_scale.LARGEST[0],
+) -> None:
     """Run mlx-lm's `train` on `parts`, `per_step` of them a step, without its output.
 
     mlx-lm knows no way to end early, and at its own end it would write the weights once more. So
     `callback.on_train_loss_report(info)`, which it calls after each step with the step's loss as `info["train_loss"]`,
-    must raise StopTraining after the last step.
+    must raise StopTraining after the last step. `largest`: see `value_and_grad`.
     """
     from mlx_lm.cli_ui import make_console
     from mlx_lm.tuner.trainer import TrainingArgs, train
@@ -130,7 +139,7 @@ def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: i
     before = console.quiet
     console.quiet = True
     try:
-        with float32_gradients():
+        with float32_gradients(largest):
             train(
                 model=model,
                 optimizer=optimizer,
@@ -147,11 +156,11 @@ def tune(model: nn.Module, optimizer: Optimizer, parts: Iterable[Part], steps: i
 
 
 @contextmanager
-def float32_gradients() -> Iterator[None]:
+def float32_gradients(largest: float) -> Iterator[None]:
     """Let mlx-lm's step use `value_and_grad` of this file. It has no argument for that, so it gets another `nn`."""
     from mlx_lm.tuner import trainer
 
-    trainer.nn = SimpleNamespace(**vars(nn) | {"value_and_grad": value_and_grad})
+    trainer.nn = SimpleNamespace(**vars(nn) | {"value_and_grad": partial(value_and_grad, largest=largest)})
     try:
         yield
     finally:
@@ -184,6 +193,7 @@ class ChatState(State):
     # Since the last report: loss x trained tokens, trained tokens, real tokens, tokens with padding, seconds.
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
     parts: int = 0  # micro-batches of a step, if the device could not compute the run's own
+    largest: float = loss_scale.LARGEST[0]  # of the gradients that enter a float16 model, see `value_and_grad`
 
 
 class Weights(NamedTuple):
@@ -232,8 +242,12 @@ class ChatTrainer(BaseTrainer):
             steps = Steps(self, last, after_step)
             try:
                 with compiled(self.compiled):
-                    tune(self.model, self.optimizer, steps.parts(), last - self.state.step, self.batches.parts, steps)
-                return
+                    count, per_step = last - self.state.step, self.batches.parts
+                    tune(self.model, self.optimizer, steps.parts(), count, per_step, steps, self.state.largest)
+                if not steps.overflowed:
+                    return
+                self.state.largest = loss_scale.LARGEST[1]  # from here on, and the step is repeated
+                continue
             except RuntimeError as error:
                 if steps.before is None or not (self.weights_in_doubt and device_errors.is_overload(error)):
                     raise
@@ -261,6 +275,15 @@ class ChatTrainer(BaseTrainer):
         self.reporter.warn(
             f"{happened}: from here on {self.batches.parts} micro-batches a step, and the step is repeated"
         )
+
+    def overflows(self, loss: float) -> bool:
+        """Return whether float16 did not hold a step's scaled gradient, and a smaller scale is left to try.
+
+        Such a step has changed no weights.
+        """
+        is_finite = math.isfinite(self.optimizer.state["grad_norm"].item())
+        is_largest = self.state.largest == loss_scale.LARGEST[0]
+        return math.isfinite(loss) and not is_finite and is_largest and loss_scale.is_needed(self.model)
 
     def lighter(self) -> str:
         """Return the flags with which a resumed run does less at once."""
@@ -422,6 +445,7 @@ class Steps:
         self.numbers: np.ndarray | None = None  # the rows of the step that is being taken
         self.before: Weights | None = None  # as of that step's beginning; None = they would take too much memory
         self.began = 0.0
+        self.overflowed = False  # whether the loop ended at a step to be repeated, see `ChatTrainer.overflows`
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of every batch to come; mlx-lm asks for one when the step before it is done."""
@@ -444,6 +468,9 @@ class Steps:
         """Called by mlx-lm after each step."""
         self.trainer.weights_in_doubt = False
         device_memory.bound_cache()
+        self.overflowed = self.trainer.overflows(info["train_loss"])
+        if self.overflowed:
+            raise StopTraining
         seconds = time.perf_counter() - self.began
         record = self.trainer.update_state(self.numbers, info["train_loss"], seconds)
         if self.after_step(record) or self.trainer.state.step == self.last:
