@@ -86,6 +86,13 @@ def test_every_overhead_is_tried_and_the_default_comes_back(monkeypatch, run_mai
     assert "20.0%" in block
 
 
+def test_the_losses_at_the_end_are_counted(monkeypatch, run_main):
+    """Regression: "last 5" of two steps."""
+    monkeypatch.setattr(mac_check, "take_steps", lambda *_, **__: steps())
+    for count, name in (("2", "last 2"), ("20", "last 5")):
+        assert f"loss 1   {name}" in run_main({"run": mac_check.training}, "--steps", count)[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["metal", ""])
 def test_the_block(device):

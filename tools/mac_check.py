@@ -49,7 +49,8 @@ OVERHEADS = (32, 256, 512, 1_024)
 START = time.perf_counter()
 # After so many seconds a measurement takes no further step: in each dtype, and with each overhead.
 SECONDS, SECONDS_OF_OVERHEAD = 30, 8
-GB = 1e9
+LAST = 5  # steps whose mean loss is shown
+GB = 1 << 30  # as macOS counts memory
 
 
 @dataclass
@@ -137,13 +138,14 @@ def device(args: argparse.Namespace) -> Iterator[str]:
 
 def training(args: argparse.Namespace) -> Iterator[str]:
     """The default run in bfloat16 and in float32: they should learn alike."""
-    yield f"{'':10}{'loss 1':>9}{'last 5':>9}{'step 1 s':>10}{'tokens/s':>10}{'steps':>7}{'peak GB':>9}{'kept GB':>9}"
+    last = f"last {min(LAST, args.steps)}"
+    yield f"{'':10}{'loss 1':>9}{last:>9}{'step 1 s':>10}{'tokens/s':>10}{'steps':>7}{'peak GB':>9}{'kept GB':>9}"
     for dtype in ("bfloat16", "float32") if backend.IS_GPU else ("float32",):  # on CPUs bfloat16 is 40 times slower
         show(f"steps in {dtype}")
         steps = take_steps(args, args.steps, SECONDS, dtype=dtype)
-        last = statistics.fmean(steps.losses[-5:])
+        late = statistics.fmean(steps.losses[-LAST:])
         yield (
-            f"{dtype:10}{steps.losses[0]:9.4f}{last:9.4f}{steps.seconds[0]:10.2f}{steps.speed:10,.0f}"
+            f"{dtype:10}{steps.losses[0]:9.4f}{late:9.4f}{steps.seconds[0]:10.2f}{steps.speed:10,.0f}"
             f"{len(steps.losses):7}{steps.peak / GB:9.2f}{steps.kept / GB:9.2f}"
         )
 

@@ -24,6 +24,7 @@ import platform
 import shutil
 import sys
 import warnings
+from typing import NoReturn
 
 from mlx_retrieval.backend import blas, cpu_kernels
 
@@ -42,6 +43,12 @@ def _load_blas() -> str | None:
     return name
 
 
+def _refuse(reason: str) -> NoReturn:
+    """End the process because of a variable's value, as commands do for bad input."""
+    print(reason, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _has_cuda_wheel() -> bool:
     names = (dist.name or "" for dist in importlib.metadata.distributions())
     return any(name.startswith("mlx-cuda") for name in names)
@@ -50,7 +57,7 @@ def _has_cuda_wheel() -> bool:
 PLAIN = os.environ.get("MLX_RETRIEVAL_PLAIN", "0") not in ("", "0")
 AS = os.environ.get("MLX_RETRIEVAL_AS", "")
 if AS not in ("", "metal", "cpu"):
-    raise SystemExit(f"MLX_RETRIEVAL_AS={AS}: neither metal nor cpu")
+    _refuse(f"MLX_RETRIEVAL_AS={AS}: neither metal nor cpu")
 IS_LINUX_CPU = platform.system() == "Linux" and not _has_cuda_wheel()
 BLAS = _load_blas() if IS_LINUX_CPU else None
 KERNELS = False  # whether g++ vectorises the kernels that `mx.compile` writes: see `prepare`
@@ -65,6 +72,10 @@ if AS == "cpu":
 # Whether this process only takes the path of a Mac, on another machine: a mode for tests.
 AS_METAL = AS == "metal" and not mx.metal.is_available()
 if AS_METAL:
+    try:
+        as_metal.memory()
+    except ValueError as error:
+        _refuse(str(error))
     as_metal.install()
 IS_GPU = AS_METAL or mx.default_device() == mx.Device(mx.gpu)
 IS_CUDA = IS_GPU and platform.system() == "Linux" and not AS_METAL

@@ -3,8 +3,9 @@
     MLX_RETRIEVAL_AS=metal MLX_RETRIEVAL_MEMORY=8 python train.py --dry-run
 
 It covers the choices of `backend`, the memory that a Mac reports, and matrix products in half precision: Metal's
-kernels add them up in float32 and round once, and so does the BLAS here. mlx's own on CPUs would take 10 to 40 times as
-long. It shows neither Metal's speed nor its limits of time, nor sums in bfloat16, which Metal adds up in bfloat16.
+kernels add them up in float32 and round once, and so does the BLAS here. For that, gradients keep float32 copies of the
+factors: up to twice a Mac's memory is measured. It shows neither Metal's speed nor its limits of time, nor sums in
+bfloat16, which Metal adds up in bfloat16.
 """
 
 import os
@@ -27,15 +28,27 @@ def working_set(memory: int) -> int:
     return int(memory * (WORKING_SET if memory < LARGE * GIB else WORKING_SET_LARGE))
 
 
+def memory() -> int:
+    """Return the bytes of memory that MLX_RETRIEVAL_MEMORY says, in GiB. ValueError if it is no such number."""
+    given = os.environ.get("MLX_RETRIEVAL_MEMORY") or str(MEMORY)
+    try:
+        size = int(float(given) * GIB)
+    except (ValueError, OverflowError):  # OverflowError: infinite
+        size = 0
+    if size <= 0:
+        raise ValueError(f"MLX_RETRIEVAL_MEMORY={given}: not a number of GB above 0, such as 8")
+    return size
+
+
 def device_info() -> dict[str, str | int]:
     """Return what `mx.device_info` reports on a Mac with MLX_RETRIEVAL_MEMORY GiB."""
-    memory = int(float(os.environ.get("MLX_RETRIEVAL_MEMORY") or MEMORY) * GIB)
+    size = memory()
     return {
         "device_name": "Apple M (emulated)",
         "architecture": "applegpu_g14g",
-        "memory_size": memory,
-        "max_recommended_working_set_size": working_set(memory),
-        "max_buffer_length": int(memory * LARGEST_BUFFER),
+        "memory_size": size,
+        "max_recommended_working_set_size": working_set(size),
+        "max_buffer_length": int(size * LARGEST_BUFFER),
         "resource_limit": 499_000,
     }
 

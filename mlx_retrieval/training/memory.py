@@ -18,6 +18,7 @@ from data_loader import Batch
 from mlx_retrieval import backend
 from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.step_memory import loss_of_tokens, measure_passes
+from mlx_retrieval.utils.text import gb
 
 GRID = tuple(128 << i for i in range(14))  # tokens: 128 to 1,048,576
 UNLIMITED = 2 * GRID[-1]  # stands for no budget where ranks agree on the smallest
@@ -35,8 +36,8 @@ class Fit:
     def __str__(self) -> str:
         warning = "" if self.estimate <= self.free else ", which may be too little: see --grad-checkpoint, --max-length"
         return (
-            f"about {self.estimate / 1e9:.2f} GB at most, an estimate, with {self.budget:,} tokens at once; "
-            f"{self.free / 1e9:.2f} GB are free{warning}"
+            f"about {gb(self.estimate, 2)} GB at most, an estimate, with {self.budget:,} tokens at once; "
+            f"{gb(self.free, 2)} GB are free{warning}"
         )
 
 

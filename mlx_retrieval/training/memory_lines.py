@@ -1,7 +1,7 @@
 """Whether a run fits: the lines of its first screen, and of --dry-run about Macs.
 
 print_lines(Outlook(job).lines())                   before any weight is read
-print_lines(Outlook(job).mac_lines())
+print_lines(Outlook(job).measured_lines(peak))
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ import numpy as np
 
 from mlx_retrieval import backend
 from mlx_retrieval.training import memory
-from mlx_retrieval.training.estimate import METAL, Device, Estimate, Job, estimate, here
+from mlx_retrieval.training.estimate import FLOAT32, METAL, Device, Estimate, Job, estimate, here
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import gb
 
 MACS = (8, 16, 24, 32, 64)  # GiB of memory
 MACOS = 3 * GIB  # for macOS and a browser: a guess
 NEAR = 0.9  # flags are advised that leave a tenth free
-SHOWN = 5e7  # bytes; smaller parts of an estimate are not named
+SHOWN = 0.05 * GIB  # bytes; smaller parts of an estimate are not named
 AMPLE = 0.5  # of the free memory; what fits into it needs no measurement: estimates are within a fifth
 SHORTEST = 64  # tokens, below which no shorter texts are advised
 
@@ -95,25 +96,42 @@ class Outlook:
         flags, changed = found
         return f"{flags} would ({gb(estimate(changed, here()).total + taken)} GB)"
 
-    def mac_lines(self) -> Lines:
-        """Return a line each for Macs of several sizes, computed in the checkpoint's dtype or that of --dtype."""
-        return [(f"Mac, {size} GB", self._mac(size)) for size in MACS]
+    def measured_lines(self, peak: int) -> Lines:
+        """Return a line with the measured peak beside the estimate, and those about Macs.
 
-    def _mac(self, size: int) -> str:
-        room = int(min(as_metal.working_set(size * GIB), size * GIB - MACOS - self.process))
+        On a Mac's path, what was measured above the estimate is expected of other Macs as well.
+        """
+        expected = self.expected.total
+        text, excess = f"{gb(peak, 2)} GB at most; {gb(expected, 2)} estimated", 1.0
+        if backend.AS_METAL and self.job.width(here()) < FLOAT32:
+            text += " for a Mac, which makes none of this mode's float32 copies"
+        elif backend.IS_METAL:
+            excess = max(1.0, peak / expected)
+        return [("measured", text), *self.mac_lines(excess)]
+
+    def mac_lines(self, excess: float = 1.0) -> Lines:
+        """Return a line each for Macs of several sizes, computed in the checkpoint's dtype or that of --dtype.
+
+        `excess`: what runs take, as a multiple of the estimate.
+        """
+        return [(f"Mac, {size} GB", self._mac(size, excess)) for size in MACS]
+
+    def _mac(self, size: int, excess: float) -> str:
+        whole = min(as_metal.working_set(size * GIB), size * GIB - MACOS - self.process)
+        room = int(whole / excess)
         job, decided = self.job, decides(self.job, METAL)
         if decided:  # the budget that it has is this machine's
             job = dataclasses.replace(_with(job, budget=0), parts=1)
         found = smallest_change(job, METAL, room)
         if found is None:
             least = as_fits(job, METAL, room) if decided else job
-            return f"does not fit: {gb(estimate(least, METAL).total)} of {gb(room)} GB"
+            return f"does not fit: {gb(excess * estimate(least, METAL).total)} of {gb(whole)} GB"
         flags, changed = found
         chosen = ""
         if decided:
             changed = as_fits(changed, METAL, room)
             chosen = self._chosen(changed)
-        needed = f"{gb(estimate(changed, METAL).total)} of {gb(room)} GB{chosen}"
+        needed = f"{gb(excess * estimate(changed, METAL).total)} of {gb(whole)} GB{chosen}"
         return f"fits with {flags}: {needed}" if flags else f"fits: {needed}"
 
     @staticmethod
@@ -123,11 +141,6 @@ class Outlook:
             return f", in {job.parts} micro-batches" if job.parts > 1 else ""
         budget = job.cutting.budget
         return f", {budget:,} tokens at once" if budget and budget < METAL.tokens else ""
-
-
-def gb(count: float, digits: int = 1) -> str:
-    """Return bytes in GB, such as 1.9; below 0.05 with two digits."""
-    return f"{count / 1e9:.{2 if digits and count < 5e7 else digits}f}"
 
 
 def resident() -> int:

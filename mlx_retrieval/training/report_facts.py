@@ -19,7 +19,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.curves import read_metrics
 from mlx_retrieval.training.improvement import model_to_use
 from mlx_retrieval.training.reporting import METRICS_FILE, without_secrets
-from mlx_retrieval.utils.text import excerpt, shell
+from mlx_retrieval.utils.text import excerpt, gb, shell
 
 PACKAGES = ("mlx-retrieval", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 LONGEST_VALUE = 400  # characters of a setting
@@ -53,7 +53,7 @@ def run_facts(folder: Path) -> list[tuple[str, str]]:
     return [
         ("time of the steps", duration(seconds)),
         ("speed", f"{tokens / seconds:,.0f} tokens a second, {tokens:,} tokens in all"),
-        ("peak memory", f"{peak / 1e9:.2f} GB"),
+        ("peak memory", f"{gb(peak, 2)} GB"),
     ]
 
 

@@ -26,7 +26,7 @@ from mlx_retrieval.training.curves import MAIN_METRIC, draw_curves, is_number, m
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import shell
+from mlx_retrieval.utils.text import gb, shell
 
 
 class NullReporter:
@@ -270,7 +270,7 @@ class Reporter:
             "loss": "loss {:#.4g}",
             "learning_rate": "lr {:.2e}",
             "tokens_per_second": "{:,.0f} tok/s",
-            "peak_memory_gb": "peak {:.1f} GB",
+            "peak_memory": "peak {} GB",
             MAIN_METRIC: "nDCG@10 {:.4f}",
             "validation_loss": "validation loss {:#.4g}",
             "best": "best {}",
@@ -278,7 +278,8 @@ class Reporter:
             "padding": "padding {:.1%}",
             "epoch": "epoch {:.2f}",
         }
-        values = self._shown | {"peak_memory_gb": self._shown.get("peak_memory_bytes", 0) / 1e9 or None}
+        peak = self._shown.get("peak_memory_bytes")
+        values = self._shown | {"peak_memory": gb(peak) if peak else None}
         return [text.format(values[key]) for key, text in formats.items() if values.get(key) is not None]
 
     def _counts(self) -> str:

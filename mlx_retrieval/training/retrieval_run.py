@@ -42,7 +42,7 @@ from mlx_retrieval.training.example_rows import example_lines
 from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
-from mlx_retrieval.training.memory_lines import Outlook, decides, gb
+from mlx_retrieval.training.memory_lines import Outlook, decides
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
@@ -118,8 +118,7 @@ class RetrievalRun:
                 ("first batch", f"{quantity(texts, 'distinct text')}, {batch.tokens:,} tokens, longest {longest}"),
                 ("plan", f"{quantity(result.micro_batches, 'micro-batch')}, {plan['padding']:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s, loss {plan['loss']:.4f}"),
-                ("measured", f"{gb(peak, 2)} GB at most; {gb(self.outlook.expected.total, 2)} estimated"),
-                *self.outlook.mac_lines(),
+                *self.outlook.measured_lines(peak),
                 ("all steps", f"{minutes} min {rest} s for {quantity(settings.steps, 'step')}{self._evaluations()}"),
                 ("dry run", "nothing was trained or written"),
             ]
@@ -220,15 +219,12 @@ class RetrievalRun:
                 *evaluation_flags(self.settings),
             )
             lines.append(("evaluate", shell(*again)))
-        if not corpora:  # no file of texts to name
-            script = "rerank.py" if self.retrieval.task == "rerank" else "embed.py"
-            return [*lines, ("use", f"{script} --model {model} takes texts of yours; --help says how")]
-        texts = located(corpora[0])
+        texts, where = (located(corpora[0]), "") if corpora else ("FILE", "  # FILE: texts of your own")
         if self.retrieval.task == "rerank":
-            query = ("--query", "your question", "--documents", texts)
-            return [*lines, ("next", shell("python", "rerank.py", "--model", model, *query))]
-        use = ("python", "embed.py", "--model", model, "--input", texts, "--output", "vectors.npy")
-        return [*lines, ("next", shell(*use))]
+            use = ("python", "rerank.py", "--model", model, "--query", "your question", "--documents", texts)
+        else:
+            use = ("python", "embed.py", "--model", model, "--input", texts, "--output", "vectors.npy")
+        return [*lines, ("next", shell(*use) + where)]
 
 
 def build_model(

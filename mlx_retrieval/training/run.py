@@ -123,8 +123,9 @@ def run(job: Run, chosen: bool = False) -> dict:
         with distributed.raise_together("the begin"):
             if distributed.is_main():
                 stack.enter_context(output_folder.held(settings, chosen))
+                lines = begin(job)
                 print_headline(job, chosen)
-                begin(job)
+                print_lines(lines)
         settings.output = distributed.broadcast_object("the folder of the run", lambda: settings.output)
         if distributed.size() > 1:
             trainer.follow()
@@ -166,8 +167,12 @@ def print_headline(job: Run, chosen: bool) -> None:
     print_lines(job.headline)
 
 
-def begin(job: Run) -> None:
-    """Make the run's folder, or load the last step that was saved in it. Of several ranks, the first one does it."""
+def begin(job: Run) -> Lines:
+    """Make the run's folder, or load the last step that was saved in it, and return lines that say so.
+
+    Of several ranks, the first one does it. UserError if the run cannot go on from there.
+    """
+    lines = []
     if job.settings.overwrite:
         checkpoint.remove_run(job.folder)
     if job.settings.resume:
@@ -183,9 +188,9 @@ def begin(job: Run) -> None:
         if changed & {"evaluation", "validation"}:
             job.trainer.forget_evaluations()
         job.restore(changed)
-        print_lines(lines)
     write_yaml(job.settings, job.folder / "config.yaml")
     contents.write(job.folder, now)
+    return lines
 
 
 def open_reporter(job: Run) -> Reporter | NullReporter:

@@ -52,6 +52,12 @@ def located(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def gb(count: float, digits: int = 1) -> str:
+    """Return bytes in the GB that memory is sold in and macOS counts in, 2^30 bytes: `1.9`; below 0.05, two digits."""
+    count /= 1 << 30
+    return f"{count:.{2 if digits and count < 0.05 else digits}f}"
+
+
 def quantity(count: int, noun: str) -> str:
     """Return a number and what it counts: `1 row`, `2,000 rows`, `2 queries`; `noun` is in the singular."""
     if count != 1:

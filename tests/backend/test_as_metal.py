@@ -40,10 +40,26 @@ def test_a_process_and_the_fixture_take_the_same_path(run_python, monkeypatch):
     assert modules == "mlx_retrieval.backend.as_metal mlx_retrieval.backend.as_metal"
 
 
-def test_other_names_are_refused(run_python, monkeypatch):
-    monkeypatch.setenv("MLX_RETRIEVAL_AS", "Metall")
+@pytest.mark.parametrize("device, memory, line", [
+    ("Metall", "8", "MLX_RETRIEVAL_AS=Metall: neither metal nor cpu"),
+    ("metal", "abc", "MLX_RETRIEVAL_MEMORY=abc: not a number of GB above 0, such as 8"),
+])  # fmt: skip
+def test_other_values_are_refused(run_python, monkeypatch, device, memory, line):
+    """Regression: a traceback, and exit code 1."""
+    monkeypatch.setenv("MLX_RETRIEVAL_AS", device)
+    monkeypatch.setenv("MLX_RETRIEVAL_MEMORY", memory)
     done = run_python("import mlx_retrieval.backend")
-    assert done.returncode == 1 and "MLX_RETRIEVAL_AS=Metall: neither metal nor cpu" in done.stderr
+    assert done.returncode == 2 and done.stderr.strip() == line
+
+
+@pytest.mark.parametrize("given, gib", [("8", 8), ("0.5", 0.5), ("", 16), ("0", 0), ("-8", 0), ("nan", 0), ("inf", 0)])
+def test_the_memory_of_a_mac_is_a_number_above_0(monkeypatch, given, gib):
+    monkeypatch.setenv("MLX_RETRIEVAL_MEMORY", given)
+    if gib:
+        assert mode.memory() == gib * 2**30
+    else:
+        with pytest.raises(ValueError, match=f"MLX_RETRIEVAL_MEMORY={given}: "):
+            mode.memory()
 
 
 @pytest.mark.parametrize("gib, mib", [(8, 5461), (16, 10922), (32, 21845), (36, 27648), (64, 49152)])

@@ -154,12 +154,40 @@ def test_macs():
     lines = dict(Outlook(job, process=int(0.5 * GIB)).mac_lines())
     assert list(lines) == [f"Mac, {size} GB" for size in (8, 16, 24, 32, 64)]
     rooms = [float(line.split(" of ")[1].split()[0]) for line in lines.values()]
-    expected = [min(2 / 3 * size, size - 3.5) * GIB / 1e9 for size in (8, 16, 24, 32)]
-    assert rooms == [round(room, 1) for room in [*expected, 0.75 * 64 * GIB / 1e9]]
+    expected = [min(2 / 3 * size, size - 3.5) for size in (8, 16, 24, 32)]
+    assert rooms == [round(room, 1) for room in [*expected, 0.75 * 64]]
     assert "--grad-checkpoint" in lines["Mac, 8 GB"] or "--micro-batch-tokens" in lines["Mac, 8 GB"]
     assert all(len(name) + 3 + len(line) <= 80 for name, line in lines.items()), lines
     huge = Outlook(replace(job, numbers=200_000_000_000), process=0)
     assert dict(huge.mac_lines())["Mac, 64 GB"].startswith("does not fit: ")
+
+
+def test_the_memory_of_a_mac_is_told_as_it_is_sold(as_metal, monkeypatch):
+    """Regression: 9 GB for a Mac of 8, 17 for 16, 69 for 64."""
+    for size in (8, 16, 64):
+        monkeypatch.setenv("MLX_RETRIEVAL_MEMORY", str(size))
+        ((_, line),) = Outlook(JOB, process=0).lines()
+        assert f"; this machine has {size} GB, " in line
+
+
+def test_what_was_measured_on_a_mac_s_path_is_expected_of_other_macs(as_metal, monkeypatch):
+    """Regression: lines about Macs repeated the estimate below a higher figure. The mode's own copies are no Mac's."""
+    job = replace(JOB, sizes=sizes_of(QWEN), numbers=600_000_000, dtype=4, lengths=(np.array([512] * 16),))
+    outlook = Outlook(job, process=0)
+    expected = outlook.expected.total
+    measured, *macs = outlook.measured_lines(expected // 2)
+    assert "copies" not in measured[1] and macs == outlook.mac_lines()
+    assert outlook.measured_lines(5 * expected // 4)[-1][1] == f"fits: {1.25 * expected / GIB:.1f} of 48.0 GB"
+    assert outlook.measured_lines(4 * expected)[-1][1].startswith("fits with --")
+    half = Outlook(replace(job, dtype=2), process=0)
+    measured, *macs = half.measured_lines(4 * expected)
+    assert measured[1].endswith("for a Mac, which makes none of this mode's float32 copies")
+    assert macs == half.mac_lines()
+    monkeypatch.setattr(backend, "AS_METAL", False)  # a Mac itself
+    assert half.measured_lines(4 * expected)[1:] != half.mac_lines()
+    for name in ("IS_METAL", "IS_GPU"):  # a CPU, whose passes are others
+        monkeypatch.setattr(backend, name, False)
+    assert outlook.measured_lines(4 * expected)[1:] == outlook.mac_lines()
 
 
 def test_a_run_says_before_it_reads_a_weight_whether_it_fits(settings, monkeypatch, capsys):

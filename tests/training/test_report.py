@@ -222,7 +222,7 @@ def test_the_page_is_whole_and_everything_in_it_is_escaped(folder, tasks, tmp_pa
     run = str(folder)
     assert f"python train.py --config '{run}/config.yaml' --output '{run}-again'" in text
     assert f"python eval.py --model '{run}/best' --eval-tasks 'my folder; rm -rf ~'" in text
-    assert "65 s" not in text and "1 min 5 s" in text and "2.50 GB" in text
+    assert "65 s" not in text and "1 min 5 s" in text and "2.33 GB" in text
     chips = [li for li in re.findall(r"<li>.*?</li>", page, re.DOTALL) if "relevant" in li]
     shown = [d for change in report.gained + report.lost for d in change.documents_before + change.documents_after]
     assert len(chips) == sum(document.relevant for document in shown) < len(shown) / 2

@@ -166,7 +166,7 @@ def test_plain_output_is_about_ten_lines_without_control_codes(tmp_path, no_term
     assert len(text.splitlines()) == lines
     assert "\x1b" not in text and "\r" not in text
     assert f"{total}/{total} 100%" in text.splitlines()[-1]
-    assert "loss 2.000  lr 2.00e-05  5,123 tok/s  peak 1.2 GB" in text.splitlines()[0]
+    assert "loss 2.000  lr 2.00e-05  5,123 tok/s  peak 1.1 GB" in text.splitlines()[0]
 
 
 def test_plain_output_of_a_resumed_run(tmp_path, no_terminal):

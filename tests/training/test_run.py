@@ -165,13 +165,15 @@ def test_an_evaluation_that_the_gpu_ended_comes_first_in_the_resumed_run(toy, mo
     assert job.trainer.state.best_step == 4
 
 
-def test_a_stopped_run_continues_at_its_step(toy):
+def test_a_stopped_run_continues_at_its_step(toy, capsys):
     assert run.run(toy(stop_after=3)) == {"steps": 3}  # not "improved": it has not ended
     job = toy(resume=True)
     run.run(job)
     assert job.trainer.events[:3] == ["load step-000003", "restore", "step 4"]
+    capsys.readouterr()
     with pytest.raises(UserError, match="is finished"):
         run.run(toy(resume=True))
+    assert capsys.readouterr().out == ""  # no headline of a run that does not begin, which may name another dtype
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -403,7 +405,9 @@ def test_the_next_line_names_the_best_model_and_texts_that_are_there(task, tmp_p
     job = SimpleNamespace(folder=tmp_path / "run", data=data, retrieval=SimpleNamespace(task=task))
     (job.folder / "final").mkdir(parents=True)
     ((name, line),) = RetrievalRun.next_lines(job)
-    assert name == "use" and f"--model {job.folder / 'final'} takes texts of yours" in line  # there is no file of texts
+    words = shlex.split(line, comments=True)  # Regression: it was no command where there is no file of texts
+    assert name == "next" and words[0] == "python" and words[words.index("--model") + 1] == str(job.folder / "final")
+    assert "FILE" in words and line.endswith("  # FILE: texts of your own")
     (tmp_path / "my eval").mkdir()
     (tmp_path / "my eval" / "corpus.jsonl").touch()
     for name in ("final", "best"):

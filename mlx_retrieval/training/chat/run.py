@@ -31,7 +31,7 @@ from mlx_retrieval.training.estimate_job import chat_job
 from mlx_retrieval.training.example_rows import conversation_lines
 from mlx_retrieval.training.headline import describe_rate, machine_lines, model_lines
 from mlx_retrieval.training.length import describe_length, length_warnings, resolve_length
-from mlx_retrieval.training.memory_lines import Outlook, decides, gb
+from mlx_retrieval.training.memory_lines import Outlook, decides
 from mlx_retrieval.training.report import Report, loss_report
 from mlx_retrieval.training.report_facts import model_defaults
 from mlx_retrieval.training.settings_file import write_yaml
@@ -39,7 +39,7 @@ from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.utils.console import Lines, print_lines
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity, shell
+from mlx_retrieval.utils.text import gb, quantity, shell
 
 MAX_LENGTH = 2048  # where --max-length is not given
 
@@ -112,8 +112,8 @@ class ChatRun:
         state = self.trainer.state
         speed = state.tokens / state.seconds if state.seconds else 0
         lines = [
-            ("speed", f"{speed:,.0f} tokens/s, peak memory {backend.peak_memory() / 1e9:.2f} GB "
-                      f"(estimated {self.outlook.expected.total / 1e9:.2f})"),
+            ("speed", f"{speed:,.0f} tokens/s, peak memory {gb(backend.peak_memory(), 2)} GB "
+                      f"(estimated {gb(self.outlook.expected.total, 2)})"),
             ("next", shell("mlx_lm.generate", *adapted, "--prompt", "...")),
             ("fuse", shell("mlx_lm.fuse", *adapted, "--save-path", "fused", *dequantize)),
             ("export", shell("python", "export.py", "--adapter", model, "--output", "my-chat")),
@@ -137,11 +137,7 @@ class ChatRun:
             [
                 ("largest", f"{counts.tokens:,} tokens, {1 - counts.tokens / counts.padded:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s"),
-                (
-                    "measured",
-                    f"{gb(backend.peak_memory(), 2)} GB at most; {gb(self.outlook.expected.total, 2)} estimated",
-                ),
-                *self.outlook.mac_lines(),
+                *self.outlook.measured_lines(plan["peak_memory_bytes"]),
                 ("dry run", "nothing was trained or written"),
             ]
         )
