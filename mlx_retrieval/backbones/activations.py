@@ -38,6 +38,7 @@ class Passes:
         how: "compiled" on CPUs, "plain" on GPUs; with gradient checkpointing "checkpointed" and "plain checkpointed".
         train_type: "lora", "dora" or "full".
         half: whether in 16 bits.
+        float16: whether these are float16's.
         trained_layers: the last N blocks, which alone keep something; -1 = all.
     """
 
@@ -45,6 +46,7 @@ class Passes:
     train_type: str = "lora"
     half: bool = False
     trained_layers: int = -1
+    float16: bool = False
 
 
 def sizes_of(config: dict) -> Sizes:
@@ -173,6 +175,10 @@ NUMBERS: dict[str, dict[str, tuple[Sizes5, Sizes5]]] = {
 LORA_COPIES = 2  # of an adapter's inner numbers, its rank, for each of a block's about seven linear layers
 LINEAR_LAYERS = 7
 DORA_COPIES = 0.6  # of a linear layer's output; from BERT's peaks in benchmarks/memory.py, as most are freed at once
+# Of states and of the feed-forward part: what a block keeps beside that in float16, as it computes partly in float32
+# and clips what would exceed float16. A block that is computed again holds so many times that. Fitted to two shapes.
+CLIPPED = {"gemma": (8.0, 0.0), "t5": (6.0, 4.0), "gated t5": (5.0, 12.0)}
+CLIPPED_AGAIN = 1.4
 
 
 def activations(sizes: Sizes, passes: Passes, rows: int, width: int, rank: int = 0) -> float:
@@ -185,6 +191,8 @@ def activations(sizes: Sizes, passes: Passes, rows: int, width: int, rank: int =
     _, once = _numbers(sizes.family, passes)
     widths = _widths(sizes, width)
     rest = rows * width * sum(count * size for count, size in zip(once, widths, strict=True))
+    if "checkpointed" in passes.how:
+        rest += CLIPPED_AGAIN * rows * width * _clipped(sizes, passes)
     return kept_activations(sizes, passes, rows, width, rank) + rest
 
 
@@ -193,11 +201,17 @@ def kept_activations(sizes: Sizes, passes: Passes, rows: int, width: int, rank: 
     layer, _ = _numbers(sizes.family, passes)
     block = sum(count * size for count, size in zip(layer, _widths(sizes, width), strict=True))
     if "checkpointed" not in passes.how:
-        block += LORA_COPIES * LINEAR_LAYERS * rank
+        block += LORA_COPIES * LINEAR_LAYERS * rank + _clipped(sizes, passes)
         if passes.train_type == "dora":  # the outputs of the linear layers, before they are scaled
             block += DORA_COPIES * (2 * sizes.hidden + sizes.attention + 2 * sizes.keys + 2 * sizes.inner)
     layers = sizes.layers if passes.trained_layers == -1 else passes.trained_layers
     return rows * width * layers * block
+
+
+def _clipped(sizes: Sizes, passes: Passes) -> float:
+    """Return the numbers of a token that a block keeps in float16 beside those in bfloat16."""
+    states, inner = CLIPPED.get(sizes.family, (0.0, 0.0)) if passes.float16 else (0.0, 0.0)
+    return states * sizes.hidden + inner * sizes.inner
 
 
 def _widths(sizes: Sizes, width: int) -> tuple[int, int, int, int, int]:

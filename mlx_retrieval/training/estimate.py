@@ -96,6 +96,7 @@ class Job:
         integers: bytes of quantised weights.
         checkpoint: bytes of a number in the checkpoint.
         dtype: bytes of a number that --dtype asks for; 0 = none in particular, see `width`.
+        float16: whether half precision is float16, and not bfloat16.
         trained: numbers that are trained.
         new: those of them that are new, as an adapter's are, and float32 on every device.
         merged, product: of weights that a CPU merges with adapters, and of their products for a token.
@@ -124,6 +125,7 @@ class Job:
     representation: int
     token_vectors: bool
     dtype: int = 0
+    float16: bool = False
     queries: int = 0
     train_type: str = "lora"
     rank: int = 0
@@ -229,7 +231,8 @@ def _passes(job: Job, device: Device, width: int) -> Passes:
     how = "compiled" if device.compiled and device.fused else "plain"
     if job.grad_checkpoint:
         how = "checkpointed" if device.fused else "plain checkpointed"
-    return Passes(how, job.train_type, width < FLOAT32, job.trained_layers)
+    half = width < FLOAT32
+    return Passes(how, job.train_type, half, job.trained_layers, half and job.float16)
 
 
 def _chat_step(job: Job, device: Device, width: int) -> int:

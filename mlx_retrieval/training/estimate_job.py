@@ -29,6 +29,7 @@ from mlx_retrieval.training.rerank_batches import GroupBatch
 
 SAMPLES = 2  # batches whose lengths stand for the run's
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a number, by the dtypes of safetensors
+FLOAT16 = ("float16", "F16")  # by the names of --dtype and of safetensors
 
 
 def retrieval_job(
@@ -98,14 +99,16 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
     new = _numbers(model) - before
     mergeable = merged_lora.mergeable(model)
     count, _ = count_parameters(model)
+    checkpoint = checkpoint_dtype(base)
     return Job(
         sizes=sizes_of(backbone.config),
         parameters=count - new,
         numbers=before,
         unused=0,
         integers=sum(value.nbytes for value in parameters if not mx.issubdtype(value.dtype, mx.floating)),
-        checkpoint=checkpoint_width(base),
+        checkpoint=BYTES[checkpoint],
         dtype=0 if dtype == "auto" else getattr(mx, dtype).size,
+        float16=(checkpoint if dtype == "auto" else dtype) in FLOAT16,
         trained=trained,
         new=new,
         merged=merged_lora.weight_size(mergeable) // FLOAT32,
@@ -125,15 +128,15 @@ def _numbers(module: nn.Module) -> int:
     return sum(value.size for value in values if mx.issubdtype(value.dtype, mx.floating))
 
 
-def checkpoint_width(folder: Path) -> int:
-    """Return the bytes of most floating-point numbers in a folder's safetensors, by their headers; 4 without any."""
-    sizes: dict[int, int] = {}
+def checkpoint_dtype(folder: Path) -> str:
+    """Return the dtype of most floating-point numbers in a folder's safetensors, by their headers; F32 without any."""
+    sizes: dict[str, int] = {}
     for file in weight_files(folder):
         for entry in tensor_table(file).values():
-            if width := BYTES.get(entry["dtype"]):
+            if width := BYTES.get(dtype := entry["dtype"]):
                 first, last = entry["data_offsets"]
-                sizes[width] = sizes.get(width, 0) + (last - first) // width
-    return max(sizes, key=sizes.get, default=FLOAT32)
+                sizes[dtype] = sizes.get(dtype, 0) + (last - first) // width
+    return max(sizes, key=sizes.get, default="F32")
 
 
 def samples(batches: Batches) -> list[Batch | GroupBatch]:

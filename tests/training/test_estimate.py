@@ -97,6 +97,20 @@ def test_a_dtype_that_is_asked_for_decides_on_every_device(device):
     assert asked[0] == asked[2 if device.gpu else 4] and asked[2] < asked[4]
 
 
+@pytest.mark.parametrize("how", ["plain", "plain checkpointed"])
+def test_what_is_clipped_in_float16_counts(how):
+    """Regression: Gemma took 1.2 times the estimate in float16, and mT5 twice."""
+    for family, ratio in (("gemma", 1.08), ("gated t5", 1.3), ("llama", 1)):
+        sizes = Sizes(family, 5, 64, 4, 64, 16, 128, 512)
+        half, float16 = (
+            activations(sizes, Passes(how, half=True, float16=float16), 16, 32) for float16 in (False, True)
+        )
+        assert float16 > ratio * half if ratio > 1 else float16 == half
+    job = replace(JOB, sizes=replace(SIZES, family="gemma"), float16=True)
+    assert estimate(job, METAL).step > estimate(replace(job, float16=False), METAL).step
+    assert estimate(job, PLAIN) == estimate(replace(job, float16=False), PLAIN)  # which computes in float32
+
+
 def test_language_models_add_their_logits():
     few, many = (replace(sizes_of(QWEN), vocabulary=n) for n in (1000, 2000))
     difference = [language_model_activations(sizes, Passes("plain"), 2, 10) for sizes in (few, many)]
@@ -249,11 +263,11 @@ def test_the_dry_run_has_the_estimate_and_a_line_a_mac(settings, capsys):
 
 
 def test_the_checkpoint_is_known_by_its_headers(tmp_path):
-    from mlx_retrieval.training.estimate_job import checkpoint_width
+    from mlx_retrieval.training.estimate_job import checkpoint_dtype
 
-    for dtype, width in ((mx.bfloat16, 2), (mx.float32, 4)):
+    for dtype, name in ((mx.bfloat16, "BF16"), (mx.float16, "F16"), (mx.float32, "F32")):
         mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.zeros((4, 4), dtype), "b": mx.zeros(2)})
-        assert checkpoint_width(tmp_path) == width
+        assert checkpoint_dtype(tmp_path) == name
 
 
 def test_sizes_of_configs():
