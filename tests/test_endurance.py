@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import endurance
 
 from mlx_retrieval import backend
-from mlx_retrieval.models import cpu_model_runner
+from mlx_retrieval.models import compiled
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path)
 @pytest.mark.slow
 def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
     """Once the compiled passes of as many shapes as are kept are there, which takes hundreds of steps with 512."""
-    monkeypatch.setattr(cpu_model_runner, "SHAPES_KEPT", 24)
+    monkeypatch.setattr(compiled, "SHAPES_KEPT", 24)
     monkeypatch.setattr(backend, "LENGTH_GRID", 32)
     found = endurance.watch(tmp_path, 150, longest=40)
     assert endurance.growth(found, 50) < endurance.GROWTH, found
