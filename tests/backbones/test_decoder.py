@@ -270,12 +270,12 @@ def test_recurrent_layers_cannot_be_bidirectional(tmp_path):
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])
 def test_loaded_frozen_in_evaluation_mode_and_float32_on_cpu(folders, tmp_path, kind):
     folder = random_models.recast(folders[kind], tmp_path / "m", mx.bfloat16)
-    backbone = load_backbone(folder, dtype=mx.float32)
+    backbone = load_backbone(folder, dtype="float32")
     assert not tree_flatten(backbone.trainable_parameters())
     assert not any(module.training for _, module in backbone.named_modules())
     assert {value.dtype for _, value in tree_flatten(backbone.parameters())} == {mx.float32}
     assert backbone.hidden_states(*texts()).dtype == mx.float32
-    half = load_backbone(folder, dtype=mx.bfloat16)
+    half = load_backbone(folder, dtype="bfloat16")
     assert {value.dtype for _, value in tree_flatten(half.parameters())} == {mx.bfloat16}
     assert count_parameters(backbone) == (sum(v.size for _, v in tree_flatten(backbone.parameters())), 0)
 
@@ -285,7 +285,7 @@ def test_loaded_frozen_in_evaluation_mode_and_float32_on_cpu(folders, tmp_path, 
 def test_quantised_decoder(folders, tmp_path, bits, bidirectional):
     """Close to the original model, equal padded and alone, and counted as dequantised weights."""
     folder = random_models.quantised(folders["gemma3_text"], tmp_path / "q", bits=bits)
-    whole, backbone = (load_backbone(f, bidirectional, mx.float32) for f in (folders["gemma3_text"], folder))
+    whole, backbone = (load_backbone(f, bidirectional, "float32") for f in (folders["gemma3_text"], folder))
     ids, lengths = texts()
     actual = rows_of(backbone, ids, lengths)
     assert_close(actual, alone(backbone, ids, lengths), 1e-4)  # the matrix-vector kernel sums in another order

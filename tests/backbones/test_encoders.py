@@ -333,7 +333,7 @@ def test_quantised(folders, tmp_path, kind, bits, embeddings):
 @pytest.mark.parametrize("kind", ["t5", "t5-v1.1"])
 def test_t5_in_float16_stays_finite(folders, kind):
     """States of large T5 models outgrow float16."""
-    backbone, (ids, lengths) = load_backbone(folders[kind], dtype=mx.float16), texts((30, 4))
+    backbone, (ids, lengths) = load_backbone(folders[kind], dtype="float16"), texts((30, 4))
     exact = rows_of(load_backbone(folders[kind]), ids, lengths)
     assert_close([row.astype(np.float32) for row in rows_of(backbone, ids, lengths)], exact, 0.1)
     backbone.layers[1].layer[1]["DenseReluDense"].wo.weight *= 20_000
@@ -344,7 +344,7 @@ def test_t5_in_float16_stays_finite(folders, kind):
 @pytest.mark.parametrize("kind", ["t5", "t5-v1.1"])
 def test_t5_in_float16_where_the_feed_forward_products_overflow(folders, kind):
     """Regression: what `wi` and the gate gave was infinite, and `wo` made NaN of it. bfloat16 and float32 bear it."""
-    half, whole = load_backbone(folders[kind], dtype=mx.float16), load_backbone(folders[kind], dtype=mx.float32)
+    half, whole = load_backbone(folders[kind], dtype="float16"), load_backbone(folders[kind], dtype="float32")
     for backbone in (half, whole):
         dense = backbone.layers[1].layer[1]["DenseReluDense"]
         for name in ("wi", "wi_0", "wi_1"):

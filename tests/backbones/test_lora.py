@@ -64,7 +64,8 @@ def test_adapters_train_every_linear_layer_of_every_block(folders, kind, train_t
 @pytest.mark.parametrize("bits", [3, 5, 6])
 def test_dora_on_bits_that_do_not_fill_32(folders, tmp_path, bits):
     """Regression: mlx-lm took the number of inputs for a smaller one, and the first pass failed."""
-    backbone = load_backbone(random_models.quantised(folders["qwen3"], tmp_path / "base", bits=bits))
+    folder = random_models.quantised(folders["qwen3"], tmp_path / "base", bits=bits)
+    backbone = load_backbone(folder, dtype="float32")  # few bits magnify the rounding of half precision
     expected = np.array(backbone.hidden_states(*texts()))
     lora.adapt(backbone, "dora", rank=2)
     assert np.abs(np.array(backbone.hidden_states(*texts())) - expected).max() < 2e-5 * np.abs(expected).max()

@@ -143,13 +143,13 @@ def test_padding_that_leaks(model, monkeypatch):
 
 
 def test_padding_that_leaks_only_in_what_encode_compiles(model, monkeypatch):
-    original = embedder.micro_batches
+    original = model.runner.micro_batches
 
     def cut(tokens, budget, pad_id):
         for index, rows in original(tokens, budget, pad_id):
             yield index, rows._replace(end=mx.full(rows.end.shape, rows.ids.shape[1], mx.int32))
 
-    monkeypatch.setattr(embedder, "micro_batches", cut)
+    monkeypatch.setattr(model.runner, "micro_batches", cut)
     assert "order and batching" in failed(model) and "padding invariance" not in failed(model)
 
 
@@ -271,8 +271,8 @@ def test_prompts_as_reserved_words(model):
 
 
 def test_order_that_is_lost(model, monkeypatch):
-    original = embedder.micro_batches
-    monkeypatch.setattr(embedder, "micro_batches", lambda *a: ((np.sort(i), rows) for i, rows in original(*a)))
+    original = model.runner.micro_batches
+    monkeypatch.setattr(model.runner, "micro_batches", lambda *a: ((np.sort(i), rows) for i, rows in original(*a)))
     assert "order and batching" in failed(model)
 
 

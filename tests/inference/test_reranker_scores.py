@@ -483,6 +483,7 @@ def test_half_a_surrogate_pair_is_printed(tmp_path, capsysbinary, monkeypatch):
             return [{"index": i, "score": 0.5, "document": f"{query} {text}"} for i, text in enumerate(documents)]
 
     monkeypatch.setattr(rerank, "open_reranker", lambda args: Echo())
+    monkeypatch.setattr(rerank.dtypes, "warn", lambda *_: None)  # it has no weights
     (tmp_path / "docs.jsonl").write_text(r'{"text": "half \ud83d emoji"}')
     flags = ["--model", "m", "--query", "whale\udcff", "--documents", str(tmp_path / "docs.jsonl")]
     for format in ([], ["--json"]):
