@@ -119,6 +119,14 @@ def _compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         backend.mx.disable_compile()  # a conversation's trainer enables it
 
 
+@pytest.fixture(autouse=True)
+def _cache_limit() -> Iterator[None]:
+    """Bound mlx's cache as on CPUs again, after a test on the path of GPUs has bounded it otherwise."""
+    yield
+    if not backend.IS_GPU:
+        backend.mx.set_cache_limit(backend.CACHE_BYTES)
+
+
 @pytest.fixture
 def as_metal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of a Mac with 16 GB, as MLX_RETRIEVAL_AS=metal does for a process; see backend/as_metal.py."""

@@ -229,6 +229,7 @@ BODIES = st.builds(
 )
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(body=BODIES.map(json.dumps).map(str.encode) | JSON.map(json.dumps).map(str.encode) | st.binary())
 def test_any_body_is_answered_or_refused(client, body):

@@ -110,6 +110,7 @@ def test_the_command_writes_ids_and_texts(tmp_path, monkeypatch, capsys):
     encode = lambda texts, prompt, dimensions: FLOATS[: len(texts)]  # noqa: E731
     model = SimpleNamespace(late=False, dimensions=6, config=config, encode=encode)
     monkeypatch.setattr(embed, "load", lambda *_, **__: model)
+    monkeypatch.setattr(embed.dtypes, "warn", lambda *_: None)  # it has no weights
     rows = [{"_id": "d1", "title": "T", "text": "a"}, {"id": 2, "text": "b"}, {"text": "c"}]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for ending in vector_files.ENDINGS[1:]:

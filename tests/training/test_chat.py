@@ -223,6 +223,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_its_last_good_state(settin
     assert int(read_safetensors(saved / "optimizer.safetensors")["step"].item()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bad_batches_are_skipped_counted_and_told(settings, tmp_path, monkeypatch, capsys, parts):
     """--skip-bad-batches: no update, the step goes on, the count survives a resume, which is still exact."""

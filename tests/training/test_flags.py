@@ -573,6 +573,7 @@ def test_mask_prompt(chat_settings):
     assert masked.counts(numbers).tokens == whole.counts(numbers).tokens
 
 
+@pytest.mark.slow
 def test_val_batches_and_steps_per_report(chat_settings):
     losses = set()
     for batches in (1, -1, 5):

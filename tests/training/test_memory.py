@@ -83,6 +83,7 @@ def test_auto_holds_for_passes_compiled_as_on_gpus(settings, monkeypatch, as_met
     assert 0.85 < fit.estimate / backend.peak_memory() < 1.15, fit
 
 
+@pytest.mark.slow
 def test_the_dry_run_tells_it_and_the_loss_stays(settings, capsys):
     losses = [train.train(settings(micro_batch_tokens=n, dry_run=True))["loss"] for n in ("auto", 0, 64)]
     told = [line for line in capsys.readouterr().out.splitlines() if "an estimate, with" in line]

@@ -463,6 +463,7 @@ def test_random_negatives_and_full_training(settings):
     assert "embeddings.word_embeddings.weight" in " ".join(everything(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_type", ("lora", pytest.param("dora", marks=pytest.mark.slow)))
 def test_quantised_judges_are_trained_and_used(settings, bases, tmp_path, train_type):
     """QLoRA: the 4-bit base stays, the adapter learns, and is loaded again."""
