@@ -5,16 +5,14 @@ once for a shape, and element-wise operations are fused. So that shapes come aga
 of rows. Neither has been measured on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from mlx_retrieval.backend import mx
-
-from mlx.utils import tree_map
 
 from mlx_retrieval.models.batching import MicroBatch, rounded_rows
 from mlx_retrieval.models.compiled import SHAPES_SERVED, CompiledFunctions, evaluate
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts, in_float32
+from mlx_retrieval.models.model_runner import ModelRunner
 
 
 class CompiledModelRunner(ModelRunner):
@@ -36,23 +34,16 @@ class CompiledModelRunner(ModelRunner):
         evaluate(result)
         return result
 
-    def gradient(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        seeds: Sequence[int],
-        cotangents: Sequence[mx.array],
-        saved: SavedProducts | None = None,
-    ) -> dict:
-        """See `ModelRunner`."""
-        trained, total = self.model.trainable_parameters(), None
-        for micro_batch, seed, cotangent in zip(micro_batches, seeds, cotangents, strict=True):
+    def _gradient_function(self) -> Callable[[MicroBatch, int, mx.array], dict]:
+        trained = self.model.trainable_parameters()
+
+        def gradient(micro_batch: MicroBatch, seed: int, cotangent: mx.array) -> dict:
             batch = filled(micro_batch)
             missing = len(batch.ids) - len(cotangent)
             cotangent = mx.pad(cotangent, [(0, missing), *[(0, 0)] * (cotangent.ndim - 1)])
-            gradient = in_float32(self._functions("gradient", batch, int(seed), [], trained, cotangent, []))
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            evaluate(total)
-        return total
+            return self._functions("gradient", batch, seed, [], trained, cotangent, [])
+
+        return gradient
 
 
 def filled(micro_batch: MicroBatch) -> MicroBatch:

@@ -5,7 +5,7 @@ This is the path of Metal and CUDA. `compiled_model_runner.py` has the same meth
 All give the same results up to float32 rounding, and each gives the same bits for the same micro-batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mlx_retrieval.backend import device_memory, mx, nn
 from mlx_retrieval.backend.device_errors import halved
@@ -17,6 +17,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import gradient_checkpointing
 from mlx_retrieval.models import batching
 from mlx_retrieval.models.batching import MicroBatch, Texts
+from mlx_retrieval.models.compiled import evaluate
 from mlx_retrieval.models.heads import RetrievalModel, YesNoHead
 
 SERVED_GRID = 8  # padded lengths in a server are multiples of this at least: see `ModelRunner.limit_shapes`
@@ -127,15 +128,23 @@ class ModelRunner:
             cotangents: of each micro-batch, an array in the shape of its representations.
             saved: as `representations` filled it, for the same micro-batches and weights; unused by this class.
         """
-        value_and_grad = nn.value_and_grad(self.model, lambda batch, cotangent: (self.model(batch) * cotangent).sum())
+        gradient_of = self._gradient_function()
         total = None
         for micro_batch, seed, cotangent in zip(micro_batches, seeds, cotangents, strict=True):
-            gradient_checkpointing.seed(int(seed))
-            _, gradient = value_and_grad(micro_batch, cotangent)
-            gradient = in_float32(gradient)
+            gradient = in_float32(gradient_of(micro_batch, int(seed), cotangent))
             total = gradient if total is None else tree_map(mx.add, total, gradient)
-            mx.eval(total)
+            evaluate(total)
         return total
+
+    def _gradient_function(self) -> Callable[[MicroBatch, int, mx.array], dict]:
+        """Return a function from a micro-batch, its dropout seed and its cotangents to its gradient, not evaluated."""
+        value_and_grad = nn.value_and_grad(self.model, lambda batch, cotangent: (self.model(batch) * cotangent).sum())
+
+        def gradient(micro_batch: MicroBatch, seed: int, cotangent: mx.array) -> dict:
+            gradient_checkpointing.seed(seed)
+            return value_and_grad(micro_batch, cotangent)[1]
+
+        return gradient
 
     def held_bytes(self, tokens: int, in_passes: int) -> int:
         """Return the bytes held during a step, beside weights and activations, at most.

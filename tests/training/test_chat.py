@@ -29,9 +29,10 @@ from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.base_trainer import learning_rate
 from mlx_retrieval.training.chat import trainer as chat_trainer
+from mlx_retrieval.training.chat import tuning
 from mlx_retrieval.training.chat.data import ChatBatches
 from mlx_retrieval.training.chat.run import prepare
-from mlx_retrieval.training.chat.trainer import Optimizer, StopTraining, compiled, loss_of, tune
+from mlx_retrieval.training.chat.tuning import Optimizer, StopTraining, compiled, loss_of, tune
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.utils.errors import UserError
@@ -642,7 +643,7 @@ def weak(monkeypatch):
             sizes.clear()
             evaluate(*arrays)
 
-        monkeypatch.setattr(chat_trainer, "loss_of", loss)
+        monkeypatch.setattr(tuning, "loss_of", loss)
         monkeypatch.setattr(mx, "eval", fail)
 
     return make

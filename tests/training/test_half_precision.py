@@ -19,7 +19,8 @@ import train
 from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.training import base_trainer, checkpoint, loss_scale
 from mlx_retrieval.training import run as training_run
-from mlx_retrieval.training.chat.trainer import ChatTrainer, loss_of, value_and_grad
+from mlx_retrieval.training.chat.trainer import ChatTrainer
+from mlx_retrieval.training.chat.tuning import loss_of, value_and_grad
 from mlx_retrieval.training.config import for_task
 from mlx_retrieval.training.gradient_cache import GradientCache
 from mlx_retrieval.training.optimizer import AdamW
