@@ -91,7 +91,7 @@ def measure_passes(grad_cache: GradientCache, texts: Texts, loss: int = 0) -> St
     runner = grad_cache.runner
     grad_cache.model.train()
     longest = int(texts.lengths.argmax())
-    shorter = int(np.abs(texts.lengths - texts.lengths[longest] / 2).argmin())
+    half = int(np.abs(texts.lengths - texts.lengths[longest] / 2).argmin())
 
     def rows(*numbers: int) -> MicroBatch:
         return pad_rows(texts, np.array(numbers), grad_cache.pad_id)
@@ -100,14 +100,18 @@ def measure_passes(grad_cache: GradientCache, texts: Texts, loss: int = 0) -> St
     # The first pass reads the weights, which would count as the pass's own.
     _cost(grad_cache, rows(int(texts.lengths.argmin())))
     one, representations = _cost(grad_cache, rows(longest))
-    two, _ = _cost(grad_cache, rows(longest, longest))
-    width, short = rows(longest).ids.size, rows(shorter).ids.size
-    # What a token takes grows with the text's length, as attention does; the rest is a pass's own.
-    per_pass = max(0.0, 2 * one - two)
-    per_token, growth = max(0, two - one) / width, 0.0
-    if short < width:
-        of_short = (_cost(grad_cache, rows(shorter, shorter))[0] - per_pass) / (2 * short)
-        growth = max(0.0, (per_token - of_short) / (width - short))
+    width, short = rows(longest).ids.size, rows(half).ids.size
+    of_halves = _cost(grad_cache, rows(half, half))[0] if short < width else 0
+    # Part of the cost is a pass's own, whatever its rows. Where nothing is compiled, the shorter text shows it as well,
+    # and sooner: a Mac does this before every run.
+    if of_halves and not runner.compiled:
+        per_pass = max(0, 2 * _cost(grad_cache, rows(half))[0] - of_halves)
+    else:
+        per_pass = max(0, 2 * one - _cost(grad_cache, rows(longest, longest))[0])
+    # The rest is the tokens', and a token takes more in a longer text, as attention does.
+    per_token, growth = max(0, one - per_pass) / width, 0.0
+    if of_halves:
+        growth = max(0.0, (per_token - (of_halves - per_pass) / (2 * short)) / (width - short))
 
     def of_pass(rows: int, width_: int) -> float:
         return per_pass + rows * width_ * max(0.0, per_token + growth * (width_ - width))
