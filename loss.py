@@ -23,7 +23,8 @@ negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aw
 (NV-Retriever, arXiv 2407.15831); four directions in one denominator, Li et al. 2023 (GTE, arXiv 2308.03281), masked
 negatives, Zhang et al. 2025 (Qwen3-Embedding, arXiv 2506.05176); hardness, Lan et al. 2025 (LLaVE, arXiv 2503.04812)
 and Schechter Vera et al. 2025 (EmbeddingGemma, arXiv 2509.20354); vectors spread out, Zhang et al. 2017 (arXiv
-1708.06320); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv 1503.02531).
+1708.06320); bits, Bengio et al. 2013 (arXiv 1308.3432), Hubara et al. 2016 (arXiv 1602.02830); Matryoshka, Kusupati
+et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv 1503.02531).
 """
 
 import math
@@ -454,6 +455,25 @@ def spread_out(vectors: mx.array) -> mx.array:
     pairs = max(count * (count - 1), 1)
     excess = similarities.square().sum() / pairs - 1 / vectors.shape[-1]
     return (similarities.sum() / pairs).square() + mx.maximum(excess, 0.0)
+
+
+def as_bits(vectors: mx.array) -> mx.array:
+    """Return vectors as the unit vectors of their bits, +-1 / sqrt(D), whose gradient is passed straight through.
+
+    Straight-through estimator (Bengio et al. 2013; binary values, Hubara et al. 2016): the step from a value to its bit
+    counts as the identity. The dot product of two is 1 - 2 h / D, with h the Hamming distance.
+
+    Args:
+        vectors: (N, D) of unit length, any float dtype. A bit is set if the value is above 0.
+
+    Returns float32 (N, D).
+
+    When to use: if vectors are to be stored as bits: a loss over these beside the same loss over the vectors
+    themselves (`--binary-weight`).
+    """
+    vectors = vectors.astype(mx.float32)
+    bits = mx.where(vectors > 0, 1.0, -1.0) / math.sqrt(vectors.shape[-1])
+    return vectors + mx.stop_gradient(bits - vectors)
 
 
 def contrastive(

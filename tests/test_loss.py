@@ -13,6 +13,7 @@ import pytest
 
 import loss
 from loss import Pairs, contrastive
+from mlx_retrieval.inference.quantization import quantise, restore
 from mlx_retrieval.models import rerankers
 from mlx_retrieval.training import config
 
@@ -304,6 +305,17 @@ def test_spread_out_equals_sentence_transformers(torch, theirs, rows, moved):
 
     mine = value_and_gradients(lambda q, d: (loss.spread_out(q) + loss.spread_out(d)) / 2, queries, documents)
     assert_same(mine, torch_gradients(torch, compute, queries, documents))
+
+
+def test_bits_are_those_that_are_stored_and_pass_the_gradient_straight_through():
+    numbers = vectors(5, 16)
+    numbers[0, 0] = 0.0  # is stored as 0, as negative values are
+    bits = np.array(loss.as_bits(mx.array(numbers)))
+    np.testing.assert_allclose(bits, restore(quantise(numbers, "ubinary"), "ubinary") / 4, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(bits, axis=1), 1.0, rtol=1e-6)
+    cotangent = vectors(5, 16, seed=1)
+    grad = mx.grad(lambda x: (loss.as_bits(x) * mx.array(cotangent)).sum())(mx.array(numbers))
+    np.testing.assert_allclose(np.array(grad), cotangent, rtol=1e-6)
 
 
 def test_matryoshka_equals_sentence_transformers(torch, theirs):

@@ -258,6 +258,12 @@ class Settings:
         "embed: add X times the spread-out loss, which keeps different texts' vectors apart; 0 = none",
         tasks=("embed",),
     )
+    binary_weight: float = option(
+        "objective",
+        0.0,
+        "embed: add X times the loss of the vectors as bits, for vectors that are stored so; 0 = none",
+        tasks=("embed",),
+    )
     xtr_k: int = option("objective", 320, "xtr: tokens of the batch that each query token retrieves", tasks=RETRIEVAL)
     teacher_temperature: float = option("objective", 1.0, "kl_distill: divide teacher scores by X", tasks=RETRIEVAL)
     matryoshka_dims: list[int] = option(

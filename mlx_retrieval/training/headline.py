@@ -111,6 +111,8 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
         parts.append(f"plus {settings.margin_weight:g} x the margin loss with margin {settings.margin:g}")
     if settings.spread_weight:
         parts.append(f"plus {settings.spread_weight:g} x the spread-out loss")
+    if settings.binary_weight:
+        parts.append(f"plus {settings.binary_weight:g} x the loss of bits")
     if settings.random_negatives:
         parts.append(f"{quantity(settings.random_negatives, 'random negative')} a query")
     lines = [("loss", ", ".join(parts))]

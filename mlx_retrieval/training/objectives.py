@@ -89,6 +89,8 @@ class EmbedObjective(Objective):
 
         def compute(queries: mx.array, documents: mx.array) -> mx.array:
             total = self.loss_of(batch, queries, documents, loss.dot)
+            if weight := self.settings.binary_weight:
+                total += weight * self.loss_of(batch, loss.as_bits(queries), loss.as_bits(documents), loss.dot)
             if weight := self.settings.spread_weight:
                 total += weight * (loss.spread_out(queries) + loss.spread_out(documents)) / 2
             return total
@@ -188,10 +190,14 @@ def make_objective(
     if config.task == "embed":
         if settings.loss == "xtr":
             raise UserError("--loss xtr compares tokens; it needs --task late")
-        if settings.spread_weight and not config.normalize:
-            raise UserError("--spread-weight needs vectors of unit length, and this model's are compared as they are")
-        if settings.matryoshka_dims and not config.normalize:
-            raise UserError("--matryoshka-dims needs vectors of unit length, and this model's are compared as they are")
+        of_unit_vectors = {
+            "--spread-weight": settings.spread_weight,
+            "--binary-weight": settings.binary_weight,
+            "--matryoshka-dims": settings.matryoshka_dims,
+        }
+        for name, given in of_unit_vectors.items():
+            if given and not config.normalize:
+                raise UserError(f"{name} needs vectors of unit length, and this model's are compared as they are")
         return EmbedObjective(settings)
     if alike := {"query-query", "document-document"} & {*settings.directions}:
         raise UserError(f"--task late takes no --directions {' '.join(sorted(alike))}")

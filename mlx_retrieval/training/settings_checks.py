@@ -15,7 +15,7 @@ def check(settings: Any) -> None:
     counts = ("gradient_accumulation_steps", "save_steps", "stop_after", "keep")
     not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
-    not_negative += ("hardness", "spread_weight", "guard_tolerance")
+    not_negative += ("hardness", "spread_weight", "binary_weight", "guard_tolerance")
     checks = [
         *((all(_texts(getattr(settings, name))), name, "must not be empty") for name in names),
         *((getattr(settings, name) > 0, name, "must be above 0") for name in positive),

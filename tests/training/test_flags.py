@@ -418,6 +418,12 @@ def test_spread_weight(settings):
     assert one > plain and two - plain == pytest.approx(2 * (one - plain), rel=1e-3)
 
 
+def test_binary_weight(settings):
+    one, two = (loss_of(settings(binary_weight=weight), warm=False) for weight in (0.5, 1.0))
+    plain = loss_of(settings(), warm=False)
+    assert one > plain and two - plain == pytest.approx(2 * (one - plain), rel=1e-3)
+
+
 def test_matryoshka_dims(settings):
     assert loss_of(settings(matryoshka_dims=[8, 32]), warm=False) != loss_of(settings(), warm=False)
     with pytest.raises(UserError, match="--matryoshka-dims 100000"):
