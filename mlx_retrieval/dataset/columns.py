@@ -15,7 +15,7 @@ from mlx_retrieval.dataset.roles import ROLES, role_of, snake_case
 from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import writable, writable_values
 
-SINGLE = ("query", "label", "rank")  # roles in which a list of one value stands for the value
+SINGLE = ("query", "label", "rank", "prompt")  # roles in which a list of one value stands for the value
 SINGLE_DOCUMENTS = ("document", "positive", "passage", "answer")  # names of which the same is true
 NEEDED = ("query", "document", "documents")  # roles
 
@@ -31,9 +31,9 @@ def parse(text: str, flag: str = "--columns") -> Columns:
         key, equals, names = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not all(name.strip() for name in names.split("+")):
             raise UserError(f"{flag}: {part.strip()!r} is not of the form key=column or key=column+column")
-        if (role := role_of(key, weak=False)) in (None, "prompt"):
-            known = [name for words in ROLES.values() for name in words if name != "prompt"]
-            listing = "query, document, documents, negatives, label, scores, pos_scores, neg_scores, rank"
+        if (role := role_of(key, weak=False)) is None:
+            known = [name for words in ROLES.values() for name in words]
+            listing = "query, document, documents, negatives, label, scores, pos_scores, neg_scores, rank, prompt"
             raise UserError(f"{flag}: no key {key!r} in a row; there are {listing}{near_miss(key, known)}")
         if key in columns or (role != "negatives" and role in map(role_of, columns)):
             raise UserError(f"{flag}: {key} twice")

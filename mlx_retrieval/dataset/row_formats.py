@@ -120,19 +120,21 @@ def reading_of(keys: tuple[str, ...]) -> Reading:
     if document is None and documents is None:
         reason = "no positive: a row with a query needs a document or a positive"
         raise NoFormatError(f"{reason}; there are {listing(keys)}")
+    # Of sentence pairs and the like, a `prompt` may be one that a model was given to write them.
+    prompt = find("prompt") if snake[query] in ROLES["query"] else None
     if documents is not None:
         if document is not None and snake[document] not in WEAK_ROLES["document"]:
             raise RowError(
                 f"{document} and {documents} could each be the document: keep one of the keys (--ignore-keys)"
             )
-        reading = Reading("documents", query, documents, scores=find("scores"))
+        reading = Reading("documents", query, documents, scores=find("scores"), prompt=prompt)
         return _with_unread(reading, snake)
     negatives = [key for key in keys if snake[key] in ROLES["negatives"]]
     numbered = [key for key in keys if NUMBERED_NEGATIVE.fullmatch(snake[key])]
     numbered.sort(key=lambda key: int(re.search(r"\d+$", snake[key])[0]))
     label, scores = find("label"), find("scores")
     if label is not None and not (negatives or numbered):
-        return _with_unread(Reading("label", query, document, label=label), snake)
+        return _with_unread(Reading("label", query, document, label=label, prompt=prompt), snake)
     if label is not None and scores is None and snake[label] == "score":  # a list of them, as `scores`
         scores = label
     elif label is not None:
@@ -140,7 +142,6 @@ def reading_of(keys: tuple[str, ...]) -> Reading:
             f"{label} cannot be used beside {', '.join(negatives + numbered)}: rename a teacher's scores, of the "
             f"positive and then of each negative, to `scores`, or leave the key unread (--ignore-keys {label})"
         )
-    prompt = find("prompt") if snake[document] == "pos" else None  # FlagEmbedding's
     by_side = (None, None) if scores else (find("positive scores"), find("negative scores"))
     if by_side[0] is None and by_side[1] is not None:
         raise RowError(f"{by_side[1]} without pos_scores (--ignore-keys {by_side[1]} leaves it unread)")

@@ -76,7 +76,7 @@ def test_what_is_mapped_is_read_from_its_columns_only():
         ("", "'' is not of the form key=column"),
         ("query=a,document=a", "a is both query and document"),
         ("query=q,negative=a,negatives=a", "a is both negative and negatives"),
-        ("prompt=p", "no key 'prompt' in a row; .*rank$"),
+        ("promt=p", "no key 'promt' in a row; .*rank, prompt; did you mean prompt[?]$"),
     ],
 )
 def test_columns_that_are_refused(rows, chosen, message):

@@ -346,6 +346,23 @@ def test_mined_rows_of_other_shapes_are_written_in_the_toolkits_own_keys(write_r
         list(collection.read_rows([write_rows([{"query": "q", "text": "t", "score": 1}])], collection.MINED))
 
 
+@pytest.mark.parametrize("row", [
+    {"query": "q", "document": "d", "negatives": ["n"]},
+    {"query": "q", "document": "d", "label": 1},
+    {"question": "q", "documents": ["d", "e"], "scores": [2, 1]},
+], ids=str)  # fmt: skip
+def test_a_prompt_of_the_row_goes_before_its_query(row):
+    """Bug: only rows with `pos` had their prompt read; in others it was counted as a key that is not read."""
+    (example,), reading = examples_of(row | {"prompt": "find: "})
+    assert example.query == "find: q" and reading.prompt == "prompt" and "prompt" not in reading.ignored
+
+
+def test_a_prompt_beside_sentences_is_not_read():
+    """It may be the one by which a language model wrote them."""
+    row = {"sentence1": "a", "sentence2": "b", "prompt": "Write two sentences"}
+    assert examples_of(row)[0] == [Example("a", "b", (), 1)]
+
+
 def test_an_empty_prompt_is_none():
     row = {"query": "a", "pos": ["b"], "neg": ["c"], "prompt": ""}
     assert examples_of(row)[0] == [Example("a", "b", ("c",), 1)]
