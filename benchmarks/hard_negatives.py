@@ -12,7 +12,6 @@ tokens those of all steps of seed 0. Figures in benchmarks/README.md.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from seeds import mean_of
 from sides import minilm, read_pairs
 
 import mine
@@ -29,7 +29,7 @@ import train
 from data_loader import Batches
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.rows import Rows
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.evaluation.results import METRICS, compare
 from mlx_retrieval.evaluation.retrieval import evaluate
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.training import config
@@ -53,22 +53,6 @@ def equal_size(data: Path, model: Model, budget: int, steps: int, seed: int) -> 
     while (tokens := document_tokens(data, model, size, steps, seed)) > budget and size > 2:
         size -= 1
     return size, tokens
-
-
-def mean_of(results: list[Evaluation]) -> Evaluation:
-    """Return the mean over runs of every query's figures."""
-    per_query = {
-        task: {
-            metric: {query: float(np.mean([r.per_query[task][metric][query] for r in results])) for query in figures}
-            for metric, figures in metrics.items()
-        }
-        for task, metrics in results[0].per_query.items()
-    }
-    tasks = {
-        task: {metric: float(np.mean([r.tasks[task][metric] for r in results])) for metric in METRICS}
-        for task in results[0].tasks
-    }
-    return dataclasses.replace(results[0], tasks=tasks, per_query=per_query)
 
 
 def main() -> None:
