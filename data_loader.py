@@ -10,15 +10,15 @@ Rows are reshuffled every epoch. For rows in files, batch k is computed from k a
 import atexit
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from mlx_retrieval.dataset.row_formats import Example
-from mlx_retrieval.dataset.sources import Source
+from mlx_retrieval.dataset.sources import InterleavedRows, Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
@@ -38,6 +38,9 @@ class Batch:
     scores: np.ndarray  # (B, K) float32: the teacher's scores
     known: np.ndarray  # (P, 2) int32: query and document of every known positive, the examples' own first
     mined: np.ndarray  # (H, 2) int32: query and document of every negative in a row; [[-1, -1]] = there are none
+    source: int = (
+        -1
+    )  # which of the sources with settings of their own all rows are from; -1 = several, or there are none
 
     @property
     def relevant(self) -> np.ndarray:
@@ -65,30 +68,53 @@ class Batch:
         return self.rows[matches] if matches.any() else self.rows
 
 
-def make_batch(examples: Sequence[Example], rows: Sequence[int], tokenizer: TextTokenizer) -> Batch:
-    """Tokenise examples into a batch, every distinct text once."""
-    queries: dict[str, int] = {}
-    documents: dict[str, int] = {}
-    query = [queries.setdefault(e.query, len(queries)) for e in examples]
-    document = [documents.setdefault(e.positive, len(documents)) for e in examples]
-    for example in examples:
-        for negative in example.negatives:
-            documents.setdefault(negative, len(documents))
+def _numbered(texts: Iterable[tuple[TextTokenizer, str]]) -> dict[TextTokenizer, dict[str, int]]:
+    """Return the number of each distinct text under each tokenizer; those of one tokenizer follow each other."""
+    distinct: dict[TextTokenizer, dict[str, int]] = {}
+    for tokenizer, text in texts:
+        distinct.setdefault(tokenizer, {}).setdefault(text, 0)
+    count = itertools.count()
+    return {tokenizer: {text: next(count) for text in own} for tokenizer, own in distinct.items()}
+
+
+def make_batch(
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    tokenizer: TextTokenizer,
+    tokenizers: Sequence[TextTokenizer] | None = None,
+) -> Batch:
+    """Tokenise examples into a batch, every distinct text once.
+
+    `tokenizers`: of each example, where they differ; a text under two prompts is two texts, which mean the same.
+    """
+    own = tokenizers or [tokenizer] * len(examples)
+    pairs = list(zip(own, examples, strict=True))
+    queries = _numbered((t, e.query) for t, e in pairs)
+    documents = _numbered([*((t, e.positive) for t, e in pairs), *((t, n) for t, e in pairs for n in e.negatives)])
+    query = [queries[t][e.query] for t, e in pairs]
+    document = [documents[t][e.positive] for t, e in pairs]
     known, mined = list(zip(query, document, strict=True)), []
-    for example, number in zip(examples, query, strict=True):
-        known += [(number, documents[text]) for text in example.other_positives if text in documents]
-        mined += [(number, documents[text]) for text in example.negatives]
-    texts = Texts.join([tokenizer(list(queries), "query"), tokenizer(list(documents), "document")])
+    for (t, example), number in zip(pairs, query, strict=True):
+        if len(queries) == 1:
+            known += [(number, documents[t][text]) for text in example.other_positives if text in documents[t]]
+        else:
+            answers = (example.positive, *example.other_positives)
+            asked = [numbers[example.query] for numbers in queries.values() if example.query in numbers]
+            right = [numbers[text] for numbers in documents.values() for text in answers if text in numbers]
+            known += itertools.product(asked, right)
+        mined += [(number, documents[t][text]) for text in example.negatives]
+    sides = ("query", queries), ("document", documents)
+    texts = Texts.join([t(list(numbers), name) for name, side in sides for t, numbers in side.items()])
     rank = np.array([e.rank for e in examples], np.int32)
     width = max(1, *(len(e.scores) for e in examples))  # mlx-data carries no empty arrays
     scored = np.full((len(examples), width), -1, np.int32)
     scores = np.zeros((len(examples), width), np.float32)
     for i, e in enumerate(examples):
-        scored[i, : len(e.scores)] = [documents[text] for text in (e.positive, *e.negatives)][: len(e.scores)]
+        scored[i, : len(e.scores)] = [documents[own[i]][text] for text in (e.positive, *e.negatives)][: len(e.scores)]
         scores[i, : len(e.scores)] = e.scores
     return Batch(
         texts,
-        len(queries),
+        sum(map(len, queries.values())),
         query=np.array(query, np.int32),
         document=np.array(document, np.int32),
         rank=rank,
@@ -110,6 +136,7 @@ class Batches:
         size: examples of a batch, at most all.
         make: makes a batch of examples, their row numbers and the tokenizer.
         kind: the type of that batch, a dataclass of arrays.
+        tokenizers: of each source of a mixture, if these differ; [] = they do not.
 
     Raises UserError if these rows cannot make such batches.
     """
@@ -122,6 +149,7 @@ class Batches:
         seed: int = 0,
         make: Callable = make_batch,
         kind: type = Batch,
+        tokenizers: Sequence[TextTokenizer] = (),
     ):
         if make is make_batch and rows.format == "label":
             raise UserError(
@@ -137,6 +165,12 @@ class Batches:
         self.seed = seed
         self.make = make
         self.kind = kind
+        self.tokenizers = tokenizers
+
+    def sample_numbers(self, count: int) -> list[int]:
+        """Return the numbers of the first batches, and of the first one of each source that has its own tokenizer."""
+        is_mixture = self.tokenizers and isinstance(self.rows, InterleavedRows) and self.rows.block == self.size
+        return sorted({*range(count), *(self.rows.first_turns() if is_mixture else [])})
 
     def row_numbers(self, k: int) -> list[int]:
         """Return the row numbers of batch k, counted from 0."""
@@ -152,7 +186,17 @@ class Batches:
             drawn = [(i, self.rows[i]) for i in itertools.islice(numbers, self.size)]
             if len(drawn) < self.size:  # the source was closed
                 return
-            yield self.make([example for _, example in drawn], [i for i, _ in drawn], self.tokenizer)
+            yield self._made([example for _, example in drawn], [i for i, _ in drawn])
+
+    def _made(self, examples: list[Example], numbers: list[int]) -> Any:
+        if not self.tokenizers:
+            return self.make(examples, numbers, self.tokenizer)
+        which = [self.rows.source_of(i) for i in numbers]
+        own = [self.tokenizers[source] for source in which]
+        if any(tokenizer is not own[0] for tokenizer in own):
+            return self.make(examples, numbers, self.tokenizer, own)
+        batch = self.make(examples, numbers, own[0])
+        return replace(batch, source=which[0]) if len({*which}) == 1 else batch
 
     def cursor(self, k: int) -> dict:
         """Return the data that `restore` needs, besides k, to continue with batch k in another process."""

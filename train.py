@@ -20,7 +20,7 @@ from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.sources import local, weight_of
-from mlx_retrieval.training import distributed, flags, improvement, output_folder
+from mlx_retrieval.training import distributed, flags, improvement, output_folder, source_settings
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.run import continue_command, train
@@ -96,9 +96,10 @@ def _as_seen_from_here(saved: Settings) -> dict:
 
     weights = [weight_of(name) for name in saved.data]
     data = [shortest(path) + name.removeprefix(path) for (path, _), name in zip(weights, saved.data, strict=True)]
+    sources = [source_settings.with_paths(source, shortest) for source in saved.sources]
     tasks = saved.eval_tasks and [shortest(name) for name in saved.eval_tasks]
     guard = [shortest(name) for name in saved.guard]
-    return {"model": shortest(saved.model), "data": data, "eval_tasks": tasks, "guard": guard}
+    return {"model": shortest(saved.model), "data": data, "sources": sources, "eval_tasks": tasks, "guard": guard}
 
 
 def chat_reason(settings: Settings, chat_flag: str) -> str:
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.resume:  # from a folder that need not be on every machine
             saved = distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())
             settings = Settings(**saved)
-        elif settings.task is None and settings.columns is None:  # chat has no --columns
+        elif settings.task is None and settings.columns is None and not settings.sources:  # chat has neither
             with distributed.raise_together("the data"):
                 why_chat = chat_reason(settings, flags.chat_flag(given, argv))
             if why_chat:

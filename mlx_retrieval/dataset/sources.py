@@ -179,7 +179,38 @@ def open_source(
     mixes = weighted or temperature is not None or any(server.is_address(source) for source, _ in parts)
     if len(parts) == 1 or not mixes:
         return _open([source for source, _ in parts], chosen, es_query, skip_bad, ignore_keys)
-    opened = [_open([source], chosen, es_query, skip_bad, ignore_keys, check_columns=False) for source, _ in parts]
+    rest = (chosen, es_query, skip_bad, ignore_keys)
+    return _mixed([([source], weight) for source, weight in parts], rest, block, temperature)
+
+
+def open_mixture(
+    parts: Sequence[tuple[Sequence[str], Fraction | None]],
+    columns: str | None = None,
+    es_query: str | None = None,
+    skip_bad: bool = False,
+    ignore_keys: Collection[str] = (),
+    block: int = 1,
+    temperature: float | None = None,
+) -> "InterleavedRows":
+    """Open sources that are mixed; without weights and a temperature by their sizes.
+
+    Args:
+        parts: files that are read as one set, or one index, and their weight.
+
+    The others, and errors, are those of `open_source`.
+    """
+    weighted = any(weight for _, weight in parts)
+    if temperature is not None and weighted:
+        raise UserError(f"--source-temperature {temperature:g}: the weights of the sources say how they are mixed")
+    rest = (None if columns is None else parse_columns(columns), es_query, skip_bad, ignore_keys)
+    return _mixed(parts, rest, block, temperature if weighted else temperature or 1.0)
+
+
+def _mixed(
+    parts: Sequence[tuple[Sequence[str], Fraction | None]], rest: tuple, block: int, temperature: float | None
+) -> "InterleavedRows":
+    """Return a mixture by the parts' weights, or by their sizes. `rest`: arguments of `_open`."""
+    opened = [_open(paths, *rest, check_columns=False) for paths, _ in parts]
     if mappers := [source.mapper for source in opened if isinstance(source, Rows)]:
         mappers[0].check(mappers[1:])
     if temperature is not None:
@@ -285,6 +316,14 @@ class InterleavedRows:
     def __getitem__(self, i: int) -> Example:
         place, which = divmod(i, len(self.sources))
         return self.sources[which][place]
+
+    def source_of(self, i: int) -> int:
+        """Return which source an example is from, counted from 0."""
+        return i % len(self.sources)
+
+    def first_turns(self) -> list[int]:
+        """Return each source's first turn, counted from 0: with batches of `block` examples, the first batch of it."""
+        return [int(np.argmax(self.pattern == s)) for s in range(len(self.sources))]
 
     def where(self, i: int) -> str:
         place, which = divmod(i, len(self.sources))

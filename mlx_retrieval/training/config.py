@@ -16,7 +16,7 @@ from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
 from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
-from mlx_retrieval.training import settings_checks
+from mlx_retrieval.training import settings_checks, source_settings
 from mlx_retrieval.training.setting_fields import option
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import SettingError
@@ -24,6 +24,7 @@ from mlx_retrieval.utils.errors import SettingError
 # The default loss of each kind of reranker.
 RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
 
+DEFAULT_DATA = ["train-data.jsonl"]
 OUTPUT = "adapters"  # the default folder of a run
 
 # Default learning rates, of models with less than SMALL parameters and of larger ones; lora: of any low-rank update.
@@ -133,10 +134,17 @@ class Settings:
 
     data: list[str] = option(
         "data",
-        ["train-data.jsonl"],
+        DEFAULT_DATA,
         "files of JSON lines, a JSON array, CSV, TSV, Parquet or Arrow (.gz too), folders with train.jsonl and "
         "valid.jsonl, folders in BEIR layout with qrels/train.tsv, hf://owner/name[:split], es://index; SOURCE:2 "
-        "SOURCE:1 mixes two parts of the first with one of the second",
+        "SOURCE:1 mixes two parts of the first with one of the second; --config takes `sources:` instead",
+    )
+    sources: list[dict] = option(
+        "data",
+        [],
+        "in place of data: mappings, each of a source, with its data, weight, prompts, lengths and loss",
+        tasks=RETRIEVAL,
+        file_only=True,
     )
     columns: str | None = option(
         "data",
@@ -154,7 +162,7 @@ class Settings:
         "data",
         "homogeneous",
         "with several sources that are mixed: each batch from one of them (homogeneous), or every batch from all "
-        "(mixed)",
+        "(mixed), which then have one loss",
         choices=("homogeneous", "mixed"),
         tasks=RETRIEVAL,
     )
@@ -267,7 +275,11 @@ class Settings:
     xtr_k: int = option("objective", 320, "xtr: tokens of the batch that each query token retrieves", tasks=RETRIEVAL)
     teacher_temperature: float = option("objective", 1.0, "kl_distill: divide teacher scores by X", tasks=RETRIEVAL)
     matryoshka_dims: list[int] = option(
-        "objective", [], "embed: train the first N dimensions as well, for each N given", tasks=("embed",)
+        "objective",
+        [],
+        "embed: train the first N dimensions as well, for each N given",
+        tasks=("embed",),
+        whole_run=True,
     )
 
     # None = those of the adapter that --model names, or else WEIGHTS; see `resolve_weights`.
@@ -416,6 +428,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.loss = "kl_distill" if self.loss == "kl" else self.loss
+        if self.sources:
+            source_settings.check(self)
+            self.sources = [source_settings.with_paths(source, toolkit.find) for source in self.sources]
+            theirs = [path for source in self.sources for path in source_settings.paths(source)]
+            if self.data not in (DEFAULT_DATA, theirs):
+                raise SettingError("{data}: beside sources, which say what is read")
+            self.data = theirs
         paths = [weight_of(name)[0] for name in self.data]
         self.data = [toolkit.find(p) + name.removeprefix(p) for p, name in zip(paths, self.data, strict=True)]
         if self.eval_tasks is not None:
@@ -510,6 +529,7 @@ class Settings:
             self,
             model=toolkit_relative(self.model),
             data=[source(name) for name in self.data],
+            sources=[source_settings.with_paths(each, absolute) for each in self.sources],
             eval_tasks=None if self.eval_tasks is None else [absolute(name) for name in self.eval_tasks],
             guard=[absolute(name) for name in self.guard],
             output=self.output and str(self.folder.absolute()),

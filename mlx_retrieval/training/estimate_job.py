@@ -140,9 +140,9 @@ def checkpoint_dtype(folder: Path) -> str:
 
 
 def samples(batches: Batches) -> list[Batch | GroupBatch]:
-    """Return the first batches, as many as there are without repetition."""
+    """Return the first batches, as many as there are without repetition, and one of each source with own lengths."""
     count = min(SAMPLES, max(1, len(batches.rows) // batches.size))
-    return [batches.batch(k) for k in range(count)]
+    return [batches.batch(k) for k in batches.sample_numbers(count)]
 
 
 def evaluation_bytes(tasks: Sequence[str], numbers: int, tokens: float) -> int:

@@ -31,15 +31,17 @@ class Seen(NamedTuple):
     full: int
 
 
-def example_lines(rows: Source, tokenizer: TextTokenizer | PairTokenizer, random_negatives: int = 0) -> Lines:
-    """Return lines about two rows, and one or two that say how many texts of a sample are truncated.
+def example_lines(
+    rows: Source, tokenizer: TextTokenizer | PairTokenizer, random_negatives: int = 0, count: int = EXAMPLES
+) -> Lines:
+    """Return lines about `count` rows, and one or two that say how many texts of a sample are truncated.
 
     `random_negatives`: that each query gets besides those of its row.
     """
     sample = rows.preview(SAMPLE)
     examples = [
         (heading(place, example, rows.format, random_negatives), seen(example, tokenizer))
-        for place, example in sample[:EXAMPLES]
+        for place, example in sample[:count]
     ]
     return [*_lines(examples), *(("truncated", line) for line in truncated(sample, len(rows), tokenizer))]
 

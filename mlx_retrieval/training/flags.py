@@ -32,10 +32,13 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     out.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file of settings; flags win over it, and the output of a run's own config.yaml does not count",
+        help="YAML file of settings; flags win over it, and the output of a run's own config.yaml does not count. "
+        "In it, `sources:` in place of `data:` gives each source its own weight, prompts, lengths and loss",
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in dataclasses.fields(Settings):
+        if f.metadata.get("file_only"):
+            continue
         if (name := f.metadata["group"]) not in groups:
             groups[name] = out.add_argument_group(name)
         kind, many = kind_of(f)
@@ -94,6 +97,8 @@ def from_flags(description: str, epilog: str = "", argv: Sequence[str] | None = 
         file.pop("steps", None)
     if "steps" in flags:
         file.pop("epochs", None)
+    if file.get("sources") and "data" in flags:
+        raise UserError(f"--data: the sources in --config {path} say what is read; leave one of both out")
     given = file | flags
     chat_data = {"data": TASK_DEFAULTS["chat"]["data"]} if chat_flag(given, argv) else {}
     settings = for_task(given.get("task"), given | chat_data)
@@ -115,7 +120,7 @@ def chat_flag(given: dict, argv: Sequence[str] | None = None) -> str:
 
     It is a setting's name in mlx-lm, or a setting that only chat has. `given`: as `from_flags` returns it.
     """
-    if given.keys() & {"task", "data", "resume"}:
+    if given.keys() & {"task", "data", "resume", "sources"}:
         return ""
     fields = dataclasses.fields(Settings)
     words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]

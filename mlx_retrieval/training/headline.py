@@ -3,7 +3,7 @@
 print_lines(first_lines(settings, retrieval, rows, model, defaults) + machine_lines())
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mlx_retrieval.backend import cpu_kernels, nn
@@ -18,6 +18,8 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import SMALL_RATES, Settings
 from mlx_retrieval.training.length import describe_length
+from mlx_retrieval.training.mixtures import Part, usage_lines
+from mlx_retrieval.training.mixtures import describe as describe_part
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.text import quantity
 
@@ -29,17 +31,19 @@ def first_lines(
     model: RetrievalModel,
     defaults: Collection[str],
     name: str = "",
+    parts: Sequence[Part] = (),
 ) -> Lines:
     """Return the lines that every retrieval model's run begins with.
 
     Args:
         defaults: the settings that `Settings.resolve_defaults` has set.
         name: see `model_lines`.
+        parts: the sources with settings of their own.
     """
     skipped = f", {quantity(len(rows.skipped), 'bad row')} left out" if rows.skipped else ""
     size = min(settings.batch_size, len(rows))
     length = describe_length(settings, len(rows) / size)
-    mixture = mixture_lines(rows) if isinstance(rows, InterleavedRows) else []
+    mixture = mixture_lines(rows, parts) if isinstance(rows, InterleavedRows) else []
     return [
         ("device", backend.describe()),
         *model_lines(settings, model, model.backbone, name),
@@ -48,6 +52,7 @@ def first_lines(
         ("rate", describe_rate(settings, defaults)),
         ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {size}, {length}, seed {settings.seed}"),
         *mixture,
+        *usage_lines(parts, retrieval),
     ]
 
 
@@ -73,12 +78,13 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
     ]
 
 
-def mixture_lines(rows: InterleavedRows) -> Lines:
-    """Return a line for each source: its share of the examples, and its rows."""
+def mixture_lines(rows: InterleavedRows, parts: Sequence[Part] = ()) -> Lines:
+    """Return a line for each source: its share of the examples, its rows, and the settings of its own."""
+    own = [f": {text}" if (text := describe_part(part)) else "" for part in parts] or [""] * len(rows.sources)
     shares, unit = rows.counts / rows.counts.sum(), "batches" if rows.block > 1 else "examples"
     lines = [
-        ("mixture", f"{share:.1%} of the {unit} from {', '.join(source.names)}, {quantity(len(source), 'row')}")
-        for share, source in zip(shares, rows.sources, strict=True)
+        ("mixture", f"{share:.1%} of the {unit} from {', '.join(source.names)}, {quantity(len(source), 'row')}{text}")
+        for share, source, text in zip(shares, rows.sources, own, strict=True)
     ]
     for source in rows.sources:
         if len(source) < rows.block:

@@ -175,6 +175,34 @@ class RerankObjective:
         return loss.GROUPS[self.settings.loss](scores, labels, real)
 
 
+class BySource:
+    """Of a mixture: each source's own objective, for batches that come from one source.
+
+    Args:
+        objectives: of the sources, in their order.
+        others: of batches that come from none of them, such as those of validation rows.
+    """
+
+    def __init__(self, objectives: "list[Objective | RerankObjective]", others: "Objective | RerankObjective | None"):
+        self.objectives = objectives
+        self.others = others
+
+    def of(self, batch: Batch | GroupBatch) -> "Objective | RerankObjective":
+        """Return the objective of a batch."""
+        return self.others if batch.source < 0 else self.objectives[batch.source]
+
+    def __call__(self, representations: mx.array, batch: Batch | GroupBatch) -> mx.array:
+        return self.of(batch)(representations, batch)
+
+
+class LateBySource(BySource):
+    """The same of `LateObjective`s, which have a gradient of their own."""
+
+    def loss_and_grad(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Return as `LateObjective.loss_and_grad`."""
+        return self.of(batch).loss_and_grad(representations, batch)
+
+
 def make_objective(
     settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Source
 ) -> "Objective | RerankObjective":

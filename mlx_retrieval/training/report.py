@@ -214,7 +214,10 @@ def add_survey(report: Report, settings: Settings, batches: Batches, task: str) 
         report.survey_note = "The rows come from Elasticsearch; no sample of them is kept to be looked at."
         return
     # Rerankers, and losses on a row's own documents, do not hold one row's document against another's query.
-    alone = task == "rerank" or settings.loss in (*GROUPS, "kl_distill")
+    losses = {source.get("loss") or settings.loss for source in settings.sources} or {settings.loss}
+    alone = task == "rerank" or losses <= {*GROUPS, "kl_distill", "kl"}
+    if batches.tokenizers:
+        report.notes.append("Lengths and truncation of the rows are those under the saved model's prompts and limits.")
     size = 0 if alone else batches.size
     report.survey = survey_rows(batches.rows, batches.tokenizer, size, settings.seed)
 

@@ -102,7 +102,11 @@ def settings_table(
 
 
 def _words(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_words(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        value = " ".join(f"({_words(item)})" if isinstance(item, dict) else str(item) for item in value)
+    text = str(value)
     return excerpt({"True": "yes", "False": "no", "": "none"}.get(text, text), LONGEST_VALUE)
 
 

@@ -31,6 +31,7 @@ class GroupBatch:
     place: np.ndarray  # (G, K) int32: the position of its score in that sequence's representation
     labels: np.ndarray  # (G, K) float32
     rows: np.ndarray  # (G,) int64: the groups' source rows, for messages
+    source: int = -1  # as of `data_loader.Batch`
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,7 @@ import math
 import string
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt
+from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt, source_settings
 from mlx_retrieval.training.checkpoint import GUARDS, HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
@@ -43,6 +43,7 @@ from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, decides
+from mlx_retrieval.training.mixtures import Part, objective_of, parts_of
 from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
@@ -91,7 +92,8 @@ class RetrievalRun:
         """Measure one step on the first batch, and print what the whole run would take. Change nothing."""
         trainer = self.trainer
         settings = self.settings
-        batch = trainer.batches.batch(0)
+        samples = [trainer.batches.batch(k) for k in trainer.batches.sample_numbers(1)]
+        batch = max(samples, key=lambda batch: batch.texts.lengths.max())  # of the source with the longest texts
         trainer.compute_grads(batch, 1)  # the first call also compiles and allocates
         mx.reset_peak_memory()
         began = time.perf_counter()
@@ -263,13 +265,19 @@ def make_batches(
     tokenizer: TextTokenizer | PairTokenizer,
     size: int,
     seed: int = 0,
+    parts: Sequence[Part] = (),
 ) -> Batches:
     """Return the batches that a run's objective takes. UserError if a reranker's loss cannot use these rows."""
+    tokenizers = [part.tokenizer for part in parts]
     if config.task != "rerank":
-        return Batches(rows, tokenizer, size, seed)
-    check_groups(rows, settings.loss, settings.random_negatives)
+        return Batches(rows, tokenizer, size, seed, tokenizers=tokenizers)
+    for part in parts:
+        with source_settings.naming(part.source):
+            check_groups(part.rows, part.settings.loss, settings.random_negatives)
+    if not parts:
+        check_groups(rows, settings.loss, settings.random_negatives)
     make = GroupMaker(rows, settings.random_negatives, config.reranker == "listwise", settings.seed)
-    return Batches(rows, tokenizer, size, seed, make, GroupBatch)
+    return Batches(rows, tokenizer, size, seed, make, GroupBatch, tokenizers)
 
 
 def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
@@ -279,7 +287,9 @@ def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
     settings.check_task(retrieval.task)
     resolved = dataclasses.replace(settings)
     resolved.resolve_defaults(0, retrieval.reranker)
-    batches = make_batches(resolved, retrieval, rows, retrieval.tokenizer(base), min(settings.batch_size, len(rows)))
+    size = min(settings.batch_size, len(rows))
+    parts = parts_of(resolved, retrieval, base, rows, model.backbone.max_positions)
+    batches = make_batches(resolved, retrieval, rows, retrieval.tokenizer(base), size, parts=parts)
     return Outlook.of(retrieval_job(settings, model, retrieval, base, samples(batches), data.eval_tasks))
 
 
@@ -327,8 +337,12 @@ def prepare(settings: Settings) -> RetrievalRun:
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
     tokenizer = retrieval.tokenizer(base)
-    objective = make_objective(settings, retrieval, tokenizer, rows)
-    batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed)
+    parts = parts_of(settings, retrieval, base, rows, model.backbone.max_positions)
+    if parts:
+        objective = objective_of(parts, settings, retrieval, tokenizer, data.validation)
+    else:
+        objective = make_objective(settings, retrieval, tokenizer, rows)
+    batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed, parts)
     validation = None
     if data.validation:
         size = min(settings.batch_size, len(data.validation))
@@ -355,8 +369,12 @@ def prepare(settings: Settings) -> RetrievalRun:
     if distributed.is_main() and (tasks := [*([] if data.questions else data.eval_tasks), *settings.guard]):
         # A wrong name or folder is reported now, not after a hundred steps.
         load_tasks(tasks, rules=settings.folder_rules)
-    headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings)) + data.lines
-    headline += example_lines(rows, tokenizer, settings.random_negatives)
+    headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings), parts)
+    headline += data.lines
+    for part in parts:
+        headline += example_lines(part.rows, part.tokenizer, settings.random_negatives, 1)
+    if not parts:
+        headline += example_lines(rows, tokenizer, settings.random_negatives)
     if decides(outlook.job, here()) and (settings.micro_batch_tokens == "auto" or not outlook.ample):
         fit = trainer.fit_memory()
         outlook = outlook.with_budget(fit.budget)

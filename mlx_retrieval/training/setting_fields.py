@@ -9,7 +9,8 @@ def option(group: str, default, help: str, **extra):
     """Return a field of `Settings` with the metadata that flags.py turns into a flag.
 
     `extra`: `choices`; `tasks` that the setting applies to; `words` allowed in place of a number; `aliases`, other
-    flags for the setting; `mlx_lm_names`, aliases that mlx-lm's users know, which mean that chat is to be trained.
+    flags for the setting; `mlx_lm_names`, aliases that mlx-lm's users know, which mean that chat is to be trained;
+    `file_only`, there is no flag; `whole_run`, no source has its own value.
     """
     metadata = {"group": group, "help": help, **extra}
     if isinstance(default, list):

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
+from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.setting_fields import aliases, kind_of
 from mlx_retrieval.utils import files
@@ -24,7 +25,12 @@ def write_yaml(settings: Settings, path: Path) -> None:
     again = dataclasses.replace(
         settings.with_absolute_paths(), resume=False, overwrite=False, accept_changed_data=False
     )
-    files.write_file(path, yaml.safe_dump(again.to_dict(), sort_keys=False))
+    values = again.to_dict()
+    if again.sources:
+        del values["data"]  # theirs
+    else:
+        del values["sources"]
+    files.write_file(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def read_yaml(path: Path) -> dict:
@@ -46,9 +52,14 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: not a list of `key: value`")
     fields = {name: f for f in dataclasses.fields(Settings) for name in (f.name, *map(_key, aliases(f)))}
-    nodes = yaml.compose(text, yaml.SafeLoader).value if values else []
-    lines = {key.value: key.start_mark.line + 1 for key, _ in nodes if isinstance(key.value, str)}
+    node = yaml.compose(text, yaml.SafeLoader)
+    lines = _lines(node) if values else {}
     clean = {}
+    if values.get("sources") is not None:
+        (place,) = (value for key, value in node.value if key.value == "sources")
+        clean["sources"] = _sources(values.pop("sources"), place, path)
+        if clean["sources"] and "data" in values:
+            raise UserError(f"--config {Place(path, lines['data'])}: data beside sources, which say what is read")
     for key, value in values.items():
         name, where = str(key).replace("-", "_"), f"--config {Place(path, lines.get(str(key)))}"
         if name not in fields:
@@ -56,6 +67,43 @@ def read_yaml(path: Path) -> dict:
         if name == "es_fields" and value == ELASTIC_DEFAULT:
             continue  # saved by an earlier version, where it was the default
         clean[fields[name].name] = _checked(fields[name], value, f"{where}: {key}")
+    return clean
+
+
+def _lines(node) -> dict[str, int]:
+    """Return the line of every key of a YAML mapping's node."""
+    return {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key.value, str)}
+
+
+def _sources(values, node, path: Path) -> list[dict]:
+    """Return the mappings under `sources`. UserError, with the line, as `read_yaml`."""
+    if not isinstance(values, list) or not all(isinstance(source, dict) for source in values):
+        line = node.start_mark.line + 1
+        raise UserError(f"--config {Place(path, line)}: sources: not a list of mappings, each with a key `data`")
+    known = source_settings.own_fields(dataclasses.fields(Settings))
+    names = (*source_settings.OF_DATA, *known)
+    clean = []
+    for source, its_node in zip(values, node.value, strict=True):
+        lines, checked = _lines(its_node), {}
+        for key, value in source.items():
+            name = str(key).replace("-", "_")
+            where = f"--config {Place(path, lines.get(str(key), its_node.start_mark.line + 1))}"
+            if name not in names:
+                raise UserError(f"{where}: unknown key {_shown(key)} of a source{near_miss(name, names)}")
+            if value is None:
+                continue
+            if name in known:
+                checked[name] = _checked(known[name], value, f"{where}: {key}")
+            elif name == "weight":
+                checked[name] = _scalar(float, value, f"{where}: {key}")
+            else:
+                texts = [
+                    _scalar(str, text, f"{where}: {key}") for text in (value if isinstance(value, list) else [value])
+                ]
+                checked[name] = texts if isinstance(value, list) else texts[0]
+        if "data" not in checked:
+            raise UserError(f"--config {Place(path, its_node.start_mark.line + 1)}: a source without a key `data`")
+        clean.append(checked)
     return clean
 
 

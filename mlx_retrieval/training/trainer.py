@@ -159,7 +159,7 @@ class Trainer(BaseTrainer):
     def fit_memory(self) -> memory.Fit:
         """Choose the budget of the steps by the memory that is free: with --micro-batch-tokens auto, and on Metal."""
         mx.eval(self.optimizer.state)  # else it would be counted as what a step takes
-        samples = [self.batches.batch(k) for k in range(memory.SAMPLES)]
+        samples = [self.batches.batch(k) for k in self.batches.sample_numbers(memory.SAMPLES)]
         settings = self.settings
         open_ended = settings.micro_batch_tokens == "auto" or settings.gradient_accumulation_steps
         fit = memory.fit(self.grad_cache, samples, memory.most() if open_ended else backend.MICRO_BATCH_TOKENS)

@@ -794,6 +794,9 @@ def test_settings_survive_yaml(tmp_path):
     made = Settings(lora_keys=["a"], pooling="cls", bidirectional=True, matryoshka_dims=[4], learning_rate=1e-5)
     write_yaml(made, tmp_path / "config.yaml")
     assert Settings(**read_yaml(tmp_path / "config.yaml")) == made.with_absolute_paths()
+    made = Settings(sources=[{"data": "a.jsonl", "weight": 2.0, "loss": "kl"}, {"data": ["b.jsonl", "c.jsonl"]}])
+    write_yaml(made, tmp_path / "config.yaml")  # with `data`, which are the sources', it would be refused
+    assert Settings(**read_yaml(tmp_path / "config.yaml")) == made
 
 
 def test_accept_changed_data(tmp_path):

@@ -1,0 +1,191 @@
+"""Sources with settings of their own: prompts, lengths and losses, in training alone.
+
+python -m pytest tests/training/test_mixtures.py
+"""
+
+import json
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import train
+from data_loader import make_batch
+from mlx_retrieval import backend
+from mlx_retrieval.training import reporting
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.flags import from_flags
+from mlx_retrieval.training.headline import mixture_lines
+from mlx_retrieval.training.mixtures import parts_of, usage_lines
+from mlx_retrieval.training.settings_file import read_yaml
+from mlx_retrieval.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few shapes, as each is compiled, and no pictures."""
+    monkeypatch.setattr(backend, "LENGTH_GRID", 64)
+    monkeypatch.setattr(reporting, "draw_curves", lambda *_: None)
+
+
+@pytest.fixture
+def files(write_rows) -> tuple[str, str]:
+    """Pairs, and rows that a teacher has scored; the first query is in both."""
+    pairs = [{"query": f"query {i}", "document": f"document {i} " + "word " * (i % 7)} for i in range(24)]
+    scored = [{"query": f"query {30 * (i > 0) + i}", "document": f"text {i} " + "long " * (i % 9)} for i in range(16)]
+    scored = [row | {"negatives": [f"other {i}"], "scores": [2.0, i / 8]} for i, row in enumerate(scored)]
+    return str(write_rows(pairs, "pairs.jsonl")), str(write_rows(scored, "scored.jsonl"))
+
+
+@pytest.fixture
+def settings(tmp_path, small):
+    """Settings of a small run on sources, changed by keyword."""
+
+    def make(*sources, **changes) -> Settings:
+        defaults = {"model": small, "batch_size": 4, "steps": 2, "eval_tasks": [], "lora_rank": 2, "save_steps": 0}
+        if sources:
+            defaults["sources"] = list(sources)
+        return Settings(**defaults | {"output": str(tmp_path / "run")} | changes)
+
+    return make
+
+
+OF_PAIRS = {"query_prompt": "question: ", "max_length": 9}
+OF_SCORED = {"loss": "kl_distill", "temperature": 0.2, "teacher_temperature": 2.0, "document_prompt": "passage: "}
+
+
+@pytest.mark.parametrize("task, accumulation", [
+    ("embed", 4), ("late", 3), pytest.param("embed", 0, marks=pytest.mark.slow)
+])  # fmt: skip
+def test_a_batch_is_learnt_as_in_a_run_on_its_source_alone(settings, files, task, accumulation):
+    """Loss and gradient, of batches of both sources, are those of a run with these settings and this source only."""
+    more = {"task": task, "gradient_accumulation_steps": accumulation}
+    sources = [{"data": name} | own for name, own in zip(files, (OF_PAIRS, OF_SCORED), strict=True)]
+    mixed = training_run.prepare(settings(*sources, **more)).trainer
+    seen = set()
+    for k in mixed.batches.sample_numbers(1):
+        batch = mixed.batches.batch(k)
+        seen.add(batch.source)
+        own = {key: value for key, value in sources[batch.source].items() if key != "data"}
+        alone = training_run.prepare(settings(data=[files[batch.source]], **own, **more)).trainer
+        examples = [mixed.batches.rows[int(i)] for i in batch.rows]
+        expected = alone.grad_cache(make_batch(examples, batch.rows, alone.batches.tokenizer), 1)
+        result = mixed.grad_cache(batch, 1)
+        assert result.loss.item() == expected.loss.item() != 0
+        pairs = zip(tree_flatten(result.grads), tree_flatten(expected.grads), strict=True)
+        assert all(mx.array_equal(one, other).item() for (_, one), (_, other) in pairs)
+        assert any(mx.abs(one).max().item() > 0 for _, one in tree_flatten(result.grads))
+    assert seen == {0, 1}
+
+
+def test_prompts_and_lengths_differ_within_mixed_batches(settings, files):
+    """A text under two prompts is two texts, and an answer to the one query is an answer to the other as well."""
+    texts = {"query_prompt": "ask: ", "document_prompt": "passage: ", "max_length": 12}
+    sources = [{"data": files[0]} | OF_PAIRS, {"data": files[1]} | texts]
+    batches = training_run.prepare(settings(*sources, batches="mixed", batch_size=40)).trainer.batches
+    batch, tokenizers = batches.batch(0), batches.tokenizers
+    assert batch.source == -1 and batch.queries == len({(i % 2, batches.rows[i].query) for i in batch.rows.tolist()})
+    asked = {}
+    for place, number in enumerate(batch.rows.tolist()):
+        example, tokenizer = batches.rows[number], tokenizers[number % 2]
+        for name, text, index in (
+            ("query", example.query, batch.query[place]),
+            ("document", example.positive, batch.queries + batch.document[place]),
+        ):
+            assert batch.texts.part(index, index + 1).ids.tolist() == tokenizer([text], name).ids.tolist()
+        if example.query == "query 0":
+            asked[number % 2] = batch.query[place], batch.document[place]
+    (one, its), (other, others) = asked[0], asked[1]
+    assert one != other and batch.relevant[[one, one, other, other], [its, others, its, others]].all()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_same_bit_for_bit(settings, files, tmp_path, capsys):
+    """In the middle, from the settings that the run has saved; and so is a new run of these settings."""
+    sources = [{"data": files[0], "weight": 2.0} | OF_PAIRS, {"data": files[1], "weight": 1.0} | OF_SCORED]
+    for name, stop in (("whole", 0), ("cut", 3)):
+        train.train(settings(*sources, steps=5, stop_after=stop, output=str(tmp_path / name)))
+    train.train(train.resumed_settings({"output": str(tmp_path / "cut"), "resume": True}))
+    again = from_flags("", argv=["--config", str(tmp_path / "cut" / "config.yaml"), "--output", str(tmp_path / "new")])[
+        0
+    ]
+    train.train(again)
+    weights = [(tmp_path / name / "final" / "adapters.safetensors").read_bytes() for name in ("whole", "cut", "new")]
+    assert weights[0] == weights[1] == weights[2]
+    saved = json.loads((tmp_path / "cut" / "final" / "retrieval_config.json").read_text())
+    assert "question" not in saved["query_prompt"] and saved["max_length"] > 9
+
+
+@pytest.mark.parametrize("sources, changes, message", [
+    ([{}, {}], {"loss": "kl_distill"}, "source .*pairs.jsonl: --loss kl_distill: every row needs scores"),
+    ([{"loss": "kl_distill"}, {}], {}, "source .*pairs.jsonl: --loss kl_distill: every row needs scores"),
+    ([{}, {"loss": "kl_distill"}], {"batches": "mixed"}, "--batches mixed: a batch of all .* they differ in loss"),
+    ([{"loss": "xtr"}, {}], {}, "source .*pairs.jsonl: --loss xtr compares tokens"),
+    ([{"temperature": -1}, {}], {}, "source .*pairs.jsonl: temperature -1: must be above 0"),
+    ([{"max_length": 10**6}, {}], {}, "source .*pairs.jsonl: max_length: the model has"),
+    ([{"max_length": 2}, {}], {}, "source .*pairs.jsonl: max_length 2 leaves no room"),
+    ([{"spread_weight": 1.0}, {}], {"task": "late"}, "source .*pairs.jsonl: spread_weight is for task embed"),
+    ([{"lossy": "kl"}, {}], {}, "source .*pairs.jsonl: unknown key 'lossy'; did you mean loss?"),
+    ([{"weight": 0}, {}], {}, "source .*pairs.jsonl: weight 0: must be above 0"),
+    ([{"weight": 1}, {}], {"source_temperature": 2.0}, "--source-temperature 2: the weights of the sources"),
+    ([{}, {}], {"data": ["other.jsonl"]}, "--data: beside sources"),
+    ([{}, {}], {"task": "chat"}, "sources: for --task embed, late and rerank"),
+], ids=str)  # fmt: skip
+def test_what_cannot_be_is_refused_in_a_line(settings, files, sources, changes, message):
+    named = [{"data": name} | own for name, own in zip(files, sources, strict=True)]
+    with pytest.raises(UserError, match=message) as error:
+        training_run.prepare(settings(*named, **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sources:\n- data: a.jsonl\n  temprature: 1", "run.yaml:3: unknown key 'temprature' of a source; did you mean"),
+    ("sources:\n- data: a.jsonl\n  steps: 1", "run.yaml:3: unknown key 'steps' of a source"),
+    ("sources:\n- data: a.jsonl\n  loss: kld", "run.yaml:3: loss: 'kld' is not one of"),
+    ("sources:\n- data: a.jsonl\n  weight: many", "run.yaml:3: weight: 'many' is not a number"),
+    ("seed: 1\nsources:\n- weight: 1", "run.yaml:3: a source without a key `data`"),
+    ("seed: 1\nsources: a.jsonl", "run.yaml:2: sources: not a list of mappings"),
+    ("sources:\n- data: a.jsonl\ndata: [b.jsonl]", "run.yaml:3: data beside sources"),
+    ("sources:\n- data: a.jsonl:2", "sources: data: a.jsonl:2: write the weight as a key"),
+], ids=str)  # fmt: skip
+def test_a_file_with_wrong_sources_is_refused(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        from_flags("", argv=["--config", str(tmp_path / "run.yaml")])
+
+
+def test_flags_do_not_name_other_data(tmp_path):
+    (tmp_path / "run.yaml").write_text("sources:\n- {data: a.jsonl, max-length: 7, directions: query-document}")
+    assert read_yaml(tmp_path / "run.yaml")["sources"] == [
+        {"data": "a.jsonl", "max_length": 7, "directions": ["query-document"]}
+    ]
+    with pytest.raises(UserError, match="--data: the sources in --config"):
+        from_flags("", argv=["--config", str(tmp_path / "run.yaml"), "--data", "b.jsonl"])
+
+
+def test_each_source_has_a_line(settings, files, capsys):
+    """And one of each is measured, so that the longest texts are."""
+    made = settings({"data": files[0]} | OF_PAIRS, {"data": files[1]} | OF_SCORED)
+    run = training_run.prepare(made)
+    rows = run.trainer.batches.rows
+    parts = parts_of(made, run.retrieval, run.base, rows, 512)
+    first, second = (text for _, text in mixture_lines(rows, parts))
+    assert first.startswith("60.0% of the batches") and first.endswith(
+        '24 rows: query prompt "question: ", max length 9'
+    )
+    assert second.endswith('document prompt "passage: ", loss kl_distill, temperature 0.2, teacher temperature 2.0')
+    assert usage_lines(parts, run.retrieval)[0] in run.headline
+    longest = [int(run.trainer.batches.batch(k).texts.lengths.max()) for k in run.trainer.batches.sample_numbers(1)]
+    assert len(longest) == 2 and longest[0] <= 9 < longest[1]
+
+
+def test_a_batch_has_no_more_rows_than_there_are(settings, files):
+    """Batches of one source also where all rows are fewer than --batch-size."""
+    batches = training_run.prepare(
+        settings({"data": files[0]}, {"data": files[1], **OF_SCORED}, batch_size=99)
+    ).trainer.batches
+    for k in range(4):
+        assert len(np.unique(batches.batch(k).rows % 2)) == 1
