@@ -48,7 +48,7 @@ def first_lines(
         ("device", backend.describe()),
         *model_lines(settings, model, model.backbone, name),
         ("text", describe(settings, retrieval)),
-        *loss_lines(settings, retrieval, defaults),
+        *_loss_lines_of_run(settings, retrieval, defaults, parts),
         ("rate", describe_rate(settings, defaults)),
         ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {size}, {length}, seed {settings.seed}"),
         *mixture,
@@ -91,6 +91,15 @@ def mixture_lines(rows: InterleavedRows, parts: Sequence[Part] = ()) -> Lines:
             repeats = f"fewer than a batch of {rows.block}: its batches have rows twice (--batches mixed, --batch-size)"
             lines.append(("warning", f"{', '.join(source.names)}: {quantity(len(source), 'row')}, {repeats}"))
     return lines
+
+
+def _loss_lines_of_run(
+    settings: Settings, retrieval: RetrievalConfig, defaults: Collection[str], parts: Sequence[Part]
+) -> Lines:
+    """Return `loss_lines`, and say so if sources have other losses."""
+    (name, text), *rest = loss_lines(settings, retrieval, defaults)
+    others = "; sources with settings of their own have these" if any(part.of_loss for part in parts) else ""
+    return [(name, text + others), *rest]
 
 
 def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collection[str]) -> Lines:

@@ -123,6 +123,7 @@ def describe(part: Part) -> str:
     words = []
     for key, value in (part.texts | part.of_loss).items():
         text = " ".join(map(str, value)) if isinstance(value, list) else value
+        text = f"{text:g}" if isinstance(text, float) else text
         words.append(f"{key.replace('_', ' ')} " + (f'"{text}"' if key.endswith("prompt") else f"{text}"))
     return ", ".join(words)
 

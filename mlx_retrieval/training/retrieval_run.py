@@ -117,7 +117,10 @@ class RetrievalRun:
         minutes, rest = divmod(round(plan["seconds"]), 60)
         print_lines(
             [
-                ("first batch", f"{quantity(texts, 'distinct text')}, {batch.tokens:,} tokens, longest {longest}"),
+                (
+                    "first batch" if len(samples) == 1 else "longest",
+                    f"{quantity(texts, 'distinct text')}, {batch.tokens:,} tokens, longest {longest}",
+                ),
                 ("plan", f"{quantity(result.micro_batches, 'micro-batch')}, {plan['padding']:.1%} padding"),
                 ("one step", f"{seconds:.2f} s = {plan['tokens_per_second']:,.0f} tokens/s, loss {plan['loss']:.4f}"),
                 *self.outlook.measured_lines(peak),

@@ -176,10 +176,34 @@ def test_each_source_has_a_line(settings, files, capsys):
     assert first.startswith("60.0% of the batches") and first.endswith(
         '24 rows: query prompt "question: ", max length 9'
     )
-    assert second.endswith('document prompt "passage: ", loss kl_distill, temperature 0.2, teacher temperature 2.0')
+    assert second.endswith('document prompt "passage: ", loss kl_distill, temperature 0.2, teacher temperature 2')
+    assert dict(run.headline)["loss"].endswith("(defaults); sources with settings of their own have these")
     assert usage_lines(parts, run.retrieval)[0] in run.headline
     longest = [int(run.trainer.batches.batch(k).texts.lengths.max()) for k in run.trainer.batches.sample_numbers(1)]
     assert len(longest) == 2 and longest[0] <= 9 < longest[1]
+
+
+def test_each_source_of_a_reranker_has_its_loss(settings, files):
+    """A batch is learnt by its source's loss, and a source that lacks what its loss needs is named."""
+    sources = [{"data": name, "loss": loss} for loss in ("ranknet", "margin_mse") for name in files[1:]]
+    trainer = training_run.prepare(settings(*sources, task="rerank", reranker_type="cross-encoder")).trainer
+    losses = {trainer.grad_cache.objective.of(trainer.batches.batch(k)).settings.loss for k in range(2)}
+    assert losses == {"ranknet", "margin_mse"}
+    wrong = settings({"data": files[0]}, *sources, task="rerank", reranker_type="cross-encoder")
+    with pytest.raises(UserError, match="^source .*pairs.jsonl: .*neither labels nor negatives"):
+        training_run.prepare(wrong)
+    with pytest.raises(UserError, match="--batches mixed: .* they differ in loss"):
+        training_run.prepare(settings(*sources, task="rerank", reranker_type="cross-encoder", batches="mixed"))
+
+
+def test_a_validation_loss_is_that_of_the_run(settings, files, write_rows, tmp_path):
+    """Its rows are of no source, so they need not have what a source's loss needs."""
+    write_rows([{"query": f"v {i}", "document": f"w {i}"} for i in range(8)], "valid.jsonl")
+    write_rows([json.loads(line) for line in open(files[1])], "train.jsonl")
+    trainer = training_run.prepare(settings({"data": str(tmp_path)} | OF_SCORED)).trainer
+    batch = trainer.validation.batch(0)
+    assert batch.source == -1 and trainer.grad_cache.objective.of(batch).settings.loss == "info_nce"
+    assert trainer.grad_cache.loss(batch) > 0
 
 
 def test_a_batch_has_no_more_rows_than_there_are(settings, files):
