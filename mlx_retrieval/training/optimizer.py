@@ -10,21 +10,40 @@ computes with the master rounded to the weight's own dtype (Micikevicius et al. 
 section 3.1, https://arxiv.org/abs/1710.03740). Moments are float32 too. That takes 12 bytes a weight, a third of them
 for the master, where `mlx.optimizers.AdamW` takes 4.
 
+A checkpoint's weights are numbers of half precision. Rounded to the nearest, most of them would come back to where they
+began, for a whole short run. So masters are rounded at random, up or down with probabilities by which the mean is the
+master (stochastic rounding; Zamirai et al. 2020, "Revisiting BFloat16 Training", https://arxiv.org/abs/2010.06192).
+
 Float32 weights need no master: they are updated as by `mlx.optimizers.AdamW`, bit for bit and in the same memory.
 """
+
+import itertools
 
 from mlx_retrieval.backend import mx, nn
 
 import mlx.optimizers as optim
+from mlx.utils import tree_map
 
-HALF = (mx.bfloat16, mx.float16)
+HALF = {mx.bfloat16: 16, mx.float16: 13}  # bits of a float32 number that it has no room for
 MASTER = "master"  # the entry of a half-precision weight's state, beside the moments "m" and "v"
+
+
+def round_at_random(values: mx.array, dtype: mx.Dtype, key: mx.array) -> mx.array:
+    """Round float32 values to one of their two neighbours in a dtype of HALF, so that their mean is the value.
+
+    NaN and infinities stay, and so do numbers that the dtype holds.
+    """
+    bits = HALF[dtype]
+    noise = mx.random.randint(0, 1 << bits, values.shape, mx.uint32, key)
+    rounded = ((values.view(mx.uint32) + noise) >> bits << bits).view(mx.float32)
+    return mx.where(mx.isfinite(values), rounded, values).astype(dtype)
 
 
 class AdamW(optim.AdamW):
     """AdamW with float32 moments, and a float32 master of every weight in half precision.
 
-    The state holds all of it, so a run that is saved and resumed goes on bit for bit.
+    The state holds all of it, and its step is the seed of the rounding, so a run that is saved and resumed goes on bit
+    for bit.
 
     Args:
         parameters: a model's `trainable_parameters()`, by which the state is initialised.
@@ -60,9 +79,20 @@ class AdamW(optim.AdamW):
         if parameter.dtype in HALF:
             state[MASTER] = master
 
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Return the updated weights, each in its own dtype."""
+        updated = super().apply_gradients(gradients, parameters)
+        step, numbers = self.step.astype(mx.uint32), itertools.count()
+
+        def rounded(value: mx.array, parameter: mx.array) -> mx.array:
+            key = mx.stack([step, mx.array(next(numbers), mx.uint32)])  # of this step and weight
+            return round_at_random(value, parameter.dtype, key) if parameter.dtype in HALF else value
+
+        return tree_map(rounded, updated, parameters)
+
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        """Return the updated weight in its own dtype."""
+        """Return the updated weight in float32, which is its master."""
         updated = super().apply_single(gradient.astype(mx.float32), state.get(MASTER, parameter), state)
         if MASTER in state:
             state[MASTER] = updated
-        return updated.astype(parameter.dtype)
+        return updated
