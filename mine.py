@@ -29,6 +29,7 @@ from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
 from mlx_retrieval.inference import dtypes
 from mlx_retrieval.mining import code_pairs, hard_negatives, run
 from mlx_retrieval.mining.cache import cache_folder
+from mlx_retrieval.mining.hard_negatives import RELATIVE_MARGIN
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
 from mlx_retrieval.models.rerankers import KINDS as RERANKERS
@@ -41,8 +42,6 @@ from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity, shell, writable
 
 __all__ = ["Teacher", "code_pairs", "mine_negatives"]
-
-RELATIVE_MARGIN = 0.05  # the best of NV-Retriever's experiments
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

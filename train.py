@@ -8,6 +8,7 @@ python train.py --config adapters/config.yaml           the settings of another 
 python train.py --resume --output adapters              continue a run that was stopped
 python train.py --resume --output adapters --steps 300  make a finished one longer
 python train.py --model adapters/best --data new.jsonl --output second    go on with an adapter on other data
+python train.py --data pairs.jsonl --rounds 2           mine hard negatives, train, and mine again with the better model
 mlx.launch -n 2 python train.py                         two processes that train as one
 """
 
@@ -59,6 +60,12 @@ def resumed_settings(given: dict) -> Settings:
     free = {"resume", "stop_after", "output", "wandb", "wandb_project", "skip_bad_batches", "rank_timeout"}
     free |= {"accept_changed_data", "require_improvement", "early_stopping", "steps", "epochs"}
     free |= {"micro_batch_tokens", "gradient_accumulation_steps"}  # only dropout's draws depend on them
+    if saved.rounds:
+        if asked := given.keys() & {"steps", "epochs"}:
+            raise UserError(
+                f"--resume: {flag(min(asked))} is that of every round of the run in {folder}; --rounds N adds rounds"
+            )
+        free |= {"rounds"}
     free |= {"dtype"} if saved.dtype == "auto" else set()  # it is the device's, and this may be another device
     differing = [name for name in given if name not in free and getattr(saved, name) != getattr(wanted, name)]
     if differing:

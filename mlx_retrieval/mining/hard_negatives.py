@@ -27,6 +27,7 @@ from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.progress import Progress
 
 QUERIES_OF_A_JUDGE = 128  # queries of a block that a judge scores; without a judge a block has QUERIES
+RELATIVE_MARGIN = 0.05  # the best of NV-Retriever's experiments
 BY, SAMPLING = ("model", "bm25", "both"), ("top", "random")
 
 REASONS = {

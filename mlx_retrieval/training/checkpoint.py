@@ -38,6 +38,7 @@ FILES = ("config.yaml", "contents.json", "metrics.jsonl", "curves.png", "results
 FILES += ("last.json", "report.html")
 GUARDS = "guards"  # the folder of the guards' results
 HELD_OUT = "held-out"  # the folder of the questions that a run has kept from training, in BEIR layout
+ROUNDS = "rounds"  # the folder of the runs that a run of several rounds consists of
 
 
 # --- the state of training ------------------------------------------------------------------------------------------
@@ -114,7 +115,19 @@ def step_of(folder: Path) -> int | None:
 def is_finished(run: Path) -> bool:
     """Return whether a run has a `final` of the end that it is to come to: it may be going on to a later one."""
     now, then = run_settings(run), run_settings(run / "final")
-    return (run / "final").is_dir() and all(now.get(name) == then.get(name) for name in ("steps", "early_stopping"))
+    ends = ("steps", "early_stopping", "rounds")
+    return (run / "final").is_dir() and all(now.get(name) == then.get(name) for name in ends)
+
+
+def round_folder(run: Path, number: int) -> Path:
+    """Return the folder of a round, counted from 1, in the folder of a run of several rounds."""
+    return run / ROUNDS / f"round-{number}"
+
+
+def round_of(folder: Path) -> int:
+    """Return which round, counted from 1, has this folder; 0 = it is the folder of no round."""
+    match = re.fullmatch(r"round-([1-9]\d*)", folder.name)
+    return int(match[1]) if match and folder.parent.name == ROUNDS else 0
 
 
 def prune(run: Path, keep: int) -> None:
@@ -154,14 +167,15 @@ def holds_run(run: Path) -> bool:
 
 def contents(run: Path) -> list[Path]:
     """Return the files and folders in `run` that a run there replaces or removes."""
-    paths = [*(run / name for name in (*FILES, HELD_OUT, GUARDS)), run / "best", run / "final", *_steps(run)]
+    paths = [*(run / name for name in (*FILES, HELD_OUT, GUARDS, ROUNDS)), run / "best", run / "final", *_steps(run)]
     return [path for path in paths if path.exists()]
 
 
 def remove_run(run: Path) -> None:
     """Remove a run's files and nothing else from its folder."""
     recover(run)  # also removes interrupted writes
-    for folder in (run / "best", run / "final", run / HELD_OUT, run / GUARDS, *_steps(run)):
+    of_rounds = [run / ROUNDS] if run_settings(run).get("rounds") else []  # of no other run
+    for folder in (run / "best", run / "final", run / HELD_OUT, run / GUARDS, *of_rounds, *_steps(run)):
         shutil.rmtree(folder, ignore_errors=True)
     for name in FILES:
         (run / name).unlink(missing_ok=True)

@@ -282,6 +282,22 @@ class Settings:
         whole_run=True,
     )
 
+    rounds: int = option(
+        "rounds",
+        0,
+        "mine hard negatives with the model and train on them, N times, each time from the best model so far; --steps "
+        "are those of a round; 0 = train on the rows as they are",
+        tasks=("embed",),
+    )
+    rounds_negatives: int = option("rounds", 1, "negatives to mine for a query in each round", tasks=("embed",))
+    rounds_teacher: str | None = option(
+        "rounds",
+        None,
+        "reranker or larger embedding model that scores what each round has mined: kl_distill and margin_mse learn its "
+        "scores, other losses train without the negatives that it takes for answers",
+        tasks=("embed",),
+    )
+
     # None = those of the adapter that --model names, or else WEIGHTS; see `resolve_weights`.
     train_type: str | None = option(
         "weights",

@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.checkpoint import GUARDS
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_rows
 from mlx_retrieval.utils.errors import SettingError
 
@@ -64,7 +67,15 @@ class Guards(Evaluations):
         result = super().__call__(step)
         if step == 0:
             refuse_unreachable(result)
+            self._compare_with_the_first_round()
         return result
+
+    def _compare_with_the_first_round(self) -> None:
+        """In a later round, take the model that the first one began with as the one that must not get worse."""
+        if checkpoint.round_of(self.folder.parent) > 1:
+            first = self.folder.parent.with_name("round-1") / GUARDS / "before.json"
+            self.before = Evaluation(**read_json(first))
+            files.write_file(self.folder / "before.json", first.read_text(encoding="utf-8"))
 
     def changes(self) -> dict[str, float]:
         """Return task -> what the last step's nDCG@10 differs from the untrained model's; {} before a step."""

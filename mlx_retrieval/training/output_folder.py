@@ -18,6 +18,7 @@ from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.config import OUTPUT, Settings
 from mlx_retrieval.utils import files, locks, outputs
 from mlx_retrieval.utils.errors import SettingError
+from mlx_retrieval.utils.text import shell
 
 
 def choose(settings: Settings) -> str:
@@ -65,12 +66,15 @@ def _is_free(folder: Path) -> bool:
 
 def _taken(folder: Path) -> list[str]:
     """Return the files in a folder that have the name of one of a run's."""
-    return [name for name in (*checkpoint.FILES, checkpoint.HELD_OUT) if os.path.lexists(folder / name)]
+    names = (*checkpoint.FILES, checkpoint.HELD_OUT, checkpoint.ROUNDS)
+    return [name for name in names if os.path.lexists(folder / name)]
 
 
 def _progress(run: Path) -> str:
     if checkpoint.is_finished(run):
         return "finished"
+    if rounds := [checkpoint.round_of(folder) for folder in (run / checkpoint.ROUNDS).glob("round-*")]:
+        return f"in round {max(rounds)}"
     last = checkpoint.last_step(run)
     return f"at step {checkpoint.step_of(last):,}" if last else "no step saved"
 
@@ -147,6 +151,12 @@ def check_inputs(folder: Path, inputs: list[str]) -> None:
                 path=replaced[0].name,
                 source=source,
             )
+
+
+def continue_command(folder: Path) -> str:
+    """Return the command that continues a run, or the run that it is a round of."""
+    run = folder.parent.parent if checkpoint.round_of(folder) else folder
+    return shell("python", "train.py", "--resume", "--output", run)
 
 
 def _is_same(path: Path, source: Path) -> bool:

@@ -24,6 +24,7 @@ from mlx_retrieval.training.continuation import find as find_continuation
 from mlx_retrieval.training.continuation import history
 from mlx_retrieval.training.example_rows import without_examples
 from mlx_retrieval.training.improvement import UNTRAINED
+from mlx_retrieval.training.output_folder import continue_command
 from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.rescue import rescuing
@@ -31,7 +32,7 @@ from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import Lines, print_lines
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity, shell
+from mlx_retrieval.utils.text import quantity
 
 
 class Run(Protocol):
@@ -79,6 +80,10 @@ def train(settings: Settings, introduction: Sequence[tuple[str, str]] = ()) -> d
     Args:
         introduction: (name, text) lines to print before the run's own, about how it was understood.
     """
+    if settings.rounds:
+        from mlx_retrieval.training import rounds
+
+        return rounds.train(settings, train, introduction)
     chosen = settings.output is None and not (settings.resume or settings.overwrite)
     with distributed.raise_together("the preparation"):
         job = prepare(settings)
@@ -386,9 +391,4 @@ def conclude(job: Run) -> None:
     report = write_report(folder, job.settings, facts, following, job.report, job.trainer.reporter.warn)
     lines += [("curves", f"{folder / 'curves.png'}"), ("metrics", f"{folder / 'metrics.jsonl'}")]
     lines += [("report", f"{report}")] if report else []
-    print_lines([*lines, *following])
-
-
-def continue_command(folder: Path) -> str:
-    """Return the command that continues a run."""
-    return shell("python", "train.py", "--resume", "--output", folder)
+    print_lines(lines if checkpoint.round_of(folder) else [*lines, *following])

@@ -7,12 +7,15 @@ from typing import Any
 
 from mlx_retrieval.utils.errors import SettingError
 
+DISTILLING = ("kl_distill", "margin_mse")  # losses that learn a teacher's scores
+
 
 def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
     names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project", "guard")
     positive = ("batch_size", "xtr_k", "steps_per_report")
-    counts = ("gradient_accumulation_steps", "save_steps", "stop_after", "keep")
+    positive += ("rounds_negatives",)
+    counts = ("rounds", "gradient_accumulation_steps", "save_steps", "stop_after", "keep")
     not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
     not_negative += ("hardness", "spread_weight", "binary_weight", "guard_tolerance")
@@ -75,6 +78,17 @@ def check(settings: Any) -> None:
             "needs the evaluation before training, and {skip_eval_init} leaves it out",
         ),
         (len({*settings.guard}) == len(settings.guard), "guard", "names a task twice"),
+        (settings.rounds or not settings.rounds_teacher, "rounds_teacher", "is for {rounds}"),
+        (settings.rounds or settings.rounds_negatives == 1, "rounds_negatives", "is for {rounds}"),
+        *(
+            (not settings.rounds or not getattr(settings, name), name, "does not go with {rounds}")
+            for name in ("profile", "stop_after")
+        ),
+        (
+            not settings.rounds or settings.rounds_teacher or settings.loss not in DISTILLING,
+            "loss",
+            "learns a teacher's scores, and with {rounds} they are those of {rounds_teacher}",
+        ),
         (
             settings.compile != "on" or not settings.grad_checkpoint,
             "compile",

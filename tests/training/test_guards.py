@@ -124,6 +124,17 @@ def test_another_run_leaves_no_guards_behind(guards, tmp_path):
     assert not (tmp_path / "guards").exists()
 
 
+def test_guards_compare_a_later_round_with_the_model_that_the_first_began_with(tmp_path):
+    results = iter([evaluation(code=0.5), evaluation(code=0.4985), evaluation(code=0.497)])
+    guards = [Guards(lambda: (None, next(results)), checkpoint.round_folder(tmp_path, n), 0.002) for n in (1, 2)]
+    for guard in guards:
+        guard.folder.parent.mkdir(parents=True)
+        guard(0)
+    guards[1](10)
+    assert guards[1].fallen() == ["code"] and guards[1].changes() == pytest.approx({"code": -0.003})
+    assert json.loads((guards[1].folder / "before.json").read_text())["tasks"]["code"]["ndcg_at_10"] == 0.5
+
+
 @pytest.fixture
 def settings(tmp_path, small):
     """A run of two steps, judged on one small task and guarded by another."""
