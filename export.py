@@ -3,6 +3,7 @@
 python export.py --adapter adapters/best --output my-model                      # for sentence-transformers
 python export.py --adapter adapters/best --output my-model-4bit --format mlx --quantize 4
 python export.py --adapter adapters/best --output my-model --merge-with-base auto     # keeps more of the base model
+python export.py --adapter a/best --merge-with b/best c/best --output my-model        # the mean of three trained models
 python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints llama.cpp's next command
 python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # an untrained base model
 python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
@@ -26,6 +27,7 @@ from mlx_retrieval.backend import device_errors
 from mlx_retrieval import backend
 from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, check_output, share_of
 from mlx_retrieval.exporters.limits import MISSED
+from mlx_retrieval.exporters.soup import METHODS
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.text import shell
@@ -50,7 +52,7 @@ def _export(job: Export) -> tuple[Path, list[str]]:
     from mlx_retrieval.utils.console import print_lines
 
     output = Path(job.output).expanduser()
-    sources = [Path(job.adapter).expanduser()] if job.adapter else []
+    sources = [Path(name).expanduser() for name in (job.adapter, *job.merge_with) if name]
     if job.model:
         sources.append(resolve(job.model))
     check_output(output, job.overwrite, sources)
@@ -67,12 +69,17 @@ def _export(job: Export) -> tuple[Path, list[str]]:
         # Merged in float32, whatever the adapter was trained in; an export asks for no dtype but that of its weights.
         model, config, base = loading.open_model(job.model, job.adapter, dtype="float32", **task)
         config.dtype = "auto"
+        if job.merge_with:
+            from mlx_retrieval.exporters.soup import mix
+
+            mix(model, config, job.merge_with, job.merge_method)
         if job.merge_with_base is not None:
             from mlx_retrieval.exporters.blend import blend_with_base
 
             original = loading.open_model(job.model, job.adapter, bare=True, dtype="float32")[0]
             adapter = Path(job.adapter)
-            job.merge_with_base = blend_with_base(job.merge_with_base, model, original, config, base, adapter)
+            how = (model, original, config, base, adapter, job.merge_method)
+            job.merge_with_base = blend_with_base(job.merge_with_base, *how)
         if config.task == "rerank":
             from mlx_retrieval.exporters.reranker import RerankerWriter as Writer
         else:
@@ -149,6 +156,21 @@ def parser() -> argparse.ArgumentParser:
         help="share of the trained weights, the rest being the base model's, which forgets less: 1 = the trained "
         "model; auto = the share of 0, 0.1 ... 1 that is best on what the run was judged on while its --guard tasks "
         "hold, with a table (default: 1)",
+    )
+    out.add_argument(
+        "--merge-with",
+        nargs="+",
+        default=(),
+        metavar="MODEL",
+        help="mix the adapter's model with these, adapters or whole models of the same shape: each weight becomes the "
+        "mean of all models'",
+    )
+    out.add_argument(
+        "--merge-method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="how --merge-with and --merge-with-base go from one weight to the other: on a straight line, or slerp = "
+        "on an arc, with one MODEL (default: %(default)s)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the base model's)")
     out.add_argument("--overwrite", action="store_true", help="replace the exported folder in --output")

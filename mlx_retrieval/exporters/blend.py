@@ -15,9 +15,9 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.backbones import lora
 from mlx_retrieval.dataset.sources import is_default_data
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
+from mlx_retrieval.exporters.soup import absorb, between
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.checkpoint import HELD_OUT
@@ -42,6 +42,7 @@ def blend_with_base(
     config: RetrievalConfig,
     base: Path,
     adapter: Path,
+    method: str = "linear",
 ) -> float:
     """Move a trained model's weights towards its base model's; return the share of its own that is left.
 
@@ -50,14 +51,15 @@ def blend_with_base(
             at which its guards hold. A table shows them all.
         model, config, base: as `loading.open_model` returns them; the adapter becomes part of the weights.
         original: the model without its adapter.
+        method: one of `soup.METHODS`.
 
     Raises UserError if the run was judged on nothing, or if "auto" would leave nothing of the trained weights.
     """
     if share != "auto":
-        Blend(model, original, config).set(share)
+        Blend(model, original, config, method).set(share)
         return share
     settings, tasks = _judged_on(adapter.expanduser())
-    blend = Blend(model, original, config)
+    blend = Blend(model, original, config, method)
     make = partial(make_evaluator, settings, model=model, retrieval=config, tokenizer=config.tokenizer(base))
     judge, guard = (make(lambda names=names: names) for names in (tasks, settings.guard))
     points = []
@@ -96,28 +98,27 @@ class Blend:
         model: with its adapter, which becomes part of the weights, dequantised.
         original: the base model.
         config: the trained model's.
+        method: one of `soup.METHODS`.
     """
 
-    def __init__(self, model: RetrievalModel, original: RetrievalModel, config: RetrievalConfig):
+    def __init__(
+        self, model: RetrievalModel, original: RetrievalModel, config: RetrievalConfig, method: str = "linear"
+    ):
         from mlx_lm.utils import dequantize_model
 
         adapted, before = model.backbone.adapted, original.backbone.adapted
-        fused = {f"{name}.weight" for name in lora.fuse(model.backbone)}
-        if fused:  # from now on these are what training has changed: see `weights.merge`
-            adapted.freeze()
-            for name, module in adapted.named_modules():
-                if f"{name}.weight" in fused:
-                    module.unfreeze(keys=["weight"], recurse=False)
+        absorb(model)
         dequantize_model(before)
+        self._between = between(method)
         self._ends = [_Ends.of(adapted, before)]
         for i, description in enumerate(config.dense):
             if description["path"]:  # of a layer in the base model's files
                 self._ends.append(_Ends.of(model.head.dense[i], original.head.dense[i]))
 
     def set(self, share: float) -> None:
-        """Set the weights to base + share * (trained - base)."""
+        """Set the weights to base + share * (trained - base), or by slerp to as much of the angle between them."""
         for ends in self._ends:
-            weights = [(name, base + share * (trained - base)) for name, (base, trained) in ends.weights.items()]
+            weights = [(name, self._between(*pair, share)) for name, pair in ends.weights.items()]
             ends.module.load_weights(weights, strict=False)
 
 

@@ -128,7 +128,7 @@ class EmbeddingWriter:
             config_json.write(folder, settings)
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or config.base_model
-        folder_name, share = Path(job.output).name, job.merge_with_base
-        card = model_card.write(config, base, adapter, job.format, name, folder_name, share=share)
+        folder_name = Path(job.output).name
+        card = model_card.write(config, base, adapter, job.format, name, folder_name, mixture=job.mixture)
         (folder / "README.md").write_text(writable(card), encoding="utf-8")
         return dtype or stored

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.exporters.config_json import MARK
+from mlx_retrieval.exporters.soup import METHODS
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_parent, holds_model
@@ -31,6 +32,8 @@ class Export:
     gguf_ready: bool = False
     dtype: str | None = None
     merge_with_base: float | str | None = None  # share of the trained model, "auto", or None = all of it
+    merge_with: Sequence[str] = ()  # models that the adapter's is mixed with, all with the same share
+    merge_method: str = METHODS[0]
     overwrite: bool = False
     skip_library_check: bool = False
 
@@ -49,6 +52,7 @@ class Export:
         if self.merge_with_base is not None and (self.adapter is None or self.is_chat):
             reason = "is for the adapters of retrieval models" if self.adapter else "needs an --adapter"
             raise UserError(f"--merge-with-base {self.merge_with_base}: {reason}")
+        self._check_mixture()
         if self.task is not None and self.adapter is not None:
             raise UserError("--task is for a base model: an adapter's files tell what it was trained for")
         if self.quantize and self.format != "mlx":
@@ -56,12 +60,53 @@ class Export:
         if self.gguf_ready and self.format == "mlx":
             raise UserError("--gguf-ready needs --format sentence-transformers or hf: the converter reads those")
 
+    def _check_mixture(self) -> None:
+        """Raise UserError for models that cannot be mixed; their weights are compared later."""
+        if self.merge_with and (self.adapter is None or self.is_chat):
+            reason = (
+                "is for the adapters of retrieval models" if self.adapter else "needs an --adapter to mix them with"
+            )
+            raise UserError(f"--merge-with {' '.join(self.merge_with)}: {reason}")
+        models = [Path(name or "").expanduser().resolve() for name in (self.adapter, *self.merge_with)]
+        if len({*models}) < len(models):
+            raise UserError(f"--merge-with {' '.join(self.merge_with)}: names a model twice")
+        for name in self.merge_with:
+            inside = [str(Path(name) / part) for part in ("best", "final") if (Path(name) / part).is_dir()]
+            if inside:
+                raise UserError(f"--merge-with {name}: a run was saved there; name {' or '.join(inside)}")
+        if self.merge_method not in METHODS:
+            raise UserError(f"--merge-method {self.merge_method}: known are {', '.join(METHODS)}")
+        if self.merge_method == "slerp" and len(self.merge_with) > 1:
+            raise UserError(f"--merge-method slerp: goes from one model to another, and these are {len(models)}")
+        if self.merge_method != METHODS[0] and not self.merge_with and self.merge_with_base is None:
+            raise UserError(f"--merge-method {self.merge_method}: is for --merge-with and --merge-with-base")
+
     def merged(self, tensors: int) -> str:
         """Return what was merged into the base model, in words."""
+        others = f" and {', '.join(self.merge_with)}, {self._manner}" if self.merge_with else ""
         share = (
             "" if self.merge_with_base is None else f", share {self.merge_with_base:g}, the rest is the base model's"
         )
-        return f"{self.adapter}: {quantity(tensors, 'tensor')}{share}"
+        return f"{self.adapter}{others}: {quantity(tensors, 'tensor')}{share}"
+
+    @property
+    def _manner(self) -> str:
+        return "half way by slerp" if self.merge_method == "slerp" else "their mean"
+
+    @property
+    def mixture(self) -> str:
+        """What weights the exported ones were mixed of, in words for a model's card; "" = they are one model's."""
+        sentences = []
+        if self.merge_with:
+            count = 1 + len(self.merge_with)
+            sentences.append(f"The trained weights are those of {count} models, {self._manner}.")
+        if (share := self.merge_with_base) is not None and self.adapter is not None:
+            slerp = " by slerp" if self.merge_method == "slerp" else ""
+            sentences.append(f"The weights are {share:g} of the trained model's and {1 - share:g} of its base model's"
+                             f"{slerp}.")  # fmt: skip
+        before = "Figures before and after training are of the trained model itself."
+        before = "Figures before and after training are of the first one alone." if self.merge_with else before
+        return " ".join([*sentences, before]) if sentences else ""
 
     @property
     def is_chat(self) -> bool:

@@ -55,7 +55,7 @@ def write(
     dtype: str,
     name: str,
     answers: Sequence[int] | None = None,
-    share: float | None = None,
+    mixture: str = "",
 ) -> str:
     """Return the card as Markdown.
 
@@ -67,7 +67,7 @@ def write(
         dtype: how the weights are stored, in words.
         name: the exported folder's name.
         answers: see `reranker_card.use`.
-        share: of the trained weights, the rest being the base model's; None = all are the trained ones.
+        mixture: sentences about the models that the weights were mixed of; "" = they are the trained ones.
     """
     tags, pipeline = TAGS, "sentence-similarity"
     if config.task == "rerank":
@@ -78,11 +78,8 @@ def write(
     purpose = "Scores how well documents answer a query" if config.task == "rerank" else purpose
     parts.append(f"{purpose}: {origin}, exported by mlx-retrieval.\n")
     parts.append(_description(config, dtype))
-    if share is not None and adapter is not None:
-        parts.append(
-            f"The weights are {share:g} of the trained model's and {1 - share:g} of its base model's. Figures before "
-            "and after training are of the trained model itself.\n"
-        )
+    if mixture:
+        parts.append(f"{mixture}\n")
     parts += history(adapter)
     parts += ["## Use\n", _use(config, form, name, answers)]
     parts.append(LICENCE)
