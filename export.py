@@ -5,6 +5,7 @@ python export.py --adapter adapters/best --output my-model-4bit --format mlx --q
 python export.py --adapter adapters/best --output my-model --merge-with-base auto     # keeps more of the base model
 python export.py --adapter a/best --merge-with b/best c/best --output my-model        # the mean of three trained models
 python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints llama.cpp's next command
+python export.py --model tuned --keep-layers 0 2 4 --output student             # to be trained by tuned's vectors
 python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # an untrained base model
 python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
 python export.py --adapter adapters/chat/final --output my-chat                  # a chat model, for mlx-lm
@@ -50,6 +51,7 @@ def _export(job: Export) -> tuple[Path, list[str]]:
     from mlx_retrieval.models import kinds, loading
     from mlx_retrieval.utils import files
     from mlx_retrieval.utils.console import print_lines
+    from mlx_retrieval.utils.errors import UserError
 
     output = Path(job.output).expanduser()
     sources = [Path(name).expanduser() for name in (job.adapter, *job.merge_with) if name]
@@ -81,6 +83,8 @@ def _export(job: Export) -> tuple[Path, list[str]]:
             how = (model, original, config, base, adapter, job.merge_method)
             job.merge_with_base = blend_with_base(job.merge_with_base, *how)
         if config.task == "rerank":
+            if job.keep_layers:
+                raise UserError("--keep-layers is for embedding models, and this is a reranker")
             from mlx_retrieval.exporters.reranker import RerankerWriter as Writer
         else:
             from mlx_retrieval.exporters.embedding import EmbeddingWriter as Writer
@@ -171,6 +175,15 @@ def parser() -> argparse.ArgumentParser:
         default=METHODS[0],
         help="how --merge-with and --merge-with-base go from one weight to the other: on a straight line, or slerp = "
         "on an arc, with one MODEL (default: %(default)s)",
+    )
+    out.add_argument(
+        "--keep-layers",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="keep only these layers of --model, by their numbers from 0 in ascending order: a smaller, faster model "
+        "to train by the vectors of the whole one (default: all)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the base model's)")
     out.add_argument("--overwrite", action="store_true", help="replace the exported folder in --output")

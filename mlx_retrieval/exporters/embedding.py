@@ -8,6 +8,7 @@ from mlx_retrieval.backbones import ENCODERS, set_dtype
 from mlx_retrieval.exporters import (
     config_json,
     gguf,
+    kept_layers,
     limits,
     model_card,
     parity,
@@ -42,6 +43,10 @@ class EmbeddingWriter:
         self.limit = max(config.max_length, config.query_max_length)
         self.for_sentence_transformers = job.format == FORMATS[0] or job.gguf_ready
         self.lines: Lines = []
+        if job.keep_layers:
+            total = len(model.backbone.layers)
+            kept_layers.keep_layers(model.backbone, job.keep_layers)
+            self._note("layers", f"{' '.join(map(str, job.keep_layers))} of 0 to {total - 1}")
         if job.gguf_ready and config.task == "late":
             raise UserError("--gguf-ready: llama.cpp gives one vector a text, and this model gives one vector a token")
 
@@ -98,6 +103,8 @@ class EmbeddingWriter:
         dtype = (getattr(mx, job.dtype) if job.dtype else stored) if one_dtype else None
         name = job.dtype or str(stored).rpartition(".")[-1]
         settings = config_json.make(self.base, backbone, job.format, name if one_dtype else None)
+        if job.keep_layers:
+            kept_layers.adapt_config(settings, job.keep_layers)
         if job.format == "mlx":
             weights.cast(backbone, dtype)
             if job.quantize:
@@ -105,7 +112,9 @@ class EmbeddingWriter:
             weights.write(folder, weights.mlx_tensors(backbone), "mlx")
         else:
             drop = config_json.dropped(self.model_type, job.format)
-            weights.write(folder, weights.stored_tensors(self.base, backbone, trained, dtype, drop), "pt")
+            weights.write(
+                folder, weights.stored_tensors(self.base, backbone, trained, dtype, drop, job.keep_layers), "pt"
+            )
         config.dense = [layer | {"path": layer["path"] or PROJECTION} for layer in config.dense]
         for layer, description in zip(self.model.head.dense, config.dense, strict=True):
             values = {f"linear.{key}": v.astype(dtype or mx.float32) for key, v in layer.linear.parameters().items()}

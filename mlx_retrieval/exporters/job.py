@@ -34,12 +34,17 @@ class Export:
     merge_with_base: float | str | None = None  # share of the trained model, "auto", or None = all of it
     merge_with: Sequence[str] = ()  # models that the adapter's is mixed with, all with the same share
     merge_method: str = METHODS[0]
+    keep_layers: Sequence[int] = ()  # numbers of blocks, counted from 0; () = all
     overwrite: bool = False
     skip_library_check: bool = False
 
     def __post_init__(self) -> None:
         if self.adapter is None and self.model is None:
             raise UserError("nothing to export: name --adapter, for example adapters/best, or --model for a base model")
+        if self.keep_layers and self.adapter is not None:
+            raise UserError(
+                "--keep-layers takes layers of a whole model: export the --adapter first, and name it --model"
+            )
         if self.adapter is not None:
             check_adapter(self.adapter)
         if self.format is None:

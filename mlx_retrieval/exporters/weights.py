@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_retrieval.backbones import ENCODERS, Backbone, lora
 from mlx_retrieval.backbones.hub import read_weights, save_tensors, tensor_table, weight_files
+from mlx_retrieval.exporters.kept_layers import renumbered
 from mlx_retrieval.utils.errors import UserError
 
 SHOWN = 4  # tensors, and rows of one, that a message names
@@ -56,7 +57,12 @@ def stored_dtype(folder: Path) -> mx.Dtype:
 
 
 def stored_tensors(
-    folder: Path, backbone: Backbone, trained: set[str], dtype: mx.Dtype | None = None, drop: Sequence[str] = ()
+    folder: Path,
+    backbone: Backbone,
+    trained: set[str],
+    dtype: mx.Dtype | None = None,
+    drop: Sequence[str] = (),
+    layers: Sequence[int] = (),
 ) -> dict[str, mx.array]:
     """Return the base checkpoint's tensors, with trained ones replaced and quantised ones dequantised.
 
@@ -66,11 +72,12 @@ def stored_tensors(
         trained: the names that `merge` returned.
         dtype: dtype of floating-point tensors; None = each keeps its own, and a quantised one gets that of its scales.
         drop: prefixes of tensors to leave out.
+        layers: the blocks that the backbone was left with, by their numbers in the checkpoint; () = all.
 
     Raises UserError if a trained parameter is not a tensor of the checkpoint, so that only mlx could read the result.
     """
     merged = dict(tree_flatten(backbone.adapted.parameters()))
-    tensors = read_weights(folder)
+    tensors = renumbered(read_weights(folder), layers) if layers else read_weights(folder)
     _refuse_stacks(backbone, tensors)
     exported, placed = {}, set()
     for name, value in tensors.items():
