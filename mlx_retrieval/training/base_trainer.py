@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_retrieval.training import checkpoint, distributed, improvement, nothing_learnt
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.moving_average import MovingAverage
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils import files
@@ -73,6 +74,9 @@ class BaseTrainer(ABC):
         self.save_model = save_model
         self.reporter: Reporter | NullReporter = NullReporter()
         self.saved_step = -1
+        # Of several ranks, the first one alone evaluates and saves.
+        averaged = settings.ema and distributed.is_main()
+        self.average = MovingAverage(settings.ema, model.trainable_parameters()) if averaged else None
         self.weights_in_doubt = False  # whether the weights in memory may be those of no step
 
     @property
@@ -112,6 +116,19 @@ class BaseTrainer(ABC):
         if warning := nothing_learnt.watch(self.state, self.settings, loss, grad_norm):
             self.reporter.warn(warning)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In this block the model has the average of its weights, with --ema."""
+        if self.average is None:
+            yield
+            return
+        weights = self.model.trainable_parameters()
+        self.model.update(self.average.weights(weights, self.state.step))
+        try:
+            yield
+        finally:
+            self.model.update(weights)
+
     # --- evaluations --------------------------------------------------------------------------------------------------
 
     @property
@@ -140,7 +157,10 @@ class BaseTrainer(ABC):
     def write(self, folder: Path) -> None:
         """Write the model and everything that continuing needs into a folder. UserError if a weight is not finite."""
         self.check_weights(self.state.step)
-        self.save_model(folder)
+        with self.averaged():
+            self.save_model(folder)
+        if self.average:
+            self.average.save(folder, self.model.trainable_parameters())
         checkpoint.save_training(folder, self.optimizer, asdict(self.state))
 
     def save(self) -> None:
@@ -188,6 +208,8 @@ class BaseTrainer(ABC):
         """Continue from a saved step. UserError if its weights have other dtypes than the model's."""
         checkpoint.check_dtypes(folder, self.model.trainable_parameters())
         self.load_weights(folder)
+        if self.average:
+            self.model.update(self.average.load(folder, self.model.trainable_parameters()))
         self.restore_state(type(self.state)(**checkpoint.load_training(folder, self.optimizer)))
 
     def skip_or_refuse(self, reason: str, examples: str, places: Sequence[str], advice: str) -> None:

@@ -337,6 +337,13 @@ class Settings:
     )
     warmup: float = option("schedule", 0.1, "steps of linear warm-up; below 1, the share of all steps; 0 = none")
     weight_decay: float = option("schedule", 0.0, "decoupled weight decay of AdamW; 0 = none")
+    ema: float = option(
+        "schedule",
+        0.0,
+        "evaluate and save the moving average of the trained weights, which keeps a share of X at each step, such as "
+        "0.99; 0 = the weights themselves",
+        tasks=RETRIEVAL,
+    )
     max_grad_norm: float = option("schedule", 1.0, "clip the gradient to norm X; 0 = no clipping")
 
     gradient_accumulation_steps: int = option(

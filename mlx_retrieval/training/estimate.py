@@ -109,6 +109,7 @@ class Job:
         compile: whether passes are compiled; one of `backend.COMPILE`.
         chat: whether language modelling is trained, on rows of these lengths.
         parts: chat: micro-batches of a batch.
+        averaged: whether a moving average of the trained weights is kept.
     """
 
     sizes: Sizes
@@ -138,6 +139,7 @@ class Job:
     compile: str = "auto"
     chat: bool = False
     parts: int = 1
+    averaged: bool = False
 
     def width(self, device: Device) -> int:
         """Return the bytes of a number that a device computes with."""
@@ -190,7 +192,8 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
         round_rows=step.compiled and not device.fused,
     )
     peak = max(step.peak(lengths, cutting) for lengths in job.lengths)
-    return Estimate(weights, 2 * job.grads + masters, peak, process)
+    average = FLOAT32 * job.trained * job.averaged
+    return Estimate(weights, 2 * job.grads + masters + average, peak, process)
 
 
 def step_memory(job: Job, device: Device) -> StepMemory:

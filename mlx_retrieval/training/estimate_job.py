@@ -120,6 +120,7 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
         rank=0 if settings.train_type == "full" else settings.lora_rank,
         trained_layers=settings.num_layers,
         grad_checkpoint=settings.grad_checkpoint,
+        averaged=settings.ema > 0,
     )
 
 

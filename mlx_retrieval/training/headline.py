@@ -50,6 +50,7 @@ def first_lines(
         ("text", describe(settings, retrieval)),
         *_loss_lines_of_run(settings, retrieval, defaults, parts),
         ("rate", describe_rate(settings, defaults)),
+        *([("average", f"of the weights, decay {settings.ema:g}; it is evaluated and saved")] if settings.ema else []),
         ("data", f"{quantity(len(rows), 'row')}{skipped}, batch {size}, {length}, seed {settings.seed}"),
         *mixture,
         *usage_lines(parts, retrieval),

@@ -27,7 +27,7 @@ from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.sources import InterleavedRows, Source, is_default_data, names, weight_of
 from mlx_retrieval.mining.output import write_rows
-from mlx_retrieval.training import checkpoint, distributed, improvement, output_folder
+from mlx_retrieval.training import checkpoint, distributed, improvement, moving_average, output_folder
 from mlx_retrieval.training.config import DEFAULT_DATA, WEIGHTS, Settings
 from mlx_retrieval.training.guards import check as check_guards
 from mlx_retrieval.training.length import resolve_length
@@ -275,7 +275,11 @@ def _copy(model: Path, rounds: Rounds, name: str) -> None:
 
     def fill(folder: Path) -> None:
         for file in model.iterdir():
-            if file.name not in (checkpoint.STATE, checkpoint.OPTIMIZER):  # the round alone goes on from there
+            if file.name not in (
+                checkpoint.STATE,
+                checkpoint.OPTIMIZER,
+                moving_average.FILE,
+            ):  # the round alone goes on from there
                 shutil.copyfile(file, folder / file.name)
         write_yaml(rounds.settings, folder / "config.yaml")
 

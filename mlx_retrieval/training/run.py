@@ -253,7 +253,8 @@ def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: "S
     evaluating = state.evaluation_due or finished or due(state.step, settings.steps_per_evaluation)
     if evaluating and distributed.is_main():
         state.evaluation_due = True  # is saved if the device fails meanwhile
-        metrics = trainer.evaluate(state.step)
+        with trainer.averaged():
+            metrics = trainer.evaluate(state.step)
         state.evaluation_due = False
         if metrics:
             trainer.keep_best(metrics)

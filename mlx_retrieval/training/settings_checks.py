@@ -52,6 +52,7 @@ def check(settings: Any) -> None:
             "lora_alpha",
             "must be above 0: the update is multiplied by it, so that nothing would be trained",
         ),
+        (0 <= settings.ema < 1, "ema", "must be from 0 up to, not including, 1"),
         (0 <= (settings.lora_dropout or 0) < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
         (
             settings.warmup < 1 or float(settings.warmup).is_integer(),

@@ -110,6 +110,8 @@ class Trainer(BaseTrainer):
                 self.optimizer.update(self.model, result.grads)
                 mx.eval(self.model.trainable_parameters(), self.optimizer.state)
                 self.check_weights(step)
+                if self.average:
+                    self.average.update(self.model.trainable_parameters(), self.optimizer.state, step)
         else:
             reason = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
             advice = "A lower {learning_rate} or a higher {temperature} may help if the rows are sound"

@@ -658,6 +658,7 @@ def small_task(tmp_path: Path) -> Path:
     return folder
 
 
+# ema: test_moving_average.py.
 # What guard and guard_tolerance do, test_guards.py shows; rounds, rounds_negatives, rounds_teacher: test_rounds.py.
 def test_holdout(settings):
     """More rows are held out by default, none for 0; test_run_data.py looks closer."""
