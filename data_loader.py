@@ -38,9 +38,8 @@ class Batch:
     scores: np.ndarray  # (B, K) float32: the teacher's scores
     known: np.ndarray  # (P, 2) int32: query and document of every known positive, the examples' own first
     mined: np.ndarray  # (H, 2) int32: query and document of every negative in a row; [[-1, -1]] = there are none
-    source: int = (
-        -1
-    )  # which of the sources with settings of their own all rows are from; -1 = several, or there are none
+    # Which source all rows are from, where sources have settings of their own; -1 = several, or there are none.
+    source: int = -1
 
     @property
     def relevant(self) -> np.ndarray:
