@@ -13,6 +13,7 @@ relevant to which queries: those never count as negatives.
     xtr                         late interaction searched by token retrieval: see models/maxsim.py
     kl_distill, margin_mse      a teacher's scores
     yes_no, bce                 rerankers, labels from 0 to 1
+    reranker_info_nce           rerankers, a positive against its negatives and other rows' documents
     list_softmax, ranknet       rerankers, several documents a query: shares of relevance; any order
     lambda_loss, list_mle       rerankers, graded documents: those at the top count most; a whole order
 
@@ -244,6 +245,23 @@ def list_softmax(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array
     log_share = scores - mx.logsumexp(mx.where(real, scores, -mx.inf), axis=1, keepdims=True)
     losses = -mx.where(labels > 0, labels * log_share, 0.0).sum(axis=1) / mx.maximum(total, 1e-12)
     return _over_groups(losses, total > 0)
+
+
+def reranker_info_nce(
+    scores: mx.array, labels: mx.array, real: mx.array, temperature: float, bounded: bool = True
+) -> mx.array:
+    """InfoNCE of a reranker: cross-entropy of picking each query's positive among its documents and others'.
+
+    Args:
+        scores, labels, real: (G, K), as of `binary_cross_entropy`; the label of the positive is 1, all others 0.
+        temperature: divides what is compared; the inverse of sentence-transformers' scale.
+        bounded: compare the sigmoids of the scores, so that no score need grow without end.
+
+    When to use: `info_nce` for rerankers, pairs with few or no negatives: the documents of other queries in the batch
+    join in as easy ones. Related: `list_softmax`, the same of unbounded scores, which takes grades as well.
+    """
+    scores = scores.astype(mx.float32)
+    return list_softmax((mx.sigmoid(scores) if bounded else scores) / temperature, labels, real)
 
 
 def ranknet(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
@@ -537,4 +555,4 @@ GROUPS = {  # functions of scores, labels and real documents, each (G, K)
     "margin_mse": margin_mse,
 }
 LOSSES = (*CONTRASTIVE, "xtr", "kl_distill", *GROUPS)
-RERANKER_LOSSES = (*GROUPS, "kl_distill")
+RERANKER_LOSSES = (*GROUPS, "kl_distill", "info_nce")

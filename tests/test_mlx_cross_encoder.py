@@ -393,7 +393,7 @@ def test_wrong_settings_are_told_at_once(changes, message):
         ({"model_name": "nowhere"}, "model_name nowhere: no folder"),
         ({"model_name": MINILM}, "reranker_type qwen3 needs a language model"),
         ({"max_length": 40}, "max_length 40 leaves no room"),
-        ({"loss": "info_nce"}, "loss info_nce compares vectors"),
+        ({"loss": "nt_xent"}, "loss nt_xent compares vectors"),
         ({"pooling": "mean"}, "pooling is for task embed"),
     ],
 )

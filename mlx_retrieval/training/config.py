@@ -187,7 +187,8 @@ class Settings:
     random_negatives: int = option(
         "data",
         0,
-        "rerank: add N documents of the batch's other rows to each query's negatives; 0 = none",
+        "rerank: add N documents of the batch's other rows to each query's negatives: their positives, with info_nce "
+        "random ones of all their documents; 0 = none",
         tasks=RERANK,
     )
     seed: int = option("data", 0, "random seed of the data's order, dropout and new weights")
@@ -203,7 +204,8 @@ class Settings:
     temperature: float | None = option(
         "objective",
         None,
-        "divide scores by X; the inverse of sentence-transformers' scale (default: 0.05; qwen3, cross-encoder: 1)",
+        "divide scores by X; the inverse of sentence-transformers' scale (default: 0.05; qwen3, cross-encoder: 1, "
+        "info_nce 0.1)",
         tasks=RETRIEVAL,
     )
     beta: float = option(
@@ -476,7 +478,8 @@ class Settings:
         defaults = {"learning_rate": (SMALL_RATES if parameters < SMALL else RATES)[kind]}
         if self.task != "chat":
             defaults["loss"] = RERANKER_DEFAULTS.get(reranker, "info_nce")
-            defaults["temperature"] = 1.0 if reranker in ("qwen3", "cross-encoder") else 0.05
+            of_logits = 0.1 if self.loss == "info_nce" else 1.0
+            defaults["temperature"] = of_logits if reranker in ("qwen3", "cross-encoder") else 0.05
         missing = {name for name in defaults if getattr(self, name) is None}
         for name in missing:
             setattr(self, name, defaults[name])

@@ -157,18 +157,26 @@ class LateObjective(Objective):
 
 
 class RerankObjective:
-    """For scores of a query's documents: representations (N, 1), or (N, L, 1) of sequences with many documents."""
+    """For scores of a query's documents: representations (N, 1), or (N, L, 1) of sequences with many documents.
 
-    def __init__(self, settings: Settings):
+    Args:
+        bounded: whether info_nce compares the scores' sigmoids: for logits, and not for cosines.
+    """
+
+    def __init__(self, settings: Settings, bounded: bool = True):
         self.settings = settings
+        self.bounded = bounded
 
     def __call__(self, representations: mx.array, batch: GroupBatch) -> mx.array:
         text = mx.array(batch.text)
         place = mx.array(batch.place)
         real = mx.array(batch.text >= 0)
         rows = representations.reshape(len(representations), -1)
-        scores = rows[mx.maximum(text, 0), place] / self.settings.temperature  # (G, K)
+        scores = rows[mx.maximum(text, 0), place]  # (G, K)
         labels = mx.array(batch.labels)
+        if self.settings.loss == "info_nce":
+            return loss.reranker_info_nce(scores, labels, real, self.settings.temperature, self.bounded)
+        scores = scores / self.settings.temperature
         if self.settings.loss == "kl_distill":
             scored = mx.where(real, mx.arange(scores.shape[1]), -1)
             return loss.kl_distill(scores, scored, labels, None, 1.0, self.settings.teacher_temperature)
@@ -208,7 +216,7 @@ def make_objective(
 ) -> "Objective | RerankObjective":
     """Return the objective of a run. UserError if the settings do not fit the task or the data."""
     if config.task == "rerank":
-        return RerankObjective(settings)
+        return RerankObjective(settings, bounded=config.reranker != "listwise")
     if settings.loss in ("kl_distill", "margin_mse"):
         if not rows.has_scores:
             needed = "every row needs scores, a teacher's, of its positive and negatives"

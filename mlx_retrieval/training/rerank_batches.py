@@ -51,16 +51,27 @@ class GroupMaker:
         random_negatives: how many documents of the batch's other rows each query gets as further negatives.
         shuffled: put a group's documents in a random order, for listwise rerankers, which see the documents' positions.
         seed: of that order, which is the same whenever the same rows make a batch.
+        from_all: draw random negatives from all documents of the other rows, not in turn from their positives.
     """
 
-    def __init__(self, rows: Source, random_negatives: int = 0, shuffled: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        rows: Source,
+        random_negatives: int = 0,
+        shuffled: bool = False,
+        seed: int = 0,
+        from_all: bool = False,
+    ):
         self.rows = rows
         self.random_negatives = random_negatives
         self.shuffled = shuffled
         self.seed = seed
+        self.from_all = from_all
 
-    def group(self, examples: Sequence[Example], i: int) -> tuple[list[str], list[float]]:
-        """Return the documents and labels of example i of a batch."""
+    def group(
+        self, examples: Sequence[Example], i: int, rng: np.random.Generator | None = None
+    ) -> tuple[list[str], list[float]]:
+        """Return the documents and labels of example i of a batch. `rng`: draws random negatives, with `from_all`."""
         example = examples[i]
         if self.rows.format == "label":
             return [example.positive], list(example.scores)
@@ -71,8 +82,12 @@ class GroupMaker:
         documents = [example.positive, *negatives]
         relevant = {e.positive for e in examples if e.query == example.query}
         relevant.update(documents, example.other_positives)
-        others = (examples[(i + step) % len(examples)].positive for step in range(1, len(examples)))
-        more = list(dict.fromkeys(text for text in others if text not in relevant))[: self.random_negatives]
+        rest = [examples[(i + step) % len(examples)] for step in range(1, len(examples))]
+        others = [text for e in rest for text in ((e.positive, *e.negatives) if self.from_all else (e.positive,))]
+        more = list(dict.fromkeys(text for text in others if text not in relevant))
+        if self.from_all and len(more) > self.random_negatives:
+            more = [more[j] for j in rng.choice(len(more), self.random_negatives, replace=False)]
+        more = more[: self.random_negatives]
         return documents + more, labels + [0.0] * len(more)
 
     def __call__(self, examples: Sequence[Example], rows: Sequence[int], tokenizer: PairTokenizer) -> GroupBatch:
@@ -80,7 +95,7 @@ class GroupMaker:
         labels = []
         rng = np.random.default_rng([self.seed, *rows])
         for i, example in enumerate(examples):
-            documents, group_labels = self.group(examples, i)
+            documents, group_labels = self.group(examples, i, rng)
             if self.shuffled:
                 order = rng.permutation(len(documents))
                 documents = [documents[j] for j in order]
@@ -120,6 +135,12 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
             name=loss,
             where=where,
         )
+    if loss == "info_nce" and (rows.has_scores or rows.format == "documents"):
+        raise SettingError(
+            "{loss} info_nce takes rows of a positive and negatives, and those of {where} have scores: list_softmax "
+            "takes them, and {ignore_keys} leaves them unread",
+            where=where,
+        )
     if loss in ("kl_distill", "margin_mse") and not rows.has_scores:
         raise SettingError(
             "{loss} {name}: every row of {where} needs scores, a teacher's, of its positive and negatives",
@@ -135,7 +156,7 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
             low=low,
             high=high,
         )
-    if loss in ("list_softmax", "lambda_loss") and low < 0:
+    if loss in ("list_softmax", "lambda_loss", "info_nce") and low < 0:
         raise SettingError(
             "{loss} {name} takes scores from 0 on, and {where} has {low:g}: ranknet and list_mle take any",
             name=loss,

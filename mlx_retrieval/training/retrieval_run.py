@@ -279,7 +279,9 @@ def make_batches(
             check_groups(part.rows, part.settings.loss, settings.random_negatives)
     if not parts:
         check_groups(rows, settings.loss, settings.random_negatives)
-    make = GroupMaker(rows, settings.random_negatives, config.reranker == "listwise", settings.seed)
+    losses = {settings.loss, *(part.settings.loss for part in parts)}
+    how = (config.reranker == "listwise", settings.seed, "info_nce" in losses)
+    make = GroupMaker(rows, settings.random_negatives, *how)
     return Batches(rows, tokenizer, size, seed, make, GroupBatch, tokenizers)
 
 

@@ -28,6 +28,7 @@ from mlx_retrieval.models.pair_tokenizers import CrossEncoderTokenizer
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations, Step
+from mlx_retrieval.training.objectives import RerankObjective
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.retrieval_run import RetrievalRun
 from mlx_retrieval.utils.errors import UserError
@@ -140,6 +141,92 @@ def test_losses_are_those_of_sentence_transformers(name, theirs, arguments):
     wanted = [model.leaves[spelling].grad.item() for row in spelt for spelling in row]
     np.testing.assert_allclose(np.array(gradient)[real], wanted, atol=1e-5)
     assert not np.array(gradient)[~real].any()
+
+
+def from_pairs(logits: dict[tuple[str, str], float], columns: list[list[str]]) -> tuple[float, dict]:
+    """Return the loss of sentence-transformers over all in-batch documents, and its gradient by pair.
+
+    `columns`: queries, positives and negatives, as its trainer gives them.
+    """
+    from sentence_transformers.cross_encoder.losses import MultipleNegativesRankingLoss
+
+    leaves = {pair: torch.tensor(value, requires_grad=True) for pair, value in logits.items()}
+    theirs = MultipleNegativesRankingLoss.__new__(MultipleNegativesRankingLoss)  # its own takes real models only
+    torch.nn.Module.__init__(theirs)
+    theirs.num_negatives, theirs.scale, theirs.activation_fn = None, 10.0, torch.nn.Sigmoid()
+    theirs.cross_entropy_loss = torch.nn.CrossEntropyLoss()
+    theirs.call_model_with_pairs = lambda pairs, **_: torch.stack([leaves[pair] for pair in pairs])
+    value = theirs(columns, None)
+    value.backward()
+    return value.item(), {pair: leaf.grad for pair, leaf in leaves.items()}
+
+
+class Spelt:
+    """A tokenizer of one text a pair, numbered in order."""
+
+    def __call__(self, groups):
+        count = sum(len(documents) for _, documents in groups)
+        return pair_tokenizers.Sequences(None, np.arange(count), np.zeros(count, int), 0)
+
+
+@pytest.mark.slow
+def test_info_nce_is_that_of_sentence_transformers(write_rows):
+    """With all documents of the batch: value and gradient of five queries with two negatives each."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": [f"m{i}", f"n{i}"]} for i in range(5)]
+    columns = [[row["query"] for row in rows], [row["positive"] for row in rows]]
+    columns += [[row["negatives"][j] for row in rows] for j in range(2)]
+    documents = [text for column in columns[1:] for text in column]
+    rng = np.random.default_rng(0)
+    logits = {(query, text): float(rng.normal() * 3) for query in columns[0] for text in documents}
+    expected, gradient = from_pairs(logits, columns)
+
+    read = Rows([write_rows(rows)])
+    maker = GroupMaker(read, random_negatives=99, from_all=True)
+    examples = [read[i] for i in range(5)]
+    batch = maker(examples, range(5), Spelt())
+    pairs = [(e.query, text) for i, e in enumerate(examples) for text in maker.group(examples, i)[0]]
+    objective = RerankObjective(Settings(task="rerank", loss="info_nce", temperature=0.1))
+    representations = mx.array([logits[pair] for pair in pairs])[:, None]
+    value, grads = mx.value_and_grad(lambda r: objective(r, batch))(representations)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    wanted = [0.0 if gradient[pair] is None else gradient[pair].item() for pair in pairs]
+    np.testing.assert_allclose(np.array(grads)[:, 0], wanted, atol=1e-5)
+    assert len(pairs) == len({*pairs}) == 5 * 15
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_info_nce_against_torch(scored, bounded):
+    """Value and gradient in groups of several sizes; cosines are compared as they are."""
+    scores, _, real = scored
+    labels = np.zeros_like(scores)
+    labels[:, 0] = 1
+    theirs = torch.tensor(scores, requires_grad=True)
+    compared = (theirs.sigmoid() if bounded else theirs) / 0.1
+    rows = [compared[i][torch.tensor(here)] for i, here in enumerate(real)]
+    target = torch.tensor([0])
+    expected = sum(torch.nn.functional.cross_entropy(row[None], target) for row in rows) / len(rows)
+    expected.backward()
+    judged = (mx.array(labels), mx.array(real))
+    value, grads = mx.value_and_grad(lambda s: loss.reranker_info_nce(s, *judged, 0.1, bounded))(mx.array(scores))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(np.array(grads), theirs.grad.numpy(), atol=1e-5)
+
+
+def test_documents_of_other_rows_are_drawn_for_info_nce(write_rows):
+    """From positives and negatives alike, a chosen number, none of them an answer; the same batch draws the same."""
+    rows = [{"query": f"q{i % 4}", "positive": f"p{i}", "negatives": [f"n{i}"]} for i in range(8)]
+    read = Rows([write_rows(rows)])
+    examples = [read[i] for i in range(8)]
+    maker = GroupMaker(read, random_negatives=3, from_all=True)
+    drawn = [
+        [maker.group(examples, i, np.random.default_rng([seed, i]))[0][2:] for i in range(8)] for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for i, texts in enumerate(drawn[0]):
+        answers = {f"p{i}", f"p{(i + 4) % 8}", f"n{i}"}
+        assert len({*texts}) == 3 and not answers & {*texts}
+    assert {text[0] for texts in drawn[0] for text in texts} == {"p", "n"}
+    assert all(text.startswith("p") for text in GroupMaker(read, random_negatives=3).group(examples, 0)[0][2:])
 
 
 def test_equal_labels_are_ordered_as_the_row_is():
@@ -292,6 +379,29 @@ def test_micro_batches_change_nothing(kind, name, settings):
             np.testing.assert_allclose(np.array(gradient[key]), np.array(expected), atol=2e-5, err_msg=key)
 
 
+def test_micro_batches_change_nothing_with_in_batch_documents(settings):
+    """`info_nce` in 1, 4 and 16 micro-batches, with four documents of other rows for each query."""
+    words = ["cat", "mat", "stone", "animal", "hard", "piece"]
+    texts = [f"{one} {other}" for one in words for other in words]
+    rows = [{"query": f"the {texts[i]}", "positive": texts[i], "negatives": [texts[i + 12]]} for i in range(12)]
+    results = []
+    for parts in (1, 4, 16):
+        changes = {"loss": "info_nce", "random_negatives": 4, "gradient_accumulation_steps": parts}
+        chosen = settings("cross-encoder", rows, **changes)
+        trainer = training_run.prepare(chosen).trainer
+        assert chosen.temperature == 0.1
+        trainer.update(trainer.batches.batch(1), 1)
+        batch = trainer.batches.batch(0)
+        assert (batch.text >= 0).sum(axis=1).tolist() == [6] * 6
+        result, _ = trainer.compute_grads(batch, 2)
+        grads = np.concatenate([np.array(value).ravel() for _, value in sorted(tree_flatten(result.grads))])
+        results.append((result.micro_batches, result.loss.item(), grads))
+    assert results[0][0] == 1 and results[1][0] >= 4 and results[2][0] >= 16
+    for _, value, grads in results[1:]:
+        assert value == pytest.approx(results[0][1], abs=1e-5)
+        np.testing.assert_allclose(grads, results[0][2], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "kind", [k if k == "cross-encoder" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
@@ -416,7 +526,14 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
     ("changes", "rows", "message"),
     [
         ({}, [{"query": f"q{i}", "positive": f"d{i}"} for i in range(8)], "neither labels nor negatives"),
-        ({"loss": "info_nce"}, None, "compares vectors"),
+        ({"loss": "nt_xent"}, None, "compares vectors"),
+        ({"loss": "info_nce"}, [{"query": "q", "document": "d", "label": 1}] * 8, "single pairs"),
+        (
+            {"loss": "info_nce"},
+            [{"query": "q", "documents": ["a", "b"], "scores": [1, 0]}] * 8,
+            "have scores: list_soft",
+        ),
+        ({"loss": "info_nce"}, [{"query": f"q{i}", "positive": f"d{i}"} for i in range(8)], "neither labels nor neg"),
         ({"loss": "ranknet"}, [{"query": "q", "document": "d", "label": 1}] * 8, "single pairs"),
         ({"loss": "margin_mse"}, None, "needs scores"),
         ({"loss": "bce"}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "labels from 0 to 1"),
