@@ -307,6 +307,8 @@ def conclude(rounds: Rounds, outcomes: Sequence[Outcome]) -> dict:
     lines.append(("final", f"{folder / 'final'}, of the last round"))
     use = ("python", "embed.py", "--model", improvement.model_to_use(folder), "--input", "FILE")
     following = [("next", shell(*use, "--output", "vectors.npy") + "  # FILE: texts of your own")]
+    if results["improved"] is False:
+        following = [("use", f"{rounds.settings.model}, which the run began with: final is no better")]
     report = write_round_report(rounds.settings, outcomes, best, rounds.eval_tasks, lines, following)
     lines += [("report", f"{report}")] if report else []
     print_lines([*lines, *following])

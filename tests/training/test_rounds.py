@@ -167,6 +167,20 @@ def test_a_round_without_gain_is_the_last(done, monkeypatch):
     assert len(outcomes) == 2
 
 
+def test_a_run_that_gained_nothing_names_the_model_to_use(done, monkeypatch, capsys, small):
+    run = done(0.0, planned=1)
+    for name in ("write_curves", "write_round_report"):
+        monkeypatch.setattr(rounds, name, lambda *_: None)
+    folder = checkpoint.round_folder(run.folder, 1)
+    (folder / "results.json").write_text('{"before": null, "after": null}')
+    state = {"metric": "ndcg_at_10", "untrained": 0.5, "best": 0.5, "last": 0.4}
+    (folder / "final" / checkpoint.STATE).write_text(json.dumps(state))
+    assert rounds.conclude(run, rounds.finished(run))["improved"] is False
+    out = capsys.readouterr().out
+    assert f"use      {small}, which the run began with: final is no better" in out and "next" not in out
+    assert (run.folder / "final").is_dir() and not (run.folder / "best").exists()
+
+
 def test_a_run_without_evaluation_goes_on_from_the_last_step(tmp_path):
     assert rounds.Outcome(1, tmp_path, State(step=4)).model == str(tmp_path / "final")
 
