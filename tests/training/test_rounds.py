@@ -177,7 +177,7 @@ def test_a_run_that_gained_nothing_names_the_model_to_use(done, monkeypatch, cap
     (folder / "final" / checkpoint.STATE).write_text(json.dumps(state))
     assert rounds.conclude(run, rounds.finished(run))["improved"] is False
     out = capsys.readouterr().out
-    assert f"use      {small}, which the run began with: final is no better" in out and "next" not in out
+    assert f"{small}, which the run began with: final is no better" in out and "next" not in out
     assert (run.folder / "final").is_dir() and not (run.folder / "best").exists()
 
 
