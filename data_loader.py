@@ -34,8 +34,8 @@ class Batch:
     document: np.ndarray  # (B,) int32: index of its positive, 0..C-1
     rank: np.ndarray  # (B,) int32: of the positive, 1 = best
     rows: np.ndarray  # (B,) int64: the examples' source rows, for messages
-    scored: np.ndarray  # (B, K) int32: documents that a teacher scored, the positive first; -1 = no more
-    scores: np.ndarray  # (B, K) float32: the teacher's scores
+    scored: np.ndarray  # (B, K) int32: documents with scores, the positive first; -1 = no more
+    scores: np.ndarray  # (B, K) float32: a teacher's, or that of a scored pair
     known: np.ndarray  # (P, 2) int32: query and document of every known positive, the examples' own first
     mined: np.ndarray  # (H, 2) int32: query and document of every negative in a row; [[-1, -1]] = there are none
     # Which source all rows are from, where sources have settings of their own; -1 = several, or there are none.
@@ -150,13 +150,8 @@ class Batches:
         kind: type = Batch,
         tokenizers: Sequence[TextTokenizer] = (),
     ):
-        if make is make_batch and rows.format == "label":
-            raise UserError(
-                f"{rows.names[0]}: rows with a label, score or similarity are for --task rerank; for other tasks, "
-                "keep the rows whose document answers the query, and leave the key unread (--ignore-keys score)"
-            )
         self.size = min(size, len(rows))
-        if make is make_batch and self.size == 1 and not rows.has_negatives:
+        if make is make_batch and self.size == 1 and not rows.has_negatives and rows.format != "label":
             cause = "--batch-size 1" if size == 1 else f"{rows.names[0]}: a single row"
             raise UserError(f"{cause}: rows without negatives leave each query one candidate; nothing to learn")
         self.rows = rows

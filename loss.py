@@ -11,6 +11,7 @@ relevant to which queries: those never count as negatives.
     directed_info_nce           info_nce with --directions, --mask-above or --hardness: what competes, and how much
     hard_negative_info_nce      when most negatives are easy: close ones weigh more
     xtr                         late interaction searched by token retrieval: see models/maxsim.py
+    cosent, angle, cosine_mse   pairs of texts with a score of their similarity: any order of scores, or their size
     kl_distill, margin_mse      a teacher's scores
     yes_no, bce                 rerankers, labels from 0 to 1
     reranker_info_nce           rerankers, a positive against its negatives and other rows' documents
@@ -24,8 +25,9 @@ negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aw
 (NV-Retriever, arXiv 2407.15831); four directions in one denominator, Li et al. 2023 (GTE, arXiv 2308.03281), masked
 negatives, Zhang et al. 2025 (Qwen3-Embedding, arXiv 2506.05176); hardness, Lan et al. 2025 (LLaVE, arXiv 2503.04812)
 and Schechter Vera et al. 2025 (EmbeddingGemma, arXiv 2509.20354); vectors spread out, Zhang et al. 2017 (arXiv
-1708.06320); bits, Bengio et al. 2013 (arXiv 1308.3432), Hubara et al. 2016 (arXiv 1602.02830); Matryoshka, Kusupati
-et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv 1503.02531).
+1708.06320); bits, Bengio et al. 2013 (arXiv 1308.3432), Hubara et al. 2016 (arXiv 1602.02830); CoSENT, Huang et al.
+2024 (doi 10.1109/TASLP.2024.3402087); AnglE, Li and Li 2023 (arXiv 2309.12871); Matryoshka, Kusupati et al. 2022
+(arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv 1503.02531).
 """
 
 import math
@@ -457,6 +459,68 @@ def directed_info_nce(
     return weighted_mean(total - positive / temperature, pairs.weight)
 
 
+# --- scored pairs -----------------------------------------------------------------------------------------------------
+
+
+def cosent(similarities: mx.array, scores: mx.array, temperature: float = 0.05) -> mx.array:
+    """CoSENT (Huang et al. 2024): log(1 + the sum of exp((lower - higher) / t) over all pairs of unequal score).
+
+    Args:
+        similarities: (B,) of the two texts of each pair, any float dtype.
+        scores: (B,) how similar they ought to be, any numbers: their order counts alone. Equal ones are not compared.
+        temperature: divides the similarities; the inverse of sentence-transformers' `scale`.
+
+    Returns a float32 scalar, 0 if all scores are equal.
+
+    When to use: pairs with a score of their similarity (STS). The larger the batch, the more is compared. Related:
+    `angle`, where cosines near 1 or -1 learn too slowly; `cosine_mse`, if the size of a cosine is to be the score.
+    """
+    logits = similarities.astype(mx.float32) / temperature
+    differences = mx.where(scores[:, None] < scores[None, :], logits[:, None] - logits[None, :], LEAST)  # (B, B)
+    return mx.logaddexp(0.0, mx.logsumexp(differences))
+
+
+def angle(queries: mx.array, documents: mx.array, scores: mx.array, temperature: float = 0.05) -> mx.array:
+    """AnglE (Li and Li 2023, section 3.4): `cosent` over the angles of the texts' vectors, taken as complex numbers.
+
+    Of a vector of D numbers, the first half are the real parts of D/2 complex numbers, the second the imaginary ones.
+
+    Args:
+        queries, documents: (B, D), the two texts of each pair, of any length; an odd D is filled up by a zero.
+
+    Other arguments and result as of `cosent`.
+
+    When to use: as `cosent`, if many cosines are near 1 or -1, where their gradient vanishes.
+    """
+    queries, documents = unit(queries.astype(mx.float32)), unit(documents.astype(mx.float32))
+    if queries.shape[-1] % 2:
+        queries, documents = (mx.pad(vectors, [(0, 0), (0, 1)]) for vectors in (queries, documents))
+    (real, imaginary), (other_real, other_imaginary) = (mx.split(v, 2, axis=-1) for v in (queries, documents))
+    quotient = real * other_real + imaginary * other_imaginary + imaginary * other_real - real * other_imaginary
+    return cosent(mx.abs(quotient.sum(axis=-1)), scores, temperature)
+
+
+def cosine_mse(similarities: mx.array, scores: mx.array) -> mx.array:
+    """Mean squared error of cosines (B,) against scores (B,); a float32 scalar.
+
+    When to use: scored pairs whose cosine is to be the score itself, such as for a threshold. Related: `cosent`.
+    """
+    return (similarities.astype(mx.float32) - scores).square().mean()
+
+
+def scored_pairs(
+    queries: mx.array, documents: mx.array, scores: mx.array, name: str = "cosent", temperature: float = 0.05
+) -> mx.array:
+    """The loss `name` of SCORED_PAIRS, of pairs of vectors (B, D) each and their scores (B,); a float32 scalar."""
+    if name == "angle":
+        return angle(queries, documents, scores, temperature)
+    cosines = (unit(queries.astype(mx.float32)) * unit(documents.astype(mx.float32))).sum(axis=-1)
+    return cosine_mse(cosines, scores) if name == "cosine_mse" else cosent(cosines, scores, temperature)
+
+
+# --- added to other losses --------------------------------------------------------------------------------------------
+
+
 def spread_out(vectors: mx.array) -> mx.array:
     """Global orthogonal regularisation (Zhang et al. 2017): how far vectors are from being spread over the sphere.
 
@@ -554,5 +618,6 @@ GROUPS = {  # functions of scores, labels and real documents, each (G, K)
     "list_mle": list_mle,
     "margin_mse": margin_mse,
 }
-LOSSES = (*CONTRASTIVE, "xtr", "kl_distill", *GROUPS)
+SCORED_PAIRS = ("cosent", "angle", "cosine_mse")  # by `scored_pairs`
+LOSSES = (*CONTRASTIVE, "xtr", *SCORED_PAIRS, "kl_distill", *GROUPS)
 RERANKER_LOSSES = (*GROUPS, "kl_distill", "info_nce")

@@ -195,6 +195,33 @@ def test_equals_sentence_transformers(torch, theirs, name, class_name, negatives
     assert_same(mine, torch_gradients(torch, compute, queries, documents))
 
 
+@pytest.mark.parametrize("size", [6, 7])
+@pytest.mark.parametrize("name", loss.SCORED_PAIRS)
+def test_scored_pairs_equal_sentence_transformers(torch, theirs, name, size):
+    """Some scores are equal, and AnglE fills up an odd number of dimensions."""
+    scores = np.array([0.1, 0.9, 0.5, 0.5, 1.0, 0.0, 0.9, 0.3])
+    queries, documents = vectors(8, size), vectors(8, size, seed=1)
+    labels = torch.tensor(scores)
+
+    def compute(q, d):
+        if name == "cosine_mse":
+            return theirs.CosineSimilarityLoss(model=None).compute_loss_from_embeddings([q, d], labels)
+        reference = {"cosent": theirs.CoSENTLoss, "angle": theirs.AnglELoss}[name]
+        return reference(model=None, scale=20.0).compute_loss_from_embeddings([q, d], labels)
+
+    mine = value_and_gradients(
+        lambda q, d: loss.scored_pairs(q, d, mx.array(scores, mx.float32), name), queries, documents
+    )
+    assert_same(mine, torch_gradients(torch, compute, queries, documents))
+
+
+@pytest.mark.parametrize("name", ["cosent", "angle"])
+def test_pairs_of_equal_scores_are_not_compared(name):
+    compute = partial(loss.scored_pairs, scores=mx.full(5, 0.5), name=name)
+    value, *gradients = value_and_gradients(lambda q, d: compute(q, d), vectors(5), vectors(5, seed=1))
+    assert value == 0.0 and not any(g.any() for g in gradients)
+
+
 SIDES = {"query-document": "query_to_doc", "query-query": "query_to_query",
          "document-query": "doc_to_query", "document-document": "doc_to_doc"}  # fmt: skip
 

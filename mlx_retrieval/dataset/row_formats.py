@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from mlx_retrieval.dataset.beir import document_text
-from mlx_retrieval.dataset.column_hints import suggestion
+from mlx_retrieval.dataset.column_hints import is_series, suggestion
 from mlx_retrieval.dataset.columns import NEEDED, Columns, listing, mapped, missing, names
 from mlx_retrieval.dataset.json_lines import RowError, parse_object, reason_of
 from mlx_retrieval.dataset.roles import (
@@ -112,6 +112,8 @@ def reading_of(keys: tuple[str, ...]) -> Reading:
     query, document, documents = find("query"), find("document"), find("documents")
     if query is None and document is not None and snake[document] == POSITIVE_MESSAGES:
         query = next((key for key in keys if snake[key] == MESSAGES), None)
+    if query is None and document is None and documents is None and find("label") is not None:
+        query, document = _pair_in_series(keys) or (None, None)
     if query is None:
         raise NoFormatError(
             f"keys {listing(keys)} fit no format",
@@ -147,6 +149,12 @@ def reading_of(keys: tuple[str, ...]) -> Reading:
         raise RowError(f"{by_side[1]} without pos_scores (--ignore-keys {by_side[1]} leaves it unread)")
     rest = (scores, *by_side, find("rank"), prompt)
     return _with_unread(Reading("pair", query, document, tuple(negatives + numbered), None, *rest), snake)
+
+
+def _pair_in_series(keys: Sequence[str]) -> tuple[str, str] | None:
+    """Return the keys of two texts whose names only count, such as text1 and text2; None = there are none."""
+    others = [key for key in keys if role_of(key) is None and not is_origin(snake_case(key))]
+    return (others[0], others[1]) if len(others) == 2 and is_series(others) else None
 
 
 def _with_unread(reading: Reading, names: dict[str, str]) -> Reading:

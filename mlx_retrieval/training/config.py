@@ -18,6 +18,7 @@ from mlx_retrieval.dataset.sources import weight_of
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.training import settings_checks, source_settings
 from mlx_retrieval.training.setting_fields import option
+from mlx_retrieval.training.settings_checks import TEMPERATURE
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import SettingError
 
@@ -196,7 +197,8 @@ class Settings:
     loss: str | None = option(
         "objective",
         None,
-        "loss function; kl_distill (short: kl) and margin_mse learn from a teacher's scores (default: info_nce; "
+        "loss function; kl_distill (short: kl) and margin_mse learn from a teacher's scores; cosent, angle and "
+        "cosine_mse from pairs with a score of their similarity (default: info_nce; "
         "rerankers: yes_no for qwen3, bce for cross-encoder, list_softmax for listwise)",
         choices=(*LOSSES, "kl"),
         tasks=RETRIEVAL,
@@ -479,7 +481,7 @@ class Settings:
         if self.task != "chat":
             defaults["loss"] = RERANKER_DEFAULTS.get(reranker, "info_nce")
             of_logits = 0.1 if self.loss == "info_nce" else 1.0
-            defaults["temperature"] = of_logits if reranker in ("qwen3", "cross-encoder") else 0.05
+            defaults["temperature"] = of_logits if reranker in ("qwen3", "cross-encoder") else TEMPERATURE
         missing = {name for name in defaults if getattr(self, name) is None}
         for name in missing:
             setattr(self, name, defaults[name])

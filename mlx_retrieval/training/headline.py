@@ -107,7 +107,9 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
     """Return a line about the loss and what acts on it, and one each about filtered negatives and dimensions."""
     of = f" of a {retrieval.reranker} reranker" if retrieval.reranker else ""
     names = settings.loss, f"temperature {settings.temperature:g}"
-    if {"loss", "temperature"} <= {*defaults}:
+    if settings.loss == "cosine_mse":  # which has no temperature
+        parts = [settings.loss]
+    elif {"loss", "temperature"} <= {*defaults}:
         parts = [f"{', '.join(names)} (defaults{of})"]
     else:
         chosen = zip(names, ("loss", "temperature"), strict=True)

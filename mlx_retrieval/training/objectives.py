@@ -13,7 +13,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.rerank_batches import GroupBatch
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, SettingError, UserError
 
 
 class Objective(ABC):
@@ -36,6 +36,9 @@ class Objective(ABC):
             relevant=mx.array(batch.relevant),
             mined=mx.array(batch.hard_negatives),
         )
+        if settings.loss in loss.SCORED_PAIRS:
+            texts = queries[pairs.query], documents[pairs.document]
+            return loss.scored_pairs(*texts, mx.array(batch.scores[:, 0]), settings.loss, settings.temperature)
         scores = compare(queries, documents)
         rows = scores[pairs.query]  # (B, C)
         scored = mx.array(batch.scored)  # (B, K)
@@ -209,6 +212,37 @@ class LateBySource(BySource):
     def loss_and_grad(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
         """Return as `LateObjective.loss_and_grad`."""
         return self.of(batch).loss_and_grad(representations, batch)
+
+
+def check_pairs(rows: Source, name: str, task: str, batch_size: int) -> None:
+    """Raise UserError unless scored pairs have a loss that takes them, and such a loss has scored pairs.
+
+    Args:
+        name: of the loss.
+        task: embed or late.
+    """
+    where = [Place(place) for place in rows.names]
+    if name in loss.SCORED_PAIRS and task == "late":
+        raise SettingError("{loss} {name} compares one vector a text; it needs {task} embed", name=name)
+    if rows.format == "label" and name not in loss.SCORED_PAIRS:
+        raise SettingError(
+            "{where}: rows with a label, score or similarity are for {task} rerank, or for {task} embed with {loss} "
+            "{losses}; for other losses, keep the rows whose document answers the query, and leave the key unread "
+            "({ignore_keys} score)",
+            where=where,
+            losses=", ".join(loss.SCORED_PAIRS[:-1]) + f" or {loss.SCORED_PAIRS[-1]}",
+        )
+    if name not in loss.SCORED_PAIRS:
+        return
+    if rows.format != "label":
+        raise SettingError(
+            "{loss} {name}: every row of {where} needs a score of its two texts, from 0 to 1: a label, score or "
+            "similarity beside them",
+            name=name,
+            where=where,
+        )
+    if name != "cosine_mse" and min(batch_size, len(rows)) == 1:
+        raise SettingError("{loss} {name} compares the pairs of a batch, and {batch_size} is 1", name=name)
 
 
 def make_objective(

@@ -44,7 +44,7 @@ from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, decides
 from mlx_retrieval.training.mixtures import Part, objective_of, parts_of
-from mlx_retrieval.training.objectives import make_objective
+from mlx_retrieval.training.objectives import check_pairs, make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults, model_values
@@ -270,13 +270,19 @@ def make_batches(
     seed: int = 0,
     parts: Sequence[Part] = (),
 ) -> Batches:
-    """Return the batches that a run's objective takes. UserError if a reranker's loss cannot use these rows."""
+    """Return the batches that a run's objective takes. UserError if the loss cannot use these rows."""
     tokenizers = [part.tokenizer for part in parts]
-    if config.task != "rerank":
-        return Batches(rows, tokenizer, size, seed, tokenizers=tokenizers)
+    is_rerank = config.task == "rerank"
     for part in parts:
         with source_settings.naming(part.source):
-            check_groups(part.rows, part.settings.loss, settings.random_negatives)
+            if is_rerank:
+                check_groups(part.rows, part.settings.loss, settings.random_negatives)
+            else:
+                check_pairs(part.rows, part.settings.loss, config.task, size)
+    if not is_rerank:
+        if not parts:
+            check_pairs(rows, settings.loss, config.task, size)
+        return Batches(rows, tokenizer, size, seed, tokenizers=tokenizers)
     if not parts:
         check_groups(rows, settings.loss, settings.random_negatives)
     losses = {settings.loss, *(part.settings.loss for part in parts)}

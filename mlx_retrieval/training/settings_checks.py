@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from loss import SCORED_PAIRS
 from mlx_retrieval.utils.errors import SettingError
 
 DISTILLING = ("kl_distill", "margin_mse")  # losses that learn a teacher's scores
+TEMPERATURE = 0.05  # of losses over cosines, by default
 
 
 def check(settings: Any) -> None:
@@ -115,6 +117,16 @@ def check(settings: Any) -> None:
             settings.denominator == "one" or len(settings.directions) > 1,
             "denominator",
             "needs several {directions}",
+        ),
+        (
+            not settings.margin_weight or settings.loss not in SCORED_PAIRS,
+            "margin_weight",
+            "does not go with {chosen}: scored pairs have no negatives",
+        ),
+        (
+            settings.loss != "cosine_mse" or settings.temperature in (None, TEMPERATURE),
+            "temperature",
+            "has no effect with {chosen}, whose scores are cosines",
         ),
         (settings.hardness_of == "hard" or settings.hardness > 0, "hardness_of", "needs a {hardness} above 0"),
         (

@@ -69,6 +69,8 @@ def settings_of(settings: Any, source: dict[str, Any]) -> Any:
     """Return the `config.Settings` of a run on this source alone. UserError for values that cannot be."""
     with naming(source):
         alone = {"sources": [], "data": paths(source), "source_temperature": None}
+        if source.get("loss") == "cosine_mse":  # which has no temperature to share
+            alone["temperature"] = None
         return dataclasses.replace(settings, **alone, **own(source))
 
 

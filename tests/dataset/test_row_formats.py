@@ -86,6 +86,8 @@ SHAPES = [
     # labels
     *(({"query": "q", "document": "d", name: 0.25}, JUDGED) for name in ("label", "score", "similarity")),
     ({"sentence1": "q", "sentence2": "d", "score": 0.25}, JUDGED),
+    ({"text1": "q", "text2": "d", "similarity": 0.25}, JUDGED),
+    ({"pair_id": 4, "sentence_A": "q", "sentence_B": "d", "score": 0.25}, JUDGED),
     # several positives
     (
         {"query": "q", "positive": ["d", "e", "d"], "negatives": ["n"], "scores": [3, 2, 3, 1]},

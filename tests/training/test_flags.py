@@ -18,7 +18,7 @@ from beir_folders import write_folder
 from mlx.utils import tree_flatten
 
 import train
-from loss import GROUPS, LOSSES
+from loss import GROUPS, LOSSES, SCORED_PAIRS
 from mlx_retrieval import backend
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -294,7 +294,13 @@ def test_loss(settings, data, name):
     rows = [
         json.loads(line) | {"negatives": ["other words"], "scores": [1.0, i / 40]} for i, line in enumerate(open(data))
     ]
+    if name in SCORED_PAIRS:
+        rows = [{"sentence1": row["query"], "sentence2": row["document"], "score": row["scores"][1]} for row in rows]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if name in SCORED_PAIRS:
+        values = {other: loss_of(settings(loss=other)) for other in SCORED_PAIRS}
+        assert math.isfinite(values[name]) and len({*values.values()}) == len(SCORED_PAIRS)
+        return
     task = "late" if name == "xtr" else "embed"
     assert math.isfinite(loss_of(settings(loss=name, task=task, xtr_k=5)))
     if name != "info_nce":

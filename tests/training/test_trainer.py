@@ -65,6 +65,47 @@ def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, c
     assert np.linalg.norm(results[1][1]) > 0
 
 
+@pytest.mark.parametrize("name", ["cosent", "angle", pytest.param("cosine_mse", marks=pytest.mark.slow)])
+def test_scored_pairs_are_the_same_for_1_4_and_16_micro_batches(settings, write_rows, rows, name):
+    texts = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    pairs = [{"text1": r["query"], "text2": r["positive"], "similarity": i % 7 / 6} for i, r in enumerate(texts)]
+    file = write_rows(pairs, "pairs.jsonl")
+    test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, {"data": [str(file)], "loss": name})
+
+
+PAIR = {"query": "one text", "document": "another", "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        (PAIR, {}, "similarity are for --task rerank, or for --task embed with --loss cosent, angle or cosine_mse"),
+        ({"query": "one", "document": "two"}, {"loss": "cosent"}, "--loss cosent: every row of .* needs a score"),
+        (PAIR, {"loss": "angle", "task": "late"}, "--loss angle compares one vector a text; it needs --task embed"),
+        (PAIR, {"loss": "cosent", "batch_size": 1}, "--loss cosent compares the pairs of a batch"),
+        (PAIR | {"score": 4.5}, {"loss": "cosent"}, "score 4.5 is not a number from 0 to 1; divide by the top"),
+    ],
+)
+def test_what_scored_pairs_need_is_said(settings, write_rows, row, changes, message):
+    file = write_rows([row | {"query": f"{row['query']} {i}"} for i in range(8)])
+    with pytest.raises(UserError, match=message):
+        training_run.prepare(settings(data=[str(file)], **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"margin_weight": 0.1}, "--margin-weight 0.1: does not go with cosent"),
+        ({"positive_aware": "perc"}, "works with info_nce and hard_negative_info_nce, not with cosent"),
+        ({"hardness": 5.0}, "works with info_nce, not with cosent"),
+        ({"loss": "cosine_mse", "temperature": 0.1}, "--temperature 0.1: has no effect with cosine_mse"),
+    ],
+)
+def test_flags_without_effect_on_scored_pairs_are_refused(settings, changes, message):
+    with pytest.raises(UserError, match=message):
+        settings(**{"loss": "cosent"} | changes)
+
+
 def test_there_are_never_fewer_micro_batches_than_asked_for(settings):
     trainer = prepared(settings(batch_size=4))
     batch = trainer.batches.batch(0)  # about a dozen texts, of very different lengths
