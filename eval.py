@@ -6,7 +6,8 @@ python eval.py --model adapters/final --precision float32 int8 binary --dimensio
 python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                      # a reranker
 python eval.py --compare adapters/one/best adapters/two/best --eval-tasks my-eval              # which one is better
 
-A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) or the name of an MTEB retrieval task.
+A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv), the name of an MTEB task of type
+Retrieval or STS, or a file of scored pairs. STS and pairs are judged by Spearman's correlation of cosines and scores.
 MTEB's tasks are searched and scored by mteb. A folder is evaluated without importing mteb, which would take seconds.
 The figures are the same: every document is compared with every query, and pytrec_eval, which mteb uses, computes the
 metrics. Nothing is cached on disk. Training calls `evaluate` every N steps; this command prints the same figures, to
@@ -28,7 +29,7 @@ from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
 from mlx_retrieval.dataset import beir
-from mlx_retrieval.evaluation import comparison
+from mlx_retrieval.evaluation import comparison, pairs
 from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_reranker, print_reranked
 from mlx_retrieval.evaluation.results import Evaluation, compare, compare_formats, print_formats, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
@@ -115,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     subject.add_argument("--model", "--model-path", metavar="MODEL", help=model)
     compared = (
         "compare models of any task, and files that --output wrote, with the first of them: paired 95 %% intervals and "
-        "a verdict for each, by nDCG@10"
+        "a verdict for each, by nDCG@10 or Spearman"
     )
     subject.add_argument("--compare", nargs="+", metavar="MODEL", help=compared)
     out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
@@ -124,7 +125,9 @@ def parser() -> argparse.ArgumentParser:
         "(default: as the model's files say; of a language model, its name)"
     )
     out.add_argument("--task", choices=("embed", "late", "rerank"), help=kinds)
-    tasks = "folders in BEIR layout and names of MTEB retrieval tasks (default: eval-data)"
+    tasks = (
+        "folders in BEIR layout, files of scored pairs, and names of MTEB tasks, Retrieval or STS (default: eval-data)"
+    )
     out.add_argument("--eval-tasks", nargs="+", metavar="TASK", help=tasks)
     strict = "refuse untidy folders: judgements that contradict each other, or of texts that are missing; null texts"
     out.add_argument("--strict", action="store_true", help=strict)
@@ -192,7 +195,7 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     if output:
         check_output(output, args.overwrite, inputs)
     if not args.compare:
-        beir.check_folders(args.eval_tasks, rules_of(args))
+        pairs.check_tasks(args.eval_tasks, rules_of(args))
     return output
 
 

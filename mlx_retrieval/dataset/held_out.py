@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,14 +64,14 @@ class HeldOut:
     rows: to train on.
     examples, left_out: how many examples were looked at, and how many of them are not trained on.
     negatives: how many held-out texts were removed from the negatives of the others.
-    questions: None = there are none, for this `reason`.
+    questions: `Questions`, or `held_out_pairs.Pairs`; None = there are none, for this `reason`.
     """
 
     rows: Source
     examples: int
     left_out: int = 0
     negatives: int = 0
-    questions: Questions | None = None
+    questions: Any = None
     reason: str = ""
 
 
@@ -217,8 +218,8 @@ class Leaving:
         """Whether something of every source is left."""
         return all(self.kept[start:end].any() for start, end in self._spans)
 
-    def held_out(self, questions: Questions | None) -> HeldOut:
-        """Return what is trained on, beside the questions."""
+    def held_out(self, questions: Any) -> HeldOut:
+        """Return what is trained on, beside the questions or pairs."""
         views = [self._view(part, *span) for part, span in zip(self.scan.parts, self._spans, strict=True)]
         rows = views[0]
         if isinstance(self.scan.source, InterleavedRows):

@@ -3,8 +3,9 @@
 python eval.py --compare adapters/one/best adapters/two/best --eval-tasks my-eval
 python eval.py --compare one.json two.json          # results that `eval.py --output` wrote; nothing is evaluated again
 
-A model is better or worse than the first if the 95 % interval of their difference in nDCG@10 is clear of zero. Models
-of different kinds compare too, such as an embedding model and a reranker, as long as their queries are the same.
+A model is better or worse than the first if the 95 % interval of their difference in nDCG@10, or in Spearman for scored
+pairs, is clear of zero. Models of different kinds compare too, such as an embedding model and a reranker, as long as
+their queries are the same.
 """
 
 import json
@@ -14,15 +15,24 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlx_retrieval.dataset.beir import TOLERANT, FolderRules, check_folders
+from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
+from mlx_retrieval.evaluation.pairs import check_tasks
 from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_reranker
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, Scores, compare
+from mlx_retrieval.evaluation.results import (
+    LABELS,
+    METRICS,
+    PAIR_METRICS,
+    Evaluation,
+    Scores,
+    compare,
+    ids_of,
+    main_metric,
+)
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
 from mlx_retrieval.inference import dtypes, embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.kinds import detect_kind
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity
 
 Verdict = Literal["better", "worse", "no difference shown"]
 # With fewer queries no result shows a difference at 95 %, not even one with all differences of the same sign.
@@ -84,7 +94,7 @@ def evaluations_of(
         raise UserError("--eval-tasks: files of results are compared on the tasks that they hold")
     if models:
         tasks = tasks or ["eval-data"]
-        check_folders(tasks, rules)
+        check_tasks(tasks, rules)
         if results:
             _check_tasks(*next(iter(results.items())), tasks, rules)
         stage = "bm25" if first_stage in (None, "bm25") else embedder.load(first_stage, dtype=dtype)
@@ -136,9 +146,12 @@ def read_evaluation(file: Path) -> Evaluation:
 
 def _is_sound(figures: Scores, per_query: dict[str, Scores]) -> bool:
     """Return whether a task has every metric, with finite scores of the same queries, one at least."""
-    ids = per_query["ndcg_at_10"].keys()
-    scores = [[figures[metric], *per_query[metric].values()] for metric in METRICS]
-    return bool(ids) and all(per_query[metric].keys() == ids for metric in METRICS) and bool(np.isfinite(scores).all())
+    ids = ids_of(per_query)
+    are_pairs = main_metric(figures) in PAIR_METRICS
+    columns = [per_query[name] for name in (("cosine", "score") if are_pairs else METRICS)]
+    scores = [*(figures[metric] for metric in (PAIR_METRICS if are_pairs else METRICS))]
+    scores += [value for column in columns for value in column.values()]
+    return bool(ids) and all(column.keys() == ids for column in columns) and bool(np.isfinite(scores).all())
 
 
 def check_alike(results: dict[str, Evaluation]) -> None:
@@ -153,7 +166,7 @@ def check_alike(results: dict[str, Evaluation]) -> None:
             )
         for task in first.tasks:
             digests = {e.digests[task] for e in (first, other) if task in e.digests}
-            ids = [e.per_query[task]["ndcg_at_10"].keys() for e in (first, other)]
+            ids = [ids_of(e.per_query[task]) for e in (first, other)]
             if len(digests) > 1 or ids[0] != ids[1]:
                 part = "queries" if ids[0] != ids[1] else "texts or judgements"
                 raise UserError(f"{name}: {task} has other {part} than in {names[0]}; evaluate both on the same folder")
@@ -184,12 +197,12 @@ def compare_with_first(names: Sequence[str], evaluations: Sequence[Evaluation]) 
         names: of the evaluations, for the sentences.
     """
     first = evaluations[0]
-    queries = sum(len(scores["ndcg_at_10"]) for scores in first.per_query.values())
+    queries = first.count()
     comparisons = []
     for name, evaluation in zip(names[1:], evaluations[1:], strict=True):
         rows = compare(first, evaluation)
         verdict = judge(rows[0], queries)
-        comparisons.append(Comparison(verdict, _sentence(names[0], name, verdict, rows[0], queries), queries, rows))
+        comparisons.append(Comparison(verdict, _sentence(names[0], name, verdict, rows[0], first), queries, rows))
     return comparisons
 
 
@@ -201,14 +214,14 @@ def judge(row: tuple[str, float, float, float, float, float], queries: int) -> V
     return "better" if low > 0 else "worse"
 
 
-def _sentence(first: str, name: str, verdict: Verdict, row: tuple, queries: int) -> str:
+def _sentence(first: str, name: str, verdict: Verdict, row: tuple, evaluation: Evaluation) -> str:
     metric, _, _, difference, low, high = row
     opening = f"{name} is {verdict} than {first}"
     if verdict == "no difference shown":
         opening = f"{verdict} between {name} and {first}"
-    few = f", too few: {FEWEST_QUERIES} are needed" if queries < FEWEST_QUERIES else ""
-    figures = f"{METRICS[metric]} {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
-    return f"{opening}: {figures}, {quantity(queries, 'query')}{few}"
+    few = f", too few: {FEWEST_QUERIES} are needed" if evaluation.count() < FEWEST_QUERIES else ""
+    figures = f"{LABELS[metric]} {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
+    return f"{opening}: {figures}, {evaluation.asked()}{few}"
 
 
 def print_comparisons(
@@ -233,13 +246,13 @@ def _print_table(
     from mlx_retrieval.utils.console import print_rows
 
     rows = []
-    for i, (metric, label) in enumerate(METRICS.items()):
+    for i, (metric, label) in enumerate(evaluations[0].metrics.items()):
         rows.append((names[0], label, f"{evaluations[0].average()[metric]:.4f}", "", ""))
         for name, comparison in zip(names[1:], comparisons, strict=True):
             _, _, figure, difference, low, high = comparison.rows[i]
             rows.append((name, label, f"{figure:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
     columns = ("model", "metric", "figure", "difference", "95 % interval")
-    print_rows(f"{title}: {quantity(comparisons[0].queries, 'query')}, differences to the first model", columns, rows)
+    print_rows(f"{title}: {evaluations[0].asked()}, differences to the first model", columns, rows)
 
 
 def to_json(

@@ -1,4 +1,4 @@
-"""MTEB's text tasks of type Retrieval: load them, search them and score them through mteb.
+"""MTEB's text tasks: Retrieval, searched and scored through mteb, and STS, whose pairs are scored by pairs.py.
 
 task, reason = load("NanoMSMARCORetrieval")
 results = task.evaluate(searcher)                    # a tasks.CorpusSearcher
@@ -20,13 +20,18 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.beir import document_text
+from mlx_retrieval.evaluation.pairs import PairTask, ScoredTexts, check
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Judged, Rankings, SplitResult, Task
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.products import product
 
+TYPES = ("Retrieval", "STS")  # of tasks that can be evaluated
 
-def load(name: str, show_progress: bool = False, ignore_identical_ids: bool = False) -> tuple["MtebTask | None", str]:
+
+def load(
+    name: str, show_progress: bool = False, ignore_identical_ids: bool = False
+) -> tuple["MtebTask | PairTask | None", str]:
     """Return a task with its data and "", or None and one line that says why it could not be loaded.
 
     Some of MTEB's tasks ignore the document with the id of the query; `ignore_identical_ids` makes the others do so.
@@ -74,6 +79,22 @@ class MtebTask(Task):
             )
             for (split, subset), rankings in search.rankings.items()
         ]
+
+
+def scored_pairs(task: Any) -> PairTask:
+    """Return a task of type STS, with its data, by its pairs; their prompts are those that mteb gives them, if any."""
+    one, other = task.column_names
+    prompts = tuple(kind and kind.value for kind in (task.input1_prompt_type, task.input2_prompt_type))
+    span = task.max_score - task.min_score
+    splits = {}
+    for subset, data in (task.dataset if task.hf_subsets != ["default"] else {"default": task.dataset}).items():
+        data = data.get("default", data) if subset == "default" else data
+        for split in task.eval_splits:
+            rows = data[split]
+            scores = [(score - task.min_score) / span for score in rows["score"]]
+            splits[split, subset] = ScoredTexts(list(rows[one]), list(rows[other]), scores)
+            check(task.metadata.name, splits[split, subset])
+    return PairTask(splits, prompts, f"{task.metadata.name}@{task.metadata.dataset['revision']}")
 
 
 def _corpus(corpus: Any) -> Corpus:
@@ -167,7 +188,7 @@ def _hub_answers() -> bool:
 
 
 @functools.cache
-def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | None", str]:
+def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | PairTask | None", str]:
     """Like `load`, once a process: asking an unreachable hub at every evaluation would only cost time."""
     import mteb
     from datasets.exceptions import DatasetsError
@@ -177,13 +198,13 @@ def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | None", str
     try:
         task = mteb.get_task(name)
     except KeyError as error:
-        names = [task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"], exclude_superseded=False)]
+        names = [task.metadata.name for task in mteb.get_tasks(task_types=[*TYPES], exclude_superseded=False)]
         close = ", ".join(difflib.get_close_matches(name, names))
         hint = f"; close: {close}" if close else ""
         raise UserError(f"{name} is neither a folder nor an MTEB task{hint}") from error
     metadata = task.metadata
-    if metadata.type != "Retrieval":
-        raise UserError(f"{name} is a task of type {metadata.type}; only those of type Retrieval can be evaluated")
+    if metadata.type not in TYPES:
+        raise UserError(f"{name} is a task of type {metadata.type}; only {' and '.join(TYPES)} can be evaluated")
     if tasks := getattr(metadata, "tasks", None):
         raise UserError(f"{name} is a bundle; name the tasks: {' '.join(task.metadata.name for task in tasks)}")
     if metadata.modalities != ["text"]:
@@ -204,5 +225,7 @@ def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | None", str
             f"(set HF_HOME for another) or from the hub: {reason}. "
             f"To download it where there is a network: hf download --repo-type dataset {path} --revision {revision}"
         )
+    if metadata.type == "STS":
+        return scored_pairs(task), ""
     task.ignore_identical_ids |= ignore_identical_ids
     return MtebTask(task), ""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
-from mlx_retrieval.evaluation import retrieval
+from mlx_retrieval.evaluation import pairs, retrieval
 from mlx_retrieval.evaluation.results import Evaluation, Scores, print_comparison
 from mlx_retrieval.evaluation.retrieval import Encoder
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, Task
@@ -169,6 +169,7 @@ def evaluate_reranker(
         raise UserError(f'first stage {first_stage!r}: "bm25", or a model from embedder.load')
     stage = BM25 if isinstance(first_stage, str) else first_stage
     loaded, unreachable = retrieval.load_tasks(tasks, show_progress, rules)
+    pairs.refuse(loaded, "which a reranker has not")
     before, after = (Evaluation(name, {}, {}, unreachable) for name in (stage.name, reranker.name))
     for label, task in loaded.items():
         first = first_stage_result(stage, label, task, show_progress)

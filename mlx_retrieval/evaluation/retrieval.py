@@ -12,9 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_retrieval.dataset import beir
 from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
-from mlx_retrieval.evaluation import mteb_tasks
+from mlx_retrieval.evaluation import mteb_tasks, pairs
 from mlx_retrieval.evaluation import tasks as evaluation_tasks
 from mlx_retrieval.evaluation.quantized import CachedEncoder, QuantizedEncoder
 from mlx_retrieval.evaluation.results import METRICS, TOP, Evaluation, Scores, VectorFormat
@@ -114,22 +113,24 @@ def score_rankings(qrels: dict[str, dict[str, int]], rankings: Rankings) -> dict
 
 def load_tasks(
     names: Sequence[str], show_progress: bool = False, rules: FolderRules = TOLERANT
-) -> tuple[dict[str, Task], dict[str, str]]:
+) -> tuple[dict[str, Task | pairs.PairTask], dict[str, str]]:
     """Return ({label: task}, {name: why it is unreachable}). Tasks are cached, so later calls cost nothing.
 
-    A folder's label is the last part of its path, or the whole path if another task would have the same label.
+    The label of a folder or file is the last part of its path, or the whole path if another task would have the same.
     Raises UserError for a folder that is not sound and for a name that is not a task.
     """
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, Task | pairs.PairTask] = {}
     unreachable = {}
     names = [*map(toolkit.find, names)]
-    mteb_names = beir.check_folders(names, rules)
+    mteb_names = pairs.check_tasks(names, rules)
     # A folder that is named twice, by whatever path, is one task.
     sources = dict.fromkeys(name if name in mteb_names else Path(name).expanduser().resolve() for name in names)
     labels = [source.name if isinstance(source, Path) else source for source in sources]
     for source, label in zip(sources, labels, strict=True):
         if isinstance(source, Path):
-            tasks[label if labels.count(label) == 1 else str(source)] = evaluation_tasks.load(source, rules)
+            label = label if labels.count(label) == 1 else str(source)
+            file = pairs.file_of(str(source))
+            tasks[label] = pairs.load(file) if file else evaluation_tasks.load(source, rules)
             continue
         task, reason = mteb_tasks.load(source, show_progress, rules.ignore_identical_ids)
         if task is None:
@@ -146,7 +147,7 @@ def evaluate(
 
     Args:
         model: see `Encoder`. Scores are dot products of its vectors.
-        tasks: folders in BEIR layout and names of MTEB tasks of type Retrieval.
+        tasks: folders in BEIR layout, files of scored pairs, and names of MTEB tasks of types Retrieval and STS.
         show_progress: show progress bars for downloads and embedding.
         rules: how folders are read.
 
@@ -156,7 +157,10 @@ def evaluate(
     loaded, unreachable = load_tasks(tasks, show_progress, rules)
     evaluation = Evaluation(model.name, {}, {}, unreachable)
     for label, task in loaded.items():
-        add_task(evaluation, searcher_for(model, label, show_progress), task)
+        if isinstance(task, pairs.PairTask):
+            pairs.add_task(evaluation, model, label, task, show_progress)
+        else:
+            add_task(evaluation, searcher_for(model, label, show_progress), task)
     return evaluation
 
 
@@ -198,6 +202,7 @@ def evaluate_formats(
             "interaction, which is evaluated without them"
         )
     loaded, unreachable = load_tasks(tasks, show_progress, rules)
+    pairs.refuse(loaded, "without --precision and --dimensions")
     full = Evaluation(model.name, {}, {}, unreachable)
     stored = {vector_format: Evaluation(model.name, {}, {}, unreachable) for vector_format in formats}
     for label, task in loaded.items():

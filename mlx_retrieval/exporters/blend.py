@@ -16,7 +16,7 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.dataset.sources import is_default_data
-from mlx_retrieval.evaluation.results import METRICS, Evaluation
+from mlx_retrieval.evaluation.results import LABELS, Evaluation, main_metric
 from mlx_retrieval.exporters.soup import absorb, between
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -32,7 +32,6 @@ from mlx_retrieval.utils.progress import progress_bar
 
 Evaluator = Callable[[], tuple[Evaluation | None, Evaluation]]  # see `training.retrieval_run.make_evaluator`
 SHARES = tuple(i / 10 for i in range(11))  # that `auto` tries
-METRIC = "ndcg_at_10"
 
 
 def blend_with_base(
@@ -142,8 +141,9 @@ class Point:
     """A share, and what the model is worth there."""
 
     share: float
-    score: float  # nDCG@10, the mean over the tasks
-    guards: dict[str, float]  # guard -> nDCG@10
+    score: float  # nDCG@10 or Spearman, the mean over the tasks
+    guards: dict[str, float]  # guard -> the same
+    metric: str = "nDCG@10"  # the name of the score
 
 
 def _evaluated(blend: Blend, share: float, judge: Evaluator, guard: Evaluator | None) -> Point:
@@ -153,7 +153,9 @@ def _evaluated(blend: Blend, share: float, judge: Evaluator, guard: Evaluator | 
         result = guard()[1]
         refuse_unreachable(result)
         guards = result.tasks
-    return Point(share, judge()[1].average()[METRIC], {task: figures[METRIC] for task, figures in guards.items()})
+    result = judge()[1]
+    of_guards = {task: figures[main_metric(figures)] for task, figures in guards.items()}
+    return Point(share, result.average()[result.main], of_guards, LABELS[result.main])
 
 
 def best(points: Sequence[Point], tolerance: float) -> Point:
@@ -176,4 +178,4 @@ def print_points(points: Sequence[Point], chosen: Point, tolerance: float) -> No
         rows.append(
             (f"{point.share:.1f} {note}".rstrip(), f"{point.score:.4f}", *(f"{s:.4f}" for s in point.guards.values()))
         )
-    print_rows("share of the trained model", ("share", METRICS[METRIC], *base), rows)
+    print_rows("share of the trained model", ("share", chosen.metric, *base), rows)

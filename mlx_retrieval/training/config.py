@@ -374,8 +374,8 @@ class Settings:
     eval_tasks: list[str] | None = option(
         "evaluation",
         None,
-        "MTEB task names, and folders in BEIR layout; none = no evaluation (default: questions of your data, see "
-        "--holdout; for the toolkit's own data, eval-data)",
+        "MTEB task names, folders in BEIR layout, or files of scored pairs; none = no evaluation (default: questions "
+        "or pairs of your data, see --holdout; for the toolkit's own data, eval-data)",
         tasks=RETRIEVAL,
     )
     holdout: float | None = option(
@@ -416,7 +416,10 @@ class Settings:
     skip_eval_init: bool = option("evaluation", False, "do not evaluate before training")
     rerank_depth: int = option("evaluation", 100, "rerank: evaluate on the first N documents of BM25", tasks=RERANK)
     early_stopping: int = option(
-        "evaluation", 0, "stop after N evaluations without a better nDCG@10, or validation loss in chat; 0 = never"
+        "evaluation",
+        0,
+        "stop after N evaluations without a better nDCG@10, Spearman of scored pairs, or validation loss in chat; "
+        "0 = never",
     )
     require_improvement: bool = option(
         "evaluation", False, "exit with code 4 if no evaluated step is better than the untrained model"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.dataset.contents import Content, differences, of_file
+from mlx_retrieval.evaluation import pairs
 from mlx_retrieval.inference.fingerprint import model_files
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines
@@ -29,9 +30,14 @@ def base_contents(folder: Path, run: Path) -> list[Content]:
 
 
 def evaluation_contents(tasks: Sequence[str]) -> list[Content]:
-    """Return the contents of the evaluation folders; a task of the hub is not compared."""
-    folders = [Path(task).expanduser() for task in tasks]
-    return [of_file(file) for folder in folders if folder.is_dir() for file in beir.files_of(folder)]
+    """Return the contents of the evaluation's folders and files; a task of the hub is not compared."""
+    found: list[Path] = []
+    for task in tasks:
+        if file := pairs.file_of(task):
+            found.append(file)
+        elif (folder := Path(task).expanduser()).is_dir():
+            found += beir.files_of(folder)
+    return [of_file(file) for file in found]
 
 
 def write(run: Path, contents: Contents) -> None:

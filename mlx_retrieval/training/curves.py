@@ -14,8 +14,16 @@ from typing import Any
 
 from mlx_retrieval.utils import files
 
-MAIN_METRIC = "ndcg_at_10"
-METRIC_NAMES = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "recall": "Recall", "precision": "P"}
+MAIN_METRICS = ("ndcg_at_10", "cosine_spearman")  # a run goes by the first that it has
+METRIC_NAMES = {
+    "cosine_spearman": "Spearman",
+    "cosine_pearson": "Pearson",
+    "ndcg": "nDCG",
+    "mrr": "MRR",
+    "map": "MAP",
+    "recall": "Recall",
+    "precision": "P",
+}
 
 PANELS = ("loss", "learning rate", "evaluation")
 LOSS, LOSS_OF_STEP, RATE, VALIDATION = "#1f6fb2", "#9ec5e8", "#7b6aa8", "#c8501e"
@@ -123,11 +131,11 @@ def _draw_panels(records: Sequence[dict[str, Any]], panels: Sequence[Any], legen
 
     plot(0, evals, "validation_loss", color=VALIDATION, label="validation")
     names = {key: 0 for row in evals.values() for key in row if key != "validation_loss"}
-    names = sorted(names, key=lambda key: key != MAIN_METRIC)
+    names = sorted(names, key=lambda key: key not in MAIN_METRICS)
     for name, color in zip(names, METRIC_COLORS, strict=False):
         main = {"linewidth": 2.4, "markersize": 7, "zorder": 3} if name == names[0] else {"alpha": 0.6}
         steps, values = plot(2, evals, name, color=color, label=metric_name(name), **main)
-        if name == MAIN_METRIC and len(values):
+        if name == names[0] and name in MAIN_METRICS and len(values):
             best = values.argmax()
             look = {"color": color, "weight": "bold", "ha": "center", "textcoords": "offset points"}
             panels[2].annotate(f"{values[best]:.4f}", (steps[best], values[best]), (0, 9), **look)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mlx_retrieval.evaluation.comparison import judge
 from mlx_retrieval.evaluation.reranking import harm
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare, print_comparison, print_table
+from mlx_retrieval.evaluation.results import LABELS, Evaluation, compare, print_comparison, print_table
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import console
 
@@ -123,16 +123,15 @@ class Evaluations:
         after = self.after.evaluation
         if not any(task in self.before.tasks for task in after.tasks):
             return ""
-        count = sum(len(scores["ndcg_at_10"]) for scores in after.per_query.values())
-        return judge(compare(self.before, after)[0], count)
+        return judge(compare(self.before, after)[0], after.count())
 
     def last_line(self) -> str:
         """Return a sentence about the last step, if the results are of an earlier one; else ""."""
         if not self.best or not self.last or self.best.number == self.last.number:
             return ""
-        metric = "ndcg_at_10"
+        metric = self.best.evaluation.main
         last, best = (step.evaluation.average().get(metric, 0.0) for step in (self.last, self.best))
-        return f"{METRICS[metric]} {last:.4f} at step {self.last.number}, {best:.4f} at step {self.best.number}"
+        return f"{LABELS[metric]} {last:.4f} at step {self.last.number}, {best:.4f} at step {self.best.number}"
 
     def _save_step(self, name: str, step: Step) -> None:
         self._save(name, {"step": step.number, **dataclasses.asdict(step.evaluation)})

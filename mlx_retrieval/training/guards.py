@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_retrieval.backbones.hub import read_json
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.evaluation.results import LABELS, Evaluation, Scores, compare, main_metric
 from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.checkpoint import GUARDS
 from mlx_retrieval.training.config import Settings
@@ -19,8 +19,6 @@ from mlx_retrieval.training.evaluations import Evaluations
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_rows
 from mlx_retrieval.utils.errors import SettingError
-
-METRIC = "ndcg_at_10"
 
 
 def check(settings: Settings, tasks: list[str], evaluated: bool) -> None:
@@ -54,7 +52,7 @@ class Guards(Evaluations):
     Args:
         evaluate: returns None and the result of the model as it is now; see `Evaluations`.
         run: the run's folder.
-        tolerance: of nDCG@10; a guard that loses more has fallen.
+        tolerance: of nDCG@10, or Spearman; a guard that loses more has fallen.
     """
 
     def __init__(self, evaluate: Callable[[], tuple[None, Evaluation]], run: Path, tolerance: float):
@@ -78,11 +76,17 @@ class Guards(Evaluations):
             files.write_file(self.folder / "before.json", first.read_text(encoding="utf-8"))
 
     def changes(self) -> dict[str, float]:
-        """Return task -> what the last step's nDCG@10 differs from the untrained model's; {} before a step."""
+        """Return task -> what the last step's figure differs from the untrained model's; {} before a step."""
         if not self.before or not self.last:
             return {}
         now = self.last.evaluation.tasks
-        return {task: now[task][METRIC] - old[METRIC] for task, old in self.before.tasks.items() if task in now}
+        return {task: _figure(now[task]) - _figure(old) for task, old in self.before.tasks.items() if task in now}
+
+    @property
+    def label(self) -> str:
+        """The names of the metrics that its guards are judged by."""
+        tasks = self.before.tasks.values() if self.before else ()
+        return " and ".join(dict.fromkeys(LABELS[main_metric(figures)] for figures in tasks))
 
     def fallen(self) -> list[str]:
         """Return the tasks that the last step has lost more of than the tolerance, or that could not be evaluated."""
@@ -92,11 +96,11 @@ class Guards(Evaluations):
         return [task for task in self.before.tasks if not changes.get(task, -math.inf) >= -self.tolerance]
 
     def results(self) -> dict[str, Any]:
-        """Return task -> {"before": nDCG@10, "after": that of the model in `best`, or of the last step}."""
+        """Return task -> {"before": figure, "after": that of the model in `best`, or of the last step}."""
         before = self.before.tasks if self.before else {}
         after = self.after.evaluation.tasks if self.after else {}
         return {
-            task: {"before": scores[METRIC], "after": after[task][METRIC]}
+            task: {"before": _figure(scores), "after": _figure(after[task])}
             for task, scores in before.items()
             if task in after
         }
@@ -113,8 +117,13 @@ class Guards(Evaluations):
     def print(self) -> None:
         """Print the table of the guards."""
         if self.after and self.before:
-            title = f"guards, {METRICS[METRIC]}, before training and after step {self.after.number:,}"
+            title = f"guards, {self.label}, before training and after step {self.after.number:,}"
             print_rows(title, ("task", "before", "after", "difference", "95 % interval"), self.rows())
+
+
+def _figure(figures: Scores) -> float:
+    """Return what a guard is judged by: nDCG@10, or Spearman's correlation for scored pairs."""
+    return figures[main_metric(figures)]
 
 
 def _only(task: str, evaluation: Evaluation) -> Evaluation:

@@ -12,7 +12,7 @@ from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import SettingError
 
-METRICS = {"ndcg_at_10": "nDCG@10", "validation_loss": "validation loss"}
+METRICS = {"ndcg_at_10": "nDCG@10", "cosine_spearman": "Spearman", "validation_loss": "validation loss"}
 UNTRAINED = "the untrained model"
 EXIT_CODE = 4  # of --require-improvement
 

@@ -18,7 +18,7 @@ from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.sources import names as source_names
 from mlx_retrieval.evaluation.changes import QueryChange, largest_changes
 from mlx_retrieval.evaluation.comparison import FEWEST_QUERIES, judge
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
+from mlx_retrieval.evaluation.results import LABELS, PAIR_METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.tasks import Task
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
@@ -34,7 +34,7 @@ from mlx_retrieval.training.report_facts import (
 )
 from mlx_retrieval.training.reporting import METRICS_FILE, without_secrets
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.text import excerpt, quantity, writable
+from mlx_retrieval.utils.text import excerpt, writable
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -51,7 +51,7 @@ class Table:
     """
 
     title: str
-    queries: int
+    asked: str  # how many queries or pairs
     rows: list[tuple]
     names: tuple[str, str] = ("before", "after")
     reference: list[float] = field(default_factory=list)
@@ -64,6 +64,7 @@ class Report:
 
     headline, detail: the result in one sentence, and a second one about it.
     verdict: "better", "worse" or "no difference shown"; "" = nothing was compared.
+    by_query: whether queries have figures of their own, which single scored pairs have not.
     compared: whether all tasks after training were evaluated before it.
     defaults: of settings whose default depends on the model.
     of_model: values that the model's files give to settings that are not given.
@@ -72,6 +73,7 @@ class Report:
     headline: str
     detail: str = ""
     verdict: str = ""
+    by_query: bool = True
     compared: bool = False
     tables: list[Table] = field(default_factory=list)
     gained: list[QueryChange] = field(default_factory=list)
@@ -101,9 +103,9 @@ def retrieval_report(
         first_stage: what finds the documents that a reranker puts in order; None = it is no reranker.
     """
     names = ", ".join(after.tasks)
-    count = sum(len(scores["ndcg_at_10"]) for scores in after.per_query.values())
+    count, asked = after.count(), after.asked()
     average = after.average()
-    main = METRICS["ndcg_at_10"]
+    metric, main = after.main, LABELS[after.main]
     notes = [f"Not evaluated: {line}" for line in after.unreachable.values()]
     if not average:
         return Report("The run is finished; no task of its evaluation could be reached.", notes=notes)
@@ -113,22 +115,22 @@ def retrieval_report(
     if before:
         sentences = _judgement(before, after, count, "trained model", "untrained one")
     unknown = "The untrained model was not evaluated, so nothing shows what training has changed."
-    report = Report("", notes=notes, tables=_tables(before, after, first_stage))
+    report = Report("", notes=notes, tables=_tables(before, after, first_stage), by_query=metric not in PAIR_METRICS)
     if first_stage:
         stage = first_stage.model
-        given = first_stage.average()["ndcg_at_10"]
-        figures = f"{average['ndcg_at_10']:.4f} after reranking and {given:.4f} in the order of {stage}"
-        report.headline = f"{main} is {figures}, over {_asked(names, count)}."
+        given = first_stage.average()[metric]
+        figures = f"{average[metric]:.4f} after reranking and {given:.4f} in the order of {stage}"
+        report.headline = f"{main} is {figures}, over {_asked(names, asked)}."
         report.verdict, report.detail = _judgement(first_stage, after, count, "reranked order", f"order of {stage}")
         if before:
             report.notes.insert(0, f"Training: {_moved(before, after)}, {sentences[1]}")
         else:
             report.notes.insert(0, unknown)
     elif before:
-        report.headline = f"{_moved(before, after)} over {_asked(names, count)}."
+        report.headline = f"{_moved(before, after)} over {_asked(names, asked)}."
         report.verdict, report.detail = sentences
     else:
-        report.headline = f"{main} is {average['ndcg_at_10']:.4f} after training, over {_asked(names, count)}."
+        report.headline = f"{main} is {average[metric]:.4f} after training, over {_asked(names, asked)}."
         report.detail = unknown
     if before:
         report.compared = before.tasks.keys() == after.tasks.keys()
@@ -139,7 +141,7 @@ def retrieval_report(
 def _moved(before: Evaluation, after: Evaluation) -> str:
     metric, old, new, difference, *_ = compare(before, after)[0]
     way = "rose" if difference > 0 else "fell" if difference < 0 else "stayed"
-    return f"{METRICS[metric]} {way} from {old:.4f} to {new:.4f}"
+    return f"{LABELS[metric]} {way} from {old:.4f} to {new:.4f}"
 
 
 def _judgement(first: Evaluation, second: Evaluation, count: int, this: str, other: str) -> tuple[str, str]:
@@ -152,14 +154,17 @@ def _judgement(first: Evaluation, second: Evaluation, count: int, this: str, oth
     verdict = judge(row, count)
     meaning = f"The {this} is {verdict} than the {other}: the interval is clear of zero."
     if verdict == "no difference shown":
-        reason = "the interval holds zero" if count >= FEWEST_QUERIES else f"{count} queries are too few"
+        reason = "the interval holds zero" if count >= FEWEST_QUERIES else f"{second.asked()} are too few"
         meaning = f"No difference to the {other} is shown: {reason}."
     return verdict, f"{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}. {meaning}"
 
 
-def _asked(names: str, count: int) -> str:
-    """Return which queries the tasks of these names have, in words."""
-    return quantity(count, "held-out question") if names == HELD_OUT else f"{quantity(count, 'query')} of {names}"
+def _asked(names: str, asked: str) -> str:
+    """Return which queries or pairs the tasks of these names have, in words."""
+    if names != HELD_OUT:
+        return f"{asked} of {names}"
+    count, noun = asked.split(" ")
+    return f"{count} held-out {noun.replace('queries', 'questions').replace('query', 'question')}"
 
 
 def _only(evaluation: Evaluation, task: str) -> Evaluation:
@@ -181,15 +186,16 @@ def _table(title: str, before: Evaluation | None, after: Evaluation, first_stage
     reference = first_stage if before else None
     names = ("before", "after") if before or not first_stage else (first_stage.model, "after")
     if (before := before or first_stage) is None:
-        count = sum(len(scores["ndcg_at_10"]) for scores in after.per_query.values())
         figures = after.average()
-        return Table(title, count, [(label, None, figures[m], None, None, None) for m, label in METRICS.items()])
+        rows = [(label, None, figures[m], None, None, None) for m, label in after.metrics.items()]
+        return Table(title, after.asked(), rows)
     common = [task for task in after.tasks if task in before.tasks]
-    count = sum(len(after.per_query[task]["ndcg_at_10"]) for task in common)
-    table = Table(title, count, [(METRICS[metric], *rest) for metric, *rest in compare(before, after)], names)
+    table = Table(
+        title, after.asked(common), [(LABELS[metric], *rest) for metric, *rest in compare(before, after)], names
+    )
     if reference:
         table.reference_name = reference.model
-        table.reference = [sum(reference.tasks[task][m] for task in common) / len(common) for m in METRICS]
+        table.reference = [sum(reference.tasks[task][m] for task in common) / len(common) for m in after.metrics]
     return table
 
 

@@ -22,7 +22,7 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
-from mlx_retrieval.training.curves import MAIN_METRIC, draw_curves, is_number, metric_name, read_metrics
+from mlx_retrieval.training.curves import MAIN_METRICS, draw_curves, is_number, metric_name, read_metrics
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
@@ -89,7 +89,8 @@ class Reporter:
         self._step = first_step
         self._status = "training"
         self._shown: dict[str, Any] = {}
-        self._best: tuple[float, int] | None = None  # nDCG@10 and its step
+        self._main = MAIN_METRICS[0]  # that the run goes by
+        self._best: tuple[float, int] | None = None  # nDCG@10 or Spearman, and its step
         self._average: dict[str, tuple[float, float]] = {}
         self._warm: tuple[float, int] | None = None  # the end of this run's first step, which compiles
         self._run: Any = None  # the W&B run
@@ -149,7 +150,7 @@ class Reporter:
         """Report an evaluation after `step` steps (0 = untrained): the mean over tasks, and each task's. Draw it.
 
         Args:
-            guards: what each guard's nDCG@10 has changed by.
+            guards: what each guard's nDCG@10, or Spearman, has changed by.
             fallen: those that lost too much, so that this is not the best step.
         """
         metrics, tasks = _clean(metrics), _clean(per_task or {})
@@ -234,8 +235,9 @@ class Reporter:
 
         `fallen`: whether a guard has fallen, so that it is not the best one.
         """
-        self._shown |= {key: metrics.get(key) for key in (MAIN_METRIC, "validation_loss")}
-        score = metrics.get(MAIN_METRIC)
+        self._main = next((name for name in MAIN_METRICS if name in metrics), self._main)
+        self._shown |= {key: metrics.get(key) for key in (self._main, "validation_loss")}
+        score = metrics.get(self._main)
         before = self._best
         if not is_number(score) or fallen:
             return False
@@ -271,7 +273,7 @@ class Reporter:
             "learning_rate": "lr {:.2e}",
             "tokens_per_second": "{:,.0f} tok/s",
             "peak_memory": "peak {} GB",
-            MAIN_METRIC: "nDCG@10 {:.4f}",
+            **{name: f"{metric_name(name)} {{:.4f}}" for name in MAIN_METRICS},
             "validation_loss": "validation loss {:#.4g}",
             "best": "best {}",
             "grad_norm": "grad norm {:.3g}",
@@ -338,7 +340,8 @@ class Reporter:
             self._run = start(mode=(mode := "offline"))
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
-        self._run.define_metric(f"eval/{MAIN_METRIC}", step_metric="train/step", summary="max")
+        for name in MAIN_METRICS:
+            self._run.define_metric(f"eval/{name}", step_metric="train/step", summary="max")
         upload = f"offline; to upload: {shell('wandb', 'sync', Path(self._run.dir).parent)}"
         self.message(f"W&B {self._run.url if mode == 'online' else upload if mode == 'offline' else mode}")
 
@@ -346,7 +349,7 @@ class Reporter:
         """Write the summary and wait for uploads, 30 s at most; `wandb sync` can send the rest."""
         try:
             if self._run is not None and self._best:
-                self._run.summary.update({f"best_{MAIN_METRIC}": self._best[0], "best_step": self._best[1]})
+                self._run.summary.update({f"best_{self._main}": self._best[0], "best_step": self._best[1]})
             if self._run is not None:
                 self._run.finish(exit_code=int(failed))
         except self._wandb_errors as error:

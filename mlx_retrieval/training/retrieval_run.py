@@ -21,6 +21,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.dataset.sources import Source
+from mlx_retrieval.evaluation import pairs
 from mlx_retrieval.evaluation.reranking import evaluate_reranker
 from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
@@ -200,7 +201,9 @@ class RetrievalRun:
             return None
         if self.guards:
             rows = [f"{task} {before} → {after} ({change})" for task, before, after, change, _ in self.guards.rows()]
-            report.notes.append(f"Guards, nDCG@10: {', '.join(rows)}; each may lose {settings.guard_tolerance:g}.")
+            report.notes.append(
+                f"Guards, {self.guards.label}: {', '.join(rows)}; each may lose {settings.guard_tolerance:g}."
+            )
         add_survey(report, settings, self.trainer.batches, self.retrieval.task)
         parameters = count_parameters(self.trainer.model)[0]
         report.defaults = model_defaults(settings, parameters, self.retrieval.reranker)
@@ -377,9 +380,13 @@ def prepare(settings: Settings) -> RetrievalRun:
         tokenizer([(one, [one, other])]).texts if retrieval.task == "rerank" else tokenizer([one, other], "document")
     )
     trainer = Trainer(model, batches, objective, settings, save_model, evaluations, guarding, validation, probe)
-    if distributed.is_main() and (tasks := [*([] if data.questions else data.eval_tasks), *settings.guard]):
-        # A wrong name or folder is reported now, not after a hundred steps.
-        load_tasks(tasks, rules=settings.folder_rules)
+    if distributed.is_main():  # a wrong name or folder is reported now, not after a hundred steps
+        for tasks in ([] if data.questions else data.eval_tasks, settings.guard):
+            loaded, _ = load_tasks(tasks, rules=settings.folder_rules)
+            if retrieval.task != "embed":
+                pairs.refuse(loaded, f"and this is --task {retrieval.task}")
+            if tasks is not settings.guard:
+                pairs.check_alike(loaded)
     headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings), parts)
     headline += data.lines
     for part in parts:

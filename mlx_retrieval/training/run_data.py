@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_retrieval.dataset import choice, held_out
+from loss import SCORED_PAIRS
+from mlx_retrieval.dataset import choice, held_out, held_out_pairs
 from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.held_out import HeldOut, Questions
+from mlx_retrieval.dataset.held_out_pairs import Pairs
 from mlx_retrieval.dataset.row_files import HUB, hub_validation
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.sources import Source, is_default_data, local, names, open_mixture, open_source
@@ -38,7 +40,7 @@ class RunData:
     validation: Rows | None = None
     lines: Lines = field(default_factory=list)
     eval_tasks: list[str] = field(default_factory=list)
-    questions: Questions | None = None
+    questions: Questions | Pairs | None = None
 
     def keep(self, run: Path) -> None:
         """Write the held-out questions into a run's folder, from where they are read from now on."""
@@ -84,6 +86,12 @@ def open_data(settings: Settings) -> RunData:
 def _warn_of_trained(data: RunData, folder: Path) -> None:
     """Warn if the questions that another run has held out are trained on."""
     if folder.name == HELD_OUT and folder.is_dir():
+        if pairs := held_out_pairs.read(folder):
+            if count := held_out.Leaving(held_out.Scan(data.rows, 0), pairs.texts).count:
+                line = f"{quantity(count, 'row')} with a text of {folder} {'is' if count == 1 else 'are'} trained on"
+                way_on = "its figures will be too good. Without --eval-tasks, pairs are held out"
+                data.lines.append(("warning", f"{line}: {way_on}"))
+            return
         questions = held_out.read_questions(folder)
         if count := held_out.count_asked(data.rows, questions):
             line = f"{count} of the {quantity(len(questions.queries), 'question')} of {folder} are trained on"
@@ -102,7 +110,9 @@ def _choose_evaluation(data: RunData, settings: Settings) -> None:
     earlier = None
     if settings.resume:
         earlier = distributed.broadcast_object("the held-out questions", lambda: _earlier(run))
-    if earlier is not None and not earlier["texts"]:
+    if _are_scored_pairs(data, settings):
+        _choose_pairs(data, settings, earlier)
+    elif earlier is not None and not earlier["texts"]:
         data.lines.append(("judged on", "no held-out questions, as when the run was begun"))
     elif earlier is not None:
         texts = frozenset(earlier["texts"])
@@ -118,6 +128,53 @@ def _choose_evaluation(data: RunData, settings: Settings) -> None:
         count = len(held.questions.queries) if held.questions else 0
         bound = {choice.LEAST: f", at least {choice.LEAST}", choice.MOST: f", at most {choice.MOST}"}.get(count, "")
         _take_questions(data, held, run, f"held out (--holdout {share:g}{bound})")
+
+
+def _are_scored_pairs(data: RunData, settings: Settings) -> bool:
+    """Return whether a run learns from scored pairs as such: rerankers do not."""
+    losses = {source.get("loss") or settings.loss for source in settings.sources} or {settings.loss}
+    return data.rows.format == "label" and losses <= {*SCORED_PAIRS}
+
+
+def _choose_pairs(data: RunData, settings: Settings, earlier: dict[str, Any] | None) -> None:
+    """Do the same as `_choose_evaluation` where rows are scored pairs: judge the run on pairs. `earlier`: see there."""
+    run, seed = settings.folder, settings.seed
+    if earlier is not None:
+        if not earlier["texts"]:
+            data.lines.append(("judged on", "no held-out pairs, as when the run was begun"))
+            return
+        count = quantity(earlier["questions"], "pair")
+        data.lines.append(("judged on", f"{count} of {run / HELD_OUT}, as when the run was begun, by Spearman"))
+        _leave_out(data, held_out.leave_out(data.rows, frozenset(earlier["texts"]), seed), "texts")
+        data.eval_tasks = [str(run / HELD_OUT)]
+        return
+    share = choice.SHARE if settings.holdout is None else settings.holdout
+    before = Path(settings.model).expanduser()
+    saved = distributed.broadcast_object(
+        "the pairs of the starting model", lambda: _saved_pairs(before) if is_saved(before) else None
+    )
+    if data.validation:
+        held, origin = (
+            held_out_pairs.take_validation(data.rows, data.validation, seed),
+            "of " + " and ".join(data.validation.names),
+        )
+    elif saved:
+        held, origin = held_out_pairs.take(data.rows, Pairs(saved), seed), f"of {before.parent / HELD_OUT}"
+    else:
+        held, origin = held_out_pairs.hold_out(data.rows, share, seed), f"held out (--holdout {share:g})"
+    if held.questions is None:
+        line = f"nothing, as no pairs could be held out: {held.reason}. --eval-tasks names a file of your own"
+        data.lines.append(("judged on", line))
+        return
+    data.questions, data.eval_tasks = held.questions, [str(run / HELD_OUT)]
+    data.lines.append(("judged on", f"{quantity(len(held.questions.pairs), 'pair')} {origin}, by Spearman"))
+    _leave_out(data, held, "texts")
+
+
+def _saved_pairs(model: Path) -> list[list] | None:
+    """Return the pairs that the run of a saved step has held out; None = there are none."""
+    pairs = held_out_pairs.read(model.parent / HELD_OUT)
+    return pairs and pairs.pairs
 
 
 def _ask_validation(data: RunData, settings: Settings) -> bool:
@@ -172,6 +229,8 @@ def _earlier(run: Path) -> dict[str, Any] | None:
 
     There are no texts if it held nothing out. None = it has not begun.
     """
+    if pairs := held_out_pairs.read(run / HELD_OUT):
+        return {"texts": sorted(pairs.texts), "questions": len(pairs.pairs), "documents": 0}
     if (run / HELD_OUT).is_dir():
         questions = held_out.read_questions(run / HELD_OUT)
         counts = {"questions": len(questions.queries), "documents": len(questions.documents)}
@@ -196,10 +255,10 @@ def _among(documents: int) -> str:
     return f"searched among {quantity(documents, 'document')}"
 
 
-def _leave_out(data: RunData, held: HeldOut) -> None:
-    """Train on the rows that are left."""
+def _leave_out(data: RunData, held: HeldOut, texts: str = "questions or answers") -> None:
+    """Train on the rows that are left. `texts`: the held-out ones that the others have, in words."""
     data.rows = held.rows
-    line = f"{held.left_out:,} of {quantity(held.examples, 'row')}, which hold one of these questions or answers"
+    line = f"{held.left_out:,} of {quantity(held.examples, 'row')}, which hold one of these {texts}"
     if held.negatives:
         line += (
             f"; from other rows, {quantity(held.negatives, 'negative')} that {'is' if held.negatives == 1 else 'are'}"

@@ -334,7 +334,7 @@ def test_bad_bytes(tmp_path):
     ("name", "message"),
     [
         ("NanoMSMARCORetrievl", f"neither a folder nor an MTEB task; close: {NANO}"),
-        ("STS12", "a task of type STS; only those of type Retrieval"),
+        ("Banking77Classification", "a task of type Classification; only Retrieval and STS can be evaluated"),
         ("CQADupstackRetrieval", "a bundle; name the tasks: CQADupstackAndroidRetrieval "),
         ("VisRAGRetArxivQA", "about text, image; only tasks of text"),
     ],

@@ -11,6 +11,7 @@ import pytest
 
 import eval as evaluation
 import train
+from mlx_retrieval.dataset import held_out_pairs
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
 from mlx_retrieval.training import checkpoint, contents, output_folder
 from mlx_retrieval.training.config import Settings
@@ -283,3 +284,55 @@ def test_own_data_are_judged_by_their_own_questions(task, small, tmp_path, write
     assert json.loads((stopped / "results.json").read_text()) == results
     weights = [(run / "final" / "adapters.safetensors").read_bytes() for run in (straight, stopped)]
     assert weights[0] == weights[1]
+
+
+# --- scored pairs ---
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Ninety scored pairs; every tenth shares its first text with the one before."""
+    file = tmp_path / "scored.jsonl"
+    rows = [{"text1": f"first {i - (i % 10 == 9)}", "text2": f"second {i}", "score": i % 6 / 5} for i in range(90)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_scored_pairs_are_held_out_with_all_of_their_texts(scored, tmp_path):
+    settings = Settings(data=[str(scored)], loss="cosent", output=str(tmp_path / "run"))
+    data = open_data(settings)
+    pairs = data.questions.pairs
+    assert len(pairs) == 30 and len(data.rows) == 60  # a third, as it is below 50
+    trained = {text for i in data.rows.kept.tolist() for text in (data.rows[i].query, data.rows[i].positive)}
+    assert trained.isdisjoint(text for pair in pairs for text in pair[:2])
+    (line,) = [text for name, text in data.lines if name == "judged on"]
+    assert line == "30 pairs held out (--holdout 0.05), by Spearman"
+    again = open_data(settings)
+    assert again.questions == data.questions
+    (tmp_path / "run").mkdir()
+    data.keep(tmp_path / "run")
+    assert held_out_pairs.read(tmp_path / "run" / "held-out") == data.questions
+    resumed = open_data(Settings(data=[str(scored)], loss="cosent", output=str(tmp_path / "run"), resume=True))
+    assert resumed.rows.kept.tolist() == data.rows.kept.tolist() and resumed.eval_tasks == data.eval_tasks
+    other = Settings(data=[str(scored)], loss="cosent", eval_tasks=data.eval_tasks, output=str(tmp_path / "other"))
+    assert any("30 rows with a text of" in text for name, text in open_data(other).lines if name == "warning")
+
+
+def test_validation_pairs_judge_the_run(scored, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = scored.read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "valid.jsonl").write_text("".join(lines[:9]))
+    data = open_data(Settings(data=[str(folder)], loss="angle", output=str(tmp_path / "run")))
+    assert len(data.questions.pairs) == 9 and len(data.rows) == 80  # the tenth shares a text
+
+
+@pytest.mark.parametrize(("count", "reason"), [(20, "20 pairs are too few"), (90, "nearly all pairs share a text")])
+def test_pairs_that_cannot_be_held_out_are_trained_on(tmp_path, count, reason):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text1": "the same", "text2": f"second {i}", "score": i % 6 / 5} for i in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = open_data(Settings(data=[str(file)], loss="cosent", output=str(tmp_path / "run")))
+    assert data.questions is None and len(data.rows) == count
+    assert any(reason in text for name, text in data.lines if name == "judged on")

@@ -65,7 +65,9 @@ def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, c
     assert np.linalg.norm(results[1][1]) > 0
 
 
-@pytest.mark.parametrize("name", ["cosent", "angle", pytest.param("cosine_mse", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["cosent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("angle", "cosine_mse"))]
+)
 def test_scored_pairs_are_the_same_for_1_4_and_16_micro_batches(settings, write_rows, rows, name):
     texts = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     pairs = [{"text1": r["query"], "text2": r["positive"], "similarity": i % 7 / 6} for i, r in enumerate(texts)]
@@ -261,3 +263,24 @@ def test_one_candidate_a_query_is_refused(settings, tmp_path):
     file.write_text('{"query": "a", "document": "b"}\n{"query": "c", "document": "d"}\n')
     with pytest.raises(UserError, match="one candidate"):
         training_run.prepare(settings(data=[str(file)], batch_size=1))
+
+
+@pytest.mark.slow
+def test_a_run_on_scored_pairs_is_judged_by_spearman(settings, write_rows, rows, tmp_path, capsys):
+    """Its best step, its table, results.json, and eval.py, which repeats the figures."""
+    import eval as evaluation_command
+
+    texts = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    pairs = [{"text1": r["query"], "text2": r["positive"], "similarity": i % 7 / 6} for i, r in enumerate(texts)]
+    chosen = settings(data=[str(write_rows(pairs, "pairs.jsonl"))], loss="cosent", eval_tasks=None, eval_steps=2)
+    results = training_run.train(chosen)
+    assert {*results["before"]} == {"cosine_spearman", "cosine_pearson"} and "after" in results
+    out = capsys.readouterr().out
+    assert "by Spearman" in out and "nDCG" not in out
+    folder = tmp_path / "run"
+    record = tmp_path / "one.json"
+    command = ["--model", str(folder / "final"), "--eval-tasks", str(folder / "held-out"), "--output", str(record)]
+    assert evaluation_command.main(command) == 0
+    figures = json.loads(record.read_text())["tasks"]["held-out"]
+    assert figures["cosine_spearman"] == pytest.approx(results["last"]["cosine_spearman"], abs=1e-9)
+    assert "by Spearman" in (folder / "report.html").read_text() and (folder / "best").is_dir() == results["improved"]
