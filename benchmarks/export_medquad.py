@@ -18,8 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from medquad import Peer
-from sides import minilm
+from sides import Peer, minilm
 
 import export
 import train

@@ -22,18 +22,6 @@ COMPARED = 300  # documents whose vectors are compared
 LINEAR = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 
-class Peer:
-    """A SentenceTransformer with the attributes that the evaluation reads."""
-
-    name = "sentence-transformers"
-
-    def __init__(self, model):
-        self.model = model
-
-    def encode(self, texts, prompt=None, show_progress=False) -> np.ndarray:
-        return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False)
-
-
 class Outcome(NamedTuple):
     """The results of one side."""
 
@@ -109,8 +97,8 @@ def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
         if step % 10 == 0 or step == 1:
             print(f"peer step {step}: loss {loss.item():.4f}, {time.perf_counter() - began:.0f} s", flush=True)
     training = time.perf_counter() - began
-    vectors, before, evaluation = evaluated(Peer(sides.sentence_transformer(settings["model"])), test)
-    return Outcome(vectors, before, evaluated(Peer(model.eval()), test)[1], training, evaluation)
+    vectors, before, evaluation = evaluated(sides.Peer(sides.sentence_transformer(settings["model"])), test)
+    return Outcome(vectors, before, evaluated(sides.Peer(model.eval()), test)[1], training, evaluation)
 
 
 def main() -> None:

@@ -121,18 +121,6 @@ def our_side(args: argparse.Namespace, seed: int, folder: str) -> Outcome:
 # --- sentence-transformers ----------------------------------------------------------------------------------------
 
 
-class Peer:
-    """A SentenceTransformer with the attributes that the evaluation reads."""
-
-    name = "sentence-transformers"
-
-    def __init__(self, model):
-        self.model = model
-
-    def encode(self, texts, prompt=None, show_progress=False) -> np.ndarray:
-        return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False)
-
-
 def read_task(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[str, set[str]]]:
     """Return queries, documents and relevant documents of a BEIR folder, as InformationRetrievalEvaluator has them."""
     texts = []
@@ -218,7 +206,7 @@ def peer_side(args: argparse.Namespace, seed: int, folder: str) -> Outcome:
 
     from mlx_retrieval.evaluation.retrieval import evaluate
 
-    return Outcome(evaluate(Peer(model.eval()), [str(data / "test")]), steps, seconds, mining)
+    return Outcome(evaluate(sides.Peer(model.eval()), [str(data / "test")]), steps, seconds, mining)
 
 
 def main() -> None:

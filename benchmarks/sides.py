@@ -203,6 +203,18 @@ def _random_gemma():
         return SentenceTransformer(modules=[backbone, models.Pooling(config.hidden_size, "mean"), models.Normalize()])
 
 
+class Peer:
+    """A SentenceTransformer with the attributes that the evaluation reads."""
+
+    name = "sentence-transformers"
+
+    def __init__(self, model):
+        self.model = model
+
+    def encode(self, texts, prompt=None, show_progress=False):
+        return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False)
+
+
 def sentence_transformer(folder: str, max_length: int | None = None):
     """Return the peer's model in evaluation mode, on the GPU if there is one, else on all cores."""
     import torch
