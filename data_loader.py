@@ -76,6 +76,11 @@ def _numbered(texts: Iterable[tuple[TextTokenizer, str]]) -> dict[TextTokenizer,
     return {tokenizer: {text: next(count) for text in own} for tokenizer, own in distinct.items()}
 
 
+def _all_forms(documents: dict[TextTokenizer, dict[str, int]], texts: Iterable[str]) -> list[int]:
+    """Return the numbers of texts under every tokenizer."""
+    return [numbers[text] for text in texts for numbers in documents.values() if text in numbers]
+
+
 def make_batch(
     examples: Sequence[Example],
     rows: Sequence[int],
@@ -96,12 +101,11 @@ def make_batch(
     for (t, example), number in zip(pairs, query, strict=True):
         if len(queries) == 1:
             known += [(number, documents[t][text]) for text in example.other_positives if text in documents[t]]
+            mined += [(number, documents[t][text]) for text in example.negatives]
         else:
-            answers = (example.positive, *example.other_positives)
             asked = [numbers[example.query] for numbers in queries.values() if example.query in numbers]
-            right = [numbers[text] for numbers in documents.values() for text in answers if text in numbers]
-            known += itertools.product(asked, right)
-        mined += [(number, documents[t][text]) for text in example.negatives]
+            known += itertools.product(asked, _all_forms(documents, (example.positive, *example.other_positives)))
+            mined += itertools.product(asked, _all_forms(documents, example.negatives))
     sides = ("query", queries), ("document", documents)
     texts = Texts.join([t(list(numbers), name) for name, side in sides for t, numbers in side.items()])
     rank = np.array([e.rank for e in examples], np.int32)
@@ -151,9 +155,12 @@ class Batches:
         tokenizers: Sequence[TextTokenizer] = (),
     ):
         self.size = min(size, len(rows))
-        if make is make_batch and self.size == 1 and not rows.has_negatives and rows.format != "label":
-            cause = "--batch-size 1" if size == 1 else f"{rows.names[0]}: a single row"
-            raise UserError(f"{cause}: rows without negatives leave each query one candidate; nothing to learn")
+        by_source = isinstance(rows, InterleavedRows) and (size == 1 or rows.block > 1)
+        for source in rows.sources if by_source else [rows]:
+            by_itself = min(size, len(source)) == 1 and not source.has_negatives
+            if by_itself and make is make_batch and rows.format != "label":
+                cause = "--batch-size 1" if size == 1 else f"{source.names[0]}: a single row"
+                raise UserError(f"{cause}: rows without negatives leave each query one candidate; nothing to learn")
         self.rows = rows
         self.tokenizer = tokenizer
         self.seed = seed
@@ -197,8 +204,9 @@ class Batches:
         return self.rows.cursor(k * self.size)
 
     def restore(self, cursor: dict, k: int) -> None:
-        """Continue with batch k as the process that returned the cursor would have."""
-        self.rows.restore(cursor, k * self.size)
+        """Continue with batch k as the process that returned the cursor would have; {} = it had not yet begun."""
+        if cursor:
+            self.rows.restore(cursor, k * self.size)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """Yield batches `first` to `last` - 1, read and tokenised in the background, two ahead."""

@@ -172,15 +172,19 @@ def open_source(
     """
     parts = [weight_of(source) for source in data]
     weighted = any(weight for _, weight in parts)
-    if temperature is not None and (weighted or len(parts) < 2):
-        reason = "the weights in --data say how sources are mixed" if weighted else "there is one source to draw from"
-        raise UserError(f"--source-temperature {temperature:g}: {reason}")
+    _check_temperature(temperature, weighted, len(parts))
     chosen = None if columns is None else parse_columns(columns)
     mixes = weighted or temperature is not None or any(server.is_address(source) for source, _ in parts)
     if len(parts) == 1 or not mixes:
         return _open([source for source, _ in parts], chosen, es_query, skip_bad, ignore_keys)
     rest = (chosen, es_query, skip_bad, ignore_keys)
     return _mixed([([source], weight) for source, weight in parts], rest, block, temperature)
+
+
+def _check_temperature(temperature: float | None, weighted: bool, count: int) -> None:
+    if temperature is not None and (weighted or count < 2):
+        reason = "the weights of the sources say how they are mixed" if weighted else "there is one source to draw from"
+        raise UserError(f"--source-temperature {temperature:g}: {reason}")
 
 
 def open_mixture(
@@ -200,8 +204,7 @@ def open_mixture(
     The others, and errors, are those of `open_source`.
     """
     weighted = any(weight for _, weight in parts)
-    if temperature is not None and weighted:
-        raise UserError(f"--source-temperature {temperature:g}: the weights of the sources say how they are mixed")
+    _check_temperature(temperature, weighted, len(parts))
     rest = (None if columns is None else parse_columns(columns), es_query, skip_bad, ignore_keys)
     return _mixed(parts, rest, block, temperature if weighted else temperature or 1.0)
 

@@ -102,7 +102,7 @@ class Job:
         merged, product: of weights that a CPU merges with adapters, and of their products for a token.
         lengths: of sample batches, the tokens of each text.
         representation: numbers of a text's representation, or of a token's if `token_vectors`.
-        queries: of a batch's texts, the first ones; needed with token_vectors.
+        queries: of each batch's texts, how many are queries, the first ones; needed with token_vectors.
         auto: whether the budget is chosen by the memory there is (--micro-batch-tokens auto).
         open: whether the settings leave the budget to the device, or of a chat's batches their number of parts.
         evaluation: bytes of the vectors and texts that an evaluation holds outside mlx.
@@ -127,7 +127,7 @@ class Job:
     token_vectors: bool
     dtype: int = 0
     float16: bool = False
-    queries: int = 0
+    queries: tuple[int, ...] = ()
     train_type: str = "lora"
     rank: int = 0
     trained_layers: int = -1
@@ -219,7 +219,7 @@ def step_memory(job: Job, device: Device) -> StepMemory:
         token_vectors=job.token_vectors,
         compiled=device.compiled and not job.grad_checkpoint,
         workers=device.workers if passes.how == "compiled" else 1,
-        loss=max(loss_of_tokens(lengths, job.queries) for lengths in job.lengths) if job.token_vectors else 0,
+        loss=max(map(loss_of_tokens, job.lengths, job.queries)) if job.token_vectors else 0,
         held=held if passes.how == "compiled" else lambda tokens, in_passes: 0,
     )
 

@@ -67,7 +67,7 @@ def retrieval_job(
         lengths=tuple(lengths),
         representation=dimensions,
         token_vectors=config.task == "late",
-        queries=batches[0].queries if config.task == "late" else 0,
+        queries=tuple(batch.queries for batch in batches) if config.task == "late" else (),
         evaluation=evaluation_bytes(tasks, dimensions, tokens),
         auto=auto,
         compile=settings.compile,

@@ -25,18 +25,23 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 HALF = {mx.bfloat16: 16, mx.float16: 13}  # bits of a float32 number that it has no room for
+SMALLEST, NORMAL = 2.0**-24, 2.0**-14  # of float16's positive numbers: the smallest, and the smallest of full precision
 MASTER = "master"  # the entry of a half-precision weight's state, beside the moments "m" and "v"
 
 
 def round_at_random(values: mx.array, dtype: mx.Dtype, key: mx.array) -> mx.array:
     """Round float32 values to one of their two neighbours in a dtype of HALF, so that their mean is the value.
 
-    NaN and infinities stay, and so do numbers that the dtype holds.
+    NaN stays, and so do numbers that the dtype holds. What is too large for it becomes infinite as in `astype`.
     """
-    bits = HALF[dtype]
+    bits, range_ = HALF[dtype], mx.finfo(dtype)
     noise = mx.random.randint(0, 1 << bits, values.shape, mx.uint32, key)
     rounded = ((values.view(mx.uint32) + noise) >> bits << bits).view(mx.float32)
-    return mx.where(mx.isfinite(values), rounded, values).astype(dtype)
+    if dtype == mx.float16:  # whose smallest numbers, below its exponents, have one distance
+        steps = mx.floor(values / SMALLEST + noise / (1 << bits))
+        rounded = mx.where(mx.abs(values) < NORMAL, steps * SMALLEST, rounded)
+    rounded = mx.clip(rounded, range_.min, range_.max)
+    return mx.where(mx.isfinite(values.astype(dtype)), rounded, values).astype(dtype)
 
 
 class AdamW(optim.AdamW):

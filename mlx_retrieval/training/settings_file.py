@@ -52,16 +52,17 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: not a list of `key: value`")
     fields = {name: f for f in dataclasses.fields(Settings) for name in (f.name, *map(_key, aliases(f)))}
-    node = yaml.compose(text, yaml.SafeLoader)
-    lines = _lines(node) if values else {}
+    loader = yaml.SafeLoader(text)
+    nodes = _entries(loader, loader.get_single_node(), path) if values else {}
     clean = {}
-    if values.get("sources") is not None:
-        (place,) = (value for key, value in node.value if key.value == "sources")
-        clean["sources"] = _sources(values.pop("sources"), place, path)
-        if clean["sources"] and "data" in values:
-            raise UserError(f"--config {Place(path, lines['data'])}: data beside sources, which say what is read")
+    if "sources" in values:
+        clean["sources"] = _sources(values.pop("sources"), nodes["sources"], path, loader)
+        if "data" in values:
+            raise UserError(
+                f"--config {Place(path, _line(nodes['data']))}: data beside sources, which say what is read"
+            )
     for key, value in values.items():
-        name, where = str(key).replace("-", "_"), f"--config {Place(path, lines.get(str(key)))}"
+        name, where = str(key).replace("-", "_"), f"--config {Place(path, _line(nodes[str(key)]))}"
         if name not in fields:
             raise UserError(f"{where}: unknown key {_shown(key)}{near_miss(name, fields)}")
         if name == "es_fields" and value == ELASTIC_DEFAULT:
@@ -70,24 +71,38 @@ def read_yaml(path: Path) -> dict:
     return clean
 
 
-def _lines(node) -> dict[str, int]:
-    """Return the line of every key of a YAML mapping's node."""
-    return {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key.value, str)}
+def _entries(loader, node, path: Path) -> dict:
+    """Return the nodes, (key, value), of a YAML mapping by their keys, merged ones (<<) included.
+
+    UserError, with the line, for a key that is there twice, of which YAML takes the last.
+    """
+    seen = set()
+    for key, _ in node.value:
+        if str(key.value) in seen:
+            raise UserError(f"--config {Place(path, key.start_mark.line + 1)}: {key.value} is there twice")
+        seen.add(str(key.value))
+    loader.flatten_mapping(node)
+    return {str(loader.construct_object(key, deep=True)): (key, value) for key, value in node.value}
 
 
-def _sources(values, node, path: Path) -> list[dict]:
+def _line(nodes) -> int:
+    """Return the line, counted from 1, of a key of `_entries`."""
+    return nodes[0].start_mark.line + 1
+
+
+def _sources(values, nodes, path: Path, loader) -> list[dict]:
     """Return the mappings under `sources`. UserError, with the line, as `read_yaml`."""
-    if not isinstance(values, list) or not all(isinstance(source, dict) for source in values):
-        line = node.start_mark.line + 1
+    if not isinstance(values, list) or not values or not all(isinstance(source, dict) for source in values):
+        line = _line(nodes)
         raise UserError(f"--config {Place(path, line)}: sources: not a list of mappings, each with a key `data`")
     known = source_settings.own_fields(dataclasses.fields(Settings))
     names = (*source_settings.OF_DATA, *known)
     clean = []
-    for source, its_node in zip(values, node.value, strict=True):
-        lines, checked = _lines(its_node), {}
+    for source, its_node in zip(values, nodes[1].value, strict=True):
+        entries, checked = _entries(loader, its_node, path), {}
         for key, value in source.items():
             name = str(key).replace("-", "_")
-            where = f"--config {Place(path, lines.get(str(key), its_node.start_mark.line + 1))}"
+            where = f"--config {Place(path, _line(entries[str(key)]))}"
             if name not in names:
                 raise UserError(f"{where}: unknown key {_shown(key)} of a source{near_miss(name, names)}")
             if value is None:

@@ -41,7 +41,7 @@ def name(source: dict[str, Any]) -> str:
 
 def weight(source: dict[str, Any]) -> Fraction | None:
     """Return the weight of a source; None = it has none."""
-    return None if source.get("weight") is None else Fraction(source["weight"]).limit_denominator(1_000_000)
+    return None if source.get("weight") is None else Fraction(str(source["weight"]))
 
 
 def own(source: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +92,8 @@ def check(settings: Any) -> None:
         value = source.get("weight")
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"source {name(source)}: weight {value}: must be above 0")
-        settings_of(settings, source)
+        alone = settings_of(settings, source)
+        if "loss" in source:  # by its full name
+            source["loss"] = alone.loss
     if settings.task == "chat" and settings.sources:
         raise SettingError("sources: for {task} embed, late and rerank, and this is chat")

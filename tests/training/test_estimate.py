@@ -87,7 +87,7 @@ def test_more_work_takes_more_memory(device):
     assert estimate(replace(job, grad_checkpoint=True), device).total < least
     assert estimate(replace(job, trained_layers=2), device).total < least
     assert estimate(replace(job, cutting=Cutting(budget=512)), device).total <= least
-    late = replace(job, token_vectors=True, representation=1024, queries=16)
+    late = replace(job, token_vectors=True, representation=1024, queries=(16,) * len(job.lengths))
     assert estimate(late, device).step > estimate(replace(late, representation=128), device).step
 
 

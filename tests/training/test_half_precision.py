@@ -105,11 +105,20 @@ def test_rounding_at_random_keeps_the_mean(dtype):
     assert mx.array_equal(rounded, again) and not mx.array_equal(rounded, other)
 
 
+def test_the_smallest_numbers_of_float16_keep_their_mean_too():
+    for value in (0.4 * 2.0**-24, -5.25 * 2.0**-24, 700.5 * 2.0**-24):
+        rounded = np.array(round_at_random(mx.full((30_000,), value), mx.float16, mx.random.key(0)), np.float64)
+        assert len({*rounded.tolist()}) == 2 and rounded.mean() == pytest.approx(value, abs=0.02 * 2.0**-24)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_rounding_leaves_numbers_of_the_dtype_and_what_is_no_number(dtype):
-    kept = mx.array([0.0, 1.0, -1.5, 2.0**-14, float("inf"), -float("inf")])
+    largest = mx.finfo(dtype).max
+    kept = mx.array([0.0, 1.0, -1.5, 2.0**-14, 3 * 2.0**-24, largest, -largest, 1e39, -1e39])
     for seed in range(20):
         assert mx.array_equal(round_at_random(kept, dtype, mx.random.key(seed)).astype(mx.float32), kept)
+    beyond = largest * (1 + 2.0**-14)  # nearer to the largest number than to what would come after it
+    assert round_at_random(mx.full((1000,), beyond), dtype, mx.random.key(0)).astype(mx.float32).max().item() == largest
     no_numbers = mx.array([0x7FC00000, 0xFFFFFFFF, 0x7FFFFFFF, 0x7F800001], mx.uint32).view(mx.float32)
     assert mx.isnan(round_at_random(no_numbers, dtype, mx.random.key(0))).all().item()
 
