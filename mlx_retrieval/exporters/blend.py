@@ -23,14 +23,14 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.guards import refuse_unreachable
-from mlx_retrieval.training.retrieval_run import make_evaluator
+from mlx_retrieval.training.run_parts import make_evaluator
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.console import print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 
-Evaluator = Callable[[], tuple[Evaluation | None, Evaluation]]  # see `training.retrieval_run.make_evaluator`
+Evaluator = Callable[[], tuple[Evaluation | None, Evaluation]]  # see `training.run_parts.make_evaluator`
 SHARES = tuple(i / 10 for i in range(11))  # that `auto` tries
 
 

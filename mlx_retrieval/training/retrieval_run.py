@@ -6,33 +6,22 @@ run.trainer.update(run.trainer.batches.batch(0), 1)
 
 import dataclasses
 import math
-import string
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
-from data_loader import Batches
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
-from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.evaluation import pairs
-from mlx_retrieval.evaluation.reranking import evaluate_reranker
-from mlx_retrieval.evaluation.results import Evaluation
-from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
-from mlx_retrieval.inference.embedder import Model
-from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.models import loading
-from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
-from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt, source_settings
+from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt
 from mlx_retrieval.training.checkpoint import GUARDS, HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
@@ -44,14 +33,13 @@ from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, decides
-from mlx_retrieval.training.mixtures import Part, objective_of, parts_of
-from mlx_retrieval.training.objectives import check_pairs, make_objective
+from mlx_retrieval.training.mixtures import objective_of, parts_of
+from mlx_retrieval.training.objectives import make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults, model_values
-from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
-from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.run_data import RunData, open_data
+from mlx_retrieval.training.run_parts import build_model, make_batches, make_evaluator
 from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.starting_model import StartingModel
 from mlx_retrieval.training.starting_model import find as find_start
@@ -235,65 +223,6 @@ class RetrievalRun:
         return [*lines, ("next", shell(*use) + where)]
 
 
-def build_model(
-    settings: Settings, start: StartingModel, fingerprint: bool = True
-) -> tuple[RetrievalModel, RetrievalConfig, Path]:
-    """Return the model to train, its config and its base model's folder; see `models.loading.build`."""
-    build = partial(loading.open_to_train, adapter_config=start.config) if start.adapter else loading.build
-    return build(
-        settings.model,
-        fingerprint=fingerprint,
-        projection=settings.projection_dim,
-        reranker=settings.reranker_type,
-        task=settings.task,
-        pooling=settings.pooling,
-        query_prompt=settings.query_prompt,
-        document_prompt=settings.document_prompt,
-        bidirectional=settings.bidirectional,
-        dtype=settings.dtype,
-        max_length=settings.max_length,
-        # ColBERT truncates queries at the length that it fills them up to.
-        query_max_length=settings.query_max_length or settings.query_expansion,
-        matryoshka_dims=settings.matryoshka_dims or None,
-        maxsim=settings.maxsim,
-        skiplist=list(string.punctuation) if settings.skip_punctuation else None,
-        query_expansion=settings.query_expansion,
-        attend_expansion=settings.attend_expansion,
-        impute=settings.impute,
-        instruction=settings.instruction,
-    )
-
-
-def make_batches(
-    settings: Settings,
-    config: RetrievalConfig,
-    rows: Source,
-    tokenizer: TextTokenizer | PairTokenizer,
-    size: int,
-    seed: int = 0,
-    parts: Sequence[Part] = (),
-) -> Batches:
-    """Return the batches that a run's objective takes. UserError if the loss cannot use these rows."""
-    tokenizers = [part.tokenizer for part in parts]
-    is_rerank = config.task == "rerank"
-    for part in parts:
-        with source_settings.naming(part.source):
-            if is_rerank:
-                check_groups(part.rows, part.settings.loss, settings.random_negatives)
-            else:
-                check_pairs(part.rows, part.settings.loss, config.task, size)
-    if not is_rerank:
-        if not parts:
-            check_pairs(rows, settings.loss, config.task, size)
-        return Batches(rows, tokenizer, size, seed, tokenizers=tokenizers)
-    if not parts:
-        check_groups(rows, settings.loss, settings.random_negatives)
-    losses = {settings.loss, *(part.settings.loss for part in parts)}
-    how = (config.reranker == "listwise", settings.seed, "info_nce" in losses)
-    make = GroupMaker(rows, settings.random_negatives, *how)
-    return Batches(rows, tokenizer, size, seed, make, GroupBatch, tokenizers)
-
-
 def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
     """Return what the run will take, before any weight is read. UserError as `prepare`."""
     rows = data.rows
@@ -305,26 +234,6 @@ def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
     parts = parts_of(resolved, retrieval, base, rows, model.backbone.max_positions)
     batches = make_batches(resolved, retrieval, rows, retrieval.tokenizer(base), size, parts=parts)
     return Outlook.of(retrieval_job(settings, model, retrieval, base, samples(batches), data.eval_tasks))
-
-
-def make_evaluator(
-    settings: Settings,
-    tasks: Callable[[], list[str]],
-    model: RetrievalModel,
-    retrieval: RetrievalConfig,
-    tokenizer: TextTokenizer,
-) -> Callable[[], tuple[Evaluation | None, Evaluation]]:
-    """Return the function of `Evaluations`; it evaluates the weights that the model has when the function is called.
-
-    `tasks` returns the tasks to evaluate on, as they are called by then.
-    """
-    rules = settings.folder_rules
-    if retrieval.task == "rerank":
-        logits = retrieval.override(activation="")  # as eval.py
-        reranker = Reranker.of(model, logits, tokenizer, settings.model, settings.compile)
-        return lambda: evaluate_reranker(reranker, tasks(), depth=settings.rerank_depth, rules=rules)
-    embedder = Model(model, retrieval, tokenizer, settings.model, compile=settings.compile)
-    return lambda: (None, evaluate(embedder, tasks(), rules=rules))
 
 
 def prepare(settings: Settings) -> RetrievalRun:

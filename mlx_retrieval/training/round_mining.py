@@ -25,7 +25,7 @@ from mlx_retrieval.mining.run import Negatives, count_rows, mine_negatives, nami
 from mlx_retrieval.mining.teacher import Teacher
 from mlx_retrieval.models.kinds import detect_kind
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.retrieval_run import build_model
+from mlx_retrieval.training.run_parts import build_model
 from mlx_retrieval.training.settings_checks import DISTILLING
 from mlx_retrieval.training.starting_model import find as find_start
 from mlx_retrieval.utils.console import print_lines

@@ -31,7 +31,6 @@ from mlx_retrieval.training import checkpoint, distributed, improvement, moving_
 from mlx_retrieval.training.config import DEFAULT_DATA, WEIGHTS, Settings
 from mlx_retrieval.training.guards import check as check_guards
 from mlx_retrieval.training.length import resolve_length
-from mlx_retrieval.training.retrieval_run import build_model
 from mlx_retrieval.training.round_mining import MINED, check_teacher, mine_round
 from mlx_retrieval.training.round_report import (
     Outcome,
@@ -42,6 +41,7 @@ from mlx_retrieval.training.round_report import (
     write_round_report,
 )
 from mlx_retrieval.training.run_data import RunData, open_data
+from mlx_retrieval.training.run_parts import build_model
 from mlx_retrieval.training.settings_checks import DISTILLING
 from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.starting_model import find as find_start

@@ -310,10 +310,10 @@ def test_loss(settings, data, name):
 # Rerankers' settings do what they say in test_rerank_training.py: reranker_type, instruction, random_negatives;
 # rerank_depth here.
 def test_rerank_depth(settings, monkeypatch):
-    from mlx_retrieval.training import retrieval_run
+    from mlx_retrieval.training import run_parts
 
     asked = []
-    monkeypatch.setattr(retrieval_run, "evaluate_reranker", lambda *a, depth, **_: asked.append(depth) or (None, None))
+    monkeypatch.setattr(run_parts, "evaluate_reranker", lambda *a, depth, **_: asked.append(depth) or (None, None))
     chosen = settings(task="rerank", random_negatives=2, rerank_depth=7, eval_tasks=["eval-data"], max_length=300)
     training_run.prepare(chosen).evaluations.evaluate()
     assert asked == [7]
