@@ -172,7 +172,7 @@ def open_source(
     """
     parts = [weight_of(source) for source in data]
     weighted = any(weight for _, weight in parts)
-    _check_temperature(temperature, weighted, len(parts))
+    _check_temperature(temperature, weighted, len(parts), "in --data")
     chosen = None if columns is None else parse_columns(columns)
     mixes = weighted or temperature is not None or any(server.is_address(source) for source, _ in parts)
     if len(parts) == 1 or not mixes:
@@ -181,9 +181,10 @@ def open_source(
     return _mixed([([source], weight) for source, weight in parts], rest, block, temperature)
 
 
-def _check_temperature(temperature: float | None, weighted: bool, count: int) -> None:
+def _check_temperature(temperature: float | None, weighted: bool, count: int, where: str) -> None:
+    """Raise UserError if a temperature has nothing to decide; `where` the weights are, in words."""
     if temperature is not None and (weighted or count < 2):
-        reason = "the weights of the sources say how they are mixed" if weighted else "there is one source to draw from"
+        reason = f"the weights {where} say how sources are mixed" if weighted else "there is one source to draw from"
         raise UserError(f"--source-temperature {temperature:g}: {reason}")
 
 
@@ -204,7 +205,7 @@ def open_mixture(
     The others, and errors, are those of `open_source`.
     """
     weighted = any(weight for _, weight in parts)
-    _check_temperature(temperature, weighted, len(parts))
+    _check_temperature(temperature, weighted, len(parts), "of the sources")
     rest = (None if columns is None else parse_columns(columns), es_query, skip_bad, ignore_keys)
     return _mixed(parts, rest, block, temperature if weighted else temperature or 1.0)
 
