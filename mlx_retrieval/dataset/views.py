@@ -1,4 +1,4 @@
-"""Views of a source without the examples that are held out: what is left is trained on.
+"""Views of a source: its examples, of which some are left out.
 
 rows = RowsWithout(rows, keeps, held)              # files, by number
 rows = StreamWithout(elastic_rows, held)           # an index, as its documents come
@@ -42,12 +42,11 @@ def remaining(example: Example, held: Set[int], kind: str | None) -> Example | N
     return example._replace(negatives=negatives, scores=scores, other_positives=others)
 
 
-class _View:
-    """A source whose examples are those of another one, without some; what is known of the other holds for it."""
+class View:
+    """A source whose examples are those of another one, or some of them; what is known of the other holds for it."""
 
-    def __init__(self, source: Source, held: Set[int]):
+    def __init__(self, source: Source):
         self.source = source
-        self.held = held
 
     @property
     def format(self) -> str | None:
@@ -99,7 +98,7 @@ class _View:
         self.source.close()
 
 
-class RowsWithout(_View):
+class RowsWithout(View):
     """The examples of files without some. An example keeps its number.
 
     Args:
@@ -110,8 +109,8 @@ class RowsWithout(_View):
     """
 
     def __init__(self, source: Source, kept: np.ndarray, held: Set[int], trimmed: Set[int] = frozenset()):
-        super().__init__(source, held)
-        self.kept, self.trimmed = kept, trimmed
+        super().__init__(source)
+        self.kept, self.held, self.trimmed = kept, held, trimmed
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -145,7 +144,7 @@ class RowsWithout(_View):
         """Do nothing: the order follows from the position alone."""
 
 
-class StreamWithout(_View):
+class StreamWithout(View):
     """The examples of an index without those that have a held-out text, which are left out as they come.
 
     An example's number is its position in the source, from which its position in the view follows by the examples that
@@ -153,7 +152,8 @@ class StreamWithout(_View):
     """
 
     def __init__(self, source: Source, held: Set[int]):
-        super().__init__(source, held)
+        super().__init__(source)
+        self.held = held
         self._restart(0, 0)
 
     def _restart(self, position: int, source_position: int) -> None:

@@ -167,6 +167,13 @@ class Settings:
         choices=("homogeneous", "mixed"),
         tasks=RETRIEVAL,
     )
+    similar_rows: int = option(
+        "data",
+        1,
+        "put groups of N rows whose queries share rare words into each batch, as hard negatives of each other; "
+        "1 = rows in random order",
+        tasks=VECTORS,
+    )
     source_temperature: float | None = option(
         "data",
         None,

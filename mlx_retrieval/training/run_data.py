@@ -15,6 +15,7 @@ from mlx_retrieval.dataset.held_out import HeldOut, Questions
 from mlx_retrieval.dataset.held_out_pairs import Pairs
 from mlx_retrieval.dataset.row_files import HUB, hub_validation
 from mlx_retrieval.dataset.rows import Rows, find_validation
+from mlx_retrieval.dataset.similar_rows import side_by_side
 from mlx_retrieval.dataset.sources import Source, is_default_data, local, names, open_mixture, open_source
 from mlx_retrieval.training import contents, distributed, source_settings
 from mlx_retrieval.training.checkpoint import HELD_OUT, is_saved
@@ -80,6 +81,7 @@ def open_data(settings: Settings) -> RunData:
         data.lines.append(("judged on", f"nothing ({given}), so there is no table, no best and no report"))
     if settings.sources and block > 1:  # a batch has no more rows than there are
         data.rows.block = min(block, len(data.rows))
+    data.rows = side_by_side(data.rows, settings.similar_rows)
     return data
 
 

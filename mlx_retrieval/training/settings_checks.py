@@ -16,7 +16,7 @@ def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
     names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project", "guard")
     positive = ("batch_size", "xtr_k", "steps_per_report")
-    positive += ("rounds_negatives",)
+    positive += ("rounds_negatives", "similar_rows")
     counts = ("rounds", "gradient_accumulation_steps", "save_steps", "stop_after", "keep")
     not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")

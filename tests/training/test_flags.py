@@ -873,6 +873,18 @@ def test_batches_and_source_temperature(settings, data, tmp_path):
         settings(source_temperature=0.01)
 
 
+def test_similar_rows(settings, tmp_path):
+    """Two questions about each thing, far apart in the file, are in one batch."""
+    file = tmp_path / "things.jsonl"
+    rows = [{"query": f"{q} thing{i}", "document": f"{q} {i}"} for q in ("what is", "who makes") for i in range(16)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = settings(data=[str(file)], similar_rows=2, holdout=0.0, eval_tasks=[], batch_size=4)
+    batches = training_run.prepare(chosen).trainer.batches
+    assert all(len({i % 16 for i in batches.row_numbers(k)}) == 2 for k in range(8))
+    with pytest.raises(UserError, match=r"--similar-rows 0: must be above 0"):
+        settings(similar_rows=0)
+
+
 def test_no_setting_without_a_test():
     text = Path(__file__).read_text()
     named = {f.name for f in dataclasses.fields(Settings) if f.name in text or flag(f.name) in text}
