@@ -18,22 +18,25 @@ import shlex
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import sides
+from seeds import difference, kept
 
 EVALUATIONS = 4  # on dev, in a run
 BUDGETS = (2048, 4096, 8192)  # of the peer's mini-batches, in tokens
-OURS = "--max-length 256"
-MEASURED = 3  # steps
+OURS = "--max-length 256 --similar-rows 4"
+MEASURED = 2  # steps, after one that warms up
 
 
 class Outcome(NamedTuple):
     """The results of a run."""
 
     evaluation: Any  # on the test folder
+    dev: float  # nDCG@10 of the best step
     steps: int
     seconds: float  # of all that counts
     mining: float  # seconds of it
@@ -108,14 +111,15 @@ def our_side(args: argparse.Namespace, seed: int, folder: str) -> Outcome:
             times.append(time.perf_counter() - began)
         began = time.perf_counter()
         evaluate(base, [str(data / "dev")])
-        return statistics.fmean(times[1:]), time.perf_counter() - began
+        return min(times[1:]), time.perf_counter() - began
 
     step, evaluation = watch.paused(measured)
     steps, every = steps_in(args.minutes * 60 - watch.seconds, step, evaluation)
     settings, _ = from_flags("", "", [*flags, "--steps", str(steps), "--eval-steps", str(every)])
     train.train(settings)
     seconds = watch.seconds
-    return Outcome(evaluate(load(work / "run" / "best"), [str(data / "test")]), steps, seconds, mining)
+    dev = json.loads((work / "run" / "best.json").read_text())
+    return Outcome(evaluate(load(work / "run" / "best"), [str(data / "test")]), dev, steps, seconds, mining)
 
 
 # --- sentence-transformers ----------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ def peer_side(args: argparse.Namespace, seed: int, folder: str) -> Outcome:
                 loss_of([model.preprocess([column[i] for i in chosen]) for column in columns], None).backward()
                 times.append(time.perf_counter() - began)
                 model.zero_grad()
-            timed[budget] = statistics.fmean(times[1:])
+            timed[budget] = min(times[1:])
         budget = min(timed, key=timed.get)
         began = time.perf_counter()
         evaluator(model)
@@ -200,13 +204,21 @@ def peer_side(args: argparse.Namespace, seed: int, folder: str) -> Outcome:
         disable_tqdm=True,
     )
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=budget)
-    SentenceTransformerTrainer(model, arguments, rows, loss=loss, evaluator=evaluator).train()
+    trainer = SentenceTransformerTrainer(model, arguments, rows, loss=loss, evaluator=evaluator)
+    trainer.train()
     seconds = watch.seconds
     model.max_seq_length = 256
 
     from mlx_retrieval.evaluation.retrieval import evaluate
 
-    return Outcome(evaluate(sides.Peer(model.eval()), [str(data / "test")]), steps, seconds, mining)
+    result = evaluate(sides.Peer(model.eval()), [str(data / "test")])
+    return Outcome(result, trainer.state.best_metric, steps, seconds, mining)
+
+
+def run(side: Callable[..., Outcome], args: argparse.Namespace, seed: int) -> Outcome:
+    """Return the outcome of a side in a process and a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sides.in_child(side, args, seed, folder)
 
 
 def main() -> None:
@@ -220,6 +232,7 @@ def main() -> None:
     parser.add_argument("--peer-batch-size", type=int, default=64)
     parser.add_argument("--peer-max-length", type=int, default=256, help="tokens of a text in training")
     parser.add_argument("--only", choices=("ours", "peer"))
+    parser.add_argument("--keep", metavar="FOLDER", help="keep finished runs here, and repeat none that is there")
     args = parser.parse_args()
 
     print(sides.machine(), flush=True)
@@ -227,14 +240,13 @@ def main() -> None:
     for seed in range(args.seeds):
         for name, side in (("ours", our_side), ("peer", peer_side)):
             if args.only in (None, name):
-                with tempfile.TemporaryDirectory() as folder:
-                    outcome = sides.in_child(side, args, seed, folder)
+                of_peer = (args.peer_learning_rate, args.peer_batch_size, args.peer_max_length)
+                settings = repr((args.minutes, args.mined_rows, args.ours if name == "ours" else of_peer))
+                outcome = kept(args.keep, f"{name}-{seed}", settings, lambda: run(side, args, seed))  # noqa: B023
                 outcomes[name].append(outcome)
                 score = outcome.evaluation.average()["ndcg_at_10"]
-                times = f"{outcome.seconds:.0f} s, {outcome.mining:.0f} of them mining"
-                print(f"{name}, seed {seed}: nDCG@10 {score:.4f}, {outcome.steps} steps, {times}", flush=True)
-
-    from seeds import difference
+                times = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.mining:.0f} of them mining"
+                print(f"{name}, seed {seed}: nDCG@10 {score:.4f} (dev {outcome.dev:.4f}), {times}", flush=True)
 
     results = {name: [outcome.evaluation for outcome in side] for name, side in outcomes.items()}
     for name, side in results.items():

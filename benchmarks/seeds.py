@@ -1,13 +1,39 @@
 """Figures over several seeds: shared by scripts that train more than once; not a command."""
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
 
 METRIC = "ndcg_at_10"
+
+
+def kept(folder: str | None, name: str, settings: str, compute: Callable[[], Any]) -> Any:
+    """Return the result of `compute()`, or what an earlier call with these settings left in `folder`.
+
+    So a benchmark of hours can be ended and goes on later. A result is kept as a pickle: name no folder of others.
+
+    Args:
+        folder: None = nothing is kept.
+        name: of the run, seed included.
+        settings: all that the result depends on.
+    """
+    if folder is None:
+        return compute()
+    file = Path(folder) / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.pickle"
+    if not file.exists():
+        result = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".new")
+        draft.write_bytes(pickle.dumps(result))
+        draft.rename(file)
+    return pickle.loads(file.read_bytes())
 
 
 def mean_of(results: Sequence[Evaluation]) -> Evaluation:
