@@ -1,10 +1,11 @@
-"""Mine training data: code pairs, hard negatives, teachers' scores.
+"""Mine training data: code pairs, hard negatives, teachers' scores and vectors.
 
 python mine.py code src --output pairs.jsonl                           # (docstring, code) pairs of a source tree
 python mine.py code a/src b/lib --output pairs.jsonl --languages python rust
 python mine.py negatives --data pairs.jsonl --corpus corpus.jsonl --model M --output mined.jsonl      # hard negatives
 python mine.py negatives --data pairs.jsonl --by both --model M --reranker R --scores --output mined.jsonl
 python mine.py score --data mined.jsonl --teacher MODEL --output scored.jsonl     # a teacher's scores, for distillation
+python mine.py score --vectors --data pairs.jsonl --teacher MODEL --output teacher.safetensors      # or its vectors
 python train.py --data mined.jsonl
 
 In Python: `code_pairs.pairs`, `mine_negatives`, `Teacher`.
@@ -24,10 +25,11 @@ import numpy as np
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import describe_dtype
 from mlx_retrieval.dataset import columns
-from mlx_retrieval.dataset.rows import find_files
+from mlx_retrieval.dataset.rows import find_files, find_validation
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
 from mlx_retrieval.inference import dtypes
-from mlx_retrieval.mining import code_pairs, hard_negatives, run
+from mlx_retrieval.inference.text_vectors import ENDING
+from mlx_retrieval.mining import code_pairs, collection, hard_negatives, row_vectors, run
 from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.hard_negatives import RELATIVE_MARGIN
 from mlx_retrieval.mining.run import mine_negatives
@@ -319,6 +321,9 @@ def _margin(text: str) -> float | str | None:
 @resumable()
 def run_score(args: argparse.Namespace) -> None:
     """Write the rows of `args.data` with a teacher's scores to `args.output`, and print a table of the scores."""
+    if args.vectors:
+        write_vectors(args)
+        return
     output, files = Path(args.output).expanduser(), find_files(args.data)
     check_output(output, args.overwrite, [*files, args.teacher])
     counts, skipped = run.count_rows(files, args.skip_bad_rows, notify, args.ignore_keys, args.columns)
@@ -353,15 +358,48 @@ def run_score(args: argparse.Namespace) -> None:
     )
 
 
+def write_vectors(args: argparse.Namespace) -> None:
+    """Write the teacher's vectors of all texts of `args.data` to `args.output`."""
+    output = Path(args.output).expanduser()
+    if args.teacher_kind == "reranker" or args.reranker_type or args.raw_scores:
+        raise UserError("--vectors: a reranker has none; name an embedding model as --teacher")
+    if output.suffix != ENDING:
+        raise UserError(f"--output {output}: vectors are written to a file whose name ends in {ENDING}")
+    files = [*find_files(args.data), *find_validation(args.data)]
+    check_output(output, args.overwrite, [*files, args.teacher])
+    model = run.load_retriever(args.teacher, args.max_length, args.dtype, "--teacher")
+    print_lines([("teacher", f"{model.name}, {describe_dtype(model.model.backbone)}")])
+    skipped = [] if args.skip_bad_rows else None
+    chosen = (args.ignore_keys, args.columns)
+    with cache_folder(output, args.work) as cache, run.naming_lines(files, ignore_keys=chosen[0], columns=chosen[1]):
+        rows = collection.read_rows(files, None, skipped, None, *chosen)
+        texts = row_vectors.Texts((example for _, example in rows), cache.folder)
+        run.report_skipped(skipped, notify)
+        with progress_bar("embedding", "texts") as progress:
+            row_vectors.write_vectors(output, texts, model, cache, notify, progress)
+    count = f"{quantity(len(texts), 'vector')} of {model.dimensions:,} dimensions"
+    flags = ("--loss", "distill_vectors", "--teacher-vectors", output)
+    print_lines(
+        [
+            ("texts", f"{quantity(texts.queries, 'distinct query')}, {quantity(texts.documents, 'distinct document')}"),
+            ("written", f"{output} ({count}, {output.stat().st_size / 1e6:,.1f} MB)"),
+            ("next", shell("python", "train.py", "--model", "STUDENT", "--data", *args.data, *flags)),
+        ]
+    )
+
+
 def add_score(commands: argparse._SubParsersAction) -> None:
     out = commands.add_parser(
         "score",
-        help="a teacher's scores of rows with negatives, for distillation",
-        description='Write the rows with "scores": of the positive and then the negatives, or of "documents".',
+        help="a teacher's scores of rows with negatives, or its vectors of their texts, for distillation",
+        description='Write the rows with "scores": of the positive and then the negatives, or of "documents". With '
+        "--vectors, write the vectors of all texts instead, queries under the teacher's query prompt and documents "
+        "under its document prompt, as one file that train.py --teacher-vectors reads.",
     )
-    add_files(out, "rows with negatives, or with documents")
+    add_files(out, "rows with negatives, or with documents; with --vectors, any rows")
     flag = out.add_argument
-    flag("--teacher", required=True, metavar="MODEL", help="a reranker, or an embedding model")
+    flag("--teacher", "--model", required=True, metavar="MODEL", help="a reranker, or an embedding model")
+    flag("--vectors", action="store_true", help=f"write the teacher's vectors, to --output NAME{ENDING}")
     flag("--teacher-kind", choices=KINDS, help="kind of teacher (default: as its files say; a language model whose "
          "files do not say is a reranker if its name has 'rerank')")  # fmt: skip
     flag("--reranker-type", choices=RERANKERS, metavar="KIND", help="kind of reranker, if its files do not say")

@@ -70,3 +70,13 @@ def text_key(text: str) -> int:
 def exact(text: str) -> str:
     """Return a text in one form (NFC), with single spaces: the same for texts that differ in nothing that is seen."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
+
+
+def vector_key(text: str, prompt: str) -> int:
+    """Return the key of a vector, a 64-bit signed number: of exactly this text, after the model's prompt of this name.
+
+    Args:
+        prompt: "query" or "document".
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=prompt.encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)

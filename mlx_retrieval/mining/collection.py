@@ -11,7 +11,7 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ SCORED = (*MINED, "documents")  # ... and that a teacher scores
 
 def read_rows(
     files: Sequence[Path],
-    kinds: Sequence[str],
+    kinds: Sequence[str] | None,
     skipped: list[str] | None = None,
     ignored: Counter[str] | None = None,
     ignore_keys: Sequence[str] = (),
@@ -47,7 +47,7 @@ def read_rows(
     """Yield (its row as a JSON object, example) of every example, in order. Scores in the rows are not checked.
 
     Args:
-        kinds: the kinds of rows that are accepted, see row_formats.
+        kinds: the kinds of rows that are accepted, see row_formats; None = all, and rows may differ in kind.
         skipped: takes "file:line: reason" of bad rows; None = a bad row raises UserError.
         ignored: counts the keys that are not read.
         ignore_keys: keys that are treated as absent, and left out of the yielded rows.
@@ -67,7 +67,7 @@ def read_rows(
                         raise UserError(f"{where}{way_on}") from error
                     skipped.append(f"{opened.name}:{line.number}: {error}")
                     continue
-                expected = reading.kind
+                expected = reading.kind if kinds else None
                 if ignored is not None:
                     ignored.update(reading.ignored)
                 for example in examples:
@@ -99,10 +99,10 @@ def place_of(
     return None
 
 
-def _examples(row: dict[str, Any], kinds: Sequence[str], expected: str | None) -> tuple[list[Example], Reading]:
+def _examples(row: dict[str, Any], kinds: Sequence[str] | None, expected: str | None) -> tuple[list[Example], Reading]:
     """Return the examples of a row as if it had no scores, and how it was read. RowError."""
     reading = reading_for(row, expected)
-    if reading.kind not in kinds:
+    if kinds and reading.kind not in kinds:
         raise RowError(f"has the key {reading.label or reading.document}: {_UNFIT[reading.kind]}")
     scores = (reading.scores, reading.positive_scores, reading.negative_scores)
     plain = {key: value for key, value in row.items() if key not in scores}
@@ -143,18 +143,21 @@ def read_corpus(file: Path, field: str | None = None) -> Iterator[str]:
 
 
 class TextFile:
-    """Distinct texts in a temporary file. In memory are only their places, and until `close` a hash of each.
+    """Distinct texts in a temporary file. In memory are only their places, and until `close` a key of each.
 
-    Texts that differ only in case and white space are the same; the first of them is kept.
+    Args:
+        key: returns what equal texts share; by default, texts that differ only in case and white space are equal. The
+            first of them is kept.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, key: Callable[[str], Hashable] | None = None):
+        self._key = key or text_key
         self._folder, self._file = folder, tempfile.TemporaryFile(dir=folder)
-        self._starts, self._numbers, self._digest = array("Q", [0]), dict[bytes, int](), hashlib.sha256()
+        self._starts, self._numbers, self._digest = array("Q", [0]), dict[Hashable, int](), hashlib.sha256()
 
     def add(self, text: str) -> int:
         """Return the number of a text; a new text gets the next number."""
-        number = self._numbers.setdefault(text_key(text), len(self))
+        number = self._numbers.setdefault(self._key(text), len(self))
         if number == len(self):
             data = text.encode("utf-8", "surrogatepass")
             with naming(self._folder):
@@ -165,7 +168,7 @@ class TextFile:
 
     def find(self, text: str) -> int | None:
         """Return the number of a text, or None if it was not added."""
-        return self._numbers.get(text_key(text))
+        return self._numbers.get(self._key(text))
 
     def close(self) -> str:
         """Finish adding: drop the hashes of the texts, and return one hash of all texts."""

@@ -40,9 +40,16 @@ def open_corpus(name: str | None, field: str | None = None, es_fields: str = ELA
     return ElasticCorpus(name, texts)
 
 
-def load_retriever(name: str, max_length: int | None = None, dtype: str | None = None) -> embedder.Model:
-    """Load the embedding model that finds documents. UserError for a late-interaction model."""
+def load_retriever(
+    name: str, max_length: int | None = None, dtype: str | None = None, role: str = "--model"
+) -> embedder.Model:
+    """Load the embedding model that finds documents, or the teacher of vectors. UserError for late interaction.
+
+    `role`: the flag that names the model.
+    """
     model = embedder.load(name, dtype=dtype, max_length=max_length)
+    if model.late and role != "--model":
+        raise UserError(f"{role} {name}: a late-interaction model has a vector a token, and not one a text")
     if model.late:
         raise UserError(
             f"--model {name}: a late-interaction model, whose token vectors of a corpus are not kept on disk; "
@@ -213,9 +220,14 @@ def open_cache(
 ) -> None:
     """Open the cache; report the rows that were left out, and whether an earlier run is continued."""
     resumed, changed = cache.open(fingerprints, for_vectors)
-    if skipped:
-        notify(f"{quantity(len(skipped), 'bad row')} left out, the first: {skipped[0]}")
+    report_skipped(skipped, notify)
     if resumed and changed:
         notify(f"{cache.folder}: started over, changed since the last run: {', '.join(changed)}")
     elif resumed:
         notify(f"{cache.folder}: continued, {cache.blocks:,} blocks are finished")
+
+
+def report_skipped(skipped: Sequence[str] | None, notify: Notify) -> None:
+    """Report the rows that were left out, if there are any."""
+    if skipped:
+        notify(f"{quantity(len(skipped), 'bad row')} left out, the first: {skipped[0]}")
