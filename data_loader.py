@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import InterleavedRows, Source
+from mlx_retrieval.dataset.text_keys import vector_key
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
@@ -38,6 +39,7 @@ class Batch:
     scores: np.ndarray  # (B, K) float32: a teacher's, or that of a scored pair
     known: np.ndarray  # (P, 2) int32: query and document of every known positive, the examples' own first
     mined: np.ndarray  # (H, 2) int32: query and document of every negative in a row; [[-1, -1]] = there are none
+    keys: np.ndarray  # (N,) int64: the `text_keys.vector_key` of each text
     # Which source all rows are from, where sources have settings of their own; -1 = several, or there are none.
     source: int = -1
 
@@ -108,6 +110,7 @@ def make_batch(
             mined += itertools.product(asked, _all_forms(documents, example.negatives))
     sides = ("query", queries), ("document", documents)
     texts = Texts.join([t(list(numbers), name) for name, side in sides for t, numbers in side.items()])
+    keys = [vector_key(text, name) for name, side in sides for numbers in side.values() for text in numbers]
     rank = np.array([e.rank for e in examples], np.int32)
     width = max(1, *(len(e.scores) for e in examples))  # mlx-data carries no empty arrays
     scored = np.full((len(examples), width), -1, np.int32)
@@ -126,6 +129,7 @@ def make_batch(
         scores=scores,
         known=np.array(known, np.int32),
         mined=np.array(mined or [(-1, -1)], np.int32),
+        keys=np.array(keys, np.int64),
     )
 
 

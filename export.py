@@ -5,7 +5,7 @@ python export.py --adapter adapters/best --output my-model-4bit --format mlx --q
 python export.py --adapter adapters/best --output my-model --merge-with-base auto     # keeps more of the base model
 python export.py --adapter a/best --merge-with b/best c/best --output my-model        # the mean of three trained models
 python export.py --adapter adapters/best --output my-model --gguf-ready         # and prints llama.cpp's next command
-python export.py --model tuned --keep-layers 0 2 4 --output student             # to be trained further
+python export.py --model tuned --keep-layers 0 2 4 --output student             # to be trained by tuned's vectors
 python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # an untrained base model
 python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
 python export.py --adapter adapters/chat/final --output my-chat                  # a chat model, for mlx-lm
@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
         default=(),
         metavar="N",
         help="keep only these layers of --model, by their numbers from 0 in ascending order: a smaller, faster model "
-        "to train further (default: all)",
+        "to train by the vectors of the whole one (default: all)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the base model's)")
     out.add_argument("--overwrite", action="store_true", help="replace the exported folder in --output")

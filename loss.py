@@ -13,6 +13,7 @@ relevant to which queries: those never count as negatives.
     xtr                         late interaction searched by token retrieval: see models/maxsim.py
     cosent, angle, cosine_mse   pairs of texts with a score of their similarity: any order of scores, or their size
     kl_distill, margin_mse      a teacher's scores
+    distill_vectors             a teacher's vectors, also beside another loss
     yes_no, bce                 rerankers, labels from 0 to 1
     reranker_info_nce           rerankers, a positive against its negatives and other rows' documents
     list_softmax, ranknet       rerankers, several documents a query: shares of relevance; any order
@@ -208,6 +209,26 @@ def kl_distill(
     log_teacher = teacher - mx.logsumexp(mx.where(used, teacher, -mx.inf), axis=1, keepdims=True)
     divergence = mx.where(used, mx.exp(log_teacher) * (log_teacher - log_student), 0.0).sum(axis=1)
     return weighted_mean(mx.where(enough, divergence, 0.0), weights)
+
+
+def distill_vectors(vectors: mx.array, teacher: mx.array, metric: str = "cosine") -> mx.array:
+    """Make a student's vectors those of a teacher (Kim et al. 2023, EmbedDistill, arXiv 2301.12005, equation 7).
+
+    Args:
+        vectors: (N, D) the student's, of any float dtype; projected to the teacher's width, if theirs differs.
+        teacher: (N, D) the teacher's, of the same texts.
+        metric: "cosine" = 1 - cosine similarity; "mse" = squared error, the mean over dimensions, which learns lengths
+            as well.
+
+    Returns the mean over texts, a float32 scalar.
+
+    When to use: to make a smaller or faster model of a good one, from texts alone; beside another loss
+    (`--distill-weight`) if there are pairs as well. Related: `kl_distill`, for teachers that give scores only.
+    """
+    vectors, teacher = vectors.astype(mx.float32), teacher.astype(mx.float32)
+    if metric == "mse":
+        return (vectors - teacher).square().mean()
+    return (1.0 - (unit(vectors) * unit(teacher)).sum(axis=-1)).mean()
 
 
 # --- groups: scores (G, K) of up to K documents for each of G queries -------------------------------------------------
@@ -619,5 +640,6 @@ GROUPS = {  # functions of scores, labels and real documents, each (G, K)
     "margin_mse": margin_mse,
 }
 SCORED_PAIRS = ("cosent", "angle", "cosine_mse")  # by `scored_pairs`
-LOSSES = (*CONTRASTIVE, "xtr", *SCORED_PAIRS, "kl_distill", *GROUPS)
+DISTILL_METRICS = ("cosine", "mse")  # of `distill_vectors`
+LOSSES = (*CONTRASTIVE, "xtr", *SCORED_PAIRS, "kl_distill", "distill_vectors", *GROUPS)
 RERANKER_LOSSES = (*GROUPS, "kl_distill", "info_nce")

@@ -68,7 +68,8 @@ def synthetic(rows: int, length: int) -> Batch:
     judged, scores = np.full((rows, 1), -1, np.int32), np.zeros((rows, 1), np.float32)  # no teacher
     known = np.stack([numbers, numbers], axis=1)
     none, ranks = np.array([(-1, -1)], np.int32), np.ones(rows, np.int32)
-    return Batch(texts, rows, numbers, numbers, ranks, numbers.astype(np.int64), judged, scores, known, mined=none)
+    rest = (judged, scores, known, none, np.zeros(count, np.int64))
+    return Batch(texts, rows, numbers, numbers, ranks, numbers.astype(np.int64), *rest)
 
 
 def timed(work: Callable, *args) -> float:

@@ -379,6 +379,31 @@ def test_matryoshka_is_the_mean_over_dimensions():
     assert found.item() == pytest.approx(np.mean(alone), rel=1e-5)
 
 
+@pytest.mark.parametrize("metric", loss.DISTILL_METRICS)
+@pytest.mark.parametrize("wider", [False, True])
+def test_distill_vectors_equals_sentence_transformers(torch, theirs, metric, wider):
+    """Of each text once, which is what their columns of queries and documents are; also through a projection."""
+    rng = np.random.default_rng(0)
+    vectors, teacher = rng.normal(size=(6, 8)), rng.normal(size=(6, 12 if wider else 8)).astype(np.float32)
+    weight, bias = rng.normal(size=(12, 8)), rng.normal(size=12)
+    reference = theirs.EmbedDistillLoss(None, metric)
+
+    def compute(vectors, weight, bias):
+        target = torch.tensor(teacher, dtype=vectors.dtype)
+        shown = (
+            torch.nn.functional.linear(vectors, weight, bias) if wider else vectors + 0 * (weight.sum() + bias.sum())
+        )
+        return reference.compute_loss_from_embeddings([shown[:3], shown[3:]], [target[:3], target[3:]])
+
+    def mine(vectors, weight, bias):
+        shown = vectors @ weight.T + bias if wider else vectors
+        return loss.distill_vectors(shown, mx.array(teacher), metric)
+
+    arrays = vectors, weight, bias
+    value, gradients = mx.value_and_grad(mine, argnums=(0, 1, 2))(*(mx.array(each, mx.float32) for each in arrays))
+    assert_same((value.item(), *map(np.array, gradients)), torch_gradients(torch, compute, *arrays), 1e-5)
+
+
 def test_nt_xent_equals_simclr(torch):
     rows, temperature = 6, 0.2
     queries, documents = vectors(rows), vectors(rows, seed=1)

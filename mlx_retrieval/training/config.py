@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from loss import DENOMINATORS, DIRECTIONS, FILTERS, HARDNESS_OF, LOSSES
+from loss import DENOMINATORS, DIRECTIONS, DISTILL_METRICS, FILTERS, HARDNESS_OF, LOSSES
 from mlx_retrieval import backend
 from mlx_retrieval.backbones.hub import toolkit_relative
 from mlx_retrieval.dataset.beir import FolderRules
@@ -204,8 +204,8 @@ class Settings:
     loss: str | None = option(
         "objective",
         None,
-        "loss function; kl_distill (short: kl) and margin_mse learn from a teacher's scores; cosent, angle and "
-        "cosine_mse from pairs with a score of their similarity (default: info_nce; "
+        "loss function; kl_distill (short: kl) and margin_mse learn from a teacher's scores, distill_vectors from its "
+        "vectors; cosent, angle and cosine_mse from pairs with a score of their similarity (default: info_nce; "
         "rerankers: yes_no for qwen3, bce for cross-encoder, list_softmax for listwise)",
         choices=(*LOSSES, "kl"),
         tasks=RETRIEVAL,
@@ -285,6 +285,35 @@ class Settings:
     )
     xtr_k: int = option("objective", 320, "xtr: tokens of the batch that each query token retrieves", tasks=RETRIEVAL)
     teacher_temperature: float = option("objective", 1.0, "kl_distill: divide teacher scores by X", tasks=RETRIEVAL)
+    teacher_vectors: str | None = option(
+        "objective",
+        None,
+        "embed: file of a teacher's vectors of all texts of --data, by mine.py score --vectors: for distill_vectors "
+        "and --distill-weight",
+        tasks=("embed",),
+        whole_run=True,
+    )
+    distill_weight: float = option(
+        "objective",
+        0.0,
+        "embed: add X times distill_vectors, of --teacher-vectors, to another loss; 0 = none",
+        tasks=("embed",),
+    )
+    distill_metric: str = option(
+        "objective",
+        DISTILL_METRICS[0],
+        "distill_vectors: compare with the teacher's vectors by 1 - cosine, or by a dimension's squared error",
+        choices=DISTILL_METRICS,
+        tasks=("embed",),
+    )
+    teacher_projection: bool = option(
+        "objective",
+        False,
+        "distill_vectors: compare through a linear layer to the teacher's dimensions, trained with the run and no part "
+        "of its model; needed if they are not the model's",
+        tasks=("embed",),
+        whole_run=True,
+    )
     matryoshka_dims: list[int] = option(
         "objective",
         [],
@@ -530,6 +559,11 @@ class Settings:
         return self.directions != [DIRECTIONS[0]] or self.mask_above is not None or self.hardness > 0
 
     @property
+    def vectors_weight(self) -> float:
+        """The weight of `loss.distill_vectors` in the loss; 0 = none."""
+        return 1.0 if self.loss == "distill_vectors" else self.distill_weight
+
+    @property
     def folder(self) -> Path:
         """The folder of the run."""
         return Path(self.output or OUTPUT).expanduser()
@@ -570,6 +604,7 @@ class Settings:
             sources=[source_settings.with_paths(each, absolute) for each in self.sources],
             eval_tasks=None if self.eval_tasks is None else [absolute(name) for name in self.eval_tasks],
             guard=[absolute(name) for name in self.guard],
+            teacher_vectors=self.teacher_vectors and absolute(self.teacher_vectors),
             output=self.output and str(self.folder.absolute()),
         )
 

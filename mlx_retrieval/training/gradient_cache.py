@@ -24,7 +24,8 @@ from mlx_retrieval.utils.errors import UserError
 
 # Representations (N, ...) of a batch's N texts -> scalar loss. An objective may have a method `loss_and_grad` with the
 # same arguments that returns the loss and its gradient with respect to the representations, where it knows a better way
-# than `mx.value_and_grad`.
+# than `mx.value_and_grad`. If it has a module `projection`, the model has it under the same name, and does not use it;
+# the gradient of that module is computed as well.
 Objective = Callable[[mx.array, Batch], mx.array]
 MICRO_BATCHES_PER_RANK = 2  # at least: of two that differ in size, one rank would have less to do
 
@@ -137,7 +138,7 @@ class GradientCache:
     ) -> tuple:
         """One forward and one backward pass over everything; in float16 scaled, see `loss_scale.scale_of`."""
 
-        def loss_and_representations() -> tuple[mx.array, mx.array, list[mx.array], mx.array]:
+        def loss_and_representations() -> tuple[mx.array, mx.array, list[mx.array], mx.array, dict]:
             representations = []
             for micro_batch, seed in zip(micro_batches, seeds, strict=True):
                 seed_dropout(int(seed))
@@ -145,17 +146,19 @@ class GradientCache:
             joined = join(representations, order)
             if not self.scaled:
                 loss = self.objective(joined, batch)
-                return loss, loss, representations, mx.array(1.0)
+                return loss, loss, representations, mx.array(1.0), {}
             # The loss's own gradient decides the scale, and its product with the representations passes it on.
-            loss, grad = mx.value_and_grad(self.objective)(mx.stop_gradient(joined), batch)
+            loss, grad, of_projection = self._loss_and_grad(mx.stop_gradient(joined), batch)
             scale = loss_scale.scale_of(grad, largest)
-            return (joined * mx.stop_gradient(grad * scale)).sum(), loss, representations, scale
+            return (joined * mx.stop_gradient(grad * scale)).sum(), loss, representations, scale, of_projection
 
         with self.clock("forward, loss, backward"):
-            (_, loss, representations, scale), grads = nn.value_and_grad(self.model, loss_and_representations)()
+            (_, loss, representations, scale, of_projection), grads = nn.value_and_grad(
+                self.model, loss_and_representations
+            )()
             grads = in_float32(grads)
             if self.scaled:
-                grads = loss_scale.unscaled(grads, scale)
+                grads = loss_scale.unscaled(grads, scale) | of_projection
             mx.eval(loss, grads, representations)
         return loss, grads, representations
 
@@ -180,14 +183,13 @@ class GradientCache:
                 shapes = representation_shapes(representations[0], micro_batches)
                 representations = distributed.all_gather(representations, shapes, by_rank)
         # 2. The loss of the whole batch, and its gradient with respect to the representations.
-        loss_and_grad = getattr(self.objective, "loss_and_grad", None) or mx.value_and_grad(self.objective)
         with self.clock("loss"):
-            loss, grad = loss_and_grad(join(representations, order), batch)
+            loss, grad, of_projection = self._loss_and_grad(join(representations, order), batch)
             scale = loss_scale.scale_of(grad, largest) if self.scaled else None
             grad = grad if scale is None else grad * scale
             cotangents = split(grad, representations, order)
             own_cotangents = [cotangents[i] for i in own]
-            mx.eval(loss, own_cotangents)
+            mx.eval(loss, own_cotangents, of_projection)
         # 3. Every micro-batch again, under the same dropout, with its share of that gradient.
         with self.clock("backward"):
             grads = self.runner.gradient(own_micro_batches, own_seeds, own_cotangents, saved)
@@ -197,7 +199,25 @@ class GradientCache:
         if ranks > 1:
             with self.clock("exchange"):
                 grads = distributed.all_sum(grads)
-        return loss, grads, representations
+        return loss, grads | of_projection, representations  # the latter are of the whole batch on every rank
+
+    def _loss_and_grad(self, representations: mx.array, batch: Batch) -> tuple[mx.array, mx.array, dict]:
+        """Return the loss, its gradient by the representations, and that of the objective's projection, {} = none."""
+        projection = getattr(self.objective, "projection", None)
+        if projection is None:
+            loss_and_grad = getattr(self.objective, "loss_and_grad", None) or mx.value_and_grad(self.objective)
+            return *loss_and_grad(representations, batch), {}
+        weights = projection.parameters()
+
+        def loss_of(representations: mx.array, weights: dict) -> mx.array:
+            projection.update(weights)
+            return self.objective(representations, batch)
+
+        try:
+            loss, (grad, of_projection) = mx.value_and_grad(loss_of, argnums=(0, 1))(representations, weights)
+        finally:
+            projection.update(weights)
+        return loss, grad, {"projection": of_projection}
 
     def loss(self, batch: Batch) -> float:
         """Return the loss alone, without dropout or gradient."""

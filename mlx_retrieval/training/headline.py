@@ -20,8 +20,12 @@ from mlx_retrieval.training.config import SMALL_RATES, Settings
 from mlx_retrieval.training.length import describe_length
 from mlx_retrieval.training.mixtures import Part, usage_lines
 from mlx_retrieval.training.mixtures import describe as describe_part
+from mlx_retrieval.training.settings_checks import UNSCALED
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.text import quantity
+
+# How a teacher's vectors are compared with the model's, in words.
+DISTANCES = {"cosine": "1 - cosine to the teacher's vectors", "mse": "squared error to the teacher's vectors"}
 
 
 def first_lines(
@@ -63,6 +67,7 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
     `name`: the model that the run starts from, in words; "" = its name.
     """
     parameters, trainable = count_parameters(model)
+    own = parameters - (count_parameters(model.projection)[0] if "projection" in model else 0)
     quantised = "quantised, " if lora.is_quantised(backbone) else ""
     weights = settings.adapter
     total, last = len(backbone.layers), weights["num_layers"]
@@ -74,8 +79,8 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
         keys = f"{' '.join(weights['keys'])} of " if weights["keys"] else ""
         trained = f"{update} r={weights['rank']} in {keys}{blocks}"
     return [
-        ("model", f"{name or settings.model}: {parameters:,} parameters, {quantised}{describe_dtype(backbone)}"),
-        ("trained", f"{trainable:,} parameters: {trained}"),
+        ("model", f"{name or settings.model}: {own:,} parameters, {quantised}{describe_dtype(backbone)}"),
+        ("trained", f"{trainable:,} parameters: {trained}{' and the projection' if own < parameters else ''}"),
     ]
 
 
@@ -107,7 +112,7 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
     """Return a line about the loss and what acts on it, and one each about filtered negatives and dimensions."""
     of = f" of a {retrieval.reranker} reranker" if retrieval.reranker else ""
     names = settings.loss, f"temperature {settings.temperature:g}"
-    if settings.loss == "cosine_mse":  # which has no temperature
+    if settings.loss in UNSCALED:
         parts = [settings.loss]
     elif {"loss", "temperature"} <= {*defaults}:
         parts = [f"{', '.join(names)} (defaults{of})"]
@@ -125,6 +130,10 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
         parts.append(f"{settings.xtr_k} tokens of the batch for each query token")
     if settings.loss == "kl_distill":
         parts.append(f"teacher's temperature {settings.teacher_temperature:g}")
+    if settings.loss == "distill_vectors":
+        parts.append(DISTANCES[settings.distill_metric])
+    if settings.distill_weight:
+        parts.append(f"plus {settings.distill_weight:g} x distill_vectors, {DISTANCES[settings.distill_metric]}")
     if settings.margin_weight:
         parts.append(f"plus {settings.margin_weight:g} x the margin loss with margin {settings.margin:g}")
     if settings.spread_weight:

@@ -16,6 +16,7 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.objectives import BySource, LateBySource, Objective, RerankObjective, make_objective
+from mlx_retrieval.training.other_vectors import NO_VECTORS, OtherVectors
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import SettingError
 
@@ -103,6 +104,7 @@ def objective_of(
     config: RetrievalConfig,
     tokenizer: TextTokenizer,
     validation: Source | None,
+    vectors: OtherVectors = NO_VECTORS,
 ) -> Objective | RerankObjective | BySource:
     """Return the objective of a run on these sources. UserError, which names the source, if one lacks what it needs.
 
@@ -111,10 +113,10 @@ def objective_of(
     objectives = []
     for part in parts:
         with source_settings.naming(part.source):
-            objectives.append(make_objective(part.settings, config, part.tokenizer, part.rows))
+            objectives.append(make_objective(part.settings, config, part.tokenizer, part.rows, vectors))
     if settings.batches == "mixed":
         return objectives[0]
-    of_others = make_objective(settings, config, tokenizer, validation) if validation else None
+    of_others = make_objective(settings, config, tokenizer, validation, vectors) if validation else None
     return (LateBySource if config.task == "late" else BySource)(objectives, of_others)
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import mx, nn
 
 import loss
 from data_loader import Batch
@@ -12,6 +12,7 @@ from mlx_retrieval.models import maxsim
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.other_vectors import NO_VECTORS, OtherVectors
 from mlx_retrieval.training.rerank_batches import GroupBatch
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
 
@@ -84,14 +85,32 @@ class Objective(ABC):
 
 
 class EmbedObjective(Objective):
-    """For one vector a text (N, D); with --matryoshka-dims also for their first dimensions."""
+    """For one vector a text (N, D); with --matryoshka-dims also for their first dimensions.
+
+    The gradient of the projection to a teacher's vectors is computed along with that of the representations, see
+    `GradientCache`.
+    """
+
+    def __init__(self, settings: Settings, vectors: OtherVectors = NO_VECTORS):
+        super().__init__(settings)
+        self.teacher, self.projection = vectors.teacher, vectors.projection
 
     def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
+        total = self._of_pairs(representations, batch)
+        if weight := self.settings.vectors_weight:
+            vectors = representations if self.projection is None else self.projection(representations)
+            teacher = mx.array(self.teacher.of(batch.keys))
+            total += weight * loss.distill_vectors(vectors, teacher, self.settings.distill_metric)
+        return total
+
+    def _of_pairs(self, representations: mx.array, batch: Batch) -> mx.array:
+        """Return the loss of queries and documents, 0 if only a teacher's vectors count."""
         queries = representations[: batch.queries]
         documents = representations[batch.queries :]
 
         def compute(queries: mx.array, documents: mx.array) -> mx.array:
-            total = self.loss_of(batch, queries, documents, loss.dot)
+            alone = self.settings.loss == "distill_vectors"
+            total = mx.array(0.0) if alone else self.loss_of(batch, queries, documents, loss.dot)
             if weight := self.settings.binary_weight:
                 total += weight * self.loss_of(batch, loss.as_bits(queries), loss.as_bits(documents), loss.dot)
             if weight := self.settings.spread_weight:
@@ -202,6 +221,11 @@ class BySource:
         """Return the objective of a batch."""
         return self.others if batch.source < 0 else self.objectives[batch.source]
 
+    @property
+    def projection(self) -> nn.Module | None:
+        """That to a teacher's vectors, which all sources share."""
+        return getattr(self.objectives[0], "projection", None)
+
     def __call__(self, representations: mx.array, batch: Batch | GroupBatch) -> mx.array:
         return self.of(batch)(representations, batch)
 
@@ -246,7 +270,11 @@ def check_pairs(rows: Source, name: str, task: str, batch_size: int) -> None:
 
 
 def make_objective(
-    settings: Settings, config: RetrievalConfig, tokenizer: TextTokenizer, rows: Source
+    settings: Settings,
+    config: RetrievalConfig,
+    tokenizer: TextTokenizer,
+    rows: Source,
+    vectors: OtherVectors = NO_VECTORS,
 ) -> "Objective | RerankObjective":
     """Return the objective of a run. UserError if the settings do not fit the task or the data."""
     if config.task == "rerank":
@@ -268,7 +296,7 @@ def make_objective(
         for name, given in of_unit_vectors.items():
             if given and not config.normalize:
                 raise UserError(f"{name} needs vectors of unit length, and this model's are compared as they are")
-        return EmbedObjective(settings)
+        return EmbedObjective(settings, vectors)
     if alike := {"query-query", "document-document"} & {*settings.directions}:
         raise UserError(f"--task late takes no --directions {' '.join(sorted(alike))}")
     if settings.matryoshka_dims or settings.loss == "nt_xent":

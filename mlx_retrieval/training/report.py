@@ -221,7 +221,7 @@ def add_survey(report: Report, settings: Settings, batches: Batches, task: str) 
         return
     # Rerankers, and losses on a row's own documents, do not hold one row's document against another's query.
     losses = {source.get("loss") or settings.loss for source in settings.sources} or {settings.loss}
-    alone = task == "rerank" or losses <= {*GROUPS, *SCORED_PAIRS, "kl_distill", "kl"}
+    alone = task == "rerank" or losses <= {*GROUPS, *SCORED_PAIRS, "kl_distill", "kl", "distill_vectors"}
     if batches.tokenizers:
         report.notes.append("Lengths and truncation of the rows are those under the saved model's prompts and limits.")
     size = 0 if alone else batches.size

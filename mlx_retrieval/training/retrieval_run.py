@@ -21,7 +21,7 @@ from mlx_retrieval.evaluation import pairs
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
-from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt
+from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt, other_vectors
 from mlx_retrieval.training.checkpoint import GUARDS, HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
@@ -145,6 +145,7 @@ class RetrievalRun:
             "evaluation": evaluation_contents([*self.data.eval_tasks, *self.settings.guard]),
             BASE: base_contents(self.base, self.folder),
             ADAPTER: self.start.contents(),
+            **other_vectors.contents(self.settings),
         }
 
     def restore(self, changed: set[str]) -> None:
@@ -261,10 +262,15 @@ def prepare(settings: Settings) -> RetrievalRun:
         checkpoint_blocks(model.backbone)
     tokenizer = retrieval.tokenizer(base)
     parts = parts_of(settings, retrieval, base, rows, model.backbone.max_positions)
+    learnt = [(part.settings, part.rows) for part in parts] or [(settings, rows)]
+    learnt += [(settings, data.validation)] if data.validation else []
+    vectors = other_vectors.open_vectors(settings, learnt, retrieval.dimensions)
+    if vectors.projection:
+        model.projection = vectors.projection  # trained with the model, and saved beside it
     if parts:
-        objective = objective_of(parts, settings, retrieval, tokenizer, data.validation)
+        objective = objective_of(parts, settings, retrieval, tokenizer, data.validation, vectors)
     else:
-        objective = make_objective(settings, retrieval, tokenizer, rows)
+        objective = make_objective(settings, retrieval, tokenizer, rows, vectors)
     batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed, parts)
     validation = None
     if data.validation:
@@ -297,7 +303,7 @@ def prepare(settings: Settings) -> RetrievalRun:
             if tasks is not settings.guard:
                 pairs.check_alike(loaded)
     headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings), parts)
-    headline += data.lines
+    headline += vectors.lines() + data.lines
     for part in parts:
         headline += example_lines(part.rows, part.tokenizer, settings.random_negatives, 1)
     if not parts:

@@ -27,7 +27,14 @@ from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.sources import InterleavedRows, Source, is_default_data, names, weight_of
 from mlx_retrieval.mining.output import write_rows
-from mlx_retrieval.training import checkpoint, distributed, improvement, moving_average, output_folder
+from mlx_retrieval.training import (
+    checkpoint,
+    distributed,
+    improvement,
+    moving_average,
+    other_vectors,
+    output_folder,
+)
 from mlx_retrieval.training.config import DEFAULT_DATA, WEIGHTS, Settings
 from mlx_retrieval.training.guards import check as check_guards
 from mlx_retrieval.training.length import resolve_length
@@ -279,6 +286,7 @@ def _copy(model: Path, rounds: Rounds, name: str) -> None:
                 checkpoint.STATE,
                 checkpoint.OPTIMIZER,
                 moving_average.FILE,
+                other_vectors.PROJECTION,
             ):  # the round alone goes on from there
                 shutil.copyfile(file, folder / file.name)
         write_yaml(rounds.settings, folder / "config.yaml")

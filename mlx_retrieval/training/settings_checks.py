@@ -9,18 +9,20 @@ from loss import SCORED_PAIRS
 from mlx_retrieval.utils.errors import SettingError
 
 DISTILLING = ("kl_distill", "margin_mse")  # losses that learn a teacher's scores
+UNSCALED = ("cosine_mse", "distill_vectors")  # losses that have no temperature
 TEMPERATURE = 0.05  # of losses over cosines, by default
 
 
 def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
     names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project", "guard")
+    names += ("teacher_vectors",)
     positive = ("batch_size", "xtr_k", "steps_per_report")
     positive += ("rounds_negatives", "similar_rows")
     counts = ("rounds", "gradient_accumulation_steps", "save_steps", "stop_after", "keep")
     not_negative = (*counts, "profile", "early_stopping", "warmup", "weight_decay", "max_grad_norm", "beta", "seed")
     not_negative += ("projection_dim", "margin_weight", "random_negatives", "rank_timeout")
-    not_negative += ("hardness", "spread_weight", "binary_weight", "guard_tolerance")
+    not_negative += ("distill_weight", "hardness", "spread_weight", "binary_weight", "guard_tolerance")
     checks = [
         *((all(_texts(getattr(settings, name))), name, "must not be empty") for name in names),
         *((getattr(settings, name) > 0, name, "must be above 0") for name in positive),
@@ -124,9 +126,9 @@ def check(settings: Any) -> None:
             "does not go with {chosen}: scored pairs have no negatives",
         ),
         (
-            settings.loss != "cosine_mse" or settings.temperature in (None, TEMPERATURE),
+            settings.loss not in UNSCALED or settings.temperature in (None, TEMPERATURE),
             "temperature",
-            "has no effect with {chosen}, whose scores are cosines",
+            "has no effect with {chosen}, which takes cosines as they are",
         ),
         (settings.hardness_of == "hard" or settings.hardness > 0, "hardness_of", "needs a {hardness} above 0"),
         (
@@ -135,7 +137,7 @@ def check(settings: Any) -> None:
             "works with info_nce and hard_negative_info_nce, not with {chosen}",
         ),
     ]
-    for good, name, message in (*_numbers(settings), *checks):
+    for good, name, message in (*_numbers(settings), *checks, *_of_teacher_vectors(settings)):
         if not good:
             value = getattr(settings, name)
             words = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -149,6 +151,20 @@ def _numbers(settings: Any) -> Iterator[tuple[bool, str, str]]:
         for number in value if isinstance(value, list) else [value]:
             yield not isinstance(number, float) or math.isfinite(number), f.name, "must be finite"
             yield not isinstance(number, int) or abs(number) < 2**53, f.name, "is too large"
+
+
+def _of_teacher_vectors(settings: Any) -> Iterator[tuple[bool, str, str]]:
+    given, alone = settings.teacher_vectors is not None, settings.loss == "distill_vectors"
+    yield given or not alone, "loss", "needs {teacher_vectors}, which mine.py score --vectors writes"
+    yield given or not settings.distill_weight, "distill_weight", "needs {teacher_vectors}"
+    yield given or not settings.teacher_projection, "teacher_projection", "needs {teacher_vectors}"
+    yield not (alone and settings.distill_weight), "distill_weight", "is for other losses than {loss} distill_vectors"
+    of_source = any(each.get("loss") == "distill_vectors" or each.get("distill_weight") for each in settings.sources)
+    used = settings.vectors_weight > 0 or of_source or not given
+    yield used, "teacher_vectors", "needs {loss} distill_vectors, or {distill_weight} beside another loss"
+    unused = "trains by scores, and {loss} distill_vectors has none; {distill_weight} goes beside a loss that has"
+    for name in ("matryoshka_dims", "binary_weight", "margin_weight"):
+        yield not (alone and getattr(settings, name)), name, unused
 
 
 def _of_directed(settings: Any) -> list[str]:

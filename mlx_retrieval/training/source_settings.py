@@ -69,9 +69,14 @@ def settings_of(settings: Any, source: dict[str, Any]) -> Any:
     """Return the `config.Settings` of a run on this source alone. UserError for values that cannot be."""
     with naming(source):
         alone = {"sources": [], "data": paths(source), "source_temperature": None}
-        if source.get("loss") == "cosine_mse":  # which has no temperature to share
+        chosen = {"loss": settings.loss, "distill_weight": settings.distill_weight} | own(source)
+        if source.get("loss") in ("cosine_mse", "distill_vectors"):  # which have no temperature to share
             alone["temperature"] = None
-        return dataclasses.replace(settings, **alone, **own(source))
+        if chosen["loss"] == "distill_vectors" and "distill_weight" not in source:  # it is for the other sources
+            chosen["distill_weight"] = 0.0
+        if chosen["loss"] != "distill_vectors" and not chosen["distill_weight"]:
+            alone |= {"teacher_vectors": None, "teacher_projection": False}
+        return dataclasses.replace(settings, **alone | chosen)
 
 
 def check(settings: Any) -> None:

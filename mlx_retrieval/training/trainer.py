@@ -20,10 +20,11 @@ from mlx.utils import tree_flatten
 
 from data_loader import Batch, Batches, pack
 from mlx_retrieval import backend
+from mlx_retrieval.backbones.hub import load_strictly, read_safetensors, save_tensors
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import Texts, pad_rows
 from mlx_retrieval.models.heads import RetrievalModel
-from mlx_retrieval.training import distributed, memory
+from mlx_retrieval.training import distributed, memory, other_vectors
 from mlx_retrieval.training.base_trainer import AfterStep, BaseTrainer, learning_rate
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations
@@ -252,9 +253,19 @@ class Trainer(BaseTrainer):
 
     # --- resuming, and several ranks ----------------------------------------------------------------------------------
 
+    def write(self, folder: Path) -> None:
+        """See `BaseTrainer`; the projection to a teacher's vectors, no part of the model, has a file of its own."""
+        super().write(folder)
+        if "projection" in self.model:
+            tensors = dict(tree_flatten(self.model.projection.parameters()))
+            save_tensors(folder / other_vectors.PROJECTION, tensors)
+
     def load_weights(self, folder: Path) -> None:
         """Load the weights of a saved step."""
         loading.load_weights(self.model, folder)
+        if "projection" in self.model:
+            file = folder / other_vectors.PROJECTION
+            load_strictly(self.model.projection, read_safetensors(file), file)
 
     def restore_state(self, state: State) -> None:
         """Continue from this state: its place in the data, and its budget."""
@@ -272,6 +283,7 @@ class Trainer(BaseTrainer):
         data = {
             "the number of rows": len(self.batches.rows),
             "the first batch": distributed.digest(pack(self.batches.batch(0))),
+            **{name: files[0].digest for name, files in other_vectors.contents(self.settings).items()},
         }
         distributed.check_equal("the data", data)
         weights = dict(tree_flatten(self.model.parameters()))

@@ -19,12 +19,15 @@ import numpy as np
 import pytest
 
 import train
+from mlx_retrieval.dataset.text_keys import vector_key
+from mlx_retrieval.inference import text_vectors
 from mlx_retrieval.training import distributed, run
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
+TEACHER = "the file of a teacher's vectors"
 CASES = {
     "embed": [],
     # Dropout is drawn by micro-batch, so one rank and two agree where their plans do: four parts, here.
@@ -32,6 +35,7 @@ CASES = {
     "late": ["--task", "late", "--projection-dim", "8"],
     "rerank": ["--task", "rerank", "--loss", "list_softmax"],
     "full": ["--train-type", "full", "--learning-rate", "5e-5"],
+    "vectors": ["--distill-weight", "0.5", "--teacher-projection", "--teacher-vectors", TEACHER],
 }
 QUICK = ("embed",)
 # A rank that runs commands one after the other, each in a folder of its own: argv[1] has both, for each rank.
@@ -134,6 +138,7 @@ class Work:
         values = {"model": self.model, "data": data or self.data, "output": self.root / name, "batch-size": 12}
         values |= {"steps": 4, "learning-rate": 1e-3, "lora-rank": 4, "save-steps": 2, "rank-timeout": 120}
         flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
+        more = [str(self.root / "teacher.safetensors") if text == TEACHER else text for text in more]
         return [*flags, "--eval-tasks", "--skip-eval-init", *more]
 
     def resume(self, name: str) -> list[str]:
@@ -158,6 +163,11 @@ def files(tmp_path_factory, small) -> Work:
     work = Work(tmp_path_factory.mktemp("ranks"), small)
     write(work.root / "split" / "train.jsonl", work.rows[:48])
     write(work.root / "split" / "valid.jsonl", work.rows[48:])
+    texts = {(row["query"], "query") for row in work.rows}
+    texts |= {(text, "document") for row in work.rows for text in (row["positive"], *row["negatives"])}
+    keys = [vector_key(*text) for text in sorted(texts)]
+    vectors = np.random.default_rng(0).normal(size=(len(keys), 24)).astype(np.float32)
+    text_vectors.write(work.root / "teacher.safetensors", keys, vectors, {"model": "random"})
     return work
 
 

@@ -20,6 +20,8 @@ from mlx.utils import tree_flatten
 import train
 from loss import GROUPS, LOSSES, SCORED_PAIRS
 from mlx_retrieval import backend
+from mlx_retrieval.dataset.text_keys import vector_key
+from mlx_retrieval.inference import text_vectors
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import objectives, trainer
@@ -202,6 +204,40 @@ def test_teacher_temperature(settings, data):
     assert losses[0] != losses[1]
 
 
+@pytest.fixture
+def teacher(data, tmp_path):
+    """Random vectors of all texts, of a width: the settings that name their file."""
+
+    def make(dimensions: int) -> dict[str, str]:
+        rows = [json.loads(line) for line in data.read_text().splitlines()]
+        keys = {vector_key(row[side], side) for row in rows for side in ("query", "document")}
+        vectors = np.random.default_rng(0).normal(size=(len(keys), dimensions)).astype(np.float32)
+        text_vectors.write(tmp_path / "teacher.safetensors", sorted(keys), vectors, {"model": "random"})
+        return {"teacher_vectors": str(tmp_path / "teacher.safetensors")}
+
+    return make
+
+
+def test_teacher_vectors_distill_weight_and_metric(settings, teacher):
+    """The total is the other loss and the weight times the distillation, which may be alone."""
+    given = teacher(32)
+
+    def loss(**changes) -> float:
+        return loss_of(settings(**given | changes), warm=False)
+
+    alone, plain = loss(loss="distill_vectors"), loss_of(settings(), warm=False)
+    assert alone == pytest.approx(1, abs=0.1)  # 1 - cosine of random vectors
+    assert loss(distill_weight=3.0) == pytest.approx(plain + 3 * alone, rel=1e-4)
+    assert loss(loss="distill_vectors", distill_metric="mse") != alone
+
+
+def test_teacher_projection(settings, teacher):
+    given = teacher(48)
+    projected = training_run.prepare(settings(loss="distill_vectors", teacher_projection=True, **given))
+    assert trainable(projected)["projection.weight"].shape == (48, 32)
+    assert "projection.weight" not in trainable(training_run.prepare(settings()))
+
+
 @pytest.mark.parametrize("pooling", POOLING)
 def test_pooling(settings, pooling):
     run = training_run.prepare(settings(pooling=pooling))
@@ -289,8 +325,9 @@ def test_seed(settings):
 # --- objective ---
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n == "margin_mse" or n not in GROUPS])
-def test_loss(settings, data, name):
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in GROUPS or n == "margin_mse"])
+def test_loss(settings, data, teacher, name):
+    given = teacher(32) if name == "distill_vectors" else {}
     rows = [
         json.loads(line) | {"negatives": ["other words"], "scores": [1.0, i / 40]} for i, line in enumerate(open(data))
     ]
@@ -302,9 +339,14 @@ def test_loss(settings, data, name):
         assert math.isfinite(values[name]) and len({*values.values()}) == len(SCORED_PAIRS)
         return
     task = "late" if name == "xtr" else "embed"
-    assert math.isfinite(loss_of(settings(loss=name, task=task, xtr_k=5)))
+    if given:
+        rows = [{key: row[key] for key in ("query", "document")} for row in rows]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert math.isfinite(loss_of(settings(loss=name, task=task, xtr_k=5, **given)))
     if name != "info_nce":
-        assert loss_of(settings(loss=name, task=task, xtr_k=5)) != loss_of(settings(loss="info_nce", task=task))
+        assert loss_of(settings(loss=name, task=task, xtr_k=5, **given)) != loss_of(
+            settings(loss="info_nce", task=task)
+        )
 
 
 # Rerankers' settings do what they say in test_rerank_training.py: reranker_type, instruction, random_negatives;

@@ -45,6 +45,12 @@ def test_the_loss_with_what_acts_on_it():
     assert lines_of(loss="hard_negative_info_nce", temperature=1.0, margin_weight=0.5) == [
         ("loss", "hard_negative_info_nce, temperature 1, beta 1, plus 0.5 x the margin loss with margin 0.2")
     ]
+    teacher = {"teacher_vectors": "t.safetensors"}
+    assert lines_of(loss="distill_vectors", **teacher) == [
+        ("loss", "distill_vectors, 1 - cosine to the teacher's vectors")
+    ]
+    beside = lines_of(loss="nt_xent", distill_weight=0.5, distill_metric="mse", **teacher)[0][1]
+    assert beside.endswith("plus 0.5 x distill_vectors, squared error to the teacher's vectors")
     reranker = SimpleNamespace(reranker="cross-encoder", dimensions=1)
     text = "bce, temperature 1 (defaults of a cross-encoder reranker), 4 random negatives a query"
     assert lines_of(reranker, random_negatives=4) == [("loss", text)]

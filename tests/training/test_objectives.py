@@ -48,6 +48,7 @@ def batch() -> Batch:
         scores=np.array([[3.0, 1.0], [0.5, 0.6], [0.0, 0.0]], np.float32),
         known=np.array([[0, 0], [1, 1], [2, 2]], np.int32),
         mined=np.array([[0, 3]], np.int32),
+        keys=np.arange(7),
     )
 
 
