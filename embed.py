@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         prog="embed.py", description="Embed the texts of a file or of an Elasticsearch index, or check a model."
     )
     out.add_argument(
-        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder, or hub name"
+        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder or GGUF, or hub name"
     )
     out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
     out.add_argument(

@@ -125,8 +125,8 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         "--model-path",
         metavar="MODEL",
-        help="base model, a folder or hub name: without --adapter it is exported itself, with it the adapter is put on "
-        "it (default: the base model that the adapter was trained on)",
+        help="base model, a folder, GGUF or hub name: without --adapter it is exported itself, with it the adapter is "
+        "put on it (default: the base model that the adapter was trained on)",
     )
     out.add_argument(
         "--task",

@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         prog="rerank.py", description="Rank documents for a query, or serve rerankers and embedding models over HTTP."
     )
     out.add_argument(
-        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder, or hub name"
+        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder or GGUF, or hub name"
     )
     out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
     out.add_argument(

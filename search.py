@@ -191,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
     index = "index a folder, or update an index: only new and changed files are embedded"
     index = commands.add_parser("index", parents=[shared], help=index, description=index)
     index.add_argument("path", metavar="PATH", help="folder of source code and texts, or one with corpus.jsonl (BEIR)")
-    model = "adapter folder, base model's folder, or hub name"
+    model = "adapter folder, base model's folder or GGUF, or hub name"
     index.add_argument("--model-path", "--model", required=True, metavar="MODEL", help=model)
     size = "maximum characters in a chunk; longer functions and sections are split (default: %(default)s)"
     index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
@@ -216,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default=MODES[0], help=text)
     search.add_argument("--top", "--top-n", type=int, default=10, metavar="N", help="maximum hits (default: 10)")
     search.add_argument("--weight", type=float, metavar="W", help=weight)
-    reranker = "sort the first hits with this reranker: adapter folder, model's folder, or hub name"
+    reranker = "sort the first hits with this reranker: adapter folder, model's folder or GGUF, or hub name"
     search.add_argument("--rerank", metavar="MODEL", help=reranker)
     depth = f"hits that the reranker scores (default: {DEPTH})"
     search.add_argument("--rerank-depth", "--depth", type=int, default=DEPTH, metavar="N", help=depth)

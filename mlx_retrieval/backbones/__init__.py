@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import bert, decoder, modernbert, t5
 from mlx_retrieval.backbones.base import Backbone
-from mlx_retrieval.backbones.hub import read_config, read_weights, resolve
+from mlx_retrieval.backbones.finding import resolve
+from mlx_retrieval.backbones.hub import read_config, read_weights
 from mlx_retrieval.utils.errors import SettingError, UserError, near_miss
 
 __all__ = ["ENCODERS", "Backbone", "load_backbone", "resolve"]

@@ -1,6 +1,5 @@
-"""Find a model in a local folder or on the Hub; read its config.json and safetensors, never a pickle."""
+"""Read the files of a model's folder as the Hub has them: config.json and safetensors, never a pickle."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,100 +8,8 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.utils.errors import SettingError, UserError
-from mlx_retrieval.utils.text import CHECKOUT, quantity, shell
-
-MODEL_FILES = ("config.json", "adapter_config.json")  # a model's folder has one of them
-SHOWN = 5  # names of models that a message lists
-
-
-def toolkit_relative(name: str) -> str:
-    """Return a model's name for a saved folder: absolute if it depends on the current folder, else as given."""
-    if not Path(name).expanduser().is_dir() or (CHECKOUT / name / "config.json").is_file():
-        return name
-    return str(Path(name).expanduser().resolve())
-
-
-def resolve(name: str) -> Path:
-    """Return the folder of a model, from a path or from a hub name such as `Qwen/Qwen3-Embedding-0.6B`.
-
-    Raises UserError that names the places searched and the command that fetches or converts the model.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if (CHECKOUT / name).is_dir():  # the toolkit's own model, from any current folder
-        return CHECKOUT / name
-    if folder.exists():
-        raise SettingError(
-            "{model} {name}: this is a file; a model is a folder with config.json and *.safetensors", name=name
-        )
-    searched, near = f"no folder {folder.absolute()}", near_folder(name)
-    if name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise SettingError("{model} {name}: {searched}{near}", name=name, searched=searched, near=near)
-    if "/" not in name:
-        advice = near or ", and a hub name would be OWNER/NAME"
-        if name.endswith("-mlx"):  # as this toolkit's documentation names the folders that mlx-lm converts
-            command = shell("mlx_lm.convert", "--hf-path", f"OWNER/{name.removesuffix('-mlx')}", "--mlx-path", name)
-            advice += f"{'' if near else '.'} To make such a folder from a hub model:\n  {command}"
-        raise SettingError("{model} {name}: {searched}{advice}", name=name, searched=searched, advice=advice)
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise SettingError(
-            "{model} {name}: {searched}, and it is not a valid hub name{near}", name=name, searched=searched, near=near
-        ) from error
-    except (HTTPError, OSError) as error:  # the hub's errors derive from these, a proxy's from HTTPError
-        if near or folder.parent.is_dir():  # rather a path than a hub name
-            raise SettingError(
-                "{model} {name}: {searched}{near} (there is no such model on the hub either, or the hub cannot be "
-                "reached: {reason})",
-                name=name,
-                searched=searched,
-                near=near,
-                reason=type(error).__name__,
-            ) from error
-        raise SettingError(
-            "{model} {name}: {searched}; not in the cache {cache}; and the download from the hub failed ({reason}).\n"
-            "On a machine with network, fetch it there and copy the folder here, for instance:\n"
-            "  mlx_lm.convert --hf-path {name} --mlx-path {target}-mlx",
-            name=name,
-            searched=searched,
-            cache=constants.HF_HUB_CACHE,
-            reason=type(error).__name__,
-            target=name.split("/")[-1],
-        ) from error
-
-
-def near_folder(name: str) -> str:
-    """Return where a path goes wrong: `; did you mean adapters/best?`, or `; adapters holds best, final`.
-
-    The models of a folder are listed if none has a similar name. Returns "" if there is nothing to suggest.
-    """
-    path = Path(name).expanduser()
-    if path.name == "best" and (last := path.with_name("final")).is_dir():  # training improved nothing, or did not know
-        return f"; the run there has no best step, and its last one is {last}"
-    current = Path(path.anchor)
-    for number, part in enumerate(path.parts[1:] if path.anchor else path.parts):
-        try:
-            folders = sorted(each.name for each in current.iterdir() if each.is_dir())
-        except OSError:
-            return ""
-        near = [part] if part in folders or part == ".." else difflib.get_close_matches(part, folders, 1, 0.6)
-        if not near:
-            return _models_in(current, folders) if number else ""
-        current /= near[0]
-    return f"; did you mean {current}?"
-
-
-def _models_in(parent: Path, folders: list[str]) -> str:
-    """Return `; adapters holds best, final`, or "" if none of the folders in `parent` is that of a model."""
-    models = [each for each in folders if any((parent / each / file).is_file() for file in MODEL_FILES)]
-    return f"; {parent} holds {', '.join(models[:SHOWN])}{', ...' if len(models) > SHOWN else ''}" if models else ""
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import quantity
 
 
 def inside(folder: Path, name: object, source: str) -> Path:

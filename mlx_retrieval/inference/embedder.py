@@ -26,7 +26,7 @@ class Model:
     """An embedding model for inference. `load` makes one, and training makes one of the model that it trains.
 
     Args:
-        name: adapter folder, base model's folder, or hub name; shown in messages.
+        name: adapter folder, base model's folder or GGUF, or hub name; shown in messages.
         base: the folder of the base model that an adapter was loaded on; None = there is no adapter.
         compile: whether passes are compiled; see `make_runner`.
     """
@@ -165,7 +165,7 @@ def load(path: str | Path, adapter: str | Path | None = None, dtype: str | None 
     """Load a model for inference.
 
     Args:
-        path: adapter folder, which names its base model; base model's folder; or hub name.
+        path: adapter folder, which names its base model; base model's folder or GGUF; or hub name.
         adapter: adapter folder to load on top of the base model `path`.
         dtype: to compute in: "float32", "bfloat16", "float16", or "auto": the checkpoint's on GPUs, float32 on CPUs;
             None = as an adapter was trained, or else "auto".

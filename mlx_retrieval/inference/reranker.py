@@ -39,7 +39,7 @@ class Reranker:
     """A reranker for inference: one of `rerankers.KINDS`, or a late-interaction model.
 
     Args:
-        model: adapter folder, base model's folder, or hub name.
+        model: adapter folder, base model's folder or GGUF, or hub name.
         adapter: adapter folder to load on top of the base model `model`.
         reranker_type: one of `rerankers.KINDS`; None = by the model's files, see `rerankers.reranker_kind`.
         max_length: most tokens of query and document together (listwise: of a document); None = as saved.

@@ -38,7 +38,7 @@ class Teacher:
     """A model that scores documents for a query.
 
     Args:
-        name: adapter folder, base model's folder, or hub name.
+        name: adapter folder, base model's folder or GGUF, or hub name.
         kind: one of KINDS; None = by `kinds.detect_kind`.
         max_length: see inference.reranker.Reranker and inference.embedder.load; in tokens.
         reranker_type: the kind of reranker, if its files do not say.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_retrieval.backbones import resolve
-from mlx_retrieval.backbones.hub import near_folder, read_config, read_json, tensor_table, weight_files
+from mlx_retrieval.backbones.finding import near_folder
+from mlx_retrieval.backbones.hub import read_config, read_json, tensor_table, weight_files
 from mlx_retrieval.models import pylate_files, retrieval_config, sentence_transformers_files
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError, concerning
@@ -66,7 +67,7 @@ def detect_kind(model: str | None, adapter: str | None = None) -> Kind:
     Yes/no rerankers are language models whose files say nothing of it; they are recognised by "rerank" in their name.
 
     Args:
-        model: adapter folder, base model's folder, or hub name.
+        model: adapter folder, base model's folder or GGUF, or hub name.
         adapter: the adapter on top of it, which decides; None = there is none.
 
     Raises UserError for a folder that holds something else: see `refuse_others`.
@@ -117,7 +118,7 @@ def _by_files(folder: Path, name: str) -> tuple[Kind, bool]:
 
 
 def refuse_others(folder: Path, name: str) -> None:
-    """Raise UserError if a folder holds a chat or PEFT adapter, a run or a GGUF, and say what to do with it."""
+    """Raise UserError if a folder holds a chat or PEFT adapter or a run, and say what to do with it."""
     if not folder.is_dir():
         return
     if is_peft(folder):
@@ -134,10 +135,6 @@ def refuse_others(folder: Path, name: str) -> None:
         return
     if saved := [str(Path(name) / part) for part in ("best", "final") if is_adapter(folder / part)]:
         raise UserError(f"{name} is the folder of a run: give the adapter in it, {' or '.join(saved)}")
-    if any(folder.glob("*.gguf")):
-        raise UserError(
-            f"{name} holds a GGUF, and this toolkit reads safetensors: give the folder it was converted from"
-        )
 
 
 def is_peft(folder: Path) -> bool:

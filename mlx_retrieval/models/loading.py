@@ -8,6 +8,7 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.backbones import ENCODERS, Backbone, load_backbone, lora
+from mlx_retrieval.backbones.finding import toolkit_relative
 from mlx_retrieval.backbones.hub import (
     check_fit,
     inside,
@@ -17,7 +18,6 @@ from mlx_retrieval.backbones.hub import (
     read_safetensors,
     read_weights,
     save_tensors,
-    toolkit_relative,
 )
 from mlx_retrieval.models import kinds, pylate_files, rerankers, retrieval_config, sentence_transformers_files
 from mlx_retrieval.models.heads import RetrievalModel
@@ -36,7 +36,7 @@ def build(
     """Build a retrieval model from a base model, before any training.
 
     Args:
-        model: folder or hub name.
+        model: folder, GGUF or hub name.
         projection: dimensions of a new layer that makes the token vectors of a late model; 0 = no such layer.
         reranker: with task="rerank", one of `rerankers.KINDS`; None = by the model's files.
         fingerprint: whether to take one. Nothing else reads weights: they are read when they are first used.

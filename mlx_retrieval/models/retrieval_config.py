@@ -24,7 +24,7 @@ class RetrievalConfig:
     """How texts become tokens, and how token states become vectors or scores."""
 
     task: str = "embed"  # a vector a text; or "late": a vector a token; or "rerank"
-    base_model: str = ""  # its name in training: a folder or a hub name
+    base_model: str = ""  # its name in training: a folder, a GGUF or a hub name
     base_fingerprint: dict = field(default_factory=dict)  # of the base model's weights, see lora.fingerprint
     pooling: str = "mean"  # mean, cls, last or max
     pool_special: bool = True  # whether mean and max count the tokenizer's opening and closing tokens

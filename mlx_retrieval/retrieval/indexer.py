@@ -220,7 +220,7 @@ def _remove_empty(folder: Path, is_new: bool) -> None:
 
 
 def _name(model: Model) -> str:
-    from mlx_retrieval.backbones.hub import toolkit_relative
+    from mlx_retrieval.backbones.finding import toolkit_relative
 
     return toolkit_relative(model.name)
 

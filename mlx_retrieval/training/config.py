@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loss import DENOMINATORS, DIRECTIONS, DISTILL_METRICS, FILTERS, HARDNESS_OF, LOSSES
 from mlx_retrieval import backend
-from mlx_retrieval.backbones.hub import toolkit_relative
+from mlx_retrieval.backbones.finding import toolkit_relative
 from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
 from mlx_retrieval.dataset.sources import weight_of
@@ -59,8 +59,8 @@ class Settings:
     model: str = option(
         "model",
         "gemma-3-tiny-mlx",
-        "model folder (MLX or Hugging Face safetensors), a name on the Hugging Face hub, or an adapter to go on with, "
-        "such as adapters/best",
+        "model folder (MLX or Hugging Face safetensors), GGUF file, name on the Hugging Face hub, or an adapter to go "
+        "on with, such as adapters/best",
         aliases=("--model-path",),
     )
     task: str | None = option(

@@ -13,7 +13,7 @@ DATA, EVALUATION, CONFIGS = "train-data.jsonl", "eval-data", "configs"
 def find(name: str) -> str:
     """Return the path of a file that comes with the toolkit, unless the current folder has one of this name.
 
-    A name that is no such file's is returned as it is. Models are found by `backbones.hub.resolve`.
+    A name that is no such file's is returned as it is. Models are found by `backbones.finding.resolve`.
     """
     path = Path(name)
     if path.parts[:1] not in [(DATA,), (EVALUATION,), (CONFIGS,)] or path.exists() or not (CHECKOUT / path).exists():

@@ -17,7 +17,8 @@ import random_models
 from mlx.utils import tree_flatten
 
 from mlx_retrieval.backbones import load_backbone, resolve
-from mlx_retrieval.backbones.hub import read_config, read_weights, toolkit_relative, weight_files
+from mlx_retrieval.backbones.finding import toolkit_relative
+from mlx_retrieval.backbones.hub import read_config, read_weights, weight_files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import CHECKOUT
 

@@ -18,7 +18,7 @@ import mine
 import rerank
 import search
 import train
-from mlx_retrieval.backbones import hub
+from mlx_retrieval.backbones import finding
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models import kinds, loading
@@ -159,7 +159,7 @@ LINES = {
     "chat, older": "is a chat adapter, not a retrieval model",
     "peft": "is an adapter of PEFT: merge it into its base model there",
     "run": "is the folder of a run: give the adapter in it, {folder}/best or {folder}/final",
-    "gguf": "holds a GGUF, and this toolkit reads safetensors",
+    "gguf": "not a GGUF",
 }
 
 
@@ -170,7 +170,8 @@ def other(request, tmp_path: Path) -> tuple[str, str]:
     for name, content in OTHERS[request.param].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
-    return str(folder), f"{folder} {LINES[request.param].format(folder=folder)}"
+    name = f"{folder}/model-q4.gguf:" if request.param == "gguf" else folder
+    return str(folder), f"{name} {LINES[request.param].format(folder=folder)}"
 
 
 @pytest.mark.parametrize("command", [*TAKES_EMBEDDINGS.items(), *TAKES_RERANKERS.items(), *TAKES_ANY.items()], ids=str)
@@ -262,7 +263,7 @@ def test_a_typo_in_a_path_suggests_what_there_is(name, near, tmp_path, monkeypat
     for folder in ("adapters/best", "adapters/final"):
         (Path(folder) / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError) as caught:
-        hub.resolve(name)
+        finding.resolve(name)
     message = str(caught.value)
     assert f"; {near}" in message if near else "; did you" not in message and "holds" not in message
     assert ("mlx_lm.convert" in message) == (name == "nothing/alike")  # a hub name, and no folder `nothing`
@@ -274,6 +275,6 @@ def test_a_typo_in_a_path_suggests_what_there_is(name, near, tmp_path, monkeypat
 def test_a_run_without_a_best_step_names_its_last_one(tmp_path):
     """Training that improves nothing leaves no `best`, which the documentation's commands use."""
     (tmp_path / "mine" / "final").mkdir(parents=True)
-    for open_it in (hub.resolve, lambda name: loading.open_model(None, name)):
+    for open_it in (finding.resolve, lambda name: loading.open_model(None, name)):
         with pytest.raises(UserError, match="; the run there has no best step, and its last one is .*mine/final"):
             open_it(str(tmp_path / "mine" / "best"))

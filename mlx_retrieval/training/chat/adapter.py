@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.backbones import hub, lora
+from mlx_retrieval.backbones import finding, hub, lora
 from mlx_retrieval.backbones.decoder import Decoder
 from mlx_retrieval.backbones.gradient_checkpointing import seed
 from mlx_retrieval.models import loading
@@ -28,7 +28,7 @@ def adapt(backbone: Decoder, settings: Settings, start: StartingModel) -> dict:
 
     UserError if the run starts from an adapter that does not fit.
     """
-    origin = {"model": hub.toolkit_relative(start.base), FINGERPRINT: lora.fingerprint(backbone)}
+    origin = {"model": finding.toolkit_relative(start.base), FINGERPRINT: lora.fingerprint(backbone)}
     origin[DTYPE] = settings.dtype
     if start.adapter:
         with concerning("model"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora
 from mlx_retrieval.backbones.decoder import normalised
+from mlx_retrieval.backbones.finding import for_mlx_lm
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks
 from mlx_retrieval.backbones.hub import read_config
 from mlx_retrieval.dataset.contents import Content
@@ -106,7 +107,7 @@ class ChatRun:
     def next_lines(self) -> Lines:
         """Return (name, text) lines about using the trained adapter."""
         model = improvement.model_to_use(self.folder)
-        adapted = ("--model", self.start.base, "--adapter-path", model)
+        adapted = ("--model", for_mlx_lm(self.start.base, self.base), "--adapter-path", model)
         # Weights that were quantised again after fusing would keep little of the adapter.
         dequantize = ["--dequantize"] if self.quantised else []
         state = self.trainer.state
