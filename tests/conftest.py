@@ -165,6 +165,17 @@ def minilm() -> Path:
     return Path(package.__file__).parent / "model"
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct as a GGUF, and in `float32/` dequantised; see tools/fetch_smollm2.py."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import fetch_smollm2
+
+    if not fetch_smollm2.is_there(folder := fetch_smollm2.default_folder()):
+        pytest.skip("SmolLM2 is not on this machine: python tools/fetch_smollm2.py fetches it")
+    return folder
+
+
 # Ids as in Gemma's vocabulary; <b> stands for the many words that a vocabulary adds without their being special.
 TOY_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<unused0>", "<unused1>", "<b>")
 TOY_SPECIAL = TOY_TOKENS[:4]

