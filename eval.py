@@ -145,7 +145,8 @@ def parser() -> argparse.ArgumentParser:
     vectors = out.add_argument_group("stored vectors (--task embed)")
     precisions = (
         "also evaluate vectors stored at these precisions, without embedding again; int8 and uint8: ranges from the "
-        "corpus, queries stay float32; binary and ubinary: queries are bits too, compared by Hamming distance"
+        "corpus, queries stay float32; binary and ubinary: once with queries that are bits too, by Hamming distance, "
+        "once with float32 queries"
     )
     vectors.add_argument("--precision", nargs="+", choices=PRECISIONS, help=precisions)
     dimensions = "also evaluate vectors truncated to N dimensions (Matryoshka), at every --precision"

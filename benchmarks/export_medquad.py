@@ -23,7 +23,7 @@ from sides import Peer, minilm
 import export
 import train
 from mlx_retrieval import backend
-from mlx_retrieval.evaluation.results import Evaluation, compare
+from mlx_retrieval.evaluation.results import Evaluation, VectorFormat, compare
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats
 from mlx_retrieval.exporters import job
 from mlx_retrieval.inference.embedder import load
@@ -88,14 +88,14 @@ def main() -> None:
         export.export(job.Export(output=str(work / f"{bits}-bit"), adapter=adapter, format="mlx", quantize=bits))
         for bits in (8, 4)
     ]
-    ours, stored = evaluate_formats(load(whole), [test], [("int8", 384), ("binary", 384)])
+    ours, stored = evaluate_formats(load(whole), [test], [VectorFormat("int8", 384), VectorFormat("binary", 384)])
     theirs = Peer(sentence_transformers.SentenceTransformer(str(whole), device="cpu"))
     results = {
         "base": evaluate(load(minilm()), [test]),
         "adapter": evaluate(load(adapter), [test]),
         "exported, embed.load": ours,
         "exported, SentenceTransformer": evaluate(theirs, [test]),
-        **{f"exported, vectors as {precision}": result for (precision, _), result in stored.items()},
+        **{f"exported, vectors as {precision}": result for (precision, *_), result in stored.items()},
     }
     show("MedQuAD test, 300 queries", results)
     part = str(sample(Path(test), work / "part", queries=30, documents=80))

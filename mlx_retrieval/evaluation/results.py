@@ -6,7 +6,7 @@ for metric, before, after, difference, low, high in compare(first, second): ...
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,16 @@ PAIR_METRICS = {"cosine_spearman": "Spearman", "cosine_pearson": "Pearson"}  # t
 LABELS = METRICS | PAIR_METRICS
 PAIR_RESAMPLES = 2_000  # of scored pairs, at most: each is ranked again
 Scores = dict[str, float]  # metric (or query id) -> figure
-VectorFormat = tuple[str, int]  # precision and dimensions of stored vectors
+
+
+class VectorFormat(NamedTuple):
+    """How the vectors of documents are stored, and how those of queries are compared with them."""
+
+    precision: str
+    dimensions: int
+    float_queries: bool = False  # binary and ubinary: queries stay float32, as with the other precisions
+
+
 TOP = 10  # documents of a query's ranking that an evaluation keeps
 
 
@@ -190,9 +199,9 @@ def compare_formats(full: Evaluation, stored: dict[VectorFormat, Evaluation]) ->
     `--output` writes them.
     """
     records = []
-    for (precision, dimensions), evaluation in stored.items():
+    for stored_as, evaluation in stored.items():
         _, _, score, difference, low, high = compare(full, evaluation)[0]
-        record = {"precision": precision, "dimensions": dimensions, "bytes": row_bytes(precision, dimensions)}
+        record = stored_as._asdict() | {"bytes": row_bytes(stored_as.precision, stored_as.dimensions)}
         record |= {"ndcg_at_10": score, "difference": difference, "low": low, "high": high, "tasks": evaluation.tasks}
         records.append(record)
     return records
@@ -206,11 +215,12 @@ def print_formats(records: Sequence[dict[str, Any]]) -> None:
     for r in records:
         score, change = f"{r['ndcg_at_10']:.4f}", f"{r['difference']:+.4f}"
         interval = f"[{r['low']:+.4f}, {r['high']:+.4f}]"
-        rows.append((r["precision"], f"{r['dimensions']}", f"{r['bytes']:,}", score, change, interval))
-    columns = ("stored as", "dims", "bytes a vector", METRICS["ndcg_at_10"], "difference", "95 % interval")
-    title = "difference: to full float32 vectors. "
+        queries = "bits" if r["precision"].endswith("binary") and not r["float_queries"] else "float32"
+        rows.append((r["precision"], queries, f"{r['dimensions']}", f"{r['bytes']:,}", score, change, interval))
+    columns = ("stored as", "queries", "dims", "bytes", METRICS["ndcg_at_10"], "difference", "95 % interval")
+    title = "bytes of a vector; difference: to full float32 vectors. "
     if any(r["precision"] in CALIBRATED for r in records):
-        title += "int8, uint8: ranges from the corpus, queries stay float32. "
+        title += "int8, uint8: ranges from the corpus. "
     if any(r["precision"].endswith("binary") for r in records):
-        title += "binary: queries too, Hamming distance."
+        title += "Bits with bits: Hamming distance."
     print_rows(title.strip(), columns, rows)

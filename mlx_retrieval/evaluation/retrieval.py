@@ -19,6 +19,7 @@ from mlx_retrieval.evaluation.quantized import CachedEncoder, QuantizedEncoder
 from mlx_retrieval.evaluation.results import METRICS, TOP, Evaluation, Scores, VectorFormat
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, SplitResult, Task
 from mlx_retrieval.inference import finite
+from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.retrieval.topk import Nearest
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import UserError
@@ -193,8 +194,8 @@ def evaluate_formats(
     """Evaluate a model with its full float32 vectors and with its vectors stored in each format.
 
     Every text is embedded once. int8 and uint8 take their ranges from all documents of a task, and queries stay
-    float32. In binary and ubinary both sides are bits, compared by Hamming distance. Memory holds the float32 vectors
-    of one task. Raises like `evaluate`.
+    float32. In binary and ubinary both sides are bits, compared by Hamming distance, unless `float_queries`. Memory
+    holds the float32 vectors of one task. Raises like `evaluate`.
     """
     if getattr(model, "late", False):
         raise UserError(
@@ -216,9 +217,13 @@ def evaluate_formats(
 def vector_formats(precisions: Sequence[str] | None, dimensions: Sequence[int] | None, full: int) -> list[VectorFormat]:
     """Return every combination of precisions and dimensions; None means float32 and all `full` dimensions.
 
+    Bits come twice: with queries that are bits too, and with float32 queries.
+
     Raises UserError if the model's vectors have fewer dimensions.
     """
     if too_long := [d for d in dimensions or () if not 0 < d <= full]:
         raise UserError(f"--dimensions {too_long[0]}: the model's vectors have {full}")
-    pairs = [(p, d) for d in dimensions or [full] for p in precisions or ["float32"]]
-    return list(dict.fromkeys(pairs))
+    kinds = {precision: (False, True) if precision.endswith("binary") else (False,) for precision in PRECISIONS}
+    chosen = precisions or ["float32"]
+    formats = [VectorFormat(p, d, exact) for d in dimensions or [full] for p in chosen for exact in kinds[p]]
+    return list(dict.fromkeys(formats))

@@ -12,7 +12,7 @@ import pytest
 import eval as evaluation_command
 from mlx_retrieval.evaluation import comparison, mteb_tasks, pairs
 from mlx_retrieval.evaluation.correlation import correlations, drawn_differences
-from mlx_retrieval.evaluation.results import Evaluation, compare, print_comparison, print_table
+from mlx_retrieval.evaluation.results import Evaluation, VectorFormat, compare, print_comparison, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, load_tasks
 from mlx_retrieval.utils.errors import UserError
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_evaluated_is_refused(file, tmp_path, capsys):
     with pytest.raises(UserError, match="late interaction has none"):
         evaluate(SimpleNamespace(late=True, name="late"), [str(file)])
     with pytest.raises(UserError, match="without --precision"):
-        evaluate_formats(Letters(), [str(file)], [("int8", 16)])
+        evaluate_formats(Letters(), [str(file)], [VectorFormat("int8", 16)])
     other = tmp_path / "other.jsonl"
     other.write_text('{"query": "q", "document": "d"}\n')
     with pytest.raises(UserError, match="not scored pairs: an evaluation file has rows of two texts and a score"):

@@ -24,7 +24,7 @@ import eval as evaluation
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.evaluation import mteb_tasks, retrieval
 from mlx_retrieval.evaluation import tasks as evaluation_tasks
-from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare, print_comparison, print_table
+from mlx_retrieval.evaluation.results import METRICS, Evaluation, VectorFormat, compare, print_comparison, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
 from mlx_retrieval.inference import quantization
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -442,7 +442,13 @@ def test_comparison_of_what_can_not_be_compared():
 # --- stored forms ---
 
 
-FORMS = [("float32", 256), ("int8", 256), ("binary", 256), ("float32", 64), ("uint8", 64), ("ubinary", 60)]
+FORMS = [
+    *(
+        VectorFormat(*form)
+        for form in (("float32", 256), ("int8", 256), ("binary", 256), ("float32", 64), ("uint8", 64))
+    ),
+    VectorFormat("ubinary", 60, float_queries=True),
+]
 
 
 def test_stored_forms_embed_every_text_once(words, fruit):
@@ -450,7 +456,7 @@ def test_stored_forms_embed_every_text_once(words, fruit):
     whole, stored = retrieval.evaluate_formats(model, [str(words), str(fruit)], FORMS)
     assert [prompt for prompt, _ in model.calls] == ["query", "document"] * 2
     assert whole == evaluate(WordCounts(), [str(words), str(fruit)])
-    assert stored["float32", 256] == whole
+    assert stored[FORMS[0]] == whole
     assert list(stored) == FORMS and all(list(result.tasks) == ["words", "fruit"] for result in stored.values())
 
 
@@ -462,7 +468,8 @@ def test_stored_forms_score_as_a_search_of_them_would(words):
     )
     dense = Dense()
     documents, asked = (dense.encode([row["text"] for row in rows]) for rows in (corpus, queries))
-    _, stored = retrieval.evaluate_formats(dense, [str(words)], [("int8", 64), ("ubinary", 60)])
+    forms = [VectorFormat("int8", 64), VectorFormat("ubinary", 60), VectorFormat("ubinary", 60, float_queries=True)]
+    _, stored = retrieval.evaluate_formats(dense, [str(words)], forms)
     qrels = evaluation_tasks.load(words).qrels
 
     levels = quantization.quantise(documents, "uint8", quantization.ranges(documents)).astype(np.float64)
@@ -470,14 +477,16 @@ def test_stored_forms_score_as_a_search_of_them_would(words):
     by_bytes = asked.astype(np.float64) @ (levels * ((high - low) / 255)).T  # queries stay float32
     bits = [quantization.quantise(quantization.truncate(part, 60), "ubinary") for part in (asked, documents)]
     by_bits = -np.unpackbits(bits[0][:, None] ^ bits[1][None], axis=-1).sum(axis=-1).astype(np.float64)
-    for form, scores in ((("int8", 64), by_bytes), (("ubinary", 60), by_bits)):
+    signs = 2.0 * np.unpackbits(bits[1], axis=-1)[:, :60] - 1
+    by_signs = quantization.truncate(asked, 60).astype(np.float64) @ signs.T
+    for form, scores in zip(forms, (by_bytes, by_bits, by_signs), strict=True):
         rankings = {
             query["_id"]: {document["_id"]: float(score) for document, score in zip(corpus, row, strict=True)}
             for query, row in zip(queries, scores, strict=True)
         }
         expected = retrieval.score_rankings(qrels, rankings)["ndcg_at_10"]
         assert stored[form].per_query["words"]["ndcg_at_10"] == pytest.approx(expected, abs=1e-6)
-    assert stored["int8", 64].tasks != stored["ubinary", 60].tasks
+    assert len({str(evaluation.tasks) for evaluation in stored.values()}) == 3
 
 
 class Dense(WordCounts):
@@ -499,9 +508,10 @@ def test_command_with_stored_forms(monkeypatch, capsys, tmp_path, words):
     record = json.loads(file.read_text())
     whole = evaluate(WordCounts(name="m"), [str(words)])
     assert record == whole.to_json() | {"stored": record["stored"]}
-    forms = [(p, d, n) for d in (256, 32) for p, n in (("float32", 4 * d), ("int8", d), ("binary", d // 8))]
+    kinds = (("float32", "float32", 32), ("int8", "float32", 8), ("binary", "bits", 1), ("binary", "float32", 1))
+    forms = [(p, d, d * bits // 8) for d in (256, 32) for p, _, bits in kinds]
     assert [(r["precision"], r["dimensions"], r["bytes"]) for r in record["stored"]] == forms
-    short = evaluate(WordCounts(), [str(words)]).tasks["words"] | record["stored"][3]["tasks"]["words"]
+    short = evaluate(WordCounts(), [str(words)]).tasks["words"] | record["stored"][4]["tasks"]["words"]
     for entry in record["stored"]:
         assert entry["ndcg_at_10"] == entry["tasks"]["words"]["ndcg_at_10"]
         assert entry["difference"] == entry["ndcg_at_10"] - whole.tasks["words"]["ndcg_at_10"]
@@ -509,12 +519,13 @@ def test_command_with_stored_forms(monkeypatch, capsys, tmp_path, words):
     first = record["stored"][0]
     assert (first["difference"], first["low"], first["high"]) == (0, 0, 0)
     assert short["ndcg_at_10"] < whole.tasks["words"]["ndcg_at_10"] - 0.05  # 32 of 256 hashed words
-    assert "queries stay float32" in out and "Hamming" in out
+    assert {"ranges", "Hamming"} <= {*out.split()}
     assert max(map(len, out.splitlines())) <= 80
     rows = [line.split() for line in out.splitlines() if line.strip()]
-    for entry in record["stored"]:
-        figures = [f"{entry['ndcg_at_10']:.4f}", f"{entry['difference']:+.4f}"]
-        assert [entry["precision"], f"{entry['dimensions']}", f"{entry['bytes']:,}", *figures] in [r[:5] for r in rows]
+    for entry, (_, queries, _) in zip(record["stored"], kinds * 2, strict=True):
+        figures = [f"{entry['dimensions']}", f"{entry['bytes']:,}"]
+        figures += [f"{entry['ndcg_at_10']:.4f}", f"{entry['difference']:+.4f}"]
+        assert [entry["precision"], queries, *figures] in [r[:6] for r in rows]
     assert evaluation.main([*command, "--dimensions", "257"]) == 2
     assert "--dimensions 257: the model's vectors have 256" in capsys.readouterr().err
     assert evaluation.main(command) == 0  # without the flags, all is as before
@@ -525,14 +536,14 @@ def test_late_interaction_has_no_stored_forms(fruit):
     model = WordCounts()
     model.late = True
     with pytest.raises(UserError, match="not for late interaction"):
-        retrieval.evaluate_formats(model, [str(fruit)], [("binary", 256)])
+        retrieval.evaluate_formats(model, [str(fruit)], [VectorFormat("binary", 256)])
 
 
 def test_non_finite_embeddings_are_refused_before_bits_hide_them(fruit):
     with pytest.raises(
         FloatingPointError, match="the vectors of 1 of 3 texts are not finite, the first is fruit: document d2"
     ):
-        retrieval.evaluate_formats(WordCounts(break_at=1), [str(fruit)], [("binary", 256)])
+        retrieval.evaluate_formats(WordCounts(break_at=1), [str(fruit)], [VectorFormat("binary", 256)])
 
 
 # --- tables and command ---
