@@ -5,6 +5,7 @@ describe(folder, config, kind)     the fields of a RetrievalConfig, as a dict
 head(kind, backbone, folder)       the head, with the weights in the folder
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,21 @@ def head(kind: str, backbone: Backbone, folder: Path) -> nn.Module:
     head.freeze()
     for name, value in parameters.items():
         if name not in weights:
-            weights[name] = value if value.ndim == 1 else 0.02 * mx.random.normal(value.shape)
+            weights[name] = value if name == "norm.weight" else _fresh(name, value, config)
             head[name.split(".")[0]].unfreeze()
     load_strictly(head, {name: weights[name].astype(mx.float32) for name in parameters}, folder)
     return head
+
+
+def _fresh(name: str, value: mx.array, config: dict) -> mx.array:
+    """Return the first values of a new tensor of a ScoreHead, distributed as in transformers: biases are 0."""
+    if name.endswith(".bias"):
+        return mx.zeros(value.shape)
+    deviation = config.get("initializer_range") or 0.02
+    if TENSORS.get(config["model_type"]) is _MODERNBERT:
+        last = name == "out.weight"
+        deviation = value.shape[-1] ** -0.5 if last else deviation / math.sqrt(2 * config["num_hidden_layers"])
+    return deviation * mx.random.normal(value.shape)
 
 
 def _score_head(config: dict, size: int) -> ScoreHead:

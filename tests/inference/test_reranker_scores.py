@@ -34,7 +34,7 @@ from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.inference import reranker
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.mining.teacher import Teacher
-from mlx_retrieval.models import cpu_model_runner, loading, pair_tokenizers
+from mlx_retrieval.models import cpu_model_runner, loading, pair_tokenizers, rerankers
 from mlx_retrieval.models.batching import pad_rows
 from mlx_retrieval.utils.errors import UserError
 
@@ -305,6 +305,22 @@ def test_a_base_model_gets_a_fresh_head_and_keeps_its_pooler(tmp_path):
     assert {name for name, _ in tree_flatten(built.head.trainable_parameters())} == {"out.weight", "out.bias"}
     with pytest.raises(UserError, match="python train.py --task rerank trains one"):
         Reranker(str(tmp_path))  # its scores would be random
+
+
+@pytest.mark.parametrize("kind", ("bert", "roberta", "modernbert"))
+def test_a_fresh_head_begins_as_in_transformers(kind, tmp_path):
+    """Regression: biases were drawn at random, and ModernBERT's layers were too large and too small."""
+    config = encoder_config(kind)
+    config.hidden_size = 128
+    theirs = dict(transformers.AutoModelForSequenceClassification.from_config(config).named_parameters())
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    word_tokenizer(tmp_path, kind == "roberta")
+    head = loading.build(str(tmp_path), task="rerank")[0].head
+    for stem, layer in rerankers.TENSORS[kind].items():
+        for name, value in head[layer].parameters().items():
+            expected = theirs[f"bert.{stem}.{name}" if stem.startswith("pooler") else f"{stem}.{name}"]
+            assert float(value.mean()) == pytest.approx(expected.mean().item(), abs=0.02), (layer, name)
+            assert float(mx.std(value)) == pytest.approx(expected.std(correction=0).item(), rel=0.3, abs=1e-9)
 
 
 def test_decoder_with_a_score_layer(tmp_path, qwen_tokenizer):
