@@ -169,12 +169,19 @@ class TextTokenizer:
             needed = frame + len(self._plain(self.prompts.get(name, ""))) + 1
             if limit < needed:
                 raise SettingError(
-                    "{max_length} {limit} leaves no room for the text of a {name}: prompt and special tokens alone "
-                    "take {taken} tokens",
+                    f"{{{self._setting_of(name)}}} {{limit}} leaves no room for the text of a {{name}}: prompt and "
+                    "special tokens alone take {taken} tokens",
                     limit=limit,
                     name=name,
                     taken=needed - 1,
                 )
+
+    def _setting_of(self, name: str) -> str:
+        """Return the setting that the limit of the texts called `name` comes from, for messages."""
+        limit = self.max_lengths[name]
+        if name != "query" or limit == self.max_lengths.get("document"):  # which it follows, unless it is given
+            return "max_length"
+        return "query_expansion" if limit == self.query_expansion > 0 else "query_max_length"
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """Return the tokens that the tokenizer puts before and after a text."""

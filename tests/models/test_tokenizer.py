@@ -124,8 +124,12 @@ def test_no_room_for_the_text(toy_tokenizer_folder, minilm):
         gemma(toy_tokenizer_folder, 3)
     with pytest.raises(UserError, match="of a document"):
         bert(minilm, prompts={"document": "passage: "}, document=4)
-    with pytest.raises(UserError, match="--max-length 0"):
+    with pytest.raises(UserError, match="--query-max-length 0"):
         bert(minilm, query=0)
+    with pytest.raises(UserError, match="--query-max-length 2 leaves no room for the text of a query"):
+        bert(minilm, 2, 20)
+    with pytest.raises(UserError, match="--query-expansion 2 leaves no room for the text of a query"):
+        bert(minilm, 2, 20, query_expansion=2)
 
 
 def test_truncation_stored_in_the_tokenizer_is_without_effect(minilm, tmp_path):
