@@ -425,11 +425,13 @@ class Settings:
     guard: list[str] = option(
         "evaluation",
         [],
-        "MTEB tasks and folders in BEIR layout on which the model must not get worse: no step that loses more than "
-        "--guard-tolerance on one of them is kept as the best",
+        "MTEB tasks, folders in BEIR layout and files of scored pairs on which the model must not get worse: no step "
+        "that loses more than --guard-tolerance on one of them is kept as the best",
         tasks=RETRIEVAL,
     )
-    guard_tolerance: float = option("evaluation", 0.002, "nDCG@10 that a --guard may lose", tasks=RETRIEVAL)
+    guard_tolerance: float = option(
+        "evaluation", 0.002, "nDCG@10, or Spearman of scored pairs, that a --guard may lose", tasks=RETRIEVAL
+    )
     strict: bool = option(
         "evaluation",
         False,

@@ -72,7 +72,7 @@ def open_data(settings: Settings) -> RunData:
     if settings.eval_tasks is None:
         _choose_evaluation(data, settings)
     if settings.guard:
-        allowed = f"each may lose {settings.guard_tolerance:g} of nDCG@10"
+        allowed = f"each may lose {settings.guard_tolerance:g} of nDCG@10 or Spearman"
         data.lines.append(("guards", f"{', '.join(str(located(Path(task))) for task in settings.guard)}: {allowed}"))
     for task in (*(settings.eval_tasks or []), *settings.guard):
         _warn_of_trained(data, Path(task).expanduser())
