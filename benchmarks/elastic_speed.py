@@ -55,7 +55,7 @@ def fill(running: elasticsearch_server.Running, file: Path) -> int:
 
 def drain(settings: Settings) -> float:
     """Return the documents a second that become batches of token ids, over one epoch."""
-    rows = sources.open_source(settings.data, settings.columns)
+    rows = sources.open_source(settings.data, sources.ReadOptions(settings.columns))
     batches = Batches(rows, load(minilm(), max_length=settings.max_length).tokenizer, settings.batch_size)
     count = len(rows) // settings.batch_size
     began = time.perf_counter()

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT, Columns, check_roles
+from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT, check_roles
 from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.elastic import server
@@ -147,19 +148,11 @@ def is_default_data(data: Sequence[str]) -> bool:
     return len(data) == len(paths) == 1 and paths[0].is_file() and own.is_file() and paths[0].samefile(own)
 
 
-def open_source(
-    data: Sequence[str],
-    columns: str | None = None,
-    es_query: str | None = None,
-    skip_bad: bool = False,
-    ignore_keys: Collection[str] = (),
-    block: int = 1,
-    temperature: float | None = None,
-) -> Source:
-    """Open the rows that `--data` names.
+@dataclass(frozen=True)
+class ReadOptions:
+    """How rows are read and mixed.
 
-    Args:
-        data: files, folders, hub data sets and Elasticsearch indices, each with a weight or without.
+    Attributes:
         columns: the keys of a row and the columns they are made of (`--columns`); None = rows by their own names, and
             the documents of an index as columns.ELASTIC_DEFAULT says.
         es_query: a JSON query that documents must match (`--es-query`); None = all documents.
@@ -167,18 +160,32 @@ def open_source(
         ignore_keys: keys of rows that are treated as absent (`--ignore-keys`); an index's rows have those of `columns`.
         block: examples that follow each other from one source of a mixture.
         temperature: mix sources by their number of examples to the power of 1 / temperature; None = by their weights.
+    """
 
-    Raises UserError for a wrong argument and, unless `skip_bad`, for the first row that cannot be used.
+    columns: str | None = None
+    es_query: str | None = None
+    skip_bad: bool = False
+    ignore_keys: Collection[str] = ()
+    block: int = 1
+    temperature: float | None = None
+
+
+AS_THEY_ARE = ReadOptions()
+Part = tuple[Sequence[str], Fraction | None]  # files that are read as one set, or one index; and their weight
+
+
+def open_source(data: Sequence[str], options: ReadOptions = AS_THEY_ARE) -> Source:
+    """Open the rows that `--data` names: files, folders, hub data sets and indices, each with a weight or without.
+
+    Raises UserError for a wrong option and, unless bad rows are skipped, for the first row that cannot be used.
     """
     parts = [weight_of(source) for source in data]
-    weighted = any(weight for _, weight in parts)
+    weighted, temperature = any(weight for _, weight in parts), options.temperature
     _check_temperature(temperature, weighted, len(parts), "in --data")
-    chosen = None if columns is None else parse_columns(columns)
     mixes = weighted or temperature is not None or any(server.is_address(source) for source, _ in parts)
     if len(parts) == 1 or not mixes:
-        return _open([source for source, _ in parts], chosen, es_query, skip_bad, ignore_keys)
-    rest = (chosen, es_query, skip_bad, ignore_keys)
-    return _mixed([([source], weight) for source, weight in parts], rest, block, temperature)
+        return _open([source for source, _ in parts], options)
+    return _mixed([([source], weight) for source, weight in parts], options)
 
 
 def _check_temperature(temperature: float | None, weighted: bool, count: int, where: str) -> None:
@@ -188,61 +195,40 @@ def _check_temperature(temperature: float | None, weighted: bool, count: int, wh
         raise UserError(f"--source-temperature {temperature:g}: {reason}")
 
 
-def open_mixture(
-    parts: Sequence[tuple[Sequence[str], Fraction | None]],
-    columns: str | None = None,
-    es_query: str | None = None,
-    skip_bad: bool = False,
-    ignore_keys: Collection[str] = (),
-    block: int = 1,
-    temperature: float | None = None,
-) -> "InterleavedRows":
-    """Open sources that are mixed; without weights and a temperature by their sizes.
-
-    Args:
-        parts: files that are read as one set, or one index, and their weight.
-
-    The others, and errors, are those of `open_source`.
-    """
+def open_mixture(parts: Sequence[Part], options: ReadOptions = AS_THEY_ARE) -> "InterleavedRows":
+    """Open sources that are mixed; without weights and a temperature by their sizes. Errors as of `open_source`."""
     weighted = any(weight for _, weight in parts)
-    _check_temperature(temperature, weighted, len(parts), "of the sources")
-    rest = (None if columns is None else parse_columns(columns), es_query, skip_bad, ignore_keys)
-    return _mixed(parts, rest, block, temperature if weighted else temperature or 1.0)
+    _check_temperature(options.temperature, weighted, len(parts), "of the sources")
+    by_size = options if weighted else replace(options, temperature=options.temperature or 1.0)
+    return _mixed(parts, by_size)
 
 
-def _mixed(
-    parts: Sequence[tuple[Sequence[str], Fraction | None]], rest: tuple, block: int, temperature: float | None
-) -> "InterleavedRows":
-    """Return a mixture by the parts' weights, or by their sizes. `rest`: arguments of `_open`."""
-    opened = [_open(paths, *rest, check_columns=False) for paths, _ in parts]
+def _mixed(parts: Sequence[Part], options: ReadOptions) -> "InterleavedRows":
+    """Return a mixture by the parts' weights, or by their sizes if there is a temperature."""
+    opened = [_open(paths, options, check_columns=False) for paths, _ in parts]
     if mappers := [source.mapper for source in opened if isinstance(source, Rows)]:
         mappers[0].check(mappers[1:])
-    if temperature is not None:
-        weights = [Fraction(len(source) ** (1 / temperature)) for source in opened]
+    if options.temperature is not None:
+        weights = [Fraction(len(source) ** (1 / options.temperature)) for source in opened]
     else:
         weights = [weight or Fraction(1) for _, weight in parts]
-    return InterleavedRows(opened, weights, block)
+    return InterleavedRows(opened, weights, options.block)
 
 
-def _open(
-    sources: Sequence[str],
-    columns: Columns | None,
-    es_query: str | None,
-    skip_bad: bool,
-    ignore_keys: Collection[str],
-    check_columns: bool = True,
-) -> Source:
+def _open(sources: Sequence[str], options: ReadOptions, check_columns: bool = True) -> Source:
+    """Open files that are read as one set, or an index. `check_columns`: that every column is in some file."""
+    columns = None if options.columns is None else parse_columns(options.columns)
     if not server.is_address(sources[0]):
-        return Rows(find_files(sources), skip_bad, ignore_keys, columns, check_columns)
+        return Rows(find_files(sources), options.skip_bad, options.ignore_keys, columns, check_columns)
     query = None
-    if es_query:
+    if options.es_query:
         try:
-            query = parse_object(es_query)
+            query = parse_object(options.es_query)
         except RowError as error:
             raise UserError(f"--es-query: {error} (needed: a query of Elasticsearch as a JSON object)") from error
-    chosen = without(columns or parse_columns(ELASTIC_DEFAULT), ignore_keys)
+    chosen = without(columns or parse_columns(ELASTIC_DEFAULT), options.ignore_keys)
     check_roles(chosen)
-    return ElasticRows(server.parse(sources[0]), chosen, query, skip_bad)
+    return ElasticRows(server.parse(sources[0]), chosen, query, options.skip_bad)
 
 
 class InterleavedRows:

@@ -16,7 +16,15 @@ from mlx_retrieval.dataset.held_out_pairs import Pairs
 from mlx_retrieval.dataset.row_files import HUB, hub_validation
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.similar_rows import side_by_side
-from mlx_retrieval.dataset.sources import Source, is_default_data, local, names, open_mixture, open_source
+from mlx_retrieval.dataset.sources import (
+    ReadOptions,
+    Source,
+    is_default_data,
+    local,
+    names,
+    open_mixture,
+    open_source,
+)
 from mlx_retrieval.training import contents, distributed, source_settings
 from mlx_retrieval.training.checkpoint import HELD_OUT, is_saved
 from mlx_retrieval.training.config import Settings
@@ -52,13 +60,16 @@ class RunData:
 
 def open_data(settings: Settings) -> RunData:
     """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
-    how = (settings.columns, settings.es_query, settings.skip_bad_rows, settings.ignore_keys)
-    block = settings.batch_size if settings.batches == "homogeneous" else 1
-    if settings.sources:
-        parts = [(source_settings.paths(source), source_settings.weight(source)) for source in settings.sources]
-        rows = open_mixture(parts, *how, block, settings.source_temperature)
-    else:
-        rows = open_source(settings.data, *how, block, settings.source_temperature)
+    options = ReadOptions(
+        columns=settings.columns,
+        es_query=settings.es_query,
+        skip_bad=settings.skip_bad_rows,
+        ignore_keys=settings.ignore_keys,
+        block=settings.batch_size if settings.batches == "homogeneous" else 1,
+        temperature=settings.source_temperature,
+    )
+    parts = [(source_settings.paths(source), source_settings.weight(source)) for source in settings.sources]
+    rows = open_mixture(parts, options) if parts else open_source(settings.data, options)
     columns = None if settings.columns is None else parse_columns(settings.columns)
     valid_files: list[Path | str] = [*find_validation(local(settings.data))]
     if settings.eval_tasks is None and settings.holdout != 0:
@@ -79,8 +90,8 @@ def open_data(settings: Settings) -> RunData:
     if not data.eval_tasks and not validation and not any(name == "judged on" for name, _ in data.lines):
         given = "--holdout 0" if settings.eval_tasks is None else "--eval-tasks without a name"
         data.lines.append(("judged on", f"nothing ({given}), so there is no table, no best and no report"))
-    if settings.sources and block > 1:  # a batch has no more rows than there are
-        data.rows.block = min(block, len(data.rows))
+    if settings.sources and options.block > 1:  # a batch has no more rows than there are
+        data.rows.block = min(options.block, len(data.rows))
     data.rows = side_by_side(data.rows, settings.similar_rows)
     return data
 

@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def read(path, columns=None, **options):
-    rows = sources.open_source([str(path)], columns, **options)
+    rows = sources.open_source([str(path)], sources.ReadOptions(columns, **options))
     return [rows[i] for i in range(len(rows))]
 
 

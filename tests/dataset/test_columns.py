@@ -23,7 +23,7 @@ def rows(write_rows):
     """`rows(list of dicts, columns)` opens them as JSON lines."""
 
     def opened(content, chosen=None, name="rows.jsonl", **options):
-        return sources.open_source([str(write_rows(content, name))], chosen, **options)
+        return sources.open_source([str(write_rows(content, name))], sources.ReadOptions(chosen, **options))
 
     return opened
 
@@ -104,16 +104,17 @@ def test_names_that_no_row_has(rows, write_rows):
 
 def test_every_source_has_the_same_words(rows, write_rows, tmp_path, monkeypatch):
     chosen = "query=subject,document=title+body"
+    options = sources.ReadOptions(chosen)
     table = tmp_path / "rows.csv"
     table.write_text("id,subject,title,body\n7,Why?,Boiler,It is old.\n")
     parquet.write_table(pa.Table.from_pylist([TICKET]), tmp_path / "rows.parquet")
     monkeypatch.setattr(row_files, "_hub_rows", lambda _: iter([TICKET]))
     files = [write_rows([TICKET]), table, tmp_path / "rows.parquet", "hf://owner/name"]
     for file in files:
-        read = sources.open_source([str(file)], chosen)
+        read = sources.open_source([str(file)], options)
         assert [read[i] for i in range(len(read))] == [Example("Why?", "Boiler\nIt is old.", (), 1)]
         assert "subject -> query, title+body -> document" in read.readings[0]
-    mixed = sources.open_source([f"{files[0]}:2", f"{files[1]}:1"], chosen)
+    mixed = sources.open_source([f"{files[0]}:2", f"{files[1]}:1"], options)
     assert {mixed[i] for i in range(2)} == {Example("Why?", "Boiler\nIt is old.", (), 1)} and len(mixed.readings) == 2
     mined = [example for _, example in collection.read_rows([table], collection.MINED, columns=columns.parse(chosen))]
     assert mined == [Example("Why?", "Boiler\nIt is old.", (), 1)]
@@ -124,14 +125,15 @@ def test_files_of_different_names(rows, write_rows):
         write_rows([{"frage": "a", "antwort": "b"}], "a.jsonl"),
         write_rows([{"query": "c", "pos": "d"}], "b.jsonl"),
     )
-    read = sources.open_source([str(one), str(other)], "query=frage,document=antwort")
+    chosen = sources.ReadOptions("query=frage,document=antwort")
+    read = sources.open_source([str(one), str(other)], chosen)
     assert [(example.query, example.positive) for example in (read[0], read[1])] == [("a", "b"), ("c", "d")]
     readings = ["a.jsonl: frage -> query, antwort -> document", "b.jsonl: query, pos -> document"]
     assert read.readings == readings
     mixture = [f"{one}:2", f"{other}:1"]
-    assert sources.open_source(mixture, "query=frage,document=antwort").readings == readings
+    assert sources.open_source(mixture, chosen).readings == readings
     with pytest.raises(UserError, match="no row has neg; there are frage, antwort, query, pos"):
-        sources.open_source(mixture, "query=frage,document=antwort,negatives=neg")
+        sources.open_source(mixture, sources.ReadOptions("query=frage,document=antwort,negatives=neg"))
 
 
 def test_validation_rows_may_lack_a_column(tmp_path):

@@ -196,7 +196,7 @@ FORMATS = {
 
 
 def read(path, columns=None):
-    rows = sources.open_source([str(path)], columns)
+    rows = sources.open_source([str(path)], sources.ReadOptions(columns))
     return [rows[i] for i in range(len(rows))]
 
 
@@ -260,7 +260,7 @@ def test_places_are_those_of_the_file(tmp_path):
         bad = {"csv": 5}.get(form, 3)
         with pytest.raises(UserError, match=rf"rows.{form}:{bad}: query (is empty|has no value)"):
             sources.open_source([str(path)])
-        skipping = sources.open_source([str(path)], skip_bad=True)
+        skipping = sources.open_source([str(path)], sources.ReadOptions(skip_bad=True))
         assert len(skipping) == 3 and skipping[2] == skipping[0] and len(skipping.skipped) == 1
 
 
@@ -368,7 +368,7 @@ def test_values_that_json_lacks(tmp_path):
         read(write(query=["a"], document=[b"\xff\xd8"]))
     with pytest.raises(UserError, match=r"parquet:1: title \+ body: not a text \(a value of the type timedelta\)"):
         rows = write(query=["a"], title=["b"], body=[datetime.timedelta(1)])
-        sources.open_source([str(rows)], "query=query,document=title+body")
+        sources.open_source([str(rows)], sources.ReadOptions("query=query,document=title+body"))
 
 
 def test_content_decides_before_the_name(tmp_path):

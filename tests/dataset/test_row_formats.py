@@ -18,7 +18,7 @@ from mlx_retrieval.dataset import rows as dataset_rows
 from mlx_retrieval.dataset.json_lines import RowError
 from mlx_retrieval.dataset.row_formats import Example, examples_of, ignored_keys, own_row, parse
 from mlx_retrieval.dataset.rows import Rows
-from mlx_retrieval.dataset.sources import open_source
+from mlx_retrieval.dataset.sources import ReadOptions, open_source
 from mlx_retrieval.mining import collection, run
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training.rerank_batches import GroupMaker
@@ -208,7 +208,8 @@ def test_a_score_of_each_document_is_a_teachers():
 def test_ignored_keys_are_absent(write_rows):
     row = {"query": "q", "answer": "d", "passage": "e", "is_relevant": 0, "negatives": ["n"], "label": 7}
     keys = ["passage", "is_relevant", "label", "other"]
-    for read in (Rows([write_rows([row])], ignore_keys=keys), open_source([str(write_rows([row]))], ignore_keys=keys)):
+    file = write_rows([row])
+    for read in (Rows([file], ignore_keys=keys), open_source([str(file)], ReadOptions(ignore_keys=keys))):
         assert read[0] == Example("q", "d", ("n",), 1) and not read.ignored
     mined = list(collection.read_rows([write_rows([row])], collection.MINED, ignore_keys=keys))
     assert [row for row, _ in mined] == [{"query": "q", "positive": "d", "negatives": ["n"]}]

@@ -76,7 +76,7 @@ def test_each_source_goes_through_its_own_epochs(files):
 def test_a_block_comes_from_one_source(files):
     """Each source has its share of the blocks, and goes on in its own order."""
     data = [f"{files[0]}:2", f"{files[1]}:1"]
-    mixed = sources.open_source(data, block=8)
+    mixed = sources.open_source(data, sources.ReadOptions(block=8))
     places = [mixed.where(n) for n in islice(mixed.numbers(0, 0), 8 * 300)]
     blocks = [places[i : i + 8] for i in range(0, len(places), 8)]
     kinds = [{place.split("/")[-1][0] for place in block} for block in blocks]
@@ -89,7 +89,7 @@ def test_a_block_comes_from_one_source(files):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1e9])
 def test_sources_are_mixed_by_their_sizes(files, temperature):
-    mixed = sources.open_source(files, temperature=temperature)
+    mixed = sources.open_source(files, sources.ReadOptions(temperature=temperature))
     shares = np.array([30, 7, 11]) ** (1 / temperature)
     assert mixed.counts / mixed.counts.sum() == pytest.approx(shares / shares.sum(), abs=2e-3)
 
@@ -111,17 +111,17 @@ def test_weights_of_many_digits_make_no_long_pattern(files):
 
 def test_a_temperature_needs_sources_without_weights(files):
     with pytest.raises(errors.UserError, match="--source-temperature 2: the weights in --data"):
-        sources.open_source([f"{files[0]}:2", files[1]], temperature=2.0)
+        sources.open_source([f"{files[0]}:2", files[1]], sources.ReadOptions(temperature=2.0))
     with pytest.raises(errors.UserError, match="--source-temperature 2: there is one source"):
-        sources.open_source(files[:1], temperature=2.0)
+        sources.open_source(files[:1], sources.ReadOptions(temperature=2.0))
 
 
 @pytest.mark.parametrize("block", [1, 5])
 @pytest.mark.parametrize("position", [0, 1, 6, 7, 100, 333])
 def test_a_mixture_continues_anywhere(files, position, block):
     data = [f"{files[0]}:2", f"{files[1]}:1", f"{files[2]}:0.5"]
-    straight = list(islice(sources.open_source(data, block=block).numbers(1, 0), 400))
-    again = sources.open_source(data, block=block)
+    straight = list(islice(sources.open_source(data, sources.ReadOptions(block=block)).numbers(1, 0), 400))
+    again = sources.open_source(data, sources.ReadOptions(block=block))
     assert list(islice(again.numbers(1, position), 400 - position)) == straight[position:]
     assert sum(again.taken(position)) == position
 
@@ -192,4 +192,4 @@ def test_invalid_hub_names(name):
 def test_invalid_es_queries():
     for query in ("{", "[1]"):
         with pytest.raises(errors.UserError, match="--es-query"):
-            sources.open_source(["es://docs"], es_query=query)
+            sources.open_source(["es://docs"], sources.ReadOptions(es_query=query))

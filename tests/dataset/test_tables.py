@@ -22,7 +22,7 @@ def table(tmp_path):
     def opened(text, name="pairs.csv", columns=None, **options):
         path = tmp_path / name
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return sources.open_source([str(path)], columns, **options)
+        return sources.open_source([str(path)], sources.ReadOptions(columns, **options))
 
     return opened
 
