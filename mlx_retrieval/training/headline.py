@@ -94,8 +94,9 @@ def mixture_lines(rows: InterleavedRows, parts: Sequence[Part] = ()) -> Lines:
     ]
     for source in rows.sources:
         if len(source) < rows.block:
-            repeats = f"fewer than a batch of {rows.block}: its batches have rows twice (--batches mixed, --batch-size)"
-            lines.append(("warning", f"{', '.join(source.names)}: {quantity(len(source), 'row')}, {repeats}"))
+            repeats = f"fewer than a batch of {rows.block}, so its rows repeat within a batch"
+            way_on = "a lower --batch-size or --batches mixed avoids that"
+            lines.append(("warning", f"{', '.join(source.names)}: {quantity(len(source), 'row')}, {repeats}; {way_on}"))
     return lines
 
 

@@ -57,15 +57,17 @@ def describe_length(settings: Settings, per_epoch: float) -> str:
     return f"{steps} = {_epochs(settings.steps / per_epoch)}"
 
 
-def length_warnings(settings: Settings, count: int, noun: str = "row") -> Lines:
+def length_warnings(settings: Settings, count: int, noun: str = "row", by_source: bool = False) -> Lines:
     """Return a line, ("warning", text), for data that a batch holds as a whole, and for a run that is very short.
 
     Args:
         count: of rows, or of what `noun` names.
+        by_source: whether each batch comes from one of several sources.
     """
     lines = []
     if settings.batch_size > count:
-        lines.append(f"--batch-size {settings.batch_size} is more than {quantity(count, noun)}: a batch holds all")
+        holds = f"{count}, of one source" if by_source else "all"
+        lines.append(f"--batch-size {settings.batch_size} is more than {quantity(count, noun)}: a batch holds {holds}")
     if count < FEW_ROWS:
         lines.append(f"{quantity(count, noun)} {'is' if count == 1 else 'are'} too few to learn much from")
     elif settings.epochs and settings.steps < FEW_STEPS:

@@ -17,6 +17,7 @@ from mlx_retrieval.backend import mx
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import count_parameters
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
+from mlx_retrieval.dataset.sources import InterleavedRows
 from mlx_retrieval.evaluation import pairs
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.models import loading
@@ -312,5 +313,7 @@ def prepare(settings: Settings) -> RetrievalRun:
         fit = trainer.fit_memory()
         outlook = outlook.with_budget(fit.budget)
         headline.append(("memory", str(fit)))
-    headline += machine_lines() + length_warnings(settings, len(rows)) + nothing_learnt.warnings(settings, rows)
+    by_source = isinstance(rows, InterleavedRows) and rows.block > 1
+    headline += machine_lines() + length_warnings(settings, len(rows), by_source=by_source)
+    headline += nothing_learnt.warnings(settings, rows)
     return RetrievalRun(settings, trainer, data, evaluations, guarding, retrieval, start, base, outlook, headline)

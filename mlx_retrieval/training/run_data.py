@@ -17,6 +17,7 @@ from mlx_retrieval.dataset.row_files import HUB, hub_validation
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.similar_rows import side_by_side
 from mlx_retrieval.dataset.sources import (
+    InterleavedRows,
     ReadOptions,
     Source,
     is_default_data,
@@ -90,7 +91,7 @@ def open_data(settings: Settings) -> RunData:
     if not data.eval_tasks and not validation and not any(name == "judged on" for name, _ in data.lines):
         given = "--holdout 0" if settings.eval_tasks is None else "--eval-tasks without a name"
         data.lines.append(("judged on", f"nothing ({given}), so there is no table, no best and no report"))
-    if settings.sources and options.block > 1:  # a batch has no more rows than there are
+    if isinstance(data.rows, InterleavedRows):  # a batch has no more rows than there are
         data.rows.block = min(options.block, len(data.rows))
     data.rows = side_by_side(data.rows, settings.similar_rows)
     return data

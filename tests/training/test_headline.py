@@ -122,6 +122,7 @@ def test_the_shares_of_a_mixture():
     assert lines[2:] == [
         (
             "warning",
-            "b.csv: 1 row, fewer than a batch of 64: its batches have rows twice (--batches mixed, --batch-size)",
+            "b.csv: 1 row, fewer than a batch of 64, so its rows repeat within a batch; a lower --batch-size or "
+            "--batches mixed avoids that",
         )
     ]

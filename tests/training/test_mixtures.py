@@ -255,10 +255,14 @@ def test_a_validation_loss_is_that_of_the_run(settings, files, write_rows, tmp_p
     assert trainer.grad_cache.loss(batch) > 0
 
 
-def test_a_batch_has_no_more_rows_than_there_are(settings, files):
-    """Batches of one source also where all rows are fewer than --batch-size."""
-    batches = training_run.prepare(
-        settings({"data": files[0]}, {"data": files[1], **OF_SCORED}, batch_size=99)
-    ).trainer.batches
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_batch_has_no_more_rows_than_there_are(settings, files, plain):
+    """Batches of one source also where all rows are fewer than --batch-size; lines say that rows repeat."""
+    sources = [] if plain else [{"data": files[0]}, {"data": files[1], **OF_SCORED}]
+    more = {"data": [f"{name}:1" for name in files]} if plain else {}
+    run = training_run.prepare(settings(*sources, **more, batch_size=99))
     for k in range(4):
-        assert len(np.unique(batches.batch(k).rows % 2)) == 1
+        assert len(np.unique(run.trainer.batches.batch(k).rows % 2)) == 1
+    warnings = [text for name, text in run.headline if name == "warning"]
+    assert [file for file in files if any(text.startswith(f"{file}: ") for text in warnings)] == list(files)
+    assert "--batch-size 99 is more than 40 rows: a batch holds 40, of one source" in warnings
