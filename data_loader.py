@@ -162,7 +162,7 @@ class Batches:
         by_source = isinstance(rows, InterleavedRows) and (size == 1 or rows.block > 1)
         for source in rows.sources if by_source else [rows]:
             by_itself = min(size, len(source)) == 1 and not source.has_negatives
-            if by_itself and make is make_batch and rows.format != "label":
+            if by_itself and make is make_batch and source.format != "label":
                 cause = "--batch-size 1" if size == 1 else f"{source.names[0]}: a single row"
                 raise UserError(f"{cause}: rows without negatives leave each query one candidate; nothing to learn")
         self.rows = rows

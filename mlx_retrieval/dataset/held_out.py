@@ -166,7 +166,9 @@ class Scan:
                 example = self[i]
                 self.keys.query[i] = text_key(example.query)
                 self.keys.positive[i] = text_key(example.positive)
-                self.keys.relevant[i] = source.format != "label" or example.scores[0] > 0.5
+                # Scored pairs are no questions beside rows that are.
+                is_pair = self.kind_of(i) == "label"
+                self.keys.relevant[i] = not is_pair or (source.format == "label" and example.scores[0] > 0.5)
                 self.is_plain = self.is_plain and not example.other_positives
                 if i % 1_000 == 999:
                     progress(i + 1)
@@ -175,8 +177,15 @@ class Scan:
         return self.starts[-1]
 
     def __getitem__(self, i: int) -> Example:
-        which = bisect_right(self.starts, i) - 1
+        which = self._part_of(i)
         return self._readable[which][i - self.starts[which]]
+
+    def kind_of(self, i: int) -> str | None:
+        """Return the format of the source that an example is from."""
+        return self.parts[self._part_of(i)].format
+
+    def _part_of(self, i: int) -> int:
+        return bisect_right(self.starts, i) - 1
 
 
 def _sample(rows: ElasticRows, seed: int) -> list[Example]:
@@ -202,7 +211,7 @@ class Leaving:
         self._trimmed: list[int] = []
         for i in [] if scan.is_plain else np.flatnonzero(self.kept).tolist():
             example = scan[i]
-            rest = remaining(example, texts, scan.source.format)
+            rest = remaining(example, texts, scan.kind_of(i))
             self.kept[i] = rest is not None
             if rest is not None and rest is not example:
                 self._trimmed.append(i)
@@ -260,7 +269,7 @@ class Asked:
         for i in np.flatnonzero(self.chosen).tolist():
             example, query = self.scan[i], int(self.scan.keys.query[i])
             self.known.add(query)
-            answers, others = _answers(example, self.scan.source.format)
+            answers, others = _answers(example, self.scan.kind_of(i))
             self.wrong |= {key: text for text in others if (key := text_key(text)) not in self.wrong}
             self.known.update(map(text_key, answers))
             if answers and exact(spelling.setdefault(query, example.query)) == exact(example.query):

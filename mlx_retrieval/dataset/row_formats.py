@@ -86,6 +86,10 @@ class NoFormatError(RowError):
         self.reason = reason
 
 
+class KindError(RowError):
+    """A row is of another kind than the rows before."""
+
+
 class ColumnsError(RowError):
     """`--columns` would help. `hint` is the flag as it would most likely work."""
 
@@ -237,7 +241,7 @@ def examples_of(row: dict, expected: str | None = None) -> tuple[list[Example], 
     reading = reading_for(row, expected)
     if expected is not None and reading.kind != expected:
         here, before = KINDS[reading.kind], KINDS[expected]
-        raise RowError(f"has the format {here}, but the rows before have {before}")
+        raise KindError(f"has the format {here}, but the rows before have {before}")
     if reading.suspects:
         _check_unread(row, reading)
     query = _text(row[reading.query], reading.query)

@@ -32,7 +32,14 @@ from mlx_retrieval.dataset.columns import Columns
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError
 from mlx_retrieval.dataset.row_files import HUB, RowFile
-from mlx_retrieval.dataset.row_formats import ColumnsError, Example, common_parts, examples_of, parse
+from mlx_retrieval.dataset.row_formats import (
+    ColumnsError,
+    Example,
+    KindError,
+    common_parts,
+    examples_of,
+    parse,
+)
 from mlx_retrieval.dataset.row_mapper import RowMapper
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
 
@@ -169,6 +176,8 @@ class Rows:
                     way_on = " ({skip_bad_rows} leaves such rows out)"
                     if isinstance(error, ColumnsError):
                         way_on = " (if line 1 is a row: add a line of names)" if file.form.endswith(", header") else ""
+                    elif isinstance(error, KindError) and file is not self._opened[0]:
+                        way_on = " (rows of two kinds need a source each: `sources:` in a file of settings, --config)"
                     raise SettingError("{place}: {reason}" + way_on, place=place, reason=error) from error
                 self.skipped.append(f"{place}: {error}")
                 continue

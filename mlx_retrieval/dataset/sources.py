@@ -185,7 +185,15 @@ def open_source(data: Sequence[str], options: ReadOptions = AS_THEY_ARE) -> Sour
     mixes = weighted or temperature is not None or any(server.is_address(source) for source, _ in parts)
     if len(parts) == 1 or not mixes:
         return _open([source for source, _ in parts], options)
-    return _mixed([([source], weight) for source, weight in parts], options)
+    mixture = _mixed([([source], weight) for source, weight in parts], options)
+    _check_labels(mixture, "`sources:` in a file of settings (--config) gives each its own loss")
+    return mixture
+
+
+def _check_labels(mixture: "InterleavedRows", way_on: str) -> None:
+    """Raise UserError if some sources of a mixture have labels, and others do not."""
+    if len(formats := {source.format for source in mixture.sources}) > 1 and "label" in formats:
+        raise UserError(f"{', '.join(mixture.names)}: rows with a label do not mix with others; {way_on}")
 
 
 def _check_temperature(temperature: float | None, weighted: bool, count: int, where: str) -> None:
@@ -200,7 +208,10 @@ def open_mixture(parts: Sequence[Part], options: ReadOptions = AS_THEY_ARE) -> "
     weighted = any(weight for _, weight in parts)
     _check_temperature(options.temperature, weighted, len(parts), "of the sources")
     by_size = options if weighted else replace(options, temperature=options.temperature or 1.0)
-    return _mixed(parts, by_size)
+    mixture = _mixed(parts, by_size)
+    if options.block == 1:
+        _check_labels(mixture, "--batches homogeneous and a --batch-size above 1 keep them apart")
+    return mixture
 
 
 def _mixed(parts: Sequence[Part], options: ReadOptions) -> "InterleavedRows":
@@ -235,7 +246,7 @@ class InterleavedRows:
     """Rows of several sources, mixed by weight. Each source goes through its own epochs.
 
     Args:
-        sources: rows with labels do not mix with rows of other formats.
+        sources: some may have labels and others none, if each batch comes from one and has its own loss.
         weights: the share of each source's examples, in proportion.
         block: examples that follow each other from one source, so that a batch of as many comes from one.
 
@@ -245,9 +256,6 @@ class InterleavedRows:
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction], block: int = 1):
         self.sources, self.block = list(sources), block
-        formats = {source.format for source in sources}
-        if "label" in formats and len(formats) > 1:
-            raise UserError(f"{', '.join(self.names)}: rows with a label do not mix with others")
         shares = [weight / sum(weights) for weight in weights]
         common = min(math.lcm(*(share.denominator for share in shares)), LARGEST)
         self.counts = np.array([max(1, round(share * common)) for share in shares])
@@ -261,7 +269,9 @@ class InterleavedRows:
 
     @property
     def format(self) -> str:
-        return self.sources[0].format
+        """That of the first source without labels, if there is one."""
+        formats = [source.format for source in self.sources]
+        return next((kind for kind in formats if kind != "label"), formats[0])
 
     @property
     def has_negatives(self) -> bool:

@@ -92,10 +92,11 @@ def mixture_lines(rows: InterleavedRows, parts: Sequence[Part] = ()) -> Lines:
         ("mixture", f"{share:.1%} of the {unit} from {', '.join(source.names)}, {quantity(len(source), 'row')}{text}")
         for share, source, text in zip(shares, rows.sources, own, strict=True)
     ]
+    mixed = "" if any(part.of_loss for part in parts) else " or --batches mixed"
     for source in rows.sources:
         if len(source) < rows.block:
             repeats = f"fewer than a batch of {rows.block}, so its rows repeat within a batch"
-            way_on = "a lower --batch-size or --batches mixed avoids that"
+            way_on = f"a lower --batch-size{mixed} avoids that"
             lines.append(("warning", f"{', '.join(source.names)}: {quantity(len(source), 'row')}, {repeats}; {way_on}"))
     return lines
 

@@ -215,12 +215,13 @@ def begin(rounds: Rounds, introduction: Sequence[tuple[str, str]]) -> None:
 
 def _check_data(settings: Settings, data: RunData) -> None:
     """Raise UserError if negatives cannot be mined for the rows, or if guards cannot guard."""
-    if data.rows.format in ("label", "documents"):
-        raise SettingError(
-            "{rounds}: {names} has rows of the kind {kind!r}; negatives are mined for queries with a positive",
-            names=", ".join(data.rows.names),
-            kind=data.rows.format,
-        )
+    for source in data.rows.sources if isinstance(data.rows, InterleavedRows) else [data.rows]:
+        if source.format in ("label", "documents"):
+            raise SettingError(
+                "{rounds}: {names} has rows of the kind {kind!r}; negatives are mined for queries with a positive",
+                names=", ".join(source.names),
+                kind=source.format,
+            )
     improvement.check_evaluated(settings, bool(data.eval_tasks))
     check_guards(settings, data.eval_tasks, bool(data.eval_tasks))
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from data_loader import Batches
+from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.evaluation.reranking import evaluate_reranker
 from mlx_retrieval.evaluation.results import Evaluation
@@ -84,9 +85,13 @@ def make_batches(
         return Batches(rows, tokenizer, size, seed, tokenizers=tokenizers)
     if not parts:
         check_groups(rows, settings.loss, settings.random_negatives)
-    losses = {settings.loss, *(part.settings.loss for part in parts)}
-    how = (config.reranker == "listwise", settings.seed, "info_nce" in losses)
-    make = GroupMaker(rows, settings.random_negatives, *how)
+    how = (settings.random_negatives, config.reranker == "listwise", settings.seed)
+    sources = [(part.rows, part.settings.loss) for part in parts] or [(rows, settings.loss)]
+    makers = [GroupMaker(its_rows, *how, from_all=name == "info_nce") for its_rows, name in sources]
+
+    def make(examples: Sequence[Example], numbers: Sequence[int], tokenizer: PairTokenizer) -> GroupBatch:
+        return makers[rows.source_of(numbers[0]) if parts else 0](examples, numbers, tokenizer)
+
     return Batches(rows, tokenizer, size, seed, make, GroupBatch, tokenizers)
 
 

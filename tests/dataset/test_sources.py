@@ -147,8 +147,15 @@ def test_files_and_mixtures_are_sources(files):
 
 def test_labels_do_not_mix_with_other_rows(files, tmp_path):
     labelled = written(tmp_path / "labels.jsonl", "l", 5, {"label": 1})
-    with pytest.raises(errors.UserError, match="rows with a label do not mix"):
+    with pytest.raises(errors.UserError, match="rows with a label do not mix with others; `sources:` in a file"):
         sources.open_source([f"{files[0]}:1", f"{labelled}:1"])
+    with pytest.raises(errors.UserError, match="labels.jsonl:1: has the format .* need a source each: `sources:` in"):
+        sources.open_source([files[0], labelled])
+    parts = [([files[0]], None), ([labelled], None)]
+    with pytest.raises(errors.UserError, match="rows with a label do not mix with others; --batches homogeneous"):
+        sources.open_mixture(parts)
+    for mixture in (parts, parts[::-1]):
+        assert sources.open_mixture(mixture, sources.ReadOptions(block=4)).format == "pair"
 
 
 def test_parquet(tmp_path):

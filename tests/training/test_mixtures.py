@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import loss
 import train
 from data_loader import make_batch
 from mlx_retrieval import backend
@@ -20,6 +21,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.headline import mixture_lines
 from mlx_retrieval.training.mixtures import parts_of, usage_lines
+from mlx_retrieval.training.rerank_batches import GroupMaker
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils.errors import UserError
 
@@ -54,6 +56,7 @@ def settings(tmp_path, small):
 
 
 OF_PAIRS = {"query_prompt": "question: ", "max_length": 9}
+RERANK = {"task": "rerank", "reranker_type": "cross-encoder"}
 OF_SCORED = {"loss": "kl_distill", "temperature": 0.2, "teacher_temperature": 2.0, "document_prompt": "passage: "}
 
 
@@ -232,17 +235,38 @@ def test_each_source_has_a_line(settings, files, capsys):
     assert len(longest) == 2 and longest[0] <= 9 < longest[1]
 
 
+def test_random_negatives_of_a_source_are_those_of_its_loss(settings, files, write_rows):
+    """Regression: a source with info_nce had those of all others drawn from positives and negatives alike."""
+    texts = [{"query": f"q {i}", "document": f"d {i}", "negatives": [f"n {i}"]} for i in range(8)]
+    labelled = [{"query": f"q {i}", "document": f"d {i}", "label": i % 2} for i in range(8)]
+    sources = [{"data": str(write_rows(texts, "one.jsonl")), "loss": "info_nce"}]
+    sources += [{"data": str(write_rows(texts, "two.jsonl")), "loss": "ranknet"}]
+    sources += [{"data": str(write_rows(labelled, "labels.jsonl")), "loss": "bce"}]
+    batches = training_run.prepare(settings(*sources, **RERANK, random_negatives=2)).trainer.batches
+    found = {}
+    for k in batches.sample_numbers(3):
+        batch = batches.batch(k)
+        examples = [batches.rows[int(i)] for i in batch.rows]
+        part = batches.rows.sources[batch.source]
+        maker = GroupMaker(part, 2, from_all=batch.source == 0)
+        expected = maker(examples, batch.rows.tolist(), batches.tokenizer)
+        np.testing.assert_array_equal(batch.texts.ids, expected.texts.ids)
+        np.testing.assert_array_equal(batch.labels, expected.labels)
+        found[batch.source] = batch.text.shape[1]
+    assert found == {0: 4, 1: 4, 2: 1}
+
+
 def test_each_source_of_a_reranker_has_its_loss(settings, files):
     """A batch is learnt by its source's loss, and a source that lacks what its loss needs is named."""
     sources = [{"data": name, "loss": loss} for loss in ("ranknet", "margin_mse") for name in files[1:]]
-    trainer = training_run.prepare(settings(*sources, task="rerank", reranker_type="cross-encoder")).trainer
+    trainer = training_run.prepare(settings(*sources, **RERANK)).trainer
     losses = {trainer.grad_cache.objective.of(trainer.batches.batch(k)).settings.loss for k in range(2)}
     assert losses == {"ranknet", "margin_mse"}
-    wrong = settings({"data": files[0]}, *sources, task="rerank", reranker_type="cross-encoder")
+    wrong = settings({"data": files[0]}, *sources, **RERANK)
     with pytest.raises(UserError, match="^source .*pairs.jsonl: .*neither labels nor negatives"):
         training_run.prepare(wrong)
     with pytest.raises(UserError, match="--batches mixed: .* they differ in loss"):
-        training_run.prepare(settings(*sources, task="rerank", reranker_type="cross-encoder", batches="mixed"))
+        training_run.prepare(settings(*sources, **RERANK, batches="mixed"))
 
 
 def test_a_validation_loss_is_that_of_the_run(settings, files, write_rows, tmp_path):
@@ -265,4 +289,35 @@ def test_a_batch_has_no_more_rows_than_there_are(settings, files, plain):
         assert len(np.unique(run.trainer.batches.batch(k).rows % 2)) == 1
     warnings = [text for name, text in run.headline if name == "warning"]
     assert [file for file in files if any(text.startswith(f"{file}: ") for text in warnings)] == list(files)
+    assert any("or --batches mixed avoids that" in text for text in warnings) == plain  # else they differ in loss
     assert "--batch-size 99 is more than 40 rows: a batch holds 40, of one source" in warnings
+
+
+def test_scored_pairs_are_a_source_beside_others(settings, files, write_rows):
+    """Their own batches alone are learnt by their scores."""
+    pairs = [{"text1": f"one {i}", "text2": f"other {i}", "score": i % 5 / 4} for i in range(12)]
+    scored = {"data": str(write_rows(pairs, "sts.jsonl")), "loss": "cosent"}
+    trainer = training_run.prepare(settings({"data": files[0]}, scored)).trainer
+    losses = set()
+    for k in trainer.batches.sample_numbers(1):
+        batch = trainer.batches.batch(k)
+        result = trainer.grad_cache(batch, seed=1)
+        losses.add(name := trainer.grad_cache.objective.of(batch).settings.loss)
+        if name == "cosent":
+            sides = (result.representations[mx.array(i)] for i in (batch.query, batch.queries + batch.document))
+            expected = loss.scored_pairs(*sides, mx.array(batch.scores[:, 0])).item()
+            assert result.loss.item() == pytest.approx(expected, rel=1e-6) != 0
+    assert losses == {"info_nce", "cosent"}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"batches": "mixed"}, "rows with a label do not mix with others; --batches homogeneous"),
+    (RERANK | {"random_negatives": 2}, "source .*sts.jsonl: loss cosent compares vectors"),
+    ({"rounds": 1}, "--rounds: .*sts.jsonl has rows of the kind 'label'"),
+    ({"task": "late"}, "source .*sts.jsonl: loss cosent compares one vector a text"),
+    ({"margin_weight": 0.1}, "source .*sts.jsonl: margin_weight 0.1: does not go with cosent"),
+])  # fmt: skip
+def test_where_scored_pairs_are_no_source(settings, files, write_rows, changes, message):
+    scored = {"data": str(write_rows([{"text1": "a", "text2": "b", "score": 0.5}] * 9, "sts.jsonl")), "loss": "cosent"}
+    with pytest.raises(UserError, match=message):
+        training_run.train(settings({"data": files[0]}, scored, **changes))

@@ -336,3 +336,22 @@ def test_pairs_that_cannot_be_held_out_are_trained_on(tmp_path, count, reason):
     data = open_data(Settings(data=[str(file)], loss="cosent", output=str(tmp_path / "run")))
     assert data.questions is None and len(data.rows) == count
     assert any(reason in text for name, text in data.lines if name == "judged on")
+
+
+def test_questions_are_held_out_beside_scored_pairs(data, scored, tmp_path):
+    """Scored pairs are no questions, whatever their score, and none with a held-out text is trained on."""
+    plain = [{"query": row["query"], "document": row["document"]} for row in rows(400)]
+    lines = scored.read_text()
+    same = [{"text1": row["query"], "text2": f"other {i}", "score": 0.0} for i, row in enumerate(plain)]
+    scored.write_text(lines + "".join(json.dumps(row) + "\n" for row in same))
+    asked = data(plain)
+    sources = [{"data": asked.data[0]}, {"data": str(scored), "loss": "cosent"}]
+    opened = open_data(Settings(sources=sources, output=str(tmp_path / "run")))
+    questions = opened.questions
+    assert 30 < len(questions.queries) <= 50 and {*questions.queries.values()} <= {row["query"] for row in plain}
+    answers = {questions.documents[name] for names in questions.answers.values() for name in names}
+    assert answers <= {row["document"] for row in plain}
+    left = opened.rows.sources[1]
+    assert len(left) == 490 - len(questions.queries)
+    assert {left[i].query for i in left.kept.tolist()}.isdisjoint(questions.queries.values())
+    assert dict(opened.lines)["judged on"].startswith(f"{len(questions.queries)} questions held out")
