@@ -271,6 +271,21 @@ def test_directions_and_hardness_equal_sentence_transformers(
     assert_same(value_and_gradients(mine, queries, documents), torch_gradients(torch, compute, queries, documents))
 
 
+def test_each_denominator_holds_the_positive():
+    """The mean of one cross-entropy a direction, as a loop; sentence-transformers leaves it out between like texts."""
+    q, d = normalised(vectors(4)), normalised(vectors(4, seed=2))
+    expected = []
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        competitors = (d[others] @ q[i], q[others] @ q[i], q[others] @ d[i], d[others] @ d[i])
+        expected += [np.logaddexp.reduce([q[i] @ d[i] / 0.3, *(c / 0.3)]) - q[i] @ d[i] / 0.3 for c in competitors]
+    queries, documents = mx.array(q, mx.float32), mx.array(d, mx.float32)
+    sides = {"query_scores": loss.dot(queries, queries), "document_scores": loss.dot(documents, documents)}
+    scores = loss.dot(queries, documents)
+    found = loss.directed_info_nce(scores, plain_pairs(4), 0.3, loss.DIRECTIONS, "each", **sides)
+    assert found.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
 def test_competitors_above_the_positive_are_masked():
     """Qwen3-Embedding's equation 1, as a loop: other queries and documents within the positive's score + 0.1."""
     q, d = normalised(vectors(5)), normalised(vectors(8, seed=2))

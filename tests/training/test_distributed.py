@@ -27,15 +27,15 @@ from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
-TEACHER = "the file of a teacher's vectors"
 CASES = {
     "embed": [],
     # Dropout is drawn by micro-batch, so one rank and two agree where their plans do: four parts, here.
     "dropout": ["--gradient-accumulation-steps", "4", "--lora-dropout", "0.2"],
     "late": ["--task", "late", "--projection-dim", "8"],
-    "rerank": ["--task", "rerank", "--loss", "list_softmax"],
+    "rerank": ["--task", "rerank", "--loss", "info_nce", "--random-negatives", "3"],
+    "sources": ["--config", "{root}/sources.yaml"],
     "full": ["--train-type", "full", "--learning-rate", "5e-5"],
-    "vectors": ["--distill-weight", "0.5", "--teacher-projection", "--teacher-vectors", TEACHER],
+    "vectors": ["--distill-weight", "0.5", "--teacher-projection", "--teacher-vectors", "{root}/teacher.safetensors"],
 }
 QUICK = ("embed",)
 # A rank that runs commands one after the other, each in a folder of its own: argv[1] has both, for each rank.
@@ -135,11 +135,11 @@ class Work:
         self.ended: dict[str, list[SimpleNamespace]] = {}
 
     def argv(self, name: str, *more: str, data: Path | str | None = None) -> list[str]:
-        values = {"model": self.model, "data": data or self.data, "output": self.root / name, "batch-size": 12}
-        values |= {"steps": 4, "learning-rate": 1e-3, "lora-rank": 4, "save-steps": 2, "rank-timeout": 120}
+        values = {"model": self.model, "output": self.root / name, "batch-size": 12, "save-steps": 2}
+        values |= {"steps": 4, "learning-rate": 1e-3, "lora-rank": 4, "rank-timeout": 120}
+        values |= {} if "--config" in more else {"data": data or self.data}
         flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-        more = [str(self.root / "teacher.safetensors") if text == TEACHER else text for text in more]
-        return [*flags, "--eval-tasks", "--skip-eval-init", *more]
+        return [*flags, "--eval-tasks", "--skip-eval-init", *(word.format(root=self.root) for word in more)]
 
     def resume(self, name: str) -> list[str]:
         return ["--resume", "--output", str(self.root / name)]
@@ -168,6 +168,10 @@ def files(tmp_path_factory, small) -> Work:
     keys = [vector_key(*text) for text in sorted(texts)]
     vectors = np.random.default_rng(0).normal(size=(len(keys), 24)).astype(np.float32)
     text_vectors.write(work.root / "teacher.safetensors", keys, vectors, {"model": "random"})
+    pairs = [{"text1": r["query"], "text2": r["positive"], "score": i % 7 / 6} for i, r in enumerate(work.rows)]
+    sources = [{"data": str(work.data), "query_prompt": "question: "}]
+    sources += [{"data": str(write(work.root / "scored.jsonl", pairs)), "loss": "cosent"}]
+    (work.root / "sources.yaml").write_text(json.dumps({"sources": sources}))  # JSON is YAML
     return work
 
 

@@ -10,6 +10,7 @@ from mlx_retrieval.backend import mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from simulated_ranks import on_ranks
 
 import loss
 import train
@@ -82,6 +83,22 @@ def test_a_batch_is_learnt_as_in_a_run_on_its_source_alone(settings, files, task
         assert all(mx.array_equal(one, other).item() for (_, one), (_, other) in pairs)
         assert any(mx.abs(one).max().item() > 0 for _, one in tree_flatten(result.grads))
     assert seen == {0, 1}
+
+
+@pytest.mark.slow
+def test_ranks_learn_from_sources_as_one_process(settings, files):
+    """What two ranks check before the first step, and loss and gradient of a batch of each source."""
+    sources = [{"data": name} | own for name, own in zip(files, (OF_PAIRS, OF_SCORED), strict=True)]
+    trainer = training_run.prepare(settings(*sources)).trainer
+    on_ranks(2, trainer.check_ranks)
+    for k in trainer.batches.sample_numbers(1):
+        batch = trainer.batches.batch(k)
+        alone, norm = trainer.compute_grads(batch, 1)
+        for result, its_norm in on_ranks(2, lambda batch=batch: trainer.compute_grads(batch, 1)):
+            assert result.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5) != 0
+            assert its_norm.item() == pytest.approx(norm.item(), rel=1e-5) != 0
+            pairs = zip(tree_flatten(result.grads), tree_flatten(alone.grads), strict=True)
+            assert all(mx.allclose(one, other, rtol=1e-4, atol=1e-6).item() for (_, one), (_, other) in pairs)
 
 
 def test_prompts_and_lengths_differ_within_mixed_batches(settings, files):
