@@ -571,8 +571,8 @@ def as_bits(vectors: mx.array) -> mx.array:
 
     Returns float32 (N, D).
 
-    When to use: if vectors are to be stored as bits: a loss over these beside the same loss over the vectors
-    themselves (`--binary-weight`).
+    When to use: if documents are to be stored as bits: the loss of queries and these, beside that of queries and the
+    vectors themselves (`--binary-weight`).
     """
     vectors = vectors.astype(mx.float32)
     bits = mx.where(vectors > 0, 1.0, -1.0) / math.sqrt(vectors.shape[-1])

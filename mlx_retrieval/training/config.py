@@ -280,7 +280,7 @@ class Settings:
     binary_weight: float = option(
         "objective",
         0.0,
-        "embed: add X times the loss of the vectors as bits, for vectors that are stored so; 0 = none",
+        "embed: add X times the loss with the documents' vectors as bits, for vectors that are stored so; 0 = none",
         tasks=("embed",),
     )
     xtr_k: int = option("objective", 320, "xtr: tokens of the batch that each query token retrieves", tasks=RETRIEVAL)

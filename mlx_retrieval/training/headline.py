@@ -141,7 +141,7 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
     if settings.spread_weight:
         parts.append(f"plus {settings.spread_weight:g} x the spread-out loss")
     if settings.binary_weight:
-        parts.append(f"plus {settings.binary_weight:g} x the loss of bits")
+        parts.append(f"plus {settings.binary_weight:g} x the loss of documents as bits")
     if settings.random_negatives:
         parts.append(f"{quantity(settings.random_negatives, 'random negative')} a query")
     lines = [("loss", ", ".join(parts))]

@@ -112,7 +112,7 @@ class EmbedObjective(Objective):
             alone = self.settings.loss == "distill_vectors"
             total = mx.array(0.0) if alone else self.loss_of(batch, queries, documents, loss.dot)
             if weight := self.settings.binary_weight:
-                total += weight * self.loss_of(batch, loss.as_bits(queries), loss.as_bits(documents), loss.dot)
+                total += weight * self.loss_of(batch, queries, loss.as_bits(documents), loss.dot)
             if weight := self.settings.spread_weight:
                 total += weight * (loss.spread_out(queries) + loss.spread_out(documents)) / 2
             return total

@@ -467,9 +467,17 @@ def test_spread_weight(settings):
 
 
 def test_binary_weight(settings):
-    one, two = (loss_of(settings(binary_weight=weight), warm=False) for weight in (0.5, 1.0))
-    plain = loss_of(settings(), warm=False)
-    assert one > plain and two - plain == pytest.approx(2 * (one - plain), rel=1e-3)
+    """The loss with the documents as bits is added; queries, which nothing stores, stay as they are."""
+    plain, half, one = (loss_of(settings(binary_weight=weight), warm=False) for weight in (0.0, 0.5, 1.0))
+    assert half > plain and one - plain == pytest.approx(2 * (half - plain), rel=1e-3)
+    run = training_run.prepare(settings(binary_weight=1.0))
+    objective, batch = run.trainer.grad_cache.objective, run.trainer.batches.batch(0)
+    queries, documents = (mx.random.normal((n, 16)) / 4 for n in (batch.queries, len(batch.texts) - batch.queries))
+    both = objective(mx.concatenate([queries, documents]), batch)
+    bits = mx.where(documents > 0, 0.25, -0.25)
+    objective.settings.binary_weight = 0.0
+    apart = [objective(mx.concatenate([queries, side]), batch) for side in (documents, bits)]
+    assert both.item() == pytest.approx(sum(apart).item(), rel=1e-5)
 
 
 def test_matryoshka_dims(settings):
