@@ -31,6 +31,7 @@ from mlx_retrieval.models import kinds
 from mlx_retrieval.training import checkpoint, rerank_batches
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.defaults import resolve_weights
 from mlx_retrieval.utils import files as utils_files
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
@@ -216,7 +217,7 @@ class _Config(Settings):
         values |= {"batch_size": batch, "steps": math.ceil(self.num_epochs * rows / batch)}
         values |= {"eval_steps": self.eval_steps or math.ceil(rows / batch), "data": [str(run / "data")]}
         settings = Settings(**values | {"model": model, "task": "rerank", "reranker_type": kind, "output": str(run)})
-        settings.resolve_weights()
+        resolve_weights(settings)
         return settings
 
 

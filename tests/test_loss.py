@@ -15,7 +15,7 @@ import loss
 from loss import Pairs, contrastive
 from mlx_retrieval.inference.quantization import quantise, restore
 from mlx_retrieval.models import rerankers
-from mlx_retrieval.training import config
+from mlx_retrieval.training import defaults
 
 
 def pairs_of(query, document, queries: int, documents: int, weight=None, relevant=()) -> Pairs:
@@ -63,8 +63,8 @@ def assert_same(mine: tuple, theirs: tuple, tolerance: float = 2e-5) -> None:
 
 
 def test_every_kind_of_reranker_has_a_default_loss():
-    assert tuple(config.RERANKER_DEFAULTS) == rerankers.KINDS
-    assert set(config.RERANKER_DEFAULTS.values()) <= set(loss.RERANKER_LOSSES)
+    assert tuple(defaults.RERANKER_DEFAULTS) == rerankers.KINDS
+    assert set(defaults.RERANKER_DEFAULTS.values()) <= set(loss.RERANKER_LOSSES)
 
 
 @pytest.mark.parametrize("name", loss.CONTRASTIVE)

@@ -1,7 +1,7 @@
 """Every setting of a run. One dataclass defines the flags, the YAML file and the settings saved beside the weights.
 
-Defaults are here and nowhere else. `settings_checks.py` says which values make sense; `flags.py` reads settings from
-the command line, `settings_file.py` from YAML.
+Defaults are here, or in `defaults.py` if they depend on the model. `settings_checks.py` says which values make sense;
+`flags.py` reads settings from the command line, `settings_file.py` from YAML.
 """
 
 import dataclasses
@@ -15,33 +15,15 @@ from mlx_retrieval.backbones.finding import toolkit_relative
 from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.dataset.columns import ELASTIC_DEFAULT
 from mlx_retrieval.dataset.sources import weight_of
+from mlx_retrieval.models import rerankers
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.training import settings_checks, source_settings
 from mlx_retrieval.training.setting_fields import option
-from mlx_retrieval.training.settings_checks import TEMPERATURE
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import SettingError
 
-# The default loss of each kind of reranker.
-RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
-
 DEFAULT_DATA = ["train-data.jsonl"]
 OUTPUT = "adapters"  # the default folder of a run
-
-# Default learning rates, of models with less than SMALL parameters and of larger ones; lora: of any low-rank update.
-SMALL = 10_000_000
-SMALL_RATES = {"lora": 4e-3, "full": 2e-3}
-RATES = {"lora": 2e-4, "full": 2e-5}
-
-# What is trained by default: settings that an adapter given as --model decides otherwise.
-WEIGHTS = {
-    "train_type": "lora",
-    "lora_rank": 16,
-    "lora_alpha": 32.0,
-    "lora_dropout": 0.0,
-    "lora_keys": [],
-    "num_layers": -1,
-}
 
 # Tasks that a setting applies to.
 VECTORS = ("embed", "late")
@@ -76,7 +58,7 @@ class Settings:
         "model",
         None,
         "rerank: kind of reranker (default: as the model's files define it)",
-        choices=tuple(RERANKER_DEFAULTS),
+        choices=rerankers.KINDS,
         tasks=RERANK,
     )
     instruction: str | None = option(
@@ -338,7 +320,7 @@ class Settings:
         tasks=("embed",),
     )
 
-    # None = those of the adapter that --model names, or else WEIGHTS; see `resolve_weights`.
+    # None = those of the adapter that --model names, or else defaults.WEIGHTS.
     train_type: str | None = option(
         "weights",
         None,
@@ -510,33 +492,6 @@ class Settings:
         self.guard = [toolkit.find(name) for name in self.guard]
         settings_checks.check(self)
 
-    def resolve_defaults(self, parameters: int, reranker: str = "") -> set[str]:
-        """Set the defaults that depend on the model: learning rate, loss and temperature. Return those that were set.
-
-        Args:
-            parameters: of the model.
-            reranker: the kind of reranker that it is; "" = none.
-        """
-        kind = "full" if self.train_type == "full" else "lora"
-        defaults = {"learning_rate": (SMALL_RATES if parameters < SMALL else RATES)[kind]}
-        if self.task != "chat":
-            defaults["loss"] = RERANKER_DEFAULTS.get(reranker, "info_nce")
-            of_logits = 0.1 if self.loss == "info_nce" else 1.0
-            defaults["temperature"] = of_logits if reranker in ("qwen3", "cross-encoder") else TEMPERATURE
-        missing = {name for name in defaults if getattr(self, name) is None}
-        for name in missing:
-            setattr(self, name, defaults[name])
-        return missing
-
-    def resolve_weights(self, adapter: dict | None = None) -> None:
-        """Set what is trained, where it is not given: as in `adapter`, which goes on being trained, or by default.
-
-        `adapter`: values of some of these settings.
-        """
-        for name, value in (WEIGHTS | (adapter or {})).items():
-            if getattr(self, name) in (None, []):
-                setattr(self, name, value)
-
     def check_task(self, task: str) -> None:
         """Raise UserError for a setting that does not apply to this task: embed, late, rerank or chat."""
         defaults = for_task(task, {})
@@ -548,12 +503,6 @@ class Settings:
                     tasks=" or ".join(tasks),
                     actual=task,
                 )
-
-    @property
-    def adapter(self) -> dict:
-        """The arguments of `backbones.lora.adapt`."""
-        given = {name: getattr(self, name) for name in WEIGHTS if getattr(self, name) is not None}
-        return {name.removeprefix("lora_"): value for name, value in (WEIGHTS | given).items()}
 
     @property
     def is_directed(self) -> bool:

@@ -23,6 +23,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import distributed
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.cutting import Cutting
+from mlx_retrieval.training.defaults import adapter_arguments
 from mlx_retrieval.training.estimate import FLOAT32, Job
 from mlx_retrieval.training.gradient_cache import MICRO_BATCHES_PER_RANK
 from mlx_retrieval.training.rerank_batches import GroupBatch
@@ -50,7 +51,7 @@ def retrieval_job(
     backbone = model.backbone
     lengths = [batch.texts.lengths for batch in batches]
     before = _numbers(model)
-    lora.adapt(backbone, **settings.adapter)
+    lora.adapt(backbone, **adapter_arguments(settings))
     if config.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
         model.head.unfreeze()
     used = _numbers(backbone.trunk) + _numbers(model.head)
@@ -79,7 +80,7 @@ def retrieval_job(
 def chat_job(settings: Settings, backbone: Backbone, base: Path, widths: np.ndarray, parts: int) -> Job:
     """Return the sizes of a chat run: as `retrieval_job`, for the widths of the longest batch's conversations."""
     before = _numbers(backbone)
-    lora.adapt(backbone, **settings.adapter)
+    lora.adapt(backbone, **adapter_arguments(settings))
     if settings.train_type == "full" and settings.num_layers == -1:
         backbone.adapted.unfreeze()
     job = _job(settings, backbone.adapted, backbone, base, before, settings.dtype)

@@ -16,7 +16,8 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.kinds import is_adapter
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import distributed
-from mlx_retrieval.training.config import SMALL_RATES, Settings
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.defaults import SMALL_RATES, adapter_arguments
 from mlx_retrieval.training.length import describe_length
 from mlx_retrieval.training.mixtures import Part, usage_lines
 from mlx_retrieval.training.mixtures import describe as describe_part
@@ -40,7 +41,7 @@ def first_lines(
     """Return the lines that every retrieval model's run begins with.
 
     Args:
-        defaults: the settings that `Settings.resolve_defaults` has set.
+        defaults: the settings that `defaults.resolve_defaults` has set.
         name: see `model_lines`.
         parts: the sources with settings of their own.
     """
@@ -69,7 +70,7 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
     parameters, trainable = count_parameters(model)
     own = parameters - (count_parameters(model.projection)[0] if "projection" in model else 0)
     quantised = "quantised, " if lora.is_quantised(backbone) else ""
-    weights = settings.adapter
+    weights = adapter_arguments(settings)
     total, last = len(backbone.layers), weights["num_layers"]
     blocks = f"all {quantity(total, 'block')}" if last in (-1, total) else f"the last {last} of {total} blocks"
     if weights["train_type"] == "full":

@@ -17,6 +17,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.checkpoint import STATE
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.curves import read_metrics
+from mlx_retrieval.training.defaults import resolve_defaults, resolve_weights
 from mlx_retrieval.training.improvement import model_to_use
 from mlx_retrieval.training.reporting import METRICS_FILE, without_secrets
 from mlx_retrieval.utils.text import excerpt, gb, shell
@@ -66,9 +67,9 @@ def duration(seconds: float) -> str:
 
 
 def model_defaults(settings: Settings, parameters: int, reranker: str = "") -> dict[str, Any]:
-    """Return the defaults of settings that depend on the model; see `Settings.resolve_defaults`."""
+    """Return the defaults of settings that depend on the model; see defaults.py."""
     fresh = Settings(task=settings.task, train_type=settings.train_type)
-    return {name: getattr(fresh, name) for name in fresh.resolve_defaults(parameters, reranker)}
+    return {name: getattr(fresh, name) for name in resolve_defaults(fresh, parameters, reranker)}
 
 
 def model_values(config: RetrievalConfig) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def settings_table(
         model_defaults, of_model: as of `report.Report`.
     """
     defaults = Settings()
-    defaults.resolve_weights()
+    resolve_weights(defaults)
     defaults = defaults.to_dict() | model_defaults
     values = without_secrets(settings.to_dict())
 

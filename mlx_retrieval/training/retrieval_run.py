@@ -26,6 +26,7 @@ from mlx_retrieval.training import distributed, guards, improvement, nothing_lea
 from mlx_retrieval.training.checkpoint import GUARDS, HELD_OUT
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.estimate import here
 from mlx_retrieval.training.estimate_job import retrieval_job, samples
 from mlx_retrieval.training.evaluations import Evaluations
@@ -231,7 +232,7 @@ def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
     model, retrieval, base = build_model(settings, start, fingerprint=False)
     settings.check_task(retrieval.task)
     resolved = dataclasses.replace(settings)
-    resolved.resolve_defaults(0, retrieval.reranker)
+    resolve_defaults(resolved, 0, retrieval.reranker)
     size = min(settings.batch_size, len(rows))
     parts = parts_of(resolved, retrieval, base, rows, model.backbone.max_positions)
     batches = make_batches(resolved, retrieval, rows, retrieval.tokenizer(base), size, parts=parts)
@@ -258,7 +259,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     adapter_config = start.adapt(model.backbone, settings)
     if retrieval.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
         model.head.unfreeze()
-    defaults = settings.resolve_defaults(count_parameters(model)[0], retrieval.reranker)
+    defaults = resolve_defaults(settings, count_parameters(model)[0], retrieval.reranker)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
     tokenizer = retrieval.tokenizer(base)

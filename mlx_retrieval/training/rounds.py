@@ -35,7 +35,8 @@ from mlx_retrieval.training import (
     other_vectors,
     output_folder,
 )
-from mlx_retrieval.training.config import DEFAULT_DATA, WEIGHTS, Settings
+from mlx_retrieval.training.config import DEFAULT_DATA, Settings
+from mlx_retrieval.training.defaults import WEIGHTS
 from mlx_retrieval.training.guards import check as check_guards
 from mlx_retrieval.training.length import resolve_length
 from mlx_retrieval.training.round_mining import MINED, check_teacher, mine_round

@@ -19,6 +19,7 @@ from mlx_retrieval.models import kinds, loading, retrieval_config
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.defaults import adapter_arguments, resolve_weights
 from mlx_retrieval.utils.errors import SettingError, UserError, concerning
 
 FILES = (kinds.ADAPTERS, kinds.ADAPTER_CONFIG, loading.HEADS, retrieval_config.FILE)
@@ -58,7 +59,7 @@ class StartingModel:
         if self._is_merged(settings):
             lora.merge(backbone)
         if self.adapter is None or settings.train_type == "full":
-            return lora.adapt(backbone, **settings.adapter)
+            return lora.adapt(backbone, **adapter_arguments(settings))
         settings.lora_keys = lora.attached_keys(backbone, settings.lora_keys, settings.num_layers)
         return self.config
 
@@ -79,7 +80,7 @@ def find(settings: Settings, chat: bool = False) -> StartingModel:
     """
     folder = Path(settings.model).expanduser()
     if not kinds.is_adapter(folder):
-        settings.resolve_weights()
+        resolve_weights(settings)
         return StartingModel(settings.model, settings.model)
     if not (chat and kinds.is_chat_adapter(folder)):
         kinds.refuse_others(folder, settings.model)
@@ -92,7 +93,7 @@ def find(settings: Settings, chat: bool = False) -> StartingModel:
     try:
         config = {"fine_tune_type": "lora"} | config
         kept = {name: config[name] for name in ("fine_tune_type", "num_layers")}
-        _resolve_weights(settings, config)
+        _resolve_from_adapter(settings, config)
         if settings.train_type != "full" or kept["fine_tune_type"] != "full":
             kept["lora_parameters"] = config["lora_parameters"] | {"dropout": settings.lora_dropout}
     except (KeyError, TypeError) as error:
@@ -108,7 +109,7 @@ def base_of(folder: Path) -> str | None:
     return config.get("model") or checkpoint.run_settings(folder).get("model")
 
 
-def _resolve_weights(settings: Settings, config: dict) -> None:
+def _resolve_from_adapter(settings: Settings, config: dict) -> None:
     """Set what is trained as an adapter's config says. SettingError for a setting that contradicts it."""
     kind, layers = config["fine_tune_type"], config["num_layers"]
     wanted = settings.train_type or kind
@@ -119,7 +120,7 @@ def _resolve_weights(settings: Settings, config: dict) -> None:
         covers = settings.num_layers in (None, -1, layers) or 0 < layers < settings.num_layers
         if not covers:
             _refuse(settings, "num_layers", f"it has changed {'all' if layers == -1 else layers} layers")
-        settings.resolve_weights({"train_type": "full", "num_layers": layers})
+        resolve_weights(settings, {"train_type": "full", "num_layers": layers})
         return
     values = config["lora_parameters"]
     saved = {
@@ -134,7 +135,7 @@ def _resolve_weights(settings: Settings, config: dict) -> None:
         given = getattr(settings, name)
         if given is not None and not math.isclose(given, saved[name], rel_tol=1e-6):
             _refuse(settings, name, f"its own is {saved[name]:g}")
-    settings.resolve_weights(saved)
+    resolve_weights(settings, saved)
 
 
 def _refuse(settings: Settings, name: str, reason: str) -> None:

@@ -29,6 +29,7 @@ from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare as prepare_chat
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings, for_task
+from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.flags import chat_flag, from_flags
 from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.training.settings_file import read_yaml, write_yaml
@@ -954,11 +955,11 @@ def test_help_is_quick_and_says_units():
 def test_the_default_learning_rate_goes_by_the_model_s_size(settings):
     assert training_run.prepare(settings()).settings.learning_rate == 4e-3
     large = settings()
-    large.resolve_defaults(parameters=600_000_000)
+    resolve_defaults(large, parameters=600_000_000)
     assert large.learning_rate == 2e-4
     given = settings(learning_rate=1e-5)
-    assert given.resolve_defaults(parameters=1) == {"loss", "temperature"} and given.learning_rate == 1e-5
+    assert resolve_defaults(given, parameters=1) == {"loss", "temperature"} and given.learning_rate == 1e-5
     for parameters, rate in ((1_000_000, 2e-3), (22_000_000, 2e-5)):
         full = settings(train_type="full")
-        full.resolve_defaults(parameters)
+        resolve_defaults(full, parameters)
         assert full.learning_rate == rate

@@ -13,6 +13,7 @@ import pytest
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.sources import InterleavedRows
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.headline import describe_rate, loss_lines, mixture_lines, model_lines
 
 EMBEDDER = SimpleNamespace(reranker="", dimensions=256)
@@ -34,7 +35,7 @@ class Backbone(nn.Module):
 
 def lines_of(retrieval: SimpleNamespace = EMBEDDER, **changes) -> list[tuple[str, str]]:
     settings = Settings(steps=100, **changes)
-    defaults = settings.resolve_defaults(22_000_000, retrieval.reranker)
+    defaults = resolve_defaults(settings, 22_000_000, retrieval.reranker)
     return loss_lines(settings, retrieval, defaults)
 
 
@@ -77,7 +78,7 @@ def test_a_filter_and_dimensions_have_lines_of_their_own():
 )  # fmt: skip
 def test_the_rate(parameters, changes, text):
     settings = Settings(steps=100, **changes)
-    assert describe_rate(settings, settings.resolve_defaults(parameters)) == text
+    assert describe_rate(settings, resolve_defaults(settings, parameters)) == text
 
 
 def test_an_adapter_that_goes_on_is_told_to_begin_a_new_schedule(tmp_path):

@@ -18,6 +18,7 @@ from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import objectives
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.utils.errors import UserError
 
 QUERIES, DOCUMENTS, LONGEST = (3, 5, 2), (6, 2, 9, 4), 12
@@ -27,7 +28,7 @@ SKIPPED = 7
 def settled(**changes) -> Settings:
     """Settings with the loss and temperature of a model of 1,000 parameters where none is given."""
     settings = Settings(**changes)
-    settings.resolve_defaults(1_000)
+    resolve_defaults(settings, 1_000)
     return settings
 
 

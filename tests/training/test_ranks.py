@@ -25,6 +25,7 @@ from mlx_retrieval.models.heads import EmbeddingHead, LateHead, RetrievalModel, 
 from mlx_retrieval.models.pair_tokenizers import Sequences
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.gradient_cache import GradientCache, StepResult
 from mlx_retrieval.training.objectives import BySource, make_objective
 from mlx_retrieval.training.other_vectors import NO_VECTORS, OtherVectors
@@ -92,7 +93,7 @@ def step(
     """Return loss and gradient of one batch in at least `parts` micro-batches; `source`: of a mixture, or -1."""
     settings = Settings(task=task, **changes)
     config = RetrievalConfig(task=task, reranker="cross-encoder" if task == "rerank" else "")
-    settings.resolve_defaults(1_000, config.reranker)
+    resolve_defaults(settings, 1_000, config.reranker)
     vectors = OtherVectors(TEACHER, model.projection) if "projection" in model else NO_VECTORS
     objective = make_objective(settings, config, Letters(), SimpleNamespace(has_scores=True), vectors)
     numbers = range(len(examples))

@@ -24,6 +24,7 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import report_facts
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.data_survey import survey_rows
+from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.report import Report, loss_report, render, retrieval_report, write_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -259,7 +260,7 @@ def test_a_failure_is_a_warning(folder, monkeypatch):
 
 def test_settings_and_times():
     settings = Settings(steps=7, lora_keys=["a", "b"], task="embed", temperature=0.7)
-    settings.resolve_defaults(10**8, "qwen3")
+    resolve_defaults(settings, 10**8, "qwen3")
     config = RetrievalConfig(pooling="cls", max_length=64, query_prompt="")
     rows = {
         name: (value, changed)

@@ -27,6 +27,7 @@ from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents
+from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.estimate import here
 from mlx_retrieval.training.estimate_job import chat_job
 from mlx_retrieval.training.example_rows import conversation_lines
@@ -184,7 +185,7 @@ def prepare(settings: Settings) -> ChatRun:
     if settings.grad_checkpoint:
         checkpoint_blocks(backbone)
     parameters, _ = count_parameters(backbone)
-    defaults = settings.resolve_defaults(parameters)
+    defaults = resolve_defaults(settings, parameters)
 
     def save_model(target: Path) -> None:
         adapter.save(target, backbone, adapter_config)
