@@ -8,7 +8,7 @@ relevant to which queries: those never count as negatives.
     info_nce                    queries and documents of different kinds: the default
     symmetric_info_nce          pairs whose sides are alike, searched in both directions
     nt_xent                     few or no hard negatives: each side's other texts are negatives too
-    directed_info_nce           info_nce with --directions, --mask-above or --hardness: what competes, and how much
+    directed_info_nce           info_nce with --directions, --mask-above, --guide or --hardness: what competes, how much
     hard_negative_info_nce      when most negatives are easy: close ones weigh more
     xtr                         late interaction searched by token retrieval: see models/maxsim.py
     cosent, angle, cosine_mse   pairs of texts with a score of their similarity: any order of scores, or their size
@@ -24,11 +24,12 @@ relevant to which queries: those never count as negatives.
 Sources: InfoNCE, van den Oord et al. 2018 (arXiv 1807.03748); NT-Xent, Chen et al. 2020 (arXiv 2002.05709); hard
 negatives weighted by beta, Robinson et al. 2021 (arXiv 2010.04592); positive-aware filter, Moreira et al. 2024
 (NV-Retriever, arXiv 2407.15831); four directions in one denominator, Li et al. 2023 (GTE, arXiv 2308.03281), masked
-negatives, Zhang et al. 2025 (Qwen3-Embedding, arXiv 2506.05176); hardness, Lan et al. 2025 (LLaVE, arXiv 2503.04812)
-and Schechter Vera et al. 2025 (EmbeddingGemma, arXiv 2509.20354); vectors spread out, Zhang et al. 2017 (arXiv
-1708.06320); bits, Bengio et al. 2013 (arXiv 1308.3432), Hubara et al. 2016 (arXiv 1602.02830); CoSENT, Huang et al.
-2024 (doi 10.1109/TASLP.2024.3402087); AnglE, Li and Li 2023 (arXiv 2309.12871); Matryoshka, Kusupati et al. 2022
-(arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv 1503.02531).
+negatives, Zhang et al. 2025 (Qwen3-Embedding, arXiv 2506.05176), and by a guide, Solatorio 2024 (GISTEmbed, arXiv
+2402.16829); hardness, Lan et al. 2025 (LLaVE, arXiv 2503.04812) and Schechter Vera et al. 2025 (EmbeddingGemma, arXiv
+2509.20354); vectors spread out, Zhang et al. 2017 (arXiv 1708.06320); bits, Bengio et al. 2013 (arXiv 1308.3432),
+Hubara et al. 2016 (arXiv 1602.02830); CoSENT, Huang et al. 2024 (doi 10.1109/TASLP.2024.3402087); AnglE, Li and Li 2023
+(arXiv 2309.12871); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv
+1503.02531).
 """
 
 import math
@@ -49,6 +50,14 @@ class Pairs(NamedTuple):
     weight: mx.array  # (B,) float32 of any positive scale, as it is divided by the batch's sum
     relevant: mx.array  # (Q, C) bool: known positives of every query
     mined: mx.array | None = None  # (Q, C) bool: hard negatives of every query's own rows; None = there are none
+
+
+class Guide(NamedTuple):
+    """Vectors of a batch's texts by a guide, a model that judges which of them answer a query."""
+
+    queries: mx.array  # (Q, G) of unit length
+    documents: mx.array  # (C, G) of unit length
+    margin: float = 0.0  # how much less than the positive's a negative's similarity has to be, at least
 
 
 def dot(queries: mx.array, documents: mx.array) -> mx.array:
@@ -412,6 +421,19 @@ def nt_xent(
     return (queries + documents) / 2
 
 
+def _by_direction(
+    pairs: Pairs, scores: mx.array, query_scores: mx.array | None, document_scores: mx.array | None
+) -> dict[str, mx.array]:
+    """Return the similarities (B, C) or (B, Q) of each example's competitors, float32, by their direction."""
+    query, document = pairs.query, pairs.document
+    similarities = {"query-document": scores[query], "document-query": scores.T[document]}
+    if query_scores is not None:
+        similarities["query-query"] = query_scores[query]
+    if document_scores is not None:
+        similarities["document-document"] = document_scores[document]
+    return {direction: similarity.astype(mx.float32) for direction, similarity in similarities.items()}
+
+
 def directed_info_nce(
     scores: mx.array,
     pairs: Pairs,
@@ -423,6 +445,7 @@ def directed_info_nce(
     hardness_of: str = "hard",
     query_scores: mx.array | None = None,
     document_scores: mx.array | None = None,
+    guide: Guide | None = None,
 ) -> mx.array:
     """InfoNCE of whole batches in which one chooses what competes with a positive, and how much; a float32 scalar.
 
@@ -442,17 +465,20 @@ def directed_info_nce(
             EmbeddingGemma: 5); 0 = nothing.
         hardness_of: the negatives among the documents that it applies to: "hard" = the row's own, "in-batch" = those of
             other rows, "all".
+        guide: leave out competitors, in all directions, whose similarity by the guide's vectors is above the
+            positive's less the margin (GISTEmbed); None = there is no guide.
 
-    When to use: pairs without hard negatives gain by more directions, mined negatives by `mask_above` and `hardness`.
+    When to use: pairs without hard negatives gain by more directions, mined negatives by `mask_above` and `hardness`;
+    a guide, if a better model is at hand, and negatives may be answers.
     Related: `symmetric_info_nce` (two directions, a denominator each), `nt_xent`, `hard_negative_info_nce`.
     """
     query, document = pairs.query, pairs.document
-    similarities = {"query-document": scores[query], "document-query": scores.T[document]}
-    if query_scores is not None:
-        similarities["query-query"] = query_scores[query]
-    if document_scores is not None:
-        similarities["document-document"] = document_scores[document]
+    similarities = _by_direction(pairs, scores, query_scores, document_scores)
     positive = scores[query, document].astype(mx.float32)  # (B,)
+    if guide is not None:
+        queries, documents = guide.queries, guide.documents
+        guided = _by_direction(pairs, dot(queries, documents), dot(queries, queries), dot(documents, documents))
+        limit = dot(queries, documents)[query, document][:, None] - guide.margin  # (B, 1)
     none = mx.zeros_like(pairs.relevant)
     mined = (none if pairs.mined is None else pairs.mined)[query]  # (B, C)
     strange_documents, strange_queries = ~pairs.relevant[query], ~pairs.relevant.T[document]  # (B, C), (B, Q)
@@ -464,10 +490,12 @@ def directed_info_nce(
     }
     sums = []  # of each direction, log(sum of exponentials) (B,)
     for direction in directions:
-        similarity, allowed = similarities[direction].astype(mx.float32), competing[direction]
+        similarity, allowed = similarities[direction], competing[direction]
         logits = similarity / temperature
         if mask_above is not None:
             allowed = allowed & (mx.stop_gradient(similarity) <= mx.stop_gradient(positive)[:, None] + mask_above)
+        if guide is not None:
+            allowed = allowed & (guided[direction] <= limit)
         if hardness and direction == "query-document":
             weighted = {"hard": mined, "in-batch": ~mined, "all": ~none[query]}[hardness_of]
             logits = logits + mx.where(weighted & allowed, hardness * mx.stop_gradient(similarity), 0.0)

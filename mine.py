@@ -384,6 +384,7 @@ def write_vectors(args: argparse.Namespace) -> None:
             ("texts", f"{quantity(texts.queries, 'distinct query')}, {quantity(texts.documents, 'distinct document')}"),
             ("written", f"{output} ({count}, {output.stat().st_size / 1e6:,.1f} MB)"),
             ("next", shell("python", "train.py", "--model", "STUDENT", "--data", *args.data, *flags)),
+            ("or", f"{shell('--guide', output)}: texts that it finds nearer than a positive are no negatives"),
         ]
     )
 
@@ -394,7 +395,7 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         help="a teacher's scores of rows with negatives, or its vectors of their texts, for distillation",
         description='Write the rows with "scores": of the positive and then the negatives, or of "documents". With '
         "--vectors, write the vectors of all texts instead, queries under the teacher's query prompt and documents "
-        "under its document prompt, as one file that train.py --teacher-vectors reads.",
+        "under its document prompt, as one file that train.py --teacher-vectors and --guide read.",
     )
     add_files(out, "rows with negatives, or with documents; with --vectors, any rows")
     flag = out.add_argument

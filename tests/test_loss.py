@@ -10,6 +10,7 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
+from gist import guided_loss
 
 import loss
 from loss import Pairs, contrastive
@@ -311,6 +312,38 @@ def test_competitors_above_the_positive_are_masked():
         document_scores=loss.dot(documents, documents),
     )
     assert found.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize(("directions", "negatives"), [
+    (("query-document",), 0), (("query-document",), 2), (("query-document", "query-query"), 2),
+    (("query-document", "query-query", "document-document"), 0),
+], ids=str)  # fmt: skip
+def test_a_guide_equals_sentence_transformers(torch, directions, negatives, margin):
+    """Where their positives compete with each other, negatives do not: so there are none in that case."""
+    rows, temperature = 7, 0.2
+    queries, documents = vectors(rows), vectors(rows * (1 + negatives), seed=1)
+    guide = [vectors(rows, 4, seed=2), vectors(rows * (1 + negatives), 4, seed=3)]
+    guide[1][:rows] += 2 * guide[0]  # of which some negatives are nearer than the positive, and some are not
+    reference = guided_loss(directions, temperature, margin)
+
+    def columns(q, d):
+        return [q, *(d[i * rows : (i + 1) * rows] for i in range(1 + negatives))]
+
+    def compute(q, d):
+        return reference(columns(q, d), columns(*map(torch.tensor, guide)))
+
+    mined = np.concatenate([np.zeros((rows, rows), bool), *[np.eye(rows, dtype=bool)] * negatives], axis=1)
+    pairs = plain_pairs(rows, len(documents))._replace(mined=mx.array(mined))
+    judge = loss.Guide(*(mx.array(normalised(side), mx.float32) for side in guide), margin)
+
+    def mine(q, d, judge=judge):
+        sides = {"query_scores": loss.dot(q, q), "document_scores": loss.dot(d, d)}
+        return loss.directed_info_nce(loss.dot(q, d), pairs, temperature, directions, guide=judge, **sides)
+
+    found = value_and_gradients(mine, queries, documents)
+    assert_same(found, torch_gradients(torch, compute, queries, documents), 1e-5)
+    assert found[0] < value_and_gradients(partial(mine, judge=None), queries, documents)[0]
 
 
 def test_known_texts_compete_in_no_direction():

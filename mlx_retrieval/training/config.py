@@ -224,6 +224,21 @@ class Settings:
         "none are left out)",
         tasks=VECTORS,
     )
+    guide: str | None = option(
+        "objective",
+        None,
+        "info_nce: file of a guide's vectors of all texts of --data, by mine.py score --vectors: leave out negatives "
+        "that it finds nearer than the positive",
+        tasks=VECTORS,
+        whole_run=True,
+    )
+    guide_margin: float = option(
+        "objective",
+        0.0,
+        "with --guide: leave out negatives whose similarity is above the positive's less X as well, such as 0.05",
+        tasks=VECTORS,
+        whole_run=True,
+    )
     hardness: float = option(
         "objective",
         0.0,
@@ -507,7 +522,8 @@ class Settings:
     @property
     def is_directed(self) -> bool:
         """Whether `loss.directed_info_nce` is asked for: other competitors than those of plain InfoNCE."""
-        return self.directions != [DIRECTIONS[0]] or self.mask_above is not None or self.hardness > 0
+        chosen = self.mask_above is not None or self.guide is not None or self.hardness > 0
+        return chosen or self.directions != [DIRECTIONS[0]]
 
     @property
     def vectors_weight(self) -> float:
@@ -556,6 +572,7 @@ class Settings:
             eval_tasks=None if self.eval_tasks is None else [absolute(name) for name in self.eval_tasks],
             guard=[absolute(name) for name in self.guard],
             teacher_vectors=self.teacher_vectors and absolute(self.teacher_vectors),
+            guide=self.guide and absolute(self.guide),
             output=self.output and str(self.folder.absolute()),
         )
 

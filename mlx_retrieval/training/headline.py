@@ -68,7 +68,7 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
     `name`: the model that the run starts from, in words; "" = its name.
     """
     parameters, trainable = count_parameters(model)
-    own = parameters - (count_parameters(model.projection)[0] if "projection" in model else 0)
+    own = parameters - (count_parameters(model.projection)[1] if "projection" in model else 0)
     quantised = "quantised, " if lora.is_quantised(backbone) else ""
     weights = adapter_arguments(settings)
     total, last = len(backbone.layers), weights["num_layers"]
@@ -151,6 +151,9 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
         lines.append(("filter", f"no negatives above {limit.format(settings.positive_aware_margin)} (positive-aware)"))
     if settings.mask_above is not None:
         lines.append(("filter", f"no negatives above the positive's score + {settings.mask_above:g}"))
+    if settings.guide is not None:
+        less = f" - {settings.guide_margin:g}" if settings.guide_margin else ""
+        lines.append(("filter", f"no negatives above the positive's similarity{less} by the guide"))
     if settings.matryoshka_dims:
         dims = sorted({*settings.matryoshka_dims, retrieval.dimensions})
         lines.append(("matryoshka", f"trained at {', '.join(map(str, dims))} dimensions"))

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend.vectors import unit
 
 import loss
 from data_loader import Batch
@@ -20,8 +21,9 @@ from mlx_retrieval.utils.errors import Place, SettingError, UserError
 class Objective(ABC):
     """Base of `EmbedObjective` and `LateObjective`: the named loss over the scores of queries and documents."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, vectors: OtherVectors = NO_VECTORS):
         self.settings = settings
+        self.vectors = vectors
 
     @abstractmethod
     def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
@@ -63,6 +65,7 @@ class Objective(ABC):
                 settings.hardness_of,
                 query_scores=compare(queries, queries) if "query-query" in settings.directions else None,
                 document_scores=compare(documents, documents) if "document-document" in settings.directions else None,
+                guide=self._guide(batch) if settings.guide else None,
             )
         else:
             name = "info_nce" if settings.loss == "xtr" else settings.loss
@@ -83,6 +86,10 @@ class Objective(ABC):
             total += settings.margin_weight * loss.margin(rows, pairs.document, allowed, pairs.weight, settings.margin)
         return total
 
+    def _guide(self, batch: Batch) -> loss.Guide:
+        vectors = unit(mx.array(self.vectors.guide.of(batch.keys)))
+        return loss.Guide(vectors[: batch.queries], vectors[batch.queries :], self.settings.guide_margin)
+
 
 class EmbedObjective(Objective):
     """For one vector a text (N, D); with --matryoshka-dims also for their first dimensions.
@@ -91,15 +98,16 @@ class EmbedObjective(Objective):
     `GradientCache`.
     """
 
-    def __init__(self, settings: Settings, vectors: OtherVectors = NO_VECTORS):
-        super().__init__(settings)
-        self.teacher, self.projection = vectors.teacher, vectors.projection
+    @property
+    def projection(self) -> nn.Module | None:
+        """That of `OtherVectors`."""
+        return self.vectors.projection
 
     def __call__(self, representations: mx.array, batch: Batch) -> mx.array:
         total = self._of_pairs(representations, batch)
         if weight := self.settings.vectors_weight:
             vectors = representations if self.projection is None else self.projection(representations)
-            teacher = mx.array(self.teacher.of(batch.keys))
+            teacher = mx.array(self.vectors.teacher.of(batch.keys))
             total += weight * loss.distill_vectors(vectors, teacher, self.settings.distill_metric)
         return total
 
@@ -131,8 +139,8 @@ class LateObjective(Objective):
         how: "mean" or "sum" over a query's tokens.
     """
 
-    def __init__(self, settings: Settings, skipped: list[int], how: str):
-        super().__init__(settings)
+    def __init__(self, settings: Settings, skipped: list[int], how: str, vectors: OtherVectors = NO_VECTORS):
+        super().__init__(settings, vectors)
         self.skipped = skipped
         self.how = how
 
@@ -301,4 +309,4 @@ def make_objective(
         raise UserError(f"--task late takes no --directions {' '.join(sorted(alike))}")
     if settings.matryoshka_dims or settings.loss == "nt_xent":
         raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")
-    return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim)
+    return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim, vectors)

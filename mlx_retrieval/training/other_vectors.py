@@ -18,7 +18,7 @@ from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import InterleavedRows, Source, names
 from mlx_retrieval.dataset.text_keys import vector_key
-from mlx_retrieval.inference.text_vectors import TextVectors
+from mlx_retrieval.inference.text_vectors import ENDING, TextVectors
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import SettingError
@@ -34,13 +34,13 @@ class OtherVectors(NamedTuple):
 
     teacher: TextVectors | None = None  # to be learnt
     projection: nn.Linear | None = None  # from the model's vectors to the teacher's, trained with the model
+    guide: TextVectors | None = None  # which says what is no negative
 
     def lines(self) -> Lines:
         """Return (name, text) lines for the run's first lines."""
-        if self.teacher is None:
-            return []
         through = ", through a projection that is trained with the model" if self.projection else ""
-        return [("teacher", f"{describe(self.teacher)}{through}")]
+        lines = [] if self.teacher is None else [("teacher", f"{describe(self.teacher)}{through}")]
+        return lines if self.guide is None else [*lines, ("guide", describe(self.guide))]
 
 
 NO_VECTORS = OtherVectors()
@@ -61,30 +61,38 @@ def open_vectors(settings: Settings, data: Sequence[tuple[Settings, Source]], di
 
     Raises UserError for a teacher of another width without a projection, and for texts that have no vector.
     """
-    if settings.teacher_vectors is None:
-        return NO_VECTORS
-    teacher = _open("teacher_vectors", settings)
-    if teacher.dimensions != dimensions and not settings.teacher_projection:
-        raise SettingError(
-            "{teacher_vectors} {file}: the teacher's vectors have {theirs} dimensions and the model's {own}; "
-            "{teacher_projection} trains a layer between them",
-            file=settings.teacher_vectors,
-            theirs=f"{teacher.dimensions:,}",
-            own=f"{dimensions:,}",
-        )
-    check_texts(teacher, [rows for own, rows in data if own.vectors_weight], "teacher_vectors", settings)
-    projection = nn.Linear(dimensions, teacher.dimensions) if settings.teacher_projection else None
-    if projection:
+    teacher = projection = guide = None
+    if settings.teacher_vectors is not None:
+        teacher = _open("teacher_vectors", settings)
+        if teacher.dimensions != dimensions and not settings.teacher_projection:
+            raise SettingError(
+                "{teacher_vectors} {file}: the teacher's vectors have {theirs} dimensions and the model's {own}; "
+                "{teacher_projection} trains a layer between them",
+                file=settings.teacher_vectors,
+                theirs=f"{teacher.dimensions:,}",
+                own=f"{dimensions:,}",
+            )
+        check_texts(teacher, [rows for own, rows in data if own.vectors_weight], "teacher_vectors", settings)
+    if settings.teacher_projection:
+        projection = nn.Linear(dimensions, teacher.dimensions)
         mx.eval(projection.parameters())  # in this thread, which draws them
-    return OtherVectors(teacher, projection)
+    if settings.guide is not None:
+        guide = _open("guide", settings)
+        check_texts(guide, [rows for own, rows in data if own.guide], "guide", settings)
+    return OtherVectors(teacher, projection, guide)
 
 
 def _open(setting: str, settings: Settings) -> TextVectors:
-    path = Path(getattr(settings, setting)).expanduser()
-    if not path.is_file():
-        command = _command("MODEL", path, settings)
-        raise SettingError(f"{{{setting}}} {{path}}: no such file; {{command}} writes it", path=path, command=command)
-    return TextVectors(path)
+    name = getattr(settings, setting)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return TextVectors(path)
+    missing = ("MODEL", path) if path.suffix == ENDING else (name, Path(f"vectors{ENDING}"))  # else a model, perhaps
+    raise SettingError(
+        f"{{{setting}}} {{name}}: no such file; {{command}} writes one",
+        name=name,
+        command=_command(*missing, settings),
+    )
 
 
 def _command(model: str, path: Path, settings: Settings) -> str:
@@ -97,8 +105,8 @@ def _command(model: str, path: Path, settings: Settings) -> str:
 
 def contents(settings: Settings) -> dict[str, list[Content]]:
     """Return the contents of the files of vectors that a run reads; {} = there are none."""
-    path = settings.teacher_vectors
-    return {"teacher's vectors": [of_file(Path(path).expanduser())]} if path else {}
+    paths = {"teacher's vectors": settings.teacher_vectors, "guide's vectors": settings.guide}
+    return {name: [of_file(Path(path).expanduser())] for name, path in paths.items() if path is not None}
 
 
 def check_texts(vectors: TextVectors, sources: Sequence[Source], setting: str, settings: Settings) -> None:

@@ -16,7 +16,7 @@ TEMPERATURE = 0.05  # of losses over cosines, by default
 def check(settings: Any) -> None:
     """Raise SettingError, which names the flag, for the first value of a `config.Settings` that cannot be."""
     names = ("model", "data", "eval_tasks", "columns", "es_query", "lora_keys", "output", "wandb_project", "guard")
-    names += ("teacher_vectors",)
+    names += ("teacher_vectors", "guide")
     positive = ("batch_size", "xtr_k", "steps_per_report")
     positive += ("rounds_negatives", "similar_rows")
     counts = ("rounds", "gradient_accumulation_steps", "save_steps", "stop_after", "keep")
@@ -113,7 +113,8 @@ def check(settings: Any) -> None:
         (
             not settings.is_directed or settings.positive_aware == "off",
             "positive_aware",
-            "does not go with {directions}, {mask_above} and {hardness}; {mask_above} leaves out negatives as well",
+            "does not go with {directions}, {mask_above}, {guide} and {hardness}; {mask_above} leaves out negatives as "
+            "well",
         ),
         (
             settings.denominator == "one" or len(settings.directions) > 1,
@@ -129,6 +130,17 @@ def check(settings: Any) -> None:
             settings.loss not in UNSCALED or settings.temperature in (None, TEMPERATURE),
             "temperature",
             "has no effect with {chosen}, which takes cosines as they are",
+        ),
+        (settings.guide is not None or settings.guide_margin == 0, "guide_margin", "needs a {guide}"),
+        (
+            settings.guide is None or not {*_losses(settings)}.isdisjoint((None, "info_nce")),
+            "guide",
+            "is for info_nce, which no source has",
+        ),
+        (
+            settings.guide is None or not settings.margin_weight,
+            "margin_weight",
+            "does not go with {guide}: the hardest negative may be one that the guide leaves out",
         ),
         (settings.hardness_of == "hard" or settings.hardness > 0, "hardness_of", "needs a {hardness} above 0"),
         (
@@ -167,11 +179,17 @@ def _of_teacher_vectors(settings: Any) -> Iterator[tuple[bool, str, str]]:
         yield not (alone and getattr(settings, name)), name, unused
 
 
+def _losses(settings: Any) -> list[str | None]:
+    """Return the losses of all sources."""
+    return [source.get("loss") or settings.loss for source in settings.sources] or [settings.loss]
+
+
 def _of_directed(settings: Any) -> list[str]:
     """Return the settings of `loss.directed_info_nce` that are given."""
     given = {
         "directions": len(settings.directions) > 1,
         "mask_above": settings.mask_above is not None,
+        "guide": settings.guide is not None,
         "hardness": settings.hardness > 0,
     }
     return [name for name, is_given in given.items() if is_given]

@@ -76,6 +76,8 @@ def settings_of(settings: Any, source: dict[str, Any]) -> Any:
             chosen["distill_weight"] = 0.0
         if chosen["loss"] != "distill_vectors" and not chosen["distill_weight"]:
             alone |= {"teacher_vectors": None, "teacher_projection": False}
+        if chosen["loss"] not in (None, "info_nce"):  # the guide is for the other sources
+            alone |= {"guide": None, "guide_margin": 0.0}
         return dataclasses.replace(settings, **alone | chosen)
 
 

@@ -27,6 +27,7 @@ from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
+VECTORS = "{root}/teacher.safetensors"
 CASES = {
     "embed": [],
     # Dropout is drawn by micro-batch, so one rank and two agree where their plans do: four parts, here.
@@ -35,7 +36,7 @@ CASES = {
     "rerank": ["--task", "rerank", "--loss", "info_nce", "--random-negatives", "3"],
     "sources": ["--config", "{root}/sources.yaml"],
     "full": ["--train-type", "full", "--learning-rate", "5e-5"],
-    "vectors": ["--distill-weight", "0.5", "--teacher-projection", "--teacher-vectors", "{root}/teacher.safetensors"],
+    "vectors": ["--distill-weight", "0.5", "--teacher-projection", "--teacher-vectors", VECTORS, "--guide", VECTORS],
 }
 QUICK = ("embed",)
 # A rank that runs commands one after the other, each in a folder of its own: argv[1] has both, for each rank.

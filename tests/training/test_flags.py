@@ -452,6 +452,24 @@ def test_mask_above(settings):
         settings(mask_above=0.1, positive_aware="perc")
 
 
+def test_guide_and_its_margin(settings, teacher):
+    """Fewer negatives can only lower the loss; a margin that leaves out all of them makes it 0."""
+    guide = {"guide": teacher(8)["teacher_vectors"]}
+    losses = [loss_of(settings(**changes), warm=False) for changes in ({}, guide, guide | {"guide_margin": 3.0})]
+    assert losses[0] > losses[1] > losses[2] == 0
+    assert loss_of(settings(**guide, guide_margin=-3.0), warm=False) == pytest.approx(losses[0], rel=1e-6)
+    above = loss_of(settings(**guide, mask_above=0.0), warm=False)
+    assert above < min(losses[1], loss_of(settings(mask_above=0.0), warm=False))  # both leave out negatives
+    for changes, message in (
+        ({"guide_margin": 0.1}, "--guide-margin 0.1: needs a --guide"),
+        (guide | {"loss": "nt_xent"}, "--guide .*: works with info_nce, not with nt_xent"),
+        (guide | {"positive_aware": "perc"}, "--positive-aware perc: does not go with .* --guide"),
+        (guide | {"margin_weight": 0.1}, "--margin-weight 0.1: does not go with --guide: the hardest negative may be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings(**changes)
+
+
 def test_hardness_and_of_what(settings):
     plain = loss_of(settings(), warm=False)
     assert loss_of(settings(hardness=5.0), warm=False) == pytest.approx(plain, rel=1e-6)  # rows without negatives

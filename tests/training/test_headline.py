@@ -63,6 +63,8 @@ def test_a_filter_and_dimensions_have_lines_of_their_own():
         ("filter", "no negatives above the positive's score - 0.05 (positive-aware)"),
         ("matryoshka", "trained at 64, 128, 256 dimensions"),
     ]
+    by_guide = lines_of(guide="g.safetensors", guide_margin=0.05)[1]
+    assert by_guide == ("filter", "no negatives above the positive's similarity - 0.05 by the guide")
     assert lines_of(positive_aware="perc")[1][1] == "no negatives above 0.95 x the positive's score (positive-aware)"
 
 

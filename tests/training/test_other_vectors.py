@@ -1,4 +1,4 @@
-"""Vectors of a teacher that a run learns, alone or beside another loss, through a projection: --loss distill_vectors.
+"""Vectors of other models in a run: a teacher's, to learn (--loss distill_vectors), and a guide's (--guide).
 
 python -m pytest tests/training/test_other_vectors.py
 """
@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten
 import train
 from mlx_retrieval.dataset.text_keys import vector_key
 from mlx_retrieval.inference import embedder, text_vectors
-from mlx_retrieval.training import distributed, reporting, run
+from mlx_retrieval.models import maxsim
+from mlx_retrieval.training import distributed, other_vectors, reporting, run
 from mlx_retrieval.training.checkpoint import last_step
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.errors import UserError
@@ -32,13 +33,14 @@ def write_teacher(file: Path, dimensions: int, rows=ROWS) -> str:
 
 @pytest.fixture
 def settings(small, write_rows, tmp_path):
-    """Settings of a run with a teacher of `dimensions`, changed by keyword."""
+    """Settings of a run with a teacher of `dimensions`, or a guide in its place, changed by keyword."""
 
-    def make(dimensions: int = 32, **changes) -> Settings:
+    def make(dimensions: int = 32, guided: bool = False, **changes) -> Settings:
         file = write_teacher(tmp_path / f"{dimensions}.safetensors", dimensions)
         values = {"model": small, "data": [str(write_rows(ROWS, "rows.jsonl"))], "batch_size": 8, "steps": 3}
-        values |= {"eval_tasks": [], "lora_rank": 2, "output": str(tmp_path / "run"), "teacher_vectors": file}
-        return Settings(**values | {"loss": "distill_vectors", "save_steps": 0} | changes)
+        values |= {"eval_tasks": [], "lora_rank": 2, "output": str(tmp_path / "run"), "save_steps": 0}
+        values |= {"guide": file} if guided else {"teacher_vectors": file, "loss": "distill_vectors"}
+        return Settings(**values | changes)
 
     return make
 
@@ -59,7 +61,7 @@ def test_loss_and_gradient_are_the_same_for_1_4_and_16_micro_batches(settings, c
     for parts in (1, 4, 16):
         cache.accumulation = parts
         result = cache(batch, seed=0)
-        assert result.micro_batches >= parts and ("projection" in result.grads) == ("dimensions" in changes)
+        assert result.micro_batches >= parts and ("projection" in result.grads) == ("teacher_projection" in changes)
         results.append((result.loss.item(), flat(result.grads)))
     for loss, grads in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
@@ -151,11 +153,15 @@ def test_texts_without_a_vector_are_counted_and_the_first_is_named_by_its_place(
         run.prepare(made)
 
 
-def test_a_file_that_is_not_there_is_named_with_the_command_that_writes_it(settings, tmp_path):
-    with pytest.raises(
-        UserError, match="--teacher-vectors .*/no.safetensors: no such file; python mine.py score --vec"
-    ):
-        run.prepare(settings(teacher_vectors=str(tmp_path / "no.safetensors")))
+@pytest.mark.parametrize(("name", "flags"), [
+    ("no.safetensors", "--model MODEL --data .*rows.jsonl --output no.safetensors"),
+    ("org/model", "--model org/model --data .*rows.jsonl --output vectors.safetensors"),
+])  # fmt: skip
+def test_a_file_that_is_not_there_is_named_with_the_command_that_writes_it(settings, name, flags):
+    """A model's name in its place is the one whose vectors are meant."""
+    command = f"python mine.py score --vectors {flags} writes one"
+    with pytest.raises(UserError, match=f"--teacher-vectors {name}: no such file; {command}"):
+        other_vectors.open_vectors(settings(teacher_vectors=name), [], 32)
 
 
 def test_validation_rows_need_vectors_as_well(settings, tmp_path):
@@ -187,9 +193,20 @@ def test_only_vectors_of_texts_have_a_teacher_s(settings):
         run.prepare(settings(task="late"))
 
 
-def test_the_projection_is_a_linear_layer_with_a_bias(settings):
-    projection = run.prepare(settings(48, teacher_projection=True)).trainer.model.projection
+def test_the_projection_is_a_linear_layer_beside_the_model(settings):
+    projected, plain = run.prepare(settings(48, teacher_projection=True)), run.prepare(settings())
+    projection = projected.trainer.model.projection
     assert isinstance(projection, nn.Linear) and projection.bias.shape == (48,)
+    lines, others = dict(projected.headline), dict(plain.headline)
+    assert lines["model"] == others["model"] and lines["trained"] == _more(others["trained"], 48 * 33)
+    assert lines["teacher"].endswith(
+        "48 vectors of 48 dimensions by random, through a projection that is trained with the model"
+    )
+
+
+def _more(line: str, count: int) -> str:
+    number, _, rest = line.partition(" ")
+    return f"{int(number.replace(',', '')) + count:,} {rest} and the projection"
 
 
 # --- sources with settings of their own ---
@@ -267,3 +284,56 @@ def test_scored_pairs_with_a_teacher_s_vectors_beside(settings, write_rows, loss
         mx.array(teacher.of(batch.keys)), axis=1
     )
     assert losses[1] == pytest.approx(losses[0] + 2 * (1 - cosines.mean().item()), rel=1e-4)
+
+
+# --- a guide ---
+
+
+@pytest.mark.parametrize("task", ["embed", "late"])
+def test_a_guide_masks_the_negatives_of_a_batch(settings, tmp_path, task):
+    """The loss is that of the scores without the documents that the guide finds nearer than the positive."""
+    trainer = run.prepare(settings(guided=True, task=task)).trainer
+    cache, batch = trainer.grad_cache, trainer.batches.batch(0)
+    representations = cache(batch, 0).representations
+    guide = text_vectors.TextVectors(tmp_path / "32.safetensors").of(batch.keys)
+    guide /= np.linalg.norm(guide, axis=1, keepdims=True)
+    similarities = guide[batch.query] @ guide[batch.queries :].T
+    kept = similarities <= similarities[np.arange(8), batch.document][:, None] + 1e-6
+    assert kept.sum() < kept.size
+    queries, documents = representations[: batch.queries], representations[batch.queries :]
+    scores = queries @ documents.T if task == "embed" else maxsim.reduce(
+        maxsim.token_max(queries, documents)[0], maxsim.counted(queries), "mean"
+    )  # fmt: skip
+    logits = np.where(kept, np.array(scores)[batch.query] / 0.05, -np.inf)
+    expected = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(8), batch.document]
+    assert cache.loss(batch) == pytest.approx(expected.mean(), rel=1e-4)
+
+
+def test_texts_that_a_guide_does_not_know_are_counted(settings):
+    made = settings(guided=True)
+    write_teacher(Path(made.guide), 32, ROWS[:-2])
+    with pytest.raises(UserError, match=r"--guide .*: no vector of 4 texts, .*rows.jsonl:23; python mine.py score --v"):
+        run.prepare(made)
+
+
+def test_a_guide_is_for_the_sources_with_info_nce(sources):
+    """The others have no loss that it could act on; if all are such, it is refused."""
+    made = sources({}, {"loss": "nt_xent"}, guided=True, guide_margin=0.1)
+    first, second = run.prepare(made).trainer.grad_cache.objective.objectives
+    assert first.settings.guide == made.guide and (second.settings.guide, second.settings.guide_margin) == (None, 0)
+    with pytest.raises(UserError, match="--guide .*: is for info_nce, which no source has"):
+        sources({"loss": "nt_xent"}, {"loss": "nt_xent"}, guided=True)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_guide_resumes_exactly_and_notices_another_one(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(reporting, "draw_curves", lambda *_: None)
+    folders = {name: str(tmp_path / name) for name in ("whole", "broken")}
+    train.train(settings(guided=True, output=folders["whole"]))
+    train.train(settings(guided=True, output=folders["broken"], stop_after=1))
+    train.train(train.resumed_settings({"output": folders["broken"], "resume": True}))
+    whole, broken = (Path(folder) / "final" / "adapters.safetensors" for folder in folders.values())
+    assert whole.read_bytes() == broken.read_bytes()
+    write_teacher(tmp_path / "32.safetensors", 32, ROWS[::-1])
+    with pytest.raises(UserError, match="guide's vectors: .*32.safetensors"):
+        train.train(train.resumed_settings({"output": folders["broken"], "resume": True, "steps": 5}))

@@ -14,12 +14,14 @@ from mlx_retrieval.backend import mx, nn
 
 import numpy as np
 import pytest
+from gist import guided_loss
 from mlx.utils import tree_flatten
 from simulated_ranks import on_ranks
 
 import loss
 from data_loader import make_batch
 from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.text_keys import vector_key
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.heads import EmbeddingHead, LateHead, RetrievalModel, ScoreHead
 from mlx_retrieval.models.pair_tokenizers import Sequences
@@ -28,7 +30,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.gradient_cache import GradientCache, StepResult
 from mlx_retrieval.training.objectives import BySource, make_objective
-from mlx_retrieval.training.other_vectors import NO_VECTORS, OtherVectors
+from mlx_retrieval.training.other_vectors import OtherVectors
 from mlx_retrieval.training.rerank_batches import GroupMaker
 
 SIZE = 12  # examples of a batch
@@ -94,7 +96,7 @@ def step(
     settings = Settings(task=task, **changes)
     config = RetrievalConfig(task=task, reranker="cross-encoder" if task == "rerank" else "")
     resolve_defaults(settings, 1_000, config.reranker)
-    vectors = OtherVectors(TEACHER, model.projection) if "projection" in model else NO_VECTORS
+    vectors = OtherVectors(TEACHER, getattr(model, "projection", None), TEACHER)
     objective = make_objective(settings, config, Letters(), SimpleNamespace(has_scores=True), vectors)
     numbers = range(len(examples))
     if task == "rerank":
@@ -109,7 +111,7 @@ def step(
 
 
 class Teacher:
-    """Vectors of a teacher that is wider than the model."""
+    """Vectors of a teacher that is wider than the model, or of a guide."""
 
     def of(self, keys: np.ndarray) -> np.ndarray:
         return np.stack([np.random.default_rng(abs(int(key))).normal(size=WIDTH + 3) for key in keys]).astype(
@@ -142,8 +144,8 @@ def check_all_alike(compute) -> None:
 
 FOUR = {"directions": list(loss.DIRECTIONS)}
 VECTORS = [
-    {}, FOUR | {"mask_above": 0.05}, FOUR | {"denominator": "each"}, {"hardness": 5.0, "hardness_of": "all"},
-    {"spread_weight": 0.5}, {"binary_weight": 1.0},
+    {}, FOUR | {"mask_above": 0.05}, FOUR | {"guide": "a file"}, FOUR | {"denominator": "each"},
+    {"hardness": 5.0, "hardness_of": "all"}, {"spread_weight": 0.5}, {"binary_weight": 1.0},
 ]  # fmt: skip
 MORE = [
     *({"loss": name} for name in loss.CONTRASTIVE), {"positive_aware": "perc"}, {"margin_weight": 0.5}, FOUR,
@@ -217,6 +219,12 @@ def peers(torch, losses) -> list[tuple[dict, list[Example], object]]:
     def harder(mode):
         return ranking(None, hardness_mode=mode, hardness_strength=5.0)
 
+    def guided(columns, labels):
+        texts = zip(*([e.query, e.positive, *e.negatives] for e in plain), strict=True)
+        keys = [[vector_key(text, "document" if n else "query") for text in column] for n, column in enumerate(texts)]
+        guide = [torch.tensor(TEACHER.of(column)) for column in keys]
+        return guided_loss(("query-document", "query-query"), 0.05, 0.1)(columns, guide)
+
     def of(reference):
         return lambda columns, labels: reference.compute_loss_from_embeddings(columns, labels)
 
@@ -231,6 +239,7 @@ def peers(torch, losses) -> list[tuple[dict, list[Example], object]]:
         ({"loss": "symmetric_info_nce"}, plain, of(losses.MultipleNegativesSymmetricRankingLoss(None))),
         (FOUR, plain, of(ranking(None, directions=all_four, partition_mode="joint"))),
         *(({"hardness": 5.0, "hardness_of": kind}, plain, of(harder(modes[kind]))) for kind in loss.HARDNESS_OF),
+        ({"guide": "a file", "guide_margin": 0.1, "directions": list(loss.DIRECTIONS[:2])}, plain, guided),
         ({"spread_weight": 0.5}, plain, spread),
         ({"loss": "kl_distill", "temperature": 1.0}, plain, of(losses.DistillKLDivLoss(None))),
         ({"loss": "margin_mse", "temperature": 1.0}, JUDGED, of(losses.MarginMSELoss(None))),
