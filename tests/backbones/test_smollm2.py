@@ -16,13 +16,15 @@ import gguf
 import numpy as np
 import pytest
 from backbone_checks import assert_close, rows_of
+from huggingface_hub import constants
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import fetch_smollm2  # noqa: E402  (tools/ has to be on the path first)
 from fetch_smollm2 import DEQUANTISED, FILE  # noqa: E402
 
-from mlx_retrieval.backbones import load_backbone, resolve  # noqa: E402
+from mlx_retrieval import backend  # noqa: E402
+from mlx_retrieval.backbones import load_backbone, lora, resolve  # noqa: E402
 from mlx_retrieval.models.tokenizer import load_tokenizer  # noqa: E402
 
 BLOCKS = 3
@@ -53,9 +55,13 @@ def test_states_are_those_of_transformers(smollm2, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_dequantised_folder_computes_the_same(smollm2):
+def test_the_dequantised_folder_computes_the_same(smollm2, monkeypatch, tmp_path):
+    """As the quantised weights do that GPUs get."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(backend, "IS_GPU", True)
     ids, lengths = mx.array([[7, 800, 9_000, 49_000]]), mx.array([4])
     backbones = [load_backbone(resolve(str(each)), dtype="float32") for each in (smollm2, smollm2 / DEQUANTISED)]
+    assert [lora.is_quantised(backbone) for backbone in backbones] == [True, False]
     assert_close(*(rows_of(backbone, ids, lengths) for backbone in backbones), 1e-3)
 
 
@@ -116,7 +122,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch, capsys)
 
 def test_the_wheel_becomes_a_gguf_and_its_dequantised_folder(tmp_path, monkeypatch, capsys):
     import gguf_files
-    from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     file = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_1")

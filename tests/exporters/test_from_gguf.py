@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 import export
 import train
+from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference.embedder import load
 
@@ -42,8 +43,9 @@ def test_an_embedding_model_from_a_gguf(tmp_path, rows, monkeypatch, capsys):
     np.testing.assert_allclose(SentenceTransformer("exported").encode(texts), vectors, rtol=0, atol=1e-4)
 
 
-def test_a_chat_model_from_a_gguf(tmp_path, write_rows, capsys):
-    """mlx-lm's commands, which the run prints, get the folder that the file was converted to."""
+def test_a_chat_model_from_a_gguf(tmp_path, write_rows, capsys, monkeypatch):
+    """Quantised, as on GPUs. mlx-lm's commands, which the run prints, get the folder that the file was converted to."""
+    monkeypatch.setattr(backend, "IS_GPU", True)
     from mlx_lm.utils import load as load_in_mlx_lm
 
     path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_0")

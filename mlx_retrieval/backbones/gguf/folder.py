@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from mlx_retrieval import backend
 from mlx_retrieval.backbones.gguf import settings, tensors, tokenizer
 from mlx_retrieval.backbones.gguf.reading import Gguf
 from mlx_retrieval.backbones.hub import save_tensors
@@ -45,7 +46,7 @@ def folder_of(path: Path) -> Path:
         return folder
     with locks.waiting(folder.parent / f".{folder.name}.lock"):  # the ranks of a run open it at the same time
         if not is_current(folder, path):
-            convert(path, folder)
+            convert(path, folder, backend.IS_GPU)
             size = sum(file.stat().st_size for file in folder.iterdir())
             print(f"{path}: converted once, into {folder} ({size / 1e6:,.1f} MB)", file=sys.stderr)
     return folder
@@ -60,19 +61,25 @@ def is_current(folder: Path, path: Path) -> bool:
 
 
 def _describe(path: Path) -> dict:
+    """Return what a conversion depends on: a cache that two machines share may hold that of the other."""
     state = path.stat()
-    return {"file": writable(str(path)), "size": state.st_size, "mtime_ns": state.st_mtime_ns, "version": VERSION}
+    file = {"file": writable(str(path)), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    return file | {"quantised": backend.IS_GPU, "version": VERSION}
 
 
-def convert(path: Path, folder: Path) -> None:
-    """Write a GGUF as a model's folder. UserError if it cannot be converted; then nothing is written."""
+def convert(path: Path, folder: Path, quantised: bool) -> None:
+    """Write a GGUF as a model's folder. UserError if it cannot be converted; then nothing is written.
+
+    Args:
+        quantised: whether quantised weights stay so.
+    """
 
     def fill(new: Path) -> None:
         source = _describe(path)  # before it is read: a file that changes meanwhile is converted again
         file = Gguf(path)
         config = settings.config_of(file)
         tokenizer.write(file, new)
-        weights, changes = tensors.weights_of(file, config)
+        weights, changes = tensors.weights_of(file, config, quantised)
         save_tensors(new / "model.safetensors", weights)
         contents: dict[str, object] = {"config.json": config | changes, SOURCE: source}
         if pooling := settings.pooling_of(file):  # in the form in which other embedding models say it

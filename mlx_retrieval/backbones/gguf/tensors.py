@@ -1,14 +1,15 @@
 """The tensors of a GGUF as weights under transformers' names, in the forms that mlx computes with.
 
-Quantised ones stay quantised, in the same number of bits: a 4-bit model fits into the memory for which it was chosen,
-and LoRA trains on it. llama.cpp's Q4_0, Q4_1 and Q8_0 give 32 neighbours one scale, and Q4_1 one least value. That is
-mlx's affine form in groups of 32, so no number changes:
+On GPUs, quantised ones stay quantised, in the same number of bits: a 4-bit model fits into the memory for which it was
+chosen, and LoRA trains on it. On CPUs they become float32: with quantised weights mlx computes about twenty times more
+slowly there, and a hundred times in training. llama.cpp's Q4_0, Q4_1 and Q8_0 give 32 neighbours one scale, and Q4_1
+one least value. That is mlx's affine form in groups of 32, so no number changes:
 
     Q4_0   scale * (code - 8)       codes 0 to 15           bias = -8 * scale
     Q4_1   scale * code + least     codes 0 to 15           bias = least
     Q8_0   scale * code             codes -128 to 127       code + 128 is kept, bias = -128 * scale
 
-Vocabularies in Q6_K, which mlx has no form for, are dequantised to float16.
+Vocabularies in Q6_K, which mlx has no form for, are dequantised to float16 beside quantised weights.
 """
 
 from collections.abc import Iterator
@@ -67,20 +68,21 @@ def layout(architecture: str, config: dict) -> Layout:
     return blocks | {"output_norm.weight": ("model.norm.weight", (width,))}
 
 
-def weights_of(file: Gguf, config: dict) -> tuple[dict[str, mx.array], dict[str, Any]]:
+def weights_of(file: Gguf, config: dict, quantised: bool) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Return the weights of a GGUF, and the settings that follow from them: `dtype`, `vocab_size`, `quantization`.
 
     Args:
         config: see `settings.config_of`.
+        quantised: whether quantised weights stay so.
 
     Raises UserError that names the tensors that are missing, unknown or of another shape.
     """
     names = _checked(file, layout(file.architecture, config))
-    dtype = _dtype(file)
+    dtype = _dtype(file, quantised)
     weights: dict[str, mx.array] = {}
     bits: dict[str, int] = {}
     for tensor, name in names.items():
-        parts = _parts(file.tensors[tensor])
+        parts = _parts(file.tensors[tensor], quantised)
         if file.architecture == "llama" and tensor.endswith(("attn_q.weight", "attn_k.weight")):
             heads = config[f"num_{'attention' if 'attn_q' in tensor else 'key_value'}_heads"]
             parts = {part: _halves(value, heads) for part, value in parts.items()}
@@ -128,12 +130,14 @@ def _checked(file: Gguf, expected: Layout) -> dict[str, str]:
     return {name: expected[name][0] for name in shapes}
 
 
-def _dtype(file: Gguf) -> mx.Dtype:
-    """Return the dtype to compute in on GPUs: that of the file's matrices, float16 where they are quantised.
+def _dtype(file: Gguf, quantised: bool) -> mx.Dtype:
+    """Return the dtype to compute in on GPUs: that of the file's matrices, float16 where they stay quantised.
 
     Gemma 3's states are too large for float16, so its numbers of that dtype become float32.
     """
     types = {tensor.tensor_type.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    if not quantised and types & {"Q6_K", *BITS}:
+        return mx.float32
     if "BF16" in types:
         return mx.bfloat16
     return mx.float32 if types == {"F32"} or file.architecture == "gemma3" else mx.float16
@@ -163,16 +167,17 @@ def _halves(value: mx.array, heads: int) -> mx.array:
     return mx.contiguous(mx.swapaxes(pairs, 1, 2).reshape(value.shape))
 
 
-def _parts(tensor: Any) -> dict[str, mx.array]:
-    """Return a tensor as `weight`, and if it is quantised (R, N) with its `scales` and `biases` (R, N / 32).
+def _parts(tensor: Any, quantised: bool) -> dict[str, mx.array]:
+    """Return a tensor as `weight`, and if it is and stays quantised (R, N) with its `scales` and `biases` (R, N / 32).
 
     The codes of a quantised one are packed into uint32, the first in the lowest bits.
     """
     kind, data = tensor.tensor_type.name, tensor.data
     if kind == "BF16":
         return {"weight": mx.array(data.view(np.uint16)).view(mx.bfloat16)}
-    if kind == "Q6_K":
-        return {"weight": mx.concatenate([_dequantised(rows, tensor.tensor_type) for rows in _slices(data)])}
+    if kind == "Q6_K" or (kind in BITS and not quantised):
+        dtype = np.float16 if quantised else np.float32
+        return {"weight": mx.concatenate([_dequantised(rows, tensor.tensor_type, dtype) for rows in _slices(data)])}
     if kind not in BITS:
         return {"weight": mx.array(data)}
     rows, columns = data.shape[0], int(tensor.shape[0])
@@ -195,8 +200,8 @@ def _slices(data: np.ndarray) -> Iterator[np.ndarray]:
     return (data[i : i + SLICE] for i in range(0, len(data), SLICE))
 
 
-def _dequantised(rows: np.ndarray, kind: Any) -> mx.array:
-    """Return rows of blocks as float16 numbers, by llama.cpp's own package."""
+def _dequantised(rows: np.ndarray, kind: Any, dtype: type) -> mx.array:
+    """Return rows of blocks as numbers, by llama.cpp's own package."""
     from gguf import dequantize
 
-    return mx.array(dequantize(rows, kind).astype(np.float16))
+    return mx.array(dequantize(rows, kind).astype(dtype))
