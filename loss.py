@@ -15,6 +15,7 @@ relevant to which queries: those never count as negatives.
     kl_distill, margin_mse      a teacher's scores
     distill_vectors             a teacher's vectors, also beside another loss
     yes_no, bce                 rerankers, labels from 0 to 1
+    list_bce                    rerankers, the same and list_softmax together: the default of cross-encoders
     reranker_info_nce           rerankers, a positive against its negatives and other rows' documents
     list_softmax, ranknet       rerankers, several documents a query: shares of relevance; any order
     lambda_loss, list_mle       rerankers, graded documents: those at the top count most; a whole order
@@ -29,7 +30,7 @@ negatives, Zhang et al. 2025 (Qwen3-Embedding, arXiv 2506.05176), and by a guide
 2509.20354); vectors spread out, Zhang et al. 2017 (arXiv 1708.06320); bits, Bengio et al. 2013 (arXiv 1308.3432),
 Hubara et al. 2016 (arXiv 1602.02830); CoSENT, Huang et al. 2024 (doi 10.1109/TASLP.2024.3402087); AnglE, Li and Li 2023
 (arXiv 2309.12871); Matryoshka, Kusupati et al. 2022 (arXiv 2205.13147); distillation, Hinton et al. 2015 (arXiv
-1503.02531).
+1503.02531); labels and lists together, the multi-objective that Bai et al. 2023 compare with (arXiv 2211.01494).
 """
 
 import math
@@ -277,6 +278,17 @@ def list_softmax(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array
     log_share = scores - mx.logsumexp(mx.where(real, scores, -mx.inf), axis=1, keepdims=True)
     losses = -mx.where(labels > 0, labels * log_share, 0.0).sum(axis=1) / mx.maximum(total, 1e-12)
     return _over_groups(losses, total > 0)
+
+
+def list_bce(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
+    """The sum of `binary_cross_entropy` and `list_softmax`: probabilities, and in the right order.
+
+    Arguments and result as of `binary_cross_entropy`. Groups of a single document have the first part alone.
+
+    When to use: rerankers whose scores are to be probabilities, and rows with negatives: by each label for itself a
+    model learns how relevant documents are, but only slowly which of a query's documents is the better one.
+    """
+    return binary_cross_entropy(scores, labels, real) + list_softmax(scores, labels, real)
 
 
 def reranker_info_nce(
@@ -661,6 +673,7 @@ HARDNESS_OF = ("hard", "in-batch", "all")
 GROUPS = {  # functions of scores, labels and real documents, each (G, K)
     "yes_no": binary_cross_entropy,
     "bce": binary_cross_entropy,
+    "list_bce": list_bce,
     "list_softmax": list_softmax,
     "ranknet": ranknet,
     "lambda_loss": lambda_loss,

@@ -1,7 +1,7 @@
 """A cross-encoder from real weights on real data, against sentence-transformers: all-MiniLM-L6-v2 on MedQuAD.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/rerank_medquad.py --data ../shared/data/medquad --keep runs        # 60 minutes on 2 cores
+    python benchmarks/rerank_medquad.py --data ../shared/data/medquad --keep runs       # 100 minutes on 2 cores
     python benchmarks/rerank_medquad.py --data ../shared/data/medquad --split dev --only ours --steps 100 --seeds 1
 
 Rows get 4 negatives each, drawn from the first 50 that BM25 finds among the training documents: with its first four,
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of query and document together")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--loss", nargs="+", default=["bce"], help="of ours, a run a seed for each")
+    parser.add_argument("--loss", nargs="+", default=["list_bce"], help="of ours, a run a seed for each")
     parser.add_argument("--ours", default="", metavar="FLAGS", help="further flags of train.py")
     parser.add_argument("--peer-loss", nargs="+", default=[PAIRWISE], help="of the peer, a run a seed for each")
     parser.add_argument("--only", choices=("ours", "peer"))

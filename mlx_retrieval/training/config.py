@@ -188,7 +188,7 @@ class Settings:
         None,
         "loss function; kl_distill (short: kl) and margin_mse learn from a teacher's scores, distill_vectors from its "
         "vectors; cosent, angle and cosine_mse from pairs with a score of their similarity (default: info_nce; "
-        "rerankers: yes_no for qwen3, bce for cross-encoder, list_softmax for listwise)",
+        "rerankers: yes_no for qwen3, list_bce for cross-encoder, list_softmax for listwise)",
         choices=(*LOSSES, "kl"),
         tasks=RETRIEVAL,
     )

@@ -10,7 +10,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.settings_checks import TEMPERATURE
 
 # The default loss of each kind of reranker.
-RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "bce", "listwise": "list_softmax"}
+RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "list_bce", "listwise": "list_softmax"}
 
 # Default learning rates, of models with less than SMALL parameters and of larger ones; lora: of any low-rank update.
 SMALL = 10_000_000

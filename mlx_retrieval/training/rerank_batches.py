@@ -19,6 +19,7 @@ from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.utils.errors import Place, SettingError
 
+BY_LABEL = ("yes_no", "bce", "list_bce")  # losses that take labels from 0 to 1, and documents by themselves
 HIGHEST_GRADE = 30  # of `loss.lambda_loss`, whose gains are 2^grade - 1
 
 
@@ -129,7 +130,7 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
             "{random_negatives} 4 takes other rows' documents",
             where=where,
         )
-    if single and loss not in ("yes_no", "bce"):
+    if single and loss not in BY_LABEL:
         raise SettingError(
             "{loss} {name} compares the documents of a group, and the rows of {where} are single pairs",
             name=loss,
@@ -147,7 +148,7 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
             name=loss,
             where=where,
         )
-    if loss in ("yes_no", "bce") and not 0 <= low <= high <= 1:
+    if loss in BY_LABEL and not 0 <= low <= high <= 1:
         raise SettingError(
             "{loss} {name} takes labels from 0 to 1, and the scores in {where} go from {low:g} to {high:g}: "
             "ranknet, list_mle, margin_mse and kl_distill take any",

@@ -53,7 +53,7 @@ def test_the_loss_with_what_acts_on_it():
     beside = lines_of(loss="nt_xent", distill_weight=0.5, distill_metric="mse", **teacher)[0][1]
     assert beside.endswith("plus 0.5 x distill_vectors, squared error to the teacher's vectors")
     reranker = SimpleNamespace(reranker="cross-encoder", dimensions=1)
-    text = "bce, temperature 1 (defaults of a cross-encoder reranker), 4 random negatives a query"
+    text = "list_bce, temperature 1 (defaults of a cross-encoder reranker), 4 random negatives a query"
     assert lines_of(reranker, random_negatives=4) == [("loss", text)]
 
 

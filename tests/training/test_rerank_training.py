@@ -50,6 +50,8 @@ def scored():
 
 def reference(name: str, scores, labels, real) -> torch.Tensor:
     """Each loss as its paper has it, group by group."""
+    if name == "list_bce":
+        return sum(reference(part, scores, labels, real) for part in ("binary_cross_entropy", "list_softmax"))
     total, count = 0.0, 0
     for row, judged, here in zip(scores, torch.tensor(labels), torch.tensor(real), strict=True):
         s, y = row[here], judged[here]
@@ -242,6 +244,14 @@ def test_pairs_at_the_top_weigh_more_in_lambda_loss():
     bottom = loss.lambda_loss(mx.array([[4.0, 3.0, 1.0, 2.0]]), labels, real).item()
     right = loss.lambda_loss(mx.array([[4.0, 3.0, 2.0, 1.0]]), labels, real).item()
     assert top > bottom > right
+
+
+def test_documents_by_themselves_have_no_list():
+    """So that labelled pairs are learnt by the cross-encoders' default loss as they are by `bce`."""
+    pairs = mx.array([[2.0], [-1.0], [0.5]]), mx.array([[1.0], [0.0], [0.5]]), mx.array([[True]] * 3)
+    (value, grads), (expected, wanted) = (mx.value_and_grad(loss.GROUPS[name])(*pairs) for name in ("list_bce", "bce"))
+    assert value.item() == expected.item()
+    np.testing.assert_array_equal(grads, wanted)
 
 
 def test_groups_with_nothing_to_compare_cost_nothing():
@@ -537,6 +547,7 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
         ({"loss": "ranknet"}, [{"query": "q", "document": "d", "label": 1}] * 8, "single pairs"),
         ({"loss": "margin_mse"}, None, "needs scores"),
         ({"loss": "bce"}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "labels from 0 to 1"),
+        ({}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "list_bce takes labels from 0"),
         ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [0, 0]}] * 8, "no positive"),
         ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [1, -1]}] * 8, "from 0 on"),
         ({"loss": "lambda_loss"}, [{"query": "q", "documents": ["a", "b"], "scores": [1, -1]}] * 8, "from 0 on"),
