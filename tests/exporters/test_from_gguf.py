@@ -4,6 +4,9 @@ python -m pytest tests/exporters/test_from_gguf.py
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf_files
@@ -17,6 +20,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference.embedder import load
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slow
 
 
@@ -41,6 +45,19 @@ def test_an_embedding_model_from_a_gguf(tmp_path, rows, monkeypatch, capsys):
     from sentence_transformers import SentenceTransformer
 
     np.testing.assert_allclose(SentenceTransformer("exported").encode(texts), vectors, rtol=0, atol=1e-4)
+
+
+def test_a_command_opens_a_gguf_in_a_process_of_its_own(tmp_path):
+    """Regression: commands hide torch, without which transformers reads no GGUF; here, tests have imported it."""
+    path = gguf_files.write(tmp_path / "m.gguf", "gemma3", "Q4_0")
+    (tmp_path / "docs.txt").write_text("a kidney stone\nthe cat\n")
+    files = ("--input", str(tmp_path / "docs.txt"), "--output", str(tmp_path / "vectors.npy"))
+    environment = os.environ | {"HF_ASSETS_CACHE": str(tmp_path / "assets")}
+    command = (sys.executable, str(ROOT / "embed.py"), "--model", str(path), *files)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "m.gguf: converted once, into " in done.stderr and "transformers" not in done.stderr
+    assert np.load(tmp_path / "vectors.npy").shape == (2, 64)
 
 
 def test_a_chat_model_from_a_gguf(tmp_path, write_rows, capsys, monkeypatch):

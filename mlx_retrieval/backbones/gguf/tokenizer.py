@@ -5,9 +5,11 @@ from pathlib import Path
 
 from mlx_retrieval.backbones.gguf.reading import Gguf
 from mlx_retrieval.utils.hf_logging import quiet_transformers
+from mlx_retrieval.utils.imports import reveal
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 GENERIC = "PreTrainedTokenizerFast"  # the class that uses tokenizer.json unchanged
+NOISE = ("is_local", "local_files_only")  # arguments of transformers' reading, which it saves as settings
 KINDS = ("llama", "gpt2")  # pieces of SentencePiece, and bytes; tokenizer.ggml.model
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 DIGITS = ("smollm",)
@@ -37,6 +39,7 @@ def write(file: Gguf, folder: Path) -> None:
 
 def _convert(file: Gguf, folder: Path) -> None:
     """Let transformers write the tokenizer of a GGUF. UserError if it cannot."""
+    reveal("torch")  # which commands hide, and without which transformers reads no GGUF, not even its vocabulary
     from transformers import PreTrainedTokenizerFast
 
     link = folder / "model.gguf"  # alone in its folder: transformers would also read what is beside the file
@@ -53,5 +56,5 @@ def _convert(file: Gguf, folder: Path) -> None:
         reason = str(error).partition("\n")[0]
         raise file.refusal(f"its tokenizer cannot be read ({type(error).__name__}: {reason})") from error
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = GENERIC
+    settings = {key: value for key, value in settings.items() if key not in NOISE} | {"tokenizer_class": GENERIC}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
