@@ -4,12 +4,13 @@
     python benchmarks/variants.py --data ../shared/data/medquad --work FOLDER         # 90 minutes on 2 cores
     python benchmarks/variants.py --work FOLDER --parts bits
 
-all-MiniLM-L6-v2 with LoRA on MedQuAD, 24 steps of 64 pairs, texts cut at 128 tokens in training and tests; a seed
-changes the order of rows. Parts:
+all-MiniLM-L6-v2 with LoRA on MedQuAD, 24 steps of 64 pairs, `--similar-rows 4`, texts cut at 128 tokens in training and
+tests; a seed changes the order of rows. Parts:
 
-    merged   with the base model by `export.py --merge-with-base auto` under two guards (the share that is found with
-             the first seed serves all), on MedQuAD, on the guards, and on two sets that the run knows nothing of
-    bits     the vectors as bits (both sides, Hamming distance), of the plain model and of one trained for it
+    merged   trained plainly; with 24 steps more of the toolkit's texts and code, held in place by `distill_vectors`; and
+             that merged with the base model by `export.py --merge-with-base auto` under two guards (the share that is
+             found with the first seed serves all): on MedQuAD, on the guards, on two sets that no run knows
+    bits     documents as bits, queries as bits or float32, of the plain model and of one trained for it
     student  three of the tuned model's six layers, trained by its vectors; their speed by turns with the teacher
     sources  MedQuAD and code pairs together, each batch of one source or of both, against each alone
 
@@ -39,9 +40,11 @@ from mlx_retrieval.utils.console import print_rows
 backend.prepare()  # as commands do
 
 LENGTH, BATCH, STEPS = 128, 64, 24
+FLOAT_QUERIES = "bits, float32 queries"
 PARTS = ("merged", "bits", "student", "sources")
 QUERIES = 300  # of a set of code
 BITS = "--binary-weight 1"
+HELD = 20  # weight of the texts that are held in place
 STUDENT = "--train-type full --learning-rate 2e-4 --steps 150"
 
 
@@ -53,11 +56,11 @@ class Workshop:
         self.base = minilm()
 
     def run(self, command: str, name: str, *flags: object) -> Path:
-        """Return the folder that a command of the toolkit writes as `name`; its screen is in `name`.log."""
+        """Return the folder or file that a command of the toolkit writes as `name`; its screen is in `name`.log."""
         target = self.folder / name
         if not target.exists():
             with open(self.folder / f"{name}.log", "w", encoding="utf-8") as screen:
-                draft = self.folder / f"{name}.new"
+                draft = self.folder / f"new-{name}"
                 line = [sys.executable, ROOT / command, *flags, "--output", draft, "--overwrite"]
                 began = time.perf_counter()
                 subprocess.run(list(map(str, line)), check=True, stdout=screen, stderr=screen)
@@ -67,18 +70,30 @@ class Workshop:
 
     def train(self, name: str, seed: int, *flags: object, steps: int = STEPS) -> Path:
         """Return the final model of a run; "{name}-{seed}" is its folder."""
-        always = ["--max-length", LENGTH, "--batch-size", BATCH, "--save-steps", 0, "--seed", seed]
+        always = ["--max-length", LENGTH, "--batch-size", BATCH, "--save-steps", 0, "--seed", seed, "--similar-rows", 4]
         flags = (*(() if "--model" in flags else ("--model", self.base)), *flags)
         flags = (*(() if "--steps" in flags else ("--steps", steps)), *flags)
         flags = (*(() if "--eval-tasks" in flags else ("--eval-tasks",)), *flags)
         return self.run("train.py", f"{name}-{seed}", *always, *flags) / "final"
 
     def medquad(self, seed: int) -> Path:
-        """Return the plain model, trained on MedQuAD alone, with the guards that only `export.py` obeys."""
-        rows, dev = self.data / "train.jsonl", self.data / "dev"
+        """Return the plain model, trained on MedQuAD alone."""
+        return self.train("plain", seed, "--data", self.data / "train.jsonl")
+
+    def held(self, seed: int) -> Path:
+        """Return the model of a run that holds other texts in place meanwhile."""
+        import yaml
+
         guards = [self.code("stdlib"), self.eval_data()]
-        judged = ["--eval-tasks", dev, "--guard", *guards, "--eval-steps", STEPS]
-        return self.train("plain", seed, "--data", rows, *judged)
+        others = [ROOT / "train-data.jsonl", self.code_pairs]
+        flags = ["--teacher", self.base, "--max-length", LENGTH, "--data", *others]
+        vectors = self.run("mine.py", "held.safetensors", "score", "--vectors", *flags)
+        first = {"data": str(self.data / "train.jsonl"), "weight": 1}
+        second = {"data": list(map(str, others)), "weight": 1, "loss": "distill_vectors", "distill_weight": HELD}
+        settings = self.folder / "held.yaml"
+        settings.write_text(yaml.safe_dump({"sources": [first, second], "teacher_vectors": str(vectors)}))
+        judged = ["--eval-tasks", self.data / "dev", "--guard", *guards, "--eval-steps", 2 * STEPS]
+        return self.train("held", seed, "--config", settings, *judged, steps=2 * STEPS)
 
     def code(self, library: str) -> Path:
         """Return a BEIR folder of a library's functions; those of the standard library are not in `code_pairs`."""
@@ -107,21 +122,23 @@ class Workshop:
     def eval_data(self) -> Path:
         return ROOT / "eval-data"
 
-    def scores(self, model: str | Path, task: Path, bits: bool = False) -> Evaluation:
-        """Return the evaluation of a model on a BEIR folder."""
+    def scores(self, model: str | Path, task: Path, stored: str = "float32") -> Evaluation:
+        """Return the evaluation of a model on a BEIR folder. `stored`: float32, bits, or bits with float32 queries."""
         name = str(model).removeprefix(str(self.folder)).strip("/").replace("/", "-")
         name = "base" if model == self.base else name
-        return kept(str(self.folder / "scores"), f"{name}-{task.name}", repr(bits), partial(_score, model, task, bits))
+        return kept(str(self.folder / "scores"), f"{name}-{task.name}", stored, partial(_score, model, task, stored))
 
 
-def _score(model: str | Path, task: Path, bits: bool) -> Evaluation:
+def _score(model: str | Path, task: Path, stored: str) -> Evaluation:
+    from mlx_retrieval.evaluation.results import VectorFormat
     from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats
     from mlx_retrieval.inference.embedder import load
 
     opened = load(str(model), max_length=LENGTH)
-    if not bits:
+    if stored == "float32":
         return evaluate(opened, [str(task)])
-    (evaluation,) = evaluate_formats(opened, [str(task)], [("binary", opened.dimensions)])[1].values()
+    vector_format = VectorFormat("binary", opened.dimensions, stored == FLOAT_QUERIES)
+    (evaluation,) = evaluate_formats(opened, [str(task)], [vector_format])[1].values()
     return evaluation
 
 
@@ -140,35 +157,33 @@ def table(title: str, rows: Sequence[tuple[str, Sequence[Evaluation], Sequence[E
 def merged(shop: Workshop, seeds: range) -> None:
     guards, others = [shop.code("stdlib"), shop.eval_data()], [shop.code("numpy"), shop.code("sklearn")]
     test = shop.data / "test"
-    tuned = [shop.medquad(seed) for seed in seeds]
-    shop.run("export.py", "merged-0", "--adapter", tuned[0], "--merge-with-base", "auto", "--skip-library-check")
+    plain, held = ([train(seed) for seed in seeds] for train in (shop.medquad, shop.held))
+    flags = [("--adapter", model, "--skip-library-check", "--merge-with-base") for model in held]
+    blends = [shop.run("export.py", "merged-0", *flags[0], "auto")]
     share = re.search(r"([01][.][0-9]) chosen", (shop.folder / "merged-0.log").read_text())[1]
-    blends = [shop.folder / "merged-0"]
-    for seed in seeds[1:]:
-        flags = ["--adapter", tuned[seed], "--merge-with-base", share, "--skip-library-check"]
-        blends.append(shop.run("export.py", f"merged-{seed}", *flags))
+    blends += [shop.run("export.py", f"merged-{seed}", *flags[seed], share) for seed in seeds[1:]]
     rows = []
     for task in (test, *guards, *others):
         base = [shop.scores(shop.base, task)]
-        plain, blend = ([shop.scores(model, task) for model in side] for side in (tuned, blends))
         name = "MedQuAD" if task == test else task.name
-        rows.append((f"{name}: tuned, to base", plain, base))
-        rows.append((f"{name}: merged, to base", blend, base))
+        kinds = {"trained": plain, "others held": held, f"and {share} of it": blends}
+        results = {kind: [shop.scores(model, task) for model in models] for kind, models in kinds.items()}
+        rows += [(f"{name}, {kind}, to base", each, base) for kind, each in results.items()]
         if task == test:
-            rows.append((f"{name}: merged, to tuned", blend, plain))
-    table(f"Guarded and merged, {share} of the trained weights", rows)
+            rows += [(f"{name}, {kind}, to trained", results[kind], results["trained"]) for kind in list(kinds)[1:]]
+    table("Trained on MedQuAD, and what becomes of other sets", rows)
 
 
 def bits(shop: Workshop, seeds: range, flags: str) -> None:
-    test = shop.data / "test"
-    rows = ["--data", shop.data / "train.jsonl"]
+    test, rows = shop.data / "test", ["--data", shop.data / "train.jsonl"]
     plain = [shop.medquad(seed) for seed in seeds]
     trained = [shop.train("bits", seed, *rows, *flags.split()) for seed in seeds]
     full = [shop.scores(model, test) for model in plain]
-    lines = [("trained plainly, as bits", [shop.scores(model, test, bits=True) for model in plain], full)]
-    lines += [("trained for bits, as float32", [shop.scores(model, test) for model in trained], full)]
-    lines += [("trained for bits, as bits", [shop.scores(model, test, bits=True) for model in trained], full)]
-    table("As bits, to the plain model's float32", lines)
+    lines = []
+    for name, models in (("trained plainly", plain), ("trained for bits", trained)):
+        for stored in ("float32", "bits", FLOAT_QUERIES):
+            lines.append((f"{name}, {stored}", [shop.scores(model, test, stored) for model in models], full))
+    table("Documents as bits, to the plain model's float32", lines[1:])
 
 
 def student(shop: Workshop, seeds: range, flags: str) -> None:
@@ -177,7 +192,7 @@ def student(shop: Workshop, seeds: range, flags: str) -> None:
     whole = shop.run("export.py", "teacher", "--adapter", teacher, "--skip-library-check")
     cut = ["--keep-layers", 0, 2, 5, "--model", whole, "--skip-library-check"]
     start = shop.run("export.py", "student-start", *cut)
-    vectors = shop.run("mine.py", "vectors", "score", "--vectors", "--teacher", whole, "--data", rows)
+    vectors = shop.run("mine.py", "vectors.safetensors", "score", "--vectors", "--teacher", whole, "--data", rows)
     taught = ["--model", start, "--data", rows, "--loss", "distill_vectors", "--teacher-vectors", vectors]
     students = [shop.train("student", seed, *taught, *flags.split()) for seed in seeds]
     before = [shop.scores(whole, test)]

@@ -293,7 +293,8 @@ class Settings:
     distill_weight: float = option(
         "objective",
         0.0,
-        "embed: add X times distill_vectors, of --teacher-vectors, to another loss; 0 = none",
+        "embed: add X times distill_vectors, of --teacher-vectors, to another loss; a source whose loss it is counts X "
+        "times beside others; 0 = none, and such a source once",
         tasks=("embed",),
     )
     distill_metric: str = option(
@@ -528,7 +529,7 @@ class Settings:
     @property
     def vectors_weight(self) -> float:
         """The weight of `loss.distill_vectors` in the loss; 0 = none."""
-        return 1.0 if self.loss == "distill_vectors" else self.distill_weight
+        return self.distill_weight or float(self.loss == "distill_vectors")
 
     @property
     def folder(self) -> Path:

@@ -134,8 +134,9 @@ def loss_lines(settings: Settings, retrieval: RetrievalConfig, defaults: Collect
     if settings.loss == "kl_distill":
         parts.append(f"teacher's temperature {settings.teacher_temperature:g}")
     if settings.loss == "distill_vectors":
-        parts.append(DISTANCES[settings.distill_metric])
-    if settings.distill_weight:
+        times = f"{settings.distill_weight:g} x " if settings.distill_weight else ""
+        parts.append(f"{times}{DISTANCES[settings.distill_metric]}")
+    elif settings.distill_weight:
         parts.append(f"plus {settings.distill_weight:g} x distill_vectors, {DISTANCES[settings.distill_metric]}")
     if settings.margin_weight:
         parts.append(f"plus {settings.margin_weight:g} x the margin loss with margin {settings.margin:g}")

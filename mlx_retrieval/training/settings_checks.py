@@ -170,7 +170,6 @@ def _of_teacher_vectors(settings: Any) -> Iterator[tuple[bool, str, str]]:
     yield given or not alone, "loss", "needs {teacher_vectors}, which mine.py score --vectors writes"
     yield given or not settings.distill_weight, "distill_weight", "needs {teacher_vectors}"
     yield given or not settings.teacher_projection, "teacher_projection", "needs {teacher_vectors}"
-    yield not (alone and settings.distill_weight), "distill_weight", "is for other losses than {loss} distill_vectors"
     of_source = any(each.get("loss") == "distill_vectors" or each.get("distill_weight") for each in settings.sources)
     used = settings.vectors_weight > 0 or of_source or not given
     yield used, "teacher_vectors", "needs {loss} distill_vectors, or {distill_weight} beside another loss"

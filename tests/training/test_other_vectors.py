@@ -3,6 +3,7 @@
 python -m pytest tests/training/test_other_vectors.py
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -178,7 +179,6 @@ def test_validation_rows_need_vectors_as_well(settings, tmp_path):
     ({"loss": "info_nce"}, "--teacher-vectors .*: needs --loss distill_vectors, or --distill-weight beside another"),
     ({"loss": None, "teacher_vectors": None, "distill_weight": 1.0}, "--distill-weight 1.0: needs --teacher-vectors"),
     ({"loss": None, "teacher_vectors": None, "teacher_projection": True}, "--teacher-projection: needs --teacher-vec"),
-    ({"distill_weight": 1.0}, "--distill-weight 1.0: is for other losses than --loss distill_vectors"),
     ({"matryoshka_dims": [8]}, "--matryoshka-dims 8: trains by scores"),
     ({"margin_weight": 0.1}, "--margin-weight 0.1: trains by scores"),
     ({"temperature": 0.1}, "--temperature 0.1: has no effect with distill_vectors, which takes cosines as they are"),
@@ -248,6 +248,11 @@ def test_a_source_learns_vectors_alone_and_another_beside_its_loss(sources, tmp_
     first, second = (trainer.grad_cache.objective.objectives[i].settings for i in (0, 1))
     assert (first.loss, first.vectors_weight, first.distill_weight) == ("distill_vectors", 1, 0)
     assert (second.loss, second.vectors_weight) == ("info_nce", 0.5)
+    heavy = dataclasses.replace(made, sources=[made.sources[0] | {"distill_weight": 20.0}, made.sources[1]])
+    weighted = run.prepare(heavy).trainer
+    batch = next(b for b in map(weighted.batches.batch, weighted.batches.sample_numbers(1)) if b.source == 0)
+    once, often = (t.grad_cache.loss(batch) for t in (trainer, weighted))
+    assert often == pytest.approx(20 * once, rel=1e-5)
     for k in trainer.batches.sample_numbers(1):
         grads = trainer.grad_cache(trainer.batches.batch(k), 1).grads
         assert mx.abs(grads["projection"]["weight"]).max().item() > 0
