@@ -233,7 +233,7 @@ def main() -> None:
             if args.only in (None, name):
                 chosen = {key: value for key, value in vars(args).items() if key.startswith(name)}
                 settings = repr((args.minutes, chosen))
-                outcome = kept(args.keep, f"{name}-{seed}", settings, lambda: run(side, args, seed))  # noqa: B023
+                outcome = Outcome(*kept(args.keep, f"{name}-{seed}", settings, lambda: run(side, args, seed)))  # noqa: B023
                 outcomes[name].append(outcome)
                 score = outcome.evaluation.average()["ndcg_at_10"]
                 times = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.mining:.0f} of them mining"

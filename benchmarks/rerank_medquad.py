@@ -223,7 +223,7 @@ def main() -> None:
                 common = (data, args.split, args.steps, args.batch_size, args.learning_rate, args.max_length)
                 settings, name = repr((*common, args.ours if side == "ours" else "")), f"{side}-{loss}-{seed}"
                 task = (function, args, rows, loss, seed)
-                outcome = kept(args.keep, name, settings, lambda: sides.in_child(*task))  # noqa: B023
+                outcome = Outcome(*kept(args.keep, name, settings, lambda: sides.in_child(*task)))  # noqa: B023
                 outcomes[f"{side}, {loss}"].append(outcome)
                 times = f"training {outcome.training:.0f} s, reranking {outcome.reranking:.0f} s"
                 print(f"{side}, {loss}, seed {seed}: nDCG@10 {outcome.score:.4f}, {times}", flush=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import pickle
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
+from mlx_retrieval.utils.files import write_file
 
 METRIC = "ndcg_at_10"
+EVALUATION = "Evaluation"  # key of one in a file of results
 
 
 def kept(folder: str | None, name: str, settings: str, compute: Callable[[], Any]) -> Any:
-    """Return the result of `compute()`, or what an earlier call with these settings left in `folder`.
+    """Return the result of `compute()`, or what an earlier call with these settings left in `folder`, as JSON.
 
-    So a benchmark of hours can be ended and goes on later. A result is kept as a pickle: name no folder of others.
+    So a benchmark of hours can be ended and goes on later. A result may hold evaluations; tuples become lists.
 
     Args:
         folder: None = nothing is kept.
@@ -26,14 +28,15 @@ def kept(folder: str | None, name: str, settings: str, compute: Callable[[], Any
     """
     if folder is None:
         return compute()
-    file = Path(folder) / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.pickle"
+    file = Path(folder) / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.json"
     if not file.exists():
-        result = compute()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".new")
-        draft.write_bytes(pickle.dumps(result))
-        draft.rename(file)
-    return pickle.loads(file.read_bytes())
+        result = json.dumps(compute(), default=lambda evaluation: {EVALUATION: vars(evaluation)})
+        write_file(file, result)
+    return json.loads(file.read_text(encoding="utf-8"), object_hook=_evaluation)
+
+
+def _evaluation(record: dict[str, Any]) -> Any:
+    return Evaluation(**record[EVALUATION]) if EVALUATION in record else record
 
 
 def mean_of(results: Sequence[Evaluation]) -> Evaluation:

@@ -7,9 +7,9 @@
 all-MiniLM-L6-v2 with LoRA on MedQuAD, 24 steps of 64 pairs, `--similar-rows 4`, texts cut at 128 tokens in training and
 tests; a seed changes the order of rows. Parts:
 
-    merged   trained plainly; with 24 steps more of the toolkit's texts and code, held in place by `distill_vectors`; and
-             that merged with the base model by `export.py --merge-with-base auto` under two guards (the share that is
-             found with the first seed serves all): on MedQuAD, on the guards, on two sets that no run knows
+    merged   trained plainly; with 24 steps more that hold the toolkit's texts and code in place (`distill_vectors`);
+             and that merged with the base model by `export.py --merge-with-base auto` under two guards (the share that
+             is found with the first seed serves all): on MedQuAD, on the guards, on two sets that no run knows
     bits     documents as bits, queries as bits or float32, of the plain model and of one trained for it
     student  three of the tuned model's six layers, trained by its vectors; their speed by turns with the teacher
     sources  MedQuAD and code pairs together, each batch of one source or of both, against each alone
