@@ -70,6 +70,16 @@ def java(version: str = VERSION) -> Path | None:
     return None
 
 
+def new_folder() -> Path:
+    """Make an empty folder for a server, which `nobody` can enter: root's TMPDIR may be private."""
+    base = Path(tempfile.gettempdir())
+    while not base.stat().st_mode & 0o001:
+        base = base.parent
+    folder = Path(tempfile.mkdtemp(prefix="elasticsearch-", dir=base))
+    folder.chmod(0o755)
+    return folder
+
+
 class Running:
     """A server's process, which can be killed and started again on the same data and port."""
 
@@ -189,8 +199,7 @@ def main() -> int:
         if args.command == "fetch":
             print(fetch(args.version))
             return 0
-        folder = Path(tempfile.mkdtemp(prefix="elasticsearch-"))
-        folder.chmod(0o755)
+        folder = new_folder()
         with running(folder, args.port, version=args.version) as server:
             print(f"Elasticsearch {args.version}: {server.url}, until Ctrl-C", flush=True)
             signal.pause()

@@ -8,7 +8,6 @@ ES_TEST_VERSION=9.2.1 python -m pytest -m slow tests/dataset/test_elastic.py    
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -49,10 +48,8 @@ def made_rows():
 
 @pytest.fixture(scope="module")
 def running():
-    folder = Path(tempfile.mkdtemp(prefix="elasticsearch-"))
-    folder.chmod(0o755)  # the server's user must get in
     try:
-        with elasticsearch_server.running(folder, security=True) as started:
+        with elasticsearch_server.running(elasticsearch_server.new_folder(), security=True) as started:
             yield started
     except RuntimeError as error:
         pytest.skip(f"no real Elasticsearch: {error}")
