@@ -258,10 +258,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp
     monkeypatch.setattr(backend, "COMPILED", backend.FUSED)  # as that process, where quick tests do without
     s = settings(steps=50, lora_dropout=0.2, save_steps=1000)
     write_yaml(s, tmp_path / "settings.yaml")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests, too, may run under nohup
     process = subprocess.Popen(
         [sys.executable, "train.py", "--config", str(tmp_path / "settings.yaml")],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
+    signal.signal(signal.SIGHUP, before)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 60
     while time.time() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") > 1):
         time.sleep(0.1)
