@@ -18,11 +18,10 @@ Every row is read and checked once, before training. After that only the places 
 """
 
 import hashlib
-import itertools
 import re
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from mlx_retrieval.dataset import beir_rows, readings
 from mlx_retrieval.dataset.columns import Columns
 from mlx_retrieval.dataset.contents import Content
 from mlx_retrieval.dataset.json_lines import RowError
+from mlx_retrieval.dataset.reshuffled import Reshuffled
 from mlx_retrieval.dataset.row_files import HUB, RowFile
 from mlx_retrieval.dataset.row_formats import (
     ColumnsError,
@@ -95,7 +95,7 @@ def find_validation(sources: Sequence[str]) -> list[Path]:
     return [file for folder in folders for file in _inside(folder, "valid") or _inside(folder, "validation")]
 
 
-class Rows:
+class Rows(Reshuffled):
     """A `sources.Source`: the examples of files. Texts stay on disk, only the place of each example is in memory.
 
     Args:
@@ -148,7 +148,6 @@ class Rows:
             mapper.check()
         if len(starts) == 1:  # with which nothing is shared
             self.constant = {}
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None
         self._last: tuple[tuple[int, int], list[Example]] | None = None  # file and start of the row read last
         # Views of the arrays: five million rows take 80 MB.
         self._starts, self._sizes, self._numbers = (np.frombuffer(a, a.typecode) for a in (starts, sizes, numbers))
@@ -229,29 +228,13 @@ class Rows:
     def names(self) -> list[str]:
         return list(map(str, self.files))
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return an epoch's permutation, (rows,) uint32. It depends on seed and epoch only."""
-        if self._order is None or self._order[0] != (seed, epoch):
-            permutation = np.random.default_rng([seed, epoch]).permutation(np.arange(len(self), dtype=np.uint32))
-            self._order = (seed, epoch), permutation
-        return self._order[1]
-
-    def numbers(self, seed: int, position: int) -> Iterator[int]:
-        for place in itertools.count(position):
-            epoch, place_there = divmod(place, len(self))
-            yield int(self.order(seed, epoch)[place_there])
+    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(np.arange(len(self), dtype=np.uint32))
 
     def preview(self, count: int) -> list[tuple[str, Example]]:
         """Return (place, example) of the first two rows and of others, spread evenly over the rest."""
         rest = np.linspace(2, len(self) - 1, max(0, min(count, len(self)) - 2), dtype=int).tolist()
         return [(self.where(i), self[i]) for i in [*range(min(count, len(self), 2)), *rest]]
-
-    def cursor(self, position: int) -> dict:
-        """Return {}: the order follows from the position alone."""
-        return {}
-
-    def restore(self, cursor: dict, position: int) -> None:
-        """Do nothing: the order follows from the position alone."""
 
     def contents(self) -> list[Content]:
         return self._contents

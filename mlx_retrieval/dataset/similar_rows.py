@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_retrieval.dataset.reshuffled import Reshuffled
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import InterleavedRows, Source
 from mlx_retrieval.dataset.text_keys import text_key, words_of
@@ -47,7 +48,7 @@ def side_by_side(rows: Source, size: int) -> Source:
     return SimilarRows(rows, size)
 
 
-class SimilarRows(View):
+class SimilarRows(Reshuffled, View):
     """Rows of files of which `size` with similar queries follow each other, where there are as many. None is left out.
 
     An epoch's order depends on the seed and the epoch only. Each row in a random order that is not in a group yet
@@ -62,7 +63,6 @@ class SimilarRows(View):
         self._numbers = np.sort(source.order(0, 0))
         self._queries = np.empty(len(source), np.uint64)  # their keys
         self._read()
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None
 
     def _read(self) -> None:
         """Note the rarest words of every query that another one has, by number, rarest first."""
@@ -90,14 +90,11 @@ class SimilarRows(View):
     def preview(self, count: int) -> list[tuple[str, Example]]:
         return self.source.preview(count)
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the numbers of an epoch in their order, (rows,) uint32. It depends on seed and epoch only."""
-        if self._order is None or self._order[0] != (seed, epoch):
-            rng = np.random.default_rng([seed, epoch])
-            groups = list(self._groups(rng.permutation(len(self)).tolist()))
-            chosen = itertools.chain.from_iterable(groups[k] for k in rng.permutation(len(groups)))
-            self._order = (seed, epoch), self._numbers[np.fromiter(chosen, np.int64, len(self))]
-        return self._order[1]
+    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, epoch])
+        groups = list(self._groups(rng.permutation(len(self)).tolist()))
+        chosen = itertools.chain.from_iterable(groups[k] for k in rng.permutation(len(groups)))
+        return self._numbers[np.fromiter(chosen, np.int64, len(self))]
 
     def _groups(self, turns: list[int]) -> Iterator[list[int]]:
         """Yield groups of places in `_numbers`; `turns`: all places, in the order in which they may begin one."""
@@ -129,15 +126,3 @@ class SimilarRows(View):
                 asked.add(self._queries[place])
                 nearest.append(place)
         return nearest
-
-    def numbers(self, seed: int, position: int) -> Iterator[int]:
-        for place in itertools.count(position):
-            epoch, place_there = divmod(place, len(self))
-            yield int(self.order(seed, epoch)[place_there])
-
-    def cursor(self, position: int) -> dict[str, Any]:
-        """Return {}: the order follows from the position alone."""
-        return {}
-
-    def restore(self, cursor: dict[str, Any], position: int) -> None:
-        """Do nothing: the order follows from the position alone."""

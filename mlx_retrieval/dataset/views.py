@@ -6,7 +6,6 @@ rows = StreamWithout(elastic_rows, held)           # an index, as its documents 
 Neither has an example with a held-out text as its query or positive; both leave such texts out of negatives.
 """
 
-import itertools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Set
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.contents import Content
+from mlx_retrieval.dataset.reshuffled import Reshuffled
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.dataset.text_keys import text_key
@@ -98,7 +98,7 @@ class View:
         self.source.close()
 
 
-class RowsWithout(View):
+class RowsWithout(Reshuffled, View):
     """The examples of files without some. An example keeps its number.
 
     Args:
@@ -111,7 +111,6 @@ class RowsWithout(View):
     def __init__(self, source: Source, kept: np.ndarray, held: Set[int], trimmed: Set[int] = frozenset()):
         super().__init__(source)
         self.kept, self.held, self.trimmed = kept, held, trimmed
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -125,23 +124,8 @@ class RowsWithout(View):
         numbers = self.kept[[*range(min(count, len(self), 2)), *rest]].tolist()
         return [(self.where(i), self[i]) for i in numbers]
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the numbers of an epoch in their order, (examples,) uint32. It depends on seed and epoch only."""
-        if self._order is None or self._order[0] != (seed, epoch):
-            self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(self.kept)
-        return self._order[1]
-
-    def numbers(self, seed: int, position: int) -> Iterator[int]:
-        for place in itertools.count(position):
-            epoch, place_there = divmod(place, len(self))
-            yield int(self.order(seed, epoch)[place_there])
-
-    def cursor(self, position: int) -> dict[str, Any]:
-        """Return {}: the order follows from the position alone."""
-        return {}
-
-    def restore(self, cursor: dict[str, Any], position: int) -> None:
-        """Do nothing: the order follows from the position alone."""
+    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(self.kept)
 
 
 class StreamWithout(View):
