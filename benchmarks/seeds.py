@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sides  # noqa: F401, which makes the toolkit importable
 
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
 from mlx_retrieval.utils.files import write_file
@@ -76,8 +77,8 @@ def difference(
     draws = np.empty(resamples)
     for k in range(resamples):
         queries = rng.integers(old.shape[1], size=old.shape[1])
-        sides = [side[rng.integers(len(side), size=len(side))].mean(axis=0)[queries].mean() for side in (old, new)]
-        draws[k] = sides[1] - sides[0]
+        means = [side[rng.integers(len(side), size=len(side))].mean(axis=0)[queries].mean() for side in (old, new)]
+        draws[k] = means[1] - means[0]
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(new.mean() - old.mean()), float(low), float(high)
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -117,3 +118,12 @@ def test_a_run_ends_in_figures_or_in_its_last_word(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "full-float32")
     other = as_a_mac.train(dataclasses.replace(ROW, metric="ndcg_at_10"), "float32", tmp_path, 1.0)
     assert other == {"error": "metrics.jsonl holds 6 losses and as ndcg_at_10 [None, None, None]"}
+
+
+@pytest.mark.slow
+def test_a_script_finds_the_toolkit_without_installing_it(tmp_path):
+    """Also `variants.py`, which imports none of its neighbours before `seeds`."""
+    folder = str(Path(growth.__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r}); import variants"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
