@@ -13,6 +13,7 @@ Processes share the files (pytest-xdist), as most tests keep one core busy. A fi
 import atexit
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         os._exit(int(getattr(session, "exitstatus", 0)))
 
     atexit.register(end)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin each test with the same random numbers, whatever ran before it in this process."""
+    random.seed(0)
+    np.random.seed(0)
+    backend.mx.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

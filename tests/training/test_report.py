@@ -29,7 +29,7 @@ from mlx_retrieval.training.report import Report, loss_report, render, retrieval
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = "<script>alert(1)</script>"
-EVIL = f"{SCRIPT} \"'&amp; ]]> {{{{ 7 * 7 }}}} \ud800\x00 \u202eabc"
+EVIL = f"{SCRIPT} \"'&amp; ]]> {{{{ 7919 * 7907 }}}} \ud800\x00 \u202eabc"
 
 
 class Page(HTMLParser):
@@ -212,7 +212,7 @@ def test_the_page_is_whole_and_everything_in_it_is_escaped(folder, tasks, tmp_pa
     parsed = Page(page)
     assert "script" not in parsed.tags and "alert(1)" in parsed.text
     assert "secret" not in page and "\u202e" not in page
-    assert "49" not in re.findall(r"\{\{.*?\}\}|\b49\b", parsed.text)  # no template in the data
+    assert "{{ 7919 * 7907 }}" in parsed.text and str(7919 * 7907) not in page  # no template in the data
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
     links = [value for name, value in parsed.attributes if name in ("src", "href", "xlink:href")]
     assert all(link.startswith(("#", "data:,")) for link in links)  # nothing is fetched
