@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
-from mlx_retrieval.dataset.beir import FolderRules
+from mlx_retrieval.dataset import chunks
+from mlx_retrieval.dataset.beir import FolderRules, is_corpus
 from mlx_retrieval.dataset.source_code import file_tree
-from mlx_retrieval.retrieval import chunks
 from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet
@@ -119,7 +119,7 @@ def warn_if_slow(model: Any) -> None:
 def index_command(args: argparse.Namespace) -> None:
     """Index a folder."""
     from mlx_retrieval.inference import dtypes, embedder
-    from mlx_retrieval.retrieval.indexer import is_corpus, update
+    from mlx_retrieval.retrieval.indexer import update
 
     if not 0 <= args.overlap < args.chunk_size:
         raise UserError(f"--overlap {args.overlap}: from 0 to below --chunk-size {args.chunk_size}")

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from mlx_retrieval import backend
+from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
-from mlx_retrieval.retrieval.chunks import Chunk
 from mlx_retrieval.retrieval.lance_index import LATE_CANDIDATES, Index
 
 backend.prepare()  # as commands do

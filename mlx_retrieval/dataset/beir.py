@@ -70,6 +70,11 @@ def read_folder(folder: Path, rules: FolderRules = TOLERANT) -> tuple[Texts, Tex
     return _read(*folder_state(folder), rules)
 
 
+def is_corpus(folder: Path) -> bool:
+    """Return whether a folder has a corpus in BEIR's layout."""
+    return any((folder / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz"))
+
+
 class Untidiness:
     """Counts of what is untidy in a folder. UserError at the first if `strict`."""
 

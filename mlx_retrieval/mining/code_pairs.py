@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_retrieval.dataset.near_duplicates import THRESHOLD, NearDuplicates
 from mlx_retrieval.dataset.source_code.definitions import definitions
 from mlx_retrieval.dataset.source_code.docstrings import MIN_WORDS, objection, summary
+from mlx_retrieval.dataset.source_code.generated import HEADER, MAX_LINE
 from mlx_retrieval.dataset.source_code.languages import Definition, Language, check_grammars
-from mlx_retrieval.mining.near_duplicates import THRESHOLD, NearDuplicates
-from mlx_retrieval.mining.source_files import HEADER, MAX_LINE, SourceFiles, read_source
+from mlx_retrieval.mining.source_files import SourceFiles, read_source
 
 MAX_CHARACTERS = 20_000  # of a definition
 

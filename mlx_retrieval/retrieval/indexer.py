@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from mlx_retrieval.dataset import beir
+from mlx_retrieval.dataset import beir, chunks
+from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.inference.embedder import Model, embed
-from mlx_retrieval.retrieval import base, chunks, lance_index
+from mlx_retrieval.retrieval import base, lance_index
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
-from mlx_retrieval.retrieval.chunks import Chunk
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils import locks
 from mlx_retrieval.utils.errors import Place, UserError
@@ -114,11 +114,6 @@ def _stamp(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def is_corpus(root: Path) -> bool:
-    """Return whether a folder is in BEIR layout."""
-    return any((root / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz"))
-
-
 def update(
     root: Path,
     folder: Path,
@@ -151,7 +146,7 @@ def update(
     inside = folder.resolve().is_relative_to(root)
     info = IndexInfo(
         root=os.path.relpath(root, folder.resolve()) if inside else str(root),
-        is_corpus=is_corpus(root),
+        is_corpus=beir.is_corpus(root),
         model=_name(model),
         fingerprint=model.fingerprint(),
         dimensions=model.dimensions,

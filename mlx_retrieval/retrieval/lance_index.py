@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_retrieval.dataset.chunks import Chunk, words
 from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, fuse_hits, sort_hits
-from mlx_retrieval.retrieval.chunks import Chunk, words
 from mlx_retrieval.retrieval.lance_errors import plain_errors, searching, writing
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError

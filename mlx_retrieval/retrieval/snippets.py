@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from mlx_retrieval.retrieval import chunks
+from mlx_retrieval.dataset import chunks
 
 
 def snippet(text: str, query: str, count: int = 2) -> list[tuple[int, str]]:

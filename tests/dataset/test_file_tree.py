@@ -102,3 +102,10 @@ def test_bad_folders_and_patterns(tmp_path):
         walk(tmp_path / "nowhere")
     with pytest.raises(UserError, match="--exclude: "):
         walk(tmp_path, exclude=["a", "!"])
+
+
+def test_hidden_files_and_folders_can_be_left_out(tmp_path):
+    make(tmp_path, {"a.py": "x", ".env": "x", ".cache/a.py": "x", "b/.a.py": "x"})
+    assert len(names(tmp_path)) == 4
+    tree = walk(tmp_path, hidden=False)
+    assert [file.path for file in tree.files] == ["a.py"] and tree.left_out == {file_tree.HIDDEN: 3}

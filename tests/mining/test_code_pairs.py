@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import mine
+from mlx_retrieval.dataset.near_duplicates import NearDuplicates, jaccard, runs_of, tokens_of
 from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.mining.code_pairs import FILE_REASONS, REASONS, Counts, Rules, pairs
-from mlx_retrieval.mining.near_duplicates import NearDuplicates, jaccard, runs_of, tokens_of
 
 GOOD = '''
 def middle(left, right):
@@ -307,6 +307,7 @@ def test_short_and_empty_texts_have_runs():
     assert runs_of([]).shape == runs_of(["a"]).shape == (1,)
     assert jaccard(runs_of(["a"]), runs_of(["b"])) == 0 and jaccard(runs_of([]), runs_of([])) == 1
     assert tokens_of("a_1 += f(x)") == ["a_1", "+", "=", "f", "(", "x", ")"]
+    assert tokens_of("水壶a_1 か.") == ["水", "壶", "a_1", "か", "."]
 
 
 def test_order_is_that_of_paths_and_lines(tree):

@@ -14,10 +14,10 @@ import pytest
 
 import search
 from mlx_retrieval import backend
+from mlx_retrieval.dataset.chunks import Chunk, words
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import base, lance_index
 from mlx_retrieval.retrieval.base import FileRecord, Hit, IndexInfo, fuse_hits, reciprocal_rank_fusion
-from mlx_retrieval.retrieval.chunks import Chunk, words
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet

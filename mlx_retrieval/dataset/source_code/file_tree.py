@@ -23,6 +23,7 @@ MAX_FILE_SIZE = 1_000_000  # bytes
 BINARY_HEAD = 8_192  # bytes in which a NUL makes a file binary; git looks at as many
 
 GIT, IGNORED, EXCLUDED = ".git folder", "ignored by .gitignore (a folder counts once)", "--exclude"
+HIDDEN = "hidden (a folder counts once)"
 LINK, SPECIAL, UNREADABLE = "symbolic link", "no regular file", "unreadable"
 TOO_LARGE, EMPTY, BINARY, NOT_UTF8 = "over --max-file-size", "empty", "binary", "not UTF-8"
 
@@ -102,7 +103,11 @@ class FileTree:
 
 
 def walk(
-    root: Path, max_file_size: int = MAX_FILE_SIZE, exclude: Sequence[str] = (), skip: Sequence[Path] = ()
+    root: Path,
+    max_file_size: int = MAX_FILE_SIZE,
+    exclude: Sequence[str] = (),
+    skip: Sequence[Path] = (),
+    hidden: bool = True,
 ) -> FileTree:
     """Return the files below `root`, sorted by path.
 
@@ -111,6 +116,7 @@ def walk(
         max_file_size: larger files are left out, in bytes.
         exclude: more patterns in .gitignore's language, relative to `root`.
         skip: folders that are passed over and not counted (the index itself).
+        hidden: also take files and folders whose names begin with a dot.
 
     Raises UserError if `root` is not a folder that can be read, or a pattern is not valid.
     """
@@ -130,6 +136,8 @@ def walk(
             return None
         if entry.name == ".git":
             return GIT
+        if not hidden and entry.name.startswith("."):
+            return HIDDEN
         if entry.is_ignored:
             return IGNORED
         if excluded.match_file(relative + "/" * entry.is_folder):

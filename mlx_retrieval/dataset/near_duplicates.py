@@ -1,7 +1,9 @@
-"""Find code that was seen before, exactly or nearly: MinHash by datasketch, then the exact similarity.
+"""Find texts that were seen before, exactly or nearly: MinHash by datasketch, then the exact similarity.
 
     seen = NearDuplicates()
     seen.add("def f(x): return x + 1")      # "" = new and stored; else "exact duplicate" or "near duplicate"
+
+Code and prose alike: of scripts without spaces, each ideograph or kana is a token.
 
 The Jaccard similarity of two texts is the share of five-token runs that they have in common. It is computed only for
 texts whose MinHash signatures (Broder 1997) agree in one of 20 bands of six values, which finds a pair of similarity
@@ -17,15 +19,16 @@ import numpy as np
 THRESHOLD = 0.8
 RUN = 5  # tokens of a run
 BANDS, BAND = 20, 6
-TOKEN = re.compile(r"\w+|[^\w\s]")
+_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+TOKEN = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+|[^\w\s]")
 
 # Odd factors, so that no bit of a token's hash is lost.
 _FACTORS = np.random.default_rng(0).integers(0, 2**63, RUN, dtype=np.uint64) * 2 + 1
 
 
-def tokens_of(code: str) -> list[str]:
+def tokens_of(text: str) -> list[str]:
     """Return words, numbers and signs; white space does not count."""
-    return TOKEN.findall(code)
+    return TOKEN.findall(text)
 
 
 def runs_of(tokens: list[str]) -> np.ndarray:
@@ -55,9 +58,9 @@ class NearDuplicates:
         self._empty = MinHash(BANDS * BAND, seed=1, scheme="affine32", hashfunc=int)
         self._index = MinHashLSH(num_perm=BANDS * BAND, params=(BANDS, BAND))
 
-    def add(self, code: str) -> str:
+    def add(self, text: str) -> str:
         """Store a text and return "", or return why it is not stored: "exact duplicate", "near duplicate"."""
-        tokens = tokens_of(code)
+        tokens = tokens_of(text)
         digest = hashlib.blake2b(" ".join(tokens).encode(), digest_size=16).digest()
         if digest in self._exact:
             return "exact duplicate"

@@ -1,6 +1,6 @@
 """Chunks: whole functions and classes with exact lines, nothing lost, and words that BM25 can find.
 
-python -m pytest tests/retrieval/test_chunks.py
+python -m pytest tests/dataset/test_chunks.py
 """
 
 import itertools
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_retrieval.retrieval import chunks
-from mlx_retrieval.retrieval.chunks import chunk_file, words
+from mlx_retrieval.dataset import chunks
+from mlx_retrieval.dataset.chunks import chunk_file, words
 
 # One definition a language, with what belongs to it: its first and last line, its kind and its name.
 SNIPPETS = {
@@ -175,3 +175,16 @@ def test_words_without_spaces_and_without_operators():
     assert words("搜索引擎") == ["搜索引擎", "搜索", "索引", "引擎"]
     assert words('"a" AND (b OR -c) ^2 title:x* \\') == ["a", "and", "b", "or", "c", "2", "title", "x"]
     assert words(" \t!?") == []
+
+
+def test_markdown_headings_may_be_underlined():
+    text = "---\ntitle: A guide\n# a comment\n---\n\nGuide\n=====\n\nUse\n---\ntext\n---\n\n- item\n---\n| a |\n---\n"
+    found = check("a.md", text)
+    assert [(c.line, c.name) for c in found] == [(1, ""), (6, "Guide"), (9, "Guide > Use")]
+
+
+def test_a_row_of_dashes_at_the_top_is_front_matter_only_if_keys_follow_and_it_ends():
+    assert chunks.front_matter(["---", "title: x", "---", "text"]) == 3
+    assert chunks.front_matter(["---", "title: x", "text"]) == 0
+    assert chunks.front_matter(["---", "# Heading", "---"]) == 0
+    assert [h.title for h in chunks.markdown_headings(["---", "# Heading", "text", "---"])] == ["Heading"]

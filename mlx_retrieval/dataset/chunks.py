@@ -1,6 +1,6 @@
 """Split files into chunks for search: functions and classes, sections of markdown, paragraphs.
 
-from mlx_retrieval.retrieval.chunks import chunk_file
+from mlx_retrieval.dataset.chunks import chunk_file
 for chunk in chunk_file("src/main.py", text):
     print(chunk.line, chunk.end_line, chunk.kind, chunk.name)
 
@@ -27,6 +27,9 @@ FEWEST_LINES = 3  # lines, not counting blank ones, from which code between func
 _COMMENTS = ("comment", "line_comment", "block_comment", "multiline_comment")
 _FUNCTION = re.compile(r"function|method|constructor|init_|macro|declarator|assignment|field_definition")
 _HEADING = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*")
+_UNDERLINE = re.compile(r" {0,3}(?:(=+)|-{2,})\s*")
+_KEY = re.compile(r"[\w-]+ *:.*")  # the first line of front matter
+_TITLE = re.compile(r" {0,3}(?![-+*>|#<]|```|~~~|:::|\d+[.)]\s)(\S.*)")  # text that an underline makes a heading
 _FENCE = re.compile(r" {0,3}(```+|~~~+)")
 _MARKDOWN = (".md", ".markdown", ".mdx")
 _WORD = re.compile(r"[^\W_]+")
@@ -96,6 +99,12 @@ def chunk_file(path: str, text: str, limit: int = MAX_CHARACTERS, overlap: int =
     return list(chunker.parts(0, len(chunker.lines), name, "text"))
 
 
+def chunk_text(text: str, limit: int = MAX_CHARACTERS, overlap: int = OVERLAP) -> list[Chunk]:
+    """Return the chunks of a text that has no headings: see `chunk_file`."""
+    chunker = _Chunker(text, limit, overlap)
+    return list(chunker.parts(0, len(chunker.lines), "text", "text"))
+
+
 def has_grammar(language: Language) -> bool:
     """Return whether the grammar of this language is installed; without it, files are split as text."""
     modules = ("tree_sitter", language.package.replace("-", "_"))
@@ -106,6 +115,44 @@ def missing_grammar(path: str) -> str:
     """Return the package of the grammar that this file needs, if it is not installed, else ""."""
     language = language_of(path.rpartition("/")[2])
     return language.package if language is not None and language.package and not has_grammar(language) else ""
+
+
+class Heading(NamedTuple):
+    """A heading of a text, in the rows `row` up to `end` (exclusive), counted from 0; 1 is the highest level."""
+
+    row: int
+    end: int
+    level: int
+    title: str
+
+
+def markdown_headings(lines: Sequence[str]) -> Iterator[Heading]:
+    """Yield the headings of markdown: after `#`, or a paragraph of one line that `===` or `---` underlines.
+
+    A line in a fenced block or in front matter is no heading.
+    """
+    fence, first = "", front_matter(lines)
+    for row, line in enumerate(lines[first:], start=first):
+        if match := _FENCE.match(line):
+            if not fence:
+                fence = match[1]
+            elif match[1].startswith(fence) and not line.strip().strip(fence[0]):
+                fence = ""
+        elif fence:
+            continue
+        elif match := _HEADING.fullmatch(line):
+            yield Heading(row, row + 1, len(match[1]), match[2] or "")
+        elif row > first and (match := _UNDERLINE.fullmatch(line)):
+            title = _TITLE.fullmatch(lines[row - 1])
+            if title and (row - 1 == first or not lines[row - 2].strip()):
+                yield Heading(row - 1, row + 1, 1 if match[1] else 2, title[1].strip())
+
+
+def front_matter(lines: Sequence[str]) -> int:
+    """Return how many rows of markdown are front matter: `key: value` lines at the top between two rows of `---`."""
+    if len(lines) < 3 or lines[0].rstrip() != "---" or not _KEY.fullmatch(lines[1]):
+        return 0
+    return next((row + 1 for row, line in enumerate(lines) if row and line.rstrip() in ("---", "...")), 0)
 
 
 class _Span:
@@ -187,18 +234,11 @@ class _Chunker:
     # --- markdown ---
 
     def markdown(self) -> Iterator[Chunk]:
-        """Split by sections, named by their headings; a `#` in a fenced block is not a heading."""
+        """Split by sections, named by their headings."""
         sections: list[tuple[int, list[str]]] = [(0, [])]
-        fence = ""
-        for row, line in enumerate(self.lines):
-            if match := _FENCE.match(line):
-                if not fence:
-                    fence = match[1]
-                elif match[1].startswith(fence) and not line.strip().strip(fence[0]):
-                    fence = ""
-            elif not fence and (match := _HEADING.fullmatch(line)):
-                above = [*sections[-1][1], *[""] * 6][: len(match[1]) - 1]
-                sections.append((row, [*above, match[2] or ""]))
+        for heading in markdown_headings(self.lines):
+            above = [*sections[-1][1], *[""] * 6][: heading.level - 1]
+            sections.append((heading.row, [*above, heading.title]))
         ends = [row for row, _ in sections[1:]] + [len(self.lines)]
         for (start, trail), end in zip(sections, ends, strict=True):
             yield from self.parts(start, end, "markdown", "section", " > ".join(filter(None, trail)), (start,))
