@@ -20,11 +20,12 @@ def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
     count = 0
     with files.replacing(output) as temporary, open(temporary, "wb") as file:
         for count, row in enumerate(rows, start=1):  # noqa: B007
-            file.write(_line(row))
+            file.write(line_of(row))
     return count
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def line_of(row: dict[str, Any]) -> bytes:
+    """Return a row as a line of JSON."""
     return writable(json.dumps(row, ensure_ascii=False)).encode() + b"\n"
 
 
