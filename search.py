@@ -28,13 +28,14 @@ from mlx_retrieval.backend import device_errors
 from mlx_retrieval import backend
 from mlx_retrieval.dataset import chunks
 from mlx_retrieval.dataset.beir import FolderRules, is_corpus
+from mlx_retrieval.dataset.documents.folder import MAX_FILE_SIZE
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell, writable
 
@@ -77,14 +78,14 @@ def print_hits(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool) -> 
     from mlx_retrieval.utils.console import console
 
     for hit in hits:
-        place = hit.path if is_corpus else f"{_relative(root / hit.path)}:{hit.line}"
+        place = hit.path if is_corpus else str(Place(_relative(root / hit.path), hit.line or None))
         console().print(
             Text.assemble((place, "cyan"), f"  {hit.score:.4f}", (f"  {hit.name}" if hit.name else "", "dim"))
         )
         rows = snippet(hit.text, query)
         lines = textwrap.dedent("\n".join(line for _, line in rows)).split("\n")
         for (row, _), line in zip(rows, lines, strict=True):
-            number = "" if is_corpus else f"{hit.line + row:>6} "
+            number = f"{hit.line + row:>6} " if hit.line and not is_corpus else ""
             text = Text(line.rstrip()[:160])
             for span in matching_spans(text.plain, query):
                 text.stylize("bold yellow", *span)
@@ -197,8 +198,11 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
     overlap = "characters, in whole lines, that the parts of a split function share at most (default: %(default)s)"
     index.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
-    largest = f"leave out files of more than N bytes (default: {file_tree.MAX_FILE_SIZE:,})"
-    index.add_argument("--max-file-size", type=int, default=file_tree.MAX_FILE_SIZE, metavar="N", help=largest)
+    largest = (
+        f"leave out files of more than N bytes (default: {file_tree.MAX_FILE_SIZE:,}; of PDF, Word and HTML "
+        f"{MAX_FILE_SIZE:,})"
+    )
+    index.add_argument("--max-file-size", type=int, metavar="N", help=largest)
     exclude = "leave out matching files, in addition to .gitignore and in its syntax; repeatable"
     index.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
     rebuild = "replace the index, for another model or other settings"

@@ -47,6 +47,15 @@ def test_the_notebook_from_a_csv_to_a_search_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_notebook_from_a_folder_to_a_search_runs(tmp_path, monkeypatch):
+    text, outputs = execute("folder_to_search.ipynb", tmp_path, monkeypatch)
+    assert "nothing was asked, trained or written" in text and "9 of 9  report" in text
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert len(re.findall(r"^0\.\d{3}  \S+\.md:\d+", text, flags=re.MULTILINE)) == 6
+    assert (tmp_path / "folder-to-search" / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_a_csv_and_no_other_flag_gain_on_their_own_questions_clear_of_zero(tmp_path):
     """What a stranger does first, in an empty folder: `python /path/to/train.py --data my.csv`."""
     rows = [json.loads(line) for line in open(ROOT / "train-data.jsonl", encoding="utf-8")][::2]

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"train", "eval", "embed", "rerank", "search", "mine", "export", "mlx_cross_encoder"}
+COMMANDS = {"train", "eval", "embed", "rerank", "search", "mine", "export", "adapt", "mlx_cross_encoder"}
 # Lower layers last; `loss` and `data_loader` are files at the top.
 LAYERS = (
-    *("exporters", "training", "mining", "evaluation", "retrieval", "inference", "data_loader"),
+    *("adaptation", "exporters", "training", "mining", "evaluation", "retrieval", "inference", "data_loader"),
     *("models", "loss", "backbones", "dataset", "backend", "utils"),
 )
 TOP_LEVEL = {
@@ -30,6 +30,7 @@ TOP_LEVEL = {
 }
 ROOMS = """The top level is closed: commands, loss.py, data_loader.py and the files of a first minute.
 New code belongs in a room of mlx_retrieval/ (docs/architecture.md):
+  adaptation/  from a folder of documents to a model and a search, in stages
   exporters/   a trained model becomes a folder that other libraries load
   training/    one run: settings, steps, losses' batches, checkpoints, reports
   mining/      training data from documents, code, indexes and other models

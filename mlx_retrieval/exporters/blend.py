@@ -31,7 +31,8 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 
 Evaluator = Callable[[], tuple[Evaluation | None, Evaluation]]  # see `training.run_parts.make_evaluator`
-SHARES = tuple(i / 10 for i in range(11))  # that `auto` tries
+SHARES = tuple(i / 10 for i in range(11))  # that are tried
+CHOSEN = ("auto", "guards")  # ways to choose one
 
 
 def blend_with_base(
@@ -46,45 +47,54 @@ def blend_with_base(
     """Move a trained model's weights towards its base model's; return the share of its own that is left.
 
     Args:
-        share: from 0 to 1, or "auto": the best one of SHARES on what the run of `adapter` was judged on, among those
-            at which its guards hold. A table shows them all.
+        share: from 0 to 1; or "auto": the best one of SHARES on what the run of `adapter` was judged on, among those
+            at which its guards hold; or "guards": the largest one of SHARES at which they hold. A table shows them.
         model, config, base: as `loading.open_model` returns them; the adapter becomes part of the weights.
         original: the model without its adapter.
         method: one of `soup.METHODS`.
 
-    Raises UserError if the run was judged on nothing, or if "auto" would leave nothing of the trained weights.
+    Raises UserError if the run was judged on nothing, or has no guards for "guards", or if nothing of the trained
+    weights would be left.
     """
-    if share != "auto":
+    if share not in CHOSEN:
         Blend(model, original, config, method).set(share)
         return share
-    settings, tasks = _judged_on(adapter.expanduser())
+    settings, tasks = _judged_on(adapter.expanduser(), share)
+    if share == "guards" and not settings.guard:
+        raise UserError(f"--merge-with-base guards: the run of {adapter} had no --guard")
     blend = Blend(model, original, config, method)
     make = partial(make_evaluator, settings, model=model, retrieval=config, tokenizer=config.tokenizer(base))
-    judge, guard = (make(lambda names=names: names) for names in (tasks, settings.guard))
+    judge = make(lambda: tasks) if share == "auto" else None
+    guard = make(lambda: settings.guard) if settings.guard else None
+    tolerance = settings.guard_tolerance
     points = []
     with progress_bar("evaluating", "shares", len(SHARES)) as progress:
-        for one in SHARES:
-            points.append(_evaluated(blend, one, judge, guard if settings.guard else None))
+        for one in SHARES if judge else (SHARES[0], *reversed(SHARES[1:])):
+            points.append(_evaluated(blend, one, judge, guard))
             progress(len(points))
-    chosen = best(points, settings.guard_tolerance)
-    print_points(points, chosen, settings.guard_tolerance)
+            if not judge and one and _holds(points[-1], points[0], tolerance):
+                break
+    points.sort(key=lambda point: point.share)
+    chosen = best(points, tolerance)
+    print_points(points, chosen, tolerance)
     if not chosen.share:
-        held = " while its guards hold" if settings.guard else ""
-        raise UserError(f"--merge-with-base auto: no share of {adapter} is better than the base model{held}")
+        reason = "is better than the base model" if judge else "is left"
+        held = " while its guards hold" if guard else ""
+        raise UserError(f"--merge-with-base {share}: no share of {adapter} {reason}{held}")
     blend.set(chosen.share)
     return chosen.share
 
 
-def _judged_on(adapter: Path) -> tuple[Settings, list[str]]:
+def _judged_on(adapter: Path, share: str) -> tuple[Settings, list[str]]:
     """Return the settings of the run that an adapter folder is of, and the tasks that it was judged on."""
     run = adapter.resolve().parent
     if not (run / "config.yaml").is_file():
-        raise UserError(f"--merge-with-base auto: no config.yaml in {run}, so the tasks to choose by are not known")
+        raise UserError(f"--merge-with-base {share}: no config.yaml in {run}, so the tasks to choose by are not known")
     settings = Settings(**read_yaml(run / "config.yaml"))
     held_out = [str(run / HELD_OUT)] if (run / HELD_OUT).is_dir() else []
     default = [toolkit.find(toolkit.EVALUATION)] if is_default_data(settings.data) and not settings.holdout else []
     if not (tasks := settings.eval_tasks or held_out or default):
-        raise UserError(f"--merge-with-base auto: {run} was judged on nothing, and a share is chosen by figures")
+        raise UserError(f"--merge-with-base {share}: {run} was judged on nothing, and a share is chosen by figures")
     return settings, tasks
 
 
@@ -141,20 +151,22 @@ class Point:
     """A share, and what the model is worth there."""
 
     share: float
-    score: float  # nDCG@10 or Spearman, the mean over the tasks
+    score: float  # nDCG@10 or Spearman, the mean over the tasks; the share itself if only guards were evaluated
     guards: dict[str, float]  # guard -> the same
     metric: str = "nDCG@10"  # the name of the score
 
 
-def _evaluated(blend: Blend, share: float, judge: Evaluator, guard: Evaluator | None) -> Point:
+def _evaluated(blend: Blend, share: float, judge: Evaluator | None, guard: Evaluator | None) -> Point:
     blend.set(share)
     guards = {}
     if guard:
         result = guard()[1]
         refuse_unreachable(result)
         guards = result.tasks
-    result = judge()[1]
     of_guards = {task: figures[main_metric(figures)] for task, figures in guards.items()}
+    if judge is None:
+        return Point(share, share, of_guards, "")
+    result = judge()[1]
     return Point(share, result.average()[result.main], of_guards, LABELS[result.main])
 
 
@@ -163,19 +175,22 @@ def best(points: Sequence[Point], tolerance: float) -> Point:
 
     Of equal scores, it is that of the smallest share.
     """
-    base = points[0].guards
-    kept = [p for p in points if all(score >= base[task] - tolerance for task, score in p.guards.items())]
+    kept = [point for point in points if _holds(point, points[0], tolerance)]
     return max(kept, key=lambda point: (point.score, -point.share))
+
+
+def _holds(point: Point, base: Point, tolerance: float) -> bool:
+    """Return whether no guard has lost more than `tolerance`."""
+    return all(score >= base.guards[task] - tolerance for task, score in point.guards.items())
 
 
 def print_points(points: Sequence[Point], chosen: Point, tolerance: float) -> None:
     """Print the figures of every share, and mark the one that was chosen."""
-    base = points[0].guards
     rows = []
     for point in points:
-        lost = any(score < base[task] - tolerance for task, score in point.guards.items())
-        note = "chosen" if point == chosen else "a guard fell" if lost else ""
-        rows.append(
-            (f"{point.share:.1f} {note}".rstrip(), f"{point.score:.4f}", *(f"{s:.4f}" for s in point.guards.values()))
-        )
-    print_rows("share of the trained model", ("share", chosen.metric, *base), rows)
+        fallen = "" if _holds(point, points[0], tolerance) else "a guard fell"
+        note = "chosen" if point == chosen else fallen
+        score = [f"{point.score:.4f}"] if point.metric else []
+        rows.append((f"{point.share:.1f} {note}".rstrip(), *score, *(f"{s:.4f}" for s in point.guards.values())))
+    metric = [chosen.metric] if chosen.metric else []
+    print_rows("share of the trained model", ("share", *metric, *points[0].guards), rows)

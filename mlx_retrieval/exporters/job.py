@@ -31,7 +31,7 @@ class Export:
     quantize: int | None = None
     gguf_ready: bool = False
     dtype: str | None = None
-    merge_with_base: float | str | None = None  # share of the trained model, "auto", or None = all of it
+    merge_with_base: float | str | None = None  # share of the trained model, "auto", "guards", or None = all of it
     merge_with: Sequence[str] = ()  # models that the adapter's is mixed with, all with the same share
     merge_method: str = METHODS[0]
     keep_layers: Sequence[int] = ()  # numbers of blocks, counted from 0; () = all
@@ -127,13 +127,13 @@ class Export:
 
 
 def share_of(text: str) -> float | str:
-    """Read the value of --merge-with-base: a number from 0 to 1, or "auto". ArgumentTypeError if it is neither."""
-    if text == "auto":
+    """Read the value of --merge-with-base: a number from 0 to 1, "auto" or "guards"; else ArgumentTypeError."""
+    if text in ("auto", "guards"):
         return text
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: neither a number from 0 to 1 nor auto")
+    raise argparse.ArgumentTypeError(f"{text}: neither a number from 0 to 1 nor auto or guards")
 
 
 def check_adapter(adapter: str) -> None:

@@ -11,6 +11,7 @@ files, and the next run removes chunks without a record.
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,14 @@ from typing import Protocol
 
 from mlx_retrieval.dataset import beir, chunks
 from mlx_retrieval.dataset.chunks import Chunk
+from mlx_retrieval.dataset.documents import folder as document_folder
+from mlx_retrieval.dataset.documents.decoding import read_bytes
+from mlx_retrieval.dataset.documents.document import UnreadableError
+from mlx_retrieval.dataset.documents.document_chunks import cut
+from mlx_retrieval.dataset.documents.docx_files import WORD
+from mlx_retrieval.dataset.documents.formats import format_of, read_file
+from mlx_retrieval.dataset.documents.html_files import HTML
+from mlx_retrieval.dataset.documents.pdf_files import PDF
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.inference.embedder import Model, embed
@@ -33,6 +42,9 @@ from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
 
 BATCH = 512  # chunks embedded and stored together
+DOCUMENTS = (PDF, WORD, HTML)  # formats that are read as documents; their chunks have no lines
+# Bytes; of text files, and of DOCUMENTS, which hold pictures as well.
+MAX_FILE_SIZE = {False: file_tree.MAX_FILE_SIZE, True: document_folder.MAX_FILE_SIZE}
 
 
 @dataclass
@@ -67,23 +79,50 @@ class IndexSource(Protocol):
 
 
 class FileTree:
-    """A folder of source code and texts."""
+    """A folder of source code, texts, and documents that are no text files: DOCUMENTS.
 
-    def __init__(self, root: Path, info: IndexInfo, max_file_size: int, exclude: Sequence[str], index: Path):
+    Args:
+        max_file_size: larger files are left out, in bytes; None = MAX_FILE_SIZE, which is more for DOCUMENTS.
+    """
+
+    def __init__(self, root: Path, info: IndexInfo, max_file_size: int | None, exclude: Sequence[str], index: Path):
         self.shown = root
         root = root.resolve()
-        tree = file_tree.walk(root, max_file_size, exclude, skip=[index])
-        self.files, self.left_out, self.root, self.info = tree.files, tree.left_out, root, info
+        tree = file_tree.walk(root, sys.maxsize, exclude, skip=[index])
+        self.left_out, self.root, self.info = tree.left_out, root, info
+        limits = {is_document: max_file_size or size for is_document, size in MAX_FILE_SIZE.items()}
+        self.files = [file for file in tree.files if file.size <= limits[_is_document(file.path)]]
+        if too_large := len(tree.files) - len(self.files):
+            self.left_out[file_tree.TOO_LARGE] += too_large
 
     def read(self, file: File) -> tuple[list[Chunk], str, str]:
+        if _is_document(file.path):
+            return self._read_document(file)
         text, reason, data = file_tree.read_text(self.root / file.path)
         sha256 = hashlib.sha256(data).hexdigest()
         if reason:
             return [], sha256, reason
         return chunks.chunk_file(file.path, text, self.info.max_characters, self.info.overlap), sha256, ""
 
+    def _read_document(self, file: File) -> tuple[list[Chunk], str, str]:
+        path = self.root / file.path
+        pieces: list[Chunk] = []
+        try:
+            sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
+            for document in read_file(path, file.path, lambda reason, noun, detail: None):
+                for piece in cut(document, self.info.max_characters, self.info.overlap):
+                    name = " > ".join(piece.headings)
+                    pieces.append(Chunk(0, 0, document.format, "section", name, piece.context, piece.text))
+        except UnreadableError as error:
+            return [], hashlib.sha256(f"{file.path} {error.reason}".encode()).hexdigest(), error.reason
+        return pieces, sha256, ""
+
     def place(self, path: str, line: int) -> str:
-        return str(Place(self.shown / path, line))
+        return str(Place(self.shown / path, line or None))
+
+
+def _is_document(path: str) -> bool:
+    return format_of(path) in DOCUMENTS
 
 
 class BeirCorpus:
@@ -120,7 +159,7 @@ def update(
     model: Model,
     max_characters: int = chunks.MAX_CHARACTERS,
     overlap: int = chunks.OVERLAP,
-    max_file_size: int = file_tree.MAX_FILE_SIZE,
+    max_file_size: int | None = None,
     exclude: Sequence[str] = (),
     rebuild: bool = False,
 ) -> Summary:
@@ -130,7 +169,7 @@ def update(
         root: folder of source code and texts, or of a BEIR corpus.
         model: the embedding model.
         max_characters, overlap: see chunks.chunk_file.
-        max_file_size: in bytes; exclude: patterns. See file_tree.walk.
+        max_file_size: in bytes, see `FileTree`; exclude: patterns, see file_tree.walk.
         rebuild: replace an existing index.
 
     A new index is removed if nothing was stored before an error.
@@ -300,4 +339,6 @@ def _embed(
 
 
 def _is_same(file: File, record: FileRecord | None) -> bool:
-    return record is not None and (record.size, record.stamp) == (file.size, file.mtime)
+    if record is None or (record.left_out == file_tree.BINARY and _is_document(file.path)):  # by an earlier version
+        return False
+    return (record.size, record.stamp) == (file.size, file.mtime)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_loader import Batches
 from loss import GROUPS, SCORED_PAIRS
@@ -58,6 +58,15 @@ class Table:
     reference_name: str = ""
 
 
+class Part(NamedTuple):
+    """A section of its own: lines of names and values, and a table of texts."""
+
+    title: str
+    lines: Sequence[tuple[str, str]]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
 @dataclass
 class Report:
     """The content of a report that the kind of run decides.
@@ -81,6 +90,7 @@ class Report:
     survey: Survey | None = None
     survey_note: str = ""  # why there is no survey
     notes: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     step: int = 0  # whose model is that of the figures after training
     eval_tasks: list[str] = field(default_factory=list)  # that the figures are of
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -263,8 +273,9 @@ def render(
     facts: Sequence[tuple[str, str]],
     next_lines: Sequence[tuple[str, str]],
     report: Report,
+    title: str = "",
 ) -> str:
-    """Return the page; see `write_report`."""
+    """Return the page; see `write_report`. `title`: "" = the folder's name."""
     import jinja2
 
     near = near_paths(settings)
@@ -278,7 +289,7 @@ def render(
         sources.append(("judged on", ", ".join(report.eval_tasks)))
     rows = settings_table(settings, report.defaults, report.of_model)
     page = template.render(
-        title=writable(folder.resolve().name),
+        title=writable(title or folder.resolve().name),
         report=report,
         facts=[(name, excerpt(near(without_secrets(value)), 2 * LONGEST_VALUE)) for name, value in (*sources, *facts)],
         run=run_facts(folder),

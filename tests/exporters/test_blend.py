@@ -119,6 +119,31 @@ def test_auto_chooses_by_the_run_s_own_tasks_and_guards(run_folder, tmp_path, mo
     assert folder.is_dir()
 
 
+def test_guards_choose_the_largest_share_at_which_they_hold(run_folder, tmp_path, monkeypatch, capsys):
+    """They are evaluated from 1 down, and nothing else is."""
+    scores, tried = {0.0: 0.8, 0.5: 0.797, 0.8: 0.79, 1.0: 0.7}, []
+
+    def evaluated(_, share, judge, guard):
+        assert judge is None and guard is not None
+        tried.append(share)
+        return Point(share, share, {"g": scores[share]}, "")
+
+    monkeypatch.setattr(blend, "SHARES", (0.0, 0.5, 0.8, 1.0))
+    monkeypatch.setattr(blend, "_evaluated", evaluated)
+    config = run_folder / "config.yaml"
+    config.write_text('{"data": ["rows.jsonl"], "eval_tasks": ["x"], "guard": ["g"], "guard_tolerance": 0.02}')
+    folder = run_export(tmp_path / "out", adapter=run_folder / "best", merge_with_base="guards")
+    assert tried == [0.0, 1.0, 0.8] and folder.is_dir()
+    out = capsys.readouterr().out
+    assert "0.8 chosen" in out and "1.0 a guard fell" in out and "share 0.8" in out
+    config.write_text('{"data": ["rows.jsonl"], "eval_tasks": ["x"], "guard": ["g"], "guard_tolerance": 0.0}')
+    with pytest.raises(UserError, match="no share of .* is left while its guards hold"):
+        run_export(tmp_path / "none", adapter=run_folder / "best", merge_with_base="guards")
+    config.write_text('{"data": ["rows.jsonl"], "eval_tasks": ["x"]}')
+    with pytest.raises(UserError, match="had no --guard"):
+        run_export(tmp_path / "none", adapter=run_folder / "best", merge_with_base="guards")
+
+
 def test_auto_that_keeps_nothing_is_refused(run_folder, tmp_path, monkeypatch):
     """Regression: it wrote the base model without a word."""
     points = iter([Point(0.0, 0.7, {}), Point(0.5, 0.6, {}), Point(1.0, 0.5, {})])

@@ -77,7 +77,8 @@ def test_passes_are_the_model_s(monkeypatch, model, rows, merged):
         found = list(runner.representations(rows, seeds))
         for part, vectors in zip(rows, found, strict=True):
             np.testing.assert_allclose(np.array(vectors), np.array(model(part)), atol=3e-6)
-        assert_close(runner.gradient(rows, seeds, cotangents), gradient(model, rows, cotangents))
+        expected = gradient(model, rows, cotangents)  # its sums are in another order
+        assert_close(runner.gradient(rows, seeds, cotangents), expected, 3e-5)
         model.update(tree_map(lambda v: v * 1.5, model.trainable_parameters()))
 
 

@@ -1,0 +1,65 @@
+"""The report of an adaptation, `report.html`: documents, questions, training and figures on one page."""
+
+from mlx_retrieval.adaptation.split import DOCUMENTS
+from mlx_retrieval.adaptation.stages import Workshop, read_evaluations
+from mlx_retrieval.evaluation.results import Evaluation
+from mlx_retrieval.evaluation.retrieval import load_tasks
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.report import Part, Report, render, retrieval_report
+from mlx_retrieval.training.settings_file import read_yaml
+from mlx_retrieval.utils import files
+from mlx_retrieval.utils.console import Lines
+
+FILE = "report.html"
+
+
+def write(shop: Workshop, following: Lines) -> Lines:
+    """Write the page, and return the line that names it. `following`: how to use the model."""
+    run, output = shop.path("run"), shop.path(FILE)
+    settings = Settings(**read_yaml(run / "config.yaml"))
+    report = content(shop)
+    report.parts = [_documents(shop), _questions(shop)]
+    facts = [
+        ("documents", str(shop.job.documents)),
+        ("model", shop.model),
+        *(line for name in ("negatives", "export", "index") for line in shop.figures.get(name, {}).get("lines", [])),
+    ]
+    page = render(run, settings, [(name, value) for name, value in facts], following, report, shop.job.output.name)
+    files.write_file(output, page)
+    return [("report", str(output))]
+
+
+def content(shop: Workshop) -> Report:
+    """Return the result: the held-out questions before and after, and the other tasks as notes."""
+    evaluations = read_evaluations(shop.path("evaluation.json"))
+    held = next(iter(evaluations[0].tasks))
+    before, after = _only(evaluations[0], held), _only(evaluations[-1], held)
+    tasks, _ = load_tasks([str(shop.path("held-out"))])
+    report = retrieval_report(before if len(evaluations) > 1 else None, after, tasks)
+    report.eval_tasks = [str(shop.path("held-out"))]
+    if len(evaluations) == 1:
+        report.headline = f"Training gained nothing: {shop.job.model} stays the model to use."
+        report.detail = ""
+    for name, *figures in shop.figures["evaluate"]["rows"][1:]:
+        report.notes.append(f"{name}: {figures[0]} before, {figures[1]} after, {figures[2]} {figures[3]}.")
+    report.notes.append(
+        f"Nothing was trained on the documents of the held-out questions, searched among up to {DOCUMENTS:,} chunks."
+    )
+    return report
+
+
+def _only(evaluation: Evaluation, task: str) -> Evaluation:
+    """Return an evaluation of one task alone."""
+    fields = {name: {task: values[task]} if task in values else {} for name, values in vars(evaluation).items()
+              if isinstance(values, dict) and name != "unreachable"}  # fmt: skip
+    return Evaluation(model=evaluation.model, unreachable={}, **fields)
+
+
+def _documents(shop: Workshop) -> Part:
+    figures = shop.figures["read"]
+    return Part("Documents", figures["lines"], ("not read", "files"), figures["unread"])
+
+
+def _questions(shop: Workshop) -> Part:
+    made, kept = shop.figures["questions"], shop.figures["filter"]
+    return Part("Questions", [*made["lines"], *kept["lines"]], ("question", "made as", "from"), kept["examples"])

@@ -1,0 +1,220 @@
+"""Run an adaptation: each stage once, in order; what an earlier call has done is passed over.
+
+run(Adaptation(Path("handbook"), "sentence-transformers/all-MiniLM-L6-v2", Path("handbook-model")))
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Collection
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from mlx_retrieval import backend
+from mlx_retrieval.adaptation import costs, report, stages
+from mlx_retrieval.adaptation.chunk_file import Chunks
+from mlx_retrieval.adaptation.costs import Plan, minutes
+from mlx_retrieval.adaptation.job import LOCK, Adaptation
+from mlx_retrieval.adaptation.record import Record
+from mlx_retrieval.adaptation.stages import STAGES, Workshop
+from mlx_retrieval.backbones.finding import resolve
+from mlx_retrieval.mining.questions.base import digest
+from mlx_retrieval.utils import files, locks
+from mlx_retrieval.utils.console import Lines, console, print_lines
+from mlx_retrieval.utils.errors import UserError, near_miss
+from mlx_retrieval.utils.text import quantity, shell
+
+REPORT, PLAN = "report", "plan"
+ALL = (*STAGES, REPORT)
+# The settings that decide a stage, besides the stage that it builds on.
+DECIDING = {
+    "read": ("documents", "chunk_size", "overlap", "max_file_size", "exclude"),
+    "questions": ("generator", "count", "styles", "prompt", "seed", "budget"),
+    "filter": ("model", "dtype", "found_among", "reranker", "holdout"),
+    "negatives": ("negatives",),
+    "train": ("training", "guard", "guard_tolerance"),
+    "export": (),
+    "evaluate": ("eval_tasks",),
+    "index": (),
+}
+BUILDS_ON = dict(zip(ALL[1:], ALL, strict=False)) | {"index": "export"}
+
+
+def run(job: Adaptation, only: Collection[str] = (), redo: Collection[str] = ()) -> None:
+    """Carry out the stages that are not done yet, and print what to do next.
+
+    Args:
+        only: stages to carry out, if they are not done; those that they build on must be. () = all.
+        redo: stages to do again, even if nothing has changed.
+
+    Raises UserError for an unknown stage, and if another process works in the folder.
+    """
+    for name in (*only, *redo):
+        if name not in ALL:
+            raise UserError(f"no stage is called {name!r}: there are {', '.join(ALL)}{near_miss(name, ALL)}")
+    print_lines([("device", backend.describe())])
+    files.make_folder(job.output)
+    with locks.only_one(job.output / LOCK, f"--output {job.output}: another process works there"):
+        _Run(job, Record(job.output), redo).carry_out([name for name in ALL if not only or name in only])
+
+
+class _Run:
+    """One call: the stages' keys, and the time that is left."""
+
+    def __init__(self, job: Adaptation, record: Record, redo: Collection[str]):
+        self.job, self.record, self.redo = job, record, redo
+        self.keys = keys_of(job)
+        self.shop = Workshop(job)
+        self.began = time.monotonic()
+        for name in ALL:
+            if {name, *_before(name)} & {*redo}:
+                record.forget(name)
+        # What earlier calls have spent on stages that are not done again.
+        self.spent = sum(record.seconds(name, key) for name, key in self.keys.items())
+
+    def carry_out(self, names: list[str]) -> None:
+        """Carry out these stages, in order."""
+        if self.job.budget is not None:
+            self.shop.deadline = self.began + self.job.budget - self.spent
+        for name in ALL:
+            if name in STAGES and self.record.is_done(name, self.keys[name]):
+                self.shop.figures[name] = self.record.figures(name)
+                if name in names:
+                    _head(name, f"done before, in {minutes(self.record.seconds(name, self.keys[name]))}")
+            elif name in names:
+                self._check_before(name)
+                if name != "read":
+                    self._make_plan()
+                self._take(name)
+
+    def _check_before(self, name: str) -> None:
+        if missing := [before for before in _before(name) if before not in self.shop.figures]:
+            raise UserError(
+                f"--stages {name}: it builds on {missing[0]}, which is not done, or was done with other documents or "
+                "settings"
+            )
+
+    def _take(self, name: str) -> None:
+        _head(name, self._time_left())
+        if name == REPORT:
+            following = next_lines(self.shop)
+            print_lines([*report.write(self.shop, following), *following])
+            return
+        key, began = self.keys[name], time.monotonic()
+        before = self.record.seconds(name, key)
+        if self.record.stages.get(name, {}).get("key") != key:
+            stages.clear(self.shop, name)  # the files of other documents or settings
+        self.record.note(name, key, before)
+        try:
+            figures = STAGES[name](self.shop)
+        except BaseException as error:
+            self.record.note(name, key, before + time.monotonic() - began)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"stopped at {name}; run the same command to continue") from error
+            raise
+        self.record.note(name, key, before + time.monotonic() - began, figures)
+        self.shop.figures[name] = figures
+
+    def _time_left(self) -> str:
+        if self.shop.deadline is None:
+            return ""
+        left = self.shop.deadline - time.monotonic()
+        return f"{minutes(left)} of {minutes(self.job.budget)} left" if left > 0 else "the time is up"
+
+    def _make_plan(self) -> None:
+        """Decide how many chunks are asked about, once for the adaptation."""
+        total = self.shop.figures["read"]["chunks"]
+        if self.job.budget is None or self.shop.plan is not None:
+            return
+        key = digest(PLAN, self.keys["export"])
+        if saved := self.record.figures(PLAN) if self.record.is_done(PLAN, key) else None:
+            self.shop.plan = Plan(**saved)
+            return
+        began = time.monotonic()
+        _head("plan", "measuring this machine")
+        measured = costs.measure(self.job, _sample(self.shop.path("chunks.jsonl")), self.shop.generator)
+        self.shop.plan = costs.fit(self.job, measured, total, self.shop.deadline - time.monotonic())
+        print_plan(self.job, self.shop.plan)
+        self.record.note(PLAN, key, time.monotonic() - began, dataclasses.asdict(self.shop.plan))
+
+
+def _before(name: str) -> list[str]:
+    """Return the stages that a stage builds on, the first one first."""
+    before = BUILDS_ON.get(name)
+    return [*_before(before), before] if before else []
+
+
+def keys_of(job: Adaptation) -> dict[str, str]:
+    """Return the key of each stage: a hash of everything that decides its result."""
+    keys: dict[str, str] = {}
+    for name in STAGES:
+        values = [_decided_by(job, setting) for setting in DECIDING[name]]
+        keys[name] = digest(name, values, keys.get(BUILDS_ON.get(name, ""), ""))
+    return keys
+
+
+def _decided_by(job: Adaptation, setting: str) -> Any:
+    """Return a setting as it decides a stage: of files and folders their contents, as far as sizes and times tell."""
+    value = getattr(job, setting)
+    if setting == "documents":
+        return contents_of(job.documents)
+    if setting == "model":
+        return [value, contents_of(resolve(value))]
+    if setting in ("guard", "eval_tasks"):
+        return [[task, contents_of(Path(task)) if Path(task).is_dir() else ""] for task in value]
+    if setting == "prompt":
+        return value.read_text(encoding="utf-8-sig", errors="replace") if value else ""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def contents_of(folder: Path) -> str:
+    """Return a hash of the names, sizes and times of the files in a folder, or of a file."""
+    total = blake2b(digest_size=16)
+    root = folder.resolve()
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if path.is_file():
+            stat = path.stat()
+            line = f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            total.update(line.encode("utf-8", "surrogateescape"))
+    return total.hexdigest()
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def _head(name: str, note: str = "") -> None:
+    """Print the line that a stage begins with."""
+    number = f"{ALL.index(name) + 1} of {len(ALL)}  " if name in ALL else ""
+    console().print(f"\n{number}{name}" + (f"   {note}" if note else ""), style="bold")
+
+
+def print_plan(job: Adaptation, plan: Plan) -> None:
+    """Print how many questions there will be, and how long each stage takes."""
+    asked = f"{plan.questions:,} for {plan.chunks:,} of {quantity(plan.total, 'chunk')}"
+    lines = [("questions", f"at most {asked}, by {job.generator}")]
+    lines += [(name, f"about {minutes(seconds)}") for name, seconds in plan.seconds.items() if seconds]
+    print_lines([*lines, ("all", f"about {minutes(plan.all)}")])
+
+
+def next_lines(shop: Workshop) -> Lines:
+    """Return the command that searches the documents with the model to use."""
+    search = shell("python", "search.py", "search", "your question", "--index", str(shop.path("index")))
+    return [("model", shop.model), ("next", search)]
+
+
+def dry_run(job: Adaptation) -> None:
+    """Print what would be read, how many questions would be asked, and how long it would take. Write nothing."""
+    print_lines([("device", backend.describe())])
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(dataclasses.replace(job, output=Path(folder) / "adaptation"))
+        shop.job.output.mkdir()
+        figures = stages.read(shop)
+        measured = costs.measure(job, _sample(shop.path("chunks.jsonl")), shop.generator)
+    print_plan(job, costs.fit(job, measured, figures["chunks"], job.budget))
+    print_lines([("dry run", "nothing was asked, trained or written")])
+
+
+def _sample(path: Path) -> list:
+    """Return some chunks to measure with, from the beginning of the file."""
+    return costs.sample_of(iter(Chunks(path)))

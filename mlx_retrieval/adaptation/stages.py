@@ -1,0 +1,419 @@
+"""The stages of an adaptation, one function each: it writes its files, prints what it did, and returns its figures.
+
+read       chunks.jsonl                  the documents' chunks
+questions  questions/none-1f0c.jsonl     questions of chunks, with their origin; a file for each way to make them
+filter     rows.jsonl, held-out/         those that stay: to train on, and to judge by
+negatives  mined.jsonl                   the rows with hard negatives
+train      run/                          a run of train.py
+export     model/                        the trained model, for sentence-transformers; absent if none was better
+evaluate   evaluation.json               the base model and the trained one, on every task
+index      index/                        for search.py
+report     report.html
+
+run.py calls them in this order.
+"""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from mlx_retrieval.adaptation import chunk_file, costs, split
+from mlx_retrieval.adaptation.chunk_file import Chunks
+from mlx_retrieval.adaptation.costs import Plan, minutes
+from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of
+from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
+from mlx_retrieval.dataset.documents.folder import read_folder
+from mlx_retrieval.dataset.documents.summary import summary, unread_rows
+from mlx_retrieval.evaluation.results import LABELS, Evaluation, compare, main_metric
+from mlx_retrieval.evaluation.retrieval import evaluate as evaluate_model
+from mlx_retrieval.exporters.job import Export
+from mlx_retrieval.exporters.run import export_with_warnings
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.mining import hard_negatives
+from mlx_retrieval.mining.cache import cache_folder
+from mlx_retrieval.mining.output import write_rows
+from mlx_retrieval.mining.questions import filtering
+from mlx_retrieval.mining.questions.base import Generator, digest
+from mlx_retrieval.mining.questions.generators import open_generator
+from mlx_retrieval.mining.questions.store import CHUNK, STYLE, generate, open_store
+from mlx_retrieval.mining.run import mine_negatives
+from mlx_retrieval.retrieval.indexer import update
+from mlx_retrieval.training import checkpoint
+from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.improvement import model_to_use
+from mlx_retrieval.training.settings_file import read_yaml
+from mlx_retrieval.utils import files
+from mlx_retrieval.utils.console import print_lines, print_rows
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.progress import progress_bar
+from mlx_retrieval.utils.text import quantity
+
+EXAMPLES = 8  # questions that are shown
+NO_GAIN = "no step was better than the untrained model"
+
+Figures = dict[str, Any]
+
+
+@dataclass
+class Workshop:
+    """What the stages work with.
+
+    Attributes:
+        job: the adaptation.
+        plan: how many chunks are asked about; None = all.
+        deadline: of the whole adaptation, by time.monotonic(); None = there is none.
+        figures: of the stages before.
+    """
+
+    job: Adaptation
+    plan: Plan | None = None
+    deadline: float | None = None
+    figures: dict[str, Figures] = field(default_factory=dict)
+    _generator: Generator | None = None
+
+    def path(self, name: str) -> Path:
+        """Return a file or folder of the adaptation."""
+        return self.job.output / name
+
+    @property
+    def questions(self) -> Path:
+        """The file of questions: one for each generator and its settings, so that none is made twice."""
+        job = self.job
+        prompt = job.prompt.read_text(encoding="utf-8-sig", errors="replace") if job.prompt else ""
+        name = re.sub(r"\W+", "-", job.generator).strip("-")[:40]
+        return (
+            self.path("questions")
+            / f"{name}-{digest(job.generator, job.count, [*job.styles], prompt, job.seed)[:4]}.jsonl"
+        )
+
+    @property
+    def generator(self) -> Generator:
+        """The generator of questions, opened when it is first needed."""
+        if self._generator is None:
+            job = self.job
+            self._generator = open_generator(job.generator, job.styles, job.count, job.seed, job.prompt)
+        return self._generator
+
+    def close_generator(self) -> None:
+        """Free the language model."""
+        self._generator = None
+        costs.free()
+
+    def chosen(self) -> Chunks:
+        """Return the chunks that questions are asked about: all, or as many as the plan has, drawn by their ids."""
+        path = self.path("chunks.jsonl")
+        if self.plan is None or self.plan.chunks >= self.plan.total:
+            return Chunks(path)
+        return Chunks(path, frozenset(sorted(chunk_file.read_ids(path), key=self._draw)[: self.plan.chunks]))
+
+    def _draw(self, name: str) -> bytes:
+        return blake2b(f"{self.job.seed} {name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+    def base_model(self) -> embedder.Model:
+        """Open the model that is to be trained. UserError if it is no embedding model of one vector a text."""
+        model = embedder.load(self.job.model, dtype=self.job.dtype)
+        if model.late:
+            raise UserError(f"--model {self.job.model}: a late-interaction model; adapt.py trains one vector a text")
+        return model
+
+    @property
+    def model(self) -> str:
+        """The model to use in the end: the exported one, or the base model if training gained nothing."""
+        exported = self.path("model")
+        return str(exported) if exported.is_dir() else self.job.model
+
+
+# --- documents and questions ------------------------------------------------------------------------------------------
+
+
+def read(shop: Workshop) -> Figures:
+    """Read the documents and cut them into chunks."""
+    job, counts = shop.job, ChunkCounts()
+    with read_folder(job.documents, job.max_file_size, job.exclude) as folder:
+        with progress_bar("cutting", "documents", len(folder)) as progress:
+
+            def chunks():
+                for chunk in chunk_documents(folder, counts, job.chunk_size, job.overlap):
+                    progress(counts.documents + counts.without_chunks)
+                    yield chunk
+
+            count = chunk_file.write(shop.path("chunks.jsonl"), chunks())
+        if not count:
+            raise UserError(f"{job.documents}: no document has a text of {FEWEST_LETTERS} letters or more")
+        lines, unread = summary(folder, counts), unread_rows(folder)
+    if unread:
+        print_rows("not read", ("reason", "files"), unread)
+    print_lines(lines)
+    return {"chunks": count, "lines": lines, "unread": unread}
+
+
+def questions(shop: Workshop) -> Figures:
+    """Make the questions of the chosen chunks."""
+    generator, chunks = shop.generator, shop.chosen()
+    total = sum(len(generator.jobs(chunk)) for chunk in chunks)
+    late = False
+    # Half of the time that is left is for what comes after, however slow the generator turns out to be.
+    deadline = None if shop.deadline is None else time.monotonic() + (shop.deadline - time.monotonic()) / 2
+    files.make_folder(shop.questions.parent)
+    with open_store(shop.questions) as store, progress_bar("asking", "jobs", total) as progress:
+        for _ in generate(chunks, generator, store, progress, lambda line: print_lines([("questions", line)])):
+            if late := deadline is not None and time.monotonic() > deadline:
+                break
+        count, dropped = store.count, store.dropped.lines()
+    if not count:
+        reasons = "; ".join(f"{reason}: {text}" for reason, text in dropped)
+        raise UserError(f"--generator {shop.job.generator}: no question was made" + (f": {reasons}" if reasons else ""))
+    name = generator.name
+    shop.close_generator()
+    lines = [("questions", f"{count:,} by {name}" + "; stopped, as the time is short" * late), *dropped]
+    print_lines(lines)
+    return {"questions": count, "generator": name, "lines": lines}
+
+
+def filter_questions(shop: Workshop) -> Figures:
+    """Leave out questions that the base model does not find the chunk of, copies and duplicates; hold some out."""
+    job, chunks = shop.job, shop.chosen()
+    judge = Reranker(job.reranker, dtype=job.dtype) if job.reranker else None
+
+    def rows():
+        with open(shop.questions, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+    with cache_folder(shop.path("rows.jsonl"), None) as cache:
+        model = shop.base_model()
+        scores, name = (judge.score_groups, judge.fingerprint()) if judge else (None, "")
+        result = filtering.keep(rows(), chunks, model, cache, job.rules, scores, name)
+    del model, judge
+    costs.free()
+    kept = {*result.kept}
+    rows_kept = [row for number, row in enumerate(rows()) if number in kept]
+    divided = split.split_rows(rows_kept, (chunk.id for chunk in chunks), job.holdout, job.seed)
+    if divided.reason:
+        raise UserError(
+            f"{quantity(len(rows_kept), 'question')} left of {len(result.ranks):,}: {divided.reason}, to train and to "
+            "judge; more documents, more --questions, another --generator, or a larger --found-among"
+        )
+    held = split.questions_of(rows_kept, divided, chunks, job.seed)
+    shutil.rmtree(shop.path("held-out"), ignore_errors=True)
+    files.write_folder(shop.path("held-out"), held.write)
+    trained = [rows_kept[number] for number in divided.trained]
+    write_rows(shop.path("rows.jsonl"), trained)
+    dropped = result.dropped.lines()
+    asked = f"{len(held.queries):,} of {quantity(len(divided.chunks), 'chunk')} that nothing is trained on"
+    lines = [
+        ("kept", f"{len(rows_kept):,} of {quantity(len(result.ranks), 'question')}"),
+        *dropped,
+        ("held out", asked),
+        ("to train on", quantity(len(trained), "question")),
+    ]
+    print_lines(lines)
+    examples = _examples(trained)
+    print_rows("examples", ("question", "made as"), [(text, style) for text, style, _ in examples])
+    return {
+        "rows": len(trained),
+        "held_out": len(held.queries),
+        "held_chunks": sorted(divided.chunks),
+        "lines": lines,
+        "examples": examples,
+    }
+
+
+def _examples(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return some questions spread over the rows: their text, style and source."""
+    step = max(1, len(rows) // EXAMPLES)
+    return [(row["query"], row[STYLE], row["source"]) for row in rows[::step][:EXAMPLES]]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def negatives(shop: Workshop) -> Figures:
+    """Mine hard negatives among the chunks that are not held out; a row's own chunk is never one."""
+    job, held = shop.job, frozenset(shop.figures["filter"]["held_chunks"])
+    rows, target = shop.path("rows.jsonl"), shop.path("mined.jsonl")
+    own = {chunk.id: chunk.embedded for chunk in shop.chosen() if chunk.id not in held}
+    if not job.negatives:
+        shutil.copyfile(rows, target)
+        return {"negatives": 0, "lines": [("negatives", "none are mined (--negatives 0)")]}
+    rules = hard_negatives.Rules(take=job.negatives, relative_margin=hard_negatives.RELATIVE_MARGIN)
+    found = target.with_name("found.jsonl")
+    with cache_folder(target, None) as cache:
+        mined = mine_negatives([rows], own.values(), rules, cache, shop.base_model(), notify=_note)
+        mined.write(found, with_scores=False)
+    costs.free()
+    count = 0
+
+    def without_own_chunks():
+        nonlocal count
+        with open(found, encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                # A question that was taken out of its chunk still has the rest of it as its document.
+                row["negatives"] = [text for text in row["negatives"] if text != own[row[CHUNK]]]
+                count += len(row["negatives"])
+                yield row
+
+    total = write_rows(target, without_own_chunks())
+    found.unlink()
+    lines = [("negatives", f"{count:,} for {quantity(total, 'question')}")]
+    print_lines(lines)
+    return {"negatives": count, "lines": lines}
+
+
+def _note(line: str) -> None:
+    print_lines([("mining", line)])
+
+
+def train(shop: Workshop) -> Figures:
+    """Train; a run that was stopped goes on."""
+    run = shop.path("run")
+    if checkpoint.is_finished(run):  # a kill came before the stage was noted
+        return _trained(run)
+    if checkpoint.last_step(run):
+        settings = Settings(**read_yaml(run / "config.yaml") | {"resume": True})
+    else:
+        settings = settings_of(shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run)
+        settings.overwrite = checkpoint.holds_run(run)
+        if settings.steps is None and settings.epochs is None:
+            settings.epochs = float(epochs_for(shop.figures["filter"]["rows"], settings.batch_size))
+        if shop.deadline is not None:
+            _limit_steps(shop, settings)
+    training_run.train(settings)
+    costs.free()
+    return _trained(run)
+
+
+def _trained(run: Path) -> Figures:
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return {"improved": results["improved"], "lines": [("run", str(run))]}
+
+
+def _limit_steps(shop: Workshop, settings: Settings) -> None:
+    """Set the steps of a run so that the stages after it are done in time; it has EVALUATIONS evaluations."""
+    left = shop.deadline - time.monotonic()
+    after = sum(shop.plan.seconds[name] for name in ("export", "evaluate", "index"))
+    evaluations = shop.plan.seconds["evaluate"] / 2 * (1 + EVALUATIONS)
+    rows = shop.figures["filter"]["rows"]
+    room = int((left - after - evaluations) / (shop.plan.row_seconds * min(settings.batch_size, rows)))
+    whole = settings.steps or max(1, round(settings.epochs * rows / min(settings.batch_size, rows)))
+    settings.steps, settings.epochs = max(EVALUATIONS, min(room, whole)), None
+    settings.eval_steps = settings.eval_steps or max(1, settings.steps // EVALUATIONS)
+    if settings.steps < whole:
+        print_lines([("budget", f"{minutes(left)} left: {settings.steps:,} of {whole:,} steps")])
+
+
+def export(shop: Workshop) -> Figures:
+    """Export the trained model, with as large a share of the trained weights as the guards allow."""
+    run, target = shop.path("run"), shop.path("model")
+    shutil.rmtree(target, ignore_errors=True)
+    if shop.figures["train"]["improved"] is False and not (run / "best").is_dir():
+        lines = [("no gain", f"{NO_GAIN}, so {shop.job.model} stays the model to use")]
+        print_lines(lines)
+        return {"exported": False, "lines": lines}
+    share = {"merge_with_base": "guards"} if shop.job.guard else {}
+    try:
+        job = Export(str(target), adapter=str(model_to_use(run)), skip_library_check=True, **share)
+        export_with_warnings(job, "adapt.py")
+    except UserError as error:
+        if "no share of" not in str(error):
+            raise
+        lines = [("no gain", f"{error}, so {shop.job.model} stays the model to use")]
+        print_lines(lines)
+        return {"exported": False, "lines": lines}
+    finally:
+        costs.free()
+    return {"exported": True, "share": job.merge_with_base, "lines": [("exported", str(target))]}
+
+
+# --- use --------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(shop: Workshop) -> Figures:
+    """Evaluate the base model and the exported one on the held-out questions, the guards and the user's tasks."""
+    tasks = [str(shop.path("held-out")), *shop.job.eval_tasks, *shop.job.guard]
+    names = [shop.job.model] + [str(shop.path("model"))] * shop.path("model").is_dir()
+    evaluations = []
+    for name in names:
+        evaluations.append(evaluate_model(embedder.load(name, dtype=shop.job.dtype), tasks, sys.stderr.isatty()))
+        costs.free()
+    record = [evaluation.to_json() for evaluation in evaluations]
+    files.write_file(shop.path("evaluation.json"), json.dumps(record, indent=1) + "\n")
+    rows = figure_rows(evaluations)
+    print_rows("before and after", ("task", "before", "after", "difference", "95 % interval"), rows)
+    return {"rows": rows, "lines": []}
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Return the evaluations of `evaluation.json`: of the base model, and of the trained one if there is one."""
+    return [Evaluation(**{"unreachable": {}} | record) for record in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def figure_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
+    """Return a row for each task: its name with its metric, before, after, difference, interval."""
+    before, after = evaluations[0], evaluations[-1]
+    rows = []
+    for task, figures in before.tasks.items():
+        one, other = (
+            Evaluation(each.model, {task: each.tasks[task]}, {task: each.per_query[task]}, {})
+            for each in (before, after)
+        )
+        name = f"{task}, {LABELS[main_metric(figures)]}, {one.asked()}"
+        if len(evaluations) == 1:
+            rows.append((name, f"{figures[main_metric(figures)]:.4f}", "-", "-", "-"))
+            continue
+        _, old, new, difference, low, high = compare(one, other)[0]
+        rows.append((name, f"{old:.4f}", f"{new:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
+    return rows
+
+
+def index(shop: Workshop) -> Figures:
+    """Index the folder with the model to use, as search.py does."""
+    job = shop.job
+    model = embedder.load(shop.model, dtype=job.dtype)
+    limits = (job.chunk_size, job.overlap, job.max_file_size, job.exclude)
+    result = update(job.documents, shop.path("index"), model, *limits)
+    costs.free()
+    lines = [("index", f"{shop.path('index')}: {result.chunks:,} chunks of {quantity(result.files, 'file')}")]
+    print_lines(lines)
+    return {"chunks": result.chunks, "files": result.files, "lines": lines}
+
+
+STAGES: dict[str, Callable[[Workshop], Figures]] = {
+    "read": read,
+    "questions": questions,
+    "filter": filter_questions,
+    "negatives": negatives,
+    "train": train,
+    "export": export,
+    "evaluate": evaluate,
+    "index": index,
+}
+
+# What a stage has written, to be removed before it is done with other documents or settings; questions are kept.
+WRITTEN = {
+    "read": ("chunks.jsonl",),
+    "filter": ("rows.jsonl", "held-out"),
+    "negatives": ("mined.jsonl",),
+    "train": ("run",),
+    "export": ("model",),
+    "evaluate": ("evaluation.json",),
+    "index": ("index",),
+}
+
+
+def clear(shop: Workshop, name: str) -> None:
+    """Remove what a stage has written."""
+    for path in map(shop.path, WRITTEN.get(name, ())):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""The settings by which an adaptation trains: those of train.py, with what suits questions of documents.
+
+settings = settings_of(job, Path("mined.jsonl"), [Path("held-out")], Path("run"))
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.training.config import Settings
+
+EVALUATIONS = 4  # in a run
+FEWEST_STEPS, MOST_EPOCHS = 30, 10
+# Rows whose questions share rare words come in one batch: they are hard for each other, at no cost.
+DEFAULTS = {"similar_rows": 4, "save_steps": 25}
+
+
+def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path) -> Settings:
+    """Return the settings of the training run. UserError if those of the job contradict each other.
+
+    Args:
+        rows: to train on.
+        tasks: evaluation folders that the run is judged on.
+        output: the folder of the run.
+    """
+    decided = {
+        "model": job.model,
+        "task": "embed",
+        "data": [str(rows)],
+        "eval_tasks": [str(task) for task in tasks],
+        "guard": [*job.guard] if tasks else [],
+        "guard_tolerance": job.guard_tolerance,
+        "output": str(output),
+        "seed": job.seed,
+        "dtype": job.dtype,
+        "compile": job.compile,
+    }
+    return Settings(**DEFAULTS | job.training | decided)
+
+
+def epochs_for(rows: int, batch_size: int) -> int:
+    """Return the epochs of a run: one, or as many as FEWEST_STEPS need, MOST_EPOCHS at most."""
+    return max(1, min(MOST_EPOCHS, round(FEWEST_STEPS * batch_size / rows)))

@@ -1,0 +1,200 @@
+"""adapt.py on a folder of small documents, from the first stage to the last.
+
+python -m pytest -m slow tests/adaptation/test_adapt.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from document_files import pdf
+
+import adapt
+from mlx_retrieval.adaptation import costs, run, stages
+from mlx_retrieval.retrieval.searcher import Searcher
+
+pytestmark = pytest.mark.slow
+
+WORDS = [
+    f"{a}{b}" for a in ("kel", "mor", "tan", "sil", "fer", "gan") for b in ("dor", "vin", "lex", "pol", "ram", "tis")
+]
+FILES = 90
+
+
+def sentences(rng: np.random.Generator, topic: str) -> str:
+    return " ".join(f"{topic} " + " ".join(rng.choice(WORDS, 7)) + "." for _ in range(6))
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> Path:
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("documents")
+    for i in range(FILES):
+        topic = f"{WORDS[i % 36]} {WORDS[(7 * i + 1) % 36]} topic{i}"
+        (folder / f"{i:02}.md").write_text(f"# About {topic}\n\n{sentences(rng, topic)}\n")
+    (folder / "paper.pdf").write_bytes(pdf([["Report", "", *sentences(rng, "paper").split(". ")]], title="A report"))
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(small, tmp_path_factory) -> list[str]:
+    config = tmp_path_factory.mktemp("config") / "train.yaml"
+    config.write_text("steps: 8\nbatch_size: 16\nlora_rank: 4\neval_steps: 4\nlearning_rate: 0.01\n")
+    return [
+        "--model",
+        small,
+        "--config",
+        str(config),
+        "--questions",
+        "2",
+        "--found-among",
+        "90",
+        "--compile",
+        "off",
+        "--guard",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(documents, flags, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a whole adaptation, and its screen."""
+    import contextlib
+    import io
+
+    output, screen = tmp_path_factory.mktemp("adapted") / "out", io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
+    return output, screen.getvalue()
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_stage_leaves_its_files(finished):
+    output, screen = finished
+    assert [name for name in run.ALL if f"{run.ALL.index(name) + 1} of {len(run.ALL)}  {name}" in screen] == [*run.ALL]
+    chunks, made = rows(output / "chunks.jsonl"), rows(output / "rows.jsonl")
+    assert {chunk["file"] for chunk in chunks} >= {"00.md", "paper.pdf"}
+    held = {row["_id"]: row["text"] for row in rows(output / "held-out" / "queries.jsonl")}
+    assert len(held) >= 10 and not {row["query"] for row in made} & {*held.values()}
+    trained = {row["chunk_id"].partition("#")[0] for row in made}
+    text_of = {chunk["text"]: chunk["document"] for chunk in chunks}
+    corpus = {row["_id"]: row["text"] for row in rows(output / "held-out" / "corpus.jsonl")}
+    judged = [line.split("\t") for line in (output / "held-out" / "qrels" / "test.tsv").read_text().splitlines()[1:]]
+    assert len(judged) == len(held) and {document for _, document, _ in judged} <= {*corpus}
+    known = {text for text, document in text_of.items() if document in trained}
+    assert not known & {corpus[document] for _, document, _ in judged}
+    mined = rows(output / "mined.jsonl")
+    assert len(mined) == len(made) and sum(len(row["negatives"]) for row in mined) > len(mined) / 4
+    assert "damaged" in screen and "broken.pdf" in screen
+
+
+def test_a_rows_own_chunk_is_no_negative(finished):
+    output, _ = finished
+    own = {
+        c["id"]: f"{c['context']}\n{c['text']}" if c["context"] else c["text"] for c in rows(output / "chunks.jsonl")
+    }
+    for row in rows(output / "mined.jsonl"):
+        assert own[row["chunk_id"]] not in row["negatives"] and row["positive"] not in row["negatives"]
+
+
+def test_the_index_answers_also_from_a_pdf(finished):
+    output, _ = finished
+    searcher = Searcher(str(output / "index"))
+    hits = searcher.search("paper report", "bm25", 3)
+    assert hits[0].path == "paper.pdf" and hits[0].line == 0
+    assert searcher.search("topic7", "semantic", 3)
+
+
+def test_the_report_is_about_documents_and_questions(finished):
+    page = (finished[0] / "report.html").read_text(encoding="utf-8")
+    for text in ("<h2>Documents</h2>", "<h2>Questions</h2>", "broken.pdf", "held-out"):
+        assert text in page
+    assert (finished[0] / "evaluation.json").is_file()
+
+
+def test_the_same_command_does_nothing_twice(finished, documents, flags, monkeypatch, capsys):
+    output, _ = finished
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl")}
+    for name in stages.STAGES:
+        monkeypatch.setitem(stages.STAGES, name, lambda shop: pytest.fail("done again"))
+    assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
+    assert capsys.readouterr().out.count("done before") == len(stages.STAGES)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl")} == times
+
+
+@pytest.mark.parametrize("stopped", ["questions", "train"])
+def test_a_stopped_run_goes_on(stopped, finished, documents, flags, tmp_path, monkeypatch, capsys):
+    """Killed at the end of a stage, before it was noted: files that are there are no obstacle."""
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    record = json.loads((output / "adapt.json").read_text())
+    names = [*stages.STAGES]
+    for name in names[names.index(stopped) :]:
+        key = record["stages"].pop(name)["key"]
+        if name == stopped:
+            record["stages"][name] = {"key": key, "done": False, "seconds": 1.0}
+    (output / "adapt.json").write_text(json.dumps(record))
+    real, after = dict(stages.STAGES), []
+    for name in names:
+        monkeypatch.setitem(stages.STAGES, name, lambda shop, name=name: after.append(name) or real[name](shop))
+    assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
+    assert after == names[names.index(stopped) :]
+    assert rows(output / "mined.jsonl") == rows(finished[0] / "mined.jsonl")
+
+
+def test_stages_alone_need_those_before(documents, flags, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert adapt.main([str(documents), "--output", str(output), *flags, "--stages", "filter"]) == 2
+    assert "it builds on read, which is not done" in capsys.readouterr().err
+    assert adapt.main([str(documents), "--output", str(output), *flags, "--stages", "read"]) == 0
+    assert {path.name for path in output.iterdir()} == {"chunks.jsonl", "adapt.json", ".lock"}
+
+
+def test_a_dry_run_writes_nothing(documents, flags, tmp_path, capsys):
+    assert adapt.main([str(documents), "--output", str(tmp_path / "out"), *flags, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "at most 18" in out and "all" in out and "nothing was asked, trained or written" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_asks_about_fewer_chunks(documents, flags, tmp_path, monkeypatch, capsys):
+    """A slow machine is measured; the steps fit the time that is left."""
+    monkeypatch.setattr(costs, "FEWEST", 40)
+    monkeypatch.setattr(costs, "measure", lambda *_: costs.Costs(chunk=0.5, row=2.0, questions=0.0))
+    output = tmp_path / "out"
+    assert adapt.main([str(documents), "--output", str(output), *flags, "--budget", "10m"]) == 0
+    plan = json.loads((output / "adapt.json").read_text())["stages"]["plan"]["figures"]
+    assert 40 <= plan["chunks"] < 91
+    assert len({row["chunk_id"] for row in rows(next((output / "questions").glob("*.jsonl")))}) <= plan["chunks"]
+    assert "left" in capsys.readouterr().out
+    assert adapt.main([str(documents), "--output", str(tmp_path / "o2"), *flags, "--budget", "1m"]) == 2
+    assert "--budget: too short" in capsys.readouterr().err
+
+
+def test_without_a_gain_the_base_model_is_used(finished, documents, flags, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    shutil.rmtree(output / "model", ignore_errors=True)
+    shutil.rmtree(output / "run" / "best", ignore_errors=True)
+    record = json.loads((output / "adapt.json").read_text())
+    for name in ("export", "evaluate", "index"):
+        del record["stages"][name]
+    record["stages"]["train"]["figures"]["improved"] = False
+    (output / "adapt.json").write_text(json.dumps(record))
+    assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "stays the model to use" in out and not (output / "model").exists()
+    assert "Training gained nothing" in (output / "report.html").read_text()
+
+
+def test_an_empty_folder_and_one_of_unreadable_files_are_one_line(flags, tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    for text in (None, b"%PDF-1.4 nothing"):
+        if text:
+            (tmp_path / "docs" / "a.pdf").write_bytes(text)
+        assert adapt.main([str(tmp_path / "docs"), "--output", str(tmp_path / "out"), *flags]) == 2
+        assert "no document that can be read" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""The settings, the record and the split of an adaptation.
+
+python -m pytest tests/adaptation/test_adaptation_job.py
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import adapt
+from mlx_retrieval.adaptation import chunk_file, costs, run, split
+from mlx_retrieval.adaptation.costs import Costs
+from mlx_retrieval.adaptation.job import Adaptation, seconds_of
+from mlx_retrieval.adaptation.record import Record
+from mlx_retrieval.dataset.documents.chunk import Chunk
+from mlx_retrieval.utils.errors import Place, UserError
+
+
+@pytest.fixture
+def job(tmp_path) -> Adaptation:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# A\n\ntext")
+    (tmp_path / "model").mkdir()
+    return Adaptation(tmp_path / "docs", str(tmp_path / "model"), tmp_path / "out")
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("20m", 1200), ("1h30m", 5400), ("90s", 90), ("45", 45), ("1.5h", 5400), ("2 min", 120)]
+)
+def test_times(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "20 minutes", "-5m", "0m", "1d", "20m5"])
+def test_times_that_are_none(text):
+    with pytest.raises(UserError, match="--budget"):
+        seconds_of(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": Path("nowhere")}, "nowhere: no such folder"),
+        ({"overlap": 5000}, "--overlap 5000"),
+        ({"negatives": -1}, "--negatives -1"),
+        ({"holdout": 0.0}, "--holdout 0"),
+        ({"guard_tolerance": -0.1}, "--guard-tolerance -0.1"),
+        ({"found_among": 0}, "there must be 1 or more"),
+    ],
+)
+def test_wrong_settings(job, changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(job, **changes)
+
+
+def test_the_output_is_a_folder_of_its_own(job, tmp_path):
+    with pytest.raises(UserError, match="would be read as some of them"):
+        replace(job, output=job.documents / "model")
+    with pytest.raises(UserError, match="the documents are in there"):
+        replace(job, output=tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="no adaptation was begun there"):
+        replace(job, output=tmp_path / "other")
+    with pytest.raises(UserError, match="this is a file"):
+        replace(job, output=tmp_path / "other" / "mine.txt")
+
+
+def test_settings_that_the_adaptation_decides_are_refused(job, tmp_path):
+    (tmp_path / "train.yaml").write_text("learning_rate: 0.001\ndata: [rows.jsonl]\n")
+    with pytest.raises(UserError, match="data is decided by adapt.py"):
+        replace(job, config=tmp_path / "train.yaml")
+    (tmp_path / "train.yaml").write_text("learning_rate: 0.001\n")
+    assert replace(job, config=tmp_path / "train.yaml").training == {"learning_rate": 0.001}
+
+
+def test_a_misspelt_stage_or_flag_is_one_line(capsys):
+    for flags, message in ((["--stages", "reed"], "did you mean read"), (["--bugdet", "1m"], "did you mean --budget")):
+        with pytest.raises(SystemExit):
+            adapt.parser().parse_args(["docs", "--model", "m", "--output", "o", *flags])
+        assert message in capsys.readouterr().err
+    assert adapt.STAGES == run.ALL
+
+
+# --- what is done -----------------------------------------------------------------------------------------------------
+
+
+def test_a_change_concerns_the_stages_from_there_on(job, tmp_path):
+    keys = run.keys_of(job)
+
+    def changed(**changes) -> set[str]:
+        others = run.keys_of(replace(job, **changes))
+        return {name for name in keys if others[name] != keys[name]}
+
+    after_train = {"train", "export", "evaluate", "index"}
+    assert changed(guard=()) == after_train
+    assert changed(eval_tasks=("x",)) == {"evaluate"}
+    assert changed(negatives=2) == {"negatives", *after_train}
+    assert changed(generator="mlx:x") == set(keys) - {"read"}
+    assert changed(chunk_size=900) == set(keys)
+    assert not changed(output=tmp_path / "elsewhere")
+    (job.documents / "b.md").write_text("# B")
+    assert {name for name, key in run.keys_of(job).items() if key != keys[name]} == set(keys)
+
+
+def test_a_stage_is_done_with_its_key_alone(tmp_path):
+    record = Record(tmp_path)
+    record.note("read", "k", 2.0)
+    assert not record.is_done("read", "k") and record.seconds("read", "k") == 2.0
+    record.note("read", "k", 3.0, {"chunks": 8})
+    again = Record(tmp_path)
+    assert again.is_done("read", "k") and again.figures("read") == {"chunks": 8}
+    assert not again.is_done("read", "other") and again.seconds("read", "other") == 0
+    again.forget("read")
+    assert not again.is_done("read", "k")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"stages": 1}', '{"stages": {"read": 1}}'])
+def test_a_broken_record_is_one_line(tmp_path, text):
+    (tmp_path / "adapt.json").write_text(text)
+    with pytest.raises(UserError, match="not the record of an adaptation"):
+        Record(tmp_path)
+
+
+def test_chunks_are_read_as_they_were_written(tmp_path):
+    chunks = [
+        Chunk("a.md#1", "text\nmore", Place("a.md", 3), "A", ("A", "B"), "a.md", "A > B"),
+        Chunk("b.pdf#1", "ü \u2028 x", Place("b.pdf")),
+    ]
+    path = tmp_path / "chunks.jsonl"
+    assert chunk_file.write(path, chunks) == 2
+    assert [*chunk_file.Chunks(path)] == chunks and [*chunk_file.Chunks(path, {"b.pdf#1"})] == chunks[1:]
+    assert chunk_file.read_ids(path) == ["a.md#1", "b.pdf#1"]
+    path.write_text(path.read_text() + '{"id": 1}\n')
+    with pytest.raises(UserError, match=r"chunks.jsonl:3: not a chunk"):
+        [*chunk_file.Chunks(path)]
+
+
+# --- which questions are held out -------------------------------------------------------------------------------------
+
+
+def rows_of(documents: dict[str, int]) -> list[dict]:
+    names = [f"{name}#{i}" for name, count in documents.items() for i in range(1, count + 1)]
+    return [{"query": f"q {name}", "positive": f"about {name}", "chunk_id": name} for name in names]
+
+
+def test_whole_documents_are_held_out():
+    rows = rows_of({f"{i}.md": 3 for i in range(200)})
+    ids = [row["chunk_id"] for row in rows]
+    result = split.split_rows(rows, ids, 0.1, seed=1)
+    assert sorted([*result.trained, *result.held]) == [*range(600)] and len(result.held) == 60
+    by_document = Counter(split.document_of(rows[i]["chunk_id"]) for i in result.held)
+    assert set(by_document.values()) == {3}
+    assert result.chunks == {rows[i]["chunk_id"] for i in result.held}
+    other = split.split_rows(rows, ids, 0.1, seed=2)
+    assert result == split.split_rows(rows, ids, 0.1, seed=1) != other
+
+
+def test_of_one_thick_book_parts_are_held_out():
+    rows = rows_of({"book.pdf": 900})
+    result = split.split_rows(rows, [row["chunk_id"] for row in rows], 0.1, seed=0)
+    numbers = [i + 1 for i in result.held]
+    assert len(numbers) == 90 and Counter((n - 1) // split.RUN for n in numbers).most_common()[-1][1] == split.RUN
+
+
+def test_chunks_without_a_question_are_held_out_with_their_document():
+    rows = rows_of({f"{i}.md": 1 for i in range(100)})
+    ids = [f"{i}.md#{k}" for i in range(100) for k in (1, 2)]
+    result = split.split_rows(rows, ids, 0.1, seed=0)
+    assert {split.document_of(name) for name in result.chunks} == {
+        split.document_of(rows[i]["chunk_id"]) for i in result.held
+    }
+    assert len(result.chunks) == 2 * len(result.held)
+
+
+def test_too_few_questions_hold_nothing_out():
+    result = split.split_rows(rows_of({"a.md": 20}), [], 0.05, seed=0)
+    assert not result.held and len(result.trained) == 20 and "too few" in result.reason
+
+
+def test_held_out_questions_are_searched_among_chunks():
+    rows = rows_of({f"{i}.md": 2 for i in range(100)})
+    rows[0]["positive"] = rows[0]["positive"] + " without its query"
+    chunks = [Chunk(row["chunk_id"], f"about {row['chunk_id']}", Place("x")) for row in rows]
+    divided = split.Split([*range(20, 200)], [*range(20)], frozenset())
+    questions = split.questions_of(rows, divided, chunks, seed=0)
+    assert len(questions.queries) == 20 and len(questions.documents) == 200
+    for query, (answer,) in questions.answers.items():
+        row = next(row for row in rows if row["query"] == questions.queries[query])
+        assert questions.documents[answer] == row["positive"]
+    doubled = [*rows, {**rows[0], "query": "another"}]
+    again = split.questions_of(doubled, replace(divided, held=[0, 200]), chunks, seed=0)
+    assert [*again.queries.values()] == [rows[0]["query"]]  # one a chunk: its document lacks this query alone
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_fits_the_time(job):
+    measured = Costs(chunk=0.02, row=0.1, questions=0.0)
+    whole = costs.fit(job, measured, 20_000, None)
+    assert whole.chunks == 20_000 and whole.all > 3_000
+    some = costs.fit(job, measured, 20_000, 1_200.0)
+    assert 1_000 < some.chunks < 20_000 and 1_050 < some.all <= 1_200
+    assert costs.fit(job, measured, 20_000, 1e6) == whole
+    with pytest.raises(UserError, match="too short.*are left"):
+        costs.fit(job, measured, 20_000, 60.0)
+    slow = costs.fit(job, replace(measured, questions=1.0), 20_000, 1_200.0)
+    assert slow.chunks < some.chunks / 2
+    without = costs.fit(replace(job, negatives=0), measured, 20_000, 1_200.0)
+    assert without.seconds["negatives"] == 0 and without.chunks > some.chunks
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (150, "2 min"), (7_300, "2 h 2 min")])
+def test_times_in_words(seconds, text):
+    assert costs.minutes(seconds) == text
+
+
+def test_the_record_is_json_that_people_can_read(tmp_path):
+    Record(tmp_path).note("read", "k", 1.234, {"lines": [("a", "ü")]})
+    assert json.loads((tmp_path / "adapt.json").read_text())["stages"]["read"]["seconds"] == 1.2
+    assert "ü" in (tmp_path / "adapt.json").read_text()
