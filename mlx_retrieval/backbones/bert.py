@@ -10,7 +10,8 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import load_strictly
-from mlx_retrieval.backbones.ops import ACTIVATIONS, attention
+from mlx_retrieval.backbones.ops import attention
+from mlx_retrieval.backbones.parts import Embeddings, Layer, Output, join_heads, split_heads
 from mlx_retrieval.utils.errors import UserError
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -18,27 +19,6 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "max_position_embeddings",
 )
-
-
-class Embeddings(nn.Module):
-    """Word, position and token-type embeddings, summed and normalised."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        size = config["hidden_size"]
-        self.word_embeddings = nn.Embedding(config["vocab_size"], size)
-        self.position_embeddings = nn.Embedding(config["max_position_embeddings"], size)
-        self.token_type_embeddings = nn.Embedding(config.get("type_vocab_size", 2), size)
-        self.LayerNorm = nn.LayerNorm(size, eps=config.get("layer_norm_eps", 1e-12))
-        self._first_position = first_position(config)
-        self._last_position = config["max_position_embeddings"] - 1
-
-    def __call__(self, ids: mx.array, second: mx.array | None = None) -> mx.array:
-        positions = mx.arange(self._first_position, self._first_position + ids.shape[1])
-        positions = mx.minimum(positions, self._last_position)  # padding may lie beyond the table
-        states = self.word_embeddings(ids) + self.position_embeddings(positions)
-        types = mx.array([0]) if second is None else mx.arange(ids.shape[1])[None, :] >= second[:, None]
-        return self.LayerNorm(states + self.token_type_embeddings(types.astype(mx.int32)))
 
 
 class SelfAttention(nn.Module):
@@ -51,26 +31,8 @@ class SelfAttention(nn.Module):
         self._heads = config["num_attention_heads"]
 
     def __call__(self, x: mx.array, real: mx.array) -> mx.array:
-        rows, length, size = x.shape
-
-        def split(y: mx.array) -> mx.array:  # (R, L, D) -> (R, heads, L, D / heads)
-            return y.reshape(rows, length, self._heads, -1).transpose(0, 2, 1, 3)
-
-        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        out = attention(q, k, v, scale=q.shape[-1] ** -0.5, real=real)
-        return out.transpose(0, 2, 1, 3).reshape(rows, length, size)
-
-
-class Output(nn.Module):
-    """Project, add the residual and normalise: the second half of both sublayers."""
-
-    def __init__(self, width: int, config: dict):
-        super().__init__()
-        self.dense = nn.Linear(width, config["hidden_size"])
-        self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config.get("layer_norm_eps", 1e-12))
-
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        return self.LayerNorm(self.dense(x) + residual)
+        q, k, v = (split_heads(y, self._heads) for y in (self.query(x), self.key(x), self.value(x)))
+        return join_heads(attention(q, k, v, scale=q.shape[-1] ** -0.5, real=real))
 
 
 class Attention(nn.Module):
@@ -79,30 +41,14 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = Output(config["hidden_size"], config)
 
-
-class Intermediate(nn.Module):
-    def __init__(self, config: dict):
-        super().__init__()
-        self.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
-
-
-class Layer(nn.Module):
-    def __init__(self, config: dict):
-        super().__init__()
-        self.attention = Attention(config)
-        self.intermediate = Intermediate(config)
-        self.output = Output(config["intermediate_size"], config)
-        self._activation = ACTIVATIONS[config.get("hidden_act", "gelu")]
-
     def __call__(self, x: mx.array, real: mx.array) -> mx.array:
-        x = self.attention.output(self.attention.self(x, real), x)
-        return self.output(self._activation(self.intermediate.dense(x)), x)
+        return self.output(self.self(x, real), x)
 
 
 class Encoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
-        self.layer = [Layer(config) for _ in range(config["num_hidden_layers"])]
+        self.layer = [Layer(config, Attention(config)) for _ in range(config["num_hidden_layers"])]
 
 
 class Bert(Backbone):
@@ -112,7 +58,13 @@ class Bert(Backbone):
         super().__init__()
         self.config = config
         self.bidirectional = True
-        self.embeddings = Embeddings(config)
+        self.embeddings = Embeddings(
+            config,
+            config.get("layer_norm_eps", 1e-12),
+            config["max_position_embeddings"],
+            first_position(config),
+            config.get("type_vocab_size", 2),
+        )
         self.encoder = Encoder(config)
 
     @property

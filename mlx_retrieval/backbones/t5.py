@@ -6,17 +6,16 @@ tokens. Nothing else has a bias, scores are not scaled, and norms subtract no me
 1910.07467).
 """
 
-import math
 import re
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
-import numpy as np
-
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import load_strictly
 from mlx_retrieval.backbones.ops import ACTIVATIONS
+from mlx_retrieval.backbones.parts import join_heads, split_heads
+from mlx_retrieval.backbones.positions import biased_attention, bucket_bias, hide_padding
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
@@ -29,25 +28,6 @@ def feed_forward(config: dict) -> tuple[bool, str]:
     if projection == "gated-gelu":
         activation = "gelu_new"  # despite its name, v1.1 was trained with the tanh form
     return config.get("is_gated_act", gate == "gated"), config.get("dense_act_fn", activation)
-
-
-def buckets(distances: np.ndarray, count: int, farthest: int) -> np.ndarray:
-    """Return the bucket of every distance (key's position - query's): int64 of the same shape, from 0 to count - 1.
-
-    Half of the buckets are for keys to the right. Within each half, the first buckets hold one distance each, the
-    others ranges that grow logarithmically; the last range has no end. Computed in float32, as the models were trained.
-    """
-    half = count // 2
-    exact = half // 2
-    steps = np.abs(distances)
-    growth = np.log(np.maximum(steps, 1).astype(np.float32) / exact) / math.log(farthest / exact) * (half - exact)
-    ranges = np.minimum(exact + growth.astype(np.int64), half - 1)
-    return np.where(distances > 0, half, 0) + np.where(steps < exact, steps, ranges)
-
-
-def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
-    """Return unscaled attention (R, heads, L, d) of q, k, v (R, heads, L, d); bias (R, heads, L, L) adds to scores."""
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
 
 
 class SelfAttention(nn.Module):
@@ -66,19 +46,11 @@ class SelfAttention(nn.Module):
 
     def position_bias(self, length: int) -> mx.array:
         """Return the bias (heads, L, L) of the score of a query (rows) and a key (columns), by their distance."""
-        distances = np.arange(1 - length, length)
-        table = self.relative_attention_bias(mx.array(buckets(distances, self._buckets, self._farthest)))
-        positions = mx.arange(length)
-        return table.T[:, positions - positions[:, None] + (length - 1)]
+        return bucket_bias(self.relative_attention_bias, length, self._buckets, self._farthest)
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        rows, length, _ = x.shape
-
-        def split(y: mx.array) -> mx.array:  # (R, L, heads * d) -> (R, heads, L, d)
-            return y.reshape(rows, length, self._heads, -1).transpose(0, 2, 1, 3)
-
-        out = attend(split(self.q(x)), split(self.k(x)), split(self.v(x)), bias)
-        return self.o(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        q, k, v = (split_heads(y, self._heads) for y in (self.q(x), self.k(x), self.v(x)))
+        return self.o(join_heads(biased_attention(q, k, v, bias, differentiable=self.training)))
 
 
 class Dense(nn.Module):
@@ -170,15 +142,13 @@ class T5(Backbone):
         return 1 << 20
 
     def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
-        real = real_tokens(ids, lengths)[:, None, None, :]
+        real = real_tokens(ids, lengths)
         x = self.shared(ids)
         bias = None
         for block in self.layers:
             attention = block.layer[0].SelfAttention
             if "relative_attention_bias" in attention:
-                # The bias also masks padding, since attention takes one of the two. (R, heads, L, L)
-                bias = attention.position_bias(ids.shape[1]).astype(x.dtype)
-                bias = mx.where(real, bias, mx.finfo(x.dtype).min)
+                bias = hide_padding(attention.position_bias(ids.shape[1]), real, x.dtype)
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
 

@@ -17,16 +17,16 @@ from backbone_checks import (
     alone,
     assert_checkpointing_changes_nothing,
     assert_close,
-    direction,
     gradient,
     rows_of,
     trainable,
 )
 from mlx.utils import tree_flatten
-from random_encoders import LAYERS, SETTINGS, auto_class, save
+from random_encoders import LAYERS, SETTINGS, save
 from random_models import VOCABULARY, shake, texts
+from torch_checks import reference, rewritten, torch_gradients, torch_model, torch_states
 
-from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora, t5
+from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora, positions, t5
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.batching import micro_batches
@@ -38,36 +38,6 @@ LENGTHS = (150, 60, 9, 1)  # beyond the window of 16 tokens, beyond T5's farthes
 
 KINDS = tuple(SETTINGS)
 MODERN, T5 = KINDS[:2], KINDS[2:]
-
-
-def torch_model(folder: Path):
-    import torch
-
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    return auto_class(model_type).from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def torch_states(model, ids: mx.array, lengths: mx.array):
-    """Return the states (R, L, D) and a mask (R, L) of real tokens."""
-    import torch
-
-    real = torch.tensor(np.arange(ids.shape[1]) < np.array(lengths)[:, None])
-    return model(input_ids=torch.tensor(np.array(ids)), attention_mask=real.long()).last_hidden_state, real
-
-
-def reference(folder: Path, ids: mx.array, lengths: mx.array) -> list[np.ndarray]:
-    """Return transformers' states of each row's real tokens."""
-    states, _ = torch_states(torch_model(folder), ids, lengths)
-    return [states[row, :length].detach().numpy() for row, length in enumerate(lengths.tolist())]
-
-
-def rewritten(folder: Path, target: Path, rename, **config) -> Path:
-    """Return a copy of a folder with each tensor named `rename(name)`; None leaves it out."""
-    random_models.changed(folder, target, **config)
-    weights = mx.load(str(target / "model.safetensors"))
-    weights = {rename(name): value for name, value in weights.items() if rename(name)}
-    mx.save_safetensors(str(target / "model.safetensors"), weights, metadata={"format": "pt"})
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +111,7 @@ def test_buckets_are_those_of_transformers(count, farthest):
 
     distances = np.arange(-600, 601)
     expected = T5Attention._relative_position_bucket(torch.tensor(distances), True, count, farthest)
-    np.testing.assert_array_equal(t5.buckets(distances, count, farthest), expected.numpy())
+    np.testing.assert_array_equal(positions.buckets(distances, count, farthest), expected.numpy())
 
 
 # --- configs --------------------------------------------------------------------------------------------------------
@@ -359,31 +329,6 @@ def test_t5_in_float16_where_the_feed_forward_products_overflow(folders, kind):
 
 
 # --- training -------------------------------------------------------------------------------------------------------
-
-
-def torch_gradients(folder: Path, tensors: dict[str, mx.array], scale: float, ids, lengths) -> dict[str, np.ndarray]:
-    """Return the gradients of `pooled_loss` with respect to `tensors`: matrices of adapters, or weights."""
-    import torch
-
-    model = torch_model(folder)
-    leaves = {name: torch.tensor(np.array(value), requires_grad=True) for name, value in tensors.items()}
-    weights = {name: leaf for name, leaf in leaves.items() if "lora_" not in name}
-    for name in {name.rsplit(".", 1)[0] for name in leaves.keys() - weights.keys()}:
-        update = scale * (leaves[f"{name}.lora_a"] @ leaves[f"{name}.lora_b"]).T
-        weights[f"{name}.weight"] = model.get_parameter(f"{name}.weight").detach() + update
-
-    class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self):
-            states, real = torch_states(self.model, ids, lengths)
-            means = (states * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
-            return (means * torch.tensor(np.array(direction(means.shape)))).sum()
-
-    torch.func.functional_call(Loss(), {f"model.{name}": value for name, value in weights.items()}, ()).backward()
-    return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])

@@ -43,4 +43,4 @@ def auto_class(model_type: str):
     """Return the auto class that loads an encoder alone; AutoModel would load T5 with its decoder."""
     import transformers
 
-    return transformers.AutoModel if model_type == "modernbert" else transformers.AutoModelForTextEncoding
+    return transformers.AutoModelForTextEncoding if "t5" in model_type else transformers.AutoModel
