@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 HOWS = ("compiled", "plain", "checkpointed", "plain checkpointed")
-FAMILIES = {"bert": "bert", "modernbert": "modernbert", "t5": "t5", "gated t5": "mt5"}
+FAMILIES = {"bert": "bert", "deberta": "deberta-v2", "modernbert": "modernbert", "t5": "t5", "gated t5": "mt5"}
+EVEN = ("bert", "deberta", "modernbert")  # whose heads are together as wide as their states
 FAMILIES |= {"llama": "llama", "qwen3": "qwen3", "gemma": "gemma3_text"}
 BLOCKS = (2, 5)
 
@@ -29,7 +30,11 @@ def config_of(family: str, hidden: int, inner: int, heads: int, size: int, kv: i
         return {"model_type": kind, "vocab_size": 512} | sizes
     config = {"model_type": kind, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads}
     config |= {"num_hidden_layers": layers, "vocab_size": 512, "max_position_embeddings": 4096}
-    if kind not in ("bert", "modernbert"):
+    if family == "deberta":  # as v3
+        config |= {"relative_attention": True, "pos_att_type": "p2c|c2p", "share_att_key": True}
+        config |= {"position_buckets": 256, "position_biased_input": False, "norm_rel_ebd": "layer_norm"}
+        config |= {"max_relative_positions": 512}
+    elif family not in EVEN:
         config |= {"head_dim": size, "num_key_value_heads": kv, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
         config |= {"tie_word_embeddings": True, "sliding_window": 4096, "sliding_window_pattern": 2}
         config |= {"query_pre_attn_scalar": size}
@@ -42,15 +47,15 @@ def measure(config: dict, how: str, train_type: str, half: bool, rows: int, widt
 
     from mlx.utils import tree_flatten, tree_map
 
-    from mlx_retrieval.backbones import ENCODERS, bert, decoder, lora, modernbert, t5
+    from mlx_retrieval.backbones import ENCODERS, bert, deberta, decoder, lora, modernbert, t5
     from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks
     from mlx_retrieval.models.batching import MicroBatch
     from mlx_retrieval.models.heads import EmbeddingHead, RetrievalModel
     from mlx_retrieval.models.runners import make_runner
 
     if config["model_type"] in ENCODERS:
-        build = {bert: bert.Bert, modernbert: modernbert.ModernBert, t5: t5.T5}[ENCODERS[config["model_type"]]]
-        backbone = build(config)
+        classes = {bert: bert.Bert, deberta: deberta.Deberta, modernbert: modernbert.ModernBert, t5: t5.T5}
+        backbone = classes[ENCODERS[config["model_type"]]](config)
     else:
         model, arguments = decoder._classes(config)
         backbone = decoder.Decoder(model(arguments.from_dict(config)), config)
@@ -87,7 +92,7 @@ def fit(family: str, how: str, train_type: str, half: bool, shapes: int) -> tupl
 
     rng = random.Random(family)
     widths, peaks = [], []
-    encoder = family in ("bert", "modernbert")
+    encoder = family in EVEN
     for _ in range(shapes):
         size, heads = rng.choice([8, 16, 32]), rng.choice([2, 4, 6, 8])
         hidden = size * heads if encoder else rng.choice([48, 64, 96, 128])

@@ -8,7 +8,7 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import bert, decoder, modernbert, t5
+from mlx_retrieval.backbones import bert, deberta, decoder, distilbert, eurobert, gte, modernbert, mpnet, nomic_bert, t5
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.backbones.finding import resolve
 from mlx_retrieval.backbones.hub import read_config, read_weights
@@ -17,8 +17,10 @@ from mlx_retrieval.utils.errors import SettingError, UserError, near_miss
 __all__ = ["ENCODERS", "Backbone", "load_backbone", "resolve"]
 
 SLOW = ", which is slow on CPUs (--dtype float32 is not)"
-# The module that loads each model_type that is not a decoder: each has `load` and `sanitize`.
-ENCODERS = {kind: module for module in (bert, modernbert, t5) for kind in module.MODEL_TYPES}
+# The modules that load what is not a decoder, by model_type: each has `load` and `sanitize`, and perhaps
+# `for_transformers`, which makes the published config.json one that transformers' own class reads.
+MODULES = (bert, modernbert, mpnet, distilbert, deberta, nomic_bert, gte, eurobert, t5)
+ENCODERS = {kind: module for module in MODULES for kind in module.MODEL_TYPES}
 
 
 def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: str = "auto") -> Backbone:

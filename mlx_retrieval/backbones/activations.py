@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_retrieval.backbones import t5
+from mlx_retrieval.backbones.base import with_usual_names
 
 How = Literal["compiled", "plain", "checkpointed", "plain checkpointed"]
 Sizes5 = tuple[float, float, float, float, float]  # numbers of: states, heads, keys, feed-forward part, scores
@@ -51,7 +52,7 @@ class Passes:
 
 def sizes_of(config: dict) -> Sizes:
     """Return the sizes in a config.json. A size that is missing has the value most models have."""
-    config = config.get("text_config") or config
+    config = with_usual_names(config.get("text_config") or config)
     kind = config["model_type"]
     if kind in t5.MODEL_TYPES:
         gated, _ = t5.feed_forward(config)
@@ -59,8 +60,8 @@ def sizes_of(config: dict) -> Sizes:
         family = "gated t5" if gated else "t5"
         layers, hidden, heads = config["num_layers"], config["d_model"], config["num_heads"]
         return Sizes(family, layers, hidden, heads, attention, attention, config["d_ff"], config["vocab_size"])
-    hidden = config.get("hidden_size") or config.get("n_embd") or config["dim"]
-    heads = config.get("num_attention_heads") or config.get("n_head") or max(1, hidden // 64)
+    hidden = config["hidden_size"]
+    heads = config.get("num_attention_heads") or max(1, hidden // 64)
     size = config.get("head_dim") or hidden // heads
     inner = config.get("intermediate_size") or 4 * hidden
     experts = config.get("num_experts_per_tok") or 0
@@ -68,7 +69,7 @@ def sizes_of(config: dict) -> Sizes:
         inner = experts * config["moe_intermediate_size"]
     return Sizes(
         family=_family(kind),
-        layers=config.get("num_hidden_layers") or config.get("n_layer") or 1,
+        layers=config.get("num_hidden_layers") or 1,
         hidden=hidden,
         heads=heads,
         attention=heads * size,
@@ -80,16 +81,17 @@ def sizes_of(config: dict) -> Sizes:
 
 def _family(kind: str) -> str:
     """Return the row of NUMBERS for a model_type. Most decoders are built as Llama is."""
-    if kind in ("bert", "roberta", "xlm-roberta", "camembert"):
-        return "bert"
-    if kind == "modernbert":
-        return kind
+    if kind in ALIKE:
+        return ALIKE[kind]
     for name in ("gemma", "qwen3"):
         if kind.startswith(name):
             return name
     return "llama"
 
 
+# The row of NUMBERS of encoders: their own, or that of one that is built alike.
+ALIKE = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "deberta-v2"), "bert")
+ALIKE |= dict.fromkeys(("modernbert", "nomic_bert", "new", "gte"), "modernbert")
 # Printed by benchmarks/activations.py.
 NUMBERS: dict[str, dict[str, tuple[Sizes5, Sizes5]]] = {
     "bert": {

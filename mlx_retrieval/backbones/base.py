@@ -16,8 +16,8 @@ class Backbone(nn.Module):
     (R, L) int32, right-padded, and lengths (R,) int32. Padding never changes a real token's state; the states at
     padded positions are arbitrary. Parameters keep the checkpoint's own names below `adapted`.
 
-    BERT also takes `second`, (R,) int32: the position at which the second text of a pair begins. Causal decoders also
-    take `past`: see `Decoder.past`.
+    Models with token types also take `second`, (R,) int32: the position at which the second text of a pair begins.
+    Causal decoders also take `past`: see `Decoder.past`.
     """
 
     config: dict
@@ -51,6 +51,23 @@ class Backbone(nn.Module):
     def hidden_states(self, ids: mx.array, lengths: mx.array) -> mx.array:
         """Return the states (R, L, D) of the last layer: see the class."""
         raise AttributeError(f"{type(self).__name__} computes no hidden states")
+
+
+# The names of a setting in configs: the usual one, and those that a few architectures have for it.
+NAMES = {
+    "hidden_size": ("dim", "n_embd"),
+    "intermediate_size": ("hidden_dim", "n_inner"),
+    "num_hidden_layers": ("n_layers", "n_layer"),
+    "num_attention_heads": ("n_heads", "n_head"),
+    "max_position_embeddings": ("n_positions",),
+    "layer_norm_eps": ("layer_norm_epsilon",),
+}
+
+
+def with_usual_names(config: dict) -> dict:
+    """Return a config that has its settings also under their usual names."""
+    found = {usual: next((n for n in others if config.get(n) is not None), None) for usual, others in NAMES.items()}
+    return {usual: config[other] for usual, other in found.items() if other} | config
 
 
 def real_tokens(ids: mx.array, lengths: mx.array) -> mx.array:

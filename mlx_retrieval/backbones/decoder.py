@@ -331,8 +331,8 @@ def load(folder: Path, config: dict, bidirectional: bool | None = None) -> Decod
     except ValueError as error:
         if "not supported" in str(error):
             raise UserError(
-                f"{folder}: model type {config.get('model_type')!r} is supported neither here (BERT, RoBERTa, "
-                "XLM-RoBERTa, ModernBERT, T5) nor by the installed mlx-lm"
+                f"{folder}: model type {config.get('model_type')!r} is supported neither here (python embed.py "
+                "--models lists what is) nor by the installed mlx-lm"
             ) from error
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, TypeError, RuntimeError, FileNotFoundError) as error:  # missing settings, tensors or files

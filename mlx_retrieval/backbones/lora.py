@@ -19,6 +19,7 @@ from mlx_retrieval.utils.errors import SettingError
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 INNER = ("linear.weight", "embedding.weight")  # of mlx-lm's adapted layers: the weight that the update changes
+NORM = re.compile(r"norm|_ln\.", re.IGNORECASE)  # in names of parameters; GTE's are attn_ln and mlp_ln
 ROUTERS = ("gate", "router")  # in mlx-lm's mixtures of experts: the layer that chooses the experts
 
 
@@ -194,7 +195,7 @@ def fingerprint(backbone: Backbone) -> dict[str, str]:
     quantised = is_quantised(backbone)
     for layer in backbone.layers:
         for name, value in sorted(tree_flatten(layer.parameters())):
-            if "norm" in name.lower():
+            if NORM.search(name):
                 samples["norms"].append(value.reshape(-1)[:8])
             elif name.endswith(".weight") and value.ndim == 2 and not quantised:
                 samples["matrices"].append(value[0, :8])

@@ -101,6 +101,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": nn.relu,
     "silu": nn.silu,
+    "tanh": mx.tanh,
 }
 
 

@@ -37,6 +37,8 @@ def make(base: Path, backbone: Backbone, form: str, dtype: str | None = None) ->
         config.pop(key, None)
     if form == "mlx" and kind not in ENCODERS:
         config |= decoder.normalised(config)
+    if form != "mlx" and (translate := getattr(ENCODERS.get(kind), "for_transformers", None)):
+        config = translate(config)
     inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     if kind not in ENCODERS:
         changes = _attention(config, backbone.bidirectional)

@@ -57,7 +57,7 @@ def _problems(config: dict, retrieval: RetrievalConfig, tokenizer: TextTokenizer
     """Return the reasons why llama.cpp would compute other vectors."""
     kind, mean = config["model_type"], retrieval.pooling == "mean"
     problems = []
-    if kind == "umt5" or "text_config" in config:
+    if (kind in ENCODERS and kind not in GGUF) or "text_config" in config:
         problems.append(f"{kind} is not converted as a text encoder")
     if retrieval.pooling == "max":
         problems.append("it has no max pooling")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from mlx_retrieval.backend import mx
 
 from mlx_retrieval.backbones import Backbone
+from mlx_retrieval.backbones.base import NAMES
 from mlx_retrieval.utils.errors import UserError
 
 COUNT = "num_hidden_layers"
@@ -60,8 +61,9 @@ def renumbered(tensors: dict[str, mx.array], layers: Sequence[int]) -> dict[str,
 
 def adapt_config(config: dict, layers: Sequence[int]) -> None:
     """Make a config.json that of the kept blocks alone, in place."""
-    total = config[COUNT]
+    names = [name for name in (COUNT, *NAMES[COUNT]) if name in config]
+    total = config[names[0]]
     for key, value in config.items():
         if isinstance(value, list) and len(value) == total and key != "architectures":
             config[key] = value[: len(layers)]  # all are alike
-    config[COUNT] = len(layers)
+    config |= dict.fromkeys(names, len(layers))
