@@ -45,7 +45,15 @@ CLASSES = {
     "xlm-roberta": ("XLMRoberta", "roberta."),
     "camembert": ("Camembert", "roberta."),
     "modernbert": ("ModernBert", "model."),
+    "mpnet": ("MPNet", "mpnet."),
+    "distilbert": ("DistilBert", "distilbert."),
+    "deberta-v2": ("DebertaV2", "deberta."),
+    "nomic_bert": ("NomicBert", "nomic_bert."),
+    "new": ("Gte", "gte."),
+    "gte": ("Gte", "gte."),
+    "eurobert": ("EuroBert", "model."),
 }
+POOLED = ("bert", "nomic_bert", "new", "gte")  # whose pooler is part of the encoder
 LISTWISE = {"inner": "projector.0", "outer": "projector.2"}
 LISTWISE_MLX = {"inner": "linear1", "outer": "linear2"}  # in a file of their own, which mlx-lm does not read
 
@@ -236,7 +244,8 @@ class RerankerWriter:
         tensors = {}
         for name, value in tree_flatten(self.model.head.parameters()):
             stem, _, end = name.rpartition(".")
-            prefix = "bert." if names[stem].startswith("pooler") and not mlx else ""  # BERT's pooler is in its encoder
+            inside = names[stem].startswith("pooler") and self.model_type in POOLED and not mlx
+            prefix = CLASSES[self.model_type][1] if inside else ""
             tensors[f"{prefix}{names[stem]}.{end}"] = value.astype(dtype)
         return tensors
 

@@ -104,6 +104,7 @@ class ScoreHead(nn.Module):
         out_bias: whether the last layer has a bias.
         norm_eps: epsilon of a LayerNorm after the dense layer; None = no LayerNorm.
         norm_bias: whether that LayerNorm has a bias.
+        late: pool the scores of the tokens, not their states.
     """
 
     def __init__(
@@ -115,9 +116,10 @@ class ScoreHead(nn.Module):
         out_bias: bool = True,
         norm_eps: float | None = None,
         norm_bias: bool = True,
+        late: bool = False,
     ):
         super().__init__()
-        self.pooling, self.activation = pooling, activation
+        self.pooling, self.activation, self._late = pooling, activation, late
         if activation:
             self.dense = nn.Linear(hidden_size, hidden_size, bias)
         if norm_eps is not None:
@@ -125,7 +127,11 @@ class ScoreHead(nn.Module):
         self.out = nn.Linear(hidden_size, 1, out_bias)
 
     def __call__(self, states: mx.array, batch: MicroBatch) -> mx.array:
-        vectors = pool(states, batch, self.pooling)
+        if self._late:
+            return pool(self._score(states.astype(mx.float32)), batch, self.pooling)
+        return self._score(pool(states, batch, self.pooling))
+
+    def _score(self, vectors: mx.array) -> mx.array:
         if "dense" in self:
             vectors = ACTIVATIONS[self.activation](self.dense(vectors))
         if "norm" in self:

@@ -24,6 +24,7 @@ from mlx_retrieval.backbones.hub import (
     tensor_table,
     weight_files,
 )
+from mlx_retrieval.models.heads import ACTIVATIONS as LAYER_ACTIVATIONS
 from mlx_retrieval.models.heads import ListHead, ScoreHead, YesNoHead
 from mlx_retrieval.models.pair_tokenizers import (
     INSTRUCTION,
@@ -48,7 +49,11 @@ _BERT = {"pooler.dense": "dense", "classifier": "out"}
 _ROBERTA = {"classifier.dense": "dense", "classifier.out_proj": "out"}
 _MODERNBERT = {"head.dense": "dense", "head.norm": "norm", "classifier": "out"}
 _SCORE = {"score": "out"}  # of decoders: the last token's
-TENSORS = {"bert": _BERT, "modernbert": _MODERNBERT} | dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA)
+TENSORS = dict.fromkeys(("bert", "deberta-v2", "nomic_bert", "new", "gte"), _BERT)
+TENSORS |= dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), _ROBERTA)
+TENSORS |= {"modernbert": _MODERNBERT, "distilbert": {"pre_classifier": "dense", "classifier": "out"}}
+TENSORS |= {"eurobert": {"dense": "dense", "classifier": "out"}}
+PREFIX = re.compile(r"^(bert|roberta|mpnet|distilbert|deberta|nomic_bert|new|gte|model)\.")  # of the encoder's tensors
 
 
 def reranker_kind(folder: Path, config: dict) -> str:
@@ -178,16 +183,30 @@ def _fresh(name: str, value: mx.array, config: dict) -> mx.array:
 
 
 def _score_head(config: dict, size: int) -> ScoreHead:
-    names = TENSORS.get(config["model_type"])
+    kind = config["model_type"]
+    names = TENSORS.get(kind)
     if names is _MODERNBERT:
         norm = {"norm_eps": config.get("norm_eps", 1e-5), "norm_bias": config.get("norm_bias", False)}
         return ScoreHead(
             size, config.get("classifier_pooling", "cls"), "GELU", config.get("classifier_bias", False), **norm
         )
+    if kind == "eurobert":
+        pooling = config.get("classifier_pooling", "late")  # the mean of the tokens' scores, not of their states
+        return ScoreHead(size, {"bos": "cls"}.get(pooling, "mean"), "GELU", late=pooling == "late")
+    if kind == "deberta-v2":
+        return ScoreHead(size, activation=_activation(config.get("pooler_hidden_act", "gelu")))
     if names:
-        return ScoreHead(size)
+        return ScoreHead(size, activation="ReLU" if kind == "distilbert" else "Tanh")
     decoder = config["model_type"] not in ENCODERS
     return ScoreHead(size, "last" if decoder else "mean", activation="", out_bias=not decoder)
+
+
+def _activation(name: str) -> str:
+    """Return the activation of a dense layer by its name in a config.json. UserError if it is not supported."""
+    known = {each.lower(): each for each in LAYER_ACTIVATIONS}
+    if name not in known:
+        raise UserError(f"pooler_hidden_act {name!r} is not supported; known: {', '.join(known)}")
+    return known[name]
 
 
 def classifier(folder: Path, config: dict) -> dict[str, mx.array]:
@@ -195,7 +214,7 @@ def classifier(folder: Path, config: dict) -> dict[str, mx.array]:
     names = TENSORS.get(config["model_type"], _SCORE)
     tensors = {}
     for name, value in read_weights(folder).items():
-        stem, _, kind = re.sub(r"^(bert|roberta|model)\.", "", name).rpartition(".")
+        stem, _, kind = PREFIX.sub("", name).rpartition(".")
         if stem in names:
             tensors[f"{names[stem]}.{kind}"] = value
     return tensors

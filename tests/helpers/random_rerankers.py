@@ -21,7 +21,10 @@ DOCUMENTS = [
 ANSWERS = ("a kidney stone is hard material", "the cat sat on the mat", "which animal did sit there")
 ASKED = ("what is a kidney stone", "the cat", "animal?")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", pair_tokenizers.PASSAGE_END, pair_tokenizers.QUERY_END)
-ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "modernbert-mean")
+FAMILIES = ("mpnet", "distilbert", "deberta-v2", "nomic_bert", "gte", "eurobert", "eurobert-mean")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "modernbert-mean", *FAMILIES)
+TYPED = ("bert", "nomic_bert")  # whose token types tell a pair's second text
+ROBERTA = ("roberta", "xlm-roberta", "mpnet")  # whose tokenizer frames a pair as RoBERTa's does
 
 
 def graded_rows() -> list[dict]:
@@ -96,8 +99,16 @@ def encoder_config(kind: str, labels: int = 1):
         extra = {"classifier_pooling": pooling, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
         extra |= {"cls_token_id": 2, "sep_token_id": 3, "global_attn_every_n_layers": 2, "local_attention": 16}
         return transformers.ModernBertConfig(**settings, **extra)
-    if kind in ("roberta", "xlm-roberta"):
+    if kind in ROBERTA:
         settings |= {"type_vocab_size": 1, "pad_token_id": 1}
+    elif kind == "distilbert":
+        settings["hidden_dim"] = settings.pop("intermediate_size")
+    elif kind == "deberta-v2":
+        settings |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
+        settings |= {"share_att_key": True, "position_biased_input": False, "norm_rel_ebd": "layer_norm"}
+    elif kind.startswith("eurobert"):
+        kind, _, pooling = kind.partition("-")
+        settings |= {"pad_token_id": 0, "num_key_value_heads": 2, "classifier_pooling": pooling or "late"}
     return transformers.AutoConfig.for_model(kind, **settings)
 
 
@@ -110,8 +121,7 @@ def cross_encoder(kind: str, folder: Path, labels: int = 1):
         for name, value in model.named_parameters():
             value.normal_(float("norm" in name.lower() and "weight" in name), 0.3)
     model.eval().save_pretrained(folder)
-    roberta = kind in ("roberta", "xlm-roberta")
-    word_tokenizer(folder, roberta, types=kind == "bert")
+    word_tokenizer(folder, kind in ROBERTA, types=kind in TYPED)
     return model
 
 

@@ -19,6 +19,7 @@ from random_rerankers import (
     DOCUMENTS,
     ENCODERS,
     QUERY,
+    TYPED,
     causal,
     cross_encoder,
     encoder_config,
@@ -149,7 +150,7 @@ def test_cross_encoders_equal_transformers(kind, tmp_path):
     long = " ".join(["stone"] * 90)
     queries = [QUERY] * len(DOCUMENTS) + [long, long, QUERY]
     documents = [*DOCUMENTS, long, "a cat", long]
-    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind in TYPED)
     tokenizer.model_input_names = names
     tokens = tokenizer(queries, documents, truncation=True, max_length=100, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -157,7 +158,7 @@ def test_cross_encoders_equal_transformers(kind, tmp_path):
     found = np.concatenate(ours.score_groups([(q, [d]) for q, d in zip(queries, documents, strict=True)]))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     assert np.std(expected) > 1e-2
-    if kind == "bert":  # types of tokens matter, or they were not compared
+    if kind in TYPED:  # types of tokens matter, or they were not compared
         tokens["token_type_ids"][:] = 0
         with torch.no_grad():
             assert np.abs(theirs(**tokens).logits[:, 0].numpy() - expected).max() > 1e-2
