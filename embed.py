@@ -8,6 +8,7 @@ python embed.py --model adapters/final --input docs.jsonl --output vectors.npy
 python embed.py --model adapters/final --input docs.jsonl --output vectors.npy --dimensions 256 --precision int8
 python embed.py --model adapters/final --to es://docs --field vector          # into the index, for search.py --store
 python embed.py --check adapters/final               # exit code 1 if a check fails
+python embed.py --models                             # the families of models that load
 """
 
 import argparse
@@ -26,8 +27,10 @@ from mlx_retrieval.inference import dtypes, quantization, vector_files
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
+from mlx_retrieval.models import families
 from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.console import console, print_lines, wrapped
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell
@@ -197,6 +200,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="embed nothing, but check whether this adapter or model is sound; exit code 1 if a check fails",
     )
+    out.add_argument(
+        "--models", action="store_true", help="embed nothing, but list the families of models that load, then exit"
+    )
     return out
 
 
@@ -208,6 +214,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = flags.parse_args(argv)
     backend.set_compile(args.compile)
     needed = {"--model": args.model, "--input": args.input, "--output": args.output}
+    if args.models:
+        if given := [name for name, value in (needed | {"--check": args.check}).items() if value is not None]:
+            flags.error(f"--models embeds nothing: leave out {', '.join(given)}")
+        list_models()
+        return 0
     if args.to is not None:
         if args.input is not None or args.output is not None:
             flags.error("--to reads from and writes to an index: leave out --input and --output")
@@ -221,6 +232,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return check_model(args.check, args.adapter, args.dtype)
     print(embed_index(args) if args.to is not None else embed_file(args))
     return 0
+
+
+def list_models() -> None:
+    """Print which families of models load: the table of models/families.py."""
+    for _, line in wrapped([("", families.INTRODUCTION)]):
+        console().print(line)
+    for family in families.FAMILIES:
+        console().print(f"\n{family.title}", style="bold")
+        print_lines(wrapped(families.describe(family)))
 
 
 def check_model(path: str, adapter: str | None, dtype: str | None = None) -> int:

@@ -118,36 +118,33 @@ def _question_seconds(chunks: Sequence[Chunk], generator: Generator) -> float:
     return (time.perf_counter() - began) / min(ASKED, len(chunks))
 
 
-def fit(job: Adaptation, costs: Costs, total: int, left: float | None, indexed: bool = True) -> Plan:
+def fit(job: Adaptation, costs: Costs, total: int, left: float | None) -> Plan:
     """Return the plan with the most chunks for which the time suffices.
 
     Args:
         total: chunks of the documents.
         left: seconds; None = all chunks, however long it takes.
-        indexed: whether they are indexed in this time as well.
 
     Raises UserError if it does not suffice for FEWEST chunks, or for all of fewer.
     """
-    make = partial(plan, job, costs, total=total, indexed=indexed)
-    whole = make(total)
+    whole = plan(job, costs, total, total)
     if left is None or whole.all <= left:
         return whole
     fewest = min(FEWEST, total)
-    if (smallest := make(fewest)).all > left:
-        index = ", and an index of all" if indexed else ""
+    if (smallest := plan(job, costs, fewest, total)).all > left:
         raise UserError(
-            f"--budget: too short: with questions for {fewest:,} of the {total:,} chunks{index}, what is to be done "
-            f"takes about {minutes(smallest.all)}, and {minutes(left)} are left"
+            f"--budget: too short: with questions for {fewest:,} of the {total:,} chunks, and an index of all, what is "
+            f"to be done takes about {minutes(smallest.all)}, and {minutes(left)} are left"
         )
     enough, too_many = fewest, total
     while too_many - enough > 1:
         middle = (enough + too_many) // 2
-        enough, too_many = (middle, too_many) if make(middle).all <= left else (enough, middle)
-    return make(enough)
+        enough, too_many = (middle, too_many) if plan(job, costs, middle, total).all <= left else (enough, middle)
+    return plan(job, costs, enough, total)
 
 
-def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool = True) -> Plan:
-    """Return the plan for a number of chunks of `total`; `indexed`: see `fit`."""
+def plan(job: Adaptation, costs: Costs, chunks: int, total: int) -> Plan:
+    """Return the plan for a number of chunks of `total`."""
     questions = chunks * job.count
     held = choice.wanted(questions, job.holdout)
     searched = min(DOCUMENTS, chunks) * costs.chunk + held * QUERY * costs.chunk
@@ -158,7 +155,7 @@ def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool =
         "train": (questions - held) * costs.row + (1 + EVALUATIONS) * searched + OPENING,
         "export": 2 * OPENING,
         "evaluate": 2 * searched + OPENING,
-        "index": total * costs.chunk + OPENING if indexed else 0.0,
+        "index": total * costs.chunk + OPENING,
     }
     return Plan(chunks, total, questions, costs.row, seconds)
 

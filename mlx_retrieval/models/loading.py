@@ -19,7 +19,14 @@ from mlx_retrieval.backbones.hub import (
     read_weights,
     save_tensors,
 )
-from mlx_retrieval.models import kinds, pylate_files, rerankers, retrieval_config, sentence_transformers_files
+from mlx_retrieval.models import (
+    families,
+    kinds,
+    pylate_files,
+    rerankers,
+    retrieval_config,
+    sentence_transformers_files,
+)
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.kinds import ADAPTER_CONFIG, ADAPTERS
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -107,8 +114,8 @@ def base_model_config(
     """Return the RetrievalConfig that a base model's files ask for, or else the one that suits its architecture.
 
     A folder that `export.py` wrote has our own file; others may have sentence-transformers' or PyLate's. Without any
-    of these, encoders get the mean over all tokens; decoders get the mean over the text's own tokens, an `<eos>` at
-    the end, and Gemma's reserved tokens as prompts if the vocabulary has them.
+    of these, encoders get the pooling of their family, mostly the mean over all tokens; decoders get the mean over the
+    text's own tokens, an `<eos>` at the end, and Gemma's reserved tokens as prompts if the vocabulary has them.
 
     Args:
         model_config: its config.json.
@@ -125,7 +132,7 @@ def base_model_config(
         files = pylate_files if pylate_files.is_late(folder) else sentence_transformers_files
         return RetrievalConfig(**files.read(folder))
     if model_config["model_type"] in ENCODERS:
-        return RetrievalConfig()
+        return RetrievalConfig(pooling=families.family_of(model_config["model_type"]).pooling)
     config = RetrievalConfig(pool_special=False, append_eos=True)
     tokenizer = load_tokenizer(folder)
     if tokenizer.token_to_id("<unused0>") is not None and tokenizer.token_to_id("<unused1>") is not None:

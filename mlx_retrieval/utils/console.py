@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Sequence
+from textwrap import wrap
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -31,6 +32,13 @@ def print_lines(pairs: Lines) -> None:
     width = max((len(name) for name, _ in pairs if name != WARNING), default=0)
     for name, value in pairs:
         console().print(f"{WARNING}: {value}" if name == WARNING else f"{name:<{width}}   {value}")
+
+
+def wrapped(pairs: Lines) -> Lines:
+    """Return pairs of `print_lines` whose texts fit the terminal; further lines of a text have no name."""
+    width = max(console().width - 3 - max((len(name) for name, _ in pairs), default=0), NARROWEST)
+    parts = [(name, wrap(text, width, break_long_words=False, break_on_hyphens=False)) for name, text in pairs]
+    return [(name if i == 0 else "", line) for name, lines in parts for i, line in enumerate(lines)]
 
 
 def visible(text: str) -> str:
