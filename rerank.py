@@ -66,13 +66,17 @@ def open_reranker(args: argparse.Namespace) -> Reranker:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests over HTTP until Ctrl-C."""
-    from mlx_retrieval.inference import embedder, server
+    from mlx_retrieval.inference import embedder
+    from mlx_retrieval.inference.serving.app import ServerSettings
+    from mlx_retrieval.inference.serving.run import run
+    from mlx_retrieval.inference.serving.served_models import ServedModels
 
     key = os.environ.get("RERANK_API_KEY") or None
     reranker = open_reranker(args) if args.model else None
     model = embedder.load(args.embedding_model, dtype=args.dtype) if args.embedding_model else None
     dtypes.report(*(each for each in (reranker, model) if each is not None))
-    server.run(reranker, model, host=args.host, port=args.port, api_key=key)
+    settings = ServerSettings(keys=(key,) if key else ())
+    run(ServedModels.of(reranker, model), settings, host=args.host, port=args.port)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     )
     rank.add_argument("--json", action="store_true", help="print one JSON object a line, with the full documents")
     server = out.add_argument_group("serve")
-    server.add_argument("--serve", action="store_true", help="answer /v1/rerank, /v1/embeddings and /health over HTTP")
+    server.add_argument("--serve", action="store_true", help="answer requests over HTTP; serve.py serves more models")
     server.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )

@@ -41,7 +41,8 @@ LANGUAGES = {"sh", "python", "json", "jsonl", "yaml", "text"}
 FOLDERS = ("benchmarks", "configs", "docs", "eval-data", "examples", "gemma-3-tiny-mlx", "mlx_retrieval", "tests")
 FOLDERS += ("tools",)
 ELSEWHERE = {"convert_hf_to_gguf.py"}  # scripts of other projects
-OPTIONAL = {"openai"}  # libraries that a reader may have and the tests have not
+# Libraries that a reader may have and the tests have not.
+OPTIONAL = {"openai", "cohere", "langchain_openai", "langchain_cohere", "llama_index"}
 # Commands whose words are not checked; every other command has to be known to `check_command`.
 UNCHECKED = {"cd", "git", "ruff", "source", "lint-imports", ".ci/run"}
 ROW_KEYS = ({"query", "document"}, {"query", "positive"}, {"query", "documents"}, {"anchor", "positive"})
@@ -202,7 +203,7 @@ def check_curl(words: list[str]) -> None:
     path = next(re.sub(r"https?://[^/]+", "", word) for word in words if word.startswith("http"))
     bodies = [words[i + 1] for i, word in enumerate(words) if word in ("-d", "--data", "--json")]
     if not bodies:
-        assert path == "/health", f"{path} takes a body"
+        assert path in ("/health", "/ready", "/metrics", "/info", "/v1/models"), f"{path} takes a body"
         return
     kind = [word.lower().replace(" ", "") for word in words]
     assert "--json" in words or "content-type:application/json" in kind, "the server wants a Content-Type"
@@ -210,10 +211,12 @@ def check_curl(words: list[str]) -> None:
 
 
 def check_body(path: str, body: dict) -> None:
-    """A request's body, by the models of the server."""
-    from mlx_retrieval.inference.server import EmbeddingsBody, RerankBody
+    """A request's body, by the shapes of the server."""
+    from pydantic import TypeAdapter
 
-    {"/v1/rerank": RerankBody, "/rerank": RerankBody, "/v1/embeddings": EmbeddingsBody}[path].model_validate(body)
+    from mlx_retrieval.inference.serving.shapes.table import SHAPES
+
+    TypeAdapter({shape.path: shape.body for shape in SHAPES}[path]).validate_python(body).request()
 
 
 def check_command(words: list[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"train", "eval", "embed", "rerank", "search", "mine", "export", "adapt", "mlx_cross_encoder"}
+COMMANDS = {"train", "eval", "embed", "rerank", "search", "serve", "mine", "export", "adapt", "mlx_cross_encoder"}
 # Lower layers last; `loss` and `data_loader` are files at the top.
 LAYERS = (
     *("adaptation", "exporters", "training", "mining", "evaluation", "retrieval", "inference", "data_loader"),

@@ -15,6 +15,7 @@ from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.runners import make_runner
+from mlx_retrieval.models.shared_weights import SharedWeights
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -66,6 +67,10 @@ class Model:
     def limit_shapes(self) -> None:
         """Use fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
         self.runner.limit_shapes()
+
+    def count_tokens(self, texts: Sequence[str], prompt: str | None = None) -> int:
+        """Return how many tokens of texts `encode` computes, prompts and special tokens included."""
+        return int(self.tokenizer(texts, prompt).lengths.sum())
 
     def encode(
         self,
@@ -161,7 +166,13 @@ def embed(
         raise (error.placed(place) if place else error) from error
 
 
-def load(path: str | Path, adapter: str | Path | None = None, dtype: str | None = None, **overrides) -> Model:
+def load(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    shared: SharedWeights | None = None,
+    **overrides,
+) -> Model:
     """Load a model for inference.
 
     Args:
@@ -169,6 +180,7 @@ def load(path: str | Path, adapter: str | Path | None = None, dtype: str | None 
         adapter: adapter folder to load on top of the base model `path`.
         dtype: to compute in: "float32", "bfloat16", "float16", or "auto": the checkpoint's on GPUs, float32 on CPUs;
             None = as an adapter was trained, or else "auto".
+        shared: weights of base models that are in memory already; None = this model has its own.
         overrides: fields of RetrievalConfig that override the saved ones, for instance max_length or query_prompt.
 
     Raises UserError if anything is missing or does not fit.
@@ -178,5 +190,6 @@ def load(path: str | Path, adapter: str | Path | None = None, dtype: str | None 
         base, adapter = None, path
     name = str(adapter or base).rstrip("/")
     kinds.require(kinds.EMBEDDING, base, str(adapter) if adapter else None, overrides.get("task"))
-    model, config, folder = loading.open_model(base, str(adapter) if adapter else None, dtype=dtype, **overrides)
+    names = (base, str(adapter) if adapter else None)
+    model, config, folder = loading.open_model(*names, shared=shared, dtype=dtype, **overrides)
     return Model(model, config, config.tokenizer(folder), name, folder if adapter else None)

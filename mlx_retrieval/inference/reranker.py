@@ -18,6 +18,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.pair_tokenizers import Group, PairTokenizer, Sequences
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.runners import make_runner
+from mlx_retrieval.models.shared_weights import SharedWeights
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.utils.errors import SettingError, UserError
 
@@ -45,7 +46,7 @@ class Reranker:
         max_length: most tokens of query and document together (listwise: of a document); None = as saved.
         instruction: the instruction by which a qwen3 or listwise model judges; None = as saved.
         raw_scores: give logits, without the sigmoid that most rerankers' files ask for.
-        dtype: to compute in: see `embedder.load`.
+        dtype, shared: see `embedder.load`.
 
     Raises UserError if anything is missing or does not fit.
 
@@ -62,6 +63,7 @@ class Reranker:
         instruction: str | None = None,
         raw_scores: bool = False,
         dtype: str | None = None,
+        shared: SharedWeights | None = None,
     ):
         base: str | None = str(model)
         if adapter is None and kinds.is_adapter(Path(model).expanduser()):
@@ -73,7 +75,7 @@ class Reranker:
         kind = kinds.detect_kind(*names) if reranker_type else kinds.require(kinds.RERANKING, *names)
         if adapter is None and kind != "late":
             flags |= {"task": "rerank", "reranker": reranker_type}
-        opened, config, folder = loading.open_model(base, str(adapter) if adapter else None, **flags)
+        opened, config, folder = loading.open_model(*names, shared=shared, **flags)
         if adapter is None and tree_flatten(opened.head.trainable_parameters()):
             raise UserError(
                 f"{model}: the weights of a reranker's head are not in this model, so its scores would mean nothing. "
@@ -153,6 +155,20 @@ class Reranker:
         """Meet fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
         self.runner.limit_shapes()
 
+    def count_tokens(self, query: str, documents: Sequence[str]) -> int:
+        """Return how many tokens are computed to score the documents, prompts and special tokens included."""
+        if self.late:
+            return self.late.count_tokens([query], "query") + self.late.count_tokens(documents, "document")
+        return int(self.tokenizer([(query, documents)]).texts.lengths.sum())
+
+    def count_cut(self, query: str, documents: Sequence[str]) -> int:
+        """Return how many of the documents would be truncated."""
+        if not self.late:
+            return self.tokenizer([(query, documents)]).cut
+        room, prompt = self.tokenizer.room("document"), self.tokenizer.prompts["document"]
+        frame = len(next(iter(self.tokenizer.bodies([""], prompt))))
+        return sum(len(ids) - frame > room for ids in self.tokenizer.bodies(documents, prompt))
+
     # --- scores ---
 
     def rerank(self, query: str, documents: Sequence[str], top_n: int | None = None) -> list[dict[str, Any]]:
@@ -178,8 +194,11 @@ class Reranker:
         """
         return self.score_groups([(query, documents)])[0]
 
-    def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
+    def score_groups(self, groups: Sequence[Group], raw: bool = False) -> list[np.ndarray]:
         """Score the documents of several queries together; return the array of `score` for each (query, documents).
+
+        Args:
+            raw: give the scores before the activation.
 
         Raises NonFiniteError, which names a document, if a score is not finite.
         """
@@ -187,7 +206,8 @@ class Reranker:
         if not groups:
             return []
         lengths = [len(documents) for _, documents in groups]
-        return np.split(self._activated(self._raw(groups)), np.cumsum(lengths)[:-1])
+        scores = self._raw(groups)
+        return np.split(scores.astype(np.float32) if raw else self._activated(scores), np.cumsum(lengths)[:-1])
 
     def _raw(self, groups: Sequence[Group]) -> np.ndarray:
         """Return the scores of all groups' documents before the activation, one group after another."""

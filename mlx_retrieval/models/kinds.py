@@ -28,11 +28,12 @@ DESCRIPTIONS: dict[Kind, str] = {
     "rerank": "is a reranker, which scores a query and a document together",
 }
 TAKEN_BY: dict[Kind, str] = {
-    "embed": "embed.py --model, search.py index --model-path, mine.py negatives --model and rerank.py --embedding-model"
-    " take it; train.py --task rerank makes a reranker of it",
-    "late": "embed.py --model, search.py index --model-path, rerank.py --model, eval.py and mine.py --reranker take it",
-    "rerank": "rerank.py --model and --check, eval.py --task rerank, train.py --task rerank, search.py search --rerank "
-    "and mine.py --reranker or --teacher take it",
+    "embed": "embed.py --model, search.py index --model-path, mine.py negatives --model and serve.py --model "
+    "take it; train.py --task rerank makes a reranker of it",
+    "late": "embed.py --model, search.py index --model-path, rerank.py --model, serve.py --model, eval.py and mine.py "
+    "--reranker take it",
+    "rerank": "rerank.py --model and --check, serve.py --model, eval.py --task rerank, train.py --task rerank, "
+    "search.py search --rerank and mine.py --reranker or --teacher take it",
 }
 
 

@@ -30,6 +30,7 @@ from mlx_retrieval.models import (
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.kinds import ADAPTER_CONFIG, ADAPTERS
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.shared_weights import SharedWeights
 from mlx_retrieval.models.tokenizer import load_tokenizer
 from mlx_retrieval.utils.errors import SettingError, UserError, concerning
 
@@ -38,7 +39,12 @@ HEADS = "heads.safetensors"  # layers of a saved folder that mlx-lm does not kno
 
 @concerning("model")
 def build(
-    model: str, projection: int = 0, reranker: str | None = None, fingerprint: bool = True, **flags
+    model: str,
+    projection: int = 0,
+    reranker: str | None = None,
+    fingerprint: bool = True,
+    shared: SharedWeights | None = None,
+    **flags,
 ) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Build a retrieval model from a base model, before any training.
 
@@ -47,6 +53,7 @@ def build(
         projection: dimensions of a new layer that makes the token vectors of a late model; 0 = no such layer.
         reranker: with task="rerank", one of `rerankers.KINDS`; None = by the model's files.
         fingerprint: whether to take one. Nothing else reads weights: they are read when they are first used.
+        shared: weights of base models that are in memory already; None = this model has its own.
         flags: fields of RetrievalConfig that override the files' values; None = do not override. Without `task` it is
             the model's own, or "embed".
 
@@ -59,6 +66,8 @@ def build(
     base_config = base_model_config(folder, read_config(folder), flags.get("task"), reranker)
     config = base_config.override(**flags)
     backbone = load_backbone(folder, bidirectional, config.dtype)
+    if shared is not None:
+        shared.share(folder, backbone)
     if base_config.dense and config.task != base_config.task:
         raise SettingError(
             "{name}: its layers are those of a model for {task} {trained}, not {wanted}",
@@ -173,7 +182,12 @@ def open_to_train(
 
 
 def open_model(
-    model: str | None, adapter: str | None = None, adapter_config: dict | None = None, bare: bool = False, **flags
+    model: str | None,
+    adapter: str | None = None,
+    adapter_config: dict | None = None,
+    bare: bool = False,
+    shared: SharedWeights | None = None,
+    **flags,
 ) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Open a model for inference: a base model, or an adapter on its base model.
 
@@ -182,12 +196,13 @@ def open_model(
         adapter: a saved folder such as `adapters/final`; None = the base model alone.
         adapter_config: in place of the adapter's own; None = its own.
         bare: leave the adapter itself out, and its base uncompared, so that no weight is read.
+        shared: see `build`.
         flags: fields of RetrievalConfig (max_length, ...) that override the saved values.
 
     Returns as `build` does. Raises UserError if the adapter belongs to another base model or its tensors do not fit.
     """
     if adapter is None:
-        return build(model, **flags)
+        return build(model, shared=shared, **flags)
     folder = Path(adapter).expanduser()
     with concerning("adapter"):
         kinds.check_adapter_folder(adapter)
@@ -197,6 +212,8 @@ def open_model(
     with concerning("model"):
         base = kinds.require_base(model or config.base_model)
         backbone = load_backbone(base, config.bidirectional, config.dtype)
+    if shared is not None:
+        shared.share(base, backbone)
     _fit_lengths(config, backbone.max_positions, flags)
     if bare:
         return _assemble(backbone, config, base), config, base

@@ -224,6 +224,12 @@ class TextTokenizer:
         # A spelling that equals a reserved token only after the tokenizer's normalizer (`<EOS>`) is dropped.
         return ids[:head] + [token for token in ids[head:] if token not in self._reserved]
 
+    def room(self, name: str | None = None) -> int:
+        """Return the most tokens of a text under the prompt and limit called `name`; see `__call__`."""
+        limit = self.max_lengths[name] if name in self.max_lengths else max(self.max_lengths.values())
+        prompt = self._plain(self.prompts.get(name, "") if name else "")
+        return limit - len(self.opening) - len(self.closing) - len(prompt)
+
     def __call__(self, texts: Sequence[str], name: str | None = None) -> Texts:
         """Return the token ids of `texts` under the prompt and limit called `name`.
 
@@ -231,9 +237,8 @@ class TextTokenizer:
             name: "query", "document" or a further prompt; None = no prompt.
         """
         prompt = self.prompts.get(name, "") if name else ""
-        limit = self.max_lengths[name] if name in self.max_lengths else max(self.max_lengths.values())
-        room = limit - len(self.opening) - len(self.closing)
         prompt_ids = self._plain(prompt)
+        room = self.room(name) + len(prompt_ids)
         skipped = 0 if self.pool_prompt else len(prompt_ids)
 
         flat: list[int] = []

@@ -13,8 +13,9 @@ from mlx_retrieval.backend.device_errors import DeviceError
 import numpy as np
 from starlette.testclient import TestClient
 
-from mlx_retrieval.inference import server
-from mlx_retrieval.inference.server import Limits
+from mlx_retrieval.inference.serving.app import ServerSettings, create_app
+from mlx_retrieval.inference.serving.engine import Limits
+from mlx_retrieval.inference.serving.served_models import ServedModels
 from mlx_retrieval.utils.errors import UserError
 
 DOCUMENTS = ["a hard piece of material", "a bike with a chain", "", "été 🚲", "a boiler"]
@@ -48,22 +49,26 @@ class Slow:
 
 
 class Reranker(Slow):
-    name, kind = "a-reranker", "qwen3"
+    name, kind, late = "a-reranker", "qwen3", None
 
-    def score_groups(self, groups):
+    def count_tokens(self, query, documents):
+        return sum(len(f"{query} {text}".split()) for text in documents)
+
+    def score_groups(self, groups, raw=False):
         self.compute(list(groups), [text for query, texts in groups for text in (query, *texts)])
         scores = [np.array([score(query, text) for text in texts], np.float32) for query, texts in groups]
         for (_, texts), row in zip(groups, scores, strict=True):
+            row -= raw
             row[[text == "nan" for text in texts]] = np.nan
         return scores
 
 
 class Model(Slow):
     name, late, dimensions = "a-model", False, 4
-    config = SimpleNamespace(prompts={"query": "q: ", "document": ""})
+    config = SimpleNamespace(prompts={"query": "q: ", "document": ""}, normalize=True)
 
-    def tokenizer(self, texts, prompt=None):
-        return SimpleNamespace(lengths=np.array([len(text.split()) + 1 for text in texts], np.int32))
+    def count_tokens(self, texts, prompt=None):
+        return sum(len(text.split()) + 1 for text in texts)
 
     def encode(self, texts, prompt=None, show_progress=None, dimensions=None):
         self.compute([prompt, dimensions, *texts], texts)
@@ -77,7 +82,8 @@ class Model(Slow):
 
 @contextlib.contextmanager
 def served(reranker=None, model=None, key: str | None = None, **limits) -> Iterator[TestClient]:
-    app = server.create_app(reranker, model, key, Limits(**limits))
+    settings = ServerSettings(keys=(key,) if key is not None else (), limits=Limits(**limits))
+    app = create_app(ServedModels.of(reranker, model), settings)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -87,11 +93,15 @@ def rerank(client, query="kidney", documents=DOCUMENTS, **rest):
 
 
 def refused(response, status: int, *words: str) -> str:
-    """The message of an error, which has the one shape that errors have."""
+    """The message of an error, in the form of OpenAI, of Cohere, or of TEI."""
     assert response.status_code == status, response.text
     body = json.loads(response.content)
-    assert set(body) == {"error"} and set(body["error"]) == {"message", "type"}
-    message = body["error"]["message"]
+    if set(body) == {"error", "error_type"}:
+        message = body["error"]
+    else:
+        assert set(body) in ({"error"}, {"error", "message"}) and set(body["error"]) == {"message", "type"}
+        message = body["error"]["message"]
+        assert body.get("message", message) == message
     assert "\n" not in message and "Traceback" not in message and all(word in message for word in words), message
     return message
 

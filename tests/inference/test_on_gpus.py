@@ -15,7 +15,7 @@ import embed
 from mlx_retrieval import backend
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.reranker import Reranker
-from mlx_retrieval.inference.server_queue import Job, ModelThread
+from mlx_retrieval.inference.serving.model_thread import Job, ModelThread
 
 TEXTS = [f"{'bike ' * (1 + i)}{i}" for i in range(12)]
 WATCHDOG = "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackError"
@@ -50,10 +50,10 @@ def test_a_reranker_is(tmp_path, qwen_tokenizer, changes):
 
 
 def test_a_server_s_thread_needs_no_request_in_another_first(small):
-    thread = ModelThread(None, embedder.load(small), batch=8)
+    thread = ModelThread(batch=8)
     thread.start()
     try:
-        assert thread.submit(Job(TEXTS, prompt="document")).result(60).shape == (12, 32)
+        assert thread.submit(Job(embedder.load(small), TEXTS, prompt="document")).result(60).shape == (12, 32)
     finally:
         thread.close()
 

@@ -26,9 +26,11 @@ import uvicorn
 from served import DOCUMENTS, Model, Reranker, Slow, refused, rerank, score, served, wait_until
 
 from mlx_retrieval.inference import embedder
-from mlx_retrieval.inference import server as inference_server
-from mlx_retrieval.inference.server import Limits
-from mlx_retrieval.inference.server_queue import Job, ModelThread
+from mlx_retrieval.inference.serving.app import ServerSettings, create_app
+from mlx_retrieval.inference.serving.engine import Limits
+from mlx_retrieval.inference.serving.model_thread import Job, ModelThread
+from mlx_retrieval.inference.serving.run import listen
+from mlx_retrieval.inference.serving.served_models import ServedModels
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -138,11 +140,11 @@ def test_listwise_requests_are_never_cut():
 def test_work_that_nobody_waits_for_is_left_out():
     reranker = Reranker()
     reranker.gate.clear()
-    thread = ModelThread(reranker, None, 4)
+    thread = ModelThread(4)
     thread.start()
-    first = thread.submit(Job(["a"] * 10, "first"))
+    first = thread.submit(Job(reranker, ["a"] * 10, "first"))
     assert reranker.entered.acquire(timeout=10)
-    left, last = thread.submit(Job(["a"], "left")), thread.submit(Job(["a"], "last"))
+    left, last = thread.submit(Job(reranker, ["a"], "left")), thread.submit(Job(reranker, ["a"], "last"))
     assert left.cancel() and first.cancel()  # the second in waiting, the first between two of its pieces
     reranker.gate.set()
     assert len(last.result(10)) == 1
@@ -153,11 +155,11 @@ def test_work_that_nobody_waits_for_is_left_out():
 def test_closing_ends_with_the_call_that_is_computed():
     reranker = Reranker()
     reranker.gate.clear()
-    thread = ModelThread(reranker, None, 4)
+    thread = ModelThread(4)
     thread.start()
-    answers = [thread.submit(Job(["a"] * 10, "first"))]
+    answers = [thread.submit(Job(reranker, ["a"] * 10, "first"))]
     assert reranker.entered.acquire(timeout=10)
-    answers.append(thread.submit(Job(["a"], "second")))
+    answers.append(thread.submit(Job(reranker, ["a"], "second")))
     closing = threading.Thread(target=thread.close)
     closing.start()
     wait_until(lambda: thread._closing)
@@ -192,7 +194,7 @@ def test_too_large_requests_together():
 
 
 def test_bodies_that_stop_coming():
-    app = inference_server.create_app(Reranker(), None, limits=Limits(silence=0.05))
+    app = create_app(ServedModels.of(Reranker(), None), ServerSettings(limits=Limits(silence=0.05)))
     scope = {"type": "http", "method": "POST", "path": "/v1/rerank", "query_string": b"", "http_version": "1.1"}
     scope |= {"headers": [(b"content-type", b"application/json")], "scheme": "http", "root_path": ""}
     messages = iter([{"type": "http.request", "body": b'{"query"', "more_body": True}])
@@ -214,8 +216,8 @@ def test_bodies_that_stop_coming():
 @contextlib.contextmanager
 def listening(*parts, **limits) -> Iterator[int]:
     """A server of uvicorn's in a thread; gives its port."""
-    config = uvicorn.Config(inference_server.create_app(*parts, limits=Limits(**limits)), log_level="warning")
-    server, listener = uvicorn.Server(config), inference_server._listen("127.0.0.1", 0)
+    app = create_app(ServedModels.of(*parts), ServerSettings(limits=Limits(**limits)))
+    server, listener = uvicorn.Server(uvicorn.Config(app, log_level="warning")), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -296,7 +298,7 @@ def test_a_client_that_leaves_is_not_computed_for():
 
 def test_answers_are_sent_at_once():
     """Held back until the client acknowledged their headers, they took 40 ms."""
-    with inference_server._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -306,9 +308,11 @@ def test_answers_are_sent_at_once():
 SCRIPT = """
 import sys
 import embed
-from mlx_retrieval.inference import server
+from mlx_retrieval.inference.serving.app import ServerSettings
+from mlx_retrieval.inference.serving.run import run
+from mlx_retrieval.inference.serving.served_models import ServedModels
 try:
-    server.run(None, embed.load(sys.argv[1]), port=0, api_key="k3y")
+    run(ServedModels.of(None, embed.load(sys.argv[1])), ServerSettings(keys=("k3y",)), port=0)
 except KeyboardInterrupt:
     sys.exit(130)
 """

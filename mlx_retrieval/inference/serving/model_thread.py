@@ -1,9 +1,9 @@
 """The one thread in which a server's models compute, and the queue of jobs for it.
 
-thread = ModelThread(reranker, model, batch=256)
+thread = ModelThread(batch=256)
 thread.start()
-scores = thread.submit(Job(documents, query="kidney stones")).result()     # float32 (N,)
-vectors = thread.submit(Job(texts, prompt="document")).result()            # float32 (N, D)
+scores = thread.submit(Job(reranker, documents, query="kidney stones")).result()     # float32 (N,)
+vectors = thread.submit(Job(model, texts, prompt="document")).result()               # float32 (N, D)
 
 Waiting jobs of one kind are computed in one call. Jobs larger than a call are split and take turns with others, except
 with listwise rerankers, where the score of a document depends on the others of the request.
@@ -14,34 +14,49 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
+from mlx_retrieval import backend
 from mlx_retrieval.inference import finite
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
 
 STUCK_S = 30  # seconds that `close` waits for the call in progress
+_gpu = threading.Lock()
+
+
+def alone() -> contextlib.AbstractContextManager:
+    """Return a context in which no other thread of the server computes on a GPU; CPUs serve several threads at once."""
+    return _gpu if backend.IS_GPU else contextlib.nullcontext()
 
 
 @dataclass(eq=False)
 class Job:
     """Texts to score for `query` or, without one, to embed under the prompt called `prompt`."""
 
+    model: Model | Reranker
     texts: Sequence[str]
     query: str | None = None
     prompt: str | None = None
     dimensions: int | None = None
-    unsplit: bool = False  # whether all texts must be computed in one call
-    answer: Future = field(default_factory=Future)  # an array with a row a text; cancelled if nobody waits for it
-    tokens: int = 0  # tokens of the texts embedded so far
+    raw: bool = False  # whether scores are those before the activation
+    # A row a text: an array, or a list of a late-interaction model's (L_i, D). Cancelled if nobody waits for it.
+    answer: Future = field(default_factory=Future)
+    tokens: int = 0  # tokens of the texts computed so far
     begun: int = 0  # texts that calls have taken so far
-    rows: list[np.ndarray] = field(default_factory=list)  # results so far
+    rows: list[np.ndarray | list[np.ndarray]] = field(default_factory=list)  # results so far
 
     @property
     def kind(self) -> tuple:
         """Jobs of one kind can be computed together."""
-        return self.query is None, self.prompt, self.dimensions
+        return id(self.model), self.query is None, self.prompt, self.dimensions, self.raw
+
+    @property
+    def unsplit(self) -> bool:
+        """Whether all texts must be computed in one call."""
+        return self.query is not None and self.model.kind == "listwise"
 
     def take(self, most: int) -> Sequence[str]:
         """Return the next texts to compute, at most `most` unless the job must not be split."""
@@ -49,12 +64,13 @@ class Job:
         self.begun += len(piece)
         return piece
 
-    def add(self, rows: np.ndarray) -> None:
+    def add(self, rows: np.ndarray | list[np.ndarray]) -> None:
         """Add the results of the next texts, in their order; once all are there, set the answer."""
         self.rows.append(rows)
         if sum(map(len, self.rows)) == len(self.texts):
             with contextlib.suppress(InvalidStateError):  # nobody waits any more
-                self.answer.set_result(np.concatenate(self.rows))
+                arrays = isinstance(rows, np.ndarray)
+                self.answer.set_result(np.concatenate(self.rows) if arrays else [*chain.from_iterable(self.rows)])
 
     def fail(self, error: BaseException) -> None:
         """Raise `error` where the answer is awaited."""
@@ -72,8 +88,8 @@ class ModelThread:
         batch: most texts in one call, except for a job that must not be split.
     """
 
-    def __init__(self, reranker: Reranker | None, model: Model | None, batch: int):
-        self.reranker, self.model, self.batch = reranker, model, batch
+    def __init__(self, batch: int):
+        self.batch = batch
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._closing = False
@@ -82,9 +98,13 @@ class ModelThread:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that no call has taken, or not whole."""
+        return len(self._jobs)
+
     def submit(self, job: Job) -> Future:
         """Queue a job, and return its answer; cancelling the answer removes the job."""
-        job.unsplit = job.query is not None and self.reranker.kind == "listwise"
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
@@ -128,7 +148,8 @@ class ModelThread:
 
     def _work(self, pieces: Pieces) -> None:
         try:
-            results = self._compute(pieces)
+            with alone():
+                results = self._compute(pieces)
         except BaseException as error:  # raised where the answer is awaited
             if len(pieces) == 1:
                 pieces[0][0].fail(error)
@@ -139,22 +160,26 @@ class ModelThread:
         for (job, _), rows in zip(pieces, results, strict=True):
             job.add(rows)
 
-    def _compute(self, pieces: Pieces) -> list[np.ndarray]:
+    def _compute(self, pieces: Pieces) -> list[np.ndarray | list[np.ndarray]]:
         first, counts = pieces[0][0], [len(texts) for _, texts in pieces]
+        model = first.model
         if first.query is not None:
-            results = self.reranker.score_groups([(job.query, texts) for job, texts in pieces])
+            raw = {"raw": True} if first.raw else {}
+            results = model.score_groups([(job.query, texts) for job, texts in pieces], **raw)
         else:
             together = [text for _, texts in pieces for text in texts]
-            vectors = self.model.encode(together, prompt=first.prompt, show_progress=False, dimensions=first.dimensions)
-            results = np.split(vectors, np.cumsum(counts[:-1]))
+            options = {} if first.dimensions is None else {"dimensions": first.dimensions}
+            vectors = model.encode(together, prompt=first.prompt, show_progress=False, **options)
+            ends = np.cumsum(counts)
+            results = [vectors[end - count : end] for end, count in zip(ends, counts, strict=True)]
         if [len(rows) for rows in results] != counts:
             raise ArithmeticError("the model's results are not one row for each text")
         for (job, texts), rows in zip(pieces, results, strict=True):  # of other models than ours, which check
             if job.query is None:
-                finite.check_vectors(self.model.name, texts, rows)
+                finite.check_vectors(model.name, texts, rows)
             else:
-                finite.check_scores(self.reranker.name, texts, rows)
-        if first.query is None:
-            for job, texts in pieces:
-                job.tokens += int(self.model.tokenizer(texts, first.prompt).lengths.sum())
+                finite.check_scores(model.name, texts, rows)
+        for job, texts in pieces:
+            about = (texts, job.prompt) if job.query is None else (job.query, texts)
+            job.tokens += model.count_tokens(*about)
         return results

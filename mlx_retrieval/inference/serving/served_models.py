@@ -1,0 +1,274 @@
+"""The models of a server: chosen by name, loaded when they are needed, evicted when memory is short.
+
+    models = ServedModels([ServedModel("tuned", "embed", load)], max_memory=8 << 30)
+    served = models.choose("tuned", ("embed",))
+    async with models.using(served) as model:       # loads it; it is not evicted inside
+        ...
+
+Adapters on one base model share its weights (`SharedWeights`), and each is a model of its own: a request for another
+one changes nothing that is being computed.
+"""
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from mlx_retrieval.backend import mx
+
+from mlx.utils import tree_flatten
+from starlette.exceptions import HTTPException
+
+from mlx_retrieval import backend
+from mlx_retrieval.backbones import describe_dtype
+from mlx_retrieval.backbones.hub import tensor_table, weight_files
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.inference.serving.model_thread import alone
+from mlx_retrieval.models import kinds
+from mlx_retrieval.models.kinds import Kind
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
+from mlx_retrieval.models.shared_weights import SharedWeights
+from mlx_retrieval.utils.errors import UserError, near_miss
+from mlx_retrieval.utils.text import gb
+
+LOG = logging.getLogger(__name__)
+MISSING: dict[Kind, str] = {
+    "embed": "no embedding model",
+    "late": "no late-interaction model, which makes a vector a token",
+    "rerank": "no reranker",
+}
+
+
+class ServedModel:
+    """A model of a server, loaded or not.
+
+    Args:
+        name: the name by which requests choose it.
+        kind: a late-interaction model is loaded as a `Reranker`, whose `late` embeds.
+        load: returns the model, ready to compute; called in one thread for all models.
+        base: folder of its base model's weights; None = they count as nothing before it is loaded.
+        dtype: to compute in, as in `embedder.load`.
+
+    Attributes:
+        model: the model; None = it is not loaded.
+        users: requests that use it.
+        used: when the last request began, by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        load: Callable[[], Model | Reranker],
+        base: Path | None = None,
+        dtype: str | None = None,
+    ):
+        self.name, self.kind, self.load, self.base = name, kind, load, base
+        self.model: Model | Reranker | None = None
+        self.users, self.used = 0, 0.0
+        self.size = 0 if base is None else weights_size(base, dtype)
+
+
+def weights_size(folder: Path, dtype: str | None) -> int:
+    """Return the bytes that the weights in a folder take in memory, by the headers of its files."""
+    size = 0
+    for file in weight_files(folder):
+        for entry in tensor_table(file).values():
+            first, last = entry["data_offsets"]
+            stored = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}.get(entry["dtype"])
+            wanted = stored and backend.compute_dtype(stored, dtype or "auto")
+            size += (last - first) * (wanted.size if stored else 1) // (stored.size if stored else 1)
+    return size
+
+
+def arrays_of(model: Model | Reranker) -> Iterator[mx.array]:
+    """Yield the arrays of a loaded model."""
+    for module in (model.model.backbone, model.model.head):
+        yield from (value for _, value in tree_flatten(module.parameters()))
+
+
+def prepare(model: Model | Reranker) -> None:
+    """Make a model ready for requests: few shapes, and a first pass, so that no request waits for kernels."""
+    model.limit_shapes()
+    if hasattr(model, "score_groups"):
+        model.score_groups([("first", ["text"])])
+    else:
+        model.encode(["first text"], prompt="document", show_progress=False)
+
+
+class Source(NamedTuple):
+    """A model to serve, as `serve.py --model NAME=PATH` names it."""
+
+    name: str
+    path: str
+
+
+class ServedModels:
+    """All models of a server; see the top of the file.
+
+    Args:
+        models: with distinct names; where a request names none, the first that fits is taken.
+        max_memory: bytes of all loaded models together; None = no limit. Models that are in use are not evicted.
+
+    UserError without any model, and for one that alone takes more than the limit.
+    """
+
+    def __init__(self, models: Sequence[ServedModel], max_memory: int | None = None):
+        if not models:
+            raise UserError("nothing to serve: neither a reranker nor an embedding model")
+        self.all, self.max_memory = list(models), max_memory
+        self.failure: Exception | None = None  # of a model that was to be loaded at the start
+        self.ready = False  # whether all models that are loaded at the start are
+        self.loads = self.evictions = 0
+        self._changed = asyncio.Condition()
+        self._loading, self._waits_for_room = asyncio.Lock(), False
+        self._loader = ThreadPoolExecutor(1, "loader")  # lazy arrays belong to the thread that made them
+        for each in self.all:
+            if max_memory is not None and each.size > max_memory:
+                raise UserError(
+                    f"{each.name} takes {gb(each.size)} GB, more than --max-memory allows ({gb(max_memory)} GB)"
+                )
+
+    @classmethod
+    def open(cls, sources: Sequence[Source], max_memory: int | None = None, dtype: str | None = None) -> "ServedModels":
+        """Find models by name and path, and load none. UserError for a path that no model can be loaded from."""
+        shared = SharedWeights()
+        return cls([served_model(source, shared, dtype) for source in sources], max_memory)
+
+    @classmethod
+    def of(cls, reranker: Reranker | None, model: Model | None) -> "ServedModels":
+        """Serve models that are loaded already, under their own names. UserError for a late-interaction `model`."""
+        if model is not None and model.late:
+            raise UserError(
+                f"{model.name} makes a vector a token, but /v1/embeddings returns one a text: "
+                "--model serves it as a reranker"
+            )
+        loaded = []
+        for each, kind in ((reranker, "rerank"), (model, "embed")):
+            if each is not None:
+                kind = "late" if kind == "rerank" and each.kind == "late" else kind
+                loaded.append(ServedModel(each.name, kind, lambda each=each: each))
+                loaded[-1].model = each
+        models = cls(loaded)
+        models.ready = True
+        return models
+
+    def choose(self, name: str | None, wanted: Collection[Kind]) -> ServedModel:
+        """Return the model for a request; HTTPException (404) if there is none.
+
+        Args:
+            name: in the request. A single model of the wanted kinds answers to any name.
+        """
+        fitting = [each for each in self.all if each.kind in wanted]
+        named = next((each for each in self.all if each.name == name), None)
+        if not fitting:
+            raise HTTPException(404, f"this server has {MISSING[next(iter(wanted))]}")
+        if named in fitting:
+            return named
+        if named is None and (name is None or len(fitting) == 1):
+            return fitting[0]
+        known = [each.name for each in fitting]
+        if named is not None:
+            raise HTTPException(404, f"{name} {kinds.DESCRIPTIONS[named.kind]}; this takes {', '.join(known)}")
+        near = near_miss(name, known)
+        raise HTTPException(404, f"there is no model {name[:100]!r} here; known: {', '.join(known)}{near}")
+
+    @asynccontextmanager
+    async def using(self, served: ServedModel) -> AsyncIterator[Model | Reranker]:
+        """Load a model if need be, and keep it from being evicted inside."""
+        if served.model is None or self._waits_for_room:  # then requests wait in line, so that every model has its turn
+            async with self._loading:
+                if served.model is None:
+                    await self._load(served)
+                served.users += 1
+        else:
+            served.users += 1
+        served.used = time.monotonic()
+        try:
+            yield served.model
+        finally:
+            served.users -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def preload(self) -> None:
+        """Load models in their order, until the memory that they may take is used up."""
+        for served in self.all:
+            if self.max_memory is None or self.memory() + self._needed(served) <= self.max_memory:
+                async with self.using(served):
+                    pass
+        self.ready = True
+
+    def memory(self) -> int:
+        """Return the bytes of all loaded models; weights that several share count once."""
+        loaded = (each.model for each in self.all if each.model is not None)
+        return sum({id(array): array.nbytes for model in loaded for array in arrays_of(model)}.values())
+
+    async def _load(self, served: ServedModel) -> None:
+        if self.max_memory is not None:
+            await self._make_room(served)
+        try:
+            served.model = await asyncio.get_running_loop().run_in_executor(self._loader, served.load)
+        except UserError as error:  # its files were sound when the server started
+            raise HTTPException(500, f"{served.name} cannot be loaded: {error}") from error
+        self.loads += 1
+
+    def _needed(self, served: ServedModel) -> int:
+        shares = any(each.model is not None and each.base == served.base for each in self.all)
+        return 0 if shares else served.size
+
+    async def _make_room(self, served: ServedModel) -> None:
+        """Evict models, the least recently used first, until there is room; wait for those in use."""
+        while self.memory() + self._needed(served) > self.max_memory:
+            loaded = [each for each in self.all if each.model is not None]
+            idle = [each for each in loaded if not each.users]
+            if idle:
+                self._evict(min(idle, key=lambda each: each.used))
+            elif loaded:
+                self._waits_for_room = True
+                try:
+                    async with self._changed:
+                        await self._changed.wait()
+                finally:
+                    self._waits_for_room = False
+            else:
+                return
+
+    def _evict(self, served: ServedModel) -> None:
+        served.model = None
+        gc.collect()  # a model and its compiled functions refer to each other
+        mx.clear_cache()
+        self.evictions += 1
+        LOG.info("evicted %s", served.name)
+
+    def close(self) -> None:
+        """End the thread that loads."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+
+def served_model(source: Source, shared: SharedWeights, dtype: str | None) -> ServedModel:
+    """Find a model by its path, without loading it; UserError if there is none."""
+    kind = kinds.detect_kind(source.path)
+    path, base, own_dtype = Path(source.path).expanduser(), source.path, None
+    if kinds.is_adapter(path):
+        config = RetrievalConfig.read(path)
+        base, own_dtype = config.base_model, config.dtype
+    open_ = embedder.load if kind == "embed" else Reranker
+
+    def load() -> Model | Reranker:
+        began = time.monotonic()
+        with alone():
+            model = open_(source.path, dtype=dtype, shared=shared)
+            prepare(model)
+        about = describe_dtype(model.model.backbone)
+        LOG.info("loaded %s in %.1f s; it %s", source.name, time.monotonic() - began, about)
+        return model
+
+    return ServedModel(source.name, kind, load, kinds.require_base(base), dtype or own_dtype)
