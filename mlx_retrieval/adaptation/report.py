@@ -38,8 +38,9 @@ def content(shop: Workshop) -> Report:
     report = retrieval_report(before if len(evaluations) > 1 else None, after, tasks)
     report.eval_tasks = [str(shop.path("held-out"))]
     if len(evaluations) == 1:
-        report.headline = f"Training gained nothing: {shop.job.model} stays the model to use."
-        report.detail = ""
+        figure = f"nDCG@10 of its held-out questions is {after.average()['ndcg_at_10']:.4f}"
+        report.headline = f"Training gained nothing: {shop.job.model} stays the model to use; {figure}."
+        report.detail, report.tables = "", []
     for name, *figures in shop.figures["evaluate"]["rows"][1:]:
         report.notes.append(f"{name}: {figures[0]} before, {figures[1]} after, {figures[2]} {figures[3]}.")
     report.notes.append(
