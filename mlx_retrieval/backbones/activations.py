@@ -90,9 +90,9 @@ def _family(kind: str) -> str:
 
 
 # The row of NUMBERS of encoders: their own, or that of one that is built alike.
-ALIKE = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "deberta-v2"), "bert")
-ALIKE |= dict.fromkeys(("modernbert", "nomic_bert", "new", "gte"), "modernbert")
-# Printed by benchmarks/activations.py.
+ALIKE = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert"), "bert")
+ALIKE |= dict.fromkeys(("modernbert", "nomic_bert", "new", "gte"), "modernbert") | {"deberta-v2": "deberta"}
+# Printed by benchmarks/activations.py; DeBERTa's in 16 bits are BERT's and what it takes more than BERT in 32.
 NUMBERS: dict[str, dict[str, tuple[Sizes5, Sizes5]]] = {
     "bert": {
         "compiled": ((10.2, 0.0, 0.0, 4.7, 1.0), (19.7, 0.0, 0.0, 0.0, 1.1)),
@@ -104,6 +104,17 @@ NUMBERS: dict[str, dict[str, tuple[Sizes5, Sizes5]]] = {
         "checkpointed": ((3.4, 0.0, 0.0, 0.0, 0.0), (24.8, 0.0, 0.0, 5.9, 3.0)),
         "plain checkpointed": ((3.5, 0.0, 0.0, 0.0, 0.0), (24.3, 0.0, 0.0, 5.7, 4.0)),
         "plain checkpointed half": ((8.0, 0.0, 0.0, 0.0, 0.0), (36.8, 0.0, 0.0, 12.2, 3.8)),
+    },
+    "deberta": {
+        "compiled": ((10.0, 0.0, 0.0, 4.6, 0.9), (13.2, 0.0, 0.0, 0.0, 16.4)),
+        "compiled full": ((20.1, 0.0, 0.0, 1.0, 4.0), (9.7, 0.0, 0.0, 5.2, 13.3)),
+        "plain": ((9.7, 0.0, 0.0, 4.7, 0.8), (9.0, 0.0, 0.0, 0.0, 9.9)),
+        "plain half": ((20.3, 0.0, 0.0, 5.4, 0.8), (12.4, 0.0, 0.0, 3.9, 9.8)),
+        "plain full": ((13.8, 0.0, 0.0, 2.0, 3.6), (14.8, 0.0, 0.0, 2.4, 8.9)),
+        "plain full half": ((18.8, 0.0, 0.0, 0.8, 3.6), (13.1, 0.0, 0.0, 6.3, 9.0)),
+        "checkpointed": ((6.6, 0.0, 0.0, 0.0, 0.0), (16.5, 0.0, 0.0, 4.4, 15.4)),
+        "plain checkpointed": ((6.8, 0.0, 0.0, 0.0, 0.0), (17.1, 0.0, 0.0, 4.0, 15.1)),
+        "plain checkpointed half": ((11.3, 0.0, 0.0, 0.0, 0.0), (29.6, 0.0, 0.0, 10.5, 14.9)),
     },
     "modernbert": {
         "compiled": ((7.4, 0.0, 0.0, 5.1, 1.7), (35.4, 0.0, 0.0, 6.8, 0.4)),
@@ -218,7 +229,7 @@ def _clipped(sizes: Sizes, passes: Passes) -> float:
 
 def _widths(sizes: Sizes, width: int) -> tuple[int, int, int, int, int]:
     """Return the widths that NUMBERS count, of texts of `width` tokens. Those that equal the states' count there."""
-    encoder = sizes.family in ("bert", "modernbert")
+    encoder = sizes.family in ("bert", "deberta", "modernbert")
     attention = 0 if encoder else sizes.attention
     keys = 0 if encoder or "t5" in sizes.family else sizes.keys
     return sizes.hidden, attention, keys, sizes.inner, sizes.heads * width

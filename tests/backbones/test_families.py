@@ -272,7 +272,8 @@ def test_encoders_cannot_be_made_causal(folders, kind):
 
 def test_sizes_of_configs_with_other_names(folders, tmp_path):
     published = publish_nomic(random_models.changed(folders["nomic_bert"], tmp_path / "m"))
-    for folder, family in ((folders["distilbert"], "bert"), (published, "modernbert")):
+    kinds = ((folders["distilbert"], "bert"), (published, "modernbert"), (folders["deberta-v3"], "deberta"))
+    for folder, family in kinds:
         sizes = sizes_of(json.loads((folder / "config.json").read_text()))
         assert (sizes.family, sizes.layers, sizes.hidden, sizes.heads, sizes.inner) == (family, LAYERS, 64, 4, 96)
 
