@@ -5,9 +5,10 @@
     python benchmarks/adapt_medquad.py --work FOLDER --generator mlx:SMOLLM2
 
 The documents of train.jsonl become one file of JSON lines, each with its text alone. `adapt.py --budget 20m` makes a
-model of all-MiniLM-L6-v2; the base model and this one are evaluated on medquad/test, whose questions and documents no
-stage reads, on the guard that the run is given, and on sets that it does not know: docstrings that look for their
-functions in the standard library, NumPy and scikit-learn. Figures in benchmarks/README.md.
+model of all-MiniLM-L6-v2, without an index, which would take half of that time; the base model and this one are
+evaluated on medquad/test, whose questions and documents no stage reads, on the guard that the run is given, and on
+sets that it does not know: docstrings that look for their functions in the standard library, NumPy and scikit-learn.
+Figures in benchmarks/README.md.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from mlx_retrieval.utils.console import print_rows
 backend.prepare()  # as commands do
 
 LENGTH = 256  # tokens
+STAGES = ("read", "questions", "filter", "negatives", "train", "export")
 
 
 def documents_of(data: Path, folder: Path) -> Path:
@@ -48,7 +50,8 @@ def documents_of(data: Path, folder: Path) -> Path:
 
 def adapt(shop: Workshop, seed: int, args: argparse.Namespace) -> tuple[Path, float]:
     """Return the folder of an adaptation and its minutes, as far as it was not there."""
-    flags = ["--generator", args.generator, "--budget", args.budget, "--seed", str(seed), *args.flags.split()]
+    flags = ["--generator", args.generator, "--budget", args.budget, "--seed", str(seed), "--stages", *STAGES]
+    flags += args.flags.split()
     output = shop.folder / f"adapted-{hashlib.sha256(repr(flags).encode()).hexdigest()[:8]}-{seed}"
     line = [sys.executable, ROOT / "adapt.py", documents_of(shop.data, shop.folder), "--model", shop.base]
     began = time.perf_counter()

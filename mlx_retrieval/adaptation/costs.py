@@ -118,33 +118,36 @@ def _question_seconds(chunks: Sequence[Chunk], generator: Generator) -> float:
     return (time.perf_counter() - began) / min(ASKED, len(chunks))
 
 
-def fit(job: Adaptation, costs: Costs, total: int, left: float | None) -> Plan:
+def fit(job: Adaptation, costs: Costs, total: int, left: float | None, indexed: bool = True) -> Plan:
     """Return the plan with the most chunks for which the time suffices.
 
     Args:
         total: chunks of the documents.
         left: seconds; None = all chunks, however long it takes.
+        indexed: whether they are indexed in this time as well.
 
     Raises UserError if it does not suffice for FEWEST chunks, or for all of fewer.
     """
-    whole = plan(job, costs, total, total)
+    make = partial(plan, job, costs, total=total, indexed=indexed)
+    whole = make(total)
     if left is None or whole.all <= left:
         return whole
     fewest = min(FEWEST, total)
-    if (smallest := plan(job, costs, fewest, total)).all > left:
+    if (smallest := make(fewest)).all > left:
+        index = ", and an index of all" if indexed else ""
         raise UserError(
-            f"--budget: too short: with questions for {fewest:,} of the {total:,} chunks, and an index of all, what is "
-            f"to be done takes about {minutes(smallest.all)}, and {minutes(left)} are left"
+            f"--budget: too short: with questions for {fewest:,} of the {total:,} chunks{index}, what is to be done "
+            f"takes about {minutes(smallest.all)}, and {minutes(left)} are left"
         )
     enough, too_many = fewest, total
     while too_many - enough > 1:
         middle = (enough + too_many) // 2
-        enough, too_many = (middle, too_many) if plan(job, costs, middle, total).all <= left else (enough, middle)
-    return plan(job, costs, enough, total)
+        enough, too_many = (middle, too_many) if make(middle).all <= left else (enough, middle)
+    return make(enough)
 
 
-def plan(job: Adaptation, costs: Costs, chunks: int, total: int) -> Plan:
-    """Return the plan for a number of chunks of `total`."""
+def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool = True) -> Plan:
+    """Return the plan for a number of chunks of `total`; `indexed`: see `fit`."""
     questions = chunks * job.count
     held = choice.wanted(questions, job.holdout)
     searched = min(DOCUMENTS, chunks) * costs.chunk + held * QUERY * costs.chunk
@@ -155,7 +158,7 @@ def plan(job: Adaptation, costs: Costs, chunks: int, total: int) -> Plan:
         "train": (questions - held) * costs.row + (1 + EVALUATIONS) * searched + OPENING,
         "export": 2 * OPENING,
         "evaluate": 2 * searched + OPENING,
-        "index": total * costs.chunk + OPENING,
+        "index": total * costs.chunk + OPENING if indexed else 0.0,
     }
     return Plan(chunks, total, questions, costs.row, seconds)
 

@@ -56,14 +56,14 @@ def run(job: Adaptation, only: Collection[str] = (), redo: Collection[str] = ())
     print_lines([("device", backend.describe())])
     files.make_folder(job.output)
     with locks.only_one(job.output / LOCK, f"--output {job.output}: another process works there"):
-        _Run(job, Record(job.output), redo).carry_out([name for name in ALL if not only or name in only])
+        _Run(job, Record(job.output), [name for name in ALL if not only or name in only], redo).carry_out()
 
 
 class _Run:
     """One call: the stages' keys, and the time that is left."""
 
-    def __init__(self, job: Adaptation, record: Record, redo: Collection[str]):
-        self.job, self.record, self.redo = job, record, redo
+    def __init__(self, job: Adaptation, record: Record, names: Collection[str], redo: Collection[str]):
+        self.job, self.record, self.names = job, record, names
         self.keys = keys_of(job)
         self.shop = Workshop(job)
         self.began = time.monotonic()
@@ -73,16 +73,16 @@ class _Run:
         # What earlier calls have spent on stages that are not done again.
         self.spent = sum(record.seconds(name, key) for name, key in self.keys.items())
 
-    def carry_out(self, names: list[str]) -> None:
-        """Carry out these stages, in order."""
+    def carry_out(self) -> None:
+        """Carry out the stages that were asked for, in order."""
         if self.job.budget is not None:
             self.shop.deadline = self.began + self.job.budget - self.spent
         for name in ALL:
             if name in STAGES and self.record.is_done(name, self.keys[name]):
                 self.shop.figures[name] = self.record.figures(name)
-                if name in names:
+                if name in self.names:
                     _head(name, f"done before, in {minutes(self.record.seconds(name, self.keys[name]))}")
-            elif name in names:
+            elif name in self.names:
                 self._check_before(name)
                 if name != "read":
                     self._make_plan()
@@ -134,7 +134,8 @@ class _Run:
         began = time.monotonic()
         _head("plan", "measuring this machine")
         measured = costs.measure(self.job, _sample(self.shop.path("chunks.jsonl")), self.shop.generator)
-        self.shop.plan = costs.fit(self.job, measured, total, self.shop.deadline - time.monotonic())
+        left = self.shop.deadline - time.monotonic()
+        self.shop.plan = costs.fit(self.job, measured, total, left, "index" in self.names)
         print_plan(self.job, self.shop.plan)
         self.record.note(PLAN, key, time.monotonic() - began, dataclasses.asdict(self.shop.plan))
 

@@ -213,6 +213,7 @@ def test_the_plan_fits_the_time(job):
         costs.fit(job, measured, 20_000, 60.0)
     slow = costs.fit(job, replace(measured, questions=1.0), 20_000, 1_200.0)
     assert slow.chunks < some.chunks / 2
+    assert costs.fit(job, measured, 20_000, 1_200.0, indexed=False).chunks > 1.5 * some.chunks
     without = costs.fit(replace(job, negatives=0), measured, 20_000, 1_200.0)
     assert without.seconds["negatives"] == 0 and without.chunks > some.chunks
 
