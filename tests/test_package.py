@@ -15,7 +15,7 @@ import pytest
 import mlx_retrieval
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("train", "eval", "embed", "rerank", "search", "serve", "mine", "export")
+COMMANDS = ("train", "eval", "embed", "rerank", "search", "serve", "mine", "export", "adapt")
 
 
 @pytest.fixture

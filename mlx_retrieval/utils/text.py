@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train.py", "eval.py", "embed.py", "rerank.py", "search.py", "serve.py", "mine.py", "export.py")
+COMMANDS = ("train.py", "eval.py", "embed.py", "rerank.py", "search.py", "serve.py", "mine.py", "export.py", "adapt.py")
 REPLACEMENT = "\ufffd"
 CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
 
