@@ -190,6 +190,7 @@ def test_half_open_connections_and_slow_headers_are_closed():
         wait_until(lambda: not server.server_state.connections)
 
 
+@pytest.mark.slow
 def test_a_slow_body_that_keeps_coming_is_answered():
     with listening(head=0.2, silence=0.5) as (port, _):
         whole = request_of()
@@ -199,6 +200,7 @@ def test_a_slow_body_that_keeps_coming_is_answered():
         assert answer_to(port, whole[:-3]).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_no_answer_holds_no_place():
     """Its connection is closed once it has taken nothing for a time, and its request no longer counts."""
     with listening(silence=0.3, requests=1, documents=200_000, body=4 << 20, batch=200_000) as (port, _):
@@ -209,6 +211,7 @@ def test_a_client_that_takes_no_answer_holds_no_place():
             wait_until(lambda: answer_to(port, request_of()).startswith(b"HTTP/1.1 200"), 20)
 
 
+@pytest.mark.slow
 def test_a_hundred_megabytes_and_ten_thousand_headers():
     with listening() as (port, _):
         megabytes = 100 * [b" " * (1 << 20)]
