@@ -123,7 +123,7 @@ def embed_index(args: argparse.Namespace) -> str:
     model, field = load(args.model, args.adapter, args.dtype, max_length=args.max_length), args.field or "vector"
     dtypes.warn("embed.py", model)
     with progress_bar("embedding", "documents") as progress:
-        count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress)
+        count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress, args.language)
     skipped = f"; skipped {quantity(empty, 'document')} without text" if empty else ""
     search = shell("python", "search.py", "search", "your question", "--store", args.to)
     written = f"{quantity(count, 'vector')} of {model.dimensions} dimensions in {field}"
@@ -162,6 +162,12 @@ def parser() -> argparse.ArgumentParser:
     default = "+".join(columns.parse(columns.ELASTIC_DEFAULT)["document"])
     out.add_argument(
         "--es-fields", metavar="TEXT", help=f"with --to: the fields to embed, document=FIELD+FIELD (default: {default})"
+    )
+    out.add_argument(
+        "--language",
+        metavar="NAME",
+        help="with --to: language of the stems and stop words of a search by words, such as german, or none (default: "
+        "as before, or english)",
     )
     out.add_argument(
         "--overwrite",

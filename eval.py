@@ -4,6 +4,7 @@ python eval.py --model adapters/final                                        # o
 python eval.py --model MODEL --eval-tasks eval-data NanoMSMARCORetrieval --output results.json
 python eval.py --model adapters/final --precision float32 int8 binary --dimensions 384 128     # what compression costs
 python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                      # a reranker
+python eval.py --task rerank --model MODEL --first-stage hybrid:adapters/final          # by words and meaning
 python eval.py --compare adapters/one/best adapters/two/best --eval-tasks my-eval              # which one is better
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv), the name of an MTEB task of type
@@ -30,10 +31,12 @@ from mlx_retrieval.backend import device_errors
 from mlx_retrieval import backend
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.evaluation import comparison, pairs
+from mlx_retrieval.evaluation.first_stages import HYBRID, model_of, open_stage
 from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_reranker, print_reranked
 from mlx_retrieval.evaluation.results import Evaluation, compare, compare_formats, print_formats, print_table
 from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vector_formats
 from mlx_retrieval.inference.quantization import PRECISIONS
+from mlx_retrieval.retrieval.analyzer import ENGLISH
 from mlx_retrieval.utils import files, imports
 from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.errors import UserError
@@ -76,14 +79,10 @@ def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
     from mlx_retrieval.inference import dtypes
     from mlx_retrieval.inference.reranker import Reranker
 
-    first_stage: Any = "bm25"
-    if args.first_stage not in (None, "bm25"):
-        from mlx_retrieval.inference.embedder import load
-
-        first_stage = load(args.first_stage, dtype=args.dtype)
+    first_stage = open_stage(args.first_stage, args.dtype, args.language or ENGLISH)
     # By logits: large ones have the same sigmoid in float32, and would tie.
     reranker = Reranker(args.model, args.adapter, max_length=args.max_length, raw_scores=True, dtype=args.dtype)
-    dtypes.report(*([] if first_stage == "bm25" else [first_stage]), reranker)
+    dtypes.report(*model_of(first_stage), reranker)
     depth = args.depth or DEPTH
     before, after = evaluate_reranker(reranker, args.eval_tasks, first_stage, depth, show_progress, rules_of(args))
     record = after.to_json() | {"first_stage": {"model": before.model, "depth": depth, "tasks": before.tasks}}
@@ -99,7 +98,7 @@ def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Eval
 def evaluate_compared(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
     """Compare models and files of results, and print the tables. Return the first's figures and `--output`'s JSON."""
     names = args.compare
-    how = args.first_stage, args.depth, show_progress, rules_of(args), args.dtype
+    how = args.first_stage, args.depth, show_progress, rules_of(args), args.dtype, args.language
     evaluations = comparison.evaluations_of(names, args.eval_tasks, *how)
     if not evaluations[0].tasks:  # no task could be reached
         return evaluations[0], {}
@@ -152,8 +151,13 @@ def parser() -> argparse.ArgumentParser:
     dimensions = "also evaluate vectors truncated to N dimensions (Matryoshka), at every --precision"
     vectors.add_argument("--dimensions", nargs="+", type=int, metavar="N", help=dimensions)
     rerank = out.add_argument_group("rerankers (--task rerank)")
-    stage = "what finds the documents: bm25, or a model of --task embed or late (default: bm25)"
+    stage = (
+        "what finds the documents: bm25, a model of --task embed or late, or both together, hybrid:MODEL "
+        "(default: bm25)"
+    )
     rerank.add_argument("--first-stage", metavar="MODEL", help=stage)
+    spoken = "language of BM25's stems and stop words, such as german, or none (default: english)"
+    rerank.add_argument("--language", metavar="NAME", help=spoken)
     depth = f"documents of a query that are reranked (default: {DEPTH})"
     rerank.add_argument("--depth", "--rerank-depth", type=int, metavar="N", help=depth)
     return out
@@ -169,7 +173,7 @@ def task_of(args: argparse.Namespace) -> str | None:
 def check_task(args: argparse.Namespace, task: str | None) -> None:
     """Raise UserError for flags that do not fit the task."""
     is_rerank = task == "rerank"
-    unfit = ("precision", "dimensions", "query_max_length") if is_rerank else ("first_stage", "depth")
+    unfit = ("precision", "dimensions", "query_max_length") if is_rerank else ("first_stage", "depth", "language")
     kind = "" if args.task else f", and {args.model} is {'one' if is_rerank else 'no reranker'}"
     refuse(args, unfit, f"{'not' if is_rerank else 'only'} for --task rerank{kind}")
 
@@ -192,7 +196,8 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     output = Path(args.output).expanduser() if args.output else None
     if not args.compare:
         args.eval_tasks = args.eval_tasks or ["eval-data"]
-    inputs = (args.model, args.adapter, args.first_stage, *(args.compare or ()), *(args.eval_tasks or ()))
+    first_stage = (args.first_stage or "").removeprefix(f"{HYBRID}:") or None
+    inputs = (args.model, args.adapter, first_stage, *(args.compare or ()), *(args.eval_tasks or ()))
     if output:
         check_output(output, args.overwrite, inputs)
     if not args.compare:

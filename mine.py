@@ -200,7 +200,7 @@ def run_negatives(args: argparse.Namespace) -> None:
         margin = RELATIVE_MARGIN if args.model or args.reranker else None
     rules = hard_negatives.Rules(
         by, args.skip, args.take, args.range_max, args.absolute_margin, margin, args.max_score, args.min_score,
-        args.sampling, args.seed,
+        args.sampling, args.seed, args.language,
     )  # fmt: skip
     corpus = run.open_corpus(args.corpus, args.field, args.es_fields)
     run.check_margins(corpus, rules, bool(args.model or args.reranker))
@@ -290,6 +290,8 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
     flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     flag("--by", choices=hard_negatives.BY, help="what ranks the documents; both: reciprocal rank fusion (default: "
          "model; bm25 without --model)")  # fmt: skip
+    flag("--language", default=rules.language, metavar="NAME", help="language of BM25's stems and stop words, such as "
+         "german; none = neither stems nor stop words (default: %(default)s)")  # fmt: skip
     flag("--reranker", metavar="MODEL", help="its scores decide order and filters; a late-interaction model works too")
     flag("--reranker-type", choices=RERANKERS, metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--skip", "--range-min", type=int, default=rules.skip, metavar="K", help="leave out the first K documents "

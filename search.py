@@ -1,11 +1,13 @@
 """Search source code and texts by meaning and by words, on this machine.
 
-python search.py index src --model-path adapters/final                  # once, and again after changes
+python search.py index src docs --model-path adapters/final             # once, and again after changes
 python search.py search "where are gradients cached"                    # path:line, score, snippet
 python search.py search "readLine" --bm25 --top 5 --json
+python search.py search "read a line" --language python --path src --format grep            # path:line:text
 python search.py search "where are gradients cached" --rerank Qwen/Qwen3-Reranker-0.6B      # reranks the first 50
 python search.py search "where are gradients cached" --store es://docs      # Elasticsearch, after embed.py --to
 python search.py eval queries.jsonl                                     # bm25, semantic and hybrid side by side
+python search.py tune queries.jsonl                                     # learns how to weigh words and meaning
 
 A minute or two on this checkout: python search.py index . --model-path gemma-3-tiny-mlx
 
@@ -16,9 +18,7 @@ for hit in searcher.search("where are gradients cached", top=5): print(hit.path,
 
 import argparse
 import json
-import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,16 +30,18 @@ from mlx_retrieval.dataset import chunks
 from mlx_retrieval.dataset.beir import FolderRules, is_corpus
 from mlx_retrieval.dataset.documents.folder import MAX_FILE_SIZE
 from mlx_retrieval.dataset.source_code import file_tree
-from mlx_retrieval.retrieval.base import Hit
+from mlx_retrieval.retrieval.base import LOCK, Hit
+from mlx_retrieval.retrieval.fusion import FUSIONS, WEIGHTS
+from mlx_retrieval.retrieval.hit_formats import FORMATS, grep_lines, hits_to_json, print_hits
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
-from mlx_retrieval.retrieval.snippets import matching_spans, snippet
-from mlx_retrieval.utils import files, imports
+from mlx_retrieval.utils import files, imports, locks
 from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
-from mlx_retrieval.utils.errors import Place, UserError
+from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell, writable
 
-if TYPE_CHECKING:  # loads LanceDB, which takes a second
+if TYPE_CHECKING:  # they load LanceDB and scipy, which takes a second
+    from mlx_retrieval.evaluation.index_search import Query, Searched
     from mlx_retrieval.retrieval.indexer import Summary
 
 __all__ = ["Hit", "Searcher"]
@@ -71,42 +73,6 @@ def print_summary(summary: "Summary", folder: Path, is_corpus: bool) -> None:
     print_lines(lines)
 
 
-def print_hits(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool) -> None:
-    """Print path:line, score, name and two lines of each hit."""
-    from rich.text import Text
-
-    from mlx_retrieval.utils.console import console
-
-    for hit in hits:
-        place = hit.path if is_corpus else str(Place(_relative(root / hit.path), hit.line or None))
-        console().print(
-            Text.assemble((place, "cyan"), f"  {hit.score:.4f}", (f"  {hit.name}" if hit.name else "", "dim"))
-        )
-        rows = snippet(hit.text, query)
-        lines = textwrap.dedent("\n".join(line for _, line in rows)).split("\n")
-        for (row, _), line in zip(rows, lines, strict=True):
-            number = f"{hit.line + row:>6} " if hit.line and not is_corpus else ""
-            text = Text(line.rstrip()[:160])
-            for span in matching_spans(text.plain, query):
-                text.stylize("bold yellow", *span)
-            console().print(Text.assemble((f"{number:>7}", "dim"), text))
-    if not hits:
-        console().print("nothing found")
-
-
-def _relative(path: Path) -> str:
-    """Return a path relative to the current folder if it is inside it."""
-    here = Path.cwd()
-    return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)
-
-
-def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:
-    """Return the hits as one JSON object."""
-    fields = ("path", "line", "end_line", "language", "kind", "name", "score", "text")
-    results = [{name: getattr(hit, name) for name in fields} for hit in hits]
-    return json.dumps({"mode": mode, "query": query, "root": str(root), "results": results}, ensure_ascii=False)
-
-
 # --- commands ---
 
 
@@ -120,44 +86,77 @@ def warn_if_slow(model: Any) -> None:
 def index_command(args: argparse.Namespace) -> None:
     """Index a folder."""
     from mlx_retrieval.inference import dtypes, embedder
+    from mlx_retrieval.retrieval.analyzer import check_language
+    from mlx_retrieval.retrieval.forest import roots_of
     from mlx_retrieval.retrieval.indexer import update
 
     if not 0 <= args.overlap < args.chunk_size:
         raise UserError(f"--overlap {args.overlap}: from 0 to below --chunk-size {args.chunk_size}")
-    if not (root := Path(args.path).expanduser()).is_dir():
-        raise UserError(f"{args.path}: no such folder")
+    roots = [Path(path) for path in args.paths]
+    roots_of(roots)
+    if args.language:
+        check_language(args.language)
     print(backend.describe(), file=sys.stderr)
     folder, model = Path(args.index), embedder.load(args.model_path, dtype=args.dtype)
     dtypes.report(model)
     limits = (args.chunk_size, args.overlap, args.max_file_size, args.exclude)
-    print_summary(update(root, folder, model, *limits, rebuild=args.rebuild), folder, is_corpus(root))
+    summary = update(roots, folder, model, *limits, rebuild=args.rebuild, language=args.language)
+    print_summary(summary, folder, len(roots) == 1 and is_corpus(roots[0].expanduser()))
 
 
-def search_command(args: argparse.Namespace) -> None:
-    """Search an index."""
-    if args.weight is not None and args.mode != "hybrid":
-        raise UserError("--weight is for --hybrid")
-    if args.field and not args.store:
-        raise UserError("--field is for --store")
-    reranker, weight = None, 0.5 if args.weight is None else args.weight
+def search_command(args: argparse.Namespace) -> int:
+    """Search an index. Return the exit code: 1 if --format grep finds nothing, as grep does."""
+    if args.mode != "hybrid" and (flag := "weight" if args.weight is not None else "fusion" if args.fusion else ""):
+        raise UserError(f"--{flag} is for --hybrid")
+    check_store(args)
+    reranker = None
     if args.rerank:
         from mlx_retrieval.inference.reranker import Reranker
 
         reranker = Reranker(args.rerank, dtype=args.dtype)
         warn_if_slow(reranker)
     searcher = Searcher(args.store or args.index, args.model_path, reranker, args.field, args.dtype)
-    if not searcher.index.info.complete:
+    info, root = searcher.index.info, searcher.index.root
+    if not info.complete:
         print(
             "search.py: indexing was not finished, so some files are missing (search.py index continues)",
             file=sys.stderr,
         )
     if args.mode != "bm25":
         warn_if_slow(searcher.model)
-    hits = searcher.search(args.query, args.mode, args.top, weight, args.rerank_depth)
-    if args.json:
-        print(hits_to_json(hits, args.query, args.mode, searcher.index.root))
+    how = (args.weight, args.rerank_depth, args.fusion or FUSIONS[0], args.language, args.paths)
+    hits = searcher.search(args.query, args.mode, args.top, *how)
+    if args.format == "json":
+        print(hits_to_json(hits, args.query, args.mode, root))
+    elif args.format == "grep":
+        print(
+            "".join(f"{line}\n" for line in grep_lines(hits, args.query, root, info.is_corpus, info.language)), end=""
+        )
+        return 0 if hits else 1
     else:
-        print_hits(hits, args.query, searcher.index.root, searcher.index.info.is_corpus)
+        print_hits(hits, args.query, root, info.is_corpus, info.language)
+    return 0
+
+
+def check_store(args: argparse.Namespace) -> None:
+    """Raise UserError for --field without --store."""
+    if args.field and not args.store:
+        raise UserError("--field is for --store")
+
+
+def searched(args: argparse.Namespace) -> "tuple[Searcher, list[Query], list[Searched]]":
+    """Return the index of an evaluation, its questions and their hits. Notes on standard error tell what is odd."""
+    from mlx_retrieval.evaluation import index_search
+
+    check_store(args)
+    queries = index_search.read_queries(args.queries, FolderRules(args.strict, args.ignore_identical_ids))
+    searcher = Searcher(args.store or args.index, args.model_path, field=args.field, dtype=args.dtype)
+    index = searcher.index
+    queries, notes = index_search.checked(queries, index.known(index_search.wanted(queries)), str(index.folder))
+    results = index_search.search(index, searcher.model, queries)
+    for note in [*notes, *index_search.notes_on_quoted(queries, results)]:
+        print(f"search.py: {note}", file=sys.stderr)
+    return searcher, queries, results
 
 
 def eval_command(args: argparse.Namespace) -> None:
@@ -167,17 +166,36 @@ def eval_command(args: argparse.Namespace) -> None:
     output = Path(args.output).expanduser() if args.output else None
     if output:
         check_output(output, args.overwrite, (args.queries, args.index, args.model_path))
-    if not 0 <= args.weight <= 1:
+    if args.weight is not None and not 0 <= args.weight <= 1:
         raise UserError(f"--weight {args.weight}: between 0 and 1")
-    queries = index_search.read_queries(args.queries, FolderRules(args.strict, args.ignore_identical_ids))
-    searcher = Searcher(args.index, args.model_path, dtype=args.dtype)
-    queries, missing = index_search.resolve(queries, searcher.index)
-    if missing:
-        print(f"search.py: {missing:,} of the answers are not in {args.index}: no search finds them", file=sys.stderr)
-    evaluations = index_search.evaluate(searcher.index, searcher.model, queries, args.weight)
+    searcher, queries, results = searched(args)
+    how = (args.weight, args.fusion or FUSIONS[0], results)
+    evaluations = index_search.evaluate(searcher.index, searcher.model, queries, *how)
     index_search.print_table(Path(args.queries).resolve().name, evaluations)
     if output:
         files.write_file(output, json.dumps(index_search.to_json(evaluations), indent=2) + "\n", f"--output {output}")
+
+
+def tune_command(args: argparse.Namespace) -> None:
+    """Learn how the search of an index weighs words and meaning, and keep it if that helps."""
+    from contextlib import nullcontext
+
+    from mlx_retrieval.evaluation import index_search, index_tuning
+    from mlx_retrieval.utils.console import print_lines
+
+    lock = Path(args.index) / LOCK
+    busy = f"--index {args.index}: another process is indexing"
+    with nullcontext() if args.store or not lock.parent.is_dir() else locks.only_one(lock, busy):
+        searcher, queries, results = searched(args)
+        tuned = index_tuning.Tuner(searcher.index, queries, results).tune()
+        index_search.print_figures(f"{Path(args.queries).resolve().name}, tuned by cross-validation", tuned.evaluations)
+        changes = index_search.differences(tuned.evaluations, "hybrid")
+        index_search.print_differences("difference to hybrid as it was", changes)
+        if tuned.helps:
+            index_tuning.keep(searcher.index, tuned.settings)
+    described = index_tuning.described
+    verdict = ("kept", described(tuned.settings)) if tuned.helps else ("unchanged", "what was learnt is no better")
+    print_lines([("before", described(tuned.before)), verdict])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -189,9 +207,10 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="search.py", description="Search source code and texts by meaning and by words.")
     commands = top.add_subparsers(dest="command", required=True)
 
-    index = "index a folder, or update an index: only new and changed files are embedded"
+    index = "index folders, or update an index: only new and changed files are embedded"
     index = commands.add_parser("index", parents=[shared], help=index, description=index)
-    index.add_argument("path", metavar="PATH", help="folder of source code and texts, or one with corpus.jsonl (BEIR)")
+    folders = "folders of source code and texts, or one with corpus.jsonl (BEIR)"
+    index.add_argument("paths", nargs="+", metavar="PATH", help=folders)
     model = "adapter folder, base model's folder or GGUF, or hub name"
     index.add_argument("--model-path", "--model", required=True, metavar="MODEL", help=model)
     size = "maximum characters in a chunk; longer functions and sections are split (default: %(default)s)"
@@ -205,60 +224,88 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--max-file-size", type=int, metavar="N", help=largest)
     exclude = "leave out matching files, in addition to .gitignore and in its syntax; repeatable"
     index.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
+    spoken = (
+        "language of the stems and stop words of a search by words, such as german; none = neither stems nor stop "
+        "words (default: the index's, or english). Another one embeds nothing again"
+    )
+    index.add_argument("--language", metavar="NAME", help=spoken)
     rebuild = "replace the index, for another model or other settings"
     index.add_argument("--rebuild", action="store_true", help=rebuild)
     index.set_defaults(run=index_command)
 
+    placed = Parser(add_help=False)
+    store = "an Elasticsearch index whose vectors embed.py --to wrote, instead of --index"
+    placed.add_argument("--store", metavar="es://INDEX", help=store)
+    placed.add_argument("--field", metavar="NAME", help="with --store: the field of vectors (default: the only one)")
     moved = "the index's model, if it has moved since indexing (default: where it was)"
-    weight = "share of the semantic ranks in hybrid, 0 = words only, 1 = meaning only (default: 0.5)"
+    placed.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
+    fused = Parser(add_help=False)
+    weight = (
+        "share of the meaning in hybrid, 0 = words only, 1 = meaning only (default: as tuned, else "
+        f"{WEIGHTS['scores']}; of ranks {WEIGHTS['ranks']})"
+    )
+    fused.add_argument("--weight", type=float, metavar="W", help=weight)
+    fusion = "what hybrid adds: scores, each scaled to 0 to 1, or reciprocal ranks (default: scores)"
+    fused.add_argument("--fusion", choices=FUSIONS, help=fusion)
+
     search = "search an index: path:line, score and two lines of each hit"
-    search = commands.add_parser("search", parents=[shared], help=search, description=search)
+    search = commands.add_parser("search", parents=[shared, placed, fused], help=search, description=search)
     search.add_argument("query", type=writable, metavar="QUERY", help="plain words; there are no operators")
     modes = search.add_mutually_exclusive_group()
-    meaning, fused = "by meaning: cosine of vectors (the default)", "both, fused by reciprocal ranks"
-    for mode, text in zip(MODES, (meaning, fused, "by words: BM25; needs no model"), strict=True):
+    texts = {
+        "hybrid": "by words and meaning together",
+        "semantic": "by meaning: cosine of vectors",
+        "bm25": "by words: BM25; needs no model",
+    }
+    for mode in MODES:
+        text = texts[mode] + " (the default)" * (mode == MODES[0])
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default=MODES[0], help=text)
     search.add_argument("--top", "--top-n", type=int, default=10, metavar="N", help="maximum hits (default: 10)")
-    search.add_argument("--weight", type=float, metavar="W", help=weight)
+    language = "only chunks in this programming language, markdown or text; repeatable"
+    search.add_argument("--language", action="append", default=[], metavar="NAME", help=language)
+    where = "only this file or folder, at any depth if it has no slash; * and ? stand for any characters; repeatable"
+    search.add_argument("--path", dest="paths", action="append", default=[], metavar="PATTERN", help=where)
     reranker = "sort the first hits with this reranker: adapter folder, model's folder or GGUF, or hub name"
     search.add_argument("--rerank", metavar="MODEL", help=reranker)
     depth = f"hits that the reranker scores (default: {DEPTH})"
     search.add_argument("--rerank-depth", "--depth", type=int, default=DEPTH, metavar="N", help=depth)
-    store = "search an Elasticsearch index whose vectors embed.py --to wrote, instead of --index"
-    search.add_argument("--store", metavar="es://INDEX", help=store)
-    search.add_argument("--field", metavar="NAME", help="with --store: the field of vectors (default: the only one)")
-    search.add_argument("--json", action="store_true", help="print one JSON object with the full text of each chunk")
-    search.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
+    form = "text; json = one object with the full text of each chunk; grep = path:line:text, exit code 1 for no hit"
+    search.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=form)
+    short = "the same as --format json"
+    search.add_argument("--json", dest="format", action="store_const", const="json", help=short)
     search.set_defaults(run=search_command)
 
-    evaluate = "P@1, MRR@10 and nDCG@10 of bm25, semantic and hybrid, with intervals for their differences"
-    evaluate = commands.add_parser("eval", parents=[shared], help=evaluate, description=evaluate)
+    asked = Parser(add_help=False)
     rows = "JSON lines with query and path, path and line, or relevant (a list); or a folder in BEIR layout"
-    evaluate.add_argument("queries", metavar="QUERIES", help=rows)
-    evaluate.add_argument("--weight", type=float, default=0.5, metavar="W", help=weight)
+    asked.add_argument("queries", metavar="QUERIES", help=rows)
     strict = "refuse an untidy BEIR folder: contradicting judgements, judgements of missing texts, null texts"
-    evaluate.add_argument("--strict", action="store_true", help=strict)
+    asked.add_argument("--strict", action="store_true", help=strict)
     identical = "leave out of a query's hits the document that has its id, as BEIR does"
-    evaluate.add_argument("--ignore-identical-ids", action="store_true", help=identical)
+    asked.add_argument("--ignore-identical-ids", action="store_true", help=identical)
+    evaluate = "P@1, MRR@10 and nDCG@10 of bm25, semantic and hybrid, with intervals for their differences"
+    evaluate = commands.add_parser("eval", parents=[shared, placed, fused, asked], help=evaluate, description=evaluate)
     evaluate.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
     evaluate.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    evaluate.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
     evaluate.set_defaults(run=eval_command)
+
+    tune = "learn the share of meaning, and the weights of path, name and docstring, from questions with answers"
+    kept = f"{tune}. What is learnt is kept in the index if it is better by cross-validation."
+    tune = commands.add_parser("tune", parents=[shared, placed, asked], help=tune, description=kept)
+    tune.set_defaults(run=tune_command)
     return top
 
 
 @command("search.py", explain=device_errors.explain)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, 2 for an error of the user, or 130 after Ctrl-C."""
+    """Run the command. Return 0, 1 if `--format grep` finds nothing, 2 for an error of the user, 130 after Ctrl-C."""
     backend.prepare()
     args = parser().parse_args(argv)
     backend.set_compile(args.compile)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt as stop:
         hint = "; run the same command to continue" if args.command == "index" else ""
         raise KeyboardInterrupt(f"stopped{hint}") from stop
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from mlx_retrieval.dataset import beir
-from mlx_retrieval.evaluation.reranking import scores_by_rank
+from mlx_retrieval.evaluation.first_stages import scores_by_rank
 from mlx_retrieval.evaluation.results import METRICS
 from mlx_retrieval.evaluation.retrieval import score_rankings
 from mlx_retrieval.retrieval.bm25 import bm25

@@ -67,8 +67,7 @@ def measure(model: Model, task: Path, index: Path) -> dict[str, Evaluation]:
     """Index the corpus and search it; return figures by mode."""
     indexer.update(task, index, model, max_characters=100_000)
     opened = lance_index.Index.open(index)
-    queries, _ = index_search.resolve(index_search.read_queries(task), opened)
-    return index_search.evaluate(opened, model, queries)
+    return index_search.evaluate(opened, model, index_search.read_queries(task))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from mlx_retrieval import backend
 from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
+from mlx_retrieval.retrieval.fusion import hybrid
 from mlx_retrieval.retrieval.lance_index import LATE_CANDIDATES, Index
 
 backend.prepare()  # as commands do
@@ -129,7 +130,7 @@ def main() -> None:
         asked: dict[str, Callable[[int], object]] = {
             "bm25": lambda i: index.bm25(texts[i], args.top),
             "semantic": lambda i: index.semantic(vectors[i], args.top),
-            "hybrid": lambda i: index.hybrid(texts[i], vectors[i], args.top),
+            "hybrid": lambda i: hybrid(index, texts[i], vectors[i], args.top),
         }
         began = time.perf_counter()
         asked["hybrid"](0)

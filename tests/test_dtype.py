@@ -228,7 +228,9 @@ def test_a_search_says_that_its_dtype_is_slow_here(base_folders, monkeypatch, ca
 
     class Found:
         def __init__(self, *_):
-            self.index = SimpleNamespace(info=SimpleNamespace(complete=True, is_corpus=True), root=Path())
+            self.index = SimpleNamespace(
+                info=SimpleNamespace(complete=True, is_corpus=True, language="english"), root=Path()
+            )
             self.model, self.search = model, lambda *_: []
 
     monkeypatch.setattr(search, "Searcher", Found)

@@ -32,9 +32,6 @@ _KEY = re.compile(r"[\w-]+ *:.*")  # the first line of front matter
 _TITLE = re.compile(r" {0,3}(?![-+*>|#<]|```|~~~|:::|\d+[.)]\s)(\S.*)")  # text that an underline makes a heading
 _FENCE = re.compile(r" {0,3}(```+|~~~+)")
 _MARKDOWN = (".md", ".markdown", ".mdx")
-_WORD = re.compile(r"[^\W_]+")
-_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
-_IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
 
 
 class Chunk(NamedTuple):
@@ -52,32 +49,6 @@ class Chunk(NamedTuple):
     def embedded(self) -> str:
         """The text that the model embeds."""
         return f"{self.context}\n{self.text}" if self.context else self.text
-
-
-def words(text: str) -> list[str]:
-    """Return the terms for BM25: lower-case words, and the parts of readLine, read_line and HTTPServer2.
-
-    Scripts without spaces give overlapping pairs of characters. Terms hold only letters and digits, so no search
-    engine can take one for an operator.
-    """
-    terms: list[str] = []
-    for run in re.findall(r"\w+", text):
-        pieces = [piece.lower() for piece in _WORD.findall(run)]
-        if len(pieces) > 1:
-            terms.append("".join(pieces))
-        for word, piece in zip(_WORD.findall(run), pieces, strict=True):
-            parts = [part.lower() for part in _split(word)]
-            terms += parts if parts == [piece] else [piece, *parts]
-    return terms
-
-
-def _split(word: str) -> Iterator[str]:
-    at = 0
-    for match in _IDEOGRAPHS.finditer(word):
-        yield from _PART.findall(word[at : match.start()])
-        run, at = match[0], match.end()
-        yield from [run[i : i + 2] for i in range(len(run) - 1)] or [run]
-    yield from _PART.findall(word[at:])
 
 
 def chunk_file(path: str, text: str, limit: int = MAX_CHARACTERS, overlap: int = OVERLAP) -> list[Chunk]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
+from mlx_retrieval.evaluation import first_stages
 from mlx_retrieval.evaluation.pairs import check_tasks
 from mlx_retrieval.evaluation.reranking import DEPTH, check_depth, evaluate_reranker
 from mlx_retrieval.evaluation.results import (
@@ -32,6 +33,7 @@ from mlx_retrieval.evaluation.retrieval import evaluate, load_tasks
 from mlx_retrieval.inference import dtypes, embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.kinds import detect_kind
+from mlx_retrieval.retrieval.analyzer import ENGLISH
 from mlx_retrieval.utils.errors import UserError
 
 Verdict = Literal["better", "worse", "no difference shown"]
@@ -67,16 +69,18 @@ def evaluations_of(
     show_progress: bool = False,
     rules: FolderRules = TOLERANT,
     dtype: str | None = None,
+    language: str | None = None,
 ) -> list[Evaluation]:
     """Return the evaluation of each name: read from a file, or of the model that is evaluated here.
 
     Args:
         names: at least two files of `eval.py --output`, adapters, base models or exported folders.
         tasks: see `retrieval.evaluate`; None = eval-data, or those of the files if all names are files.
-        first_stage: what finds the documents for rerankers: "bm25", or a model; None = "bm25".
+        first_stage: what finds the documents for rerankers: see `first_stages.open_stage`.
         depth: documents of a query that a reranker scores; None = `reranking.DEPTH`.
         rules: how folders are read.
         dtype: that models compute in: see `embedder.load`.
+        language: of BM25's stems and stop words; None = English.
 
     Raises UserError, before any model is evaluated, for a file that holds no results, and if the files' tasks or
     queries differ from each other or from `tasks`.
@@ -88,8 +92,8 @@ def evaluations_of(
     check_alike(results)
     models = [name for name in dict.fromkeys(names) if name not in results]
     kinds = {name: detect_kind(name) for name in models}
-    if "rerank" not in kinds.values() and (first_stage or depth):
-        raise UserError("--first-stage and --depth are for rerankers, and no model here is one")
+    if "rerank" not in kinds.values() and (first_stage or depth or language):
+        raise UserError("--first-stage, --depth and --language are for rerankers, and no model here is one")
     if tasks and not models:
         raise UserError("--eval-tasks: files of results are compared on the tasks that they hold")
     if models:
@@ -97,7 +101,7 @@ def evaluations_of(
         check_tasks(tasks, rules)
         if results:
             _check_tasks(*next(iter(results.items())), tasks, rules)
-        stage = "bm25" if first_stage in (None, "bm25") else embedder.load(first_stage, dtype=dtype)
+        stage = first_stages.open_stage(first_stage, dtype, language or ENGLISH)
         for name in models:
             if kinds[name] == "rerank":
                 # Large logits have the same sigmoid in float32.

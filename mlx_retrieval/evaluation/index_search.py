@@ -13,20 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mlx_retrieval.dataset import beir
 from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
 from mlx_retrieval.dataset.json_lines import read_objects
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
 from mlx_retrieval.evaluation.retrieval import score_rankings
 from mlx_retrieval.inference.embedder import Model, embed
-from mlx_retrieval.retrieval.base import Hit, fuse_hits
-from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.retrieval.analyzer import NONE, analyzer
+from mlx_retrieval.retrieval.base import Hit
+from mlx_retrieval.retrieval.fusion import POOL, Index, fuse, weight_of
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity
+from mlx_retrieval.utils.text import excerpt, quantity
 
 MODES = ("bm25", "semantic", "hybrid")
 SHOWN = {name: METRICS[name] for name in ("precision_at_1", "mrr_at_10", "ndcg_at_10")}
-DEPTH = 100  # hits of a query that are scored
+QUOTED_WORDS = 4  # of a question; a shorter one may well stand in a text
 
 
 class Target(NamedTuple):
@@ -34,6 +37,9 @@ class Target(NamedTuple):
 
     path: str
     line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}" if self.line else self.path
 
     def is_hit(self, hit: Hit) -> bool:
         return hit.path == self.path and (self.line is None or hit.line <= self.line <= hit.end_line)
@@ -87,19 +93,55 @@ def _target(name: str) -> Target:
     return Target(match[1], int(match[2])) if match else Target(name)
 
 
-def resolve(queries: Sequence[Query], index: Index) -> tuple[list[Query], int]:
-    """Return the queries with document ids such as "chapter:3" recognised, and how many answers the index lacks."""
-    paths = {path for path, record in index.records().items() if not record.left_out}
-    resolved, missing = [], 0
+class Resolution(NamedTuple):
+    """Queries with their answers named as in the index."""
+
+    queries: list[Query]
+    missing: list[str]  # answers that no search finds
+    ambiguous: dict[str, list[str]]  # those of them whose name is the end of several paths -> these paths
+
+
+def wanted(queries: Sequence[Query]) -> list[str]:
+    """Return the paths or document ids that the answers may have in an index."""
+    targets = (target for query in queries for target in query.targets)
+    return list(dict.fromkeys(name for target in targets for name in (target.path, str(target))))
+
+
+def resolve(queries: Sequence[Query], paths: Sequence[str]) -> Resolution:
+    """Return the queries with their answers named as in the index that holds these paths or document ids.
+
+    "chapter:3" may be a document. A path may be written from another folder, if one path of the index ends as it does.
+    """
+    by_name: dict[str, list[str]] = {}
+    for path in paths:
+        by_name.setdefault(path.rpartition("/")[2], []).append(path)
+    resolved, known = [], set(paths)
+    resolution = Resolution(resolved, [], {})
     for query in queries:
-        targets = {}
+        targets: dict[Target, int] = {}
         for target, judgement in query.targets.items():
-            document = f"{target.path}:{target.line}"
-            target = Target(document) if target.path not in paths and document in paths else target
-            targets[target] = judgement
-            missing += target.path not in paths
+            alike = _in_index(target, known, by_name)
+            if len(alike) == 1:
+                target = alike[0]
+            elif target.path not in resolution.missing:
+                resolution.missing.append(target.path)
+            if len(alike) > 1:
+                resolution.ambiguous[target.path] = [other.path for other in alike]
+            targets[target] = max(judgement, targets.get(target, 0))
         resolved.append(query._replace(targets=targets))
-    return resolved, missing
+    return resolution
+
+
+def _in_index(target: Target, known: set[str], by_name: dict[str, list[str]]) -> list[Target]:
+    """Return the answers of an index that a target may mean: none, it, or several."""
+    if target.path in known:
+        return [target]
+    if str(target) in known:
+        return [Target(str(target))]
+    path = target.path.removeprefix("./")
+    others = by_name.get(path.rpartition("/")[2], [])
+    alike = [other for other in others if f"/{other}".endswith(f"/{path}") or path.endswith(f"/{other}")]
+    return [target._replace(path=other) for other in alike]
 
 
 def rank(hits: Sequence[Hit], query: Query) -> dict[str, float]:
@@ -111,76 +153,167 @@ def rank(hits: Sequence[Hit], query: Query) -> dict[str, float]:
     for hit in hits:
         if hit.path == query.ignored:
             continue
-        target = next((_key(target) for target in query.targets if target.is_hit(hit)), f"chunk {hit.id}")
+        target = next((answer_key(target) for target in query.targets if target.is_hit(hit)), f"chunk {hit.id}")
         ranking.setdefault(target, -float(len(ranking)))
     return ranking or {"nothing": 0.0}
 
 
-def _key(target: Target) -> str:
-    return f"answer {target.path}" + (f":{target.line}" if target.line else "")
+def answer_key(target: Target) -> str:
+    """Return the name of an answer in a ranking."""
+    return f"answer {target}"
 
 
-def evaluate(index: Index, model: Model, queries: Sequence[Query], weight: float = 0.5) -> dict[str, Evaluation]:
-    """Return mode -> P@1, MRR@10 and nDCG@10 with the figures of every query, from the library that eval.py uses."""
-    names = [f"q{number}" for number in range(len(queries))]
-    qrels = {
-        name: {_key(target): judgement for target, judgement in query.targets.items()}
-        for name, query in zip(names, queries, strict=True)
-    }
+class Searched(NamedTuple):
+    """A query's vector and the first hits of both searches."""
+
+    vector: np.ndarray
+    words: list[Hit]
+    meaning: list[Hit]
+
+
+def checked(queries: Sequence[Query], paths: Sequence[str], place: str) -> tuple[list[Query], list[str]]:
+    """Return the resolved queries, and notes on answers that are not found; see `resolve`.
+
+    Raises UserError if the index at `place` holds none of the answers: every figure would be 0.
+    """
+    resolved, missing, ambiguous = resolve(queries, paths)
+    unlike = "".join(
+        f"; {name} is the end of several paths: {', '.join(alike[:3])}" for name, alike in list(ambiguous.items())[:1]
+    )
+    if missing and not any(target.path not in missing for query in resolved for target in query.targets):
+        there = f"; the index holds {paths[0]}" if paths else ""
+        raise UserError(f"none of the answers, such as {missing[0]}, is in {place}{there}{unlike}")
+    count = f"{len(missing):,} of the answers are not in {place}: no search finds {missing[0]}" if missing else ""
+    return resolved, [f"{count}{unlike}"] if missing else []
+
+
+def notes_on_quoted(queries: Sequence[Query], results: Sequence[Searched]) -> list[str]:
+    """Return a note on the questions whose text stands in an indexed document, or none."""
+    if not (found := quoted(queries, results)):
+        return []
+    text, path = found[0]
+    which = f"{len(found):,} of {quantity(len(queries), 'question')} stand word by word in an indexed document"
+    return [f"{which}, so that a search by words finds it easily: {excerpt(text, 60)!r} in {path}"]
+
+
+def search(index: Index, model: Model, queries: Sequence[Query]) -> list[Searched]:
+    """Return the hits of every query by words and by meaning."""
     vectors = embed(model, [query.text for query in queries], "query")
-    rankings: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in MODES}
-    for name, query, vector in zip(names, queries, vectors, strict=True):
-        hits = {"bm25": index.bm25(query.text, DEPTH), "semantic": index.semantic(vector, DEPTH)}
-        hits["hybrid"] = fuse_hits(hits["bm25"], hits["semantic"], weight)[:DEPTH]
-        for mode in MODES:
-            rankings[mode][name] = rank(hits[mode], query)
-    evaluations = {}
-    for mode in MODES:
-        scores = score_rankings(qrels, rankings[mode])
-        means = {metric: sum(scores[metric].values()) / len(names) for metric in METRICS}
-        evaluations[mode] = Evaluation(mode, {"queries": means}, {"queries": scores}, {})
-    return evaluations
+    return [
+        Searched(vector, index.bm25(query.text, POOL), index.semantic(vector, POOL))
+        for query, vector in zip(queries, vectors, strict=True)
+    ]
 
 
-def differences(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Return mode -> metric -> (difference to BM25, low, high) with 95 % intervals; see `results.compare`."""
+def quoted(queries: Sequence[Query], results: Sequence[Searched]) -> list[tuple[str, str]]:
+    """Return (question, path) of questions whose text stands in an indexed document, which makes them easy."""
+    found = []
+    for query, searched in zip(queries, results, strict=True):
+        words = analyzer(NONE).terms(query.text)
+        if len(words) >= QUOTED_WORDS:
+            text = f" {' '.join(words)} "
+            holders = (hit.path for hit in searched.words if text in f" {analyzer(NONE).stream(hit.text)} ")
+            if holder := next(holders, None):
+                found.append((query.text, holder))
+    return found
+
+
+def evaluate(
+    index: Index,
+    model: Model,
+    queries: Sequence[Query],
+    weight: float | None = None,
+    fusion: str = "scores",
+    results: Sequence[Searched] | None = None,
+) -> dict[str, Evaluation]:
+    """Return mode -> P@1, MRR@10 and nDCG@10 with the figures of every query, from the library that eval.py uses.
+
+    Args:
+        weight, fusion: of hybrid, see fusion.hybrid.
+        results: from `search`, if that is done already.
+    """
+    weight = weight_of(index.info, fusion, weight)
+    rankings: dict[str, list[list[Hit]]] = {mode: [] for mode in MODES}
+    for query, (vector, words, meaning) in zip(queries, results or search(index, model, queries), strict=True):
+        rankings["bm25"].append(words)
+        rankings["semantic"].append(meaning)
+        rankings["hybrid"].append(fuse(index, query.text, vector, words, meaning, weight, fusion))
+    return {mode: figures_of(mode, queries, hits) for mode, hits in rankings.items()}
+
+
+def figures_of(name: str, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> Evaluation:
+    """Return the figures of the first POOL hits of every query."""
+    qrels = {
+        f"q{number}": {answer_key(target): judgement for target, judgement in query.targets.items()}
+        for number, query in enumerate(queries)
+    }
+    rankings = {
+        f"q{number}": rank(row[:POOL], query) for number, (row, query) in enumerate(zip(hits, queries, strict=True))
+    }
+    scores = score_rankings(qrels, rankings)
+    means = {metric: sum(scores[metric].values()) / len(queries) for metric in METRICS}
+    return Evaluation(name, {"queries": means}, {"queries": scores}, {})
+
+
+def differences(
+    evaluations: dict[str, Evaluation], reference: str = "bm25"
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Return mode -> metric -> (difference to another mode, low, high), 95 % intervals; see `results.compare`."""
     return {
         mode: {
             metric: (difference, low, high)
-            for metric, _, _, difference, low, high in compare(evaluations["bm25"], evaluations[mode])
+            for metric, _, _, difference, low, high in compare(evaluations[reference], evaluations[mode])
         }
-        for mode in MODES[1:]
+        for mode in list(evaluations)[list(evaluations).index(reference) + 1 :]
     }
 
 
 def to_json(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
     """Return the record that `--output` writes."""
     figures = {mode: {name: e.tasks["queries"][name] for name in SHOWN} for mode, e in evaluations.items()}
-    to_bm25 = {
-        mode: {name: dict(zip(("difference", "low", "high"), by_metric[name], strict=True)) for name in SHOWN}
-        for mode, by_metric in differences(evaluations).items()
+    to_other = {
+        f"to_{reference}": {
+            mode: {name: dict(zip(("difference", "low", "high"), by_metric[name], strict=True)) for name in SHOWN}
+            for mode, by_metric in differences(evaluations, reference).items()
+        }
+        for reference in ("bm25", "semantic")
     }
-    return {"queries": _count(evaluations), **figures, "to_bm25": to_bm25}
+    return {"queries": count(evaluations), **figures, **to_other}
 
 
 def print_table(title: str, evaluations: dict[str, Evaluation]) -> None:
-    """Print the figures of the modes side by side, and the differences to BM25 with their intervals."""
+    """Print the figures of the modes side by side, and the differences between them with their intervals."""
+    print_figures(title, evaluations)
+    for reference in list(evaluations)[:-1]:
+        print_differences(f"difference to {reference}", differences(evaluations, reference))
+
+
+def print_figures(title: str, evaluations: dict[str, Evaluation]) -> None:
+    """Print the figures of the modes side by side."""
     from mlx_retrieval.utils.console import print_rows
 
     rows = [
-        (label, *(f"{evaluations[mode].tasks['queries'][name]:.4f}" for mode in MODES)) for name, label in SHOWN.items()
+        (label, *(f"{each.tasks['queries'][name]:.4f}" for each in evaluations.values()))
+        for name, label in SHOWN.items()
     ]
-    print_rows(f"{title}: {quantity(_count(evaluations), 'query')}", ("metric", *MODES), rows)
-    to_bm25 = differences(evaluations)
+    print_rows(f"{title}: {quantity(count(evaluations), 'query')}", ("metric", *evaluations), rows)
+
+
+def print_differences(title: str, changes: dict[str, dict[str, tuple[float, float, float]]]) -> None:
+    """Print mode -> metric -> (difference, low, high) as a table."""
+    from mlx_retrieval.utils.console import print_rows
+
     rows = []
     for name, label in SHOWN.items():
         cells = []
-        for mode in MODES[1:]:
-            difference, low, high = to_bm25[mode][name]
+        for by_metric in changes.values():
+            difference, low, high = by_metric[name]
             cells += [f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
         rows.append((label, *cells))
-    print_rows("difference to bm25", ("metric", "semantic", "95 % interval", "hybrid", "95 % interval"), rows)
+    columns = [cell for mode in changes for cell in (mode, "95 % interval")]
+    print_rows(title, ("metric", *columns), rows)
 
 
-def _count(evaluations: dict[str, Evaluation]) -> int:
-    return len(evaluations["bm25"].per_query["queries"]["ndcg_at_10"])
+def count(evaluations: dict[str, Evaluation]) -> int:
+    """Return the number of queries."""
+    return len(next(iter(evaluations.values())).per_query["queries"]["ndcg_at_10"])

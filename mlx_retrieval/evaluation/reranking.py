@@ -1,4 +1,4 @@
-"""Evaluate rerankers: the first documents of a first stage (BM25 or an embedding model), put in a new order.
+"""Evaluate rerankers: the first documents of a first stage (first_stages.py), put in a new order.
 
 python eval.py --task rerank --model MODEL                                       # the first 100 of BM25, on eval-data/
 python eval.py --task rerank --model MODEL --first-stage adapters/final --depth 50 --output results.json
@@ -13,82 +13,25 @@ The documents behind them stay where they are, so Recall@100 and the like mean t
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mlx_retrieval.dataset.beir import TOLERANT, FolderRules
 from mlx_retrieval.evaluation import pairs, retrieval
-from mlx_retrieval.evaluation.results import Evaluation, Scores, print_comparison
+from mlx_retrieval.evaluation.first_stages import Bm25, Stage, bm25_stage, first_stage_result, scores_by_rank
+from mlx_retrieval.evaluation.results import Evaluation, print_comparison
 from mlx_retrieval.evaluation.retrieval import Encoder
-from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings, Task
+from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings
 from mlx_retrieval.inference.reranker import Scorer
 from mlx_retrieval.retrieval.base import RANKS
-from mlx_retrieval.retrieval.bm25 import RankedIds, bm25
+from mlx_retrieval.retrieval.bm25 import RankedIds
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
 
 DEPTH = 100
 QUERIES_AT_ONCE = 16
-
-
-# --- first stage ---
-
-
-class Bm25:
-    """BM25 as a first stage, in the place of a model."""
-
-    name = "BM25"
-
-
-BM25 = Bm25()
-
-
-class Bm25Searcher(CorpusSearcher):
-    """Ranks by BM25; needs no model."""
-
-    def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
-        texts = corpus.texts(range(len(corpus.ids)))
-        ranked = bm25(dict(zip(corpus.ids, texts, strict=True)), queries, top_k)
-        return {query: scores_by_rank(documents) for query, documents in ranked.items()}
-
-
-@dataclass(frozen=True)
-class FirstStageResult:
-    """The documents that a first stage ranks first in a task, and its figures."""
-
-    label: str  # of the task in `figures`
-    ranked: dict[tuple[str, str], RankedIds]  # split, subset
-    figures: Evaluation
-
-
-def first_stage_result(stage: Bm25 | Encoder, label: str, task: Task, show_progress: bool) -> FirstStageResult:
-    """Search a task. The task keeps the result for as long as the first stage exists: training asks again and again."""
-    result = task.first_stages.get(stage)
-    if result is None or result.label != label:
-        searcher = (Bm25Searcher if stage is BM25 else retrieval.searcher_for)(stage, label, show_progress)
-        figures = Evaluation(stage.name, {}, {}, {})
-        ranked = {
-            split.key: {query: _ids_by_score(scores) for query, scores in split.rankings.items()}
-            for split in retrieval.add_task(figures, searcher, task)
-        }
-        result = task.first_stages[stage] = FirstStageResult(label, ranked, figures)
-    return result
-
-
-def scores_by_rank(documents: Sequence[str]) -> Scores:
-    """Return scores that preserve the order of documents in trec_eval, which sorts by score, and equal scores by id."""
-    return {document: float(len(documents) - rank) for rank, document in enumerate(documents)}
-
-
-def _ids_by_score(scores: Scores) -> list[str]:
-    """Return documents best first, as trec_eval sorts them: of equal scores, the last id first."""
-    return sorted(scores, key=lambda document: (scores[document], document), reverse=True)
-
-
-# --- second stage ---
 
 
 class RerankingSearcher(CorpusSearcher):
@@ -144,7 +87,7 @@ class RerankingSearcher(CorpusSearcher):
 def evaluate_reranker(
     reranker: Scorer,
     tasks: Sequence[str],
-    first_stage: str | Encoder = "bm25",
+    first_stage: str | Encoder | Stage = "bm25",
     depth: int = DEPTH,
     show_progress: bool = False,
     rules: FolderRules = TOLERANT,
@@ -154,8 +97,9 @@ def evaluate_reranker(
     Args:
         reranker: see `Scorer`. It is given the titles and texts of the documents of 16 queries at once.
         tasks: folders in BEIR layout and names of MTEB tasks of type Retrieval.
-        first_stage: "bm25", or a model from `embedder.load`, of one vector a text or a token. Each task is searched
-            once a process and the ranking is kept, so later changes of the model's weights have no effect.
+        first_stage: "bm25", a model from `embedder.load`, of one vector a text or a token, or another one of
+            first_stages.py. Each task is searched once a process and the ranking is kept, so later changes of the
+            model's weights have no effect.
         depth: documents of a query that are scored, 1 to 1,000; fewer if the first stage finds fewer.
         show_progress: show progress bars for downloads, embedding and reranking.
         rules: how folders are read.
@@ -167,7 +111,7 @@ def evaluate_reranker(
     check_depth(depth)
     if isinstance(first_stage, str) and first_stage != "bm25":
         raise UserError(f'first stage {first_stage!r}: "bm25", or a model from embedder.load')
-    stage = BM25 if isinstance(first_stage, str) else first_stage
+    stage = bm25_stage() if isinstance(first_stage, str) else first_stage
     loaded, unreachable = retrieval.load_tasks(tasks, show_progress, rules)
     pairs.refuse(loaded, "which a reranker has not")
     before, after = (Evaluation(name, {}, {}, unreachable) for name in (stage.name, reranker.name))
@@ -189,7 +133,7 @@ def print_reranked(before: Evaluation, after: Evaluation, depth: int) -> None:
     """Print a table for every task and, if there are several, one for their average, and whether reranking helps."""
     from mlx_retrieval.utils.console import console
 
-    names = (before.model if before.model == BM25.name else "first stage", "reranked")
+    names = (before.model if before.model == Bm25.name else "first stage", "reranked")
     console().print(f"{after.model} reranks the first {quantity(depth, 'document')} of {before.model}", style="bold")
     if len(after.tasks) > 1:
         for task in after.tasks:

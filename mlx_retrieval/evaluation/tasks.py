@@ -74,7 +74,7 @@ class Task(ABC):
     digest: str
 
     def __init__(self):
-        # First stage of reranking -> its rankings of this task; see `reranking.first_stage_result`.
+        # First stage of reranking -> its rankings of this task; see `first_stages.first_stage_result`.
         self.first_stages: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     @abstractmethod

@@ -10,6 +10,8 @@ import numpy as np
 from mlx_retrieval.dataset.columns import joined
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.server import parse
+from mlx_retrieval.retrieval import elastic_index
+from mlx_retrieval.retrieval.analyzer import analyzer
 from mlx_retrieval.utils.errors import UserError
 
 MORE = 100  # further hits, as known positives are among the hits and do not count
@@ -48,16 +50,22 @@ class ElasticCorpus:
     def words(self, numbers: Sequence[int], count: int, depth: int) -> Callable[[str], np.ndarray]:
         """Return a function from a query to the server's BM25 scores, (count,) float32; 0 for all but the best.
 
+        The words are those that `embed.py --to` wrote for these fields; without them, the server's own analysis counts.
+
         Args:
             numbers: the collection's number of each text, in the order of reading.
             count: documents in the collection.
             depth: best documents to look at.
         """
         client, server = self.documents.server.client, self.documents.server
+        words = elastic_index.words_field(server, self.texts)
 
         def scores(query: str) -> np.ndarray:
             out = np.zeros(count, np.float32)
             match = {"multi_match": {"query": query, "fields": self.texts, "type": "most_fields"}}
+            if words:
+                field, language = words
+                match = {"match": {field: {"query": " ".join(analyzer(language).query_terms(query))}}}
             size = min(depth + MORE, 10_000)
             answer = server.call(client.search, index=self.address.index, query=match, size=size, source=False)
             for hit in answer["hits"]["hits"]:

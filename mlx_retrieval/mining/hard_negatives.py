@@ -20,7 +20,8 @@ import numpy as np
 
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.collection import Collection
-from mlx_retrieval.retrieval.base import reciprocal_rank_fusion
+from mlx_retrieval.retrieval.analyzer import ENGLISH, check_language
+from mlx_retrieval.retrieval.fusion import reciprocal_rank_fusion
 from mlx_retrieval.retrieval.topk import DOCUMENTS, NO_DOCUMENT, QUERIES, best_first, merge
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.products import product
@@ -62,8 +63,10 @@ class Rules:
     min_score: float | None = None
     sampling: str = "top"
     seed: int = 0
+    language: str = ENGLISH  # of stems and stop words, for BM25
 
     def __post_init__(self):
+        check_language(self.language)
         if self.take < 1:
             raise UserError(f"--take {self.take}: must be at least 1")
         if self.skip < 0 or self.seed < 0:

@@ -126,7 +126,8 @@ def mine_negatives(
     if rules.by != "model" and isinstance(corpus, ElasticCorpus):
         retrievers = retrievers._replace(words=corpus.words(texts.corpus, len(texts.documents), rules.depth))
     elif rules.by != "model":
-        retrievers = retrievers._replace(words=bm25.bm25_scorer(texts.documents.read(range(len(texts.documents)))))
+        documents = texts.documents.read(range(len(texts.documents)))
+        retrievers = retrievers._replace(words=bm25.bm25_scorer(documents, rules.language))
     with progress_bar("searching", "queries") as progress:
         mined = hard_negatives.mine(texts, retrievers, rules, cache, progress)
     scored_by = judge.model.name if judge else model.name if model else "BM25"

@@ -1,14 +1,14 @@
-"""Types that the search indices share, and rank fusion."""
+"""Types that the search indices share."""
 
-import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mlx_retrieval.retrieval.analyzer import ENGLISH
+from mlx_retrieval.retrieval.fields import WEIGHTS
 
 RANKS = 1_000  # documents ranked for each query; as many as mteb asks for
-FILE, LOCK, VERSION = "index.json", ".lock", 1
-RRF_K = 60  # Cormack, Clarke and Büttcher 2009
-Key = TypeVar("Key", bound=Hashable)
+FILE, LOCK, VERSION = "index.json", ".lock", 2
 
 
 @dataclass
@@ -26,6 +26,10 @@ class IndexInfo:
     impute: int = 0  # late interaction: see maxsim.maxsim
     complete: bool = False  # False while indexing runs, or if it was interrupted
     partitioned: int = 0  # number of chunks when the vectors were last partitioned; 0 = not yet
+    folders: list[str] = field(default_factory=list)  # the indexed folders, relative to `root`; [] = `root` itself
+    language: str = ENGLISH  # of stems and stop words; see analyzer.py
+    fields: dict[str, int] = field(default_factory=WEIGHTS.copy)  # weights in a search by words; see fields.py
+    weight: float | None = None  # of the meaning in a search by both, as learnt; None = fusion.WEIGHTS
     version: int = VERSION
 
 
@@ -40,9 +44,20 @@ class FileRecord(NamedTuple):
     left_out: str
 
 
+class Within(NamedTuple):
+    """The chunks that a search looks at: all that meet each of these conditions."""
+
+    ids: tuple[str, ...] | None = None  # of the chunks; None = any
+    languages: tuple[str, ...] = ()  # one of these; () = any
+    paths: tuple[str, ...] = ()  # files or folders, * and ? stand for any characters; () = any
+
+
+EVERYWHERE = Within()
+
+
 @dataclass(frozen=True)
 class Hit:
-    """A chunk that a search returns. `score` depends on the mode: BM25, cosine, or fused reciprocal ranks."""
+    """A chunk that a search returns. `score` depends on the mode: BM25, cosine, or both fused."""
 
     id: str
     path: str
@@ -53,35 +68,6 @@ class Hit:
     name: str
     text: str
     score: float
-
-
-def reciprocal_rank_fusion(
-    rankings: Sequence[Sequence[Key]], weights: Sequence[float] | None = None, k: int = RRF_K
-) -> dict[Key, float]:
-    """Return the fused score of every key: the sum of `weight / (k + rank)` over the rankings that hold it.
-
-    Cormack, Clarke and Büttcher 2009. Ranks count from 1. A ranking of weight 0 adds nothing, not even its keys.
-
-    Args:
-        rankings: keys, best first; each key at most once a ranking.
-        weights: one a ranking; None = 1 each.
-    """
-    scores: dict[Key, float] = {}
-    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
-        for rank, key in enumerate(ranking if weight else (), start=1):
-            scores[key] = scores.get(key, 0.0) + weight / (k + rank)
-    return scores
-
-
-def fuse_hits(bm25: Sequence[Hit], semantic: Sequence[Hit], weight: float = 0.5) -> list[Hit]:
-    """Fuse the hits of both searches by reciprocal rank, best first.
-
-    `weight` is the share of the semantic ranks, from 0 to 1; at 0 or 1 only the hits of one search are left.
-    """
-    hits = {hit.id: hit for hit in (*bm25, *semantic)}
-    rankings = [[hit.id for hit in ranking] for ranking in (semantic, bm25)]
-    scores = reciprocal_rank_fusion(rankings, (weight, 1 - weight))
-    return sort_hits(dataclasses.replace(hits[name], score=score) for name, score in scores.items())
 
 
 def sort_hits(hits: Iterable[Hit]) -> list[Hit]:

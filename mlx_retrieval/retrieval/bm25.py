@@ -4,19 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from mlx_retrieval.retrieval.analyzer import ENGLISH, analyzer
 from mlx_retrieval.retrieval.base import RANKS
 
 RankedIds = dict[str, list[str]]  # query id -> document ids, best first
+K1, B = 1.2, 0.75  # as in LanceDB and Elasticsearch
 
 
-def bm25(documents: Mapping[str, str], queries: Mapping[str, str], depth: int = RANKS) -> RankedIds:
+def bm25(
+    documents: Mapping[str, str], queries: Mapping[str, str], depth: int = RANKS, language: str = ENGLISH
+) -> RankedIds:
     """Return at most `depth` documents that share a word with each query; equal scores in the order of the ids.
 
-    Both are id -> text. bm25s with its defaults (Lucene's formula, k1 = 1.5, b = 0.75), English stop words, no
-    stemming.
+    Both are id -> text. Terms are those of `analyzer`, as in an index; the formula is Lucene's.
     """
     ids = sorted(documents)
-    scores_of = bm25_scorer([documents[i] for i in ids])
+    scores_of = bm25_scorer([documents[i] for i in ids], language)
     ranked: RankedIds = {}
     for query, text in queries.items():
         scores = scores_of(text)
@@ -25,20 +28,19 @@ def bm25(documents: Mapping[str, str], queries: Mapping[str, str], depth: int = 
     return ranked
 
 
-def bm25_scorer(documents: Sequence[str]) -> Callable[[str], np.ndarray]:
+def bm25_scorer(documents: Sequence[str], language: str = ENGLISH) -> Callable[[str], np.ndarray]:
     """Return a function from a query to the BM25 scores of these documents: (D,) float32, 0 = no shared word."""
     import bm25s
 
-    def tokenise(texts: Sequence[str], **options):
-        return bm25s.tokenize(texts, stopwords="en", show_progress=False, **options)
-
-    words, retriever = tokenise(documents), bm25s.BM25()
-    if not any(words.ids):  # bm25s cannot index documents without words
+    analysis, vocabulary = analyzer(language), {}
+    words = [[vocabulary.setdefault(term, len(vocabulary)) for term in analysis.terms(text)] for text in documents]
+    if not vocabulary:  # bm25s cannot index documents without words
         return lambda query: np.zeros(len(documents), np.float32)
-    retriever.index(words, show_progress=False)
+    retriever = bm25s.BM25(k1=K1, b=B)
+    retriever.index(bm25s.tokenization.Tokenized(words, vocabulary), show_progress=False)
 
     def scores(query: str) -> np.ndarray:
-        terms = tokenise([query], return_ids=False)[0]
+        terms = [vocabulary[term] for term in analysis.query_terms(query) if term in vocabulary]
         return retriever.get_scores(terms) if terms else np.zeros(len(documents), np.float32)
 
     return scores

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from mlx_retrieval.dataset import beir, chunks
 from mlx_retrieval.dataset.chunks import Chunk
@@ -34,8 +33,11 @@ from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.inference.embedder import Model, embed
 from mlx_retrieval.retrieval import base, lance_index
+from mlx_retrieval.retrieval.analyzer import ENGLISH, check_language
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
+from mlx_retrieval.retrieval.forest import Forest, IndexSource, roots_of
 from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.retrieval.rewriting import rewrite
 from mlx_retrieval.utils import locks
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -63,19 +65,6 @@ class Summary:
     without_grammar: Counter[str] = field(
         default_factory=Counter
     )  # package -> files split as text because it is missing
-
-
-class IndexSource(Protocol):
-    """Files or documents to index."""
-
-    files: list[File]
-    left_out: Counter[str]
-
-    def read(self, file: File) -> tuple[list[Chunk], str, str]:
-        """Return (chunks, sha256, the reason why the file is left out or "")."""
-
-    def place(self, path: str, line: int) -> str:
-        """Return what a message calls a line of a file, or a document."""
 
 
 class FileTree:
@@ -154,7 +143,7 @@ def _stamp(text: str) -> int:
 
 
 def update(
-    root: Path,
+    root: Path | Sequence[Path],
     folder: Path,
     model: Model,
     max_characters: int = chunks.MAX_CHARACTERS,
@@ -162,15 +151,18 @@ def update(
     max_file_size: int | None = None,
     exclude: Sequence[str] = (),
     rebuild: bool = False,
+    language: str | None = None,
 ) -> Summary:
     """Create the index in `folder`, or bring it up to date with the files in `root`.
 
     Args:
-        root: folder of source code and texts, or of a BEIR corpus.
+        root: folder of source code and texts, or several of them; or a folder of a BEIR corpus.
         model: the embedding model.
         max_characters, overlap: see chunks.chunk_file.
         max_file_size: in bytes, see `FileTree`; exclude: patterns, see file_tree.walk.
         rebuild: replace an existing index.
+        language: of stems and stop words, see analyzer.py; None = the index's, or English. Another one than the
+            index's needs new words, but no new vectors; so does an index of an earlier version.
 
     A new index is removed if nothing was stored before an error.
 
@@ -178,14 +170,15 @@ def update(
     indexing, and if there is nothing to index.
     """
     started = time.monotonic()
-    shown = root.expanduser()
-    root = shown.resolve()
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
+    root, folders, shown = roots_of([root] if isinstance(root, Path) else root)
+    if language:
+        check_language(language)
+    if corpora := [path for path in folders.values() if beir.is_corpus(path)]:
+        raise UserError(f"{corpora[0]}: a folder in BEIR layout is indexed alone")
     inside = folder.resolve().is_relative_to(root)
     info = IndexInfo(
         root=os.path.relpath(root, folder.resolve()) if inside else str(root),
-        is_corpus=beir.is_corpus(root),
+        is_corpus=not folders and beir.is_corpus(root),
         model=_name(model),
         fingerprint=model.fingerprint(),
         dimensions=model.dimensions,
@@ -193,8 +186,10 @@ def update(
         overlap=overlap,
         maxsim=model.config.maxsim if model.late else "",
         impute=model.config.impute if model.late else 0,
+        folders=list(folders),
+        language=language or ENGLISH,
     )
-    source = BeirCorpus(shown) if info.is_corpus else FileTree(shown, info, max_file_size, exclude, folder)
+    source = _source(shown, folders, info, max_file_size, exclude, folder)
     if not source.files:
         reasons = "".join(f", {count} {reason}" for reason, count in source.left_out.items())
         raise UserError(f"{root}: nothing to index{reasons}")
@@ -202,7 +197,7 @@ def update(
     is_new = not folder.exists()
     with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
         try:
-            index = _open(folder, info, rebuild)
+            index = _open(folder, info, rebuild, language)
             summary = _bring_up_to_date(index, source, model)
             if index.folder != folder:
                 lance_index.install(folder)
@@ -214,7 +209,17 @@ def update(
     return summary
 
 
-def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
+def _source(
+    shown: Path, folders: dict[str, Path], info: IndexInfo, max_file_size: int, exclude: Sequence[str], index: Path
+) -> IndexSource:
+    """Return the files or documents to index; `folders`: see forest.Roots."""
+    if info.is_corpus:
+        return BeirCorpus(shown)
+    trees = {name: FileTree(path, info, max_file_size, exclude, index) for name, path in folders.items()}
+    return Forest(trees) if trees else FileTree(shown, info, max_file_size, exclude, index)
+
+
+def _open(folder: Path, info: IndexInfo, rebuild: bool, language: str | None) -> Index:
     """Return the index to bring up to date: the one in `folder`, or the one that is to replace it."""
     exists, rebuilt = (folder / base.FILE).is_file(), folder / lance_index.REBUILT
     if not exists and (rebuilt / base.FILE).is_file():  # a kill while the rebuilt one was put in place
@@ -224,14 +229,18 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
         try:
             index = Index.open(rebuilt)  # of an earlier run, which was interrupted
             _check(index, info)
+            if (index.info.language, index.info.fields) != (info.language, info.fields):
+                index = Index.create(rebuilt, info)
         except UserError:
             index = Index.create(rebuilt, info)
         return index
     shutil.rmtree(rebuilt, ignore_errors=True)
-    if not exists or (index := Index.open(folder)).is_empty():  # of a run that was killed before it stored a chunk
+    if not exists or (index := Index.open(folder, outdated=True)).is_empty():  # killed before it stored a chunk
         return Index.create(folder, info)
     _check(index, info)
-    return index
+    index.info.folders, language = info.folders, language or index.info.language
+    is_current = (index.info.version, index.info.language) == (base.VERSION, language)
+    return index if is_current else rewrite(index, language=language)
 
 
 def _remove_empty(folder: Path, is_new: bool) -> None:
@@ -263,8 +272,9 @@ def _check(index: Index, wanted: IndexInfo) -> None:
     """Raise UserError that names all differences between an index and the settings of this run."""
     have = index.info
     differences = []
-    if index.root != (index.folder.resolve() / wanted.root).resolve():
-        differences.append(f"of {index.root}")
+    others = [name for name in have.folders or ["."] if wanted.folders and name not in wanted.folders]
+    if index.root != (index.folder.resolve() / wanted.root).resolve() or others:
+        differences.append(f"of {', '.join(str(index.root / name) for name in have.folders or ['.'])}")
     if have.fingerprint != wanted.fingerprint:
         differences.append(
             f"with another model ({have.model})"
@@ -288,9 +298,10 @@ def _bring_up_to_date(index: Index, source: IndexSource, model: Model) -> Summar
     index.remove_orphans(records)
     pending = [file for file in source.files if not _is_same(file, records.get(file.path))]
     gone = sorted(set(records) - {file.path for file in source.files})
-    if pending or gone or not index.info.complete:
-        index.info.complete, index.info.model = False, _name(model)
-        index.write()
+    index.info.model = _name(model)
+    index.info.complete &= not (pending or gone)
+    index.write()
+    if not index.info.complete:
         index.remove(gone)
         summary.removed = sum(not records.pop(path).left_out for path in gone)
         _embed(index, source, model, pending, records, summary)

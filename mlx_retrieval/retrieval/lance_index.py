@@ -6,35 +6,35 @@ for hit in index.bm25("read line", 10): print(hit.path, hit.line, hit.score)
 for hit in index.semantic(model.encode("read line", prompt="query"), 10): print(hit.path, hit.line, hit.score)
 
 index.json       source folder, model and settings: base.IndexInfo
-chunks.lance     one row a chunk: place, text, words, vector
+chunks.lance     one row a chunk: place, text, terms, vector
 files.lance      one row a file: size, time, hash; written after the chunks of the file
 """
 
 import dataclasses
 import json
-import os
 import shutil
-import warnings
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mlx_retrieval.dataset.chunks import Chunk, words
-from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, fuse_hits, sort_hits
+from mlx_retrieval.dataset.chunks import Chunk
+from mlx_retrieval.retrieval import lance_tables
+from mlx_retrieval.retrieval.analyzer import analyzer
+from mlx_retrieval.retrieval.base import EVERYWHERE, FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, Within, sort_hits
+from mlx_retrieval.retrieval.fields import check_weights
 from mlx_retrieval.retrieval.lance_errors import plain_errors, searching, writing
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_parent
+from mlx_retrieval.utils.progress import Progress
 from mlx_retrieval.utils.text import shell
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 TABLES = ("chunks.lance", "files.lance")
 REBUILT = "rebuilt"  # in an index's folder: the index that will replace it
+OLDEST = 1  # version of an index that can be brought up to date
+COPIED_AT_ONCE = 2_000  # chunks
 OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", REBUILT, *TABLES})
 # From PARTITIONS_FROM chunks on, LanceDB keeps the vectors in partitions (IVF, uncompressed) in memory: about ten times
 # faster than reading the table. The nearest PROBES partitions are searched: up to 250,000 chunks these are all of them,
@@ -67,17 +67,23 @@ class Index:
         except OSError as error:
             raise UserError(f"--index {folder}: {error.strerror}") from error
         with plain_errors(folder, "nothing is indexed yet"):
-            database = _connect(folder)
-            chunks = database.create_table("chunks", schema=_chunk_schema(info))
-            _index_words(chunks)
-            database.create_table("files", schema=_file_schema())
+            database = lance_tables.connect(folder)
+            chunks = database.create_table("chunks", schema=lance_tables.chunk_schema(info))
+            lance_tables.index_words(chunks)
+            database.create_table("files", schema=lance_tables.file_schema())
             index = cls(folder, info, database)
         index.write()
         return index
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Index":
-        """Open the index in `folder`. Raises UserError, with the command to run, if it is missing or damaged."""
+    def open(cls, folder: str | Path, outdated: bool = False) -> "Index":
+        """Open the index in `folder`.
+
+        Args:
+            outdated: open one whose words an earlier version analysed, too: `rewriting.rewrite` brings it up to date.
+
+        Raises UserError, with the command to run, if it is missing, damaged, or of another version.
+        """
         folder = Path(folder)
         if not (folder / FILE).is_file():
             raise UserError(
@@ -86,34 +92,50 @@ class Index:
             )
         try:
             values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            if values.get("version") != VERSION:
+            if (version := values.get("version")) not in (VERSION, OLDEST):
                 raise UserError(
                     f"{folder}: made by another version of this toolkit; search.py index --rebuild replaces it"
                 )
             info = IndexInfo(**values)
+            check_weights(info.fields)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{folder / FILE}: not readable ({error}); search.py index --rebuild replaces it"
             ) from error
-        database = _connect(folder)
+        database = lance_tables.connect(folder)
         try:
-            return cls(folder, info, database)
+            index = cls(folder, info, database)
         except (ValueError, OSError, RuntimeError) as error:
             raise UserError(f"{folder}: damaged ({error}); search.py index --rebuild replaces it") from error
+        if version != VERSION and not outdated:
+            raise UserError(
+                f"{folder}: made by an earlier version, which split words differently. To bring it up to date, "
+                f"without embedding again: {index.command(info.model)}"
+            )
+        return index
 
     @property
     def root(self) -> Path:
         """The indexed folder, absolute."""
         return (self.folder.resolve() / self.info.root).resolve()
 
+    def command(self, model: str, *flags: str) -> str:
+        """Return the command that brings the index up to date."""
+        folders = [str(self.root / name) for name in self.info.folders or ["."]]
+        return shell("python", "search.py", "index", *folders, "--model-path", model, "--index", self.folder, *flags)
+
     def rebuild_command(self, model: str) -> str:
         """Return the command that rebuilds the index with a model."""
-        command = ["python", "search.py", "index", str(self.root), "--model-path", model, "--index", str(self.folder)]
-        return shell(*command, "--rebuild")
+        return self.command(model, "--rebuild")
 
     def write(self) -> None:
         """Write index.json atomically."""
         files.write_file(self.folder / FILE, json.dumps(dataclasses.asdict(self.info), indent=2) + "\n")
+
+    def keep_weight(self, weight: float) -> None:
+        """Record the share of the meaning in a search by both."""
+        self.info.weight = weight
+        self.write()
 
     def is_empty(self) -> bool:
         """Return whether the index was never finished and has neither chunks nor files."""
@@ -135,8 +157,8 @@ class Index:
     def remove(self, paths: Sequence[str]) -> None:
         """Remove files and their chunks: records first, so that a kill in between leaves orphaned chunks at worst."""
         for table in (self.files, self.chunks):
-            for first in range(0, len(paths), 500):
-                table.delete(_path_in(paths[first : first + 500]))
+            for condition in lance_tables.path_conditions(paths):
+                table.delete(condition)
 
     @writing
     def remove_orphans(self, records: dict[str, FileRecord]) -> int:
@@ -145,8 +167,8 @@ class Index:
         rows = self.chunks.search().select(["path", "file_hash"]).limit(None).to_arrow()
         versions = set(zip(rows["path"].to_pylist(), rows["file_hash"].to_pylist(), strict=True))
         orphans = {path for path, sha256 in versions if path not in records or records[path].sha256 != sha256}
-        for first in range(0, len(orphans), 500):
-            self.chunks.delete(_path_in(sorted(orphans)[first : first + 500]))
+        for condition in lance_tables.path_conditions(sorted(orphans)):
+            self.chunks.delete(condition)
         return before - self.chunks.count_rows()
 
     @writing
@@ -156,37 +178,41 @@ class Index:
 
         self.remove([record.path for record, _ in files if record.path in stored])
         rows = [
-            {
-                "id": f"{record.path}#{number}",
-                "path": record.path,
-                "file_hash": record.sha256,
-                "tokens": " ".join(
-                    words(f"{'' if self.info.is_corpus else record.path} {chunk.name} {chunk.embedded}")
-                ),
-                **chunk._asdict(),
-            }
+            {"id": f"{record.path}#{number}", "path": record.path, "file_hash": record.sha256, **chunk._asdict()}
             for record, chunks in files
             for number, chunk in enumerate(chunks)
         ]
         if rows:
-            schema = _chunk_schema(self.info)
-            if self.info.maxsim:
-                tokens = pa.array([each.astype(np.float16).tobytes() for each in vectors], pa.large_binary())
-                vectors = np.stack([_mean(each) for each in vectors])
-            plain = pa.Table.from_pylist(
-                rows, schema=pa.schema([f for f in schema if f.name not in ("vector", "token_vectors")])
-            )
-            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.info.dimensions)
-            table = plain.append_column(schema.field("vector"), column)
-            self.chunks.add(table.append_column("token_vectors", tokens) if self.info.maxsim else table)
+            columns = {name: pa.array([row[name] for row in rows]) for name in rows[0]}
+            self._add(columns | lance_tables.vector_columns(self.info, vectors), rows)
         self.record([record for record, _ in files])
+
+    def _add(self, columns: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+        """Add chunks: their columns, without their words, which are made of `rows`."""
+        import pyarrow as pa
+
+        schema = lance_tables.chunk_schema(self.info)
+        columns["tokens"] = pa.array([lance_tables.word_stream(row, self.info) for row in rows], pa.string())
+        self.chunks.add(pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema))
+
+    @writing
+    def copy(self, other: "Index", progress: Progress) -> None:
+        """Add all files and chunks of another index of the same model, with their vectors; the words are made again."""
+        count, texts = 0, ["path", "name", "language", "context", "text"]
+        for batch in other.chunks.search().limit(None).to_batches(COPIED_AT_ONCE):
+            if len(batch):
+                columns = {name: batch[name] for name in batch.schema.names if name != "tokens"}
+                self._add(columns, batch.select(texts).to_pylist())
+                progress(count := count + len(batch))
+        if records := list(other.records().values()):
+            self.record(records)
 
     @writing
     def record(self, records: Sequence[FileRecord]) -> None:
         """Add the records of files, or replace them."""
         import pyarrow as pa
 
-        rows = pa.Table.from_pylist([record._asdict() for record in records], schema=_file_schema())
+        rows = pa.Table.from_pylist([record._asdict() for record in records], schema=lance_tables.file_schema())
         self.files.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
     @writing
@@ -197,15 +223,15 @@ class Index:
         count = self.chunks.count_rows()
         # Rebuilt, because LanceDB's own update still counts removed chunks: scores must depend on the chunks alone, not
         # on the history of the index. It takes a few seconds for 100,000 chunks.
-        _index_words(self.chunks)
+        lance_tables.index_words(self.chunks)
         for table in (self.chunks, self.files):
-            _tidy(table)
+            lance_tables.tidy(table)
         # Partitions are trained again whenever the index has doubled.
         if count >= max(PARTITIONS_FROM, 2 * self.info.partitioned):
             sizes = {"target_partition_size": PARTITION_SIZE, "max_iterations": 20, "sample_rate": 64}
             config = IvfFlat(distance_type="dot", **sizes)
             self.chunks.create_index("vector", config=config, replace=True)
-            _tidy(self.chunks)
+            lance_tables.tidy(self.chunks)
             self.info.partitioned = count
         self.info.complete = True
         self.write()
@@ -213,20 +239,20 @@ class Index:
     # --- searching ---
 
     @searching
-    def bm25(self, query: str, top: int) -> list[Hit]:
-        """Return the chunks that hold any word of the query, scored by BM25. Queries have no operators."""
+    def bm25(self, query: str, top: int, within: Within = EVERYWHERE) -> list[Hit]:
+        """Return the chunks that hold any word of the query, scored by BM25F. Queries have no operators."""
         from lancedb.query import MatchQuery
 
-        terms = " ".join(words(query))
+        terms = " ".join(analyzer(self.info.language).query_terms(query))
         if not terms:
             return []
         self.chunks.checkout_latest()
-        search = self.chunks.search(MatchQuery(terms, "tokens"), query_type="fts")
+        search = _filtered(self.chunks.search(MatchQuery(terms, "tokens"), query_type="fts"), within)
         rows = search.select(["id", *HIT_COLUMNS, "_score"]).limit(top).to_list()
         return sort_hits(_hit(row, row["_score"]) for row in rows)
 
     @searching
-    def semantic(self, vector: np.ndarray, top: int) -> list[Hit]:
+    def semantic(self, vector: np.ndarray, top: int, within: Within = EVERYWHERE) -> list[Hit]:
         """Return the chunks nearest to the query's vector (D,), scored by the dot product: the cosine.
 
         Late interaction: `vector` holds the vectors of the query's tokens (L, D); scores are MaxSim with the tokens of
@@ -234,15 +260,20 @@ class Index:
         """
         self.chunks.checkout_latest()
         if self.info.maxsim:
-            return self._by_tokens(vector, top)
-        search = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
+            return self._by_tokens(vector, top, within)
+        search = self._nearest(vector, within)
         rows = search.select(["id", *HIT_COLUMNS, "_distance"]).limit(top).to_list()
         return sort_hits(_hit(row, 1 - row["_distance"]) for row in rows)
 
-    def _by_tokens(self, tokens: np.ndarray, top: int) -> list[Hit]:
+    def _nearest(self, vector: np.ndarray, within: Within) -> Any:
+        """Return LanceDB's search for the nearest vectors; chunks that are named are compared one by one."""
+        search = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
+        return _filtered(search if within.ids is None else search.bypass_vector_index(), within)
+
+    def _by_tokens(self, tokens: np.ndarray, top: int, within: Within) -> list[Hit]:
         from mlx_retrieval.models.maxsim import score
 
-        search = self.chunks.search(_mean(tokens), vector_column_name="vector").distance_type("dot").nprobes(PROBES)
+        search = self._nearest(lance_tables.mean(tokens), within)
         search = search.select(["id", *HIT_COLUMNS, "token_vectors", "_distance"]).limit(max(top, LATE_CANDIDATES))
         rows = search.to_arrow()
         if not len(rows):
@@ -254,10 +285,21 @@ class Index:
         rows = rows.drop_columns("token_vectors").to_pylist()
         return sort_hits(_hit(row, float(value)) for row, value in zip(rows, scores, strict=True))[:top]
 
-    def hybrid(self, query: str, vector: np.ndarray, top: int, weight: float = 0.5) -> list[Hit]:
-        """Return the hits of both searches, fused by their ranks among the first 100 of each (or `top`, if larger)."""
-        pool = max(100, top)
-        return fuse_hits(self.bm25(query, pool), self.semantic(vector, pool), weight)[:top]
+    @searching
+    def chunk_texts(self) -> list[dict[str, Any]]:
+        """Return id, path, place and texts of all chunks."""
+        columns = ["id", *HIT_COLUMNS, "context"]
+        return self.chunks.search().select(columns).limit(None).to_arrow().to_pylist()
+
+    @searching
+    def languages(self) -> list[str]:
+        """Return the languages of all chunks, sorted."""
+        rows = self.chunks.search().select(["language"]).limit(None).to_arrow()
+        return sorted(rows["language"].unique().to_pylist())
+
+    def known(self, wanted: Sequence[str]) -> list[str]:
+        """Return the paths of all files, or the ids of all documents, that have chunks, whichever are `wanted`."""
+        return [path for path, record in self.records().items() if not record.left_out]
 
 
 def check_folder(folder: Path) -> None:
@@ -280,55 +322,11 @@ def install(folder: Path) -> None:
     shutil.rmtree(source, ignore_errors=True)
 
 
-def _connect(folder: Path) -> Any:
-    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings concern storage internals
-    import lancedb
-
-    return lancedb.connect(folder)
-
-
 def _hit(row: dict[str, Any], score: float) -> Hit:
     return Hit(id=row["id"], score=score, **{name: row[name] for name in HIT_COLUMNS})
 
 
-def _path_in(paths: Sequence[str]) -> str:
-    quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
-    return f"path IN ({quoted})"
-
-
-def _index_words(table: Any) -> None:
-    """Index the words from `chunks.words` for full-text search; LanceDB adds English stemming and strips accents."""
-    from lancedb.index import FTS
-
-    config = FTS(base_tokenizer="whitespace", stem=True, remove_stop_words=False, max_token_length=100)
-    table.create_index("tokens", config=config, replace=True)
-
-
-def _tidy(table: Any) -> None:
-    """Add new rows to the indices, merge small files, and remove all versions but the newest."""
-    with warnings.catch_warnings():
-        # It warns about readers of older versions; ours check out the newest one before every query.
-        warnings.filterwarnings("ignore", message="optimize.cleanup_older_than=0")
-        table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
-
-
-def _mean(tokens: np.ndarray) -> np.ndarray:
-    """Return the normalised mean (D,) float32 of token vectors (L, D), by which candidates are found."""
-    mean = tokens.sum(axis=0)
-    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
-
-
-def _chunk_schema(info: IndexInfo) -> "pa.Schema":
-    import pyarrow as pa
-
-    texts = ("id", "path", "file_hash", "language", "kind", "name", "context", "text", "tokens")
-    fields = [*((name, pa.string()) for name in texts), ("line", pa.int32()), ("end_line", pa.int32())]
-    tokens = [("token_vectors", pa.large_binary())] if info.maxsim else []
-    return pa.schema([*fields, ("vector", pa.list_(pa.float32(), info.dimensions)), *tokens])
-
-
-def _file_schema() -> "pa.Schema":
-    import pyarrow as pa
-
-    kinds = (pa.string(), pa.int64(), pa.int64(), pa.string(), pa.int32(), pa.string())
-    return pa.schema(list(zip(FileRecord._fields, kinds, strict=True)))
+def _filtered(search: Any, within: Within) -> Any:
+    """Return a search of LanceDB that looks only at some chunks, before it ranks them."""
+    condition = lance_tables.condition(within)
+    return search.where(condition, prefilter=True) if condition else search

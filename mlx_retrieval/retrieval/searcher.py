@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.retrieval.analyzer import NONE, analyzer
+from mlx_retrieval.retrieval.base import Hit, Within
+from mlx_retrieval.retrieval.fusion import FUSIONS, hybrid, weight_of
+from mlx_retrieval.utils.errors import UserError, near_miss
 
 if TYPE_CHECKING:
     from mlx_retrieval.inference.embedder import Model
     from mlx_retrieval.inference.reranker import Reranker
-    from mlx_retrieval.retrieval.base import Hit
 
-# The first is the default: with trained models it ranked better than hybrid (benchmarks/code_search.py).
-MODES = ("semantic", "hybrid", "bm25")
+MODES = ("hybrid", "semantic", "bm25")  # the first is the default: see benchmarks/hybrid.py
 DEPTH = 50  # hits that a reranker scores
 
 
@@ -60,7 +62,7 @@ class Searcher:
         try:
             model = embedder.load(name, dtype=self._dtype)
         except UserError as error:
-            hint = "" if self._model_name else "; give the model's new place with --model-path"
+            hint = "" if self._model_name else "; give the model's new place with --model-path, or search with --bm25"
             raise UserError(f"{error}{hint}") from error
         if model.fingerprint() != info.fingerprint:
             reason = f"is another model than {info.model}," if self._model_name else "is no longer the model"
@@ -71,29 +73,51 @@ class Searcher:
         return model
 
     def search(
-        self, query: str, mode: str = MODES[0], top: int = 10, weight: float = 0.5, depth: int = DEPTH
-    ) -> "list[Hit]":
+        self,
+        query: str,
+        mode: str = MODES[0],
+        top: int = 10,
+        weight: float | None = None,
+        depth: int = DEPTH,
+        fusion: str = FUSIONS[0],
+        languages: Sequence[str] = (),
+        paths: Sequence[str] = (),
+    ) -> list[Hit]:
         """Return the best chunks for a query, best first.
 
         Args:
             query: plain words; no character in it is an operator.
-            mode: "semantic", "bm25" or "hybrid", which fuses both by reciprocal ranks.
+            mode: "hybrid", "semantic" or "bm25"; see fusion.py for the first, which takes both others together.
             top: maximum number of hits.
-            weight: share of the semantic ranks in hybrid, from 0 (words only) to 1 (meaning only).
+            weight: share of the meaning in hybrid, from 0 (words only) to 1 (meaning only); None = as `search.py tune`
+                learnt it for this index, else fusion.WEIGHTS.
             depth: hits that the reranker scores, at least `top`; `score` is then the reranker's.
+            fusion: "scores" or "ranks", for hybrid.
+            languages: search only chunks in these, such as "python", "markdown" or "text".
+            paths: search only these files or folders; * and ? stand for any characters.
 
-        Raises UserError for an empty query and for values out of range.
+        Raises UserError for an empty query, for one of stop words in a search by words, and for values out of range.
         """
+        if languages:
+            self._check_languages(languages)
+        within = Within(languages=tuple(languages), paths=tuple(paths))
         if self.reranker is None:
-            return self._search(query, mode, top, weight)
+            return self._search(query, mode, top, weight, fusion, within)
         if depth < 1:
             raise UserError(f"--rerank-depth {depth}: at least 1")
-        hits = self._search(query, mode, max(top, depth), weight)
+        hits = self._search(query, mode, max(top, depth), weight, fusion, within)
         scores = self.reranker.score(query, [hit.text for hit in hits])
         order = (-scores).argsort(kind="stable")[:top].tolist()
         return [dataclasses.replace(hits[i], score=float(scores[i])) for i in order]
 
-    def _search(self, query: str, mode: str, top: int, weight: float) -> "list[Hit]":
+    def _check_languages(self, languages: Sequence[str]) -> None:
+        """Raise UserError for a language that no chunk has."""
+        known = self.index.languages()
+        if unknown := [name for name in languages if name not in known]:
+            near = near_miss(unknown[0], known)
+            raise UserError(f"--language {unknown[0]}: not in {self.index.folder}; there: {', '.join(known)}{near}")
+
+    def _search(self, query: str, mode: str, top: int, weight: float | None, fusion: str, within: Within) -> list[Hit]:
         from mlx_retrieval.inference.embedder import embed
 
         if mode not in MODES:
@@ -102,11 +126,16 @@ class Searcher:
             raise UserError("the query is empty")
         if top < 1:
             raise UserError(f"--top {top}: at least 1")
-        if not 0 <= weight <= 1:
-            raise UserError(f"--weight {weight}: between 0 and 1")
+        weight = weight_of(self.index.info, fusion, weight)
         if mode == "bm25":
-            return self.index.bm25(query, top)
+            language = self.index.info.language
+            if not analyzer(language).query_terms(query) and analyzer(NONE).query_terms(query):
+                raise UserError(
+                    f"the query has only stop words ({language}), which are not indexed: search by meaning, "
+                    "with --semantic"
+                )
+            return self.index.bm25(query, top, within)
         vector = embed(self.model, [query], "query")[0]
         if mode == "semantic":
-            return self.index.semantic(vector, top)
-        return self.index.hybrid(query, vector, top, weight)
+            return self.index.semantic(vector, top, within)
+        return hybrid(self.index, query, vector, top, weight, fusion, within)

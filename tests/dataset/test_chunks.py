@@ -1,4 +1,4 @@
-"""Chunks: whole functions and classes with exact lines, nothing lost, and words that BM25 can find.
+"""Chunks: whole functions and classes with exact lines, and nothing lost.
 
 python -m pytest tests/dataset/test_chunks.py
 """
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_retrieval.dataset import chunks
-from mlx_retrieval.dataset.chunks import chunk_file, words
+from mlx_retrieval.dataset.chunks import chunk_file
 
 # One definition a language, with what belongs to it: its first and last line, its kind and its name.
 SNIPPETS = {
@@ -162,19 +162,6 @@ def test_any_lines_are_cut_without_loss(lines, limit, overlap):
     for path in ("a.py", "a.md", "a.txt"):
         if text.strip():
             check(path, text, limit=max(limit, overlap + 1), overlap=overlap)
-
-
-def test_words_of_identifiers():
-    assert words("readLine") == ["readline", "read", "line"] == words("read_line")
-    assert words("HTTPServer2") == ["httpserver2", "http", "server", "2"]
-    assert words("x86_64 Été __init__") == ["x8664", "x86", "x", "86", "64", "été", "init"]
-    assert words("read line") == ["read", "line"]
-
-
-def test_words_without_spaces_and_without_operators():
-    assert words("搜索引擎") == ["搜索引擎", "搜索", "索引", "引擎"]
-    assert words('"a" AND (b OR -c) ^2 title:x* \\') == ["a", "and", "b", "or", "c", "2", "title", "x"]
-    assert words(" \t!?") == []
 
 
 def test_markdown_headings_may_be_underlined():

@@ -25,8 +25,11 @@ from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.elastic.documents import RANGE
 from mlx_retrieval.dataset.elastic.rows import BLOCK, ElasticRows
 from mlx_retrieval.inference import embedder
-from mlx_retrieval.retrieval import elastic_index
+from mlx_retrieval.retrieval import elastic_index, fusion, indexer, lance_index, rewriting
 from mlx_retrieval.retrieval import searcher as retrieval_searcher
+from mlx_retrieval.retrieval.analyzer import analyzer
+from mlx_retrieval.retrieval.base import Within
+from mlx_retrieval.retrieval.fusion import fuse_scores, hybrid
 from mlx_retrieval.utils import errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
@@ -322,13 +325,92 @@ def test_vectors_written_back_are_searched(login, small, capsys):
     searcher = retrieval_searcher.Searcher(f"es://{small}")
     texts = {str(i): f"t{i}\ns{i}" for i in range(300)} | {"late": "a tall ship\nat sea"}
     exact = model.encode(list(texts.values()), prompt="document") @ model.encode("a tall ship", prompt="query")
-    found = searcher.search("a tall ship", top=5)
+    found = searcher.search("a tall ship", "semantic", top=5)
     assert [hit.path for hit in found] == [list(texts)[i] for i in (-exact).argsort()[:5]]
     assert found[0].score == pytest.approx(exact.max(), abs=1e-4) and found[0].text == texts[found[0].path]
     assert [hit.path for hit in searcher.search("t17 s17", mode="bm25", top=3)] == ["17"]
     assert searcher.search("tall ship at sea", mode="hybrid", top=3)[0].path == "late"
+    vector = searcher.model.encode("tall ship at sea", prompt="query")
+    words, meaning = searcher.index.bm25("tall ship at sea", 9), searcher.index.semantic(vector, 400)
+    assert len(words) == 1 and len(meaning) == 301
+    named = ("late", "17", "200")
+    some = searcher.index.semantic(vector, 3, Within(ids=named))  # exact, and the scores of an unrestricted search
+    assert {hit.path: hit.score for hit in some} == pytest.approx(
+        {hit.path: hit.score for hit in meaning if hit.path in named}, abs=1e-6
+    )
+    fused = fuse_scores(fusion.complete(searcher.index, "tall ship at sea", vector, words, meaning[:100]), 0.8)
+    assert searcher.search("tall ship at sea", "hybrid", top=100, weight=0.8) == fused[:100]
     assert search.main(["search", "tall ship", "--store", f"es://{small}", "--bm25", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["path"] == "late"
+
+
+TEXTS = ["def readLine(file): return next", "It reads lines of HTTPServer2, and caches nothing", "été café",
+         "搜索引擎 finds read_line", "a reader of caches", "gradient caching", "cached gradients x86_64"]  # fmt: skip
+
+
+def test_lancedb_and_elasticsearch_hold_the_same_words(login, tmp_path):
+    """Side by side: the terms, and the scores that both compute from them."""
+    fill(login, "texts", [{"title": text, "snippet": ""} for text in TEXTS])
+    model = embedder.load("gemma-3-tiny-mlx")
+    elastic_index.write_vectors(model, "es://texts", "vector", ["title"])
+    elastic = elastic_index.ElasticIndex("es://texts")
+    (tmp_path / "corpus").mkdir()
+    rows = (json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS))
+    (tmp_path / "corpus/corpus.jsonl").write_text("".join(rows))
+    indexer.update(tmp_path / "corpus", tmp_path / "index", model)
+    lance = lance_index.Index.open(tmp_path / "index")
+    weights = dict.fromkeys(lance.info.fields, 0) | {"text": 1}
+    lance = rewriting.rewrite(lance, fields=weights)  # documents of Elasticsearch have one field
+    for i, text in enumerate(TEXTS):
+        (row,) = lance.chunks.search().where(f"path = '{i}'").to_list()
+        body = {"field": "vector_words", "text": analyzer().stream(text)}
+        tokens = [token["token"] for token in login.ask("POST", "/texts/_analyze", body)["tokens"]]
+        assert tokens == row["tokens"].split() == analyzer().terms(text)
+    for query in ("readLine", "read line", "CACHED gradient", "ete", "引擎", "http server", "x86", "the", "zebra"):
+        by_place = [{hit.path: hit.score for hit in index.bm25(query, 10)} for index in (lance, elastic)]
+        assert by_place[0] == pytest.approx(by_place[1], rel=1e-4)
+        vector = model.encode(query, prompt="query")
+        fused = [{hit.path: hit.score for hit in hybrid(index, query, vector, 10)} for index in (lance, elastic)]
+        assert fused[0] == pytest.approx(fused[1], abs=1e-4)
+
+
+def test_words_are_added_to_vectors_of_the_version_before(login, small, capsys, monkeypatch):
+    """Nothing is embedded for that; until then a search by words says how."""
+    to = ["--to", f"es://{small}", "--model", "gemma-3-tiny-mlx"]
+    assert embed.main(to) == 0
+    client = server.Server(server.parse(f"es://{small}")).client
+    meta = client.indices.get_mapping(index=small)[small]["mappings"]["_meta"]
+    for name in ("language", "weight"):
+        del meta[elastic_index.META]["vector"][name]
+    client.indices.put_mapping(index=small, meta=meta)
+    searcher = retrieval_searcher.Searcher(f"es://{small}")
+    with pytest.raises(errors.UserError, match=r"no words beside vector.* without embedding again: .*embed\.py"):
+        searcher.search("t17 s17", "bm25")
+    assert len(searcher.search("t17 s17", "semantic", top=3)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder.Model, "encode", lambda *_, **__: 1 / 0)
+        assert embed.main(to) == 0
+    assert retrieval_searcher.Searcher(f"es://{small}").search("t17 s17", "bm25")[0].path == "17"
+    assert embed.main([*to, "--language", "none"]) == 0
+    searcher = retrieval_searcher.Searcher(f"es://{small}")
+    assert searcher.index.info.language == "none"
+    searcher.index.keep_weight(0.3)
+    assert embed.main(to) == 0  # both stay
+    info = retrieval_searcher.Searcher(f"es://{small}").index.info
+    assert (info.language, info.weight) == ("none", 0.3)
+    capsys.readouterr()
+
+
+def test_an_index_in_elasticsearch_is_tuned(login, small, tmp_path, capsys):
+    assert embed.main(["--to", f"es://{small}", "--model", "gemma-3-tiny-mlx"]) == 0
+    rows = [{"query": f"what of t{i} and s{i}", "path": str(i)} for i in range(0, 300, 20)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert search.main(["tune", str(tmp_path / "q.jsonl"), "--store", f"es://{small}"]) == 0
+    out = capsys.readouterr().out
+    weight = retrieval_searcher.Searcher(f"es://{small}").index.info.weight
+    assert (f"kept         weight {weight:g}" in out) if weight is not None else ("unchanged" in out)
+    assert search.main(["eval", str(tmp_path / "q.jsonl"), "--store", f"es://{small}"]) == 0
+    assert "15 queries" in capsys.readouterr().out
 
 
 def test_another_models_vectors_are_not_mixed_in(login, small, capsys, monkeypatch):
@@ -339,15 +421,15 @@ def test_another_models_vectors_are_not_mixed_in(login, small, capsys, monkeypat
     # A replacement that is interrupted leaves vectors of both, and the next run replaces all again.
     write, written = elastic_index._write, []
 
-    def interrupted(server, hits, *rest):
-        write(server, hits[:100], *rest[:-1], rest[-1][:100])
+    def interrupted(server, hits, values):
+        write(server, hits[:100], {name: column[:100] for name, column in values.items()})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(elastic_index, "_write", interrupted)
     assert embed.main([*to, "--max-length", "8", "--overwrite"]) == 130
     assert not elastic_index.ElasticIndex(f"es://{small}").info.complete
     monkeypatch.setattr(
-        elastic_index, "_write", lambda server, hits, *rest: (written.extend(hits), write(server, hits, *rest))
+        elastic_index, "_write", lambda server, hits, values: (written.extend(hits), write(server, hits, values))
     )
     assert embed.main([*to, "--max-length", "8"]) == 0
     assert len(written) == 300 and elastic_index.ElasticIndex(f"es://{small}").info.complete

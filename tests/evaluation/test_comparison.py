@@ -140,7 +140,7 @@ def wrong_files(save) -> list[tuple[list[str], str]]:
         ([one, save("none.json", {"model": "m", "tasks": {}})], "none.json: no results of eval.py --output"),
         ([one, "no-such-file.json"], "--compare no-such-file.json: no such file"),
         ([one, one, "--eval-tasks", "eval-data"], "--eval-tasks: files of results are compared on the tasks"),
-        ([one, one, "--depth", "5"], "--first-stage and --depth are for rerankers"),
+        ([one, one, "--depth", "5"], "--first-stage, --depth and --language are for rerankers"),
         ([one, one, "--precision", "int8", "--adapter", "a"], "--adapter and --precision: not with --compare"),
         ([one, one, "--task", "late"], "--task: not with --compare"),
         ([one, one, "--max-length", "9", "--query-max-length", "9"], "--max-length and --query-max-length: not with"),

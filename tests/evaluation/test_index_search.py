@@ -7,10 +7,12 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import search
+from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.evaluation import index_search, retrieval
 from mlx_retrieval.evaluation.index_search import Query, Target, differences, evaluate, rank, read_queries
 from mlx_retrieval.evaluation.results import compare
@@ -19,6 +21,7 @@ from mlx_retrieval.retrieval.base import Hit
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 TOPICS = ("boiler drips", "bike chain", "kettle hiss", "lamp flickers", "radio hums", "door creaks")
 
 
@@ -52,13 +55,15 @@ def searcher(beir, small) -> Searcher:
 class Fixed:
     """An index whose answers are written down."""
 
+    info = SimpleNamespace(weight=None, impute=0)
+
     def __init__(self, bm25: list[Hit], semantic: list[Hit]):
         self._bm25, self._semantic = bm25, semantic
 
-    def bm25(self, query: str, top: int) -> list[Hit]:
+    def bm25(self, query: str, top: int, within=None) -> list[Hit]:
         return self._bm25
 
-    def semantic(self, vector, top: int) -> list[Hit]:
+    def semantic(self, vector, top: int, within=None) -> list[Hit]:
         return self._semantic
 
 
@@ -72,7 +77,8 @@ def test_figures_by_hand(small):
     index = Fixed([wrong, half, answer], [answer, wrong])
     queries = [Query("by line", {Target("a.py", 15): 1}), Query("by file", {Target("a.py"): 1})]
     queries.append(Query("never", {Target("c.py"): 1}))
-    figures = {mode: result.per_query["queries"] for mode, result in evaluate(index, model, queries).items()}
+    by_ranks = evaluate(index, model, queries, fusion="ranks")
+    figures = {mode: result.per_query["queries"] for mode, result in by_ranks.items()}
     first, second, third = (figures["bm25"]["ndcg_at_10"][f"q{i}"] for i in range(3))
     assert (first, second, third) == pytest.approx((1 / math.log2(4), 1 / math.log2(3), 0))
     assert figures["bm25"]["mrr_at_10"] == pytest.approx({"q0": 1 / 3, "q1": 1 / 2, "q2": 0})
@@ -80,7 +86,7 @@ def test_figures_by_hand(small):
     assert figures["semantic"]["precision_at_1"] == {"q0": 1, "q1": 1, "q2": 0}
     # Fused: answer 1/63 + 1/61, wrong 1/61 + 1/62, half 1/62.
     assert figures["hybrid"]["mrr_at_10"] == pytest.approx({"q0": 1 / 2, "q1": 1 / 2, "q2": 0})
-    averages = {mode: result.tasks["queries"]["mrr_at_10"] for mode, result in evaluate(index, model, queries).items()}
+    averages = {mode: result.tasks["queries"]["mrr_at_10"] for mode, result in by_ranks.items()}
     assert averages == pytest.approx({"bm25": 5 / 18, "semantic": 2 / 3, "hybrid": 1 / 3})
     assert evaluate(Fixed([], []), model, queries)["hybrid"].tasks["queries"]["ndcg_at_10"] == 0
 
@@ -119,27 +125,73 @@ def test_the_command_evaluates(searcher, beir, tmp_path, capsys):
     flags = ["--index", str(searcher.index.folder), "--output", str(output), "--overwrite"]
     assert search.main(["eval", queries, *flags]) == 0
     told = capsys.readouterr()
-    assert "1 of the answers are not in" in told.err and "2 queries" in told.out
-    assert [line.split()[0] for line in told.out.splitlines() if line.startswith((" P@1", " MRR", " nDCG"))] == [
-        "P@1", "MRR@10", "nDCG@10", "P@1", "MRR@10", "nDCG@10",
-    ]  # fmt: skip
+    assert "1 of the answers are not in" in told.err and "no search finds gone" in told.err and "2 queries" in told.out
+    names = [line.split()[0] for line in told.out.splitlines() if line.startswith((" P@1", " MRR", " nDCG"))]
+    assert names == ["P@1", "MRR@10", "nDCG@10"] * 3  # figures, differences to bm25 and to semantic
     found = json.loads(output.read_text())
     assert found["queries"] == 2 and found["bm25"]["precision_at_1"] == 1.0
     assert found["bm25"]["ndcg_at_10"] == pytest.approx((1 + 1 / (1 + 1 / math.log2(3))) / 2)
     assert set(found["to_bm25"]["hybrid"]["mrr_at_10"]) == {"difference", "low", "high"}
+    assert set(found["to_semantic"]) == {"hybrid"}
     assert search.main(["eval", str(beir), *flags]) == 0
     assert "12 queries" in capsys.readouterr().out and json.loads(output.read_text())["queries"] == 12
 
 
-def test_ids_with_colons_are_no_lines(searcher):
-    class Known:
-        def records(self):
-            return {name: type("R", (), {"left_out": ""}) for name in ("d:2", "a.py")}
-
+def test_ids_with_colons_are_no_lines():
     queries = [Query("q", {Target("d", 2): 1}), Query("q", {Target("a.py", 3): 1}), Query("q", {Target("b", 1): 1})]
-    resolved, missing = index_search.resolve(queries, Known())
+    resolved, missing, _ = index_search.resolve(queries, ["d:2", "a.py"])
     assert [list(query.targets) for query in resolved] == [[Target("d:2")], [Target("a.py", 3)], [Target("b", 1)]]
-    assert missing == 1
+    assert missing == ["b"] and index_search.wanted(queries) == ["d", "d:2", "a.py", "a.py:3", "b", "b:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("area.py", "src/shapes/area.py"),
+        ("shapes/area.py", "src/shapes/area.py"),
+        ("./src/shapes/area.py", "src/shapes/area.py"),
+        ("checkout/src/shapes/area.py", "src/shapes/area.py"),
+        ("/home/me/checkout/src/shapes/area.py", "src/shapes/area.py"),
+        ("pes/area.py", None),  # part of a name
+        ("other/area.py", None),
+        ("lines.py", None),  # twice
+        ("b/lines.py", "b/lines.py"),
+    ],
+)
+def test_paths_match_by_their_ends(name, answer):
+    paths = ["src/shapes/area.py", "a/lines.py", "b/lines.py"]
+    resolved, missing, ambiguous = index_search.resolve([Query("q", {Target(name, 7): 1})], paths)
+    assert list(resolved[0].targets) == [Target(answer or name, 7)] and missing == [name] * (answer is None)
+    assert ambiguous == ({"lines.py": ["a/lines.py", "b/lines.py"]} if name == "lines.py" else {})
+
+
+def test_a_table_of_zeros_is_refused(searcher, tmp_path, capsys):
+    """Regression: questions whose paths were written from another folder got one, with exit code 0."""
+    rows = [{"query": "boiler drips in case 0", "path": "texts/d0.txt"}, {"query": "case 7", "path": "d7.txt"}]
+    queries, index = write_jsonl(tmp_path / "queries.jsonl", rows), str(searcher.index.folder)
+    for command in ("eval", "tune"):
+        assert search.main([command, queries, "--index", index]) == 2
+        told = capsys.readouterr()
+        assert "none of the answers, such as texts/d0.txt, is in" in told.err and "the index holds d0" in told.err
+        assert not told.out
+
+
+def test_questions_that_stand_in_a_document_are_pointed_out(searcher, tmp_path, capsys):
+    rows = [{"query": "Bike chain in CASE 7?", "path": "d7"}, {"query": "chain of a bike", "path": "d1"}]
+    rows.append({"query": "boiler drips", "path": "d0"})  # so short that it means nothing
+    queries = write_jsonl(tmp_path / "queries.jsonl", rows)
+    assert search.main(["eval", queries, "--index", str(searcher.index.folder)]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "1 of 3 questions stand word by word in an indexed document" in told and "'Bike chain in CASE 7?' in d7" in told
+    )
+
+
+def test_the_questions_about_this_repository_have_answers_in_it():
+    queries = read_queries(ROOT / "eval-data" / "this-repository.jsonl")
+    paths = [file.path for file in file_tree.walk(ROOT, exclude=["adapters"]).files]
+    _, missing, ambiguous = index_search.resolve(queries, paths)
+    assert (len(queries), missing, ambiguous) == (40, [], {})
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from beir_folders import WordCounts, write_folder
 from mteb_folder import mteb_task
 
 import eval as evaluation
-from mlx_retrieval.evaluation import reranking
 from mlx_retrieval.evaluation import tasks as evaluation_tasks
+from mlx_retrieval.evaluation.first_stages import Hybrid, bm25_stage, open_stage
 from mlx_retrieval.evaluation.reranking import evaluate_reranker
 from mlx_retrieval.evaluation.results import METRICS, Evaluation, compare
-from mlx_retrieval.evaluation.retrieval import evaluate
+from mlx_retrieval.evaluation.retrieval import evaluate, score_rankings
 from mlx_retrieval.inference import reranker
-from mlx_retrieval.retrieval.bm25 import bm25
+from mlx_retrieval.retrieval import fusion
+from mlx_retrieval.retrieval.bm25 import bm25, bm25_scorer
 from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -186,7 +187,7 @@ def test_documents_have_their_titles_and_queries_come_in_blocks(tmp_path):
 
 def test_bm25_is_lucenes_formula():
     rng = np.random.default_rng(0)
-    vocabulary = [f"w{i}" for i in range(60)]
+    vocabulary = [f"{a}o{b}" for a in "bcfghkmp" for b in "bdgklmnp"]
     documents = {f"d{i:02}": " ".join(rng.choice(vocabulary, rng.integers(5, 40))) for i in range(50)}
     asked = {f"q{i}": " ".join(rng.choice(vocabulary, 4, replace=False)) for i in range(20)}
     counts = {name: Counter(text.split()) for name, text in documents.items()}
@@ -197,7 +198,7 @@ def test_bm25_is_lucenes_formula():
         c, total = counts[name], 0.0
         for word in query.split():
             weight = math.log(1 + (50 - having[word] + 0.5) / (having[word] + 0.5))
-            total += weight * c[word] / (c[word] + 1.5 * (1 - 0.75 + 0.75 * c.total() / mean))
+            total += weight * c[word] / (c[word] + 1.2 * (1 - 0.75 + 0.75 * c.total() / mean))
         return total
 
     wordy = {name: f"The {text} is" + " and the" * int(rng.integers(9)) for name, text in documents.items()}
@@ -208,6 +209,16 @@ def test_bm25_is_lucenes_formula():
         assert set(found[query]) == {name for name, score in scores.items() if score > 0}
         assert all(np.diff([scores[name] for name in found[query]]) <= 1e-6)
     assert bm25(wordy, queries, 7) == {query: names[:7] for query, names in found.items()}
+
+
+def test_bm25_in_another_language(tmp_path):
+    corpus = [{"_id": "d1", "text": "Die Häuser"}, {"_id": "d2", "text": "und der Mann"}]
+    shelf = write_folder(tmp_path / "shelf", corpus, [{"_id": "q1", "text": "das Haus und der"}], "q1\td1\t1\n")
+    assert [order_of(evaluate_reranker(Judge(), [str(shelf)])[0])] == [0.0]
+    german, _ = evaluate_reranker(Judge(), [str(shelf)], open_stage(None, language="german"))
+    assert order_of(german) == 1.0
+    with pytest.raises(UserError, match="--language germn"):
+        open_stage("bm25", language="germn")
 
 
 @pytest.mark.slow
@@ -263,6 +274,40 @@ def test_a_model_as_first_stage(small, shelf, task):
     assert len(judge.asked["apple"]) == 2
 
 
+@pytest.mark.parametrize("task", ["counts", "embed", "late"])
+def test_a_model_and_bm25_together_as_first_stage(small, words, task, monkeypatch):
+    """By hand from the scores of both, over all documents."""
+    from mlx_retrieval.inference import embedder
+    from mlx_retrieval.models import maxsim
+
+    monkeypatch.setattr(fusion, "POOL", 1_000)  # so all are candidates
+    model = WordCounts() if task == "counts" else embedder.load(small, task=task)
+    before, _ = evaluate_reranker(Judge(), [str(words)], Hybrid(model))
+    assert before.model == f"{model.name} with BM25"
+    judged = evaluation_tasks.load(words).judged()
+    ids, texts = list(judged.corpus.ids), judged.corpus.texts(range(len(judged.corpus.ids)))
+    scorer, documents = bm25_scorer(texts), model.encode(texts, prompt="document", show_progress=False)
+    queries = model.encode(list(judged.queries.values()), prompt="query", show_progress=False)
+    rankings = {}
+    for (name, text), vector in zip(judged.queries.items(), queries, strict=True):
+        if task == "late":
+            lengths = np.array([len(each) for each in documents])
+            meaning = maxsim.score(vector, np.concatenate(documents), lengths, model.config.maxsim)
+        else:
+            meaning = documents @ vector
+        weight = fusion.WEIGHTS["scores"]
+        scores = weight * fusion.minmax(meaning) + (1 - weight) * fusion.minmax(scorer(text))
+        rankings[name] = dict(zip(ids, scores.tolist(), strict=True))
+    expected = score_rankings(judged.qrels, rankings)["ndcg_at_10"]
+    assert before.per_query["words"]["ndcg_at_10"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_first_stage_has_a_name():
+    with pytest.raises(UserError, match="--first-stage hybrid: the model must be named too"):
+        open_stage("hybrid")
+    assert open_stage(None) is open_stage("bm25") is bm25_stage()
+
+
 def test_the_first_stage_is_asked_once(words, tmp_path):
     folder = shutil.copytree(words, tmp_path / "words")
     model = WordCounts()
@@ -291,7 +336,7 @@ def test_a_first_stage_is_not_kept_alive(shelf):
     evaluate_reranker(Judge(), [str(shelf)])
     del model
     gc.collect()
-    assert alive() is None and list(task.first_stages) == [reranking.BM25]
+    assert alive() is None and list(task.first_stages) == [bm25_stage()]
 
 
 # --- what can go wrong ---
@@ -394,6 +439,10 @@ def test_command_with_a_model_as_first_stage(monkeypatch, rerankers, capsys, wor
     assert evaluation.main([*command, "bm25"]) == 0
     assert "documents of BM25" in capsys.readouterr().out
     assert loaded == [("adapters/mine", (), {"dtype": "float16"})]
+    assert evaluation.main([*command, "hybrid:adapters/mine"]) == 0
+    assert "documents of adapters/mine with BM25" in capsys.readouterr().out
+    assert loaded[1:] == [("adapters/mine", (), {"dtype": "float16"})]
+    assert evaluation.main([*command, "bm25", "--language", "elvish"]) == 2
 
 
 def test_task_of_a_bi_encoder_can_be_said(monkeypatch, capsys, words):
@@ -417,6 +466,7 @@ WRONG = [
     ([*RERANK, "--query-max-length", "8"], "--query-max-length: not for --task rerank"),
     ([*RERANK, "--precision", "int8", "--dimensions", "64"], "--precision and --dimensions: not for --task rerank"),
     (["--first-stage", "bm25"], "--first-stage: only for --task rerank"),
+    (["--language", "german"], "--language: only for --task rerank"),
     (["--task", "late", "--depth", "5"], "--depth: only for --task rerank"),
     ([*RERANK, "--eval-tasks", "no/where"], "no/where: no such folder"),
     ([*RERANK, "--output", "README.md/where.json"], "README.md is not a folder"),

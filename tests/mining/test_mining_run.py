@@ -105,6 +105,7 @@ def test_flags_have_their_effect(small, pairs, tmp_path, capsys):
     assert mined("--absolute-margin", "0", *off) != plain
     assert mined(*off, "--sampling", "random", "--seed", 1) != plain
     assert mined(*off, "--by", "both") != mined(*off, "--by", "bm25")
+    assert mined(*off, "--by", "bm25", "--language", "none") != mined(*off, "--by", "bm25")
     assert mined(*off, "--max-length", 5) != plain
     capsys.readouterr()
     assert run("--model", small, "--data", pairs, "--output", output, "--overwrite", *work, "--max-score=-2") == 2

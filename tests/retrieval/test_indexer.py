@@ -19,6 +19,7 @@ from mlx_retrieval.models import heads
 from mlx_retrieval.retrieval import base, indexer, lance_errors, lance_index
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.retrieval.rewriting import rewrite
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
@@ -133,6 +134,7 @@ from pathlib import Path
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import indexer
 from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.retrieval.rewriting import rewrite
 root, index, small, moment, count = sys.argv[1:]
 indexer.BATCH = 1
 def die_after(name, when):
@@ -245,7 +247,9 @@ def test_a_damaged_index_is_told_and_rebuilt(tree, model, tmp_path):
     index = tmp_path / "index"
     update(tree, index, model)
     whole = (index / base.FILE).read_text()
-    for text in ("{", "[]", '{"version": 1}', json.dumps(json.loads(whole) | {"version": 0})):
+    about = json.loads(whole)
+    broken = [about | {"version": 0}, about | {"fields": about["fields"] | {"text": 9}}, {"version": 1}]
+    for text in ("{", "[]", *map(json.dumps, broken)):
         (index / base.FILE).write_text(text)
         with pytest.raises(UserError, match="--rebuild replaces it"):
             update(tree, index, model)
@@ -349,3 +353,104 @@ def test_a_rebuild_that_fails_keeps_the_old_index_and_goes_on(tree, tmp_path, mo
     assert (index / lance_index.REBUILT).is_dir() and not (index / "index.json").exists()
     assert update(tree, index, model).embedded == 0 and Index.open(index).chunks.count_rows() == 6
     assert Index.add is add
+
+
+# --- words: older versions, other languages, other weights ---
+
+
+def downgrade(folder: Path) -> None:
+    """Make an index look as version 1 wrote it: without later settings, and with other words."""
+    index = Index.open(folder)
+    index.chunks.update(values={"tokens": "'old'"})
+    later = {"folders", "language", "fields", "weight"}
+    values = {name: value for name, value in vars(index.info).items() if name not in later} | {"version": 1}
+    (folder / base.FILE).write_text(json.dumps(values))
+
+
+def test_an_index_of_the_version_before_is_refused_and_brought_up_to_date(tree, model, tmp_path):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    update(tree, tmp_path / "whole", model)
+    downgrade(index)
+    with pytest.raises(UserError, match=rf"without embedding again: python .*search.py index {tree} --model-path "):
+        Index.open(index)
+    write(tree / "notes.md", "# Boiler\nIt is quiet.\n\n# Bike\nThe chain squeaks.\n")
+    summary = update(tree, index, model)
+    assert (summary.embedded, summary.unchanged, summary.chunks) == (2, 3, 6)  # only the file that has changed
+    update(tree, tmp_path / "whole", model)
+    assert_same(index, tmp_path / "whole")
+    assert not (index / lance_index.REBUILT).exists() and Index.open(index).info.version == base.VERSION
+
+
+def test_an_unfinished_index_of_the_version_before_is_continued(tree, model, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    monkeypatch.setattr(indexer, "BATCH", 1)
+    with monkeypatch.context() as patch:
+        add, calls = Index.add, []
+        patch.setattr(Index, "add", lambda *args: calls.append(args) or (add(*args) if len(calls) < 3 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            update(tree, index, model)
+    downgrade(index)
+    assert 0 < update(tree, index, model).unchanged < 4
+    update(tree, tmp_path / "whole", model)
+    assert_same(index, tmp_path / "whole")
+
+
+def test_another_language_needs_other_words_and_no_vectors(tree, model, tmp_path):
+    index = tmp_path / "index"
+    write(tree / "haus.txt", "Die Häuser\n")
+    update(tree, index, model)
+    assert Index.open(index).bm25("haus", 1)[0].path == "haus.txt"  # by the name of the file
+    summary = update(tree, index, model, language="german")
+    assert (summary.embedded, summary.changed, Index.open(index).info.language) == (0, 0, "german")
+    assert Index.open(index).bm25("Haus", 1)[0].score > 0 and update(tree, index, model).embedded == 0
+    assert Index.open(index).info.language == "german"  # without the flag it stays
+    update(tree, tmp_path / "whole", model, language="german")
+    assert_same(index, tmp_path / "whole")
+    with pytest.raises(UserError, match="--language elvish"):
+        update(tree, index, model, language="elvish")
+
+
+def test_other_weights_of_fields_give_the_words_of_a_new_index(tree, model, tmp_path):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    before = Index.open(index).bm25("read line", 10)
+    weights = {"path": 0, "name": 8, "doc": 0, "text": 1}
+    rewritten = rewrite(Index.open(index), fields=weights, weight=0.25)
+    assert (rewritten.info.fields, rewritten.info.weight, rewritten.info.complete) == (weights, 0.25, True)
+    after = rewritten.bm25("read line", 10)
+    assert after[0].name == "readLine" and after[0].score > before[0].score
+    summary = update(tree, index, model)  # and later runs keep them
+    assert summary.embedded == 0 and Index.open(index).bm25("read line", 10) == after
+
+
+# --- several folders ---
+
+
+def test_several_folders(tree, model, tmp_path):
+    write(tree / "docs/boiler.md", "# Boiler\nIt drips.\n")
+    roots, index = [tree / "src", tree / "docs", tree / "src/deep/..", tree / "src"], tmp_path / "index"
+    assert update(roots, index, model).files == 3
+    opened = Index.open(index)
+    assert opened.root == tree and opened.info.folders == ["docs", "src"]
+    assert {row[1] for row in rows(index)[0]} == {"docs/boiler.md", "src/area.py", "src/lines.py"}
+    write(tree / "src/area.py", "def area():\n    return 3\n")
+    (tree / "docs/boiler.md").unlink()
+    write(tree / "docs/bike.md", "# Bike\nIt squeaks.\n")
+    summary = update(roots, index, model)
+    assert (summary.changed, summary.unchanged, summary.removed) == (2, 1, 1)
+    with pytest.raises(UserError, match=f"was made of {tree}/docs, {tree}/src: --rebuild"):
+        update([tree / "docs", tree / "more"] if write(tree / "more/a.txt", "a") is None else [], index, model)
+    assert update([*roots, tree / "more"], index, model).files == 4  # one more folder
+    assert update(tree, index, model).changed == 2  # the folder that holds them: notes.md and "it's odd.txt"
+
+
+def test_messages_about_several_folders_name_files_as_they_were_given(tree, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tree)
+    monkeypatch.setattr(heads, "unit", lambda vectors: vectors * np.nan)
+    write(tree / "docs/boiler.md", "# Boiler\n")
+    with pytest.raises(UserError, match="the first is docs/boiler.md:1"):
+        update([Path("src"), Path("docs")], tmp_path / "index", model)
+    write(tree / "corpus/corpus.jsonl", '{"_id": "d", "text": "t"}\n')
+    with pytest.raises(UserError, match="corpus: a folder in BEIR layout is indexed alone"):
+        update([Path("src"), Path("corpus")], tmp_path / "index", model)

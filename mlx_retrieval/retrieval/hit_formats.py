@@ -1,0 +1,60 @@
+"""Show the hits of a search: for people, as JSON, or as grep does."""
+
+import json
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_retrieval.retrieval.analyzer import ENGLISH
+from mlx_retrieval.retrieval.base import Hit
+from mlx_retrieval.retrieval.snippets import matching_spans, snippet
+from mlx_retrieval.utils.errors import Place
+
+FORMATS = ("text", "json", "grep")
+
+
+def print_hits(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool, language: str = ENGLISH) -> None:
+    """Print path:line, score, name and two lines of each hit."""
+    from rich.text import Text
+
+    from mlx_retrieval.utils.console import console
+
+    for hit in hits:
+        place = hit.path if is_corpus else str(Place(_relative(root / hit.path), hit.line or None))
+        console().print(
+            Text.assemble((place, "cyan"), f"  {hit.score:.4f}", (f"  {hit.name}" if hit.name else "", "dim"))
+        )
+        rows = snippet(hit.text, query, language=language)
+        lines = textwrap.dedent("\n".join(line for _, line in rows)).split("\n")
+        for (row, _), line in zip(rows, lines, strict=True):
+            number = f"{hit.line + row:>6} " if hit.line and not is_corpus else ""
+            text = Text(line.rstrip()[:160])
+            for span in matching_spans(text.plain, query, language):
+                text.stylize("bold yellow", *span)
+            console().print(Text.assemble((f"{number:>7}", "dim"), text))
+    if not hits:
+        console().print("nothing found")
+
+
+def grep_lines(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool, language: str = ENGLISH) -> list[str]:
+    """Return `path:line:text` of the line of each hit that holds most words of the query, for editors and scripts."""
+    lines = []
+    for hit in hits:
+        ((row, line),) = snippet(hit.text, query, 1, language) or [(0, "")]
+        place = hit.path if is_corpus else _relative(root / hit.path)
+        lines.append(f"{place}:{hit.line + row if hit.line else 1}:{line.rstrip()}")
+    return lines
+
+
+def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:
+    """Return the hits as one JSON object."""
+    fields = ("path", "line", "end_line", "language", "kind", "name", "score", "text")
+    results = [{name: getattr(hit, name) for name in fields} for hit in hits]
+    return json.dumps({"mode": mode, "query": query, "root": str(root), "results": results}, ensure_ascii=False)
+
+
+def _relative(path: Path) -> str:
+    """Return a path relative to the current folder if it is inside it."""
+    here = Path.cwd()
+    return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)

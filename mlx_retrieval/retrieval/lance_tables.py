@@ -1,0 +1,128 @@
+"""The tables of a LanceDB index: their columns, full-text index, filters and upkeep."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_retrieval.retrieval.analyzer import LONGEST, analyzer
+from mlx_retrieval.retrieval.base import FileRecord, IndexInfo, Within
+from mlx_retrieval.retrieval.fields import fields_of, stream
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXTS = ("id", "path", "file_hash", "language", "kind", "name", "context", "text", "tokens")
+PATHS_AT_ONCE = 500  # in one filter
+
+
+def connect(folder: Path) -> Any:
+    """Return LanceDB's connection to a folder."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings concern storage internals
+    import lancedb
+
+    return lancedb.connect(folder)
+
+
+def chunk_schema(info: IndexInfo) -> "pa.Schema":
+    """Return the columns of chunks.lance."""
+    import pyarrow as pa
+
+    columns = [*((name, pa.string()) for name in TEXTS), ("line", pa.int32()), ("end_line", pa.int32())]
+    tokens = [("token_vectors", pa.large_binary())] if info.maxsim else []
+    return pa.schema([*columns, ("vector", pa.list_(pa.float32(), info.dimensions)), *tokens])
+
+
+def file_schema() -> "pa.Schema":
+    """Return the columns of files.lance."""
+    import pyarrow as pa
+
+    kinds = (pa.string(), pa.int64(), pa.int64(), pa.string(), pa.int32(), pa.string())
+    return pa.schema(list(zip(FileRecord._fields, kinds, strict=True)))
+
+
+def vector_columns(info: IndexInfo, vectors: np.ndarray | Sequence[np.ndarray]) -> dict[str, "pa.Array"]:
+    """Return the columns `vector` and, for late interaction, `token_vectors` of chunks with these vectors."""
+    import pyarrow as pa
+
+    if not info.maxsim:
+        return {"vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), info.dimensions)}
+    means = np.stack([mean(each) for each in vectors])
+    tokens = pa.array([each.astype(np.float16).tobytes() for each in vectors], pa.large_binary())
+    return {
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(means.ravel()), info.dimensions),
+        "token_vectors": tokens,
+    }
+
+
+def mean(tokens: np.ndarray) -> np.ndarray:
+    """Return the normalised mean (D,) float32 of token vectors (L, D), by which candidates are found."""
+    total = tokens.sum(axis=0)
+    return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
+
+
+# --- words ---
+
+
+def word_stream(row: dict[str, Any], info: IndexInfo) -> str:
+    """Return the terms that a search by words finds a chunk by; `row`: path, name, language, context and text."""
+    path = "" if info.is_corpus else row["path"]
+    fields = fields_of(path, row["name"], row["language"], row["context"], row["text"])
+    return stream(fields, info.fields, analyzer(info.language))
+
+
+def index_words(table: Any) -> None:
+    """Index the column `tokens` for full-text search. It holds terms, so LanceDB only splits at white space."""
+    from lancedb.index import FTS
+
+    off = {"stem": False, "remove_stop_words": False, "ascii_folding": False, "lower_case": False}
+    config = FTS(base_tokenizer="whitespace", max_token_length=4 * LONGEST + 1, **off)  # in bytes
+    table.create_index("tokens", config=config, replace=True)
+
+
+# --- filters ---
+
+
+def condition(within: Within) -> str:
+    """Return a SQL condition on chunks; "" = none."""
+    conditions = []
+    if within.ids is not None:
+        conditions.append(f"id IN ({_quoted(within.ids)})" if within.ids else "false")
+    if within.languages:
+        conditions.append(f"language IN ({_quoted(within.languages)})")
+    if within.paths:
+        pattern = "|".join(_pattern(path) for path in within.paths)
+        conditions.append(f"regexp_like(path, {_quoted([f'^({pattern})$'])})")
+    return " AND ".join(conditions)
+
+
+def path_conditions(paths: Sequence[str]) -> Iterator[str]:
+    """Yield SQL conditions on chunks or files, which together select those of these paths."""
+    for first in range(0, len(paths), PATHS_AT_ONCE):
+        yield f"path IN ({_quoted(paths[first : first + PATHS_AT_ONCE])})"
+
+
+def _quoted(values: Sequence[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def _pattern(path: str) -> str:
+    """Return a regular expression for a file, or for all files of a folder: * and ? stand for any characters."""
+    pattern = re.escape(path.removeprefix("./").rstrip("/")).replace(r"\*", ".*").replace(r"\?", ".")
+    return f"(.*/)?{pattern}(/.*)?" if "/" not in path.rstrip("/") else f"{pattern}(/.*)?"
+
+
+# --- upkeep ---
+
+
+def tidy(table: Any) -> None:
+    """Add new rows to the indices, merge small files, and remove all versions but the newest."""
+    with warnings.catch_warnings():
+        # It warns about readers of older versions; ours check out the newest one before every query.
+        warnings.filterwarnings("ignore", message="optimize.cleanup_older_than=0")
+        table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)

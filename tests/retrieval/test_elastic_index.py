@@ -1,0 +1,105 @@
+"""What a search asks of Elasticsearch, against a stub; tests/dataset/test_elastic.py asks a real server.
+
+python -m pytest tests/retrieval/test_elastic_index.py
+"""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
+from mlx_retrieval.retrieval import elastic_index
+from mlx_retrieval.retrieval.base import Within
+from mlx_retrieval.retrieval.elastic_index import META, ElasticIndex, VectorField
+from mlx_retrieval.utils.errors import UserError
+
+FIELD = VectorField("model", "fingerprint", 2, ["title", "body"], "cosine", language="english", weight=0.7)
+SOURCE = {"title": "a title", "body": "a body"}
+
+
+class Stub:
+    """A server with an index `docs`; it notes the bodies of searches and of changes of the mapping."""
+
+    def __init__(self, fields: dict[str, VectorField]):
+        self.asked: list[dict] = []
+        self.mapping = {"docs": {"mappings": {"_meta": {META: {name: asdict(each) for name, each in fields.items()}}}}}
+        self.address = SimpleNamespace(index="docs")
+        indices = SimpleNamespace(get_mapping=lambda **_: self.mapping, put_mapping=self._note)
+        self.client = SimpleNamespace(indices=indices, search=self._search)
+
+    def _note(self, **body):
+        self.asked.append(body)
+
+    def _search(self, **body):
+        self._note(**body)
+        return {"hits": {"hits": [{"_index": "docs", "_id": "7", "_source": SOURCE, "_score": 0.75}]}}
+
+    def call(self, method, **body):
+        return method(**body)
+
+
+@pytest.fixture
+def stub(monkeypatch) -> Stub:
+    stub = Stub({"vector": FIELD})
+    monkeypatch.setattr(elastic_index, "Server", lambda address: stub)
+    return stub
+
+
+def test_words_are_terms_that_the_server_only_splits(stub):
+    index = ElasticIndex("es://docs")
+    (hit,) = index.bm25("Where are readLine's caches?", 5)
+    assert (hit.path, hit.text, hit.score) == ("7", "a title\na body", 0.75)
+    match = {"match": {"vector_words": {"query": "readlin read line cach"}}}
+    assert stub.asked[-1]["query"] == {"bool": {"must": [match], "filter": []}} and stub.asked[-1]["size"] == 5
+    assert index.bm25("what is this", 5) == [] and len(stub.asked) == 1
+    index.bm25("caches", 2, Within(ids=("7", "8")))
+    assert stub.asked[-1]["query"]["bool"]["filter"] == [{"ids": {"values": ["7", "8"]}}]
+    assert (index.info.language, index.info.weight) == ("english", 0.7)
+
+
+def test_documents_that_are_named_are_compared_one_by_one(stub):
+    """The filter names as many documents as are wanted, so the server compares all of them."""
+    index = ElasticIndex("es://docs")
+    (hit,) = index.semantic(np.array([0.6, 0.8]), 2, Within(ids=("7", "8")))
+    knn = stub.asked[-1]["knn"]
+    assert hit.score == 0.5 and knn["k"] == 2 and knn["filter"] == [{"ids": {"values": ["7", "8"]}}]
+    index.semantic(np.array([0.6, 0.8]), 2)
+    assert "filter" not in stub.asked[-1]["knn"]
+    for search in (lambda w: index.bm25("cache", 1, w), lambda w: index.semantic(np.zeros(2), 1, w)):
+        with pytest.raises(UserError, match="--language and --path: for an --index of files"):
+            search(Within(paths=("src",)))
+    with pytest.raises(UserError, match="--language and --path"):
+        index.languages()
+
+
+def test_an_index_without_words_says_how_to_add_them(stub):
+    values = asdict(FIELD)
+    del values["language"], values["weight"]  # as the version before wrote it
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"] = values
+    index = ElasticIndex("es://docs")
+    assert index.semantic(np.array([0.6, 0.8]), 1) and index.info.weight is None
+    command = "embed.py --model model --to es://docs --field vector --es-fields document=title+body"
+    with pytest.raises(UserError, match=f"without embedding again: .*{command.replace('+', '.')}$"):
+        index.bm25("cache", 1)
+
+
+def test_a_weight_is_kept_beside_the_vectors(stub):
+    index = ElasticIndex("es://docs")
+    index.keep_weight(0.25)
+    body = stub.asked[-1]
+    assert body["meta"][META]["vector"] == asdict(FIELD) | {"weight": 0.25} and index.info.weight == 0.25
+    assert body["properties"]["vector_words"] == {"type": "text", "analyzer": "whitespace", "index_options": "freqs"}
+
+
+@pytest.mark.parametrize(("texts", "by_terms"), [(["title", "body"], True), (["title"], False)])
+def test_mining_ranks_by_the_same_words(stub, texts, by_terms):
+    """If they were made of the same fields; otherwise the server's own analysis counts."""
+    corpus = ElasticCorpus.__new__(ElasticCorpus)
+    corpus.address, corpus.texts, corpus._numbers = stub.address, texts, {"docs/7": 0}
+    corpus.documents = SimpleNamespace(server=stub)
+    scores = corpus.words([1], 2, 10)("the caches")
+    assert scores.tolist() == [0.0, 0.75]
+    query = stub.asked[-1]["query"]
+    assert query == {"match": {"vector_words": {"query": "cach"}}} if by_terms else "multi_match" in query
