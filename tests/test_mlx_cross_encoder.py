@@ -87,6 +87,7 @@ def test_reranker_as_written(hub):
     np.testing.assert_array_equal(reranker.score(QUERY, DOCUMENTS), scores)
 
 
+@pytest.mark.slow
 def test_qwen3_training_as_written(hub, capsys):
     train_data, eval_data = rows(40), rows(8)
     config = Qwen3RerankerConfig(

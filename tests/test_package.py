@@ -48,7 +48,8 @@ def test_the_package_exports_what_the_commands_do():
         mlx_retrieval.Rerankers  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["embed", pytest.param("mlx_retrieval", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["embed", "mlx_retrieval"])
 def test_a_folder_with_modules_of_the_same_names(crowded, module):
     """Regression: the toolkit took a notebook's own config.py, utils.py or search.py for one of its modules."""
     code = (
