@@ -12,6 +12,7 @@ import numpy as np
 from mlx_retrieval.retrieval.analyzer import Analyzer
 from mlx_retrieval.retrieval.bm25 import K1, B
 from mlx_retrieval.retrieval.fields import FIELDS
+from mlx_retrieval.utils.products import product
 
 
 class FieldedBm25:
@@ -51,7 +52,7 @@ class Scorer:
 
     def __init__(self, bm25: FieldedBm25, weights: Sequence[int]):
         self.bm25, self.weights = bm25, np.array(weights, float)
-        lengths = bm25.lengths @ self.weights
+        lengths = product(bm25.lengths, self.weights)
         self.norms = K1 * (1 - B + B * lengths / max(lengths.mean(), 1e-12))  # (N,)
 
     def scores(self, query: str) -> np.ndarray:
