@@ -12,9 +12,10 @@ from pathlib import Path
 from mlx_retrieval.dataset import choice, chunks
 from mlx_retrieval.dataset.documents.folder import MAX_FILE_SIZE
 from mlx_retrieval.mining.questions import filtering, without_model
+from mlx_retrieval.mining.questions.generators import check_generator
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import files, toolkit
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import UserError, flag
 from mlx_retrieval.utils.outputs import check_parent, holds_model
 
 FILE, LOCK = "adapt.json", ".lock"  # in the folder of an adaptation: which stages are done, and who works there
@@ -60,17 +61,20 @@ class Adaptation:
         self.documents, self.output = self.documents.expanduser(), self.output.expanduser()
         if not self.documents.is_dir():
             raise UserError(f"{self.documents}: {'not a folder' if self.documents.exists() else 'no such folder'}")
+        for name, least in (("chunk_size", 1), ("max_file_size", 1), ("found_among", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: {least} or more")
         if not 0 <= self.overlap < self.chunk_size:
             raise UserError(f"--overlap {self.overlap}: from 0 to below --chunk-size {self.chunk_size}")
         if self.negatives < 0:
             raise UserError(f"--negatives {self.negatives}: 0 or more")
         if not 0 < self.holdout < 1:
             raise UserError(f"--holdout {self.holdout:g}: above 0 and below 1: the model is judged on these questions")
-        if self.guard_tolerance < 0:
+        if not self.guard_tolerance >= 0:  # nan, too
             raise UserError(f"--guard-tolerance {self.guard_tolerance:g}: 0 or more")
-        filtering.Rules(self.found_among)
         if self.guard is None:
             self.guard = [toolkit.find(toolkit.EVALUATION)]
+        check_generator(self.generator, self.styles, self.count, self.prompt)
         self.training = read_yaml(self.config) if self.config else {}
         if decided := [name for name in DECIDED if name in self.training]:
             raise UserError(f"--config {self.config}: {decided[0]} is decided by adapt.py")

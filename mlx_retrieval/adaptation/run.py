@@ -4,6 +4,7 @@ run(Adaptation(Path("handbook"), "sentence-transformers/all-MiniLM-L6-v2", Path(
 """
 
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Collection
@@ -19,7 +20,10 @@ from mlx_retrieval.adaptation.job import LOCK, Adaptation
 from mlx_retrieval.adaptation.record import Record
 from mlx_retrieval.adaptation.stages import STAGES, Workshop
 from mlx_retrieval.backbones.finding import resolve
+from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.mining.questions.base import digest
+from mlx_retrieval.models import kinds
+from mlx_retrieval.training.run import RunInterrupted
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.console import Lines, console, print_lines
 from mlx_retrieval.utils.errors import UserError, near_miss
@@ -53,10 +57,27 @@ def run(job: Adaptation, only: Collection[str] = (), redo: Collection[str] = ())
     for name in (*only, *redo):
         if name not in ALL:
             raise UserError(f"no stage is called {name!r}: there are {', '.join(ALL)}{near_miss(name, ALL)}")
+    if only and (others := [name for name in redo if name not in only]):
+        raise UserError(f"--redo {others[0]}: it is not among --stages {' '.join(only)}")
+    _check_tasks(job)
     print_lines([("device", backend.describe())])
     files.make_folder(job.output)
     with locks.only_one(job.output / LOCK, f"--output {job.output}: another process works there"):
         _Run(job, Record(job.output), [name for name in ALL if not only or name in only], redo).carry_out()
+
+
+def _check_tasks(job: Adaptation) -> None:
+    """Raise UserError for a task or a reranker that is not there, before any work is done for it."""
+    for name, tasks in (("--eval-tasks", job.eval_tasks), ("--guard", job.guard)):
+        try:
+            load_tasks(tasks)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    if job.reranker:
+        try:
+            kinds.require(kinds.RERANKING, job.reranker)
+        except UserError as error:
+            raise UserError(f"--reranker {job.reranker}: {error}") from error
 
 
 class _Run:
@@ -112,6 +133,8 @@ class _Run:
             self.record.note(name, key, before + time.monotonic() - began)
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"stopped at {name}; run the same command to continue") from error
+            if isinstance(error, RunInterrupted):
+                print(f"adapt.py: stopped at {name}; run the same command to continue", file=sys.stderr)
             raise
         self.record.note(name, key, before + time.monotonic() - began, figures)
         self.shop.figures[name] = figures
@@ -134,7 +157,7 @@ class _Run:
         began = time.monotonic()
         _head("plan", "measuring this machine")
         measured = costs.measure(self.job, _sample(self.shop.path("chunks.jsonl")), self.shop.generator)
-        left = self.shop.deadline - time.monotonic()
+        left = max(0.0, self.shop.deadline - time.monotonic())
         self.shop.plan = costs.fit(self.job, measured, total, left, "index" in self.names)
         print_plan(self.job, self.shop.plan)
         self.record.note(PLAN, key, time.monotonic() - began, dataclasses.asdict(self.shop.plan))

@@ -51,12 +51,34 @@ def test_times_that_are_none(text):
         ({"negatives": -1}, "--negatives -1"),
         ({"holdout": 0.0}, "--holdout 0"),
         ({"guard_tolerance": -0.1}, "--guard-tolerance -0.1"),
-        ({"found_among": 0}, "there must be 1 or more"),
+        ({"guard_tolerance": float("nan")}, "--guard-tolerance nan"),
+        ({"found_among": 0}, "--found-among 0: 1 or more"),
+        ({"seed": -1}, "--seed -1: 0 or more"),
+        ({"max_file_size": -5}, "--max-file-size -5"),
+        ({"styles": ("foo",)}, "--styles foo"),
+        ({"styles": ("title",), "generator": "http://localhost:8080"}, "--styles title"),
+        ({"generator": "foo"}, "--generator foo: not a generator"),
+        ({"generator": "mlx:"}, "--generator mlx:: not a generator"),
+        ({"generator": "mlx:no/such-model-here"}, "--generator no/such-model-here"),
     ],
 )
 def test_wrong_settings(job, changes, message):
     with pytest.raises(UserError, match=message):
         replace(job, **changes)
+
+
+def test_what_is_not_there_is_refused_before_any_work(job):
+    """Regression: a missing task was found after training, and a reranker was called --model."""
+    for changes, message in (
+        ({"eval_tasks": ["nowhere"]}, "--eval-tasks: nowhere"),
+        ({"guard": ["nowhere"]}, "--guard: nowhere"),
+        ({"reranker": "nowhere", "guard": ()}, "--reranker nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.run(replace(job, **changes))
+        assert not job.output.exists()
+    with pytest.raises(UserError, match="--redo train: it is not among --stages read"):
+        run.run(job, ["read"], ["train"])
 
 
 def test_the_output_is_a_folder_of_its_own(job, tmp_path):
@@ -102,7 +124,7 @@ def test_a_change_concerns_the_stages_from_there_on(job, tmp_path):
     assert changed(guard=()) == after_train
     assert changed(eval_tasks=("x",)) == {"evaluate"}
     assert changed(negatives=2) == {"negatives", *after_train}
-    assert changed(generator="mlx:x") == set(keys) - {"read"}
+    assert changed(generator="http://localhost:8080") == set(keys) - {"read"}
     assert changed(chunk_size=900) == set(keys)
     assert not changed(output=tmp_path / "elsewhere")
     (job.documents / "b.md").write_text("# B")

@@ -115,6 +115,6 @@ def check_styles(styles: Sequence[str], known: Iterable[str], count: int) -> Non
     for style in styles:
         if style not in known:
             near = near_miss(style, known)
-            raise UserError(f"no style of questions is called {style!r}: there are {', '.join(known)}{near}")
+            raise UserError(f"--styles {style}: there are {', '.join(known)}{near}")
     if not 1 <= count <= MOST:
         raise UserError(f"{count} questions a chunk: it must be 1 to {MOST}")
