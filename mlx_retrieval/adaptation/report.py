@@ -1,8 +1,8 @@
 """The report of an adaptation, `report.html`: documents, questions, training and figures on one page."""
 
+from mlx_retrieval.adaptation.figures import only, read_evaluations
 from mlx_retrieval.adaptation.split import DOCUMENTS
-from mlx_retrieval.adaptation.stages import Workshop, read_evaluations
-from mlx_retrieval.evaluation.results import Evaluation
+from mlx_retrieval.adaptation.workshop import Workshop
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.report import Part, Report, render, retrieval_report
@@ -33,7 +33,7 @@ def content(shop: Workshop) -> Report:
     """Return the result: the held-out questions before and after, and the other tasks as notes."""
     evaluations = read_evaluations(shop.path("evaluation.json"))
     held = next(iter(evaluations[0].tasks))
-    before, after = _only(evaluations[0], held), _only(evaluations[-1], held)
+    before, after = only(evaluations[0], held), only(evaluations[-1], held)
     tasks, _ = load_tasks([str(shop.path("held-out"))])
     report = retrieval_report(before if len(evaluations) > 1 else None, after, tasks)
     report.eval_tasks = [str(shop.path("held-out"))]
@@ -47,13 +47,6 @@ def content(shop: Workshop) -> Report:
         f"Nothing was trained on the documents of the held-out questions, searched among up to {DOCUMENTS:,} chunks."
     )
     return report
-
-
-def _only(evaluation: Evaluation, task: str) -> Evaluation:
-    """Return an evaluation of one task alone."""
-    fields = {name: {task: values[task]} if task in values else {} for name, values in vars(evaluation).items()
-              if isinstance(values, dict) and name != "unreachable"}  # fmt: skip
-    return Evaluation(model=evaluation.model, unreachable={}, **fields)
 
 
 def _documents(shop: Workshop) -> Part:

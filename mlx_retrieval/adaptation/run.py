@@ -18,7 +18,8 @@ from mlx_retrieval.adaptation.chunk_file import Chunks
 from mlx_retrieval.adaptation.costs import Plan, minutes
 from mlx_retrieval.adaptation.job import LOCK, Adaptation
 from mlx_retrieval.adaptation.record import Record
-from mlx_retrieval.adaptation.stages import STAGES, Workshop
+from mlx_retrieval.adaptation.stages import STAGES
+from mlx_retrieval.adaptation.workshop import Workshop, clear
 from mlx_retrieval.backbones.finding import resolve
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.mining.questions.base import digest
@@ -125,7 +126,7 @@ class _Run:
         key, began = self.keys[name], time.monotonic()
         before = self.record.seconds(name, key)
         if self.record.stages.get(name, {}).get("key") != key:
-            stages.clear(self.shop, name)  # the files of other documents or settings
+            clear(self.shop, name)  # the files of other documents or settings
         self.record.note(name, key, before)
         try:
             figures = STAGES[name](self.shop)

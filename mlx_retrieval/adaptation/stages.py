@@ -14,25 +14,21 @@ run.py calls them in this order.
 """
 
 import json
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from mlx_retrieval.adaptation import chunk_file, costs, split
-from mlx_retrieval.adaptation.chunk_file import Chunks
-from mlx_retrieval.adaptation.costs import Plan, minutes
-from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.adaptation.costs import minutes
+from mlx_retrieval.adaptation.figures import figure_rows
 from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of
+from mlx_retrieval.adaptation.workshop import Figures, Workshop
 from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
 from mlx_retrieval.dataset.documents.folder import read_folder
 from mlx_retrieval.dataset.documents.summary import summary, unread_rows
-from mlx_retrieval.evaluation.results import LABELS, Evaluation, compare, main_metric
 from mlx_retrieval.evaluation.retrieval import evaluate as evaluate_model
 from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.exporters.run import export_with_warnings
@@ -42,8 +38,6 @@ from mlx_retrieval.mining import hard_negatives
 from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.output import write_rows
 from mlx_retrieval.mining.questions import filtering
-from mlx_retrieval.mining.questions.base import Generator, digest
-from mlx_retrieval.mining.questions.generators import open_generator
 from mlx_retrieval.mining.questions.store import CHUNK, STYLE, generate, open_store
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.retrieval.indexer import update
@@ -60,77 +54,6 @@ from mlx_retrieval.utils.text import quantity
 
 EXAMPLES = 8  # questions that are shown
 NO_GAIN = "no step was better than the untrained model"
-
-Figures = dict[str, Any]
-
-
-@dataclass
-class Workshop:
-    """What the stages work with.
-
-    Attributes:
-        job: the adaptation.
-        plan: how many chunks are asked about; None = all.
-        deadline: of the whole adaptation, by time.monotonic(); None = there is none.
-        figures: of the stages before.
-    """
-
-    job: Adaptation
-    plan: Plan | None = None
-    deadline: float | None = None
-    figures: dict[str, Figures] = field(default_factory=dict)
-    _generator: Generator | None = None
-
-    def path(self, name: str) -> Path:
-        """Return a file or folder of the adaptation."""
-        return self.job.output / name
-
-    @property
-    def questions(self) -> Path:
-        """The file of questions: one for each generator and its settings, so that none is made twice."""
-        job = self.job
-        prompt = job.prompt.read_text(encoding="utf-8-sig", errors="replace") if job.prompt else ""
-        name = re.sub(r"\W+", "-", job.generator).strip("-")[:40]
-        return (
-            self.path("questions")
-            / f"{name}-{digest(job.generator, job.count, [*job.styles], prompt, job.seed)[:4]}.jsonl"
-        )
-
-    @property
-    def generator(self) -> Generator:
-        """The generator of questions, opened when it is first needed."""
-        if self._generator is None:
-            job = self.job
-            self._generator = open_generator(job.generator, job.styles, job.count, job.seed, job.prompt)
-        return self._generator
-
-    def close_generator(self) -> None:
-        """Free the language model."""
-        self._generator = None
-        costs.free()
-
-    def chosen(self) -> Chunks:
-        """Return the chunks that questions are asked about: all, or as many as the plan has, drawn by their ids."""
-        path = self.path("chunks.jsonl")
-        if self.plan is None or self.plan.chunks >= self.plan.total:
-            return Chunks(path)
-        return Chunks(path, frozenset(sorted(chunk_file.read_ids(path), key=self._draw)[: self.plan.chunks]))
-
-    def _draw(self, name: str) -> bytes:
-        return blake2b(f"{self.job.seed} {name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-    def base_model(self) -> embedder.Model:
-        """Open the model that is to be trained. UserError if it is no embedding model of one vector a text."""
-        model = embedder.load(self.job.model, dtype=self.job.dtype)
-        if model.late:
-            raise UserError(f"--model {self.job.model}: a late-interaction model; adapt.py trains one vector a text")
-        return model
-
-    @property
-    def model(self) -> str:
-        """The model to use in the end: the exported one, or the base model if training gained nothing."""
-        exported = self.path("model")
-        return str(exported) if exported.is_dir() else self.job.model
 
 
 # --- documents and questions ------------------------------------------------------------------------------------------
@@ -352,29 +275,6 @@ def evaluate(shop: Workshop) -> Figures:
     return {"rows": rows, "lines": []}
 
 
-def read_evaluations(path: Path) -> list[Evaluation]:
-    """Return the evaluations of `evaluation.json`: of the base model, and of the trained one if there is one."""
-    return [Evaluation(**{"unreachable": {}} | record) for record in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def figure_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
-    """Return a row for each task: its name with its metric, before, after, difference, interval."""
-    before, after = evaluations[0], evaluations[-1]
-    rows = []
-    for task, figures in before.tasks.items():
-        one, other = (
-            Evaluation(each.model, {task: each.tasks[task]}, {task: each.per_query[task]}, {})
-            for each in (before, after)
-        )
-        name = f"{task}, {LABELS[main_metric(figures)]}, {one.asked()}"
-        if len(evaluations) == 1:
-            rows.append((name, f"{figures[main_metric(figures)]:.4f}", "-", "-", "-"))
-            continue
-        _, old, new, difference, low, high = compare(one, other)[0]
-        rows.append((name, f"{old:.4f}", f"{new:.4f}", f"{difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
-    return rows
-
-
 def index(shop: Workshop) -> Figures:
     """Index the folder with the model to use, as search.py does."""
     job = shop.job
@@ -397,23 +297,3 @@ STAGES: dict[str, Callable[[Workshop], Figures]] = {
     "evaluate": evaluate,
     "index": index,
 }
-
-# What a stage has written, to be removed before it is done with other documents or settings; questions are kept.
-WRITTEN = {
-    "read": ("chunks.jsonl",),
-    "filter": ("rows.jsonl", "held-out"),
-    "negatives": ("mined.jsonl",),
-    "train": ("run",),
-    "export": ("model",),
-    "evaluate": ("evaluation.json",),
-    "index": ("index",),
-}
-
-
-def clear(shop: Workshop, name: str) -> None:
-    """Remove what a stage has written."""
-    for path in map(shop.path, WRITTEN.get(name, ())):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

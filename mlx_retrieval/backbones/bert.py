@@ -3,13 +3,12 @@
 Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692), Conneau et al. 2020 (arXiv 1911.02116).
 """
 
-import re
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
-from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
 from mlx_retrieval.backbones.ops import attention
 from mlx_retrieval.backbones.parts import Embeddings, Layer, Output, join_heads, split_heads
 from mlx_retrieval.utils.errors import UserError
@@ -88,15 +87,12 @@ def first_position(config: dict) -> int:
     return 0 if config["model_type"] == "bert" else config.get("pad_token_id", 1) + 1
 
 
+RENAMED = {r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "LayerNorm.bias"}  # of the first checkpoints
+
+
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Remove heads and buffers, and the name prefix of checkpoints that were saved with a head."""
-    clean = {}
-    for name, value in weights.items():
-        name = re.sub(r"^(bert|roberta|model)\.", "", name)
-        if re.match(r"(pooler|cls|lm_head|classifier)\.", name) or name.endswith("position_ids"):
-            continue
-        clean[name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = value
-    return clean
+    return encoder_tensors(weights, "bert|roberta|model", r"(pooler|cls|lm_head|classifier)\.|.*position_ids$", RENAMED)
 
 
 def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> Bert:

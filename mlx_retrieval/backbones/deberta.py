@@ -6,7 +6,6 @@ of embeddings, which each block projects with matrices of its own or with those 
 """
 
 import functools
-import re
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
@@ -14,7 +13,7 @@ from mlx_retrieval.backend import mx, nn
 import numpy as np
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
-from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
 from mlx_retrieval.backbones.ops import ACTIVATIONS, attention
 from mlx_retrieval.backbones.parts import Embeddings, Layer, Output, join_heads, split_heads
 from mlx_retrieval.backbones.positions import biased_attention, hide_padding, signed_buckets, skewed
@@ -210,9 +209,9 @@ def has_positions(config: dict) -> bool:
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Remove heads and buffers, and the name prefix of checkpoints that were saved with a head."""
-    names = {name: name.removeprefix("deberta.") for name in weights}
-    others = re.compile(r"(pooler|classifier|cls|lm_predictions|mask_predictions|qa_outputs)\.|.*position_ids$")
-    return {names[name]: value for name, value in weights.items() if not others.match(names[name])}
+    return encoder_tensors(
+        weights, "deberta", r"(pooler|classifier|cls|lm_predictions|mask_predictions|qa_outputs)\.|.*position_ids$"
+    )
 
 
 def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> Deberta:

@@ -3,13 +3,12 @@
 Sanh et al. 2019 (arXiv 1910.01108): half of BERT's blocks, no token types, and other names for everything.
 """
 
-import re
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens, with_usual_names
-from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
 from mlx_retrieval.backbones.ops import ACTIVATIONS, attention
 from mlx_retrieval.backbones.parts import Embeddings, join_heads, split_heads
 
@@ -84,9 +83,7 @@ class DistilBert(Backbone):
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Remove heads and buffers, and the name prefix of checkpoints that were saved with a head."""
-    names = {name: name.removeprefix("distilbert.") for name in weights}
-    others = re.compile(r"(vocab_\w+|pre_classifier|classifier|qa_outputs)\.|.*position_ids$")
-    return {names[name]: value for name, value in weights.items() if not others.match(names[name])}
+    return encoder_tensors(weights, "distilbert", r"(vocab_\w+|pre_classifier|classifier|qa_outputs)\.|.*position_ids$")
 
 
 def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> DistilBert:

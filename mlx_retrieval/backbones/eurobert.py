@@ -3,13 +3,12 @@
 Boizard et al. 2025 (arXiv 2503.05500): Llama's blocks, with attention to both sides.
 """
 
-import re
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
-from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
 from mlx_retrieval.backbones.parts import GatedMLP, RotaryAttention
 from mlx_retrieval.backbones.positions import Rope, rope_of
 
@@ -68,9 +67,7 @@ class EuroBert(Backbone):
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Remove heads and buffers, and the name prefix of checkpoints that were saved with a head."""
-    names = {name: name.removeprefix("model.") for name in weights}
-    others = re.compile(r"(lm_head|dense|classifier)\.|.*inv_freq$")
-    return {names[name]: value for name, value in weights.items() if not others.match(names[name])}
+    return encoder_tensors(weights, "model", r"(lm_head|dense|classifier)\.|.*inv_freq$")
 
 
 def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> EuroBert:

@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
-from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
 from mlx_retrieval.backbones.parts import Embeddings, GatedMLP, RotaryAttention
 from mlx_retrieval.backbones.positions import Rope, rope_of
 from mlx_retrieval.utils.errors import UserError
@@ -110,15 +110,9 @@ class Gte(Backbone):
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Remove heads and buffers, and rename tensors of transformers 5 and of checkpoints that were saved with a head."""
-    clean = {}
-    for name, value in weights.items():
-        name = re.sub(r"^(new|gte|model)\.", "", name)
-        if re.match(r"(pooler|lm_head|classifier|qa_outputs)\.", name) or name.endswith(("position_ids", "inv_freq")):
-            continue
-        for pattern, published in RENAMED.items():
-            name = re.sub(pattern, published, name)
-        clean[name] = value
-    return clean
+    return encoder_tensors(
+        weights, "new|gte|model", r"(pooler|lm_head|classifier|qa_outputs)\.|.*(position_ids|inv_freq)$", RENAMED
+    )
 
 
 def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> Gte:

@@ -1,7 +1,10 @@
 """Read the files of a model's folder as the Hub has them: config.json and safetensors, never a pickle."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlx_retrieval.backend import mx, nn
@@ -125,6 +128,26 @@ def check_fit(wanted: dict[str, mx.array], weights: dict[str, mx.array], origin:
     if problems:
         count = f"{quantity(len(problems), 'tensor')} {'does' if len(problems) == 1 else 'do'}"
         raise UserError(f"{origin}: {count} not fit the model:\n  " + "\n  ".join(problems))
+
+
+def encoder_tensors(
+    weights: dict[str, mx.array], prefix: str, left_out: str, renamed: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, mx.array]:
+    """Return the tensors of an encoder alone, with the names that its family has here.
+
+    Args:
+        prefix: pattern of what stands before the first dot in checkpoints that were saved with a head.
+        left_out: pattern of the beginnings of names, then without the prefix, of heads and buffers.
+        renamed: pattern -> replacement, in names.
+    """
+    clean = {}
+    for name, value in weights.items():
+        name = re.sub(rf"^(?:{prefix})\.", "", name)
+        if not re.match(left_out, name):
+            for pattern, replacement in renamed.items():
+                name = re.sub(pattern, replacement, name)
+            clean[name] = value
+    return clean
 
 
 def load_strictly(

@@ -5,13 +5,12 @@ rotary, with one base for each of these two kinds. The feed-forward part is gate
 2002.05202).
 """
 
-import re
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
-from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
 from mlx_retrieval.backbones.ops import ACTIVATIONS
 from mlx_retrieval.utils.errors import UserError
 
@@ -144,9 +143,7 @@ class ModernBert(Backbone):
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Remove heads, and the name prefix of checkpoints that were saved with one."""
-    names = {name: name.removeprefix("model.") for name in weights}
-    heads = re.compile(r"(head|decoder|classifier)\.")
-    return {names[name]: value for name, value in weights.items() if not heads.match(names[name])}
+    return encoder_tensors(weights, "model", r"(head|decoder|classifier)\.")
 
 
 def _check(folder: Path, config: dict) -> None:

@@ -4,13 +4,12 @@ Song et al. 2020 (arXiv 2004.09297): BERT's blocks, RoBERTa's positions, and T5'
 share.
 """
 
-import re
 from pathlib import Path
 
 from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
-from mlx_retrieval.backbones.hub import load_strictly
+from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
 from mlx_retrieval.backbones.parts import Embeddings, Layer, join_heads, split_heads
 from mlx_retrieval.backbones.positions import biased_attention, bucket_bias, hide_padding
 
@@ -87,9 +86,7 @@ class MPNet(Backbone):
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Remove heads and buffers, and the name prefix of checkpoints that were saved with a head."""
-    names = {name: name.removeprefix("mpnet.") for name in weights}
-    others = re.compile(r"(pooler|lm_head|classifier|qa_outputs)\.|.*position_ids$")
-    return {names[name]: value for name, value in weights.items() if not others.match(names[name])}
+    return encoder_tensors(weights, "mpnet", r"(pooler|lm_head|classifier|qa_outputs)\.|.*position_ids$")
 
 
 def load(folder: Path, config: dict, weights: dict[str, mx.array]) -> MPNet:

@@ -1,23 +1,25 @@
 """An order of examples for each epoch that follows from the seed and the epoch alone."""
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 
-class Reshuffled:
+class Reshuffled(ABC):
     """What sources share whose examples can be read by number: a subclass says how an epoch is shuffled."""
 
     _order: tuple[tuple[int, int], np.ndarray] | None = None
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Return the number of examples."""
 
+    @abstractmethod
     def shuffled(self, seed: int, epoch: int) -> np.ndarray:
         """Return the numbers of all examples in the order of an epoch, (examples,) uint32."""
-        raise NotImplementedError
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return `shuffled`; that of the last epoch is kept."""
@@ -34,5 +36,5 @@ class Reshuffled:
         """Return {}: the order follows from the position alone."""
         return {}
 
-    def restore(self, cursor: dict[str, Any], position: int) -> None:
+    def restore(self, cursor: dict[str, Any], position: int) -> None:  # noqa: B027  (there is nothing to restore)
         """Do nothing: the order follows from the position alone."""

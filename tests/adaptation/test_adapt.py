@@ -73,6 +73,10 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def embedded(chunk: dict) -> str:
+    return f"{chunk['context']}\n{chunk['text']}" if chunk["context"] else chunk["text"]
+
+
 def test_every_stage_leaves_its_files(finished):
     output, screen = finished
     assert [name for name in run.ALL if f"{run.ALL.index(name) + 1} of {len(run.ALL)}  {name}" in screen] == [*run.ALL]
@@ -81,22 +85,22 @@ def test_every_stage_leaves_its_files(finished):
     held = {row["_id"]: row["text"] for row in rows(output / "held-out" / "queries.jsonl")}
     assert len(held) >= 10 and not {row["query"] for row in made} & {*held.values()}
     trained = {row["chunk_id"].partition("#")[0] for row in made}
-    text_of = {chunk["text"]: chunk["document"] for chunk in chunks}
+    stages_done = json.loads((output / "adapt.json").read_text())["stages"]
+    held_chunks = {*stages_done["filter"]["figures"]["held_chunks"]}
+    assert held_chunks and not trained & {name.partition("#")[0] for name in held_chunks}
     corpus = {row["_id"]: row["text"] for row in rows(output / "held-out" / "corpus.jsonl")}
     judged = [line.split("\t") for line in (output / "held-out" / "qrels" / "test.tsv").read_text().splitlines()[1:]]
     assert len(judged) == len(held) and {document for _, document, _ in judged} <= {*corpus}
-    known = {text for text, document in text_of.items() if document in trained}
-    assert not known & {corpus[document] for _, document, _ in judged}
     mined = rows(output / "mined.jsonl")
+    held_texts = {embedded(chunk) for chunk in chunks if chunk["id"] in held_chunks}
+    assert len(held_texts) == len(held_chunks) and not held_texts & {text for row in mined for text in row["negatives"]}
     assert len(mined) == len(made) and sum(len(row["negatives"]) for row in mined) > len(mined) / 4
     assert "damaged" in screen and "broken.pdf" in screen
 
 
 def test_a_rows_own_chunk_is_no_negative(finished):
     output, _ = finished
-    own = {
-        c["id"]: f"{c['context']}\n{c['text']}" if c["context"] else c["text"] for c in rows(output / "chunks.jsonl")
-    }
+    own = {chunk["id"]: embedded(chunk) for chunk in rows(output / "chunks.jsonl")}
     for row in rows(output / "mined.jsonl"):
         assert own[row["chunk_id"]] not in row["negatives"] and row["positive"] not in row["negatives"]
 

@@ -172,7 +172,7 @@ def read_folder(path: Path, max_file_size: int = MAX_FILE_SIZE, exclude: Sequenc
         folder.finish()
         if not len(folder):
             raise UserError(f"{path}: no document that can be read{_reasons(folder)}")
-    except BaseException:
+    except BaseException:  # Ctrl-C too; nothing is handled, only the temporary file is closed
         folder.close()
         raise
     return folder

@@ -5,6 +5,7 @@ A shape is a `Body` with two methods: `request` gives the internal request, `ans
 
 import base64
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -67,18 +68,18 @@ class Fields(BaseModel):
         return data
 
 
-class Body(Fields):
+class Body(Fields, ABC):
     """A request's body, which may name the model."""
 
     model: str | None = None
 
+    @abstractmethod
     def request(self) -> Request:
         """Return the internal request; HTTPException (400) for what this server cannot obey."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, result: Result) -> dict[str, Any] | list:
         """Return the public answer, ready for JSON."""
-        raise NotImplementedError
 
 
 def refuse(field: str, value: object, reason: str) -> None:

@@ -1,0 +1,112 @@
+"""What the stages of an adaptation work with: its files, its plan, the models that it opens.
+
+shop = Workshop(job)
+shop.path("chunks.jsonl"), shop.model
+"""
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from mlx_retrieval.adaptation import chunk_file, costs
+from mlx_retrieval.adaptation.chunk_file import Chunks
+from mlx_retrieval.adaptation.costs import Plan
+from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.mining.questions.base import Generator, digest
+from mlx_retrieval.mining.questions.generators import open_generator
+from mlx_retrieval.utils.errors import UserError
+
+Figures = dict[str, Any]  # what a stage returns, for the stages after it and the report
+
+# What a stage has written, to be removed before it is done with other documents or settings; questions are kept.
+WRITTEN = {
+    "read": ("chunks.jsonl",),
+    "filter": ("rows.jsonl", "held-out"),
+    "negatives": ("mined.jsonl",),
+    "train": ("run",),
+    "export": ("model",),
+    "evaluate": ("evaluation.json",),
+    "index": ("index",),
+}
+
+
+@dataclass
+class Workshop:
+    """What the stages work with.
+
+    Attributes:
+        job: the adaptation.
+        plan: how many chunks are asked about; None = all.
+        deadline: of the whole adaptation, by time.monotonic(); None = there is none.
+        figures: of the stages before.
+    """
+
+    job: Adaptation
+    plan: Plan | None = None
+    deadline: float | None = None
+    figures: dict[str, Figures] = field(default_factory=dict)
+    _generator: Generator | None = None
+
+    def path(self, name: str) -> Path:
+        """Return a file or folder of the adaptation."""
+        return self.job.output / name
+
+    @property
+    def questions(self) -> Path:
+        """The file of questions: one for each generator and its settings, so that none is made twice."""
+        job = self.job
+        prompt = job.prompt.read_text(encoding="utf-8-sig", errors="replace") if job.prompt else ""
+        name = re.sub(r"\W+", "-", job.generator).strip("-")[:40]
+        return (
+            self.path("questions")
+            / f"{name}-{digest(job.generator, job.count, [*job.styles], prompt, job.seed)[:4]}.jsonl"
+        )
+
+    @property
+    def generator(self) -> Generator:
+        """The generator of questions, opened when it is first needed."""
+        if self._generator is None:
+            job = self.job
+            self._generator = open_generator(job.generator, job.styles, job.count, job.seed, job.prompt)
+        return self._generator
+
+    def close_generator(self) -> None:
+        """Free the language model."""
+        self._generator = None
+        costs.free()
+
+    def chosen(self) -> Chunks:
+        """Return the chunks that questions are asked about: all, or as many as the plan has, drawn by their ids."""
+        path = self.path("chunks.jsonl")
+        if self.plan is None or self.plan.chunks >= self.plan.total:
+            return Chunks(path)
+        return Chunks(path, frozenset(sorted(chunk_file.read_ids(path), key=self._draw)[: self.plan.chunks]))
+
+    def _draw(self, name: str) -> bytes:
+        return blake2b(f"{self.job.seed} {name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+    def base_model(self) -> embedder.Model:
+        """Open the model that is to be trained. UserError if it is no embedding model of one vector a text."""
+        model = embedder.load(self.job.model, dtype=self.job.dtype)
+        if model.late:
+            raise UserError(f"--model {self.job.model}: a late-interaction model; adapt.py trains one vector a text")
+        return model
+
+    @property
+    def model(self) -> str:
+        """The model to use in the end: the exported one, or the base model if training gained nothing."""
+        exported = self.path("model")
+        return str(exported) if exported.is_dir() else self.job.model
+
+
+def clear(shop: Workshop, name: str) -> None:
+    """Remove what a stage has written."""
+    for path in map(shop.path, WRITTEN.get(name, ())):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
