@@ -25,13 +25,11 @@ from mlx_retrieval.dataset.documents.chunk import Chunk
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.mining.output import write_rows
 from mlx_retrieval.mining.questions import without_model
-from mlx_retrieval.mining.questions.base import Generator
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
 SAMPLE = 64  # chunks that are embedded to measure
-ASKED = 4  # chunks that questions are generated for to measure; they are kept
 QUERY = 0.3  # of a chunk's time: a query's
 OPENING = 10.0  # seconds to open models and files, for each of the last stages
 FEWEST = 200  # chunks that an adaptation should have questions for
@@ -62,14 +60,14 @@ class Plan:
         return sum(self.seconds.values())
 
 
-def measure(job: Adaptation, chunks: Sequence[Chunk], generator: Generator) -> Costs:
+def measure(job: Adaptation, chunks: Sequence[Chunk], questions: float) -> Costs:
     """Return what chunks cost, by a sample of them, with models opened and closed again.
 
     Args:
         chunks: a sample, SAMPLE of them if there are so many.
-        generator: of questions; what it is asked here is asked again, and answered from its file, in its stage.
+        questions: seconds to generate the questions of a chunk, see `stages.seconds_to_ask`.
     """
-    return Costs(_chunk_seconds(job, chunks), _row_seconds(job, chunks), _question_seconds(chunks, generator))
+    return Costs(_chunk_seconds(job, chunks), _row_seconds(job, chunks), questions)
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -106,16 +104,6 @@ def _row_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
         del trainer
     free()
     return seconds
-
-
-def _question_seconds(chunks: Sequence[Chunk], generator: Generator) -> float:
-    jobs = [job for chunk in chunks[:ASKED] for job in generator.jobs(chunk)]
-    if not jobs or generator.name == without_model.NAME:
-        return 0.0
-    began = time.perf_counter()
-    for _ in generator.answers(jobs):
-        pass
-    return (time.perf_counter() - began) / min(ASKED, len(chunks))
 
 
 def fit(job: Adaptation, costs: Costs, total: int, left: float | None, indexed: bool = True) -> Plan:

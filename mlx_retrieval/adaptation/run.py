@@ -157,7 +157,7 @@ class _Run:
             return
         began = time.monotonic()
         _head("plan", "measuring this machine")
-        measured = costs.measure(self.job, _sample(self.shop.path("chunks.jsonl")), self.shop.generator)
+        measured = costs.measure(self.job, _sample(self.shop.path("chunks.jsonl")), stages.seconds_to_ask(self.shop))
         left = max(0.0, self.shop.deadline - time.monotonic())
         self.shop.plan = costs.fit(self.job, measured, total, left, "index" in self.names)
         print_plan(self.job, self.shop.plan)
@@ -235,9 +235,9 @@ def dry_run(job: Adaptation) -> None:
         shop = Workshop(dataclasses.replace(job, output=Path(folder) / "adaptation"))
         shop.job.output.mkdir()
         figures = stages.read(shop)
-        measured = costs.measure(job, _sample(shop.path("chunks.jsonl")), shop.generator)
+        measured = costs.measure(job, _sample(shop.path("chunks.jsonl")), stages.seconds_to_ask(shop))
     print_plan(job, costs.fit(job, measured, figures["chunks"], job.budget))
-    print_lines([("dry run", "nothing was asked, trained or written")])
+    print_lines([("dry run", "nothing was trained or written")])
 
 
 def _sample(path: Path) -> list:

@@ -37,7 +37,7 @@ from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.mining import hard_negatives
 from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.output import write_rows
-from mlx_retrieval.mining.questions import filtering
+from mlx_retrieval.mining.questions import filtering, without_model
 from mlx_retrieval.mining.questions.store import CHUNK, STYLE, generate, open_store
 from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.retrieval.indexer import update
@@ -53,6 +53,7 @@ from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
 
 EXAMPLES = 8  # questions that are shown
+ASKED = 4  # chunks to measure a generator by
 NO_GAIN = "no step was better than the untrained model"
 
 
@@ -78,6 +79,18 @@ def read(shop: Workshop) -> Figures:
         print_rows("not read", ("reason", "files"), unread)
     print_lines(lines)
     return {"chunks": count, "lines": lines, "unread": unread}
+
+
+def seconds_to_ask(shop: Workshop) -> float:
+    """Return the seconds of making the questions of a chunk, by a few chunks whose questions are kept."""
+    if shop.generator.name == without_model.NAME:
+        return 0.0
+    began = time.monotonic()
+    files.make_folder(shop.questions.parent)
+    with open_store(shop.questions) as store:
+        for _ in generate(shop.drawn(ASKED), shop.generator, store, notify=lambda line: None):
+            pass
+    return (time.monotonic() - began) / ASKED
 
 
 def questions(shop: Workshop) -> Figures:

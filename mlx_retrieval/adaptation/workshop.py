@@ -81,10 +81,14 @@ class Workshop:
 
     def chosen(self) -> Chunks:
         """Return the chunks that questions are asked about: all, or as many as the plan has, drawn by their ids."""
-        path = self.path("chunks.jsonl")
         if self.plan is None or self.plan.chunks >= self.plan.total:
-            return Chunks(path)
-        return Chunks(path, frozenset(sorted(chunk_file.read_ids(path), key=self._draw)[: self.plan.chunks]))
+            return Chunks(self.path("chunks.jsonl"))
+        return self.drawn(self.plan.chunks)
+
+    def drawn(self, count: int) -> Chunks:
+        """Return so many chunks, drawn by their ids: of two counts, the larger one has the chunks of the other."""
+        path = self.path("chunks.jsonl")
+        return Chunks(path, frozenset(sorted(chunk_file.read_ids(path), key=self._draw)[:count]))
 
     def _draw(self, name: str) -> bytes:
         return blake2b(f"{self.job.seed} {name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

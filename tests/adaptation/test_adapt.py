@@ -13,6 +13,9 @@ from document_files import pdf
 
 import adapt
 from mlx_retrieval.adaptation import costs, run, stages
+from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.adaptation.workshop import Workshop
+from mlx_retrieval.mining.questions.without_model import WithoutModel
 from mlx_retrieval.retrieval.searcher import Searcher
 
 pytestmark = pytest.mark.slow
@@ -58,15 +61,15 @@ def flags(small, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(documents, flags, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a whole adaptation, and its screen."""
+def finished(documents, flags, tmp_path_factory) -> tuple[Path, str, Path]:
+    """The folder of a whole adaptation, its screen, and the documents."""
     import contextlib
     import io
 
     output, screen = tmp_path_factory.mktemp("adapted") / "out", io.StringIO()
     with contextlib.redirect_stdout(screen):
         assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
-    return output, screen.getvalue()
+    return output, screen.getvalue(), documents
 
 
 def rows(path: Path) -> list[dict]:
@@ -78,7 +81,7 @@ def embedded(chunk: dict) -> str:
 
 
 def test_every_stage_leaves_its_files(finished):
-    output, screen = finished
+    output, screen, _ = finished
     assert [name for name in run.ALL if f"{run.ALL.index(name) + 1} of {len(run.ALL)}  {name}" in screen] == [*run.ALL]
     chunks, made = rows(output / "chunks.jsonl"), rows(output / "rows.jsonl")
     assert {chunk["file"] for chunk in chunks} >= {"00.md", "paper.pdf"}
@@ -99,14 +102,14 @@ def test_every_stage_leaves_its_files(finished):
 
 
 def test_a_rows_own_chunk_is_no_negative(finished):
-    output, _ = finished
+    output, *_ = finished
     own = {chunk["id"]: embedded(chunk) for chunk in rows(output / "chunks.jsonl")}
     for row in rows(output / "mined.jsonl"):
         assert own[row["chunk_id"]] not in row["negatives"] and row["positive"] not in row["negatives"]
 
 
 def test_the_index_answers_also_from_a_pdf(finished):
-    output, _ = finished
+    output, *_ = finished
     searcher = Searcher(str(output / "index"))
     hits = searcher.search("paper report", "bm25", 3)
     assert hits[0].path == "paper.pdf" and hits[0].line == 0
@@ -121,7 +124,7 @@ def test_the_report_is_about_documents_and_questions(finished):
 
 
 def test_the_same_command_does_nothing_twice(finished, documents, flags, monkeypatch, capsys):
-    output, _ = finished
+    output, *_ = finished
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl")}
     for name in stages.STAGES:
         monkeypatch.setitem(stages.STAGES, name, lambda shop: pytest.fail("done again"))
@@ -161,7 +164,7 @@ def test_stages_alone_need_those_before(documents, flags, tmp_path, capsys):
 def test_a_dry_run_writes_nothing(documents, flags, tmp_path, capsys):
     assert adapt.main([str(documents), "--output", str(tmp_path / "out"), *flags, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "at most 18" in out and "all" in out and "nothing was asked, trained or written" in out
+    assert "at most 18" in out and "all" in out and "nothing was trained or written" in out
     assert not (tmp_path / "out").exists()
 
 
@@ -177,6 +180,30 @@ def test_a_budget_asks_about_fewer_chunks(documents, flags, tmp_path, monkeypatc
     assert "left" in capsys.readouterr().out
     assert adapt.main([str(documents), "--output", str(tmp_path / "o2"), *flags, "--budget", "1m"]) == 2
     assert "--budget: too short" in capsys.readouterr().err
+
+
+def test_what_a_generator_is_measured_by_is_kept(finished, tmp_path):
+    """Regression: the questions by which a model was measured were thrown away, and asked again."""
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    job = Adaptation(finished[2], "unused", output, generator="http://localhost:1")
+    shop, asked = Workshop(job), []
+
+    class Stub(WithoutModel):
+        name = "stub"
+
+        def answers(self, jobs):
+            for lot in super().answers(jobs):
+                asked.extend(answer.job.chunk.id for answer in lot)
+                yield lot
+
+    shop._generator = Stub()
+    assert stages.seconds_to_ask(shop) > 0 and len({*asked}) == stages.ASKED
+    shop.plan = costs.Plan(20, 91, 40, 0.1, {})
+    assert {*asked} <= {chunk.id for chunk in shop.chosen()}
+    before = len(asked)
+    stages.questions(shop)
+    assert len(asked) > before and not {*asked[:before]} & {*asked[before:]}
 
 
 def test_without_a_gain_the_base_model_is_used(finished, documents, flags, tmp_path, capsys):
