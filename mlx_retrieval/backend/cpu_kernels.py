@@ -93,7 +93,8 @@ def _write_once(path: Path, text: str, mode: int) -> None:
 
 def cold() -> bool:
     """Return whether `install` found no kernel from earlier runs: the first ones take about half a minute in all."""
-    return not any(Path(os.environ["TMPDIR"]).rglob("*.so"))
+    folders = os.walk(os.environ["TMPDIR"])  # passes over folders that another process removes meanwhile
+    return not any(name.endswith(".so") for _, _, names in folders for name in names)
 
 
 def failure(error: RuntimeError) -> str | None:

@@ -232,3 +232,21 @@ def test_without_a_compiler_everything_works_and_it_is_said(run_python):
     )
     done = run_python(code)
     assert done.returncode == 0 and "[2.0, 2.0, 2.0]" in done.stdout and "(no g++)" in done.stdout, done.stderr
+
+
+def test_a_folder_that_another_process_removes_is_passed_over(tmp_path, monkeypatch):
+    """Regression: two processes that started together, and one ended with FileNotFoundError."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    gone, kept, scan = tmp_path / "a-gone", tmp_path / "b-kept", os.scandir
+    gone.mkdir()
+    kept.mkdir()
+
+    def scandir(path):
+        if Path(path) == gone:
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert cpu_kernels.cold()
+    (kept / "kernel.so").touch()
+    assert not cpu_kernels.cold()
