@@ -60,8 +60,9 @@ def settings_of(folder: Path, steps: int, longest: int, **changes) -> dict:
 def kill(folder: Path, kills: int, steps: int, save_steps: int, seed: int = 0, tell=print) -> dict:
     """Kill and resume a run; return `kills`, `lost` (steps, one number a kill), `loadable`, `same`, `seconds`.
 
-    Each process runs for a random time after its first step, on average so long that the run is nearly over at the
-    last kill.
+    Each process is killed at a random moment after a random number of steps. Kills are counted in steps
+    since a step's time differs tenfold between the first process, which compiles, and the others; on average they
+    divide the run evenly.
     """
     from mlx_retrieval.training.config import Settings
     from mlx_retrieval.training.settings_file import write_yaml
@@ -73,7 +74,7 @@ def kill(folder: Path, kills: int, steps: int, save_steps: int, seed: int = 0, t
         files[name] = folder / f"{name}.yaml"
         write_yaml(Settings(**made), files[name])
     _train("--config", str(files["whole"])).wait()
-    pace = _seconds(folder / "whole") / steps
+    pace = statistics.median(record["seconds"] for record in _records(folder / "whole"))
     lost, loadable = [], True
     while len(lost) < kills and not (run / "final").is_dir():
         before = _reported(run)
@@ -83,9 +84,11 @@ def kill(folder: Path, kills: int, steps: int, save_steps: int, seed: int = 0, t
             else ["--config", str(files["killed"])]
         )
         process = _train(*resume)
-        while process.poll() is None and _reported(run) in (before, 0):  # a resumed run cuts the file back first
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 2 * pace * max(1, (steps - _saved(run)) / (kills - len(lost)))))
+        left = steps - _saved(run)
+        goal = _saved(run) + 1 + int(draw.uniform(0, 2 / (kills - len(lost) + 1)) * left)
+        while process.poll() is None and ((told := _reported(run)) < goal or told == before):
+            time.sleep(0.002)  # a resumed run cuts the file back first
+        time.sleep(draw.uniform(0, pace))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.wait()
@@ -122,10 +125,6 @@ def _records(run: Path) -> list[dict]:
 def _reported(run: Path) -> int:
     """Return the steps that metrics.jsonl reports."""
     return max((record["step"] for record in _records(run)), default=0)
-
-
-def _seconds(run: Path) -> float:
-    return sum(record["seconds"] for record in _records(run))
 
 
 def _saved(run: Path) -> int:

