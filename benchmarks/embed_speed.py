@@ -1,25 +1,30 @@
-"""Embedding: texts and useful tokens a second, beside sentence-transformers.
+"""Embedding: texts and useful tokens a second, and the time of a single query, beside sentence-transformers.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/embed_speed.py --data ../shared/data/medquad
     python benchmarks/embed_speed.py --texts 500 --rounds 1
 
-The first answers of MedQuAD; both sides have the same weights and limit and sort by length themselves. A turn is one
-call of `encode`, from texts to numpy vectors, which must agree; the first one, which also compiles and allocates, is
-reported separately. Figures in benchmarks/README.md.
+The first answers of MedQuAD; both sides have the same weights and limit and sort by length themselves. Of the batch
+sizes that --peer-batch names, the peer gets that with which it is fastest on a tenth of the texts. A turn is a call of
+`encode`, from texts to numpy vectors, which must agree; the first one, which also compiles and allocates, is reported
+separately. Then both embed queries one at a time: the median of a turn's calls. Figures in benchmarks/README.md.
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import sides
 from sides import Side, Turn
 
+PEER_BATCHES = (8, 16, 32, 64, 128)
+
 
 def ours(
-    folder: str, texts: list[str], max_length: int, batch_tokens: int | None, compile: str
+    folder: str, texts: list[str], max_length: int, single: bool, batch_tokens: int | None, compile: str
 ) -> Callable[[int], Turn]:
     from mlx_retrieval import backend
     from mlx_retrieval.inference import embedder
@@ -29,24 +34,34 @@ def ours(
     model = embedder.load(folder, max_length=max_length)
     tokens = int(model.tokenizer(texts, "document").lengths.sum())
 
-    def turn(_: int) -> Turn:
-        began = time.perf_counter()
-        vectors = model.encode(texts, prompt="document", show_progress=False, batch_tokens=batch_tokens)
-        seconds = time.perf_counter() - began
-        return Turn(seconds, tokens, sides.peak_memory_of_mlx(), value=vectors)
+    def encode(texts: list[str]) -> np.ndarray:
+        return model.encode(texts, prompt="document", show_progress=False, batch_tokens=batch_tokens)
 
-    return turn
+    return timed(encode, texts, single, tokens, sides.peak_memory_of_mlx)
 
 
-def sentence_transformers(folder: str, texts: list[str], max_length: int) -> Callable[[int], Turn]:
+def sentence_transformers(
+    folder: str, texts: list[str], max_length: int, single: bool, batch: int
+) -> Callable[[int], Turn]:
     model = sides.sentence_transformer(folder, max_length)
     tokens = sum(int(model.preprocess([text])["attention_mask"].sum()) for text in texts)
 
+    def encode(texts: list[str]) -> np.ndarray:  # the vectors come to the CPU, so nothing is left to wait for on a GPU
+        return model.encode(texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
+
+    return timed(encode, texts, single, tokens, sides.peak_memory_of_torch)
+
+
+def timed(encode: Callable, texts: list[str], single: bool, tokens: int, peak: Callable[[], int]) -> Callable:
+    """Return a turn: all texts in one call, or each in its own, whose seconds are then the median of the calls."""
+
     def turn(_: int) -> Turn:
-        began = time.perf_counter()  # the vectors come to the CPU, so nothing is left to wait for on a GPU
-        vectors = model.encode(texts, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
-        seconds = time.perf_counter() - began
-        return Turn(seconds, tokens, sides.peak_memory_of_torch(), value=vectors)
+        seconds, vectors = [], []
+        for part in [[text] for text in texts] if single else [texts]:
+            began = time.perf_counter()
+            vectors.append(encode(part))
+            seconds.append(time.perf_counter() - began)
+        return Turn(statistics.median(seconds), tokens, peak(), value=np.concatenate(vectors))
 
     return turn
 
@@ -56,37 +71,70 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", help="minilm, gemma (270m's shape, random weights) or a folder")
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl")
     parser.add_argument("--texts", type=int, default=5_000, help="embed the first so many answers")
+    parser.add_argument("--queries", type=int, default=200, help="embed the first so many questions one at a time")
     parser.add_argument("--max-length", type=int, default=256, help="most tokens of a text")
     parser.add_argument("--batch-tokens", type=int, metavar="N", help="ours: tokens at once; default: what it chooses")
     compiled = "ours: whether passes are compiled, as embed.py's flag"
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compiled)
+    batches = "theirs: batch_size, the fastest of these (default: %(default)s)"
+    parser.add_argument("--peer-batch", type=int, nargs="+", default=PEER_BATCHES, metavar="N", help=batches)
     parser.add_argument("--rounds", type=int, default=3, help="measured turns of each side")
     args = parser.parse_args()
 
-    texts = [positive for _, positive in sides.read_pairs(args.data)[: args.texts]]
+    pairs = sides.read_pairs(args.data)
     folder = sides.model_folder(args.model)
     print(sides.machine())
+    texts = [positive for _, positive in pairs[: args.texts]]
+
+    def peer(batch: int) -> Side:
+        few = texts[:: max(1, min(10, len(texts) // 200))]
+        return Side(f"batch_size={batch}", sentence_transformers, folder, few, args.max_length, False, batch)
+
+    batch = sides.fastest(args.peer_batch, peer, turns=2)
+    queries = list(dict.fromkeys(query for query, _ in pairs))[: args.queries]
+    for embedded, single in ((texts, False), (queries, True)):
+        if embedded:
+            compare(args, folder, embedded, single, batch)
+
+
+def compare(args: argparse.Namespace, folder: str, texts: list[str], single: bool, batch: int) -> None:
+    """Let both sides embed `texts` in turn, print the table, and end the script if the vectors differ."""
+    given = folder, texts, args.max_length, single
     with (
-        Side("this toolkit", ours, folder, texts, args.max_length, args.batch_tokens, args.compile) as our,
-        Side("sentence-transformers", sentence_transformers, folder, texts, args.max_length) as their,
+        Side("this toolkit", ours, *given, args.batch_tokens, args.compile) as our,
+        Side("sentence-transformers", sentence_transformers, *given, batch) as their,
     ):
         ratio = sides.take_turns(our, their, args.rounds)
 
-    print(f"\n{args.model}, {len(texts):,} texts of up to {args.max_length} tokens, medians of {args.rounds} rounds")
-    print(f"{'':22}{'texts/s':>9}{'tokens/s':>10}{'least - most':>18}{'seconds':>9}{'first s':>9}{'peak MB':>9}")
-    for side in (our, their):
-        speeds = [turn.throughput for turn in side.measured]
-        seconds = side.median(lambda turn: turn.seconds)
-        print(
-            f"{side.name:22}{len(texts) / seconds:>9,.1f}{side.median(lambda turn: turn.throughput):>10,.0f}"
-            f"{f'{min(speeds):,.0f} - {max(speeds):,.0f}':>18}{seconds:>9.2f}"
-            f"{side.turns[0].seconds:>9.2f}{side.turns[-1].peak_memory_bytes / 1e6:>9,.0f}"
-        )
+    kind = "queries, one at a time" if single else f"texts of up to {args.max_length} tokens"
+    print(f"\n{args.model}, {len(texts):,} {kind}, medians of {args.rounds} rounds")
+    print(table((our, their), len(texts), single))
     cosine = (our.turns[0].value * their.turns[0].value).sum(axis=1).min()
-    print(f"ratio {ratio:.2f}, least cosine between both sides' vectors {cosine:.7f}")
+    print(f"ratio {ratio:.2f}, least cosine between both sides' vectors {cosine:.7f}", flush=True)
     least = 0.9999 if "bfloat16" not in folder else 0.99
     if cosine < least:
         sys.exit(f"the vectors differ: a cosine below {least:g}")
+
+
+def table(pair: tuple[Side, Side], count: int, single: bool) -> str:
+    """Return the lines of both sides: speeds, or of single queries their times."""
+    if single:
+        lines = [f"{'':22}{'p50 ms':>9}{'least - most':>18}"]
+        for side in pair:
+            times = [1000 * turn.seconds for turn in side.measured]
+            spread = f"{min(times):.2f} - {max(times):.2f}"
+            lines.append(f"{side.name:22}{statistics.median(times):>9.2f}{spread:>18}")
+        return "\n".join(lines)
+    lines = [f"{'':22}{'texts/s':>9}{'tokens/s':>10}{'least - most':>18}{'seconds':>9}{'first s':>9}{'peak MB':>9}"]
+    for side in pair:
+        speeds = [turn.throughput for turn in side.measured]
+        seconds = side.median(lambda turn: turn.seconds)
+        lines.append(
+            f"{side.name:22}{count / seconds:>9,.1f}{side.median(lambda turn: turn.throughput):>10,.0f}"
+            f"{f'{min(speeds):,.0f} - {max(speeds):,.0f}':>18}{seconds:>9.2f}"
+            f"{side.turns[0].seconds:>9.2f}{side.turns[-1].peak_memory_bytes / 1e6:>9,.0f}"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ for model in minilm gemma; do
         for tokens in 0 auto; do
             echo && echo "== training $model, --compile $compile, --micro-batch-tokens $tokens"
             python benchmarks/train_speed.py --data "$data" --model "$model" --batch-size "$batch" --rounds "$rounds" \
-                --compile "$compile" --micro-batch-tokens "$tokens" --peer-tokens auto
+                --compile "$compile" --micro-batch-tokens "$tokens" --peer-tokens 0 16384 65536
         done
         echo && echo "== embedding with $model, --compile $compile"
         python benchmarks/embed_speed.py --data "$data" --model "$model" --rounds "$rounds" --compile "$compile"

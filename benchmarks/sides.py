@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,30 @@ def take_turns(ours: Side, theirs: Side, rounds: int) -> float:
         theirs.take_turn()
     pairs = zip(ours.measured, theirs.measured, strict=True)
     return statistics.median(our.throughput / their.throughput for our, their in pairs)
+
+
+def fastest(choices: Sequence, side: Callable[[Any], Side], turns: int) -> Any:
+    """Return that of `choices` for which `side(choice)` has most tokens a second, each alone on the machine; print all.
+
+    One that runs out of memory is told and passed over.
+    """
+    if len(choices) == 1:
+        return choices[0]
+    speeds = {}
+    for choice in choices:
+        with side(choice) as tried:
+            try:
+                for _ in range(turns):
+                    tried.take_turn()
+                speeds[choice] = tried.median(lambda turn: turn.throughput)
+            except RuntimeError as error:
+                print(f"{tried.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            name = tried.name
+        if choice in speeds:
+            print(f"the peer with {name}: {speeds[choice]:,.0f} tokens/s", flush=True)
+    best = max(speeds, key=speeds.get)
+    print(f"the peer's best: {best}")
+    return best
 
 
 def _child() -> ProcessPoolExecutor:
@@ -257,7 +281,8 @@ def resident() -> int:
 
 def machine() -> str:
     """Return lines for the top of every table: date, processor, devices and versions of both sides."""
-    code = "from mlx_retrieval import backend; print(backend.describe(), f'{backend.WORKERS} workers', sep=', ')"
+    code = "from mlx_retrieval import backend; backend.prepare(); "
+    code += "print(backend.describe(), f'{backend.WORKERS} workers', sep=', ')"
     ours = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     theirs = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
     lines = [

@@ -4,12 +4,13 @@
     python benchmarks/train_speed.py --against sentence-transformers --data ../shared/data/medquad
     python benchmarks/train_speed.py --against sentence-transformers --model gemma
     python benchmarks/train_speed.py --against reference --rounds 1
-    python benchmarks/train_speed.py --compile on --peer-tokens auto             # on a GPU; all of gpu_check.sh
+    python benchmarks/train_speed.py --compile on --peer-tokens 0 16384 65536    # on a GPU; all of gpu_check.sh
     python benchmarks/train_speed.py --batches 32,64,128,256 --picture benchmarks/train_speed.png
 
 Rows of MedQuAD at their real lengths, LoRA r = 16 on all linear layers, AdamW, clipping, the loss over the full batch.
-Against sentence-transformers both sides have the same weights, rows and limits, and their first losses must agree. A
-turn is a whole step, from texts to updated weights. Figures in benchmarks/README.md.
+Against sentence-transformers both sides have the same weights, rows and limits, and their first losses must agree. Of
+the mini-batches that --peer-tokens names, the peer gets that with which it is fastest; which one, is printed. A turn is
+a whole step, from texts to updated weights. Figures in benchmarks/README.md.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from sides import Side, Turn
 
 TEMPERATURE, LEARNING_RATE = 0.05, 2e-4
 MICRO_BATCH_ROWS = 16  # of the reference design
-PEER_TOKENS = (0, 4_096, 16_384, 65_536)  # budgets of the peer that --peer-tokens auto tries; 0 = 32 rows
+PEER_TOKENS = (0, 2_048, 4_096, 8_192, 16_384)  # the peer's mini_batch_num_tokens; 0 = mini-batches of 32 rows
 NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "reference": "reference design"}
 
 
@@ -186,29 +187,23 @@ def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -
             their = Side(name, reference, model, rows, args.reference_batch_size, args.max_length, warm_up=0)
         else:
             texts = sides.in_child(texts_of_batches, rows, batch_size, steps)
-            budget = args.peer_tokens if args.peer_tokens != "auto" else best_budget(model, texts, args.max_length)
+            budget = best_budget(args.peer_tokens, model, texts, args.max_length)
             their = Side(name, sentence_transformers, model, texts, args.max_length, budget)
         with their:
             return our, their, sides.take_turns(our, their, args.rounds)
 
 
-def best_budget(model: str, texts: list, max_length: int) -> int:
-    """Return the budget of PEER_TOKENS with which the peer is fastest, alone on the machine."""
-    speeds = {}
-    for budget in PEER_TOKENS:
-        with Side(
-            f"the peer, {budget or 'no'} tokens", sentence_transformers, model, texts, max_length, budget
-        ) as side:
-            try:
-                for _ in texts:
-                    side.take_turn()
-                speeds[budget] = side.median(lambda turn: turn.throughput)
-            except RuntimeError as error:  # out of memory
-                print(f"{side.name}: {str(error).splitlines()[0]}", file=sys.stderr)
-    budget = max(speeds, key=speeds.get)
-    tried = ", ".join(f"{tokens:,} tokens: {speed:,.0f}" for tokens, speed in speeds.items())
-    print(f"the peer's best budget: {budget or 'mini-batches of 32 rows'} (tokens/s with {tried}; 0 = 32 rows)")
-    return budget
+def best_budget(budgets: list[int], model: str, texts: list, max_length: int) -> int:
+    """Return that of `budgets` with which the peer is fastest, alone on the machine."""
+
+    def side(budget: int) -> Side:
+        return Side(budget_name(budget), sentence_transformers, model, texts, max_length, budget)
+
+    return sides.fastest(budgets, side, turns=len(texts))
+
+
+def budget_name(budget: int) -> str:
+    return f"mini_batch_num_tokens={budget}" if budget else "mini-batches of 32 rows"
 
 
 def table(pair: tuple[Side, Side], ratio: float) -> Iterator[str]:
@@ -276,8 +271,8 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=tokens, default=0, metavar="N", help=budget)
     compiled = "ours: whether passes are compiled, as train.py's flag"
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compiled)
-    peer = "theirs: mini_batch_num_tokens; 0 = mini-batches of 32 rows; auto = the fastest of a few"
-    parser.add_argument("--peer-tokens", type=tokens, default=0, metavar="N", help=peer)
+    peer = "theirs: mini_batch_num_tokens, the fastest of these; 0 = mini-batches of 32 rows (default: %(default)s)"
+    parser.add_argument("--peer-tokens", type=int, nargs="+", default=PEER_TOKENS, metavar="N", help=peer)
     parser.add_argument("--rounds", type=int, default=3, help="measured turns of each side")
     parser.add_argument("--batches", metavar="N,N,...", help="compare at each of these batch sizes instead")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw throughput against the batch")

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,12 @@ from mlx_retrieval import backend  # noqa: F401
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import as_a_mac
+import gate
 import growth
+import limit
 import train_speed
 
+from mlx_retrieval.inference import embedder
 from mlx_retrieval.training import run
 
 
@@ -50,6 +55,65 @@ def test_what_is_measured_is_prepared_as_in_commands():
     users = {name for name, text in texts.items() if computing.search(text)}
     assert len(users) > 10
     assert not [name for name in sorted(users) if "backend.prepare()" not in texts[name]]
+
+
+# --- gate.py ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkouts(tmp_path) -> Callable[..., tuple[gate.Checkout, gate.Checkout]]:
+    """Two checkouts with an embed.py of the given bodies after two turns of "encode", and one that does not count."""
+
+    def compared(old: str, new: str) -> tuple[gate.Checkout, gate.Checkout]:
+        folders = tmp_path / "before", tmp_path / "after"
+        for folder, body in zip(folders, (old, new), strict=True):
+            folder.mkdir()
+            (folder / "embed.py").write_text(f"import sys, time\ndef main(argv):\n    {body}\n")
+        return gate.compare("encode", *folders, {"minilm": "m", "texts": "t"}, tmp_path / "work", rounds=2)
+
+    return compared
+
+
+def test_two_checkouts_take_turns(checkouts):
+    old, new = checkouts("time.sleep(0.2)", "print('much'); time.sleep(0.01)")  # what commands print disturbs nothing
+    assert not old.error and not new.error and len(old.times) == len(new.times) == 2
+    assert gate.ratio(old.times, new.times)[0] > 1
+
+
+@pytest.mark.parametrize("body", ["sys.exit('no such flag')", "return 2", "raise OSError('no such flag')"])
+def test_a_checkout_that_fails_says_why(checkouts, body):
+    old, new = checkouts("return 0", body)
+    assert not old.error and ("no such flag" in new.error or "embed.py ended with 2" in new.error)
+
+
+def test_the_interval_holds_the_mean_and_a_slower_side_is_seen():
+    mean, low, high = gate.ratio([1.0, 1.1, 0.9, 1.0], [2.0, 2.0, 2.0, 2.2])
+    assert low < mean < high < 1 and 0.45 < mean < 0.55
+
+
+# --- limit.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_flop_of_a_token(small):
+    """A layer of 8 to 16 weights counts 2 * 8 * 16; the gradient passes each product once, attention's twice."""
+    shapes = Counter({(16, 8): 2})
+    assert limit.flop_of_a_token(shapes, 100, 50, "forward") == 512 + 50
+    assert limit.flop_of_a_token(shapes, 100, 50, "training") == 562 + 512 + 100 + 600
+    assert limit.flop_of_a_token(shapes, 100, 50, "repeated") == 2 * 562 + 512 + 100 + 600
+
+
+def test_shapes_are_those_of_the_model(small):
+    model = embedder.load(small).model
+    config = json.loads((Path(small) / "config.json").read_text())
+    into, width = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+    shapes = limit.linear_shapes(model.backbone)
+    assert shapes[into, config["intermediate_size"]] == config["num_hidden_layers"]  # down_proj
+    assert limit.attention_width(model.backbone) == width
+    # Two texts of 3 and 5 tokens: 4 FLOP for each pair of tokens and each number of a head, half of them if causal.
+    expected = 4 * width * config["num_hidden_layers"] * (9 + 25) / 8
+    for bidirectional, share in ((True, 1), (False, 0.5)):
+        model.backbone.bidirectional = bidirectional
+        assert limit.attention_flop(model.backbone, width, [3, 5]) == share * expected
 
 
 # --- as_a_mac.py ------------------------------------------------------------------------------------------------------
