@@ -6,7 +6,9 @@ shop.path("chunks.jsonl"), shop.model
 
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mlx_retrieval.adaptation.chunk_file import Chunks
 from mlx_retrieval.adaptation.costs import Plan
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.mining.questions import without_model
 from mlx_retrieval.mining.questions.base import Generator, digest
 from mlx_retrieval.mining.questions.generators import open_generator
 from mlx_retrieval.utils.errors import UserError
@@ -80,15 +83,30 @@ class Workshop:
         costs.free()
 
     def chosen(self) -> Chunks:
-        """Return the chunks that questions are asked about: all, or as many as the plan has, drawn by their ids."""
+        """Return the chunks that questions are asked about: all, or as many as the plan has.
+
+        Those with a question of their own come first where no model asks: theirs are the best that can be had.
+        """
         if self.plan is None or self.plan.chunks >= self.plan.total:
             return Chunks(self.path("chunks.jsonl"))
-        return self.drawn(self.plan.chunks)
+        return self.drawn(self.plan.chunks, self._asking)
 
-    def drawn(self, count: int) -> Chunks:
-        """Return so many chunks, drawn by their ids: of two counts, the larger one has the chunks of the other."""
+    @cached_property
+    def _asking(self) -> frozenset[str]:
+        """The ids of the chunks that ask a question themselves, if this is what questions are made of."""
+        if self.job.generator != without_model.NAME or "question" not in (self.job.styles or without_model.STYLES):
+            return frozenset()
+        return frozenset(chunk.id for chunk in Chunks(self.path("chunks.jsonl")) if without_model.asks(chunk))
+
+    def drawn(self, count: int, first: Collection[str] = ()) -> Chunks:
+        """Return so many chunks, drawn by their ids: of two counts, the larger one has the chunks of the other.
+
+        Args:
+            first: ids of chunks that come before all others.
+        """
         path = self.path("chunks.jsonl")
-        return Chunks(path, frozenset(sorted(chunk_file.read_ids(path), key=self._draw)[:count]))
+        ids = sorted(chunk_file.read_ids(path), key=lambda name: (name not in first, self._draw(name)))
+        return Chunks(path, frozenset(ids[:count]))
 
     def _draw(self, name: str) -> bytes:
         return blake2b(f"{self.job.seed} {name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -182,6 +182,27 @@ def test_a_budget_asks_about_fewer_chunks(documents, flags, tmp_path, monkeypatc
     assert "--budget: too short" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("settings", "is_first"), [
+    ({}, True),
+    ({"styles": ("question", "span")}, True),
+    ({"styles": ("span",)}, False),
+    ({"generator": "http://localhost:1"}, False),
+])  # fmt: skip
+def test_chunks_that_ask_come_first_where_questions_are_made_of_them(finished, tmp_path, settings, is_first):
+    """Real questions are the best that can be had; a budget must not be spent on parts of other chunks."""
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    lines = (finished[0] / "chunks.jsonl").read_text().splitlines()
+    asking = [json.loads(line) for line in lines[::9]]
+    for chunk in asking:
+        chunk["text"] = f"How long does it last? {chunk['text']} Nobody knows for how long a thing like this will last."
+    changed = {chunk["id"]: json.dumps(chunk) for chunk in asking}
+    (output / "chunks.jsonl").write_text("".join(changed.get(json.loads(x)["id"], x) + "\n" for x in lines))
+    shop = Workshop(Adaptation(finished[2], "unused", output, **settings))
+    shop.plan = costs.Plan(len(asking) + 5, len(lines), 40, 0.1, {})
+    chosen = {chunk.id for chunk in shop.chosen()}
+    assert len(chosen) == len(asking) + 5 and ({*changed} <= chosen) == is_first
+
+
 def test_what_a_generator_is_measured_by_is_kept(finished, tmp_path):
     """Regression: the questions by which a model was measured were thrown away, and asked again."""
     output = tmp_path / "out"

@@ -62,6 +62,34 @@ def test_titles_headings_and_spans_are_queries_and_are_removed_from_their_docume
     assert sorted((span.text + " " + span.positive).split()) == sorted(body.split())
 
 
+@pytest.mark.parametrize(("text", "question"), [
+    ("Is it common? About one person in ten has a stone once in life, men more often.", "Is it common?"),
+    ("A stone is a hard thing. How is it  found ?\nBy an X-ray, or by sound. Why? Nobody knows.", "How is it found ?"),
+    ("腎結石とは何ですか？腎臓の中にできる硬い塊である。", "腎結石とは何ですか？"),
+    ("ما هي حصى الكلى؟ كتلة صلبة تتكون في الكلى من أملاح البول وتسبب ألما", "ما هي حصى الكلى؟"),
+])  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_question_of_the_text_is_always_asked_and_is_no_first_sentence_as_well(monkeypatch, text, question, count):
+    monkeypatch.setattr(without_model, "REMOVED", 1.0)
+    chunks = [replace(BIKES, id=f"{i}", text=text) for i in range(20)]
+    questions = made(WithoutModel(count=count), *chunks)
+    for chunk in chunks:
+        asked = questions[chunk.id, "question"]
+        assert asked.text == question and question not in asked.positive and len(asked.positive) > len(text) / 3
+    sentences = {q.text for (_, style), q in questions.items() if style == "sentence"}
+    assert question not in sentences
+
+
+@pytest.mark.parametrize("text", [
+    "See http://a.example/b?page=1 for the whole list of all of the stones that were found there.",
+    "Why? Nobody knows what they are made of, or where they come from, or how long they stay.",
+    "Does " + "a very " * 40 + "long question end here? Nobody reads that far, so it is none that anyone asks.",
+])  # fmt: skip
+def test_what_nobody_would_ask_is_no_question(text):
+    jobs = WithoutModel(count=4).jobs(replace(BIKES, text=text))
+    assert jobs and "question" not in [job.style for job in jobs]
+
+
 def test_documents_are_as_search_embeds_them_but_for_the_query(monkeypatch):
     monkeypatch.setattr(without_model, "REMOVED", 1.0)
     context, text = "Kidney stones > Treatment", TEXT.partition("\n\n")[2]
@@ -104,8 +132,9 @@ def test_the_same_seed_gives_the_same_queries_whatever_the_other_chunks_are():
 def test_a_chunk_has_at_most_so_many_queries(count, styles):
     chunks = [replace(STONES, id=f"a#{i}") for i in range(40)]
     generator = WithoutModel(styles, count)
-    assert {len(generator.jobs(chunk)) for chunk in chunks} == {min(count, len(styles) or 5)}
-    assert {job.style for chunk in chunks for job in generator.jobs(chunk)} == {*(styles or without_model.STYLES)}
+    expected = {*(styles or without_model.STYLES)} - {"question"}  # these chunks ask nothing
+    assert {len(generator.jobs(chunk)) for chunk in chunks} == {min(count, len(expected))}
+    assert {job.style for chunk in chunks for job in generator.jobs(chunk)} == expected
 
 
 def test_chunks_without_enough_words_have_no_queries():

@@ -1,10 +1,11 @@
-"""Questions without a model: titles, heading paths, first sentences and spans of chunks serve as queries.
+"""Questions without a model: what chunks ask themselves, titles, headings, first sentences and spans serve as queries.
 
     generator = WithoutModel(count=2)
     for lot in generator.answers(job for chunk in chunks for job in generator.jobs(chunk)): ...
 
 | style | the query | the document |
 |---|---|---|
+| question | the first question that the chunk asks itself, as FAQs and leaflets do | the chunk without it |
 | title | the document's title | the chunk, without context and lines that repeat the title or a heading |
 | headings | title and headings | the same |
 | sentence | the chunk's first sentence | the chunk without it |
@@ -14,6 +15,7 @@
 A query that stands in its document teaches nothing but to compare words, so it is removed there in nine of ten cases,
 as Lee et al. do; in the tenth it stays, as exact matches occur in real searches as well. Crops overlap by chance
 instead. Their documents are half of the chunk or more, longer than the paper's: searches will compare whole chunks.
+A question is what a person may really ask, so a chunk that has one always gives it; the other styles are drawn.
 """
 
 import re
@@ -30,20 +32,22 @@ from mlx_retrieval.mining.questions.base import WORD, Answer, Job, Question, che
 NAME = "none"
 REMOVED = 0.9  # share of queries that are removed from their documents
 FEWEST, LONGEST = 4, 32  # words of a query that is a part of a chunk
+FEWEST_ASKED = 3  # words of a question: "Is it inherited?"
+QUESTION_MARKS = "?？؟⸮"
 HEADS = ("title", "headings")  # styles whose queries may stand in the context that a chunk is embedded with
 MARKS = " -*•–—·>|,;"  # of lists, tables and clauses that a query would begin with
 REST = 8  # words that a document has at least
 JOBS = 512  # of a lot
-VERSION = 1  # greater when other questions are made of the same chunks
+VERSION = 2  # greater when other questions are made of the same chunks
 
-_SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s)|[。！？]|\n\s*\n|\Z)", re.DOTALL)
+_SENTENCE = re.compile(r"\S.*?(?:[.!?؟⸮](?=\s)|[。！？]|\n\s*\n|\Z)", re.DOTALL)
 _MARK = re.compile(r"^[\s#=*_]+|[\s#=*_:]+$")  # around a heading in plain text and markdown
 
 Part = tuple[str, str]  # the query, and the rest of the text
 
 
 class WithoutModel:
-    """Makes one query in each of `count` styles, drawn for each chunk from those that it has.
+    """Makes one query in each of `count` styles: the chunk's own question, the others drawn from those that it has.
 
     Args:
         styles: those to draw from.
@@ -64,8 +68,10 @@ class WithoutModel:
         body = _body(chunk)
         if len(WORD.findall(body)) < REST:
             return []
-        available = [style for style in self.styles if _part(chunk, body, style, self.seed)]
-        return [Job(chunk, style) for style in drawn(available, self.count, chunk, self.seed)]
+        parts = {style: part for style in self.styles if (part := _part(chunk, body, style, self.seed))}
+        asked = [style for style in parts if style == "question"]
+        others = [style for style, part in parts.items() if part != parts.get("question")]
+        return [Job(chunk, style) for style in asked + drawn(others, self.count - len(asked), chunk, self.seed)]
 
     def prompt_digest(self, job: Job) -> str:
         """Return a hash of the seed: nothing else decides a query."""
@@ -86,6 +92,11 @@ class WithoutModel:
         return Question(chunk.id, style, query, document if is_removed and document != chunk.embedded else None)
 
 
+def asks(chunk: Chunk) -> bool:
+    """Return whether a chunk has a question of its own."""
+    return _part(chunk, _body(chunk), "question", 0) is not None
+
+
 def _body(chunk: Chunk) -> str:
     """Return the text of a chunk without the lines at its beginning that repeat the title or a heading."""
     heads = {words_of(head) for head in (chunk.title, *chunk.headings) if head.strip()}
@@ -102,6 +113,12 @@ def _part(chunk: Chunk, body: str, style: str, seed: int) -> Part | None:
     """Return the query of a style, and what is left of the chunk; None if the chunk has no such query."""
     part = _PARTS[style](chunk, body, rng_of(chunk, seed, style))
     return part if part and len(WORD.findall(part[1])) >= REST else None
+
+
+def _question(chunk: Chunk, body: str, _: np.random.Generator) -> Part | None:
+    asked = (sentence for sentence in _SENTENCE.finditer(body) if sentence[0].endswith((*QUESTION_MARKS,)))
+    short = (sentence for sentence in asked if len(WORD.findall(sentence[0])) <= LONGEST)
+    return next((part for sentence in short if (part := _without(body, *sentence.span(), FEWEST_ASKED))), None)
 
 
 def _title(chunk: Chunk, body: str, _: np.random.Generator) -> Part | None:
@@ -124,10 +141,10 @@ def _span(chunk: Chunk, body: str, rng: np.random.Generator) -> Part | None:
     return parts[int(rng.integers(len(parts)))] if parts else None
 
 
-def _without(body: str, start: int, end: int) -> Part | None:
+def _without(body: str, start: int, end: int, fewest: int = FEWEST) -> Part | None:
     """Return a part of a text, at most LONGEST words of it, and the text without it; None if it has too few words."""
     words = [*WORD.finditer(body, start, end)]
-    if len(words) < FEWEST:
+    if len(words) < fewest:
         return None
     end = words[:LONGEST][-1].end()
     rest = f"{body[:start].rstrip()} {body[end:].lstrip()}".strip()
@@ -148,6 +165,7 @@ def _crop(chunk: Chunk, body: str, rng: np.random.Generator) -> Part | None:
 
 
 _PARTS: dict[str, Callable[[Chunk, str, np.random.Generator], Part | None]] = {
+    "question": _question,
     "title": _title,
     "headings": _headings,
     "sentence": _sentence,
