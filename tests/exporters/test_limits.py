@@ -94,6 +94,9 @@ def test_a_quantised_export_says_that_it_misses_its_limit(base_folders, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [{"dtype": each} for each in DTYPES] + [{"quantize": 8}, {"quantize": 4}], ids=str)
-def test_the_limits_are_within_reach_of_real_weights(minilm, tmp_path, capsys, flags):
+def test_the_limits_are_within_reach_of_real_weights(minilm, tmp_path, monkeypatch, capsys, flags):
+    if "quantize" in flags:  # whose products take twenty times as long on CPUs: a third of the texts
+        texts = parity.check_texts
+        monkeypatch.setattr(parity, "check_texts", lambda limit: texts(limit)[1::3])
     run_export(tmp_path / "out", model=minilm, format="mlx", **flags)
     assert limits.MISSED not in capsys.readouterr().out
