@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 from trained_models import trained
 
+from mlx_retrieval.backbones.hub import weight_files
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.serving.app import create_app
 from mlx_retrieval.inference.serving.model_thread import alone
@@ -142,6 +143,21 @@ def test_a_model_that_can_never_fit_is_refused(fakes):
         fakes(5, a=2, b=7)
 
 
+def test_only_weights_that_a_loaded_model_really_holds_are_shared(fakes):
+    """Regression: what full training replaced, and weights in another dtype, counted as nothing."""
+    models = fakes(5, a=2, b=2, c=2)
+    a, b, c = models.all
+    a.base = b.base = c.base
+    a.model = a.load()
+    assert (models._needed(b), models._needed(c)) == (0, 0)
+    b.own = MB
+    assert models._needed(b) == MB
+    c.dtype = "bfloat16"
+    assert models._needed(c) == 2 * MB
+    a.replaces = True
+    assert models._needed(b) == 2 * MB
+
+
 def test_a_model_in_use_is_not_evicted_and_every_model_has_its_turn(fakes):
     models, order = fakes(3, a=2, b=2), []
 
@@ -260,8 +276,25 @@ def test_weights_of_other_files_or_dtypes_are_not_shared(adapters, tmp_path):
 def test_the_size_of_weights_is_known_before_they_are_read(adapters):
     model = embedder.load(adapters["base"], dtype="float32")
     size = sum(array.nbytes for array in arrays_of(model))
-    assert weights_size(Path(adapters["base"]), "float32") == size
-    assert weights_size(Path(adapters["base"]), "bfloat16") == size // 2
+    files = weight_files(Path(adapters["base"]))
+    assert weights_size(files, "float32") == size and weights_size(files, "bfloat16") == size // 2
+
+
+@pytest.mark.slow
+def test_models_that_were_trained_whole_keep_to_the_limit(small, tmp_path):
+    """Regression: two of them took twice what --max-memory allows, as if they shared their base."""
+    for name in "ab":
+        trained(small, tmp_path / name, train_type="full")
+    trained(small, tmp_path / "c")
+    models = ServedModels.open([Source(name, str(tmp_path / name)) for name in "abc"])
+    a, _, c = models.all
+    assert a.replaces and 0 < a.own <= a.size and not c.replaces and c.size > c.own > 0
+    models.max_memory, models.ready = a.size * 3 // 2, True
+    with TestClient(create_app(models)) as client:
+        for name in "abca":
+            answer = client.post("/v1/embeddings", json={"input": TEXTS, "model": name})
+            assert answer.status_code == 200 and models.memory() <= models.max_memory
+    assert models.evictions > 1
 
 
 def test_adapters_are_served_beside_each_other(adapters):

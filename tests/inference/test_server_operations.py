@@ -47,10 +47,12 @@ def test_figures_for_prometheus():
         for _ in range(3):
             client.post("/v1/embeddings", json={"input": ["one text", "two"]})
         rerank(client), client.post("/v1/rerank", json={}), client.get("/nowhere/1"), client.get("/nowhere/2")
+        rerank(client, documents=["crash"])
         assert client.get("/metrics").headers["content-type"].startswith("text/plain")
         requests = figures(client, "requests_total")
         assert requests['model="a-model",path="/v1/embeddings",status="200"'] == 3
         assert requests['model="",path="/v1/rerank",status="400"'] == 1
+        assert requests['model="a-reranker",path="/v1/rerank",status="500"'] == 1  # it was 0, as if the client had left
         assert requests['model="",path="other",status="404"'] == 2  # paths that strangers make up are no labels
         assert figures(client, "tokens_total")['model="a-model"'] == 15
         assert figures(client, "texts_total")['model="a-model"'] == 6
@@ -192,12 +194,14 @@ def test_half_open_connections_and_slow_headers_are_closed():
 
 @pytest.mark.slow
 def test_a_slow_body_that_keeps_coming_is_answered():
-    with listening(head=0.2, silence=0.5) as (port, _):
-        whole = request_of()
-        middle = whole.index(b"\r\n\r\n") + 6
-        pieces = [whole[:middle], *(whole[i : i + 8] for i in range(middle, len(whole), 8))]
+    whole = request_of()
+    middle = whole.index(b"\r\n\r\n") + 6
+    pieces = [whole[:middle], *(whole[i : i + 4] for i in range(middle, len(whole), 4))]
+    with listening(head=0.2, silence=0.5, rate=20) as (port, _):
         assert answer_to(port, *pieces, pause=0.1).startswith(b"HTTP/1.1 200")
         assert answer_to(port, whole[:-3]).startswith(b"HTTP/1.1 408")
+    with listening(silence=0.5, rate=1_000) as (port, _):  # 40 bytes a second would hold a place for days
+        assert answer_to(port, *pieces, pause=0.1).startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.slow

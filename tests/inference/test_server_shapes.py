@@ -84,6 +84,7 @@ def test_cohere_v2_embeds(client, input_type, prompt):
         ({"texts": None}, ["texts", "empty"]),
         ({"embedding_types": ["float16"]}, ["embedding_types[0]", "float"]),
         ({"truncate": "MIDDLE"}, ["truncate", "START"]),
+        ({"output_dimension": 5}, ["output_dimension 5", "has 4"]),
         ({"inputs": [{"content": [{"type": "text", "text": "a"}]}]}, ["texts and inputs"]),
         ({"texts": None, "inputs": [{"content": [{"type": "image_url"}]}]}, ["inputs[0]", "no images"]),
         ({"texts": None, "inputs": [{"content": [{"type": "text", "txt": "a"}]}]}, ["'txt'", "did you mean text?"]),
@@ -143,6 +144,13 @@ def test_infinity_returns_documents_as_texts(client):
     answer = post(client, "/infinity/rerank", **asked)
     assert [row["document"] for row in answer["results"]] == [DOCUMENTS[i] for i in ORDER]
     assert post(client, "/infinity/embeddings", input=TEXTS, modality="text")["data"][0]["index"] == 0
+    two = {"input": TEXTS, "dimensions": 2}
+    assert (
+        post(client, "/infinity/embeddings", output_dimension=2, **two)["data"]
+        == post(client, "/infinity/embeddings", **two)["data"]
+    )
+    response = client.post("/infinity/embeddings", json=two | {"output_dimension": 3})
+    refused(response, 400, "dimensions and output_dimension")
 
 
 def test_the_models_are_listed_as_by_openai(client):
@@ -183,6 +191,8 @@ def test_tei_compares(client):
     assert np.allclose(answer, rows[1:] @ rows[0])
     wrong = {"inputs": {"source_sentence": "a", "sentence": ["b"]}}
     refused(client.post("/similarity", json=wrong), 400, "'sentence'", "did you mean sentences?")
+    none = {"inputs": {"source_sentence": "a", "sentences": []}}
+    refused(client.post("/similarity", json=none), 400, "inputs.sentences", "empty")
 
 
 def test_vectors_of_tokens_need_a_late_model(client):

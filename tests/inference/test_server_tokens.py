@@ -149,6 +149,8 @@ def test_tokens_are_shown(client, model):
     assert len(prompted) > len(row)
     refused(client.post("/tokenize", json={"inputs": "a", "prompt_name": "qury"}), 400, "'qury'", "known: query")
     refused(client.post("/tokenize", json={"inputs": [[1, 2]]}), 400, "no token ids")
+    long = {"inputs": ["a " * 300_000] * 2}  # each token took 500 bytes and more, of up to 16 million
+    refused(client.post("/tokenize", json=long), 400, "inputs: 1,200,000 characters together")
 
 
 def test_the_model_is_described_as_by_tei(client, model):

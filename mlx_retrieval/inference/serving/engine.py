@@ -25,6 +25,7 @@ class Limits:
     requests: int = 256  # requests in progress: being read, waiting or computed
     bodies: int = 256 << 20  # bytes of the bodies of all requests in progress
     silence: float = 60.0  # seconds to wait for the next bytes of an incomplete body, or for a client to take an answer
+    rate: int = 1_024  # bytes a second of a body, at least, once `silence` has passed
     head: float = 20.0  # seconds from a request's first byte, or a connection's first moment, to the end of its headers
     batch: int = 256  # texts computed in one call
 
@@ -61,6 +62,9 @@ class Engine:
             model = model.late if request.by_token else model
             known = model.config.prompts
             prompt = next((name for name in request.prompts if name in known), request.prompts[-1])
+            if request.dimensions is not None and request.dimensions > model.dimensions:
+                field = f"{request.dimensions_field} {request.dimensions}"
+                raise HTTPException(400, f"{field}: {served.name} has {model.dimensions}")
             if request.normalize is False and model.config.normalize:
                 raise HTTPException(400, f"normalize false: {served.name} gives vectors of unit length only")
             if isinstance(request.texts[0], str):
@@ -91,8 +95,10 @@ class Engine:
         return Ranking(served.name, documents, scores, order, job.tokens)
 
     async def tokenize(self, client: Request, request: Tokenize) -> Tokens:
-        """Show texts as tokens."""
+        """Show texts as tokens, of which each takes some hundred bytes."""
         self._check(request.field, request.texts, self.limits.inputs)
+        if (count := sum(map(len, request.texts))) > (most := self.limits.characters):
+            raise HTTPException(400, f"{request.field}: {count:,} characters together; at most {most:,} to tokenise")
         served = self.models.choose(request.model, ("embed", "late", "rerank"))
         async with self.models.using(served) as model:
             return Tokens(served.name, await asyncio.to_thread(tokens.shown, model, request))

@@ -91,6 +91,9 @@ class Guard:
 
         try:
             await self._guarded(scope, receive, in_pieces)
+        except Exception:
+            status = status or 500  # which is answered outside of this
+            raise
         finally:
             record = scope.get("record", Record())
             seconds = time.monotonic() - began
@@ -102,7 +105,7 @@ class Guard:
     async def _guarded(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["path"] in OPEN:
             return await self.app(scope, receive, send)
-        limits, size, complete, path = self.limits, 0, False, scope["path"]
+        limits, size, complete, path, began = self.limits, 0, False, scope["path"], time.monotonic()
         if not self.keys.open(dict(scope["headers"]).get(b"authorization", b"")):
             refusal = error_response(path, 401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
             return await refusal(scope, receive, send)
@@ -112,10 +115,12 @@ class Guard:
 
         async def bounded() -> dict:
             nonlocal size, complete
+            left = limits.silence + size / limits.rate - (time.monotonic() - began)  # seconds, for a client that drips
             try:
-                message = await asyncio.wait_for(receive(), None if complete else limits.silence)
+                message = await asyncio.wait_for(receive(), None if complete else min(left, limits.silence))
             except TimeoutError as error:
-                raise HTTPException(408, f"no byte of the body arrived for {limits.silence:g} seconds") from error
+                slow = f"no byte of the body arrived for {limits.silence:g} seconds"
+                raise HTTPException(408, f"{slow}, or fewer than {limits.rate:,} a second") from error
             more = len(message.get("body", b""))
             size, self.bodies, complete = size + more, self.bodies + more, not message.get("more_body")
             if size > limits.body:
@@ -138,7 +143,7 @@ class Guard:
             "client": (scope.get("client") or ("", 0))[0],
             "method": scope["method"],
             "path": scope["path"],
-            "status": status,  # 0: the client left before there was an answer
+            "status": status,  # 499: the client left before there was an answer
             "ms": round(1000 * seconds, 1),
             "bytes": sent,
             "model": record.model,

@@ -24,7 +24,7 @@ class Embed:
         texts: texts, or of each text the token ids that the model's own tokenizer gives it.
         model: the name of the model; None = the request names none.
         prompts: names of prompts, of which the first that the model has is put before each text.
-        dimensions: see `embedder.Model.encode`.
+        dimensions: see `embedder.Model.encode`; `dimensions_field` is its name in the public shape.
         normalize: scale vectors to unit length; None = as the model's files say.
         max_tokens: most tokens of a text, without prompt and special tokens; None = as many as the model takes.
         by_token: make a vector of each token, with a late-interaction model.
@@ -35,6 +35,7 @@ class Embed:
     model: str | None = None
     prompts: tuple[str, ...] = ("document",)
     dimensions: int | None = None
+    dimensions_field: str = "dimensions"
     normalize: bool | None = None
     truncate: Truncation = "end"
     max_tokens: int | None = None

@@ -26,13 +26,14 @@ from starlette.exceptions import HTTPException
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import describe_dtype
-from mlx_retrieval.backbones.hub import tensor_table, weight_files
+from mlx_retrieval.backbones.hub import read_json, tensor_table, weight_files
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.inference.serving.model_thread import alone
 from mlx_retrieval.models import kinds
 from mlx_retrieval.models.kinds import Kind
+from mlx_retrieval.models.loading import HEADS
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.shared_weights import SharedWeights
 from mlx_retrieval.utils.errors import UserError, near_miss
@@ -55,8 +56,12 @@ class ServedModel:
         load: returns the model, ready to compute; called in one thread for all models.
         base: folder of its base model's weights; None = they count as nothing before it is loaded.
         dtype: to compute in, as in `embedder.load`.
+        adapter: folder of what was trained on top; None = the base model alone.
 
     Attributes:
+        size: bytes of its weights.
+        own: bytes of those that it shares with no other model on its base.
+        replaces: whether its own weights take the place of its base's, as after full training.
         model: the model; None = it is not loaded.
         users: requests that use it.
         used: when the last request began, by `time.monotonic`.
@@ -69,17 +74,23 @@ class ServedModel:
         load: Callable[[], Model | Reranker],
         base: Path | None = None,
         dtype: str | None = None,
+        adapter: Path | None = None,
     ):
-        self.name, self.kind, self.load, self.base = name, kind, load, base
+        self.name, self.kind, self.load, self.base, self.dtype = name, kind, load, base, dtype or "auto"
         self.model: Model | Reranker | None = None
         self.users, self.used = 0, 0.0
-        self.size = 0 if base is None else weights_size(base, dtype)
+        self.size, self.own, self.replaces = 0 if base is None else weights_size(weight_files(base), dtype), 0, False
+        if adapter is not None:
+            files = [adapter / name for name in (kinds.ADAPTERS, HEADS) if (adapter / name).is_file()]
+            self.own = weights_size(files, dtype)
+            self.replaces = read_json(adapter / kinds.ADAPTER_CONFIG).get("fine_tune_type") == "full"
+            self.size = max(self.size, self.own) if self.replaces else self.size + self.own
 
 
-def weights_size(folder: Path, dtype: str | None) -> int:
-    """Return the bytes that the weights in a folder take in memory, by the headers of its files."""
+def weights_size(files: Sequence[Path], dtype: str | None) -> int:
+    """Return the bytes that the weights in files take in memory, by their headers."""
     size = 0
-    for file in weight_files(folder):
+    for file in files:
         for entry in tensor_table(file).values():
             first, last = entry["data_offsets"]
             stored = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}.get(entry["dtype"])
@@ -221,8 +232,10 @@ class ServedModels:
         self.loads += 1
 
     def _needed(self, served: ServedModel) -> int:
-        shares = any(each.model is not None and each.base == served.base for each in self.all)
-        return 0 if shares else served.size
+        """Return the bytes that loading a model adds."""
+        holders = (each for each in self.all if each.model is not None and not each.replaces)
+        shares = any((each.base, each.dtype) == (served.base, served.dtype) for each in holders)
+        return served.own if shares else served.size
 
     async def _make_room(self, served: ServedModel) -> None:
         """Evict models, the least recently used first, until there is room; wait for those in use."""
@@ -271,4 +284,5 @@ def served_model(source: Source, shared: SharedWeights, dtype: str | None) -> Se
         LOG.info("loaded %s in %.1f s; it %s", source.name, time.monotonic() - began, about)
         return model
 
-    return ServedModel(source.name, kind, load, kinds.require_base(base), dtype or own_dtype)
+    adapter = path if kinds.is_adapter(path) else None
+    return ServedModel(source.name, kind, load, kinds.require_base(base), dtype or own_dtype, adapter)

@@ -91,7 +91,8 @@ class EmbedV1(Body):
         scaled = not {"int8", "uint8"}.isdisjoint(self.embedding_types or ())  # their scale is that of unit vectors
         return Embed(
             texts=self.texts or [], field="texts", model=self.model, prompts=prompts, dimensions=self.output_dimension,
-            normalize=scaled or None, truncate=TRUNCATE[self.truncate], max_tokens=self.max_tokens,
+            dimensions_field="output_dimension", normalize=scaled or None, truncate=TRUNCATE[self.truncate],
+            max_tokens=self.max_tokens,
         )  # fmt: skip
 
     def answer(self, result: Vectors) -> dict[str, Any]:

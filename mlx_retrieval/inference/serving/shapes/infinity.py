@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any, Literal
 
+from fastapi import HTTPException
+
 from mlx_retrieval.inference.serving import requests
 from mlx_retrieval.inference.serving.requests import Ranking
 from mlx_retrieval.inference.serving.shapes import jina, openai
@@ -17,7 +19,11 @@ class Embeddings(openai.Embeddings):
 
     def request(self) -> requests.Embed:
         request = super().request()
-        return replace(request, dimensions=self.output_dimension or request.dimensions)
+        if self.output_dimension is None:
+            return request
+        if request.dimensions not in (None, self.output_dimension):
+            raise HTTPException(400, "dimensions and output_dimension differ: send only one")
+        return replace(request, dimensions=self.output_dimension, dimensions_field="output_dimension")
 
 
 class Rerank(jina.Rerank):

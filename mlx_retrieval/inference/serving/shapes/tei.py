@@ -5,6 +5,8 @@
 
 from typing import Any, Literal
 
+from fastapi import HTTPException
+
 from mlx_retrieval.inference.serving import requests
 from mlx_retrieval.inference.serving.requests import Ranking, Tokens, Truncation, Vectors
 from mlx_retrieval.inference.serving.shapes.body import Body, Count, Fields, Inputs, Name, Texts, refuse
@@ -103,6 +105,8 @@ class Similarity(Body):
 
     def request(self) -> requests.Embed:
         parameters = self.parameters or Parameters()
+        if not self.inputs.sentences:
+            raise HTTPException(400, "inputs.sentences: empty")
         return requests.Embed(
             texts=[self.inputs.source_sentence, *self.inputs.sentences], field="inputs", model=self.model,
             prompts=(parameters.prompt_name or "document",), truncate=parameters.truncation, normalize=True,
