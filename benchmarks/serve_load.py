@@ -1,30 +1,34 @@
 """A server under load: 50 clients at once, every answer compared with the one that the same request got alone.
 
     python benchmarks/serve_load.py --model a=adapters/a/best b=adapters/b/best rank=adapters/cross/best
-    python benchmarks/serve_load.py --model docs=FOLDER --peer sentence-transformers infinity --seconds 30
+    python benchmarks/serve_load.py --model docs=FOLDER --peer batched one-by-one infinity --seconds 20 --rounds 3
     python benchmarks/serve_load.py --model docs=FOLDER --seconds 10 -- --max-memory 2      # the rest is for serve.py
 
 Starts `serve.py` in a process of its own and mixes all shapes and models. Scores and vectors may differ by
 `--tolerance`, since they are computed beside those of other requests, and an order only where scores are that close.
 The clients run on the same machine and take their part of it. Exit code 1: an error, or an answer that differs.
 
-With --peer, only OpenAI's embeddings are asked for, of this server and then of each peer with the same model, a folder
-that sentence-transformers loads: its `encode` behind FastAPI, one request after the other, or infinity's own server.
+With --peer, only OpenAI's embeddings are asked for, in turns of this server and of each peer, with the one model, a
+folder that sentence-transformers loads: `batched` and `one-by-one` are serve_peer.py's, `infinity` is that library's
+server, in an environment of its own (`pip install 'infinity-emb[server,torch]'`; --infinity names its command).
 """
 
 import argparse
+import base64
 import http.client
 import json
 import random
 import signal
 import socket
+import statistics
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -35,25 +39,6 @@ WORDS = SENTENCE.split()
 START_S, ANSWER_S = 300, 300  # how long loading, and one answer, may take
 OPENAI = "/v1/embeddings"
 JSON = {"Content-Type": "application/json"}
-PEER = """
-import sys, threading, uvicorn
-from fastapi import FastAPI, Request
-from sentence_transformers import SentenceTransformer
-
-app, lock = FastAPI(), threading.Lock()
-model = SentenceTransformer(sys.argv[1], device="cpu" if sys.argv[3] == "cpu" else None)
-
-@app.get("/health")
-def health(): return {"status": "ok"}
-
-@app.post("/v1/embeddings")
-def embed(body: dict):
-    with lock:
-        vectors = model.encode_document(body["input"])
-    return {"data": [{"index": i, "embedding": vector.tolist()} for i, vector in enumerate(vectors)]}
-
-uvicorn.run(app, port=int(sys.argv[2]), log_level="warning")
-"""
 
 
 class Shape(NamedTuple):
@@ -72,28 +57,51 @@ def _ranked(rows: list[dict], key: str) -> list:
     return [score for _, score in order] if whole and scores == sorted(scores, reverse=True) else []
 
 
-SHAPES = {
+def _unpacked(row: dict) -> list[float]:
+    """The numbers of a vector in base64, which OpenAI's client asks for."""
+    packed = base64.b64decode(row["embedding"])
+    return [*struct.unpack(f"<{len(packed) // 4}f", packed)]
+
+
+def _rows(answer: dict) -> list:
+    return [row["embedding"] for row in answer["data"]]
+
+
+def _embedding(path: str, field: str, numbers: Callable, **more) -> Shape:
+    return Shape(path, lambda m, q, t: {"model": m, field: t, **more}, numbers)
+
+
+def _reranking(path: str, field: str, numbers: Callable) -> Shape:
+    return Shape(path, lambda m, q, t: {"model": m, "query": q, field: t}, numbers)
+
+
+RERANK = [
+    *(
+        _reranking(path, "documents", lambda a: _ranked(a["results"], "relevance_score"))
+        for path in ("/v1/rerank", "/v2/rerank", "/rerank", "/infinity/rerank")
+    ),
+    _reranking("/rerank", "texts", lambda a: _ranked(a, "score")),
+]
+SHAPES = {  # all of serving/shapes/table.py
     "embed": [
-        Shape(OPENAI, lambda m, q, t: {"model": m, "input": t}, lambda a: [row["embedding"] for row in a["data"]]),
+        _embedding(OPENAI, "input", _rows),  # the only one with --peer
+        _embedding(OPENAI, "input", lambda a: [*map(_unpacked, a["data"])], encoding_format="base64"),
+        _embedding(OPENAI, "input", _rows, task="retrieval.query", dimensions=16),
+        _embedding("/v1/embed", "texts", lambda a: a["embeddings"]),
+        _embedding("/v2/embed", "texts", lambda a: a["embeddings"]["float"], input_type="search_query"),
+        _embedding("/embed", "inputs", lambda a: a),
+        _embedding("/", "inputs", lambda a: a),
+        _embedding("/infinity/embeddings", "input", _rows),
+        _embedding("/tokenize", "inputs", lambda a: [[token["id"] for token in row] for row in a]),
         Shape(
-            "/v2/embed",
-            lambda m, q, t: {"model": m, "texts": t, "input_type": "search_query"},
-            lambda a: a["embeddings"]["float"],
+            "/similarity",
+            lambda m, q, t: {"model": m, "inputs": {"source_sentence": q, "sentences": t}},
+            lambda a: [[score] for score in a],
         ),
-        Shape("/v1/embed", lambda m, q, t: {"model": m, "texts": t}, lambda a: a["embeddings"]),
-        Shape("/embed", lambda m, q, t: {"model": m, "inputs": t}, lambda a: a),
     ],
-    "rerank": [
-        Shape(
-            path,
-            lambda m, q, t: {"model": m, "query": q, "documents": t},
-            lambda a: _ranked(a["results"], "relevance_score"),
-        )
-        for path in ("/v1/rerank", "/v2/rerank")
-    ]
-    + [Shape("/rerank", lambda m, q, t: {"model": m, "query": q, "texts": t}, lambda a: _ranked(a, "score"))],
+    "rerank": RERANK,
+    "late": [*RERANK, _embedding("/embed_all", "inputs", lambda a: [[x for token in row for x in token] for row in a])],
 }
-SHAPES["late"] = SHAPES["rerank"]
 
 
 @dataclass
@@ -114,16 +122,16 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
 
 
-def requests(models: dict[str, str], count: int, documents: int, words: int, only: str | None) -> list[Request]:
-    """`count` different requests of each model and shape, the same every time: 1 to `documents` texts."""
+def requests(models: dict[str, str], count: int, documents: int, words: int, first: bool) -> list[Request]:
+    """`count` different requests of each model and shape, or its first one: 1 to `documents` texts; always the same."""
     rng, out = random.Random(0), []
 
     def text(most: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
     for name, kind in models.items():
-        for shape in SHAPES[kind]:
-            for _ in range(count if only in (None, shape.path) else 0):
+        for shape in SHAPES[kind][: 1 if first else None]:
+            for _ in range(count):
                 texts = [text(words) for _ in range(rng.randint(1, documents))]
                 out.append(Request(shape, json.dumps(shape.body(name, text(8), texts))))
     return out
@@ -229,7 +237,8 @@ def load(server: subprocess.Popen, port: int, plan: list[Request], args: argpars
     memory = [(moment, min(samples, key=lambda sample: abs(sample[0] - moment))[1]) for moment in moments]
     print("memory: " + ", ".join(f"{mb:,.0f} MB at {moment:.0f} s" for moment, mb in memory))
     most = max(mb for _, mb in samples)
-    print(f"growth from {memory[0][0]:.0f} s on: {memory[-1][1] / memory[0][1] - 1:+.1%}; {most:,.0f} MB at most")
+    growth = f"{memory[-1][1] / memory[0][1] - 1:+.1%}" if len(memory) > 1 else "not known in 20 s"
+    print(f"growth from 20 s on: {growth}; {most:,.0f} MB at most")
     print(f"errors: {len(errors)}; wrong order or numbers: {len(wrong)} (tolerance {args.tolerance:g})")
     for text in sorted(set(errors + wrong))[:10]:
         print(f"  {text}")
@@ -257,49 +266,66 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def peer_command(peer: str, folder: str, port: int) -> list[str]:
+def peer_command(peer: str, folder: str, port: int, infinity: str) -> list[str]:
     """The command that starts another library's server with a model."""
     if peer == "infinity":
-        flags = ["--model-id", folder, "--port", str(port), "--url-prefix", "/v1", "--device", "cpu"]
-        return ["infinity_emb", "v2", *flags]
-    return [sys.executable, "-c", PEER, folder, str(port), "cpu"]
+        return [infinity, "v2", "--model-id", folder, "--port", str(port), "--url-prefix", "/v1", "--device", "cpu"]
+    one = ["--one-by-one"] if peer == "one-by-one" else []
+    return [sys.executable, str(ROOT / "benchmarks" / "serve_peer.py"), folder, "--port", str(port), *one]
+
+
+def expect(port: int, plan: list[Request]) -> None:
+    """Ask each request alone, and keep the numbers."""
+    alone = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
+    for request in plan:
+        request.expected, error = ask(alone, request)
+        if error or not request.expected:
+            sys.exit(f"serve_load.py: {request.shape.path}, asked alone: {error or 'in a wrong order'}")
+    alone.close()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", required=True, metavar="NAME=PATH", help="as for serve.py")
-    parser.add_argument("--peer", nargs="+", default=[], choices=("sentence-transformers", "infinity"))
+    parser.add_argument("--peer", nargs="+", default=[], choices=("batched", "one-by-one", "infinity"))
+    parser.add_argument("--infinity", default="infinity_emb", metavar="FILE", help="command (default: infinity_emb)")
     parser.add_argument("--clients", type=int, default=50, help="asking at once (default: 50)")
     parser.add_argument("--seconds", type=float, default=120, help="how long (default: 120)")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each server (default: 1)")
     parser.add_argument("--requests", type=int, default=10, help="requests of a model and shape (default: 10)")
     parser.add_argument("--documents", type=int, default=10, help="texts of a request, at most (default: 10)")
     parser.add_argument("--words", type=int, default=40, help="words of a text, at most (default: 40)")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="between two answers (default: 1e-3)")
     parser.add_argument("rest", nargs="*", help="after --: more flags for serve.py")
     args = parser.parse_args()
-    port, rates = free_port(), {}
-    command = [sys.executable, str(ROOT / "serve.py"), "--port", str(port), "--model", *args.model, *args.rest]
-    with started(command) as server:
-        wait_for(port, "/ready", server)
-        models = {each["id"]: each["kind"] for each in get(port, "/info")["models"]}
-        plan = requests(models, args.requests, args.documents, args.words, OPENAI if args.peer else None)
-        alone = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
-        for request in plan:
-            request.expected, error = ask(alone, request)
-            if error or not request.expected:
-                sys.exit(f"serve_load.py: {request.shape.path}, asked alone: {error or 'in a wrong order'}")
-        alone.close()
-        print(f"{len(plan)} requests answered alone; {resident(server.pid):,.0f} MB")
-        rates["serve.py"], code = load(server, port, plan, args)
-    print(f"server ended with {server.returncode}")
-    for peer in args.peer:
-        port, folder = free_port(), args.model[0].rpartition("=")[2]
-        print(f"--- {peer}")
-        with started(peer_command(peer, folder, port)) as server:
-            wait_for(port, "/v1/health" if peer == "infinity" else "/health", server)
-            rates[peer], wrong = load(server, port, plan, args)
-        code = code or wrong
-        print(f"serve.py: {rates['serve.py'] / rates[peer]:.2f} times the answers of {peer}")
+    if args.peer and len(args.model) > 1:
+        parser.error("--peer: one model")
+    folder, ports, code = args.model[0].rpartition("=")[2], {"serve.py": free_port()}, 0
+    flags = ["--port", str(ports["serve.py"]), "--model", *args.model, *args.rest]
+    with ExitStack() as stack:
+        servers = {"serve.py": stack.enter_context(started([sys.executable, str(ROOT / "serve.py"), *flags]))}
+        wait_for(ports["serve.py"], "/ready", servers["serve.py"])
+        models = {each["id"]: each["kind"] for each in get(ports["serve.py"], "/info")["models"]}
+        plan = requests(models, args.requests, args.documents, args.words, first=bool(args.peer))
+        expect(ports["serve.py"], plan)
+        print(f"{len(plan)} requests answered alone; {resident(servers['serve.py'].pid):,.0f} MB")
+        for peer in args.peer:  # all are there before anything is timed; those whose turn it is not are idle
+            ports[peer] = free_port()
+            command = peer_command(peer, folder, ports[peer], args.infinity)
+            servers[peer] = stack.enter_context(started(command))
+            wait_for(ports[peer], "/v1/health" if peer == "infinity" else "/health", servers[peer])
+        rates: dict[str, list[float]] = {name: [] for name in servers}
+        for _ in range(args.rounds):
+            for name, server in servers.items():
+                print(f"--- {name}")
+                rate, wrong = load(server, ports[name], plan, args)
+                rates[name].append(rate)
+                code = code or wrong
+    for name in args.peer:
+        ratios = [ours / theirs for ours, theirs in zip(rates["serve.py"], rates[name], strict=True)]
+        spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
+        print(f"serve.py: {statistics.median(ratios):.2f} times the answers of {name} ({spread}, {args.rounds} rounds)")
+    print(f"server ended with {servers['serve.py'].returncode}")
     return code
 
 
