@@ -2,10 +2,13 @@
 
 python -m pytest -m slow tests/inference/test_server_clients.py
 
-They are in tests/clients.txt; a test of one that is not installed is skipped. All tests share one server, `serve.py`
-in a process of its own, with small random models. The commands of docs/serving.md that use curl are run against it.
+`pip install --no-deps -r tests/clients.txt` installs them, as .ci/run does; a test of one that is not there is skipped.
+All tests share one server, `serve.py` in a process of its own, with small random models. The commands of
+docs/serving.md that use curl are run against it.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 import shlex
@@ -17,7 +20,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from mlx_retrieval.backend import mx
 
@@ -74,6 +77,17 @@ def live(small, tmp_path_factory) -> Iterator[SimpleNamespace]:
         log.close()
 
 
+def library(name: str) -> ModuleType:
+    """Import a client; skip the test if it is not installed. One that is, and lacks a package itself, is an error."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of the package around it
+        found = None
+    if found is None:
+        pytest.skip(f"{name} is not installed: see tests/clients.txt")
+    return importlib.import_module(name)
+
+
 def wait_until_ready(url: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
@@ -100,7 +114,7 @@ def same_ranking(found: list[tuple[int, float]], model: Reranker, top: int | Non
 
 
 def test_openai(live):
-    openai = pytest.importorskip("openai")
+    openai = library("openai")
     client = openai.OpenAI(base_url=live.v1, api_key=KEY)
     for model, name in ((live.docs, "docs"), (live.code, "code")):
         for settings in ({}, {"encoding_format": "float"}, {"dimensions": 16}):
@@ -120,7 +134,7 @@ def test_openai(live):
 
 
 def test_cohere(live):
-    cohere = pytest.importorskip("cohere")
+    cohere = library("cohere")
     for client in (cohere.Client(KEY, base_url=live.url), cohere.ClientV2(KEY, base_url=live.url)):
         limit = {"max_tokens_per_doc": 4096} if isinstance(client, cohere.ClientV2) else {}
         answer = client.rerank(model="rank", query=QUERY, documents=TEXTS, top_n=2, **limit)
@@ -147,7 +161,7 @@ def online(monkeypatch) -> None:
 
 
 def test_huggingface_hub(live, online):
-    client = pytest.importorskip("huggingface_hub").InferenceClient(model=live.url, token=KEY)
+    client = library("huggingface_hub").InferenceClient(model=live.url, token=KEY)
     same(client.feature_extraction(TEXTS), live.docs)
     found = client.feature_extraction(TEXTS, normalize=True, truncate=True, truncation_direction="right", dimensions=8)
     same(found, live.docs, dimensions=8)
@@ -159,7 +173,7 @@ def test_huggingface_hub(live, online):
 
 def test_litellm(live, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it looks for one on the net
-    litellm = pytest.importorskip("litellm")
+    litellm = library("litellm")
     litellm.suppress_debug_info = True
     for model, base in (
         ("openai/docs", live.v1),
@@ -184,7 +198,7 @@ def test_litellm(live, monkeypatch):
 
 def test_litellm_s_huggingface_embeddings(live, monkeypatch):
     """It asks the hub first for the kind of the model; the tests have no network."""
-    litellm = pytest.importorskip("litellm")
+    litellm = library("litellm")
     from litellm.llms.huggingface.embedding import handler
 
     monkeypatch.setattr(handler, "get_hf_task_embedding_for_model", lambda **_: "feature-extraction")
@@ -196,7 +210,7 @@ def test_litellm_s_huggingface_embeddings(live, monkeypatch):
 
 
 def test_langchain_openai(live):
-    langchain_openai = pytest.importorskip("langchain_openai")
+    langchain_openai = library("langchain_openai")
     settings = {"base_url": live.v1, "api_key": KEY, "check_embedding_ctx_length": False}
     same(langchain_openai.OpenAIEmbeddings(model="docs", **settings).embed_documents(TEXTS), live.docs)
     queries = langchain_openai.OpenAIEmbeddings(
@@ -208,7 +222,7 @@ def test_langchain_openai(live):
 @pytest.fixture
 def vocabulary(monkeypatch) -> None:
     """A vocabulary of bytes in place of OpenAI's, which would be downloaded."""
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = library("tiktoken")
     small = tiktoken.Encoding(
         "bytes", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
     )
@@ -217,13 +231,13 @@ def vocabulary(monkeypatch) -> None:
 
 
 def test_langchain_openai_without_the_setting_is_told_of_it(live, vocabulary):
-    openai, langchain_openai = pytest.importorskip("openai"), pytest.importorskip("langchain_openai")
+    openai, langchain_openai = library("openai"), library("langchain_openai")
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
         langchain_openai.OpenAIEmbeddings(model="docs", base_url=live.v1, api_key=KEY).embed_documents(TEXTS)
 
 
 def test_langchain_cohere(live):
-    langchain_cohere = pytest.importorskip("langchain_cohere")
+    langchain_cohere = library("langchain_cohere")
     from langchain_core.documents import Document
 
     embeddings = langchain_cohere.CohereEmbeddings(model="docs", cohere_api_key=KEY, base_url=live.url)
@@ -238,7 +252,7 @@ def test_langchain_cohere(live):
 
 def test_langchain_huggingface(live, online):
     """It takes names of the hub alone; its client is given the address afterwards."""
-    langchain_huggingface = pytest.importorskip("langchain_huggingface")
+    langchain_huggingface = library("langchain_huggingface")
     from huggingface_hub import InferenceClient
 
     embeddings = langchain_huggingface.HuggingFaceEndpointEmbeddings(model="owner/any", huggingfacehub_api_token=KEY)
@@ -251,7 +265,7 @@ def test_langchain_huggingface(live, online):
 
 
 def test_llama_index_openai(live):
-    module = pytest.importorskip("llama_index.embeddings.openai")
+    module = library("llama_index.embeddings.openai")
     settings = {"api_base": live.v1, "api_key": KEY}
     same(module.OpenAIEmbedding(model_name="docs", **settings).get_text_embedding_batch(TEXTS), live.docs)
     queries = module.OpenAIEmbedding(
@@ -261,8 +275,8 @@ def test_llama_index_openai(live):
 
 
 def test_llama_index_cohere(live):
-    embeddings = pytest.importorskip("llama_index.embeddings.cohere")
-    rerank = pytest.importorskip("llama_index.postprocessor.cohere_rerank")
+    embeddings = library("llama_index.embeddings.cohere")
+    rerank = library("llama_index.postprocessor.cohere_rerank")
     from llama_index.core.schema import NodeWithScore, TextNode
 
     model = embeddings.CohereEmbedding(model_name=COHERE_NAME, base_url=live.url, api_key=KEY)
@@ -275,7 +289,7 @@ def test_llama_index_cohere(live):
 
 
 def test_llama_index_text_embeddings_inference(live):
-    module = pytest.importorskip("llama_index.embeddings.text_embeddings_inference")
+    module = library("llama_index.embeddings.text_embeddings_inference")
     model = module.TextEmbeddingsInference(model_name="any", base_url=live.url)
     same(model.get_text_embedding_batch(TEXTS), live.docs)
     same([model.get_query_embedding(QUERY)], live.docs, texts=[QUERY])
@@ -285,7 +299,7 @@ def test_llama_index_text_embeddings_inference(live):
 
 
 def test_mteb_s_model_of_openai_s_api(live, vocabulary):
-    openai = pytest.importorskip("openai")
+    openai = library("openai")
     from mteb.models.model_implementations.openai_models import OpenAIModel
 
     client = openai.OpenAI(base_url=live.v1, api_key=KEY)
@@ -298,10 +312,10 @@ def test_mteb_s_model_of_openai_s_api(live, vocabulary):
 
 
 @pytest.mark.parametrize(
-    ("name", "library"), [("rag_langchain", "langchain_cohere"), ("rag_llamaindex", "llama_index.core")]
+    ("name", "framework"), [("rag_langchain", "langchain_cohere"), ("rag_llamaindex", "llama_index.core")]
 )
-def test_the_examples_run(live, tmp_path, name, library):
-    pytest.importorskip(library)
+def test_the_examples_run(live, tmp_path, name, framework):
+    library(framework)
     file = tmp_path / "docs.txt"
     file.write_text("\n".join(TEXTS))
     command = [
@@ -319,6 +333,13 @@ def test_the_examples_run(live, tmp_path, name, library):
     expected = live.rank.rerank(QUERY, TEXTS)
     assert [text for _, text in found] == [result["document"] for result in expected]
     assert [score for score, _ in found] == [f"{result['score']:.4f}" for result in expected]
+
+
+def test_the_documentation_names_the_versions_that_are_tested():
+    needed = (ROOT / "tests" / "clients.txt").read_text().partition("# What they need.")[0]
+    versions = dict(line.split("==") for line in needed.splitlines() if "==" in line)
+    table = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert len(versions) == 10 and all(f"| {name} | {version} |" in table for name, version in versions.items())
 
 
 def curl_commands() -> list[list[str]]:
