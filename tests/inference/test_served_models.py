@@ -172,9 +172,11 @@ def test_a_model_in_use_is_not_evicted_and_every_model_has_its_turn(fakes):
         first, rest = asyncio.Event(), asyncio.Event()
         rest.set()
         tasks = [asyncio.create_task(hold("a", first))]
-        await asyncio.sleep(0.05)
+        while not order:
+            await asyncio.sleep(0.01)
         tasks.append(asyncio.create_task(hold("b", rest)))  # has to wait for a
-        await asyncio.sleep(0.05)
+        while not models._waits_for_room:
+            await asyncio.sleep(0.01)
         tasks.append(asyncio.create_task(hold("a", rest)))  # a is loaded, but b was first
         await asyncio.sleep(0.05)
         assert order == ["a: a"]
