@@ -17,6 +17,7 @@ import argparse
 import base64
 import http.client
 import json
+import os
 import random
 import signal
 import socket
@@ -248,7 +249,7 @@ def load(server: subprocess.Popen, port: int, plan: list[Request], args: argpars
 @contextmanager
 def started(command: list[str]) -> Iterator[subprocess.Popen]:
     """A server's process, which is told to end."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"DO_NOT_TRACK": "1"}) as server:
         try:
             yield server
         finally:
@@ -269,7 +270,8 @@ def free_port() -> int:
 def peer_command(peer: str, folder: str, port: int, infinity: str) -> list[str]:
     """The command that starts another library's server with a model."""
     if peer == "infinity":
-        return [infinity, "v2", "--model-id", folder, "--port", str(port), "--url-prefix", "/v1", "--device", "cpu"]
+        address = ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1"]
+        return [infinity, "v2", "--model-id", folder, *address, "--device", "cpu"]
     one = ["--one-by-one"] if peer == "one-by-one" else []
     return [sys.executable, str(ROOT / "benchmarks" / "serve_peer.py"), folder, "--port", str(port), *one]
 
