@@ -228,7 +228,9 @@ class ServedModels:
         try:
             served.model = await asyncio.get_running_loop().run_in_executor(self._loader, served.load)
         except UserError as error:  # its files were sound when the server started
-            raise HTTPException(500, f"{served.name} cannot be loaded: {error}") from error
+            if self.ready:  # at the start, the command prints it
+                LOG.error("%s cannot be loaded: %s", served.name, error)
+            raise HTTPException(500, f"{served.name} cannot be loaded; the server's log has the reason") from error
         self.loads += 1
 
     def _needed(self, served: ServedModel) -> int:
