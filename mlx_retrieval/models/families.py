@@ -1,8 +1,9 @@
 """The families of models that load: the one table for `embed.py --models`, docs/models.md, README.md and defaults.
 
-python -m mlx_retrieval.models.families > docs/models.md
+python -m mlx_retrieval.models.families      # writes docs/models.md, and the sentence of README.md that lists them
 """
 
+import re
 from textwrap import wrap
 from types import ModuleType
 from typing import NamedTuple
@@ -21,8 +22,12 @@ from mlx_retrieval.backbones import (
 )
 from mlx_retrieval.models.rerankers import TENSORS
 from mlx_retrieval.utils.console import Lines
+from mlx_retrieval.utils.files import write_file
+from mlx_retrieval.utils.text import CHECKOUT
 
-WIDTH = 120  # of a line in docs/models.md
+PAGE, README = CHECKOUT / "docs" / "models.md", CHECKOUT / "README.md"
+WIDTHS = {PAGE: 120, README: 127}  # of a line
+SENTENCE = "[These load](docs/models.md): "  # the beginning of README.md's list
 CHECKED = "transformers 5.24"  # whose states and gradients the tests compare with
 
 
@@ -163,8 +168,8 @@ INTRODUCTION = (
 
 def page() -> str:
     """Return docs/models.md."""
-    head = ["# Models that load", "", *wrap(INTRODUCTION, WIDTH), "", "```sh", "python embed.py --models", "```"]
-    lines = [*head, "", *wrap(f"These load: {names()}.", WIDTH)]
+    head = ["# Models that load", "", *wrap(INTRODUCTION, WIDTHS[PAGE]), "", "```sh", "python embed.py --models", "```"]
+    lines = [*head, "", *wrap(f"These load: {names()}.", WIDTHS[PAGE])]
     for family in FAMILIES:
         lines += ["", f"## {family.title}", ""]
         lines += [f"- {name}: {_as_code(name, text)}" for name, text in describe(family)]
@@ -176,5 +181,17 @@ def _as_code(name: str, text: str) -> str:
     return ", ".join(f"`{part}`" for part in text.split(", ")) if name in ("file", "models") else text
 
 
+def with_names(readme: str) -> str:
+    """Return README.md with the names of all families in its sentence, whose paragraph is wrapped again."""
+    paragraphs = readme.split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if SENTENCE in paragraph:
+            text = re.sub(rf"({re.escape(SENTENCE)})[^.]*", rf"\g<1>{names()}", " ".join(paragraph.split()))
+            lines = wrap(text, WIDTHS[README], break_long_words=False, break_on_hyphens=False)
+            paragraphs[i] = "\n".join(lines)
+    return "\n\n".join(paragraphs)
+
+
 if __name__ == "__main__":
-    print(page(), end="")
+    write_file(PAGE, page())
+    write_file(README, with_names(README.read_text(encoding="utf-8")))

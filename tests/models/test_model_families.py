@@ -38,11 +38,20 @@ def test_the_library_that_was_compared_is_no_newer_than_the_installed_one():
 
 
 def test_the_page_and_the_readme_say_what_the_table_says():
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert page == families.page(), "python -m mlx_retrieval.models.families > docs/models.md"
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/models.md", "README.md"))
+    remedy = "python -m mlx_retrieval.models.families"
+    assert page == families.page(), remedy
     assert max(map(len, page.splitlines())) < 200
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"[These load](docs/models.md): {families.names()}." in readme
+    assert readme == families.with_names(readme), remedy
+    assert f"[These load](docs/models.md): {families.names()}." in " ".join(readme.split())
+
+
+def test_the_readmes_list_is_written_from_the_table(monkeypatch):
+    text = "# a\n\nFirst. [These load](docs/models.md): one\nand two. Last.\n\nOther."
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES[1:3])
+    assert families.with_names(text) == (
+        "# a\n\nFirst. [These load](docs/models.md): ModernBERT and MPNet. Last.\n\nOther."
+    )
 
 
 @pytest.mark.parametrize("width", [60, 120])
