@@ -8,6 +8,7 @@ python export.py --adapter adapters/best --output my-model --gguf-ready         
 python export.py --model tuned --keep-layers 0 2 4 --output student             # to be trained by tuned's vectors
 python export.py --model intfloat/e5-small-v2 --output e5-8bit --format mlx --quantize 8      # an untrained base model
 python export.py --model Qwen/Qwen3-Reranker-0.6B --task rerank --output r --format mlx --quantize 4
+python export.py --adapter adapters/best --output my-model --push-to-hub me/my-model --private   # token: HF_TOKEN
 python export.py --adapter adapters/chat/final --output my-chat                  # a chat model, for mlx-lm
 
 from export import Export, export
@@ -108,7 +109,27 @@ def parser() -> argparse.ArgumentParser:
         "to train by the vectors of the whole one (default: all)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the base model's)")
-    out.add_argument("--overwrite", action="store_true", help="replace the exported folder in --output")
+    out.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="also upload the folder, once it is checked, to this repository of the Hub, which is made if it is "
+        "missing; the token is that of HF_TOKEN or of hf auth login",
+    )
+    out.add_argument("--private", action="store_true", help="make the new repository of --push-to-hub private")
+    out.add_argument(
+        "--revision", metavar="BRANCH", help="branch of --push-to-hub, made if it is missing (default: the main one)"
+    )
+    out.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="make and check the folder and list its files with their sizes, but keep and upload nothing; needs no "
+        "token",
+    )
+    out.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the exported folder in --output, and all files of the repository of --push-to-hub",
+    )
     out.add_argument(
         "--skip-library-check",
         action="store_true",
@@ -126,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _, missed = export_with_warnings(Export(**vars(args)))
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt("interrupted, nothing was written") from stop
+        raise KeyboardInterrupt(str(stop) or "interrupted, nothing was written") from stop
     return 1 if missed else 0
 
 

@@ -12,7 +12,7 @@ from mlx_retrieval.backend import mx
 
 from mlx_retrieval.backbones import decoder, load_backbone, resolve
 from mlx_retrieval.backbones.decoder import Decoder
-from mlx_retrieval.exporters import chat_parity, config_json, model_card, parity, tokenizer, weights
+from mlx_retrieval.exporters import card_metadata, chat_parity, config_json, model_card, parity, tokenizer, weights
 from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.training import starting_model
 from mlx_retrieval.training.chat import adapter as chat_adapter
@@ -118,16 +118,16 @@ class ChatWriter:
     def _card(self, stored: str) -> str:
         """Return the README.md of the folder."""
         job = self.job
-        name = Path(job.output).name
+        title = job.public_name.rpartition("/")[2]
         return "\n".join(
             [
-                model_card.front_matter(self.base_model, job.format, "text-generation", TAGS),
-                f"# {name}\n",
+                card_metadata.front_matter(self.base_model, job.format, "text-generation", TAGS),
+                f"# {title}\n",
                 f"A chat model: a fine-tuned `{model_card.public(self.base_model)}`, exported by mlx-retrieval.\n",
                 model_card.table(("", ""), [("weights", stored)]),
                 *model_card.history(self.folder, SETTINGS),
                 "## Use\n",
-                _use(job.format, name),
+                _use(job.format, job.public_name),
                 model_card.LICENCE,
             ]
         )

@@ -137,7 +137,7 @@ class EmbeddingWriter:
             config_json.write(folder, settings)
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or config.base_model
-        folder_name = Path(job.output).name
-        card = model_card.write(config, base, adapter, job.format, name, folder_name, mixture=job.mixture)
+        origin = {"mixture": job.mixture, "measured": job.is_measured}
+        card = model_card.write(config, base, adapter, job.format, name, job.public_name, **origin)
         (folder / "README.md").write_text(writable(card), encoding="utf-8")
         return dtype or stored

@@ -35,6 +35,10 @@ class Export:
     merge_with: Sequence[str] = ()  # models that the adapter's is mixed with, all with the same share
     merge_method: str = METHODS[0]
     keep_layers: Sequence[int] = ()  # numbers of blocks, counted from 0; () = all
+    push_to_hub: str | None = None  # OWNER/NAME of a repository
+    private: bool = False  # a new one
+    revision: str | None = None  # a branch of it; None = the default one
+    dry_run: bool = False
     overwrite: bool = False
     skip_library_check: bool = False
 
@@ -64,6 +68,11 @@ class Export:
             raise UserError(f"--quantize writes a folder that only mlx reads: use --format mlx, not {self.format}")
         if self.gguf_ready and self.format == "mlx":
             raise UserError("--gguf-ready needs --format sentence-transformers or hf: the converter reads those")
+
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub)
+        elif self.private or self.revision is not None:
+            raise UserError(f"{'--private' if self.private else '--revision'} is for --push-to-hub")
 
     def _check_mixture(self) -> None:
         """Raise UserError for models that cannot be mixed; their weights are compared later."""
@@ -114,6 +123,16 @@ class Export:
         return " ".join([*sentences, before]) if sentences else ""
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the figures of the adapter's run are those of the exported weights."""
+        return self.adapter is not None and not (self.mixture or self.quantize or self.model)
+
+    @property
+    def public_name(self) -> str:
+        """The name by which the card says to load the model: OWNER/NAME on the Hub, or that of the folder."""
+        return self.push_to_hub or Path(self.output).name
+
+    @property
     def is_chat(self) -> bool:
         """Whether the adapter is a chat model's."""
         from mlx_retrieval.models import kinds
@@ -134,6 +153,21 @@ def share_of(text: str) -> float | str:
         if 0 <= float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text}: neither a number from 0 to 1 nor auto or guards")
+
+
+def check_repository(name: str) -> None:
+    """Raise UserError for a name that no repository on the Hub can have, or that lacks its owner."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(
+            f"--push-to-hub {name}: not a name that the Hub allows, which is OWNER/NAME of letters, digits, -, _ and ."
+        ) from error
+    if "/" not in name:
+        raise UserError(f"--push-to-hub {name}: the owner is missing: OWNER/{name}, you or an organisation")
 
 
 def check_adapter(adapter: str) -> None:

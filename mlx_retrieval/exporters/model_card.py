@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_retrieval.backbones.hub import read_json
-from mlx_retrieval.exporters import reranker_card
+from mlx_retrieval.exporters import card_metadata, reranker_card
 from mlx_retrieval.models import kinds
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training import checkpoint
@@ -39,6 +39,7 @@ OBJECTIVE = ("loss", "temperature", "beta", "positive_aware", "positive_aware_ma
 SETTINGS = (*OBJECTIVE, *WEIGHTS_AND_SCHEDULE)
 TAGS = ("sentence-similarity", "feature-extraction", "retrieval", "mlx-retrieval")
 LICENCE = "## Licence\n\nThe base model's licence applies; check it before you publish this folder.\n"
+UNMEASURED = "The figures are of the trained model, before it was quantised or put on another base model.\n"
 POOLING = {
     "mean": "the mean of the token states",
     "cls": "the state of the first token",
@@ -56,6 +57,7 @@ def write(
     name: str,
     answers: Sequence[int] | None = None,
     mixture: str = "",
+    measured: bool = True,
 ) -> str:
     """Return the card as Markdown.
 
@@ -65,14 +67,18 @@ def write(
         adapter: the adapter folder that was merged; None = the base model itself was exported.
         form: one of `job.FORMATS`.
         dtype: how the weights are stored, in words.
-        name: the exported folder's name.
+        name: the model's name: that of the folder, or OWNER/NAME on the Hub.
         answers: see `reranker_card.use`.
         mixture: sentences about the models that the weights were mixed of; "" = they are the trained ones.
+        measured: whether the figures of the run are those of these weights.
     """
+    title = name.rpartition("/")[2]
     tags, pipeline = TAGS, "sentence-similarity"
     if config.task == "rerank":
         tags, pipeline = reranker_card.TAGS, "text-ranking"
-    parts = [front_matter(base, form, pipeline, tags), f"# {name}\n"]
+    figures = _figures(adapter).get("after", {}) if measured else {}
+    evaluated = card_metadata.results(title, figures, config.task)
+    parts = [card_metadata.front_matter(base, form, pipeline, tags, evaluated), f"# {title}\n"]
     origin = f"`{public(base)}`" if adapter is None else f"a fine-tuned `{public(base)}`"
     purpose = "Embeds queries and documents for retrieval"
     purpose = "Scores how well documents answer a query" if config.task == "rerank" else purpose
@@ -81,6 +87,8 @@ def write(
     if mixture:
         parts.append(f"{mixture}\n")
     parts += history(adapter)
+    if not measured and not mixture and "## Figures\n" in parts:
+        parts.append(UNMEASURED)
     parts += ["## Use\n", _use(config, form, name, answers)]
     parts.append(LICENCE)
     if config.reranker in reranker_card.LICENCES:
@@ -128,22 +136,13 @@ def _figures(adapter: Path | None) -> dict[str, dict[str, dict[str, float]]]:
     for record in read_metrics(run / "metrics.jsonl"):
         if record["type"] == "eval" and record["step"] in (0, step):
             when = "before" if record["step"] == 0 else "after"
-            figures[when] = {"average": record.get("metrics") or {}, **(record.get("tasks") or {})}
+            figures[when] = {card_metadata.AVERAGE: record.get("metrics") or {}, **(record.get("tasks") or {})}
     if "before" not in figures and (run / "before.json").is_file():
         figures["before"] = read_json(run / "before.json").get("tasks") or {}
     return figures
 
 
 # --- parts of the card ----------------------------------------------------------------------------------------------
-
-
-def front_matter(base: str, form: str, pipeline: str, tags: Sequence[str]) -> str:
-    """Return the lines by which the hub finds the model."""
-    library = {"hf": "transformers"}.get(form, form)
-    lines = ["---", "tags:", *(f"- {tag}" for tag in ([form] if form != "hf" else []) + list(tags))]
-    if not Path(base).expanduser().is_absolute():  # the hub accepts only names of models
-        lines.append(f"base_model: {json.dumps(base)}")
-    return "\n".join([*lines, f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", ""])
 
 
 def public(base: str) -> str:
@@ -248,12 +247,12 @@ print({score})
 def _comparison(figures: dict[str, dict[str, dict[str, float]]]) -> str:
     """Return a table of every task's figures before and after, the average last."""
     before, after = figures.get("before", {}), figures.get("after", {})
-    tasks = [task for task in {**before, **after} if task != "average"]
+    tasks = [task for task in {**before, **after} if task != card_metadata.AVERAGE]
     rows = []
     # The average of a single task repeats it, except for the validation loss.
-    for task in [*tasks, "average"]:
+    for task in [*tasks, card_metadata.AVERAGE]:
         for metric in {**before.get(task, {}), **after.get(task, {})}:
-            if task == "average" and len(tasks) == 1 and metric in {**before, **after}[tasks[0]]:
+            if task == card_metadata.AVERAGE and len(tasks) == 1 and metric in {**before, **after}[tasks[0]]:
                 continue
             cells = (_figure(figures.get(task, {}).get(metric)) for figures in (before, after))
             rows.append((task, metric_name(metric), *cells))

@@ -157,8 +157,8 @@ class RerankerWriter:
         self._note("tokenizer", self._write_tokenizer(folder))
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or self.config.base_model
-        folder_name, mixture = Path(job.output).name, job.mixture
-        card = model_card.write(self.config, base, adapter, self.form, name, folder_name, self.answers, mixture)
+        origin = {"answers": self.answers, "mixture": job.mixture, "measured": job.is_measured}
+        card = model_card.write(self.config, base, adapter, self.form, name, job.public_name, **origin)
         (folder / "README.md").write_text(writable(card), encoding="utf-8")
 
     def _write_tokenizer(self, folder: Path) -> str:

@@ -4,15 +4,18 @@ export(Export(adapter="adapters/best", output="my-model"))
 """
 
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import resolve
+from mlx_retrieval.exporters import publishing
 from mlx_retrieval.exporters.job import Export, check_output
 from mlx_retrieval.exporters.limits import MISSED
 from mlx_retrieval.models import kinds, loading
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.console import print_lines
+from mlx_retrieval.utils.console import Lines, print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import shell
 
@@ -33,6 +36,9 @@ def export_with_warnings(job: Export, program: str = "export.py") -> tuple[Path,
     if job.model:
         sources.append(resolve(job.model))
     check_output(output, job.overwrite, sources)
+    repository = None
+    if job.push_to_hub and not job.dry_run:
+        repository = publishing.Repository(job.push_to_hub, job.private, job.revision, job.overwrite)
     if job.is_chat:
         from mlx_retrieval.exporters.chat import ChatWriter
 
@@ -67,14 +73,50 @@ def export_with_warnings(job: Export, program: str = "export.py") -> tuple[Path,
         commands = next_commands(job, config.task, bool(config.dense))
     check_output(output, job.overwrite, [base])
     print_lines([("device", backend.describe()), ("model", name)])
-    files.write_folder(output, writer.fill)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    written = ("written", f"{output}, {size / 1e6:,.1f} MB")
-    print_lines([*writer.lines, written, *(("next", command) for command in commands)])
+    if job.dry_run:
+        sizes = sizes_in_advance(output, writer.fill)
+        print_lines([*writer.lines, *would_write(job, sizes)])
+        print_rows("", ("file", "bytes"), [(name, f"{size:,}") for name, size in sizes.items()])
+    else:
+        files.write_folder(output, writer.fill)
+        lines = [*writer.lines, ("written", f"{output}, {publishing.total(publishing.file_sizes(output))}")]
     missed = [text for name, text in writer.lines if name == MISSED]
+    if repository and not missed:
+        print_lines(lines)
+        lines = push(repository, output)
+    if not job.dry_run:
+        print_lines([*lines, *(("next", command) for command in commands)])
     for text in missed:
-        print(f"{program}: warning: {text}", file=sys.stderr)
+        unpushed = f". Not pushed: {shell('hf', 'upload', job.push_to_hub, output)} does" if repository else ""
+        print(f"{program}: warning: {text}{unpushed}", file=sys.stderr)
     return output, missed
+
+
+def push(repository: publishing.Repository, output: Path) -> Lines:
+    """Upload an exported folder; errors and Ctrl-C say that it is there, and lines to print where it went."""
+    try:
+        return repository.upload(output)
+    except UserError as error:
+        raise UserError(f"{error}; the folder {output} is written") from error
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"interrupted while pushing; the folder {output} is written") from stop
+
+
+def sizes_in_advance(output: Path, fill: Callable[[Path], None]) -> dict[str, int]:
+    """Return the sizes of the files that `fill` writes, in bytes, by path. It fills a folder that is removed again."""
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=parent) as temporary:
+        fill(Path(temporary))
+        return publishing.file_sizes(Path(temporary))
+
+
+def would_write(job: Export, sizes: dict[str, int]) -> Lines:
+    """Return lines to print about what a dry run has not written and pushed."""
+    lines = [("dry run", f"nothing was written; {job.output} would have {publishing.total(sizes)}")]
+    if job.push_to_hub:
+        branch = f", branch {job.revision}" if job.revision else ""
+        lines.append(("dry run", f"would be pushed to {job.push_to_hub}{branch}{', private' * job.private}"))
+    return lines
 
 
 def next_commands(job: Export, task: str, dense: bool) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mlx_retrieval.exporters import model_card
+from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.settings_file import write_yaml
@@ -62,6 +63,16 @@ def test_figures_are_those_of_the_exported_step(best):
     assert "| eval-data | nDCG@10 | 0.4124 | 0.6543 |" in text and "0.6000" not in text
     assert "| average | validation loss | - | 1.5000 |" in text and "| average | nDCG@10" not in text
     assert "10 steps" in text
+
+
+def test_figures_of_other_weights_are_not_in_the_metadata(best, tmp_path):
+    assert front_matter(card(best))["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.6543
+    text = model_card.write(CONFIG, "owner/base", best, "mlx", "4 bits", "my-model", measured=False)
+    assert "model-index" not in front_matter(text) and "before it was quantised" in text
+    assert "| eval-data | nDCG@10 | 0.4124 | 0.6543 |" in text
+    assert Export(output="o", adapter=str(tmp_path / "a")).is_measured
+    for flags in ({"format": "mlx", "quantize": 4}, {"merge_with_base": 0.5}, {"merge_with": ["b"]}, {"model": "m"}):
+        assert not Export(output="o", adapter=str(tmp_path / "a"), **flags).is_measured
 
 
 def test_settings_data_and_how_texts_are_read(best):
