@@ -8,6 +8,8 @@ python search.py search "where are gradients cached" --rerank Qwen/Qwen3-Reranke
 python search.py search "where are gradients cached" --store es://docs      # Elasticsearch, after embed.py --to
 python search.py eval queries.jsonl                                     # bm25, semantic and hybrid side by side
 python search.py tune queries.jsonl                                     # learns how to weigh words and meaning
+python search.py serve --port 8080                                      # a page for your browser
+python search.py mcp                                                    # for coding assistants, over standard input
 
 A minute or two on this checkout: python search.py index . --model-path gemma-3-tiny-mlx
 
@@ -20,6 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,14 +111,7 @@ def search_command(args: argparse.Namespace) -> int:
     """Search an index. Return the exit code: 1 if --format grep finds nothing, as grep does."""
     if args.mode != "hybrid" and (flag := "weight" if args.weight is not None else "fusion" if args.fusion else ""):
         raise UserError(f"--{flag} is for --hybrid")
-    check_store(args)
-    reranker = None
-    if args.rerank:
-        from mlx_retrieval.inference.reranker import Reranker
-
-        reranker = Reranker(args.rerank, dtype=args.dtype)
-        warn_if_slow(reranker)
-    searcher = Searcher(args.store or args.index, args.model_path, reranker, args.field, args.dtype)
+    searcher = opened(args, Searcher)
     info, root = searcher.index.info, searcher.index.root
     if not info.complete:
         print(
@@ -136,6 +132,37 @@ def search_command(args: argparse.Namespace) -> int:
     else:
         print_hits(hits, args.query, root, info.is_corpus, info.language)
     return 0
+
+
+def opened(args: argparse.Namespace, kind: type[Searcher], **options: Any) -> Searcher:
+    """Return a searcher of this kind as the flags say, with the reranker loaded."""
+    check_store(args)
+    reranker = None
+    if args.rerank:
+        from mlx_retrieval.inference.reranker import Reranker
+
+        reranker = Reranker(args.rerank, dtype=args.dtype)
+        warn_if_slow(reranker)
+    return kind(args.store or args.index, args.model_path, reranker, args.field, args.dtype, **options)
+
+
+def serve_command(args: argparse.Namespace) -> int:
+    """Serve a page that searches an index, until Ctrl-C."""
+    from mlx_retrieval.retrieval import search_app
+
+    if args.rerank_depth < 1:
+        raise UserError(f"--rerank-depth {args.rerank_depth}: at least 1")
+    searcher = opened(args, search_app.ServedSearcher, depth=args.rerank_depth)
+    with suppress(KeyboardInterrupt):  # the way to end a server: no message
+        search_app.run(searcher, args.host, args.port)
+    return 130
+
+
+def mcp_command(args: argparse.Namespace) -> None:
+    """Answer a coding assistant until it closes standard input."""
+    from mlx_retrieval.retrieval import search_mcp
+
+    search_mcp.run(opened(args, Searcher), args.rerank_depth)
 
 
 def check_store(args: argparse.Namespace) -> None:
@@ -178,8 +205,6 @@ def eval_command(args: argparse.Namespace) -> None:
 
 def tune_command(args: argparse.Namespace) -> None:
     """Learn how the search of an index weighs words and meaning, and keep it if that helps."""
-    from contextlib import nullcontext
-
     from mlx_retrieval.evaluation import index_search, index_tuning
     from mlx_retrieval.utils.console import print_lines
 
@@ -248,8 +273,14 @@ def parser() -> argparse.ArgumentParser:
     fusion = "what hybrid adds: scores, each scaled to 0 to 1, or reciprocal ranks (default: scores)"
     fused.add_argument("--fusion", choices=FUSIONS, help=fusion)
 
+    reranked = Parser(add_help=False)
+    reranker = "sort the first hits with this reranker: adapter folder, model's folder or GGUF, or hub name"
+    reranked.add_argument("--rerank", metavar="MODEL", help=reranker)
+    depth = f"hits that the reranker scores (default: {DEPTH})"
+    reranked.add_argument("--rerank-depth", "--depth", type=int, default=DEPTH, metavar="N", help=depth)
+
     search = "search an index: path:line, score and two lines of each hit"
-    search = commands.add_parser("search", parents=[shared, placed, fused], help=search, description=search)
+    search = commands.add_parser("search", parents=[shared, placed, fused, reranked], help=search, description=search)
     search.add_argument("query", type=writable, metavar="QUERY", help="plain words; there are no operators")
     modes = search.add_mutually_exclusive_group()
     texts = {
@@ -265,10 +296,6 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--language", action="append", default=[], metavar="NAME", help=language)
     where = "only this file or folder, at any depth if it has no slash; * and ? stand for any characters; repeatable"
     search.add_argument("--path", dest="paths", action="append", default=[], metavar="PATTERN", help=where)
-    reranker = "sort the first hits with this reranker: adapter folder, model's folder or GGUF, or hub name"
-    search.add_argument("--rerank", metavar="MODEL", help=reranker)
-    depth = f"hits that the reranker scores (default: {DEPTH})"
-    search.add_argument("--rerank-depth", "--depth", type=int, default=DEPTH, metavar="N", help=depth)
     form = "text; json = one object with the full text of each chunk; grep = path:line:text, exit code 1 for no hit"
     search.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=form)
     short = "the same as --format json"
@@ -292,6 +319,18 @@ def parser() -> argparse.ArgumentParser:
     kept = f"{tune}. What is learnt is kept in the index if it is better by cross-validation."
     tune = commands.add_parser("tune", parents=[shared, placed, asked], help=tune, description=kept)
     tune.set_defaults(run=tune_command)
+
+    serve = "serve a page that searches an index, and JSON behind it"
+    serve = commands.add_parser("serve", parents=[shared, placed, reranked], help=serve, description=serve)
+    host = "address to listen on (default: 127.0.0.1, this machine only); all who reach it can read the indexed texts"
+    serve.add_argument("--host", default="127.0.0.1", help=host)
+    port = "port to listen on; 0 = any free one (default: 8080)"
+    serve.add_argument("--port", type=int, default=8080, metavar="N", help=port)
+    serve.set_defaults(run=serve_command)
+
+    mcp = "answer coding assistants over standard input and output: an MCP server with the tools search and open"
+    mcp = commands.add_parser("mcp", parents=[shared, placed, reranked], help=mcp, description=mcp)
+    mcp.set_defaults(run=mcp_command)
     return top
 
 

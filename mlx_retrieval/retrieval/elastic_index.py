@@ -278,6 +278,22 @@ class ElasticIndex:
         """Raise UserError: documents have no programming language."""
         raise UserError(NO_FILTERS)
 
+    def refreshed(self) -> "ElasticIndex":
+        """Return this index: the server has no other."""
+        return self
+
+    def chunks_of(self, path: str) -> list[Hit]:
+        """Return the document with this id, with a score of 0, as a list; [] if there is no such one."""
+        return self._hits(lambda score: 0.0, query={"ids": {"values": [path]}}, size=1)
+
+    def chunk(self, name: str) -> Hit | None:
+        """Return the document with this id, with a score of 0; None if there is no such one."""
+        return next(iter(self.chunks_of(name)), None)
+
+    def count(self) -> int:
+        """Return the number of documents."""
+        return self.server.call(self.server.client.count, index=self.server.address.index)["count"]
+
     def known(self, wanted: Sequence[str]) -> list[str]:
         """Return those of the `wanted` ids that documents have."""
         known: list[str] = []

@@ -5,6 +5,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_retrieval.retrieval.analyzer import ENGLISH
 from mlx_retrieval.retrieval.base import Hit
@@ -12,6 +13,7 @@ from mlx_retrieval.retrieval.snippets import matching_spans, snippet
 from mlx_retrieval.utils.errors import Place
 
 FORMATS = ("text", "json", "grep")
+FIELDS = ("path", "line", "end_line", "language", "kind", "name", "score", "text")  # of a hit, in JSON
 
 
 def print_hits(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool, language: str = ENGLISH) -> None:
@@ -49,9 +51,20 @@ def grep_lines(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool, lan
 
 def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:
     """Return the hits as one JSON object."""
-    fields = ("path", "line", "end_line", "language", "kind", "name", "score", "text")
-    results = [{name: getattr(hit, name) for name in fields} for hit in hits]
+    results = [{name: getattr(hit, name) for name in FIELDS} for hit in hits]
     return json.dumps({"mode": mode, "query": query, "root": str(root), "results": results}, ensure_ascii=False)
+
+
+def highlighted(hit: Hit, query: str, language: str = ENGLISH) -> dict[str, Any]:
+    """Return a hit for a page: its fields, its id, and what to show of its text.
+
+    `best` are the two lines that hold most words of the query, [first, last] counted from 0; `spans` are the
+    characters [start, end) of all words that match.
+    """
+    rows = [row for row, _ in snippet(hit.text, query, language=language)] or [0]
+    spans = [list(span) for span in matching_spans(hit.text, query, language)]
+    fields = {name: getattr(hit, name) for name in ("id", *FIELDS)}
+    return fields | {"best": [rows[0], rows[-1]], "spans": spans}
 
 
 def _relative(path: Path) -> str:

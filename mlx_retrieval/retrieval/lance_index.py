@@ -51,6 +51,7 @@ class Index:
 
     def __init__(self, folder: Path, info: IndexInfo, database: Any):
         self.folder, self.info, self.database = folder, info, database
+        self._written = written_at(folder)
         self.chunks, self.files = database.open_table("chunks"), database.open_table("files")
 
     @classmethod
@@ -131,6 +132,11 @@ class Index:
     def write(self) -> None:
         """Write index.json atomically."""
         files.write_file(self.folder / FILE, json.dumps(dataclasses.asdict(self.info), indent=2) + "\n")
+        self._written = written_at(self.folder)
+
+    def refreshed(self) -> "Index":
+        """Return this index, opened again if another process has written index.json since."""
+        return self if written_at(self.folder) in (0, self._written) else Index.open(self.folder)
 
     def keep_weight(self, weight: float) -> None:
         """Record the share of the meaning in a search by both."""
@@ -297,9 +303,38 @@ class Index:
         rows = self.chunks.search().select(["language"]).limit(None).to_arrow()
         return sorted(rows["language"].unique().to_pylist())
 
+    @searching
+    def chunks_of(self, path: str) -> list[Hit]:
+        """Return the chunks of a file or document, in their order, with a score of 0; [] if there is no such one."""
+        (condition,) = lance_tables.path_conditions([path])
+        return self._stored(condition)
+
+    @searching
+    def chunk(self, name: str) -> Hit | None:
+        """Return the chunk with this id, with a score of 0; None if there is no such one."""
+        return next(iter(self._stored(lance_tables.condition(Within(ids=(name,))))), None)
+
+    def _stored(self, condition: str) -> list[Hit]:
+        self.chunks.checkout_latest()
+        rows = self.chunks.search().where(condition).select(["id", *HIT_COLUMNS]).limit(None).to_list()
+        return sorted((_hit(row, 0.0) for row in rows), key=lambda hit: (hit.line, int(hit.id.rpartition("#")[2])))
+
+    @searching
+    def count(self) -> int:
+        """Return the number of chunks."""
+        return self.chunks.count_rows()
+
     def known(self, wanted: Sequence[str]) -> list[str]:
         """Return the paths of all files, or the ids of all documents, that have chunks, whichever are `wanted`."""
         return [path for path, record in self.records().items() if not record.left_out]
+
+
+def written_at(folder: Path) -> int:
+    """Return when index.json was written, in nanoseconds; 0 = it is being replaced, or gone."""
+    try:
+        return (folder / FILE).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def check_folder(folder: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mlx_retrieval.retrieval.analyzer import NONE, analyzer
 from mlx_retrieval.retrieval.base import Hit, Within
 from mlx_retrieval.retrieval.fusion import FUSIONS, hybrid, weight_of
@@ -82,6 +84,7 @@ class Searcher:
         fusion: str = FUSIONS[0],
         languages: Sequence[str] = (),
         paths: Sequence[str] = (),
+        rerank: bool = True,
     ) -> list[Hit]:
         """Return the best chunks for a query, best first.
 
@@ -95,20 +98,44 @@ class Searcher:
             fusion: "scores" or "ranks", for hybrid.
             languages: search only chunks in these, such as "python", "markdown" or "text".
             paths: search only these files or folders; * and ? stand for any characters.
+            rerank: sort the first hits with the reranker, if there is one.
 
         Raises UserError for an empty query, for one of stop words in a search by words, and for values out of range.
         """
         if languages:
             self._check_languages(languages)
         within = Within(languages=tuple(languages), paths=tuple(paths))
-        if self.reranker is None:
+        if self.reranker is None or not rerank:
             return self._search(query, mode, top, weight, fusion, within)
         if depth < 1:
             raise UserError(f"--rerank-depth {depth}: at least 1")
         hits = self._search(query, mode, max(top, depth), weight, fusion, within)
-        scores = self.reranker.score(query, [hit.text for hit in hits])
+        scores = self.scores(query, [hit.text for hit in hits])
         order = (-scores).argsort(kind="stable")[:top].tolist()
         return [dataclasses.replace(hits[i], score=float(scores[i])) for i in order]
+
+    def vector(self, query: str) -> np.ndarray:
+        """Return the query's vector (D,) float32; late interaction: the vectors of its tokens (L, D)."""
+        from mlx_retrieval.inference.embedder import embed
+
+        return embed(self.model, [query], "query")[0]
+
+    def scores(self, query: str, texts: Sequence[str]) -> np.ndarray:
+        """Return the reranker's scores (N,) float32 of texts for a query."""
+        return self.reranker.score(query, texts)
+
+    def refresh(self) -> bool:
+        """Open the index again if it was written since, for a process that goes on. Return whether it was.
+
+        The model is loaded again if the index is now of another one.
+        """
+        index = self.index.refreshed()
+        if index is self.index:
+            return False
+        if index.info.fingerprint != self.index.info.fingerprint:
+            vars(self).pop("model", None)
+        self.index = index
+        return True
 
     def _check_languages(self, languages: Sequence[str]) -> None:
         """Raise UserError for a language that no chunk has."""
@@ -118,8 +145,6 @@ class Searcher:
             raise UserError(f"--language {unknown[0]}: not in {self.index.folder}; there: {', '.join(known)}{near}")
 
     def _search(self, query: str, mode: str, top: int, weight: float | None, fusion: str, within: Within) -> list[Hit]:
-        from mlx_retrieval.inference.embedder import embed
-
         if mode not in MODES:
             raise UserError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
         if not query.strip():
@@ -135,7 +160,7 @@ class Searcher:
                     "with --semantic"
                 )
             return self.index.bm25(query, top, within)
-        vector = embed(self.model, [query], "query")[0]
+        vector = self.vector(query)
         if mode == "semantic":
             return self.index.semantic(vector, top, within)
         return hybrid(self.index, query, vector, top, weight, fusion, within)

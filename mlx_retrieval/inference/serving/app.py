@@ -178,6 +178,9 @@ async def _refused(request: Request, error: Exception) -> Response:
     return error_response(path, 500, "the server failed to answer; its log has the reason")  # uvicorn logs it
 
 
+HANDLERS = dict.fromkeys((AnyHTTPException, RequestValidationError, UserError, Exception), _refused)
+
+
 # --- the app --------------------------------------------------------------------------------------------------------
 
 
@@ -196,10 +199,9 @@ def create_app(models: ServedModels, settings: ServerSettings | None = None) -> 
     """
     settings = settings or ServerSettings()
     keys, service = Keys(settings.keys), Service(models, settings.limits)
-    handlers = dict.fromkeys((AnyHTTPException, RequestValidationError, UserError, Exception), _refused)
     pages = {"docs_url": "/docs", "openapi_url": "/openapi.json"} if settings.docs else {"docs_url": None}
     pages |= {"redoc_url": None} | ({} if settings.docs else {"openapi_url": None})
-    app = FastAPI(title=TITLE, lifespan=service.lifespan, exception_handlers=handlers, **pages)
+    app = FastAPI(title=TITLE, lifespan=service.lifespan, exception_handlers=HANDLERS, **pages)
     app.state.service = service
     for shape in SHAPES:
         name = shape.path.strip("/").replace("/", "_") or "root"

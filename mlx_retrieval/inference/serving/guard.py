@@ -1,6 +1,7 @@
 """Middleware around all endpoints: keys, limits, slow clients, figures and the access log."""
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -57,6 +58,7 @@ class Guard:
     """Refuse requests without a key, and those beyond the limits; count and log all.
 
     Args:
+        metrics: None = nothing is counted.
         paths: of the endpoints; all others count as one in figures.
         log: a file for a JSON object a request; None = there is no access log.
     """
@@ -66,7 +68,7 @@ class Guard:
         app: Callable,
         keys: Keys,
         limits: Limits,
-        metrics: Metrics,
+        metrics: Metrics | None = None,
         paths: Collection[str] = (),
         log: TextIO | None = None,
     ):
@@ -98,7 +100,8 @@ class Guard:
             record = scope.get("record", Record())
             seconds = time.monotonic() - began
             path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.count(path, status, seconds, record)
+            if self.metrics is not None:
+                self.metrics.count(path, status, seconds, record)
             if self.log is not None:
                 self._write(scope, status, seconds, sent, record)
 
@@ -129,13 +132,13 @@ class Guard:
                 raise HTTPException(503, "the requests in progress are too large together: try again", AGAIN)
             return message
 
+        counted = contextlib.nullcontext() if self.metrics is None else self.metrics.in_progress.track_inprogress()
         self.requests += 1
-        self.metrics.in_progress.inc()
         try:
-            await self.app(scope, bounded, send)
+            with counted:
+                await self.app(scope, bounded, send)
         finally:
             self.requests, self.bodies = self.requests - 1, self.bodies - size
-            self.metrics.in_progress.dec()
 
     def _write(self, scope: dict, status: int, seconds: float, sent: int, record: Record) -> None:
         line = {

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from mlx_retrieval.inference.serving.app import ServerSettings, create_app
+from mlx_retrieval.inference.serving.engine import Limits
 from mlx_retrieval.inference.serving.guard import ImpatientProtocol
 from mlx_retrieval.inference.serving.served_models import ServedModels, prepare
 from mlx_retrieval.utils.errors import UserError
@@ -34,23 +36,32 @@ def run(
         if each.model is not None:
             prepare(each.model)
     names = ", ".join(each.name for each in models.all)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     access = "with an API key" if settings.keys else "without an API key"
-    print(f"serving {names} at {url}, {access}; press Ctrl-C to stop", flush=True)
-    config = uvicorn.Config(
-        app,
-        http=functools.partial(ImpatientProtocol, limits=settings.limits),
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-    )
-    server = uvicorn.Server(config)
+    print(f"serving {names} at {url_of(host, listener)}, {access}; press Ctrl-C to stop", flush=True)
+    server = server_of(app, settings.limits)
     app.state.service.stop = functools.partial(setattr, server, "should_exit", True)
     with _telling():
         server.run(sockets=[listener])
     if models.failure is not None:
         raise models.failure
+
+
+def server_of(app: FastAPI, limits: Limits) -> uvicorn.Server:
+    """Return the server of an app, ready to run; it waits for slow clients as long as the limits say."""
+    config = uvicorn.Config(
+        app,
+        http=functools.partial(ImpatientProtocol, limits=limits),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    return uvicorn.Server(config)
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """Return the address of a server that listens there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 @contextmanager
