@@ -63,14 +63,16 @@ class Synthetic:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def build(folder: Path, data: Synthetic, chunks: int, tokens: int) -> tuple[Index, float, float]:
+def build(
+    folder: Path, data: Synthetic, chunks: int, tokens: int = 0, words: int = WORDS
+) -> tuple[Index, float, float]:
     """The index, the seconds of storing chunks, those of making it searchable. `tokens` of a chunk; 0 = not late."""
     about = IndexInfo("/", False, "synthetic", "", data.dimensions, 2_000, 200, maxsim="mean" if tokens else "")
     began = time.perf_counter()
     index = Index.create(folder, about)
     for first in range(0, chunks, BATCH):
         rows = min(BATCH, chunks - first)
-        texts = data.texts(rows, WORDS)
+        texts = data.texts(rows, words)
         files = []
         for at in range(0, rows, CHUNKS_OF_A_FILE):
             name = f"folder/file{(first + at) // CHUNKS_OF_A_FILE}"

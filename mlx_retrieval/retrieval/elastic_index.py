@@ -290,9 +290,10 @@ class ElasticIndex:
         """Return the document with this id, with a score of 0; None if there is no such one."""
         return next(iter(self.chunks_of(name)), None)
 
-    def count(self) -> int:
+    def count(self, within: Within = EVERYWHERE) -> int:
         """Return the number of documents."""
-        return self.server.call(self.server.client.count, index=self.server.address.index)["count"]
+        query = {"bool": {"filter": _filter(within)}}
+        return self.server.call(self.server.client.count, index=self.server.address.index, query=query)["count"]
 
     def known(self, wanted: Sequence[str]) -> list[str]:
         """Return those of the `wanted` ids that documents have."""

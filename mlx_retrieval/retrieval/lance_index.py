@@ -320,9 +320,10 @@ class Index:
         return sorted((_hit(row, 0.0) for row in rows), key=lambda hit: (hit.line, int(hit.id.rpartition("#")[2])))
 
     @searching
-    def count(self) -> int:
+    def count(self, within: Within = EVERYWHERE) -> int:
         """Return the number of chunks."""
-        return self.chunks.count_rows()
+        self.chunks.checkout_latest()
+        return self.chunks.count_rows(lance_tables.condition(within) or None)
 
     def known(self, wanted: Sequence[str]) -> list[str]:
         """Return the paths of all files, or the ids of all documents, that have chunks, whichever are `wanted`."""

@@ -113,6 +113,8 @@ def _quoted(values: Sequence[str]) -> str:
 
 def _pattern(path: str) -> str:
     """Return a regular expression for a file, or for all files of a folder: * and ? stand for any characters."""
+    if path.rstrip("/") == ".":
+        return ".*"
     pattern = re.escape(path.removeprefix("./").rstrip("/")).replace(r"\*", ".*").replace(r"\?", ".")
     return f"(.*/)?{pattern}(/.*)?" if "/" not in path.rstrip("/") else f"{pattern}(/.*)?"
 

@@ -100,16 +100,17 @@ class Searcher:
             paths: search only these files or folders; * and ? stand for any characters.
             rerank: sort the first hits with the reranker, if there is one.
 
-        Raises UserError for an empty query, for one of stop words in a search by words, and for values out of range.
+        Raises UserError for an empty query, for one of stop words in a search by words, for a language or path that the
+        index does not have, and for values out of range.
         """
         if languages:
             self._check_languages(languages)
         within = Within(languages=tuple(languages), paths=tuple(paths))
         if self.reranker is None or not rerank:
-            return self._search(query, mode, top, weight, fusion, within)
+            return self._search(query, mode, top, weight, fusion, within) or self._nothing(paths)
         if depth < 1:
             raise UserError(f"--rerank-depth {depth}: at least 1")
-        hits = self._search(query, mode, max(top, depth), weight, fusion, within)
+        hits = self._search(query, mode, max(top, depth), weight, fusion, within) or self._nothing(paths)
         scores = self.scores(query, [hit.text for hit in hits])
         order = (-scores).argsort(kind="stable")[:top].tolist()
         return [dataclasses.replace(hits[i], score=float(scores[i])) for i in order]
@@ -143,6 +144,14 @@ class Searcher:
         if unknown := [name for name in languages if name not in known]:
             near = near_miss(unknown[0], known)
             raise UserError(f"--language {unknown[0]}: not in {self.index.folder}; there: {', '.join(known)}{near}")
+
+    def _nothing(self, paths: Sequence[str]) -> list[Hit]:
+        """Return no hit. Raises UserError for a path that no file of the index matches."""
+        for path in paths:
+            if not self.index.count(Within(paths=(path,))):
+                place = f"{self.index.folder}, under {self.index.root}"
+                raise UserError(f"--path {path}: no such file or folder in {place}")
+        return []
 
     def _search(self, query: str, mode: str, top: int, weight: float | None, fusion: str, within: Within) -> list[Hit]:
         if mode not in MODES:

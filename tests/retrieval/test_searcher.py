@@ -177,7 +177,12 @@ def test_filters(searcher, indexed, capsys):
     assert found(paths=["*.md"]) == {"boiler.md", "bike.md"}
     assert found(paths=["b?ke.md", "./read.txt"]) == {"bike.md", "read.txt"}
     assert found(paths=["*.md"], languages=["python"]) == set()
-    assert found(paths=["ike.md"]) == found(paths=["bike"]) == found(paths=["bike.m"]) == set()  # whole names
+    assert found(paths=["."]) == found(paths=["./"]) == set(TEXTS)
+    for path in ("ike.md", "bike", "bike.m", str(indexed[0])):  # whole names, relative to the indexed folder
+        for mode in MODES:
+            with pytest.raises(UserError, match=f"--path {path}: no such file or folder in .*index, under .*tree"):
+                searcher.search("read the boiler", mode, paths=[path])
+    assert searcher.search("zebra", "bm25", paths=["bike.md"]) == []
     assert search.main(["search", "boiler", "--index", str(indexed[1]), "--language", "pyton"]) == 2
     assert "there: markdown, python, text; did you mean python?" in capsys.readouterr().err
 
