@@ -65,15 +65,20 @@ class ServedSearcher(Searcher):
         with self._lock:
             if not self.refresh() and self._is_ready:
                 return
-            self.unavailable = ""
-            try:
-                models = [self.model] if self.reranker is None or self._is_ready else [self.model, self.reranker]
-                for model in models:
-                    with alone():
-                        prepare(model)
-            except UserError as error:
-                self.unavailable = str(error)
+            with alone():
+                if self.reranker is not None and not self._is_ready:
+                    prepare(self.reranker)
+                self.unavailable = self._load()
             self._is_ready = True
+
+    def _load(self) -> str:
+        """Load the index's model, if it is not loaded. Return why that is not possible, or ""."""
+        if "model" not in vars(self):
+            try:
+                prepare(self.model)
+            except UserError as error:
+                return str(error)
+        return ""
 
     def vector(self, query: str) -> np.ndarray:
         """Return the query's vector, as `Searcher` does; it may be computed together with others."""

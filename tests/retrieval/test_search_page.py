@@ -90,6 +90,7 @@ class Page:
 
     def ask(self, query: str) -> None:
         """Type a query and press Enter; return when its hits are there."""
+        self.browser.execute_script("document.getElementById('status').textContent = ''")
         self.one("#query").clear()
         self.one("#query").send_keys(query + "\n")
         wait_until(lambda: "hit" in self.status or "found" in self.status or "has these words" in self.status)
