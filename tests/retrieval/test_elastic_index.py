@@ -27,7 +27,7 @@ class Stub:
         self.mapping = {"docs": {"mappings": {"_meta": {META: {name: asdict(each) for name, each in fields.items()}}}}}
         self.address = SimpleNamespace(index="docs")
         indices = SimpleNamespace(get_mapping=lambda **_: self.mapping, put_mapping=self._note)
-        self.client = SimpleNamespace(indices=indices, search=self._search)
+        self.client = SimpleNamespace(indices=indices, search=self._search, count=self._count)
 
     def _note(self, **body):
         self.asked.append(body)
@@ -35,6 +35,10 @@ class Stub:
     def _search(self, **body):
         self._note(**body)
         return {"hits": {"hits": [{"_index": "docs", "_id": "7", "_source": SOURCE, "_score": 0.75}]}}
+
+    def _count(self, **body):
+        self._note(**body)
+        return {"count": 3}
 
     def call(self, method, **body):
         return method(**body)
@@ -83,6 +87,15 @@ def test_an_index_without_words_says_how_to_add_them(stub):
     command = "embed.py --model model --to es://docs --field vector --es-fields document=title+body"
     with pytest.raises(UserError, match=f"without embedding again: .*{command.replace('+', '.')}$"):
         index.bm25("cache", 1)
+
+
+def test_documents_are_opened_by_their_ids_and_counted(stub):
+    index = ElasticIndex("es://docs")
+    assert index.chunks_of("7") == [index.chunk("7")] and index.chunk("7").text == "a title\na body"
+    assert stub.asked[-1]["query"] == {"ids": {"values": ["7"]}} and index.chunk("7").score == 0
+    assert index.count(Within(ids=("7",))) == 3
+    assert stub.asked[-1]["query"] == {"bool": {"filter": [{"ids": {"values": ["7"]}}]}}
+    assert index.refreshed() is index
 
 
 def test_a_weight_is_kept_beside_the_vectors(stub):
