@@ -79,7 +79,7 @@ class Page:
 
     @property
     def places(self) -> list[str]:
-        return [place.text for place in self.all(".place b")]
+        return self.browser.execute_script("return [...document.querySelectorAll('.place b')].map(e => e.textContent)")
 
     @property
     def focus(self) -> str:
