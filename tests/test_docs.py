@@ -211,11 +211,15 @@ def check_curl(words: list[str]) -> None:
 
 
 def check_body(path: str, body: dict) -> None:
-    """A request's body, by the shapes of the server."""
+    """A request's body, by the shapes of the server, or by the search page's."""
     from pydantic import TypeAdapter
 
     from mlx_retrieval.inference.serving.shapes.table import SHAPES
+    from mlx_retrieval.retrieval.search_app import Question
 
+    if path == "/search":
+        Question.model_validate(body)
+        return
     TypeAdapter({shape.path: shape.body for shape in SHAPES}[path]).validate_python(body).request()
 
 
