@@ -6,6 +6,7 @@ python eval.py --model adapters/final --precision float32 int8 binary --dimensio
 python eval.py --task rerank --model MODEL --first-stage bm25 --depth 100                      # a reranker
 python eval.py --task rerank --model MODEL --first-stage hybrid:adapters/final          # by words and meaning
 python eval.py --compare adapters/one/best adapters/two/best --eval-tasks my-eval              # which one is better
+python eval.py --model adapters/final --eval-tasks NanoBEIR STS12 --results mteb         # as mteb keeps and reads it
 
 A task is a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv), the name of an MTEB task of type
 Retrieval or STS, or a file of scored pairs. STS and pairs are judged by Spearman's correlation of cosines and scores.
@@ -13,6 +14,8 @@ MTEB's tasks are searched and scored by mteb. A folder is evaluated without impo
 The figures are the same: every document is compared with every query, and pytrec_eval, which mteb uses, computes the
 metrics. Nothing is cached on disk. Training calls `evaluate` every N steps; this command prints the same figures, to
 the last digit, for the saved model.
+
+With --results, mteb alone evaluates its tasks of every type and its benchmarks, and leaves its own folder of results.
 
 from eval import evaluate
 from embed import load
@@ -74,6 +77,34 @@ def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Eva
     return evaluation, record
 
 
+def evaluate_as_mteb(args: argparse.Namespace, is_reranker: bool) -> int:
+    """Evaluate a model on mteb's tasks, leave the results as mteb keeps them, and print their table. Return 0 or 1."""
+    from mlx_retrieval.evaluation import mteb_results
+
+    tasks = mteb_results.select(args.eval_tasks, args.languages or (), args.task_types or ())
+    prompts = mteb_results.read_prompts(Path(args.task_prompts).expanduser(), tasks) if args.task_prompts else {}
+    # After mteb: it brings torch, which transformers looks for only once.
+    from mlx_retrieval.inference import dtypes, embedder, reranker
+
+    settings = {"max_length": args.max_length, "query_max_length": args.query_max_length, "dtype": args.dtype}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if is_reranker:
+        model = reranker.Reranker(args.model, args.adapter, raw_scores=True, **settings)
+    else:
+        task = {"task": args.task} if args.task else {}
+        model = embedder.load(args.model, args.adapter, **settings, **task)
+    dtypes.report(model)
+    folder = Path(args.results).expanduser()
+    run = mteb_results.evaluate(model, tasks, folder, args.results_name, prompts, settings, args.overwrite)
+    for reason in run.unreachable.values():
+        print(f"eval.py: {reason}", file=sys.stderr)
+    if not run.scores:
+        return 2
+    mteb_results.print_table(run)
+    print(f"results in {run.folder}", file=sys.stderr)
+    return 1 if run.unreachable else 0
+
+
 def evaluate_rerank(args: argparse.Namespace, show_progress: bool) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate a reranker and print the tables. Return the figures after reranking and `--output`'s JSON."""
     from mlx_retrieval.inference import dtypes
@@ -125,7 +156,8 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--task", choices=("embed", "late", "rerank"), help=kinds)
     tasks = (
-        "folders in BEIR layout, files of scored pairs, and names of MTEB tasks, Retrieval or STS (default: eval-data)"
+        "folders in BEIR layout, files of scored pairs, and MTEB tasks, Retrieval or STS (default: eval-data); "
+        "with --results: tasks of any type and benchmarks of mteb, or mock"
     )
     out.add_argument("--eval-tasks", nargs="+", metavar="TASK", help=tasks)
     strict = "refuse untidy folders: judgements that contradict each other, or of texts that are missing; null texts"
@@ -134,13 +166,32 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     output = "also write the figures to this file, as JSON, with the scores and the first 10 documents of each query"
     out.add_argument("--output", metavar="FILE", help=output)
-    out.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    out.add_argument(
+        "--overwrite", action="store_true", help="replace --output if it exists; evaluate what --results holds again"
+    )
     longest = "truncate documents to N tokens; rerank: query and document together (default: the model's own limit)"
     out.add_argument("--max-length", type=int, metavar="N", help=longest)
     shorter = "truncate queries to N tokens; not for rerank (default: the model's own limit)"
     out.add_argument("--query-max-length", type=int, metavar="N", help=shorter)
     out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    as_mteb = out.add_argument_group("results as mteb keeps them")
+    results = (
+        "evaluate through mteb alone, and leave results in DIR/results/MODEL/REVISION, for its ResultCache(DIR); "
+        "tasks whose results are there are not evaluated again"
+    )
+    as_mteb.add_argument("--results", metavar="DIR", help=results)
+    called = "the model's name in --results (default: its hub name, or the names of its last two folders)"
+    as_mteb.add_argument("--results-name", metavar="ORGANISATION/NAME", help=called)
+    types = "of --eval-tasks, only tasks of these types, such as Retrieval or STS"
+    as_mteb.add_argument("--task-types", nargs="+", metavar="TYPE", help=types)
+    languages = "of --eval-tasks, only tasks and subsets in one of these, such as eng or deu-Latn"
+    as_mteb.add_argument("--languages", nargs="+", metavar="CODE", help=languages)
+    prompts = (
+        'JSON file of prompts by task, type of task, "query" or "document", or two of them such as "Retrieval-query"; '
+        "they come before the model's own"
+    )
+    as_mteb.add_argument("--task-prompts", metavar="FILE", help=prompts)
     vectors = out.add_argument_group("stored vectors (--task embed)")
     precisions = (
         "also evaluate vectors stored at these precisions, without embedding again; int8 and uint8: ranges from the "
@@ -180,7 +231,7 @@ def check_task(args: argparse.Namespace, task: str | None) -> None:
 
 def refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
     """Raise UserError if one of these flags is given."""
-    if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
+    if flags := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]:
         raise UserError(f"{' and '.join(flags)}: {reason}")
 
 
@@ -191,6 +242,9 @@ def check_flags(args: argparse.Namespace) -> Path | None:
         refuse(args, unfit, "not with --compare; evaluate with --output and compare the files")
     elif args.task:
         check_task(args, args.task)
+    if args.results:
+        return check_results(args)
+    refuse(args, ("results_name", "task_types", "languages", "task_prompts"), "only with --results")
     if args.depth is not None:
         check_depth(args.depth)
     output = Path(args.output).expanduser() if args.output else None
@@ -203,6 +257,21 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     if not args.compare:
         pairs.check_tasks(args.eval_tasks, rules_of(args))
     return output
+
+
+def check_results(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not fit --results, and for wrong values."""
+    unfit = ("output", "strict", "ignore_identical_ids", "precision", "dimensions", "first_stage", "depth", "language")
+    refuse(args, ("compare", *unfit), "not with --results, where mteb evaluates")
+    if not args.eval_tasks:
+        raise UserError("--results: name tasks or benchmarks of mteb by --eval-tasks")
+    if args.results_name and len([part for part in args.results_name.split("/") if part]) != 2:
+        raise UserError(f"--results-name {args.results_name}: mteb's names of models are ORGANISATION/NAME")
+    if (folder := Path(args.results).expanduser()).exists() and not folder.is_dir():
+        raise UserError(f"--results {args.results}: this is a file, not a folder")
+    for file in [Path(args.task_prompts).expanduser()] if args.task_prompts else []:
+        if not file.is_file():
+            raise UserError(f"--task-prompts {args.task_prompts}: no such file")
 
 
 @command("eval.py", explain=device_errors.explain)
@@ -218,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_task(args, task)
         run = evaluate_rerank if task == "rerank" else evaluate_encoder
     print(backend.describe(), file=sys.stderr)
+    if args.results:
+        return evaluate_as_mteb(args, task == "rerank")
     evaluation, record = run(args, sys.stderr.isatty())
     for reason in evaluation.unreachable.values():
         print(f"eval.py: {reason}", file=sys.stderr)

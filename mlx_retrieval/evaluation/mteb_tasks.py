@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,11 @@ from mlx_retrieval.utils import imports
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.products import product
 
-TYPES = ("Retrieval", "STS")  # of tasks that can be evaluated
+TYPES = ("Retrieval", "STS")  # of tasks that are evaluated here, with intervals; of all others see mteb_results.py
+
+
+class UnreachableError(Exception):
+    """A task's data cannot be had; the message says in one line why, and what to do."""
 
 
 def load(
@@ -38,13 +43,14 @@ def load(
 
     Raises UserError for a name that is not a task of MTEB, and for a task that cannot be evaluated here.
     """
-    _import_mteb()
-    with _quiet(show_progress):
+    import_mteb()
+    with quiet(show_progress):
         return _load(name, ignore_identical_ids)
 
 
 @functools.cache
-def _import_mteb() -> None:
+def import_mteb() -> None:
+    """Import mteb, which takes seconds; torch with it."""
     imports.reveal("torch")
     with imports.many_imports():
         import mteb  # noqa: F401
@@ -71,7 +77,7 @@ class MtebTask(Task):
         # The task's own method: `mteb.evaluate` would import sentence-transformers, to see if it is one of its models.
         # The model forms its own batches; mteb only passes texts on.
         options: Any = {"batch_size": 1024, "show_progress_bar": False}
-        with _quiet(searcher.show_progress):
+        with quiet(searcher.show_progress):
             scores = {s: self.task.evaluate(search, s, encode_kwargs=options) for s in self.task.eval_splits}
         return [
             SplitResult(
@@ -149,7 +155,7 @@ class _EncoderAdapter(_SearchAdapter):
 
 
 @contextmanager
-def _quiet(show_progress: bool) -> Iterator[None]:
+def quiet(show_progress: bool) -> Iterator[None]:
     """Silence the log lines below errors, and the progress bars, of mteb and the libraries it uses."""
     import datasets
 
@@ -188,43 +194,73 @@ def _hub_answers() -> bool:
 
 
 @functools.cache
-def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | PairTask | None", str]:
-    """Like `load`, once a process: asking an unreachable hub at every evaluation would only cost time."""
+def benchmarks() -> dict[str, Any]:
+    """Return mteb's benchmarks by their names and aliases."""
     import mteb
+
+    return {name: benchmark for benchmark in mteb.get_benchmarks() for name in (benchmark.name, *benchmark.aliases)}
+
+
+def load_data(task: Any, **options: Any) -> None:
+    """Load the data of a task of mteb, from the hub's cache if the hub does not answer.
+
+    Args:
+        options: of the task's own method.
+
+    Raises UnreachableError if the data cannot be had.
+    """
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
+    metadata = task.metadata
+    path, revision = metadata.dataset["path"], metadata.dataset["revision"]
+    reason = "the hub does not answer" + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "")
+    try:
+        if not Path(path).is_dir() and not _hub_answers():  # then use the cache's copy of this revision
+            where = {"revision": revision, "cache_dir": constants.HF_HUB_CACHE, "local_files_only": True}
+            copy = snapshot_download(path, repo_type="dataset", **where)
+            task.metadata = metadata.model_copy(update={"dataset": metadata.dataset | {"path": copy}})
+        type(task).load_data(task, **options)
+    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UnreachableError(
+            f"{metadata.name}: data set {path}, revision {revision}, cannot be loaded from the cache "
+            f"{constants.HF_HUB_CACHE} (set HF_HOME for another) or from the hub: {reason}. "
+            f"To download it where there is a network: hf download --repo-type dataset {path} --revision {revision}"
+        ) from error
+
+
+@functools.cache
+def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | PairTask | None", str]:
+    """Like `load`, once a process: asking an unreachable hub at every evaluation would only cost time."""
+    import mteb
+
     try:
         task = mteb.get_task(name)
     except KeyError as error:
+        if name in benchmarks():
+            raise UserError(f"{name} is a benchmark; eval.py evaluates its tasks with --results") from error
         names = [task.metadata.name for task in mteb.get_tasks(task_types=[*TYPES], exclude_superseded=False)]
         close = ", ".join(difflib.get_close_matches(name, names))
         hint = f"; close: {close}" if close else ""
         raise UserError(f"{name} is neither a folder nor an MTEB task{hint}") from error
     metadata = task.metadata
     if metadata.type not in TYPES:
-        raise UserError(f"{name} is a task of type {metadata.type}; only {' and '.join(TYPES)} can be evaluated")
+        raise UserError(
+            f"{name} is a task of type {metadata.type}; only {' and '.join(TYPES)} can be evaluated, unless by eval.py "
+            "with --results"
+        )
     if tasks := getattr(metadata, "tasks", None):
-        raise UserError(f"{name} is a bundle; name the tasks: {' '.join(task.metadata.name for task in tasks)}")
+        listing = " ".join(task.metadata.name for task in tasks)
+        raise UserError(f"{name} is a bundle; name the tasks: {listing}; or give eval.py --results")
     if metadata.modalities != ["text"]:
         raise UserError(f"{name} is about {', '.join(metadata.modalities)}; only tasks of text can be evaluated")
-    path, revision = metadata.dataset["path"], metadata.dataset["revision"]
-    reason = "the hub does not answer" + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "")
     try:
-        if not _hub_answers():  # then use the cache's copy of this revision
-            where = {"revision": revision, "cache_dir": constants.HF_HUB_CACHE, "local_files_only": True}
-            copy = snapshot_download(path, repo_type="dataset", **where)
-            task.metadata = metadata.model_copy(update={"dataset": metadata.dataset | {"path": copy}})
-        task.load_data()
-    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return None, (
-            f"{name}: data set {path}, revision {revision}, cannot be loaded from the cache {constants.HF_HUB_CACHE} "
-            f"(set HF_HOME for another) or from the hub: {reason}. "
-            f"To download it where there is a network: hf download --repo-type dataset {path} --revision {revision}"
-        )
+        load_data(task)
+    except UnreachableError as error:
+        return None, str(error)
     if metadata.type == "STS":
         return scored_pairs(task), ""
     task.ignore_identical_ids |= ignore_identical_ids

@@ -1,7 +1,7 @@
 """Embed texts with a base model or a trained adapter."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,14 @@ class Model:
         """Return a hash of everything that decides this model's vectors; see `fingerprint.fingerprint`."""
         adapter = None if self.base is None else Path(self.name).expanduser()
         return fingerprint.fingerprint(self.config, self.base or resolve(self.name), adapter)
+
+    def add_prompts(self, prompts: Mapping[str, str]) -> None:
+        """Add prompts by name for `encode`, or replace those of the same names; the saved model stays as it is."""
+        if prompts:
+            others = {name: prompt for name, prompt in prompts.items() if name not in ("query", "document")}
+            roles = {f"{name}_prompt": prompts.get(name) for name in ("query", "document")}
+            self.config = self.config.override(**roles, task_prompts=self.config.task_prompts | others)
+            self.tokenizer = self.config.tokenizer(self.base or resolve(self.name))
 
     def limit_shapes(self) -> None:
         """Use fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""

@@ -59,7 +59,7 @@ def test_evaluating_on_tasks_of_mteb_works_after_torch_was_hidden(run_python):
         "from pathlib import Path; from mlx_retrieval.evaluation.results import Evaluation\n"
         "searcher = retrieval.searcher_for(embed.load('gemma-3-tiny-mlx'), 'eval-data')\n"
         "hidden = sys.modules['torch'] is None and 'transformers' in sys.modules\n"
-        "mteb_tasks._import_mteb(); from mteb_folder import mteb_task\n"
+        "mteb_tasks.import_mteb(); from mteb_folder import mteb_task\n"
         "result = Evaluation('m', {}, {}, {})\n"
         "retrieval.add_task(result, searcher, mteb_tasks.MtebTask(mteb_task(Path('eval-data'))))\n"
         "print(hidden, len(result.tasks), 'torch.nn' in sys.modules, 'sentence_transformers' in sys.modules)"

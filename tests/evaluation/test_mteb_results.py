@@ -1,0 +1,400 @@
+"""Evaluation as it is handed in: which tasks, prompts, folders of results, a killed run, the peer's figures.
+
+python -m pytest tests/evaluation/test_mteb_results.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+from mlx_retrieval.evaluation import mteb_results, mteb_tasks
+from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.utils.errors import UserError
+
+HUB_TASKS = {
+    "Classification": "Banking77Classification.v2",
+    "Clustering": "TwentyNewsgroupsClustering.v2",
+    "PairClassification": "SprintDuplicateQuestions",
+    "Reranking": "AskUbuntuDupQuestions",
+    "Retrieval": "NanoMSMARCORetrieval",
+    "STS": "STS12",
+    "Summarization": "SummEvalSummarization.v2",
+}
+
+
+def mocks(*names: str) -> list:
+    tasks = {task.metadata.name: task for task in mteb_results.select(["mock"])}
+    return [tasks[name] for name in names] if names else [*tasks.values()]
+
+
+def figures_of(result) -> dict:
+    """Every figure of a task's result: (split, subset, metric) -> figure."""
+    return {
+        (split, scores["hf_subset"], metric): value
+        for split, subsets in result.scores.items()
+        for scores in subsets
+        for metric, value in scores.items()
+        if isinstance(value, float | int)
+    }
+
+
+def prompted(folder: Path, target: Path) -> Path:
+    """A model's folder with prompts for a task, for types of tasks, and for documents of one type."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file)
+    settings = {"query": "question: ", "Classification": "topic: ", "Retrieval-document": "text: "}
+    settings |= {"MockSTSTask": "which is alike? ", "STS": "never seen here: ", "search_query": "no name of mteb: "}
+    (target / "config_sentence_transformers.json").unlink(missing_ok=True)
+    described = {"prompts": settings, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    (target / "config_sentence_transformers.json").write_text(json.dumps(described))
+    return target
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_benchmarks_stand_for_their_tasks():
+    names = {task.metadata.name for task in mteb_results.select(["NanoBEIR", "NanoMSMARCORetrieval"])}
+    assert len(names) == 13 and "NanoMSMARCORetrieval" in names
+    assert {task.metadata.type for task in mteb_results.select(["CodeRAG"])} == {"Reranking"}
+    retrieval = mteb_results.select(["MTEB(eng, v2)"], types=["Retrieval"])
+    assert {task.metadata.type for task in retrieval} == {"Retrieval"}
+    whole = mteb_results.select(["MTEB(eng)"])  # an alias
+    assert len(whole) == 41 and len(retrieval) == sum(task.metadata.type == "Retrieval" for task in whole)
+    assert {task.metadata.type for task in mteb_results.select(["mock"])} >= {*HUB_TASKS}
+
+
+def test_subsets_of_a_benchmark_are_not_those_of_the_task():
+    """`MTEB(eng, v2)` has only the English pairs of STS17. Both are evaluated, as mteb does, if both are named."""
+    parts = [task for task in mteb_results.select(["MTEB(eng, v2)", "STS17"]) if task.metadata.name == "STS17"]
+    assert [len(task.hf_subsets) == 1 for task in parts] == [True, False]
+    (german,) = mteb_results.select(["STS17"], languages=["deu"])
+    assert german.hf_subsets == ["en-de"]
+    again = [task for task in mteb_results.select(["MTEB(eng, v2)"]) if task.metadata.name == "STS17"]
+    assert again[0].hf_subsets == parts[0].hf_subsets  # a choice of languages does not last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eval-tasks", "NanoBEIRR"], "NanoBEIRR: mteb knows no such task or benchmark; did you mean NanoBEIR?"),
+        (["--eval-tasks", "STS21"], "STS21: mteb knows no such task or benchmark; did you mean STS2"),
+        (["--eval-tasks", "tests"], "tests: --results is for tasks of mteb; evaluate folders and files without it"),
+        (["--eval-tasks", "VisRAGRetArxivQA"], "about text, image; only tasks of text"),
+        (["--eval-tasks", "STS12", "--languages", "deu"], "STS12: no task has one of these --languages"),
+        (["--eval-tasks", "STS17", "--languages", "German"], "--languages German: mteb's codes have three letters"),
+        (["--eval-tasks", "STS17", "--languages", "German"], "did you mean deu?"),
+        (["--eval-tasks", "mock", "--task-types", "Clustring"], "knows no such type; did you mean Clustering?"),
+        ([], "--results: name tasks or benchmarks of mteb by --eval-tasks"),
+        (["--eval-tasks", "STS12", "--output", "x.json"], "--output: not with --results"),
+        (["--eval-tasks", "STS12", "--strict", "--depth", "3"], "--strict and --depth: not with --results"),
+        (["--eval-tasks", "STS12", "--results-name", "mine"], "--results-name mine: mteb's names"),
+        (["--eval-tasks", "STS12", "--task-prompts", "nowhere.json"], "--task-prompts nowhere.json: no such file"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(embedder, "load", lambda *_, **__: pytest.fail("loaded"))
+    assert evaluation.main(["--model", "m", "--results", str(tmp_path / "mteb"), *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "mteb").exists()
+
+
+def test_flags_of_results_need_results(capsys):
+    assert evaluation.main(["--model", "m", "--languages", "eng", "--task-types", "STS"]) == 2
+    assert "--task-types and --languages: only with --results" in capsys.readouterr().err
+
+
+def test_a_benchmark_without_results_is_explained():
+    with pytest.raises(UserError, match="NanoBEIR is a benchmark; eval.py evaluates its tasks with --results"):
+        mteb_tasks.load("NanoBEIR")
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_file_come_before_the_models_own(minilm, tmp_path, monkeypatch):
+    import mteb
+    from mteb.types import PromptType
+
+    from mlx_retrieval.evaluation import mteb_models
+
+    model = embedder.load(prompted(minilm, tmp_path / "prompted"))
+    file = tmp_path / "prompts.json"
+    given = {"Banking77Classification.v2": "Instruct: {instruction}\nText: "}
+    given |= {"STS": "alike: ", "Retrieval-query": "find: ", "MockSummarizationTask": "sum: ", "document": "d: "}
+    file.write_text(json.dumps(given))
+    prompts = mteb_results.read_prompts(file, mocks())
+    encoder = mteb_models.as_mteb(model, mteb_models.describe(model), prompts)
+    seen = []
+
+    def tokens(self, texts, name=None):
+        seen.append(self.prompts[name] if name else "")
+        return call(self, texts, name)
+
+    call = type(model.tokenizer).__call__
+    monkeypatch.setattr(type(model.tokenizer), "__call__", tokens)
+    query, document = PromptType.query, PromptType.document
+    expected = [
+        ("MockSTSTask", None, "alike: "),  # of the file by its type, before the model's by its name
+        ("MockSummarizationTask", None, "sum: "),
+        ("MockClassificationTask", None, "topic: "),  # the model's own
+        ("MockClusteringTask", None, ""),
+        ("MockRetrievalTask", query, "find: "),
+        ("MockRetrievalTask", document, "d: "),
+        ("MockRerankingTask", query, "question: "),
+    ]
+    for name, kind, _ in expected:
+        encoder.encode([{"text": ["a"]}], task_metadata=mocks(name)[0].metadata, prompt_type=kind)
+    banking = mteb.get_task("Banking77Classification.v2").metadata
+    encoder.encode([{"text": ["a"]}], task_metadata=banking)
+    assert seen.pop() == f"Instruct: {banking.prompt}\nText: "
+    assert seen == [prompt for *_, prompt in expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ('["query"]', "not an object of texts"),
+        ('{"query": 1}', "not an object of texts"),
+        ('{"Retreival": "x"}', "Retreival is neither a task of mteb.*did you mean Retrieval?"),
+        ('{"STS12-query": "x", "NanoMSMARCORetrievl-query": "x"}', "did you mean NanoMSMARCORetrieval?"),
+        ('{"STS12-passage": "x"}', "STS12-passage is neither"),
+    ],
+)
+def test_files_of_prompts_that_do_not_fit(content, message, tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        mteb_results.read_prompts(file, [])
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def command(model: Path, folder: Path, *arguments: str) -> list[str]:
+    return ["--model", str(model), "--results", str(folder), *arguments]
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The names of the tasks whose texts were embedded, in their order."""
+    from mlx_retrieval.evaluation import mteb_models
+
+    names: list[str] = []
+    encode = mteb_models.Encoder.encode
+
+    def count(self, inputs, *, task_metadata, **options):
+        names.append(task_metadata.name)
+        return encode(self, inputs, task_metadata=task_metadata, **options)
+
+    monkeypatch.setattr(mteb_models.Encoder, "encode", count)
+    return names
+
+
+def test_a_run_is_read_by_mteb_and_goes_on_where_it_was_killed(minilm, tmp_path, capsys, counted, monkeypatch):
+    from mteb import ResultCache
+
+    types = ["--eval-tasks", "mock", "--task-types", "STS", "Summarization"]
+    names = [task.metadata.name for task in mteb_results.select(["mock"], types=types[3:])]
+    run, folder = command(minilm, tmp_path, *types), tmp_path / "results" / f"{minilm.parent.name}__{minilm.name}"
+
+    with monkeypatch.context() as killed:
+
+        def interrupted(task, *args, **kwargs):
+            if task.metadata.name == names[2]:
+                raise KeyboardInterrupt
+            return evaluate_subset(task, *args, **kwargs)
+
+        for task in mocks(names[2]):
+            evaluate_subset = type(task)._evaluate_subset
+            killed.setattr(type(task), "_evaluate_subset", interrupted)
+        assert evaluation.main(run) == 130
+    (place,) = folder.iterdir()
+    done = {file.stem for file in place.glob("Mock*.json")}
+    assert done == {*names[:2]}
+    broken = place / f"{names[1]}.json"
+    broken.write_text(broken.read_text()[:100])  # killed while it wrote
+    counted.clear()
+    capsys.readouterr()
+    assert evaluation.main(run) == 0
+    assert names[0] not in counted and [*dict.fromkeys(counted)] == names[1:]
+    shown = capsys.readouterr()
+    assert f"{broken}: not complete" in shown.err
+
+    results = ResultCache(tmp_path).load_results(tasks=mteb_results.select(["mock"], types=types[3:]))
+    (model,) = results.model_results
+    assert model.model_name == f"{minilm.parent.name}/{minilm.name}" and model.model_revision == place.name
+    meta = json.loads((place / "model_meta.json").read_text())
+    assert (meta["embed_dim"], meta["model_type"], meta["similarity_fn_name"]) == (384, ["dense"], "cosine")
+    table = results.to_dataframe()  # mteb's own
+    scores = dict(zip(table["task_name"], table[model.model_name], strict=True))
+    rows = {line.split()[0]: line.split()[1:] for line in shown.out.splitlines() if line.strip()}
+    assert {*scores} == {*names} == {name for name in rows if name.startswith("Mock")}
+    for name in names:
+        assert rows[name][-1] == f"{scores[name]:.4f}"
+    assert f"{np.mean([*scores.values()]):.4f}" in next(x for x in shown.out.splitlines() if "Mean (Task)" in x)
+
+    counted.clear()
+    assert evaluation.main(run) == 0 and counted == []
+    assert capsys.readouterr().out == shown.out
+    assert evaluation.main([*run[:-1], "--overwrite"]) == 0 and {*counted} == {n for n in names if "STS" in n}
+
+
+def test_languages_are_added_to_what_is_there(minilm, tmp_path, capsys, counted):
+    run = command(minilm, tmp_path, "--results-name", "org/my model", "--eval-tasks", "mock", "--task-types", "STS")
+    assert evaluation.main([*run, "--languages", "fra"]) == 0
+    (place,) = (tmp_path / "results" / "org__my_model").iterdir()
+
+    def subsets() -> list[str]:
+        scores = json.loads((place / "MockMultilingualSTSTask.json").read_text())["scores"]["test"]
+        return [part["hf_subset"] for part in scores]
+
+    assert [file.stem for file in place.glob("Mock*.json")] == ["MockMultilingualSTSTask"]
+    assert subsets() == ["fra"]
+    assert "Mean" not in capsys.readouterr().out  # of one task
+    before = len(counted)
+    assert evaluation.main([*run, "--languages", "fra", "eng"]) == 0
+    assert subsets() == ["fra", "eng"] and counted[before:].count("MockMultilingualSTSTask") == before
+
+
+def test_results_of_other_revisions_and_settings_stay_apart(minilm, tmp_path, capsys):
+    run = command(minilm, tmp_path, "--results-name", "org/m", "--eval-tasks", "mock", "--task-types", "STS")
+    run += ["--languages", "fra"]
+    assert evaluation.main(run) == 0
+    (place,) = (tmp_path / "results" / "org__m").iterdir()
+    kept = (place / "MockMultilingualSTSTask.json").read_bytes()
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"STS": "alike: "}')
+    assert evaluation.main([*run, "--task-prompts", str(prompts)]) == 0
+    (experiment,) = (place / "experiments").iterdir()
+    assert json.loads((experiment / "model_meta.json").read_text())["experiment_kwargs"] == {
+        "task_prompts": {"STS": "alike: "}
+    }
+    other = prompted(minilm, tmp_path / "other")
+    capsys.readouterr()
+    assert evaluation.main([*run[:1], str(other), *run[2:]]) == 0
+    assert f"has results of other revisions, which stay as they are: {place.name}" in capsys.readouterr().err
+    assert (place / "MockMultilingualSTSTask.json").read_bytes() == kept
+
+    meta = json.loads((place / "model_meta.json").read_text())
+    (place / "model_meta.json").write_text(json.dumps(meta | {"revision": "1234"}))
+    assert evaluation.main(run) == 2
+    assert "has revision '1234' in place of" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_of_the_hub_has_its_name_and_commit(minilm, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from mlx_retrieval.evaluation import mteb_models
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "c" * 40
+    snapshot = tmp_path / "models--org--small" / "snapshots" / commit
+    shutil.copytree(minilm, snapshot)
+    (tmp_path / "models--org--small" / "refs").mkdir()
+    (tmp_path / "models--org--small" / "refs" / "main").write_text(commit)
+    meta = mteb_models.describe(embedder.load("org/small"))
+    assert (meta.name, meta.revision) == ("org/small", commit)
+
+
+@pytest.mark.parametrize("kind", HUB_TASKS)
+def test_hub_layouts_of_every_type(kind, minilm, no_hub, tmp_path, capsys):
+    """Parquet in the Hub's cache, without a network; without the data, one line says what to download."""
+    import mteb
+    from hub_tasks import publish, tables_of
+
+    name = HUB_TASKS[kind]
+    task = mteb.get_task(name)
+    run = command(minilm, tmp_path, "--eval-tasks", name)
+    assert evaluation.main(run) == 2
+    assert f"{name}: data set {task.metadata.dataset['path']}" in capsys.readouterr().err
+    publish(no_hub, task, tables_of(kind, task.eval_splits[0]))
+    assert evaluation.main(run) == 0
+    ((model,),) = [mteb.ResultCache(tmp_path).load_results(tasks=[name], validate_and_filter=True).model_results]
+    (result,) = model.task_results
+    assert result.dataset_revision == task.metadata.dataset["revision"]
+    assert f"{result.get_score():.4f}" in capsys.readouterr().out
+    assert result.get_score() > 0.7
+
+
+def test_a_bundle_has_the_mean_of_its_parts(minilm, tmp_path):
+    from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+    parts = mocks("MockSTSTask", "MockSummarizationTask")
+    metadata = AggregateTaskMetadata(
+        name="Both", description="Two tasks.", tasks=parts, main_score="cosine_spearman", type="STS",
+        eval_splits=["test"], eval_langs=["eng-Latn"], reference=None, bibtex_citation="",
+    )  # fmt: skip
+    bundle = type("Both", (AbsTaskAggregate,), {"metadata": metadata})()
+    run = mteb_results.evaluate(embedder.load(minilm), [bundle, *parts], tmp_path)
+    both, one, other = (score for *_, score in run.scores)
+    assert both == pytest.approx((one + other) / 2)
+    again = mteb_results.evaluate(embedder.load(minilm), [bundle], tmp_path, overwrite=True)
+    assert again.scores == run.scores[:1]
+    assert run.means["Mean (TaskType)"] == pytest.approx(((both + one) / 2 + other) / 2)
+
+
+# --- models of other kinds, and the peer ------------------------------------------------------------------------------
+
+
+def test_rerankers_have_the_figures_of_the_cross_encoder_of_sentence_transformers(tmp_path):
+    import mteb
+    from random_rerankers import cross_encoder
+    from sentence_transformers import CrossEncoder
+
+    cross_encoder("bert", tmp_path / "cross")
+    tasks = mocks("MockRerankingTask", "MockMultilingualRerankingTask", "MockInstructionReranking")
+    run = mteb_results.evaluate(Reranker(str(tmp_path / "cross"), raw_scores=True), tasks, tmp_path)
+    options = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+    theirs = mteb.evaluate(
+        CrossEncoder(str(tmp_path / "cross"), device="cpu"), mocks(*(t[0] for t in run.scores)), **options
+    )
+    for name, result in zip((name for name, *_ in run.scores), theirs.task_results, strict=True):
+        ours = mteb.results.TaskResult.from_disk(run.folder / f"{name}.json")
+        assert figures_of(ours) == pytest.approx(figures_of(result), abs=1e-5, nan_ok=True)
+    with pytest.raises(UserError, match="MockSTSTask is of type STS, and .* for tasks of Reranking alone"):
+        mteb_results.evaluate(
+            SimpleNamespace(config=SimpleNamespace(task="rerank"), name="r"), mocks("MockSTSTask"), tmp_path
+        )
+
+
+def test_late_interaction_has_the_figures_of_its_own_search(minilm, tmp_path):
+    from mlx_retrieval.evaluation import retrieval
+
+    model = embedder.load(minilm, task="late")
+    (task,) = mocks("MockRetrievalTask")
+    run = mteb_results.evaluate(model, [task, *mocks("MockRerankingTask")], tmp_path)
+    task.load_data()
+    splits = mteb_tasks.MtebTask(task).evaluate(retrieval.searcher_for(model, "mock"))
+    assert run.scores[0][-1] == pytest.approx(np.mean([s.figures["ndcg_at_10"] for s in splits]), abs=1e-5)
+    meta = json.loads((run.folder / "model_meta.json").read_text())
+    assert (meta["model_type"], meta["similarity_fn_name"]) == (["late-interaction"], "MaxSim")
+
+
+@pytest.mark.slow
+def test_every_mock_task_has_the_figures_of_sentence_transformers(minilm, tmp_path, capsys):
+    """Same weights, and prompts by task, by type and by role. Every figure of every type of task of text."""
+    import mteb
+    from sentence_transformers import SentenceTransformer
+
+    folder = prompted(minilm, tmp_path / "prompted")
+    assert evaluation.main(command(folder, tmp_path / "mteb", "--eval-tasks", "mock")) == 0
+    capsys.readouterr()
+    ours = mteb.ResultCache(tmp_path / "mteb").load_results(tasks=mocks()).model_results[0].task_results
+    options = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+    theirs = mteb.evaluate(SentenceTransformer(str(folder), device="cpu"), mocks(), **options).task_results
+    by_name = {result.task_name: result for result in ours}
+    assert {*by_name} == {result.task_name for result in theirs} and len(by_name) > 25
+    for result in theirs:
+        assert figures_of(by_name[result.task_name]) == pytest.approx(figures_of(result), abs=2e-5, nan_ok=True), (
+            result.task_name
+        )
