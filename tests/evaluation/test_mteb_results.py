@@ -230,7 +230,7 @@ def test_a_run_is_read_by_mteb_and_goes_on_where_it_was_killed(minilm, tmp_path,
     assert (meta["embed_dim"], meta["model_type"], meta["similarity_fn_name"]) == (384, ["dense"], "cosine")
     table = results.to_dataframe()  # mteb's own
     scores = dict(zip(table["task_name"], table[model.model_name], strict=True))
-    rows = [line.split() for line in shown.out.splitlines() if line.startswith("Mock")]
+    rows = [line.split() for line in shown.out.splitlines() if line.lstrip().startswith("Mock")]
     assert {*scores} == {*names} and len(rows) == len(names)
     for name, row in zip(names, rows, strict=True):  # a long name goes on in the next line
         assert name.startswith(row[0]) and row[-1] == f"{scores[name]:.4f}"
