@@ -267,11 +267,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def peer_command(peer: str, folder: str, port: int, infinity: str) -> list[str]:
-    """The command that starts another library's server with a model."""
+def peer_command(peer: str, model: str, port: int, infinity: str) -> list[str]:
+    """The command that starts another library's server with a model, NAME=PATH or a path."""
+    name, _, folder = model.partition("=")
+    folder = folder or name
     if peer == "infinity":
         address = ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1"]
-        return [infinity, "v2", "--model-id", folder, *address, "--device", "cpu"]
+        return [infinity, "v2", "--model-id", folder, "--served-model-name", name, *address, "--device", "cpu"]
     one = ["--one-by-one"] if peer == "one-by-one" else []
     return [sys.executable, str(ROOT / "benchmarks" / "serve_peer.py"), folder, "--port", str(port), *one]
 
@@ -302,7 +304,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.peer and len(args.model) > 1:
         parser.error("--peer: one model")
-    folder, ports, code = args.model[0].rpartition("=")[2], {"serve.py": free_port()}, 0
+    ports, code = {"serve.py": free_port()}, 0
     flags = ["--port", str(ports["serve.py"]), "--model", *args.model, *args.rest]
     with ExitStack() as stack:
         servers = {"serve.py": stack.enter_context(started([sys.executable, str(ROOT / "serve.py"), *flags]))}
@@ -313,9 +315,9 @@ def main() -> int:
         print(f"{len(plan)} requests answered alone; {resident(servers['serve.py'].pid):,.0f} MB")
         for peer in args.peer:  # all are there before anything is timed; those whose turn it is not are idle
             ports[peer] = free_port()
-            command = peer_command(peer, folder, ports[peer], args.infinity)
+            command = peer_command(peer, args.model[0], ports[peer], args.infinity)
             servers[peer] = stack.enter_context(started(command))
-            wait_for(ports[peer], "/v1/health" if peer == "infinity" else "/health", servers[peer])
+            wait_for(ports[peer], "/health", servers[peer])
         rates: dict[str, list[float]] = {name: [] for name in servers}
         for _ in range(args.rounds):
             for name, server in servers.items():
