@@ -10,6 +10,7 @@ from mlx_retrieval.exporters import (
     gguf,
     kept_layers,
     limits,
+    mlx_layout,
     model_card,
     parity,
     pylate_files,
@@ -109,7 +110,8 @@ class EmbeddingWriter:
             weights.cast(backbone, dtype)
             if job.quantize:
                 name = f"{weights.quantise(backbone, job.quantize, settings)}, scales {name}"
-            weights.write(folder, weights.mlx_tensors(backbone), "mlx")
+            extra = mlx_layout.pooler(self.base, dtype) if self.model_type in ENCODERS else {}
+            weights.write(folder, weights.mlx_tensors(backbone) | extra, "mlx")
         else:
             drop = config_json.dropped(self.model_type, job.format)
             weights.write(
@@ -126,9 +128,13 @@ class EmbeddingWriter:
             frame = [*self.tokenizer.opening, *self.tokenizer.closing]
             for note in pylate_files.write(folder, config, frame, backbone.hidden_size):
                 self._note("layout", note)
-        elif self.for_sentence_transformers:
+        elif self.for_sentence_transformers or (job.format == "mlx" and config.task != "late"):
             rows = max(settings.get("vocab_size", 0), self.tokenizer.tokenizer.get_vocab_size())
-            sentence_transformers_files.write(folder, config, self.tokenizer, backbone.hidden_size, rows)
+            described = (folder, config, self.tokenizer, backbone.hidden_size, rows)
+            if job.format == "mlx":
+                self._note("layout", mlx_layout.write(*described, self.model_type))
+            else:
+                sentence_transformers_files.write(*described)
         config_json.write(folder, settings)  # transformers reads it to load the tokenizer
         self._note("tokenizer", tokenizer.write(self.base, folder, self.tokenizer, self.limit))
         if job.gguf_ready:

@@ -12,6 +12,7 @@ from mlx_retrieval.utils.text import writable
 
 # Weight of the tokenizer's own tokens if pooling ignores them: they only count in a text that has no other tokens.
 NEGLIGIBLE = 1e-8
+ADVICE = ": use --format mlx or hf"  # of errors about what sentence-transformers has no module for
 UNUSED_MODES = ("pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 TORCH_ACTIVATIONS = {"Identity": "linear"}  # submodule of torch.nn.modules; "activation" for all others
 
@@ -55,14 +56,12 @@ def _ignored_tokens(config: RetrievalConfig, tokenizer: TextTokenizer) -> list[i
     if config.pool_special or config.pooling in ("cls", "last") or not frame:
         return []
     if config.pooling == "max":
-        raise UserError(
-            "sentence-transformers cannot ignore the tokenizer's own tokens in max pooling: use --format mlx or hf"
-        )
+        raise UserError(f"sentence-transformers cannot ignore the tokenizer's own tokens in max pooling{ADVICE}")
     for name, prompt in config.prompts.items() if config.pool_prompt else ():
         if not set(frame).isdisjoint(tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids):
             raise UserError(
                 f"the prompt {name!r} has tokens that the tokenizer puts around texts, and sentence-transformers could "
-                "count only all or none of them: use --format mlx or hf"
+                f"count only all or none of them{ADVICE}"
             )
     return frame
 

@@ -1,0 +1,85 @@
+"""Folders of `--format mlx` in mlx-embeddings: it loads them, and gives the same vectors where it pools alike.
+
+python -m pytest tests/exporters/test_mlx_embeddings.py
+
+mlx-embeddings is licensed under the GPL, so no requirement names it. Without `pip install
+mlx-embeddings`, its tests are skipped.
+"""
+
+from pathlib import Path
+
+from mlx_retrieval.backend import mx
+
+import numpy as np
+import pytest
+import random_models
+from exported import read_json, run_export
+from random_rerankers import make_qwen_tokenizer
+from trained_models import trained
+
+from mlx_retrieval.exporters import parity
+from mlx_retrieval.inference import embedder
+
+TEXTS = ["a kidney stone is a hard piece of material", "the cat", "what is it"]
+POOLED_AS_THERE = {"bert": "mean", "xlm-roberta": "mean", "qwen3": "last"}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """`bases(kind)`: the folder of a random model with a tokenizer."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def of(kind: str) -> Path:
+        folder = root / kind
+        if folder.is_dir():
+            return folder
+        wide = {"vocab_size": 640} if kind == "qwen3" else {"max_position_embeddings": 200, "pad_token_id": 0}
+        random_models.save(kind, folder, **wide)
+        return make_qwen_tokenizer(folder) if kind == "qwen3" else random_models.word_tokenizer(folder)
+
+    return of
+
+
+@pytest.fixture(autouse=True)
+def quick_check(monkeypatch) -> None:
+    """Export's own check looks at fewer and shorter texts than it does for users."""
+    monkeypatch.setattr(parity, "COUNTS", (1, 4, 25))
+    monkeypatch.setattr(parity, "LONGEST", 30)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("kind", POOLED_AS_THERE)
+def test_the_same_vectors(bases, tmp_path, capsys, kind, bits):
+    library = pytest.importorskip("mlx_embeddings")
+    _, adapter = trained(bases(kind), tmp_path / "run" / "final", pooling=POOLED_AS_THERE[kind])
+    folder = run_export(tmp_path / "out", adapter=adapter, format="mlx", quantize=bits)
+    assert "mlx-embeddings" not in capsys.readouterr().out
+    ours = embedder.load(folder)
+    model, tokenizer = library.load(str(folder))
+    for text in TEXTS:
+        found = library.generate(model, tokenizer, [text]).text_embeds
+        assert float(np.array(found.astype(mx.float32))[0] @ ours.encode([text])[0]) > 0.99999
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_pooling_is_described_as_sentence_transformers_does(bases, tmp_path, capsys, pooling):
+    """MLXEmbedders of mlx-swift-lm reads this file; mlx-embeddings goes by the family, which the export says."""
+    _, adapter = trained(bases("bert"), tmp_path / "run" / "final", pooling=pooling)
+    folder = run_export(tmp_path / "out", adapter=adapter, format="mlx")
+    flags = read_json(folder / "1_Pooling")
+    mode = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}[pooling]
+    assert [name for name, value in flags.items() if value is True] == [mode, "include_prompt"]
+    assert flags["word_embedding_dimension"] == 64
+    kinds = [module["type"].rpartition(".")[2] for module in read_json(folder, "modules.json")]
+    assert kinds == ["Transformer", "Pooling", "Normalize"]
+    told = "mlx-embeddings gives other vectors: for bert, the mean of all tokens" in capsys.readouterr().out
+    assert told == (pooling == "cls")
+    assert {"pooler.dense.weight", "pooler.dense.bias"} <= mx.load(str(folder / "model.safetensors")).keys()
+
+
+def test_a_pooling_that_sentence_transformers_does_not_have(bases, tmp_path, capsys):
+    _, adapter = trained(bases("bert"), tmp_path / "run" / "final", pooling="max", pool_special=False)
+    folder = run_export(tmp_path / "out", adapter=adapter, format="mlx")
+    assert not (folder / "1_Pooling").exists()
+    told = "without 1_Pooling: sentence-transformers cannot ignore the tokenizer's own tokens in max pooling\n"
+    assert told in capsys.readouterr().out
