@@ -33,7 +33,7 @@ from mlx_retrieval.dataset import chunks
 from mlx_retrieval.dataset.beir import FolderRules, is_corpus
 from mlx_retrieval.dataset.documents.folder import MAX_FILE_SIZE
 from mlx_retrieval.dataset.source_code import file_tree
-from mlx_retrieval.retrieval.base import LOCK, Hit
+from mlx_retrieval.retrieval.base import LOCK, TOKEN_BITS, Hit
 from mlx_retrieval.retrieval.fusion import FUSIONS, WEIGHTS
 from mlx_retrieval.retrieval.hit_formats import FORMATS, grep_lines, hits_to_json, print_hits
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
@@ -95,6 +95,8 @@ def index_command(args: argparse.Namespace) -> None:
 
     if not 0 <= args.overlap < args.chunk_size:
         raise UserError(f"--overlap {args.overlap}: from 0 to below --chunk-size {args.chunk_size}")
+    if args.token_pooling < 1:
+        raise UserError(f"--token-pooling {args.token_pooling}: at least 1")
     roots = [Path(path) for path in args.paths]
     roots_of(roots)
     if args.language:
@@ -103,7 +105,8 @@ def index_command(args: argparse.Namespace) -> None:
     folder, model = Path(args.index), embedder.load(args.model_path, dtype=args.dtype)
     dtypes.report(model)
     limits = (args.chunk_size, args.overlap, args.max_file_size, args.exclude)
-    summary = update(roots, folder, model, *limits, rebuild=args.rebuild, language=args.language)
+    stored = {"token_bits": args.token_bits, "token_pooling": args.token_pooling}
+    summary = update(roots, folder, model, *limits, rebuild=args.rebuild, language=args.language, **stored)
     print_summary(summary, folder, len(roots) == 1 and is_corpus(roots[0].expanduser()))
 
 
@@ -254,6 +257,10 @@ def parser() -> argparse.ArgumentParser:
         "words (default: the index's, or english). Another one embeds nothing again"
     )
     index.add_argument("--language", metavar="NAME", help=spoken)
+    bits = "late interaction: bits of a dimension of a stored token vector (default: %(default)s)"
+    index.add_argument("--token-bits", type=int, choices=(1, 2, 4), default=TOKEN_BITS, metavar="N", help=bits)
+    pooled = "late interaction: merge the N most similar token vectors of a chunk, on average; 1 = none (default)"
+    index.add_argument("--token-pooling", type=int, default=1, metavar="N", help=pooled)
     rebuild = "replace the index, for another model or other settings"
     index.add_argument("--rebuild", action="store_true", help=rebuild)
     index.set_defaults(run=index_command)

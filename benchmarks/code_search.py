@@ -30,7 +30,7 @@ from mlx_retrieval.evaluation import index_search
 from mlx_retrieval.evaluation.results import Evaluation, compare
 from mlx_retrieval.inference.embedder import Model, load
 from mlx_retrieval.mining.code_pairs import Pair, pairs
-from mlx_retrieval.retrieval import indexer, lance_index
+from mlx_retrieval.retrieval import indexer, lance_index, late_interaction
 from mlx_retrieval.retrieval.late_interaction import LateIndex
 from mlx_retrieval.training import config
 from mlx_retrieval.utils.console import print_lines, print_rows
@@ -139,15 +139,14 @@ def print_candidates(model: Model, task: Path, folder: Path, counts: list[int]) 
     """Print how many of the true ten best are found, and how fast, if only `counts` functions are compared."""
     index = lance_index.Index.open(folder)
     queries = model.encode([query.text for query in index_search.read_queries(task)][:200], prompt="query")
-    stored = index.chunks.search().select(["id", "token_vectors"]).limit(None).to_arrow()
-    names = stored["id"].to_pylist()
-    tokens = [np.frombuffer(cell.as_buffer(), np.float16) for cell in stored["token_vectors"]]
-    vectors = [part.reshape(-1, model.dimensions).astype(np.float32) for part in tokens]
+    stored = index.chunk_texts()
+    names = [row["id"] for row in stored]
+    vectors = model.encode([row["text"] for row in stored], prompt="document")
     exact = LateIndex(vectors, model.config.maxsim).search(queries, 10)
     best = [{names[i] for i, _ in ranking} for ranking in exact]
     rows = []
     for count in counts:
-        lance_index.LATE_CANDIDATES = count
+        late_interaction.CANDIDATES = count
         began = time.perf_counter()
         found = [{hit.id for hit in index.semantic(query, 10)} for query in queries]
         milliseconds = 1e3 * (time.perf_counter() - began) / len(queries)

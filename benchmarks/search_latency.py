@@ -3,7 +3,7 @@
     python benchmarks/search_latency.py
     python benchmarks/search_latency.py --chunks 10000 --queries 50
     python benchmarks/search_latency.py --centres 0             # vectors without any structure: the worst for recall
-    python benchmarks/search_latency.py --tokens 120 --dimensions 128 --queries 50         # late interaction, 3 GB
+    python benchmarks/search_latency.py --tokens 120 --dimensions 128 --queries 50         # late interaction
 
 Texts are words drawn by Zipf's law, vectors lie around random centres. A query's embedding is not in the figures. What
 is found in LanceDB's partitions is compared with what comparing every vector finds. Figures in benchmarks/README.md.
@@ -24,7 +24,8 @@ from mlx_retrieval import backend
 from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.fusion import hybrid
-from mlx_retrieval.retrieval.lance_index import LATE_CANDIDATES, Index
+from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.retrieval.late_interaction import CANDIDATES
 
 backend.prepare()  # as commands do
 
@@ -124,9 +125,7 @@ def main() -> None:
         index, stored, finished = build(Path(folder) / "index", data, args.chunks, args.tokens)
         texts = data.texts(args.queries, QUERY_WORDS)
         vectors = data.token_vectors(args.queries, QUERY_TOKENS) if args.tokens else data.vectors(args.queries)
-        kind = (
-            f"{args.tokens} vectors each, {LATE_CANDIDATES} chunks compared by them" if args.tokens else "a vector each"
-        )
+        kind = f"{args.tokens} vectors each, {CANDIDATES} chunks compared by them" if args.tokens else "a vector each"
         print(f"{args.chunks:,} chunks of {WORDS} words, {args.dimensions} dimensions, {kind}")
         print(f"stored in {stored:.1f} s, made searchable in {finished:.1f} s, {index.size() / 1e6:.0f} MB on disk")
         asked: dict[str, Callable[[int], object]] = {

@@ -236,21 +236,6 @@ def test_exhaustive_search_is_the_formula(corpus, monkeypatch, how, impute, at_o
         np.testing.assert_allclose([score for _, score in ranking], sorted(scores, reverse=True), rtol=0, atol=1e-5)
 
 
-def test_a_large_corpus_is_searched_by_candidates(corpus, monkeypatch):
-    queries, documents = corpus
-    whole = [dict(ranking) for ranking in LateIndex(documents).search(queries, 60)]
-    monkeypatch.setattr(late_interaction, "EXHAUSTIVE_TOKENS", 100)
-    monkeypatch.setattr(late_interaction, "CANDIDATES", 20)
-    index = LateIndex(documents)
-    assert "the 20 nearest by mean vector" in index.description
-    means = np.stack([d.sum(axis=0) / max(1, len(d)) for d in documents])
-    for query, ranking, exact in zip(queries, index.search(queries, 10), whole, strict=True):
-        near = set(np.argsort(-(means @ query.mean(axis=0)))[:20].tolist())
-        wanted = sorted(near, key=lambda i: -exact[i])[:10]
-        assert [i for i, _ in ranking] == wanted
-        np.testing.assert_allclose([s for _, s in ranking], [exact[i] for i in wanted], rtol=0, atol=1e-6)
-
-
 # --- training ---
 
 

@@ -97,7 +97,7 @@ class HybridSearcher(CorpusSearcher):
     def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
         texts = corpus.texts(range(len(corpus.ids)))
         words_of = bm25_scorer(texts, self.language)
-        index = (LateVectors if getattr(self.model, "late", False) else Vectors)(self, texts, corpus.ids)
+        index = (LateVectors if getattr(self.model, "late", False) else Vectors)(self, corpus)
         vectors = encode_finite(self, list(queries.values()), "query", list(queries))
         weight, rankings = fusion.WEIGHTS["scores"], {}
         for query, vector, nearest in zip(queries, vectors, index.nearest(vectors, top_k), strict=True):
@@ -115,8 +115,8 @@ class HybridSearcher(CorpusSearcher):
 class Vectors:
     """The vectors of a corpus, one a document."""
 
-    def __init__(self, searcher: CorpusSearcher, texts: Sequence[str], ids: Sequence[str]):
-        self.vectors = encode_finite(searcher, texts, "document", ids)
+    def __init__(self, searcher: CorpusSearcher, corpus: Corpus):
+        self.vectors = encode_finite(searcher, corpus.texts(range(len(corpus.ids))), "document", corpus.ids)
 
     def nearest(self, queries: np.ndarray, top_k: int) -> Sequence[np.ndarray]:
         """Return the numbers of the `top_k` best documents of every query, best first."""
@@ -132,12 +132,8 @@ class Vectors:
 class LateVectors:
     """The vectors of a corpus, one a token."""
 
-    def __init__(self, searcher: CorpusSearcher, texts: Sequence[str], ids: Sequence[str]):
-        from mlx_retrieval.retrieval.late_interaction import LateIndex
-
-        self.config = searcher.model.config
-        vectors = encode_finite(searcher, texts, "document", ids)
-        self.index = LateIndex(vectors, self.config.maxsim, self.config.impute)
+    def __init__(self, searcher: CorpusSearcher, corpus: Corpus):
+        self.index = retrieval.late_index(searcher, corpus)
 
     def nearest(self, queries: Sequence[np.ndarray], top_k: int) -> Sequence[np.ndarray]:
         """Return the numbers of the `top_k` best documents of every query, best first."""
@@ -145,10 +141,7 @@ class LateVectors:
 
     def scores(self, query: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Return the scores of some documents, whose tokens are all that a token of the query retrieves from."""
-        from mlx_retrieval.models.maxsim import score
-
-        tokens = np.concatenate([self.index.vectors[number] for number in numbers])
-        return score(query, tokens, self.index.lengths[numbers], self.config.maxsim, self.config.impute)
+        return self.index.scores(query, numbers)
 
 
 def searcher_of(stage: Encoder | Stage, label: str, show_progress: bool) -> CorpusSearcher:

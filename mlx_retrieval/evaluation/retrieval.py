@@ -8,7 +8,7 @@ import heapq
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,7 +24,11 @@ from mlx_retrieval.retrieval.topk import Nearest
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from mlx_retrieval.retrieval.late_interaction import LateIndex
+
 DOCUMENTS = 50_000  # embedded at once, so that memory need not hold the vectors of a large corpus
+LATE_DOCUMENTS = 5_000  # the same, with a vector a token
 
 
 class Encoder(Protocol):
@@ -81,11 +85,7 @@ class LateSearcher(CorpusSearcher):
 
     # It has no method `encode`: mteb would take the token vectors for one vector a text.
     def search(self, key: tuple[str, str], corpus: Corpus, queries: dict[str, str], top_k: int) -> Rankings:
-        from mlx_retrieval.retrieval.late_interaction import LateIndex
-
-        config = self.model.config
-        vectors = encode_finite(self, corpus.texts(range(len(corpus.ids))), "document", corpus.ids)
-        index = LateIndex(vectors, config.maxsim, config.impute)
+        index = late_index(self, corpus)
         if self.show_progress:
             print(f"late interaction: {index.description}", file=sys.stderr)
         rankings = index.search(encode_finite(self, list(queries.values()), "query", list(queries)), top_k)
@@ -93,6 +93,16 @@ class LateSearcher(CorpusSearcher):
             query: {corpus.ids[i]: score for i, score in ranking}
             for query, ranking in zip(queries, rankings, strict=True)
         }
+
+
+def late_index(searcher: CorpusSearcher, corpus: Corpus) -> "LateIndex":
+    """Return the token vectors of a corpus, embedded block by block."""
+    from mlx_retrieval.retrieval.late_interaction import LateIndex
+
+    config, count = searcher.model.config, len(corpus.ids)
+    blocks = (range(first, min(first + LATE_DOCUMENTS, count)) for first in range(0, count, LATE_DOCUMENTS))
+    vectors = (encode_finite(searcher, corpus.texts(b), "document", [corpus.ids[i] for i in b]) for b in blocks)
+    return LateIndex.of_blocks(vectors, config.maxsim, config.impute)
 
 
 def searcher_for(model: Encoder, task: str, show_progress: bool = False) -> CorpusSearcher:

@@ -3,6 +3,7 @@
 .mined.jsonl.work/        beside --output mined.jsonl, removed when that is written; or --work FOLDER, which stays
   about.json              fingerprints of texts and models, and the settings
   vectors.f32             vectors of the documents so far, float32, one after another
+  tokens                  late interaction: the token vectors of the documents so far, see token_store.py
   block-000012.npz        the results of one block of queries or rows
 
     python -m pytest tests/mining/test_mining_run.py -k resume
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.mining.collection import TextFile
+from mlx_retrieval.retrieval.late_interaction import MEMORY_BITS
+from mlx_retrieval.retrieval.token_store import TokenStore
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import Progress
 
-ABOUT, VECTORS, LOCK, VERSION = "about.json", "vectors.f32", ".lock", 1
+ABOUT, VECTORS, TOKENS, LOCK, VERSION = "about.json", "vectors.f32", "tokens", ".lock", 1
 BLOCK = re.compile(r"block-\d{6,}\.npz")
 OURS = (LOCK, f".{ABOUT}.new")
 DOCUMENTS_AT_ONCE = 2_048  # embedded between two writes; a kill loses no more
@@ -53,12 +56,13 @@ class ResumableCache:
             before = {}
         foreign = [path.name for path in self.folder.iterdir() if path.name not in OURS]
         if before == {}:  # cut off, beside the work that it is about
-            foreign = [name for name in foreign if name not in (ABOUT, VECTORS) and not BLOCK.fullmatch(name)]
+            foreign = [name for name in foreign if name not in (ABOUT, VECTORS, TOKENS) and not BLOCK.fullmatch(name)]
         if foreign and not (isinstance(before, dict) and "version" in before):
             raise UserError(f"{self.folder}: holds other files than those of an earlier run of mine.py")
         changed = [name for name in fingerprints if (before or {}).get(name) != fingerprints[name]]
         if {*for_vectors, "version"} & {*changed}:
             (self.folder / VECTORS).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / TOKENS, ignore_errors=True)
         if changed:
             for path in self.folder.glob("block-*.npz"):
                 path.unlink()
@@ -89,6 +93,21 @@ class ResumableCache:
                     file.flush()
                     files.flush(file.fileno())
         return np.memmap(path, np.float32, "r", shape=(len(documents), dimensions))
+
+    def tokens(
+        self,
+        documents: TextFile,
+        encode: Callable[[list[str]], list[np.ndarray]],
+        progress: Progress | None = None,
+    ) -> TokenStore:
+        """Return the token vectors of all documents, by their numbers as slots. Only missing ones are computed."""
+        store, count = TokenStore(self.folder / TOKENS, MEMORY_BITS), len(documents)
+        for first in range(store.count, count, DOCUMENTS_AT_ONCE):
+            if progress:
+                progress(first, count)
+            store.add(encode(documents.read(range(first, min(first + DOCUMENTS_AT_ONCE, count)))))
+        store.finish(np.arange(count))
+        return store
 
     def block(self, number: int, names: Sequence[str]) -> dict[str, np.ndarray] | None:
         """Return the arrays of a finished block; None if it is missing or broken."""

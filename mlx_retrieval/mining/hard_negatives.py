@@ -22,6 +22,7 @@ from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.collection import Collection
 from mlx_retrieval.retrieval.analyzer import ENGLISH, check_language
 from mlx_retrieval.retrieval.fusion import reciprocal_rank_fusion
+from mlx_retrieval.retrieval.late_interaction import LateIndex
 from mlx_retrieval.retrieval.topk import DOCUMENTS, NO_DOCUMENT, QUERIES, best_first, merge
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.products import product
@@ -40,6 +41,7 @@ REASONS = {
     "skip": "the first of the rest",
 }
 
+Vectors = np.ndarray | list[np.ndarray]  # (Q, d) float32; late interaction: Q arrays (L, d)
 Groups = Sequence[tuple[str, Sequence[str]]]
 
 
@@ -89,10 +91,11 @@ class Rules:
 
 
 class Retrievers(NamedTuple):
-    """The functions that rank and score documents. Scores are the judge's, else dot products, else BM25's."""
+    """The functions that rank and score documents. Scores are the judge's, else those of vectors, else BM25's."""
 
-    encode: Callable[[list[str]], np.ndarray] | None = None  # queries -> vectors (Q, d) float32
+    encode: Callable[[list[str]], Vectors] | None = None  # queries -> their vectors
     vectors: np.ndarray | None = None  # (D, d) float32 of the documents, in memory or mapped
+    tokens: LateIndex | None = None  # late interaction: the token vectors of the documents instead
     words: Callable[[str], np.ndarray] | None = None  # query -> BM25 scores (D,)
     judge: Callable[[Groups], list[np.ndarray]] | None = None  # as inference.reranker.Reranker.score_groups
 
@@ -157,6 +160,38 @@ def dots(queries: np.ndarray, documents: np.ndarray, numbers: np.ndarray) -> np.
         real = numbers[i] >= 0
         scores[i, real] = product(documents[numbers[i, real]].astype(np.float64), query)
     return scores
+
+
+def by_tokens(
+    queries: Sequence[np.ndarray], documents: LateIndex, k: int, rows: np.ndarray, excluded: np.ndarray
+) -> Ranking:
+    """Rank the `k` best documents by MaxSim; otherwise as `by_vectors`."""
+    numbers, scores = np.full((len(queries), k), NO_DOCUMENT, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    pairs = np.empty(len(rows), np.float32)
+    most = k + int(np.bincount(rows, minlength=1).max())
+    for row, ranking in enumerate(documents.search(queries, most)):
+        out = excluded[rows == row]
+        best = np.array([number for number, _ in ranking if number not in out][:k], np.int64)
+        # Scored together: with imputation, a score depends on the documents that are compared.
+        scores[row, : len(best)], pairs[rows == row] = np.split(
+            documents.scores(queries[row], np.concatenate([best, out])), [len(best)]
+        )
+        numbers[row, : len(best)] = best
+    order = np.lexsort((numbers, -scores), axis=1)
+    numbers, scores = (np.take_along_axis(each, order, axis=1) for each in (numbers, scores))
+    return Ranking(numbers, scores, pairs)
+
+
+def token_scores(
+    queries: Sequence[np.ndarray], documents: LateIndex, numbers: np.ndarray, rows: np.ndarray, excluded: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the MaxSim scores of each query and its documents (Q, k), -inf: NO_DOCUMENT; and of the excluded pairs."""
+    scores, pairs = np.full(numbers.shape, -np.inf, np.float32), np.empty(len(rows), np.float32)
+    for row, query in enumerate(queries):
+        real = numbers[row] >= 0
+        both = np.concatenate([numbers[row, real], excluded[rows == row]])
+        scores[row, real], pairs[rows == row] = np.split(documents.scores(query, both), [int(real.sum())])
+    return scores, pairs
 
 
 def by_words(
@@ -246,7 +281,8 @@ def mine_block(first: int, last: int, collection: Collection, retrievers: Retrie
     vectors = retrievers.encode(texts) if retrievers.encode else None
     rankings = []
     if rules.by != "bm25":
-        rankings.append(by_vectors(vectors, retrievers.vectors, rules.depth, rows, excluded))
+        search, documents = (by_tokens, retrievers.tokens) if retrievers.tokens else (by_vectors, retrievers.vectors)
+        rankings.append(search(vectors, documents, rules.depth, rows, excluded))
     if rules.by != "model":
         rankings.append(by_words(texts, retrievers.words, rules.depth, rows, excluded))
     # A BM25 score of 0 means that no word is shared: such pairs are never among the best, however few there are.
@@ -258,6 +294,8 @@ def mine_block(first: int, last: int, collection: Collection, retrievers: Retrie
         scores, pairs = judge_scores(texts, numbers, rows, excluded, collection, retrievers.judge)
         order = np.lexsort((np.broadcast_to(np.arange(numbers.shape[1]), numbers.shape), -scores), axis=1)
         numbers, scores = (np.take_along_axis(each, order, axis=1) for each in (numbers, scores))
+    elif retrievers.tokens and rules.by != "model":
+        scores, pairs = token_scores(vectors, retrievers.tokens, numbers, rows, excluded)
     elif vectors is not None and rules.by != "model":
         scores = dots(vectors, retrievers.vectors, numbers)
         pairs = dots(vectors[rows], retrievers.vectors, excluded[:, None])[:, 0]

@@ -43,18 +43,13 @@ def open_corpus(name: str | None, field: str | None = None, es_fields: str = ELA
 def load_retriever(
     name: str, max_length: int | None = None, dtype: str | None = None, role: str = "--model"
 ) -> embedder.Model:
-    """Load the embedding model that finds documents, or the teacher of vectors. UserError for late interaction.
+    """Load the model that finds documents, or the teacher of vectors, which has one vector a text, else UserError.
 
     `role`: the flag that names the model.
     """
     model = embedder.load(name, dtype=dtype, max_length=max_length)
     if model.late and role != "--model":
         raise UserError(f"{role} {name}: a late-interaction model has a vector a token, and not one a text")
-    if model.late:
-        raise UserError(
-            f"--model {name}: a late-interaction model, whose token vectors of a corpus are not kept on disk; "
-            "use it as the judge: --reranker with --by bm25, or with another --model"
-        )
     return model
 
 
@@ -121,8 +116,15 @@ def mine_negatives(
     retrievers = hard_negatives.Retrievers(judge=judge and judge.score_groups)
     if model:
         with progress_bar("embedding", "documents") as progress:
-            vectors = cache.vectors(texts.documents, model.dimensions, _encoder(model, "document"), progress)
-        retrievers = retrievers._replace(encode=_encoder(model, "query"), vectors=vectors)
+            encode = _encoder(model, "document")
+            if model.late:
+                store = cache.tokens(texts.documents, encode, progress)
+                index, _ = store.open(model.config.maxsim, model.config.impute)
+                retrievers = retrievers._replace(tokens=index)
+            else:
+                vectors = cache.vectors(texts.documents, model.dimensions, encode, progress)
+                retrievers = retrievers._replace(vectors=vectors)
+        retrievers = retrievers._replace(encode=_encoder(model, "query"))
     if rules.by != "model" and isinstance(corpus, ElasticCorpus):
         retrievers = retrievers._replace(words=corpus.words(texts.corpus, len(texts.documents), rules.depth))
     elif rules.by != "model":

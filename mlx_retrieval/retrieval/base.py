@@ -8,7 +8,9 @@ from mlx_retrieval.retrieval.analyzer import ENGLISH
 from mlx_retrieval.retrieval.fields import WEIGHTS
 
 RANKS = 1_000  # documents ranked for each query; as many as mteb asks for
-FILE, LOCK, VERSION = "index.json", ".lock", 2
+FILE, LOCK, VERSION = "index.json", ".lock", 3
+
+TOKEN_BITS = 4  # see residual_codes.py
 
 
 @dataclass
@@ -24,6 +26,8 @@ class IndexInfo:
     overlap: int  # characters that the parts of a function or section share, if it was too long for one chunk
     maxsim: str = ""  # late interaction: reduction over a query's tokens, mean or sum; "" = one vector a chunk
     impute: int = 0  # late interaction: see maxsim.maxsim
+    token_bits: int = TOKEN_BITS  # late interaction: of a dimension of a stored token vector
+    token_pooling: int = 1  # late interaction: tokens of a chunk that become one vector, on average
     complete: bool = False  # False while indexing runs, or if it was interrupted
     partitioned: int = 0  # number of chunks when the vectors were last partitioned; 0 = not yet
     folders: list[str] = field(default_factory=list)  # the indexed folders, relative to `root`; [] = `root` itself

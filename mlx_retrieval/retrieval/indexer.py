@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from mlx_retrieval.dataset import beir, chunks
 from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.dataset.documents import folder as document_folder
@@ -34,7 +36,7 @@ from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.inference.embedder import Model, embed
 from mlx_retrieval.retrieval import base, lance_index
 from mlx_retrieval.retrieval.analyzer import ENGLISH, check_language
-from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
+from mlx_retrieval.retrieval.base import TOKEN_BITS, FileRecord, IndexInfo
 from mlx_retrieval.retrieval.forest import Forest, IndexSource, roots_of
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.rewriting import rewrite
@@ -152,6 +154,8 @@ def update(
     exclude: Sequence[str] = (),
     rebuild: bool = False,
     language: str | None = None,
+    token_bits: int = TOKEN_BITS,
+    token_pooling: int = 1,
 ) -> Summary:
     """Create the index in `folder`, or bring it up to date with the files in `root`.
 
@@ -163,10 +167,11 @@ def update(
         rebuild: replace an existing index.
         language: of stems and stop words, see analyzer.py; None = the index's, or English. Another one than the
             index's needs new words, but no new vectors; so does an index of an earlier version.
+        token_bits, token_pooling: of late interaction, see residual_codes.py and token_pooling.py.
 
     A new index is removed if nothing was stored before an error.
 
-    Raises UserError if the index has another model, folder or chunk size (unless `rebuild`), if another process is
+    Raises UserError if the index has another model, folder or size (unless `rebuild`), if another process is
     indexing, and if there is nothing to index.
     """
     started = time.monotonic()
@@ -188,6 +193,8 @@ def update(
         impute=model.config.impute if model.late else 0,
         folders=list(folders),
         language=language or ENGLISH,
+        token_bits=token_bits,
+        token_pooling=token_pooling,
     )
     source = _source(shown, folders, info, max_file_size, exclude, folder)
     if not source.files:
@@ -283,6 +290,8 @@ def _check(index: Index, wanted: IndexInfo) -> None:
         )
     if (have.max_characters, have.overlap) != (wanted.max_characters, wanted.overlap):
         differences.append(f"with --chunk-size {have.max_characters} --overlap {have.overlap}")
+    if have.maxsim and (have.token_bits, have.token_pooling) != (wanted.token_bits, wanted.token_pooling):
+        differences.append(f"with --token-bits {have.token_bits} --token-pooling {have.token_pooling}")
     if have.is_corpus != wanted.is_corpus:
         differences.append("of a BEIR corpus" if have.is_corpus else "of files")
     if differences:
@@ -297,6 +306,8 @@ def _bring_up_to_date(index: Index, source: IndexSource, model: Model) -> Summar
     records = index.records()
     index.remove_orphans(records)
     pending = [file for file in source.files if not _is_same(file, records.get(file.path))]
+    if index.late:  # the first chunks are those that a codebook is learnt from
+        np.random.default_rng(0).shuffle(pending)
     gone = sorted(set(records) - {file.path for file in source.files})
     index.info.model = _name(model)
     index.info.complete &= not (pending or gone)

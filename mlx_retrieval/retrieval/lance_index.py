@@ -6,7 +6,8 @@ for hit in index.bm25("read line", 10): print(hit.path, hit.line, hit.score)
 for hit in index.semantic(model.encode("read line", prompt="query"), 10): print(hit.path, hit.line, hit.score)
 
 index.json       source folder, model and settings: base.IndexInfo
-chunks.lance     one row a chunk: place, text, terms, vector
+chunks.lance     one row a chunk: place, text, terms, vector; late interaction: slot
+tokens           late interaction: the token vectors by their slots, see token_store.py
 files.lance      one row a file: size, time, hash; written after the chunks of the file
 """
 
@@ -25,15 +26,17 @@ from mlx_retrieval.retrieval.analyzer import analyzer
 from mlx_retrieval.retrieval.base import EVERYWHERE, FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, Within, sort_hits
 from mlx_retrieval.retrieval.fields import check_weights
 from mlx_retrieval.retrieval.lance_errors import plain_errors, searching, writing
+from mlx_retrieval.retrieval.late_chunks import TOKENS, LateChunks
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_parent
 from mlx_retrieval.utils.progress import Progress
 from mlx_retrieval.utils.text import shell
 
-TABLES = ("chunks.lance", "files.lance")
+TABLES = ("chunks.lance", "files.lance", TOKENS)
 REBUILT = "rebuilt"  # in an index's folder: the index that will replace it
 OLDEST = 1  # version of an index that can be brought up to date
+WHOLE_TOKENS = 2  # version that kept the vectors of all tokens as they are
 COPIED_AT_ONCE = 2_000  # chunks
 OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", REBUILT, *TABLES})
 # From PARTITIONS_FROM chunks on, LanceDB keeps the vectors in partitions (IVF, uncompressed) in memory: about ten times
@@ -41,7 +44,6 @@ OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", REBUILT, *TABLES})
 # so nothing is missed (benchmarks/search_latency.py). The size of a partition is given, not their number: LanceDB would
 # merge a given number into a few large ones.
 PARTITIONS_FROM, PARTITION_SIZE, PROBES = 10_000, 1_000, 250
-LATE_CANDIDATES = 300  # chunks whose token vectors are compared: those with the nearest mean vectors
 HIT_COLUMNS = ["path", "line", "end_line", "language", "kind", "name", "text"]
 Vectors = np.ndarray | list[np.ndarray]  # (N, D) float32; late interaction: N arrays (L, D)
 
@@ -53,6 +55,7 @@ class Index:
         self.folder, self.info, self.database = folder, info, database
         self._written = written_at(folder)
         self.chunks, self.files = database.open_table("chunks"), database.open_table("files")
+        self.late = LateChunks(folder, info, self.chunks) if info.maxsim else None
 
     @classmethod
     def create(cls, folder: Path, info: IndexInfo) -> "Index":
@@ -81,7 +84,7 @@ class Index:
         """Open the index in `folder`.
 
         Args:
-            outdated: open one whose words an earlier version analysed, too: `rewriting.rewrite` brings it up to date.
+            outdated: open one of an earlier version, too: `rewriting.rewrite` brings it up to date.
 
         Raises UserError, with the command to run, if it is missing, damaged, or of another version.
         """
@@ -93,7 +96,7 @@ class Index:
             )
         try:
             values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            if (version := values.get("version")) not in (VERSION, OLDEST):
+            if (version := values.get("version")) not in range(OLDEST, VERSION + 1):
                 raise UserError(
                     f"{folder}: made by another version of this toolkit; search.py index --rebuild replaces it"
                 )
@@ -108,10 +111,13 @@ class Index:
             index = cls(folder, info, database)
         except (ValueError, OSError, RuntimeError) as error:
             raise UserError(f"{folder}: damaged ({error}); search.py index --rebuild replaces it") from error
-        if version != VERSION and not outdated:
+        if version == WHOLE_TOKENS and not info.maxsim:
+            info.version = VERSION
+        if info.version != VERSION and not outdated:
+            how = "kept token vectors uncompressed" if version == WHOLE_TOKENS else "split words differently"
             raise UserError(
-                f"{folder}: made by an earlier version, which split words differently. To bring it up to date, "
-                f"without embedding again: {index.command(info.model)}"
+                f"{folder}: made by an earlier version, which {how}. To bring it up to date, without embedding again: "
+                f"{index.command(info.model)}"
             )
         return index
 
@@ -190,7 +196,11 @@ class Index:
         ]
         if rows:
             columns = {name: pa.array([row[name] for row in rows]) for name in rows[0]}
-            self._add(columns | lance_tables.vector_columns(self.info, vectors), rows)
+            if self.late:
+                columns["slot"] = pa.array(self.late.add(vectors))
+            else:
+                columns["vector"] = lance_tables.vector_column(vectors)
+            self._add(columns, rows)
         self.record([record for record, _ in files])
 
     def _add(self, columns: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
@@ -205,9 +215,13 @@ class Index:
     def copy(self, other: "Index", progress: Progress) -> None:
         """Add all files and chunks of another index of the same model, with their vectors; the words are made again."""
         count, texts = 0, ["path", "name", "language", "context", "text"]
+        if self.late:
+            self.late.copy(other.folder)
         for batch in other.chunks.search().limit(None).to_batches(COPIED_AT_ONCE):
             if len(batch):
                 columns = {name: batch[name] for name in batch.schema.names if name != "tokens"}
+                if self.late and "slot" not in columns:
+                    columns["slot"] = self.late.add_whole(columns.pop("token_vectors"))
                 self._add(columns, batch.select(texts).to_pylist())
                 progress(count := count + len(batch))
         if records := list(other.records().values()):
@@ -232,8 +246,10 @@ class Index:
         lance_tables.index_words(self.chunks)
         for table in (self.chunks, self.files):
             lance_tables.tidy(table)
+        if self.late:
+            self.late.finish()
         # Partitions are trained again whenever the index has doubled.
-        if count >= max(PARTITIONS_FROM, 2 * self.info.partitioned):
+        elif count >= max(PARTITIONS_FROM, 2 * self.info.partitioned):
             sizes = {"target_partition_size": PARTITION_SIZE, "max_iterations": 20, "sample_rate": 64}
             config = IvfFlat(distance_type="dot", **sizes)
             self.chunks.create_index("vector", config=config, replace=True)
@@ -261,35 +277,18 @@ class Index:
     def semantic(self, vector: np.ndarray, top: int, within: Within = EVERYWHERE) -> list[Hit]:
         """Return the chunks nearest to the query's vector (D,), scored by the dot product: the cosine.
 
-        Late interaction: `vector` holds the vectors of the query's tokens (L, D); scores are MaxSim with the tokens of
-        the LATE_CANDIDATES chunks whose mean vectors are nearest.
+        Late interaction: `vector` holds the vectors of the query's tokens (L, D); scores are MaxSim, see LateIndex.
         """
         self.chunks.checkout_latest()
-        if self.info.maxsim:
-            return self._by_tokens(vector, top, within)
-        search = self._nearest(vector, within)
+        if self.late:
+            scores = dict(self.late.search(vector, top, within))
+            rows = self.chunks.take_row_ids(list(scores)).select(["id", *HIT_COLUMNS]).with_row_id().to_list()
+            return sort_hits(_hit(row, scores[row["_rowid"]]) for row in rows)
+        search = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
+        # Chunks that are named are compared one by one.
+        search = _filtered(search if within.ids is None else search.bypass_vector_index(), within)
         rows = search.select(["id", *HIT_COLUMNS, "_distance"]).limit(top).to_list()
         return sort_hits(_hit(row, 1 - row["_distance"]) for row in rows)
-
-    def _nearest(self, vector: np.ndarray, within: Within) -> Any:
-        """Return LanceDB's search for the nearest vectors; chunks that are named are compared one by one."""
-        search = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
-        return _filtered(search if within.ids is None else search.bypass_vector_index(), within)
-
-    def _by_tokens(self, tokens: np.ndarray, top: int, within: Within) -> list[Hit]:
-        from mlx_retrieval.models.maxsim import score
-
-        search = self._nearest(lance_tables.mean(tokens), within)
-        search = search.select(["id", *HIT_COLUMNS, "token_vectors", "_distance"]).limit(max(top, LATE_CANDIDATES))
-        rows = search.to_arrow()
-        if not len(rows):
-            return []
-        stored = [np.frombuffer(cell.as_buffer(), np.float16) for cell in rows["token_vectors"]]
-        lengths = np.array([len(cell) for cell in stored]) // tokens.shape[1]
-        stored = np.concatenate(stored).reshape(-1, tokens.shape[1])
-        scores = score(tokens, stored, lengths, self.info.maxsim, self.info.impute)
-        rows = rows.drop_columns("token_vectors").to_pylist()
-        return sort_hits(_hit(row, float(value)) for row, value in zip(rows, scores, strict=True))[:top]
 
     @searching
     def chunk_texts(self) -> list[dict[str, Any]]:
@@ -349,6 +348,8 @@ def check_folder(folder: Path) -> None:
 def install(folder: Path) -> None:
     """Put the index in `folder`/rebuilt in place of the one in `folder`; continue if that was interrupted."""
     source = folder / REBUILT
+    if (folder / FILE).exists() and not (source / TOKENS).exists():
+        shutil.rmtree(folder / TOKENS, ignore_errors=True)
     (folder / FILE).unlink(missing_ok=True)
     for name in TABLES:
         if (source / name).exists():

@@ -34,8 +34,8 @@ def chunk_schema(info: IndexInfo) -> "pa.Schema":
     import pyarrow as pa
 
     columns = [*((name, pa.string()) for name in TEXTS), ("line", pa.int32()), ("end_line", pa.int32())]
-    tokens = [("token_vectors", pa.large_binary())] if info.maxsim else []
-    return pa.schema([*columns, ("vector", pa.list_(pa.float32(), info.dimensions)), *tokens])
+    vector = ("slot", pa.int64()) if info.maxsim else ("vector", pa.list_(pa.float32(), info.dimensions))
+    return pa.schema([*columns, vector])
 
 
 def file_schema() -> "pa.Schema":
@@ -46,24 +46,11 @@ def file_schema() -> "pa.Schema":
     return pa.schema(list(zip(FileRecord._fields, kinds, strict=True)))
 
 
-def vector_columns(info: IndexInfo, vectors: np.ndarray | Sequence[np.ndarray]) -> dict[str, "pa.Array"]:
-    """Return the columns `vector` and, for late interaction, `token_vectors` of chunks with these vectors."""
+def vector_column(vectors: np.ndarray) -> "pa.Array":
+    """Return vectors (N, D) as a column."""
     import pyarrow as pa
 
-    if not info.maxsim:
-        return {"vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), info.dimensions)}
-    means = np.stack([mean(each) for each in vectors])
-    tokens = pa.array([each.astype(np.float16).tobytes() for each in vectors], pa.large_binary())
-    return {
-        "vector": pa.FixedSizeListArray.from_arrays(pa.array(means.ravel()), info.dimensions),
-        "token_vectors": tokens,
-    }
-
-
-def mean(tokens: np.ndarray) -> np.ndarray:
-    """Return the normalised mean (D,) float32 of token vectors (L, D), by which candidates are found."""
-    total = tokens.sum(axis=0)
-    return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
 
 
 # --- words ---

@@ -1,74 +1,145 @@
 """Search by late interaction: rank documents by MaxSim between their token vectors and a query's.
 
-Up to EXHAUSTIVE_TOKENS token vectors, every document is scored. In a larger corpus only the CANDIDATES documents whose
-mean vector is nearest to the query's are scored. `LateIndex.description` says which of the two applies.
+    index = LateIndex(vectors)
+    for number, score in index.search(queries, top_k=10)[0]: print(number, score)
+
+Vectors that are stored as they are, are all compared. Of documents that are stored as codes, the CANDIDATES are
+compared that are best by the centroids of their tokens: a document without a token at any of the PROBES centroids
+nearest to a token of the query gets the similarity of the last of these for it, as in XTR (Lee et al. 2023, arXiv
+2304.01982) and WARP (Scheerer et al. 2025, arXiv 2501.17788); no vector needs to be decoded for it.
+`LateIndex.description` says which of the two applies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mlx_retrieval.backend import mx
 
 import numpy as np
 
 from mlx_retrieval.models import maxsim
-from mlx_retrieval.models.maxsim import score
+from mlx_retrieval.retrieval.residual_codes import Codebook, train
+from mlx_retrieval.retrieval.token_vectors import TokenVectors
 from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.text import quantity
 
-EXHAUSTIVE_TOKENS = 20_000_000
-CANDIDATES = 1_000
+PROBES = 32  # centroids of a query's token
+CANDIDATES = 300  # documents whose codes are compared
 TOKENS_AT_ONCE = 1 << 16  # tokens of documents that are compared at once, padding included
 QUERIES_AT_ONCE = 64
+# In memory, vectors beyond so many bytes are stored as codes of so many bits, learnt from so many tokens.
+WHOLE_BYTES, MEMORY_BITS, SAMPLE = 1 << 31, 4, 1 << 19
 
 
 class LateIndex:
     """The token vectors of a corpus.
 
     Args:
-        vectors: (L_i, d) float32 for every document. Queries have the same form.
+        documents: (L_i, d) float32 for every document; or parts of the corpus, the documents numbered through all.
         reduction: how the best similarities of a query's tokens are combined, "mean" or "sum".
-        impute: see `maxsim.maxsim`; a query token retrieves from the tokens of all scored documents.
+        impute: see `maxsim.maxsim`; a query token retrieves from the tokens of all compared documents.
+        codebook: of parts that are stored as codes.
     """
 
-    def __init__(self, vectors: Sequence[np.ndarray], reduction: str = "mean", impute: int = 0):
-        self.vectors, self.reduction, self.impute = vectors, reduction, impute
-        self.lengths = np.array([len(v) for v in vectors])
-        self.exhaustive = int(self.lengths.sum()) <= EXHAUSTIVE_TOKENS
-        if not self.exhaustive:
-            self.means = np.stack([v.sum(axis=0) / max(1, len(v)) for v in vectors])
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray] | Sequence[TokenVectors],
+        reduction: str = "mean",
+        impute: int = 0,
+        codebook: Codebook | None = None,
+    ):
+        parts = documents if isinstance(documents[0], TokenVectors) else [TokenVectors.of(documents)]
+        self.parts, self.codebook, self.reduction, self.impute = parts, codebook, reduction, impute
+        self.lengths = np.concatenate([part.lengths for part in parts])
+        self.firsts = np.cumsum([0, *(len(part.lengths) for part in parts)])
+        coded = np.repeat([part.is_coded for part in parts], [len(part.lengths) for part in parts])
+        self.whole = np.flatnonzero(~coded)  # documents that are stored as they are
+        self.lists = CentroidLists(parts, self.firsts, len(codebook.centroids)) if coded.any() else None
+
+    @classmethod
+    def of_blocks(cls, blocks: Iterable[Sequence[np.ndarray]], reduction: str = "mean", impute: int = 0) -> "LateIndex":
+        """Return the index of documents (L_i, d) float32 that come in blocks; beyond WHOLE_BYTES, they become codes."""
+        parts: list[TokenVectors] = []
+        codebook = None
+        for block in blocks:
+            parts.append(TokenVectors.of(block).coded(codebook) if codebook else TokenVectors.of(block))
+            if codebook is None and sum(part.vectors.nbytes for part in parts) > WHOLE_BYTES:
+                vectors = np.concatenate([part.vectors for part in parts])
+                chosen = np.random.default_rng(0).permutation(len(vectors))[:SAMPLE]
+                codebook = train(vectors[chosen], MEMORY_BITS)
+                parts = [part.coded(codebook) for part in parts]
+        return cls(parts, reduction, impute, codebook)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     @property
     def description(self) -> str:
         """Size and method of the search, in words."""
-        count = f"{quantity(len(self.vectors), 'document')}, {quantity(int(self.lengths.sum()), 'token vector')}"
-        if self.exhaustive:
+        count = f"{quantity(len(self), 'document')}, {quantity(int(self.lengths.sum()), 'token vector')}"
+        if self.lists is None:
             return f"{count}: all scored by MaxSim"
-        return f"{count}: the {CANDIDATES:,} nearest by mean vector scored by MaxSim"
+        return f"{count}: the {CANDIDATES:,} best by their tokens' centroids scored by MaxSim"
 
     def search(self, queries: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
-        """Return (document, score) of the `top_k` best documents of every query, best first; equal scores by number."""
-        rankings = []
-        everything = np.arange(len(self.vectors))
-        if self.exhaustive:
-            for first in range(0, len(queries), QUERIES_AT_ONCE):
-                block = queries[first : first + QUERIES_AT_ONCE]
-                rankings += [_best(everything, row, top_k) for row in self._scores(block, everything)]
-            return rankings
-        for query in queries:
-            near = np.argsort(-product(self.means, query.mean(axis=0)), kind="stable")[:CANDIDATES]
-            tokens = np.concatenate([self.vectors[i] for i in near])
-            scores = score(query, tokens, self.lengths[near], self.reduction, self.impute)
-            rankings.append(_best(near, scores, top_k))
+        """Return (document, score) of the `top_k` best documents of every query, best first; equal scores by number.
+
+        `queries`: (L_i, d) float32 each.
+        """
+        if self.lists is None:
+            return self._exhaustive(queries, top_k)
+        return [self.best(query, top_k) for query in queries]
+
+    def best(self, query: np.ndarray, top_k: int, among: np.ndarray | None = None) -> list[tuple[int, float]]:
+        """Return (document, score) of the `top_k` best documents of a query (L, d), best first; equal scores by number.
+
+        `among`: numbers of the documents to look at; None = all.
+        """
+        numbers = self.candidates(query, max(top_k, CANDIDATES), among)
+        return _best(numbers, self.scores(query, numbers), top_k)
+
+    def candidates(self, query: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
+        """Return the numbers of the documents to compare, ascending: `count` at least, if there are as many."""
+        everything = np.arange(len(self)) if among is None else np.sort(among)
+        if self.lists is None or len(everything) <= count:
+            return everything
+        scores = self.lists.scores(product(query, self.codebook.centroids.T), len(self))
+        scores[self.whole] = np.inf
+        scores = scores[everything]
+        return np.sort(everything[np.argpartition(-scores, count)[: max(count, np.isinf(scores).sum())]])
+
+    def scores(self, query: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return the MaxSim scores (n,) float32 of a query (L, d) with documents, by their numbers (n,)."""
+        if not len(numbers):
+            return np.empty(0, np.float32)
+        order = np.argsort(numbers, kind="stable")
+        tokens = self._tokens(numbers[order])
+        scores = np.empty(len(numbers), np.float32)
+        scores[order] = maxsim.score(query, tokens, self.lengths[numbers[order]], self.reduction, self.impute)
+        return scores
+
+    def _tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the token vectors of documents, whose numbers ascend, one after another."""
+        edges = np.searchsorted(numbers, self.firsts)
+        parts = zip(self.parts, self.firsts, edges, edges[1:], strict=False)
+        return np.concatenate(
+            [part.take(numbers[a:b] - first).decoded(self.codebook) for part, first, a, b in parts if b > a]
+        )
+
+    def _exhaustive(self, queries: Sequence[np.ndarray], top_k: int) -> list[list[tuple[int, float]]]:
+        everything, rankings = np.arange(len(self)), []
+        for first in range(0, len(queries), QUERIES_AT_ONCE):
+            scores = self._all_scores(queries[first : first + QUERIES_AT_ONCE])
+            rankings += [_best(everything, row, top_k) for row in scores]
         return rankings
 
-    def _scores(self, queries: Sequence[np.ndarray], documents: np.ndarray) -> np.ndarray:
-        """Return MaxSim scores, (queries, documents) float32."""
+    def _all_scores(self, queries: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the scores of all documents, which are stored as they are: (queries, documents) float32."""
         padded = _pad(queries)
-        tokens = maxsim.counted(padded)
-        best = np.empty((*padded.shape[:2], len(documents)), np.float32)
+        best = np.empty((*padded.shape[:2], len(self)), np.float32)
         nearest: list[mx.array] = []  # of every query token, over all documents, for imputation
-        for block in self._blocks(documents):
-            vectors = _pad([self.vectors[i] for i in documents[block]])
+        for block in self._blocks():
+            tokens = np.split(self._tokens(block), np.cumsum(self.lengths[block])[:-1])
+            vectors = _pad(tokens)
             best[:, :, block] = np.array(maxsim.nearest(padded, vectors)[0])
             if self.impute:
                 nearest.append(_top(padded, vectors, self.impute))
@@ -77,18 +148,56 @@ class LateIndex:
         similarities = mx.array(best)
         if nearest:
             similarities = mx.maximum(similarities, nearest[0].min(axis=-1)[..., None])
-        return np.array(maxsim.reduce(similarities, tokens, self.reduction))
+        return np.array(maxsim.reduce(similarities, maxsim.counted(padded), self.reduction))
 
-    def _blocks(self, documents: np.ndarray) -> list[np.ndarray]:
-        """Return positions in `documents`, in blocks of similar length and at most TOKENS_AT_ONCE tokens."""
-        lengths = np.maximum(self.lengths[documents], 1)
+    def _blocks(self) -> list[np.ndarray]:
+        """Return all documents in blocks of similar length and at most TOKENS_AT_ONCE tokens; each ascends."""
+        lengths = np.maximum(self.lengths, 1)
         order = np.argsort(-lengths, kind="stable")
         blocks, first = [], 0
         while first < len(order):
             count = max(1, TOKENS_AT_ONCE // int(lengths[order[first]]))
-            blocks.append(order[first : first + count])
+            blocks.append(np.sort(order[first : first + count]))
             first += count
         return blocks
+
+
+class CentroidLists:
+    """For every centroid, the documents that have a token there.
+
+    Args:
+        parts, firsts: the documents, those that are stored as codes among them, and the number of each part's first.
+        count: of the centroids.
+    """
+
+    def __init__(self, parts: Sequence[TokenVectors], firsts: Sequence[int], count: int):
+        coded = [(part, first) for part, first in zip(parts, firsts, strict=False) if part.is_coded]
+        centroids = np.concatenate([part.centroids for part, _ in coded])
+        order = np.argsort(centroids, kind="stable")
+        documents = np.concatenate(
+            [np.repeat(np.arange(first, first + len(p.lengths), dtype=np.int32), p.lengths) for p, first in coded]
+        )[order]
+        centroids = centroids[order]
+        del order
+        is_new = np.ones(len(documents), bool)  # a document counts once, however many of its tokens are there
+        is_new[1:] = (documents[1:] != documents[:-1]) | (centroids[1:] != centroids[:-1])
+        self.documents = documents[is_new]
+        self.edges = np.concatenate([[0], np.cumsum(np.bincount(centroids[is_new], minlength=count))])
+
+    def scores(self, similarities: np.ndarray, count: int) -> np.ndarray:
+        """Return scores (count,) float32 of documents from the similarities (L, C) of query tokens to centroids."""
+        scores, row = np.zeros(count, np.float32), np.empty(count, np.float32)
+        probes = min(PROBES, similarities.shape[1])
+        nearest = np.argpartition(-similarities, probes - 1, axis=1)[:, :probes]
+        for of_token, centroids in zip(similarities, nearest, strict=True):
+            # Ascending: of a document at several centroids, the last assignment stays, which is the most similar.
+            centroids = centroids[np.argsort(of_token[centroids])]
+            firsts, ends = self.edges[centroids], self.edges[centroids + 1]
+            row.fill(of_token[centroids[0]])
+            documents = np.concatenate([self.documents[a:b] for a, b in zip(firsts, ends, strict=True)])
+            row[documents] = np.repeat(of_token[centroids], ends - firsts)
+            scores += row
+        return scores
 
 
 def _top(queries: mx.array, documents: mx.array, k: int) -> mx.array:

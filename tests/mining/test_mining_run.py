@@ -9,18 +9,22 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+from mlx_retrieval.backend import mx
+
 import numpy as np
 import pytest
 from random_rerankers import cross_encoder
 from sample_texts import SENTENCES
 
 import mine
+from mlx_retrieval.backbones import lora
 from mlx_retrieval.dataset import rows as row_files
 from mlx_retrieval.inference import embedder, reranker
 from mlx_retrieval.mining import cache, collection, hard_negatives, teacher
 from mlx_retrieval.mining import output as mining_output
 from mlx_retrieval.mining.cache import ResumableCache
-from mlx_retrieval.models import heads
+from mlx_retrieval.models import heads, loading
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
 ROWS = [{"query": f"what is {text[:12]}", "positive": text} for text in SENTENCES]
@@ -119,7 +123,7 @@ def test_names_of_flags_that_other_commands_have():
     assert mine.parser().parse_args([*required, "--model-path", "m"]).model == "m"
 
 
-def test_a_reranker_judges_and_late_models_are_refused_as_retrievers(pairs, tmp_path, capsys, monkeypatch):
+def test_a_reranker_judges(pairs, tmp_path):
     cross_encoder("bert", tmp_path / "judge")
     output = tmp_path / "mined.jsonl"
     flags = ("--reranker", tmp_path / "judge", "--relative-margin", "off", "--scores", "--take", 2)
@@ -131,9 +135,42 @@ def test_a_reranker_judges_and_late_models_are_refused_as_retrievers(pairs, tmp_
         scores = judge.score(row["query"], [row["positive"], *row["negatives"]])
         np.testing.assert_allclose(row["scores"], scores, atol=1e-5)
         assert row["scores"][1:] == sorted(row["scores"][1:], reverse=True)
-    monkeypatch.setattr(embedder, "load", lambda *_, **__: SimpleNamespace(late=True))
-    assert run("--data", pairs, "--output", output, "--overwrite", "--model", "late-model") == 2
-    assert "a late-interaction model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def late(small, tmp_path_factory) -> Path:
+    """A late-interaction adapter with a projection."""
+    mx.random.seed(0)
+    built, config, _ = loading.build(small, task="late", projection=16)
+    folder = tmp_path_factory.mktemp("late") / "adapter"
+    adapter = lora.adapt(built.backbone, rank=2)
+    files.write_folder(folder, lambda where: loading.save_model(where, built, adapter, config))
+    return folder
+
+
+def test_a_late_model_finds_negatives_by_maxsim(late, pairs, tmp_path):
+    output, model = tmp_path / "mined.jsonl", embedder.load(late)
+    flags = ("--relative-margin", "off", "--take", 3, "--scores", "--work", tmp_path / "work")
+    assert run("--data", pairs, "--model", late, "--output", output, *flags) == 0
+    vectors = dict(zip(SENTENCES, model.encode(SENTENCES, "document"), strict=True))
+    for row in read(output):
+        query = model.encode([row["query"]], "query")[0]
+        scores = {text: float((query @ tokens.T).max(axis=1).mean()) for text, tokens in vectors.items()}
+        others = sorted((score for text, score in scores.items() if text != row["positive"]), reverse=True)
+        expected = [scores[row["positive"]], *others[:3]]
+        np.testing.assert_allclose(row["scores"], expected, atol=2e-3)  # float16 on disk
+    before = read(output)
+    assert len(list((tmp_path / "work" / "tokens").iterdir())) == 1
+    assert run("--data", pairs, "--model", late, "--output", output, "--overwrite", *flags) == 0
+    assert read(output) == before
+    both = ("--by", "both", "--relative-margin", "0.05")
+    assert run("--data", pairs, "--model", late, "--output", output, "--overwrite", *both) in (0, 2)
+
+
+def test_a_late_model_teaches_no_vectors(late, pairs, tmp_path, capsys):
+    output = str(tmp_path / "vectors.safetensors")
+    assert mine.main(["score", "--vectors", "--teacher", str(late), "--data", str(pairs), "--output", output]) == 2
+    assert "a late-interaction model has a vector a token, and not one a text" in capsys.readouterr().err
 
 
 def test_bad_rows_can_be_left_out(tmp_path, write_rows, capsys):

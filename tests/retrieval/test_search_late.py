@@ -1,9 +1,10 @@
-"""Search with late-interaction models: candidates by mean vector, MaxSim over their tokens' vectors.
+"""Search with late-interaction models: token vectors as they are and compressed, and an index of an earlier version.
 
 python -m pytest tests/retrieval/test_search_late.py
 """
 
 import json
+import shutil
 
 from mlx_retrieval.backend import mx
 
@@ -15,7 +16,7 @@ from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.evaluation.index_search import evaluate, read_queries
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading
-from mlx_retrieval.retrieval import lance_index
+from mlx_retrieval.retrieval import token_store
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils import files
@@ -76,15 +77,118 @@ def test_semantic_search_is_maxsim(beir, model, index):
     assert {hit.path for hit in searcher.search(query, "hybrid", top=40)} == set(scores)
 
 
-def test_candidates_are_the_nearest_by_mean_vector(model, index, monkeypatch):
-    monkeypatch.setattr(lance_index, "LATE_CANDIDATES", 3)
+@pytest.fixture
+def compressing(monkeypatch):
+    """Compress token vectors from the first on."""
+    monkeypatch.setattr(token_store, "CODED_FROM", 1)
+
+
+@pytest.mark.parametrize("settings", [{"token_bits": 4}, {"token_bits": 2, "token_pooling": 2}])
+def test_a_compressed_index_finds_the_same(beir, model, index, tmp_path, compressing, settings):
+    update(beir, tmp_path / "index", model, **settings)
+    compressed, whole = Searcher(tmp_path / "index"), Searcher(index)
+    assert compressed.index.late.store.codebook is not None and whole.index.late.store.codebook is None
+    assert compressed.index.size() < whole.index.size() or settings["token_bits"] == 4
+    for i in range(0, 40, 8):
+        query = json.loads((beir / "queries.jsonl").read_text().splitlines()[i // 4])["text"]
+        first, *_ = whole.search(query, "semantic", top=5)
+        assert first.path in {hit.path for hit in compressed.search(query, "semantic", top=5)}
+    assert len(compressed.search("boiler drips", "hybrid", top=40)) == 40
+    with pytest.raises(UserError, match=r"--token-bits \d --token-pooling \d: --rebuild"):
+        update(beir, tmp_path / "index", model, token_bits=1)
+
+
+def texts(folder, **documents) -> None:
+    for name, text in documents.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
+def test_a_compressed_index_follows_its_folder(model, tmp_path, compressing):
+    """Add, change and delete: every search, also one that is open, finds what is there now."""
+    folder, index = tmp_path / "texts", tmp_path / "index"
+    folder.mkdir()
+    texts(folder, **{f"t{i}": " ".join(WORDS[i % 9 : i % 9 + 3]) + f" {i}" for i in range(30)})
+    update(folder, index, model)
     searcher = Searcher(index)
-    tokens = model.encode(["boiler drips"], "query")[0]
-    rows = searcher.index.chunks.to_arrow().to_pylist()
-    mean = tokens.sum(axis=0)
-    near = sorted(rows, key=lambda row: -float(np.dot(row["vector"], mean)))[:3]
-    hits = searcher.index.semantic(tokens, 2)
-    assert len(hits) == 2 and {hit.path for hit in hits} <= {row["path"] for row in near}
+    assert searcher.search("boiler drips night", "semantic", top=1)[0].path in {
+        "t0.txt",
+        "t9.txt",
+        "t18.txt",
+        "t27.txt",
+    }
+    texts(folder, new="kettle hiss hiss", t0="grey town")
+    for name in ("t9", "t18", "t27"):
+        (folder / f"{name}.txt").unlink()
+    summary = update(folder, index, model)
+    assert (summary.embedded, summary.changed, summary.removed) == (2, 2, 3)
+    hits = searcher.search("kettle hiss hiss", "semantic", top=50)
+    assert hits[0].path == "new.txt" and len(hits) == 28
+    assert {hit.path for hit in hits}.isdisjoint({"t9.txt", "t18.txt", "t27.txt"})
+    assert [hit.text for hit in hits if hit.path == "t0.txt"] == ["grey town"]
+    assert [hit.path for hit in searcher.search("kettle", "semantic", top=5, paths=["t1*.txt"])] != []
+    assert all(hit.path.startswith("t1") for hit in searcher.search("kettle", "semantic", top=5, paths=["t1*.txt"]))
+    before = sorted((index / "tokens").iterdir())
+    for path in folder.glob("t*.txt"):
+        path.unlink()
+    update(folder, index, model)
+    assert [hit.path for hit in searcher.search("boiler", "semantic", top=50)] == ["new.txt"]
+    assert searcher.index.late.store.count == 1 and sorted((index / "tokens").iterdir()) != before
+
+
+def test_an_index_of_version_2_is_brought_up_to_date_without_embedding(beir, model, index, tmp_path):
+    """Version 2 kept the vectors of all tokens in the table, with their mean."""
+    import lancedb
+    import pyarrow as pa
+
+    old = tmp_path / "index"
+    shutil.copytree(index, old)
+    vectors = token_vectors(Searcher(index))
+    database = lancedb.connect(old)
+    rows = database.open_table("chunks").to_arrow()
+    cells = pa.array([vectors[slot].tobytes() for slot in rows["slot"].to_pylist()], pa.large_binary())
+    means = pa.array([np.zeros(16, np.float32)] * len(rows), pa.list_(pa.float32(), 16))
+    rows = rows.drop_columns("slot").append_column("vector", means).append_column("token_vectors", cells)
+    database.create_table("chunks", rows, mode="overwrite")
+    shutil.rmtree(old / "tokens")
+    info = json.loads((old / "index.json").read_text())
+    del info["token_bits"], info["token_pooling"]
+    (old / "index.json").write_text(json.dumps(info | {"version": 2}))
+
+    with pytest.raises(UserError, match="kept token vectors uncompressed. To bring it up to date, without embedding"):
+        Searcher(old)
+    assert update(beir, old, model).embedded == 0
+    for one, other in zip(*(Searcher(each).search("boiler drips", top=10) for each in (index, old)), strict=True):
+        assert one.id == other.id and one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_another_language_keeps_the_token_vectors(beir, model, index, tmp_path):
+    shutil.copytree(index, tmp_path / "index")
+    assert update(beir, tmp_path / "index", model, language="german").embedded == 0
+    hits = [Searcher(each).search("boiler drips", "semantic", top=10) for each in (index, tmp_path / "index")]
+    assert [hit.id for hit in hits[0]] == [hit.id for hit in hits[1]]
+
+
+def token_vectors(searcher: Searcher) -> dict[int, np.ndarray]:
+    """The vectors of every slot, as they are."""
+    index, slots = searcher.index.late.store.open("mean", 0)
+    vectors = np.split(index.parts[0].vectors, np.cumsum(index.lengths)[:-1])
+    return {int(slot): np.asarray(each) for slot, each in zip(slots, vectors, strict=True)}
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "codebook"])
+def test_damaged_token_vectors_are_one_line(beir, model, tmp_path, compressing, damage):
+    update(beir, tmp_path / "index", model)
+    tokens = tmp_path / "index" / "tokens"
+    if damage == "missing":
+        shutil.rmtree(tokens)
+    else:
+        file = tokens / "codebook.npz" if damage == "codebook" else next(tokens.glob("0*/codes.npy"))
+        file.write_bytes(file.read_bytes()[:100])
+    searcher = Searcher(tmp_path / "index")
+    with pytest.raises(UserError, match="if the index is damaged, search.py index --rebuild replaces it") as caught:
+        searcher.search("boiler drips", "semantic")
+    assert "\n" not in str(caught.value)
+    assert searcher.search("boiler drips", "bm25")
 
 
 def test_a_changed_document_is_embedded_again(beir, model, tmp_path):

@@ -1,0 +1,62 @@
+"""The token vectors of documents, stored one after another: as they are, or as codes of a codebook."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_retrieval.retrieval.residual_codes import Codebook
+
+
+@dataclass(frozen=True)
+class TokenVectors:
+    """Documents and the vectors of their tokens, in memory or mapped from disk.
+
+    Args:
+        lengths: (N,) tokens of each document.
+        vectors: (T, d) float16 or float32; None = there are codes.
+        centroids, codes: (T,) uint16 and (T, m) uint8, see `Codebook`.
+    """
+
+    lengths: np.ndarray
+    vectors: np.ndarray | None = None
+    centroids: np.ndarray | None = None
+    codes: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, vectors: Sequence[np.ndarray], dtype: np.dtype = np.float32) -> "TokenVectors":
+        """Return the vectors (L_i, d) of documents, as they are."""
+        return cls(
+            np.array([len(each) for each in vectors], np.int64), np.concatenate(vectors).astype(dtype, copy=False)
+        )
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether they are stored as codes."""
+        return self.vectors is None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+    def coded(self, codebook: Codebook) -> "TokenVectors":
+        """Return the same documents as codes."""
+        centroids, codes = codebook.encode(self.vectors)
+        return TokenVectors(self.lengths, None, centroids, codes)
+
+    def take(self, numbers: np.ndarray) -> "TokenVectors":
+        """Return some documents, by their numbers (n,)."""
+        lengths = self.lengths[numbers]
+        places = spans((np.cumsum(self.lengths) - self.lengths)[numbers], lengths)
+        tokens = {name: array[places] for name, array in self.arrays.items() if name != "lengths"}
+        return TokenVectors(lengths, **tokens)
+
+    def decoded(self, codebook: Codebook | None) -> np.ndarray:
+        """Return the vectors of all tokens, (T, d) float32 or as they are stored."""
+        return codebook.decode(self.centroids, self.codes) if self.is_coded else self.vectors
+
+
+def spans(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the numbers firsts[0], firsts[0] + 1, ... of every span, one span after another."""
+    return np.repeat(firsts - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
