@@ -9,6 +9,7 @@ a residual by itself; here a byte stands for 8 / bits dimensions together, of wh
 learnt: product quantisation (Jégou et al. 2011), which loses less in as many bits.
 """
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,11 @@ class Codebook:
     @classmethod
     def load(cls, path: Path) -> "Codebook":
         """Read a codebook. Raises OSError or ValueError if the file is missing or damaged."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["centroids"].astype(np.float32), arrays["values"])
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(arrays["centroids"].astype(np.float32), arrays["values"])
+        except (zipfile.BadZipFile, EOFError, KeyError) as error:
+            raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def train(sample: np.ndarray, bits: int, seed: int = 0) -> Codebook:

@@ -35,13 +35,22 @@ TRIES = 3  # to open segments that another process merges meanwhile
 
 
 class Segment:
-    """A folder of documents: their slots, which ascend, and their token vectors."""
+    """A folder of documents: their slots, which ascend, and their token vectors.
+
+    Raises OSError or ValueError if it is damaged.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        arrays = {path.stem: _read(path) for path in sorted(folder.glob("*.npy"))}
-        self.slots = arrays.pop("slots")
-        self.tokens = TokenVectors(**arrays)
+        try:
+            arrays = {path.stem: _read(path) for path in sorted(folder.glob("*.npy"))}
+            self.slots = arrays.pop("slots")
+            self.tokens = TokenVectors(**arrays)
+            counts = {len(array) for name, array in self.tokens.arrays.items() if name != "lengths"}
+        except (EOFError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: damaged ({error})") from error
+        if counts != {int(self.tokens.lengths.sum())} or len(self.slots) != len(self.tokens.lengths):
+            raise ValueError(f"{folder}: damaged (its files do not belong together)")
 
     @classmethod
     def write(cls, folder: Path, slots: np.ndarray, tokens: TokenVectors) -> None:

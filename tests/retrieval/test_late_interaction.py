@@ -158,6 +158,25 @@ def test_a_kill_between_learning_and_coding_is_made_good(documents, tmp_path, mo
     assert all(segment.tokens.is_coded for segment in store.segments())
 
 
+def test_files_that_do_not_belong_together_are_noticed(documents, tmp_path):
+    store = TokenStore(tmp_path / "tokens", 4)
+    store.add(documents[:10])
+    segment = store.segments()[0].folder
+    lengths = np.load(segment / "lengths.npy")
+    for name, damaged in {"lengths": lengths[:-1], "slots": lengths[:3]}.items():
+        whole = (segment / f"{name}.npy").read_bytes()
+        np.save(segment / f"{name}.npy", damaged)
+        with pytest.raises(ValueError, match="do not belong together"):
+            store.open("mean", 0)
+        (segment / f"{name}.npy").write_bytes(whole)
+    (segment / "slots.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        store.open("mean", 0)
+    (segment / "slots.npy").unlink()
+    with pytest.raises(ValueError, match="damaged"):
+        store.open("mean", 0)
+
+
 def test_without_tokens_or_rows(tmp_path):
     store = TokenStore(tmp_path / "tokens", 2)
     store.finish(np.empty(0, np.int64))
