@@ -108,10 +108,12 @@ class TokenStore:
         if self.codebook or _whole_tokens(self.segments()) >= CODED_FROM:
             self._encode()
         segments = self.segments()
-        kept = [np.isin(segment.slots, live) for segment in segments]
+        pairs = [(segment, np.flatnonzero(np.isin(segment.slots, live))) for segment in segments]
         tokens = sum(int(segment.tokens.lengths.sum()) for segment in segments)
-        needed = sum(int(segment.tokens.lengths[mask].sum()) for segment, mask in zip(segments, kept, strict=True))
-        if len(segments) > SEGMENTS or needed < (1 - GARBAGE) * tokens:
+        needed = sum(int(segment.tokens.lengths[numbers].sum()) for segment, numbers in pairs)
+        slots = np.concatenate([np.empty(0, np.int64), *(segment.slots for segment in segments)])
+        was_killed = len(np.unique(slots)) < len(slots)  # while the segments of a merge were removed
+        if len(segments) > SEGMENTS or needed < (1 - GARBAGE) * tokens or was_killed:
             self._merge(segments, live)
 
     def open(self, reduction: str, impute: int) -> tuple[LateIndex, np.ndarray]:
@@ -123,7 +125,7 @@ class TokenStore:
             try:
                 segments, codebook = self.segments(), self.codebook
                 break
-            except FileNotFoundError:  # merged by another process in between
+            except (FileNotFoundError, ValueError):  # perhaps merged by another process in between
                 if attempt == TRIES - 1:
                     raise
         if not segments:
@@ -147,8 +149,12 @@ class TokenStore:
 
     def _merge(self, segments: Sequence[Segment], live: np.ndarray) -> None:
         """Write one segment of all documents that are needed, and remove the others."""
-        chosen = [np.flatnonzero(np.isin(segment.slots, live)) for segment in segments]
-        pairs = [(segment, numbers) for segment, numbers in zip(segments, chosen, strict=True) if len(numbers)]
+        pairs, wanted = [], live
+        for segment in segments:
+            numbers = np.flatnonzero(np.isin(segment.slots, wanted))
+            wanted = np.setdiff1d(wanted, segment.slots)
+            if len(numbers):
+                pairs.append((segment, numbers))
         if pairs:
 
             def fill(where: Path) -> None:

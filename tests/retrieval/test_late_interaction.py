@@ -158,6 +158,20 @@ def test_a_kill_between_learning_and_coding_is_made_good(documents, tmp_path, mo
     assert all(segment.tokens.is_coded for segment in store.segments())
 
 
+def test_a_kill_while_merged_segments_are_removed_is_made_good(documents, tmp_path, monkeypatch):
+    store = TokenStore(tmp_path / "tokens", 4)
+    for first in range(0, 100, 10):
+        store.add(documents[first : first + 10])
+    monkeypatch.setattr(token_store.shutil, "rmtree", lambda folder: None)
+    store.finish(np.arange(100))
+    monkeypatch.undo()
+    assert store.count == 200
+    store.finish(np.arange(100))
+    assert store.count == 100 and len(store.segments()) == 1
+    for slot, vectors in stored(store).items():
+        np.testing.assert_allclose(vectors, documents[slot], atol=1e-3)
+
+
 def test_files_that_do_not_belong_together_are_noticed(documents, tmp_path):
     store = TokenStore(tmp_path / "tokens", 4)
     store.add(documents[:10])
