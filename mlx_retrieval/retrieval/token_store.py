@@ -105,6 +105,8 @@ class TokenStore:
 
         `live`: the slots that are needed.
         """
+        for gone in self.folder.glob(".*.gone"):
+            shutil.rmtree(gone, ignore_errors=True)
         if self.codebook or _whole_tokens(self.segments()) >= CODED_FROM:
             self._encode()
         segments = self.segments()
@@ -166,7 +168,7 @@ class TokenStore:
 
             files.write_folder(self._next(segments), fill)
         for segment in segments:
-            shutil.rmtree(segment.folder)
+            _remove(segment.folder)
 
     def _next(self, segments: Sequence[Segment]) -> Path:
         last = max((int(segment.folder.name) for segment in segments), default=0)
@@ -188,6 +190,13 @@ def _copy(path: Path, name: str, pairs: Sequence[tuple[Segment, np.ndarray]]) ->
             target[first : first + len(part)] = part
             first += len(part)
     target.flush()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a segment; a kill leaves the whole of it, or nothing that counts as one."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _whole_tokens(segments: Sequence[Segment]) -> int:

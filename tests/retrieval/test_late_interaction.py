@@ -162,7 +162,7 @@ def test_a_kill_while_merged_segments_are_removed_is_made_good(documents, tmp_pa
     store = TokenStore(tmp_path / "tokens", 4)
     for first in range(0, 100, 10):
         store.add(documents[first : first + 10])
-    monkeypatch.setattr(token_store.shutil, "rmtree", lambda folder: None)
+    monkeypatch.setattr(token_store, "_remove", lambda folder: None)
     store.finish(np.arange(100))
     monkeypatch.undo()
     assert store.count == 200
