@@ -66,6 +66,8 @@ class Index:
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
+            if info.maxsim:
+                (folder / TOKENS).mkdir()
             if not (folder / ".gitignore").exists():
                 (folder / ".gitignore").write_text("*\n", encoding="utf-8")
         except OSError as error:
@@ -348,9 +350,9 @@ def check_folder(folder: Path) -> None:
 def install(folder: Path) -> None:
     """Put the index in `folder`/rebuilt in place of the one in `folder`; continue if that was interrupted."""
     source = folder / REBUILT
-    if (folder / FILE).exists() and not (source / TOKENS).exists():
-        shutil.rmtree(folder / TOKENS, ignore_errors=True)
     (folder / FILE).unlink(missing_ok=True)
+    if not json.loads((source / FILE).read_text(encoding="utf-8")).get("maxsim"):
+        shutil.rmtree(folder / TOKENS, ignore_errors=True)
     for name in TABLES:
         if (source / name).exists():
             shutil.rmtree(folder / name, ignore_errors=True)
