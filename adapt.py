@@ -24,7 +24,7 @@ from mlx_retrieval.dataset.documents.folder import MAX_FILE_SIZE
 from mlx_retrieval.mining.questions import filtering, prompts, without_model
 from mlx_retrieval.mining.questions.base import MOST
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
 
 STAGES = ("read", "questions", "filter", "negatives", "train", "export", "evaluate", "index", "report")
 EPILOG = (
@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--seed", type=int, default=0, metavar="N", help="of everything that is drawn at random (default: 0)")
     flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     flag("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    flag("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     return out
 
 
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     args = vars(parser().parse_args(argv))
     backend.set_compile(args["compile"])
+    backend.set_dequantize(args["dequantize"])
     only, redo, is_dry = (args.pop(name) for name in ("stages", "redo", "dry_run"))
     job = Adaptation(**args)
     from mlx_retrieval.adaptation import run  # loads LanceDB, which takes a second

@@ -29,7 +29,7 @@ from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
 from mlx_retrieval.models import families
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.console import console, print_lines, wrapped
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
@@ -185,6 +185,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    out.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     out.add_argument(
         "--dimensions", type=int, metavar="N", help="keep only the first N dimensions (Matryoshka; default: all)"
     )
@@ -219,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser()
     args = flags.parse_args(argv)
     backend.set_compile(args.compile)
+    backend.set_dequantize(args.dequantize)
     needed = {"--model": args.model, "--input": args.input, "--output": args.output}
     if args.models:
         if given := [name for name, value in (needed | {"--check": args.check}).items() if value is not None]:

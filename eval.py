@@ -41,7 +41,7 @@ from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vecto
 from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.retrieval.analyzer import ENGLISH
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 
@@ -175,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--query-max-length", type=int, metavar="N", help=shorter)
     out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    out.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     as_mteb = out.add_argument_group("results as mteb keeps them")
     results = (
         "evaluate through mteb alone, and leave results in DIR/results/MODEL/REVISION, for its ResultCache(DIR); "
@@ -280,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     args = parser().parse_args(argv)
     backend.set_compile(args.compile)
+    backend.set_dequantize(args.dequantize)
     output = check_flags(args)
     run = evaluate_compared
     if not args.compare:

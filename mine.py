@@ -36,7 +36,7 @@ from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
 from mlx_retrieval.models.rerankers import KINDS as RERANKERS
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
@@ -288,6 +288,7 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
          "GGUF, or hub name")  # fmt: skip
     flag("--max-length", type=int, metavar="N", help="truncate documents to N tokens (default: as saved)")
     flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
+    flag("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     flag("--by", choices=hard_negatives.BY, help="what ranks the documents; both: reciprocal rank fusion (default: "
          "model; bm25 without --model)")  # fmt: skip
     flag("--language", default=rules.language, metavar="NAME", help="language of BM25's stems and stop words, such as "
@@ -408,6 +409,7 @@ def add_score(commands: argparse._SubParsersAction) -> None:
     flag("--reranker-type", choices=RERANKERS, metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--max-length", type=int, metavar="N", help="truncate texts to N tokens (default: as saved)")
     flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
+    flag("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     flag("--raw-scores", action="store_true", help="logits of a reranker, not their sigmoid (default: as its files "
          "say; logits of a cross-encoder whose files do not say)")  # fmt: skip
     out.set_defaults(run=run_score)
@@ -430,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0; see docs/troubleshooting.md for the exit codes of errors."""
     backend.prepare()
     args = parser().parse_args(argv)
+    backend.set_dequantize(getattr(args, "dequantize", "auto"))  # of the commands that take a model
     args.run(args)
     return 0
 

@@ -28,7 +28,7 @@ from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.rerankers import KINDS
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.console import NARROWEST, console
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.text import quantity, writable
@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    out.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     rank = out.add_argument_group("rank a file")
     rank.add_argument("--query", type=writable, metavar="TEXT", help="the query")
     rank.add_argument(
@@ -162,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser()
     args = flags.parse_args(argv)
     backend.set_compile(args.compile)
+    backend.set_dequantize(args.dequantize)
     needed = {"--model": args.model, "--query": args.query, "--documents": args.documents}
     if args.check is not None:
         if given := [name for name, value in (needed | {"--serve": args.serve}).items() if value]:

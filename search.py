@@ -38,7 +38,7 @@ from mlx_retrieval.retrieval.fusion import FUSIONS, WEIGHTS
 from mlx_retrieval.retrieval.hit_formats import FORMATS, grep_lines, hits_to_json, print_hits
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.utils import files, imports, locks
-from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell, writable
@@ -232,6 +232,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     shared.add_argument("--index", default=".index", metavar="DIR", help="folder of the index (default: .index)")
     shared.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    shared.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     top = Parser(prog="search.py", description="Search source code and texts by meaning and by words.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -347,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     args = parser().parse_args(argv)
     backend.set_compile(args.compile)
+    backend.set_dequantize(args.dequantize)
     try:
         return args.run(args) or 0
     except KeyboardInterrupt as stop:

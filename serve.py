@@ -20,7 +20,7 @@ from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
 from mlx_retrieval.utils.errors import Place, UserError
 
 LONGEST_NAME = 100  # characters of a model's name, as in requests
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     out.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    out.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     memory = out.add_argument_group("memory")
     memory.add_argument("--lazy", action="store_true", help="load each model when a request first asks for it")
     memory.add_argument(
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.prepare()
     args = parser().parse_args(argv)
     backend.set_compile(args.compile)
+    backend.set_dequantize(args.dequantize)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end a server: no message
         serve(args)
     return 130

@@ -37,6 +37,7 @@ def prepared(
     max_length: int,
     micro_batch_tokens: int | str = 0,
     compile: str = "auto",
+    dequantize: str = "auto",
 ):
     """Return a run of the toolkit that is ready to take steps; see `run.prepare`."""
     from mlx_retrieval import backend
@@ -49,6 +50,7 @@ def prepared(
         batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
         compile=compile,
+        dequantize=dequantize,
         max_length=max_length,
         temperature=TEMPERATURE,
         learning_rate=LEARNING_RATE,

@@ -23,7 +23,8 @@ GUARD_TOLERANCE = 0.005  # of nDCG@10
 MODEL_QUESTIONS = 2  # a chunk, of a language model
 # Settings of train.py that an adaptation decides.
 DECIDED = ("data", "sources", "columns", "model", "output", "task", "eval_tasks", "guard", "guard_tolerance", "holdout")
-DECIDED += ("resume", "overwrite", "dry_run", "profile", "rounds", "stop_after", "seed", "dtype", "compile")
+DECIDED += ("resume", "overwrite", "dry_run", "profile", "rounds", "stop_after", "seed")
+DECIDED += ("dtype", "compile", "dequantize")
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
@@ -55,6 +56,7 @@ class Adaptation:
     seed: int = 0
     dtype: str | None = None
     compile: str = "auto"
+    dequantize: str = "auto"
     training: dict = field(init=False)  # what `config` says
 
     def __post_init__(self):

@@ -34,6 +34,7 @@ def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path
         "seed": job.seed,
         "dtype": job.dtype,
         "compile": job.compile,
+        "dequantize": job.dequantize,
     }
     return Settings(**DEFAULTS | job.training | decided)
 

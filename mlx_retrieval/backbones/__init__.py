@@ -8,7 +8,19 @@ from mlx_retrieval.backend import mx, nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import bert, deberta, decoder, distilbert, eurobert, gte, modernbert, mpnet, nomic_bert, t5
+from mlx_retrieval.backbones import (
+    bert,
+    deberta,
+    decoder,
+    dequantized,
+    distilbert,
+    eurobert,
+    gte,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    t5,
+)
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.backbones.finding import resolve
 from mlx_retrieval.backbones.hub import read_config, read_weights
@@ -23,13 +35,16 @@ MODULES = (bert, modernbert, mpnet, distilbert, deberta, nomic_bert, gte, eurobe
 ENCODERS = {kind: module for module in MODULES for kind in module.MODEL_TYPES}
 
 
-def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: str = "auto") -> Backbone:
+def load_backbone(
+    folder: Path, bidirectional: bool | None = None, dtype: str = "auto", dequantize: str | None = None
+) -> Backbone:
     """Load the backbone in `folder`, frozen and in evaluation mode.
 
     Args:
         folder: config.json and *.safetensors of Hugging Face or mlx-lm, quantised or not.
         bidirectional: whether tokens also attend to later ones; None = as the architecture and its config say.
         dtype: one of `backend.DTYPES`, to compute in. Quantised weights stay integers; their scales are cast.
+        dequantize: how quantised weights are computed with on CPUs: see `dequantized.dequantize`.
 
     Raises UserError for a folder without weights, an unknown architecture, an encoder that is asked to be causal,
     tensors that do not fit, and an unknown dtype.
@@ -51,6 +66,7 @@ def load_backbone(folder: Path, bidirectional: bool | None = None, dtype: str = 
         return backend.compute_dtype(value.dtype, "auto" if half and not may_cast(name) else dtype)
 
     _cast(model, dtype_of)
+    dequantized.dequantize(model, dequantize)
     model.freeze()
     model.eval()
     return model

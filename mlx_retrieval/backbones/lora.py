@@ -14,6 +14,7 @@ from mlx_retrieval.backend import mx, nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_retrieval.backbones import dequantized
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.utils.errors import SettingError
 
@@ -178,8 +179,8 @@ def _unfreeze(backbone: Backbone, count: int) -> None:
 
 
 def is_quantised(backbone: Backbone) -> bool:
-    """Return whether layers of the trunk are quantised."""
-    return any(name.endswith(".scales") for name, _ in tree_flatten(backbone.trunk.parameters()))
+    """Return whether layers of the trunk are quantised, whatever they compute with."""
+    return dequantized.is_quantised(backbone.trunk)
 
 
 # --- fingerprints of base models ------------------------------------------------------------------------------------

@@ -102,6 +102,9 @@ GPU_GRID = 16
 LENGTH_GRID = GPU_GRID if IS_GPU else 4 if FUSED else 1
 # Of freed arrays that mlx keeps for reuse on CPUs.
 CACHE_BYTES = 256 << 20
+# How CPUs compute with quantised weights (backbones/dequantized.py), and which of these holds: see `set_dequantize`.
+DEQUANTIZE = ("auto", "on", "blocks", "off")
+DEQUANTIZED = "auto"
 # The dtypes to compute in: see `compute_dtype`.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -163,6 +166,15 @@ def set_compile(wanted: str) -> None:
     """
     global COMPILED
     COMPILED = compiles(wanted)
+
+
+def set_dequantize(wanted: str) -> None:
+    """Say how models that are loaded from now on compute with quantised weights on CPUs; `wanted`: one of DEQUANTIZE.
+
+    The commands for inference call it; a notebook may. Training has a setting of its own, `Settings.dequantize`.
+    """
+    global DEQUANTIZED
+    DEQUANTIZED = wanted
 
 
 def device_info() -> dict[str, str | int]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
-from mlx_retrieval.backbones import ENCODERS, set_dtype
+from mlx_retrieval.backbones import ENCODERS, dequantized, set_dtype
 from mlx_retrieval.exporters import (
     config_json,
     gguf,
@@ -85,6 +85,7 @@ class EmbeddingWriter:
 
     def _in_float32(self) -> None:
         set_dtype(self.model.backbone, mx.float32)
+        dequantized.dequantize(self.model.backbone)
 
     def _vectors(self, config: RetrievalConfig) -> parity.Vectors:
         """Return the present model's vectors of the check's texts under `config`."""

@@ -166,6 +166,7 @@ def check_mlx_lm(folder: Path) -> str:
 
     def states(decoder: Decoder) -> Vectors:
         backbones.set_dtype(decoder, mx.float32)
+        backbones.dequantized.dequantize(decoder)
         return {None: np.array(decoder.hidden_states(ids, lengths)).reshape(1, -1)}
 
     own = backbones.load_backbone(folder)

@@ -15,7 +15,7 @@ from mlx_retrieval.backend import mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_retrieval.backbones import ENCODERS, decoder, hub, set_dtype
+from mlx_retrieval.backbones import ENCODERS, decoder, dequantized, hub, set_dtype
 from mlx_retrieval.exporters import (
     config_json,
     limits,
@@ -122,6 +122,7 @@ class RerankerWriter:
     def _scores(self) -> np.ndarray:
         """Return the present model's scores of the check's pairs, computed in float32."""
         set_dtype(self.model.backbone, mx.float32)
+        dequantized.dequantize(self.model.backbone)
         reranker = Reranker.of(self.model, self.config, self.tokenizer, self.job.source)
         return reranker_parity.scores(reranker, self.groups)
 

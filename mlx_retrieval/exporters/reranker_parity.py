@@ -132,6 +132,7 @@ def check_mlx_lm(folder: Path, groups: list[Group], expected: np.ndarray) -> str
     except parity.LIBRARY_ERRORS as error:
         raise UserError(f"mlx_lm.load cannot load the folder ({type(error).__name__}: {error})") from error
     backbones.set_dtype(model, mx.float32)
+    backbones.dequantized.dequantize(model)
     actual = []
     for i in short:
         ids = texts.ids[texts.offsets[i] : texts.offsets[i + 1]]

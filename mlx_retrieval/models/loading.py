@@ -44,6 +44,7 @@ def build(
     reranker: str | None = None,
     fingerprint: bool = True,
     shared: SharedWeights | None = None,
+    dequantize: str | None = None,
     **flags,
 ) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Build a retrieval model from a base model, before any training.
@@ -54,6 +55,7 @@ def build(
         reranker: with task="rerank", one of `rerankers.KINDS`; None = by the model's files.
         fingerprint: whether to take one. Nothing else reads weights: they are read when they are first used.
         shared: weights of base models that are in memory already; None = this model has its own.
+        dequantize: see `load_backbone`.
         flags: fields of RetrievalConfig that override the files' values; None = do not override. Without `task` it is
             the model's own, or "embed".
 
@@ -65,7 +67,7 @@ def build(
     bidirectional = flags.pop("bidirectional", None)
     base_config = base_model_config(folder, read_config(folder), flags.get("task"), reranker)
     config = base_config.override(**flags)
-    backbone = load_backbone(folder, bidirectional, config.dtype)
+    backbone = load_backbone(folder, bidirectional, config.dtype, dequantize)
     if shared is not None:
         shared.share(folder, backbone)
     if base_config.dense and config.task != base_config.task:
@@ -187,6 +189,7 @@ def open_model(
     adapter_config: dict | None = None,
     bare: bool = False,
     shared: SharedWeights | None = None,
+    dequantize: str | None = None,
     **flags,
 ) -> tuple[RetrievalModel, RetrievalConfig, Path]:
     """Open a model for inference: a base model, or an adapter on its base model.
@@ -196,13 +199,13 @@ def open_model(
         adapter: a saved folder such as `adapters/final`; None = the base model alone.
         adapter_config: in place of the adapter's own; None = its own.
         bare: leave the adapter itself out, and its base uncompared, so that no weight is read.
-        shared: see `build`.
+        shared, dequantize: see `build`.
         flags: fields of RetrievalConfig (max_length, ...) that override the saved values.
 
     Returns as `build` does. Raises UserError if the adapter belongs to another base model or its tensors do not fit.
     """
     if adapter is None:
-        return build(model, shared=shared, **flags)
+        return build(model, shared=shared, dequantize=dequantize, **flags)
     folder = Path(adapter).expanduser()
     with concerning("adapter"):
         kinds.check_adapter_folder(adapter)
@@ -211,7 +214,7 @@ def open_model(
     config = config.override(**flags)
     with concerning("model"):
         base = kinds.require_base(model or config.base_model)
-        backbone = load_backbone(base, config.bidirectional, config.dtype)
+        backbone = load_backbone(base, config.bidirectional, config.dtype, dequantize)
     if shared is not None:
         shared.share(base, backbone)
     _fit_lengths(config, backbone.max_positions, flags)

@@ -404,6 +404,14 @@ class Settings:
         choices=backend.COMPILE,
         tasks=RETRIEVAL,
     )
+    dequantize: str = option(
+        "memory",
+        "auto",
+        "what CPUs compute with if the model is quantised: on = float32 copies of its weights, blocks = each weight "
+        "dequantised for its product, off = the packed weights, about 20 times slower; auto = copies if there is "
+        "memory for them, else blocks. GPUs always compute with the packed weights",
+        choices=backend.DEQUANTIZE,
+    )
 
     eval_tasks: list[str] | None = option(
         "evaluation",

@@ -94,6 +94,9 @@ class Job:
         parameters: of the model, in a human's count.
         numbers: floating-point numbers of the weights; `unused`, those of them that only CPUs read.
         integers: bytes of quantised weights.
+        copies: numbers of the float32 copies that CPUs compute with in place of quantised weights; 0 = there are none.
+        copied_scales, copied_integers: of the weights that these stand for, parts of `numbers` and `integers`.
+        block: bytes of the weights that are dequantised at once, each for its product.
         checkpoint: bytes of a number in the checkpoint.
         dtype: bytes of a number that --dtype asks for; 0 = none in particular, see `width`.
         float16: whether half precision is float16, and not bfloat16.
@@ -140,6 +143,10 @@ class Job:
     chat: bool = False
     parts: int = 1
     averaged: bool = False
+    copies: int = 0
+    copied_scales: int = 0
+    copied_integers: int = 0
+    block: int = 0
 
     def width(self, device: Device) -> int:
         """Return the bytes of a number that a device computes with."""
@@ -177,8 +184,12 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
     width = job.width(device)
     merging = device.compiled and device.fused
     used = job.numbers - (0 if merging or job.chat else job.unused)
+    integers = job.integers
+    if not device.gpu:
+        used += job.copies - job.copied_scales
+        integers += job.block * device.workers - job.copied_integers
     masters = FLOAT32 * (job.trained - job.new) if width < FLOAT32 else 0  # of weights in half precision: optimizer.py
-    weights = width * used + FLOAT32 * job.new + job.integers
+    weights = width * used + FLOAT32 * job.new + integers
     if job.chat:
         step = _chat_step(job, device, width)
         updates = CHAT_ACCUMULATED if job.parts > 1 else CHAT_UPDATE

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from data_loader import Batch, Batches
-from mlx_retrieval.backbones import Backbone, count_parameters, lora, merged_lora
+from mlx_retrieval.backbones import Backbone, count_parameters, dequantized, lora, merged_lora
 from mlx_retrieval.backbones.activations import sizes_of
 from mlx_retrieval.backbones.hub import tensor_table, weight_files
 from mlx_retrieval.models.heads import RetrievalModel
@@ -101,12 +101,13 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
     mergeable = merged_lora.mergeable(model)
     count, _ = count_parameters(model)
     checkpoint = checkpoint_dtype(base)
+    copies, scales, integers = dequantized.packed_size(backbone)
     return Job(
         sizes=sizes_of(backbone.config),
         parameters=count - new,
         numbers=before,
         unused=0,
-        integers=sum(value.nbytes for value in parameters if not mx.issubdtype(value.dtype, mx.floating)),
+        integers=integers + sum(v.nbytes for v in parameters if not mx.issubdtype(v.dtype, mx.floating)),
         checkpoint=BYTES[checkpoint],
         dtype=0 if dtype == "auto" else getattr(mx, dtype).size,
         float16=(checkpoint if dtype == "auto" else dtype) in FLOAT16,
@@ -122,12 +123,18 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
         trained_layers=settings.num_layers,
         grad_checkpoint=settings.grad_checkpoint,
         averaged=settings.ema > 0,
+        copies=copies,
+        copied_scales=scales,
+        copied_integers=integers,
+        block=dequantized.block_size(backbone),
     )
 
 
 def _numbers(module: nn.Module) -> int:
+    """Return a module's floating-point numbers; of copies of quantised weights, the scales that these have."""
     values = (value for _, value in tree_flatten(module.parameters()))
-    return sum(value.size for value in values if mx.issubdtype(value.dtype, mx.floating))
+    copies, scales, _ = dequantized.packed_size(module)
+    return sum(value.size for value in values if mx.issubdtype(value.dtype, mx.floating)) - copies + scales
 
 
 def checkpoint_dtype(folder: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_retrieval.backend import cpu_kernels, nn
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import count_parameters, describe_dtype, lora
+from mlx_retrieval.backbones import count_parameters, dequantized, describe_dtype, lora
 from mlx_retrieval.backbones.base import Backbone
 from mlx_retrieval.dataset.sources import InterleavedRows, Source
 from mlx_retrieval.models.heads import RetrievalModel
@@ -70,17 +70,19 @@ def model_lines(settings: Settings, model: nn.Module, backbone: Backbone, name: 
     parameters, trainable = count_parameters(model)
     own = parameters - (count_parameters(model.projection)[1] if "projection" in model else 0)
     quantised = "quantised, " if lora.is_quantised(backbone) else ""
-    weights = adapter_arguments(settings)
-    total, last = len(backbone.layers), weights["num_layers"]
+    updated = adapter_arguments(settings)
+    total, last = len(backbone.layers), updated["num_layers"]
     blocks = f"all {quantity(total, 'block')}" if last in (-1, total) else f"the last {last} of {total} blocks"
-    if weights["train_type"] == "full":
+    if updated["train_type"] == "full":
         trained = "all weights" if last == -1 else f"the weights of {blocks}"
     else:
-        update = {"lora": "LoRA", "dora": "DoRA"}[weights["train_type"]]
-        keys = f"{' '.join(weights['keys'])} of " if weights["keys"] else ""
-        trained = f"{update} r={weights['rank']} in {keys}{blocks}"
+        update = {"lora": "LoRA", "dora": "DoRA"}[updated["train_type"]]
+        keys = f"{' '.join(updated['keys'])} of " if updated["keys"] else ""
+        trained = f"{update} r={updated['rank']} in {keys}{blocks}"
+    weights = dequantized.describe(backbone)
     return [
         ("model", f"{name or settings.model}: {own:,} parameters, {quantised}{describe_dtype(backbone)}"),
+        *([("weights", weights)] if weights else []),
         ("trained", f"{trainable:,} parameters: {trained}{' and the projection' if own < parameters else ''}"),
     ]
 

@@ -72,11 +72,23 @@ class Outlook:
         """The estimate on this machine."""
         return estimate(self.job, here(), self.process)
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether the run will probably not fit into the memory of this machine."""
+        needed, room = self._needed_and_room()
+        return needed > room
+
+    def _needed_and_room(self) -> tuple[int, int]:
+        """Return the bytes that the run takes at most, and those that there are for it."""
+        expected = self.expected
+        if backend.IS_GPU:
+            return expected.total, device_memory.free()
+        return expected.of_process, device_memory.free() + resident()
+
     def lines(self) -> Lines:
         """Return a line with the estimate and what this machine has, and a warning if it does not fit."""
         expected = self.expected
-        whole, room = device_memory.total(), device_memory.free() + (0 if backend.IS_GPU else resident())
-        needed = expected.total if backend.IS_GPU else expected.of_process
+        whole, (needed, room) = device_memory.total(), self._needed_and_room()
         parts = {"weights": expected.weights, "optimizer": expected.optimizer, "a step": expected.step}
         if not backend.IS_GPU:
             parts["the process itself"] = expected.process

@@ -15,7 +15,7 @@ from pathlib import Path
 from mlx_retrieval.backend import mx
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import count_parameters
+from mlx_retrieval.backbones import count_parameters, dequantized
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.dataset.sources import InterleavedRows
 from mlx_retrieval.evaluation import pairs
@@ -227,7 +227,11 @@ class RetrievalRun:
 
 
 def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
-    """Return what the run will take, before any weight is read. UserError as `prepare`."""
+    """Return what the run will take, before any weight is read. UserError as `prepare`.
+
+    Sets what quantised weights are computed with, where the settings leave that to the memory there is, so that a
+    resumed run computes as it was begun.
+    """
     rows = data.rows
     model, retrieval, base = build_model(settings, start, fingerprint=False)
     settings.check_task(retrieval.task)
@@ -236,7 +240,14 @@ def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
     size = min(settings.batch_size, len(rows))
     parts = parts_of(resolved, retrieval, base, rows, model.backbone.max_positions)
     batches = make_batches(resolved, retrieval, rows, retrieval.tokenizer(base), size, parts=parts)
-    return Outlook.of(retrieval_job(settings, model, retrieval, base, samples(batches), data.eval_tasks))
+    way = dequantized.way(model.backbone)
+    outlook = Outlook.of(retrieval_job(settings, model, retrieval, base, samples(batches), data.eval_tasks))
+    if settings.dequantize == "auto" and way in ("on", "blocks"):
+        fitting = "blocks" if outlook.is_tight else way
+        settings.dequantize = distributed.broadcast_object("the weights to compute with", lambda: fitting)
+        if settings.dequantize != way:
+            return foresee(settings, data, start)
+    return outlook
 
 
 def prepare(settings: Settings) -> RetrievalRun:

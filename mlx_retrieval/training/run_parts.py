@@ -40,6 +40,7 @@ def build_model(
     return build(
         settings.model,
         fingerprint=fingerprint,
+        dequantize=settings.dequantize,
         projection=settings.projection_dim,
         reranker=settings.reranker_type,
         task=settings.task,

@@ -22,6 +22,11 @@ DTYPE_HELP = (
 )
 NUMBERS = {"int": "a whole number", "float": "a number"}
 COMPILE_HELP = "compile the model's passes; auto = on CPUs only, as GPUs have not been measured (default: auto)"
+DEQUANTIZE_HELP = (
+    "what CPUs compute with if a model is quantised: on = float32 copies of its weights, blocks = each weight "
+    "dequantised for its product, off = the packed weights, about 20 times slower; auto = copies if there is memory "
+    "for them, else blocks (default: auto). GPUs always compute with the packed weights"
+)
 Main = Callable[[Sequence[str] | None], int]
 
 

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 import train
 from loss import GROUPS, LOSSES, SCORED_PAIRS
 from mlx_retrieval import backend
+from mlx_retrieval.backbones import dequantized
 from mlx_retrieval.dataset.text_keys import vector_key
 from mlx_retrieval.inference import text_vectors
 from mlx_retrieval.models.heads import POOLING
@@ -605,6 +606,14 @@ def test_compile(settings, monkeypatch):
     assert {wanted: runner.compiled for wanted, runner in runners.items()} == {"auto": False, "on": True, "off": False}
     with pytest.raises(UserError, match="--compile on: cannot be combined with --grad-checkpoint"):
         training_run.prepare(settings(compile="on", grad_checkpoint=True))
+
+
+@pytest.mark.skipif(backend.IS_GPU, reason="GPUs compute with packed weights")
+def test_dequantize(settings, base_folders):
+    """tests/backbones/test_dequantized.py has the rest."""
+    for wanted in ("off", "blocks", "on"):
+        run = training_run.prepare(settings(model=str(base_folders["4-bit"]), dequantize=wanted))
+        assert dequantized.way(model_of(run).backbone) == wanted
 
 
 # --- chat ---

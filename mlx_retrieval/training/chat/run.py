@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import ENCODERS, count_parameters, load_backbone, lora
+from mlx_retrieval.backbones import ENCODERS, count_parameters, dequantized, load_backbone, lora
 from mlx_retrieval.backbones.decoder import normalised
 from mlx_retrieval.backbones.finding import for_mlx_lm
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks
@@ -156,7 +156,9 @@ def prepare(settings: Settings) -> ChatRun:
         raise UserError(f"--task chat needs a language model, and {settings.model} is a {kind}")
     tokenizer = ChatTokenizer(base)
     settings.dtype = settings.dtype or (adapter.dtype_of(start.adapter) if start.adapter else "auto")
-    backbone = load_backbone(base, bidirectional=False, dtype=settings.dtype)
+    backbone = load_backbone(base, False, settings.dtype, settings.dequantize)
+    if settings.dequantize == "auto" and (way := dequantized.way(backbone)) in ("on", "blocks"):
+        settings.dequantize = way  # a resumed run computes as it was begun
     if (settings.max_length or 0) > backbone.max_positions:
         raise UserError(f"--max-length {settings.max_length}: the model has {backbone.max_positions} positions")
     settings.max_length = settings.max_length or min(MAX_LENGTH, backbone.max_positions)
@@ -216,7 +218,7 @@ def prepare(settings: Settings) -> ChatRun:
 
 def foresee(settings: Settings, base: Path, batches: ChatBatches) -> Outlook:
     """Return what the run will take at most, before any weight is read."""
-    backbone = load_backbone(base, bidirectional=False, dtype=settings.dtype)
+    backbone = load_backbone(base, False, settings.dtype, settings.dequantize)
     return Outlook.of(chat_job(settings, backbone, base, batches.widths(batches.longest()), batches.parts))
 
 
