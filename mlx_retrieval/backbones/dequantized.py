@@ -85,7 +85,7 @@ def describe(model: nn.Module) -> str:
     bits = f"{' and '.join(map(str, widths))} bits"
     faster = "as CPUs multiply these about 20 times faster; --dequantize off keeps them packed"
     if how == "blocks":
-        return f"{bits}, dequantised to float32 for each product, as there is little memory for copies ({faster})"
+        return f"{bits}, dequantised for each product, {faster}"
     size = sum(layer.weight.nbytes for layer in layers if _is_copy(layer))
     dtype = str(next(layer for layer in layers if _is_copy(layer)).weight.dtype).rpartition(".")[-1]
     return f"{bits}, computed as {dtype} copies ({gb(size, 2)} GB), {faster}"

@@ -146,7 +146,7 @@ def test_what_is_said():
     model = Layers(8)
     assert dequantized.describe(model) == ""
     dequantized.dequantize(model, "blocks")
-    assert dequantized.describe(model).startswith("8 bits, dequantised to float32 for each product")
+    assert dequantized.describe(model).startswith("8 bits, dequantised for each product, as CPUs")
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
