@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_retrieval.utils.files import SaveError
 
+SOURCE = re.compile(r",? ?/[^ ,]+\.rs:\d+:\d+")
 SYSTEM_ERROR = re.compile(r"([A-Z][\w ]+) \(os error \d+\)")  # such as `No space left on device (os error 28)`
 
 
@@ -18,9 +19,14 @@ def plain_errors(folder: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        reason = SYSTEM_ERROR.search(str(error))
-        text = reason[1] if reason else str(error).partition("\n")[0][:200]
-        raise SaveError(f"--index {folder}: {text}; {advice}") from error
+        raise SaveError(f"--index {folder}: {reason_of(error)}; {advice}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the reason of an error of LanceDB in one line, without the places in its sources."""
+    if reason := SYSTEM_ERROR.search(str(error)):
+        return reason[1]
+    return SOURCE.sub("", str(error).partition("\n")[0])[:200]
 
 
 def writing(method: Callable) -> Callable:

@@ -25,7 +25,7 @@ from mlx_retrieval.retrieval import lance_tables
 from mlx_retrieval.retrieval.analyzer import analyzer
 from mlx_retrieval.retrieval.base import EVERYWHERE, FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, Within, sort_hits
 from mlx_retrieval.retrieval.fields import check_weights
-from mlx_retrieval.retrieval.lance_errors import plain_errors, searching, writing
+from mlx_retrieval.retrieval.lance_errors import plain_errors, reason_of, searching, writing
 from mlx_retrieval.retrieval.late_chunks import TOKENS, LateChunks
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
@@ -112,7 +112,7 @@ class Index:
         try:
             index = cls(folder, info, database)
         except (ValueError, OSError, RuntimeError) as error:
-            raise UserError(f"{folder}: damaged ({error}); search.py index --rebuild replaces it") from error
+            raise UserError(f"{folder}: damaged ({reason_of(error)}); search.py index --rebuild replaces it") from error
         if version == WHOLE_TOKENS and not info.maxsim:
             info.version = VERSION
         if info.version != VERSION and not outdated:
