@@ -94,7 +94,9 @@ class Workshop:
     @cached_property
     def _asking(self) -> frozenset[str]:
         """The ids of the chunks that ask a question themselves, if this is what questions are made of."""
-        if self.job.generator != without_model.NAME or "question" not in (self.job.styles or without_model.STYLES):
+        if self.job.generator != without_model.NAME or without_model.QUESTION not in (
+            self.job.styles or without_model.STYLES
+        ):
             return frozenset()
         return frozenset(chunk.id for chunk in Chunks(self.path("chunks.jsonl")) if without_model.asks(chunk))
 

@@ -63,26 +63,40 @@ def test_titles_headings_and_spans_are_queries_and_are_removed_from_their_docume
 
 
 @pytest.mark.parametrize(("text", "question"), [
+    ("Which gene(s) matter (if any)? Nobody knows of one that would, and many have been looked at.",
+     "Which gene(s) matter (if any)?"),
     ("Is it common? About one person in ten has a stone once in life, men more often.", "Is it common?"),
     ("A stone is a hard thing. How is it  found ?\nBy an X-ray, or by sound. Why? Nobody knows.", "How is it found ?"),
     ("腎結石とは何ですか？腎臓の中にできる硬い塊である。", "腎結石とは何ですか？"),
     ("ما هي حصى الكلى؟ كتلة صلبة تتكون في الكلى من أملاح البول وتسبب ألما", "ما هي حصى الكلى؟"),
 ])  # fmt: skip
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_question_of_the_text_is_always_asked_and_is_no_first_sentence_as_well(monkeypatch, text, question, count):
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_question_of_the_text_is_asked_and_nothing_else(monkeypatch, text, question, count):
     monkeypatch.setattr(without_model, "REMOVED", 1.0)
-    chunks = [replace(BIKES, id=f"{i}", text=text) for i in range(20)]
-    questions = made(WithoutModel(count=count), *chunks)
-    for chunk in chunks:
-        asked = questions[chunk.id, "question"]
-        assert asked.text == question and question not in asked.positive and len(asked.positive) > len(text) / 3
-    sentences = {q.text for (_, style), q in questions.items() if style == "sentence"}
-    assert question not in sentences
+    questions = made(WithoutModel(count=count), replace(BIKES, text=text))
+    assert [*questions] == [("b#1", "question")]
+    asked = questions["b#1", "question"]
+    assert asked.text == question and question not in asked.positive and len(asked.positive) > len(text) / 3
+
+
+def test_of_several_questions_as_many_are_asked_as_are_wanted(monkeypatch):
+    monkeypatch.setattr(without_model, "REMOVED", 1.0)
+    chunk = replace(
+        BIKES, text="Is it oiled? Look at it. Does it squeak? Listen to it. Is it rusty? Then buy a new one."
+    )
+    for count in (1, 2, 4):
+        generator = WithoutModel(count=count)
+        (job,) = generator.jobs(chunk)
+        (((answer,),),) = ([*generator.answers([job])],)
+        assert [q.text for q in answer.questions] == ["Is it oiled?", "Does it squeak?", "Is it rusty?"][:count]
+        assert len({q.positive for q in answer.questions}) == job.count == min(count, 3)
 
 
 @pytest.mark.parametrize("text", [
     "See http://a.example/b?page=1 for the whole list of all of the stones that were found there.",
     "Why? Nobody knows what they are made of, or where they come from, or how long they stay.",
+    "int sign(int x) {\n  return x > 0 ? 1 : 0; // of a number, which may be any number that fits into an int\n}",
+    "let found = cache.get(key) ? key : other(key) // of the cache, or else of all the others that are known",
     "Does " + "a very " * 40 + "long question end here? Nobody reads that far, so it is none that anyone asks.",
 ])  # fmt: skip
 def test_what_nobody_would_ask_is_no_question(text):
@@ -132,7 +146,7 @@ def test_the_same_seed_gives_the_same_queries_whatever_the_other_chunks_are():
 def test_a_chunk_has_at_most_so_many_queries(count, styles):
     chunks = [replace(STONES, id=f"a#{i}") for i in range(40)]
     generator = WithoutModel(styles, count)
-    expected = {*(styles or without_model.STYLES)} - {"question"}  # these chunks ask nothing
+    expected = {*(styles or without_model.STYLES)} - {"question"}  # there is none
     assert {len(generator.jobs(chunk)) for chunk in chunks} == {min(count, len(expected))}
     assert {job.style for chunk in chunks for job in generator.jobs(chunk)} == expected
 

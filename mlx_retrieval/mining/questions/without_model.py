@@ -5,7 +5,7 @@
 
 | style | the query | the document |
 |---|---|---|
-| question | the first question that the chunk asks itself, as FAQs and leaflets do | the chunk without it |
+| question | a question that the chunk asks itself, as FAQs and leaflets do | the chunk without it |
 | title | the document's title | the chunk, without context and lines that repeat the title or a heading |
 | headings | title and headings | the same |
 | sentence | the chunk's first sentence | the chunk without it |
@@ -15,7 +15,8 @@
 A query that stands in its document teaches nothing but to compare words, so it is removed there in nine of ten cases,
 as Lee et al. do; in the tenth it stays, as exact matches occur in real searches as well. Crops overlap by chance
 instead. Their documents are half of the chunk or more, longer than the paper's: searches will compare whole chunks.
-A question is what a person may really ask, so a chunk that has one always gives it; the other styles are drawn.
+A question is what a person may really ask, so a chunk that has some gives these alone, as many as are wanted. From the
+others, queries of the other styles are drawn.
 """
 
 import re
@@ -33,7 +34,7 @@ NAME = "none"
 REMOVED = 0.9  # share of queries that are removed from their documents
 FEWEST, LONGEST = 4, 32  # words of a query that is a part of a chunk
 FEWEST_ASKED = 3  # words of a question: "Is it inherited?"
-QUESTION_MARKS = "?？؟⸮"
+QUESTION, QUESTION_MARKS = "question", "?？؟⸮"
 HEADS = ("title", "headings")  # styles whose queries may stand in the context that a chunk is embedded with
 MARKS = " -*•–—·>|,;"  # of lists, tables and clauses that a query would begin with
 REST = 8  # words that a document has at least
@@ -41,13 +42,14 @@ JOBS = 512  # of a lot
 VERSION = 2  # greater when other questions are made of the same chunks
 
 _SENTENCE = re.compile(r"\S.*?(?:[.!?؟⸮](?=\s)|[。！？]|\n\s*\n|\Z)", re.DOTALL)
+_CODE = re.compile(r"[=;{}<>&|]|\(\)|\w\((?!s\))")
 _MARK = re.compile(r"^[\s#=*_]+|[\s#=*_:]+$")  # around a heading in plain text and markdown
 
 Part = tuple[str, str]  # the query, and the rest of the text
 
 
 class WithoutModel:
-    """Makes one query in each of `count` styles: the chunk's own question, the others drawn from those that it has.
+    """Makes queries of a chunk's own questions, or else one in each of `count` styles, drawn from those that it has.
 
     Args:
         styles: those to draw from.
@@ -68,10 +70,10 @@ class WithoutModel:
         body = _body(chunk)
         if len(WORD.findall(body)) < REST:
             return []
-        parts = {style: part for style in self.styles if (part := _part(chunk, body, style, self.seed))}
-        asked = [style for style in parts if style == "question"]
-        others = [style for style, part in parts.items() if part != parts.get("question")]
-        return [Job(chunk, style) for style in asked + drawn(others, self.count - len(asked), chunk, self.seed)]
+        if QUESTION in self.styles and (asked := _asked(chunk, body, self.count)):
+            return [Job(chunk, QUESTION, len(asked))]
+        available = [style for style in self.styles if _part(chunk, body, style, self.seed)]
+        return [Job(chunk, style) for style in drawn(available, self.count, chunk, self.seed)]
 
     def prompt_digest(self, job: Job) -> str:
         """Return a hash of the seed: nothing else decides a query."""
@@ -81,20 +83,23 @@ class WithoutModel:
         """Yield the answers to all jobs."""
         jobs = iter(jobs)
         while lot := [*islice(jobs, JOBS)]:
-            yield [Answer(job, [self._question(job)]) for job in lot]
+            yield [Answer(job, [*self._questions(job)]) for job in lot]
 
-    def _question(self, job: Job) -> Question:
+    def _questions(self, job: Job) -> Iterator[Question]:
         chunk, style, body = job.chunk, job.style, _body(job.chunk)
-        query, rest = _part(chunk, body, style, self.seed)
-        query = query.lstrip(MARKS) or query
-        is_removed = style == "crop" or rng_of(chunk, self.seed, f"{style}, removed").random() < REMOVED
-        document = rest if style in HEADS else replace(chunk, text=rest).embedded
-        return Question(chunk.id, style, query, document if is_removed and document != chunk.embedded else None)
+        is_asked = style == QUESTION
+        parts = _asked(chunk, body, job.count) if is_asked else [_part(chunk, body, style, self.seed)]
+        removing = rng_of(chunk, self.seed, f"{style}, removed")
+        for query, rest in parts:
+            is_removed = style == "crop" or removing.random() < REMOVED
+            document = rest if style in HEADS else replace(chunk, text=rest).embedded
+            positive = document if is_removed and document != chunk.embedded else None
+            yield Question(chunk.id, style, query.lstrip(MARKS) or query, positive)
 
 
 def asks(chunk: Chunk) -> bool:
     """Return whether a chunk has a question of its own."""
-    return _part(chunk, _body(chunk), "question", 0) is not None
+    return bool(_asked(chunk, _body(chunk), 1))
 
 
 def _body(chunk: Chunk) -> str:
@@ -109,16 +114,28 @@ def _body(chunk: Chunk) -> str:
     return text
 
 
+def _asked(chunk: Chunk, body: str, count: int) -> list[Part]:
+    """Return the first `count` questions that a chunk asks, each with the rest of the chunk."""
+    asked = (sentence.span() for sentence in _SENTENCE.finditer(body) if _is_question(sentence[0]))
+    parts = (_without(body, *span, FEWEST_ASKED) for span in asked)
+    return [*islice(filter(_is_enough, parts), count)]
+
+
+def _is_question(sentence: str) -> bool:
+    """Return whether a sentence is a question of at most LONGEST words, and no conditional expression of a program."""
+    is_asked = sentence.endswith((*QUESTION_MARKS,)) and len(WORD.findall(sentence)) <= LONGEST
+    return is_asked and not _CODE.search(sentence.lstrip(MARKS))
+
+
 def _part(chunk: Chunk, body: str, style: str, seed: int) -> Part | None:
     """Return the query of a style, and what is left of the chunk; None if the chunk has no such query."""
-    part = _PARTS[style](chunk, body, rng_of(chunk, seed, style))
-    return part if part and len(WORD.findall(part[1])) >= REST else None
+    part = None if style == QUESTION else _PARTS[style](chunk, body, rng_of(chunk, seed, style))
+    return part if _is_enough(part) else None
 
 
-def _question(chunk: Chunk, body: str, _: np.random.Generator) -> Part | None:
-    asked = (sentence for sentence in _SENTENCE.finditer(body) if sentence[0].endswith((*QUESTION_MARKS,)))
-    short = (sentence for sentence in asked if len(WORD.findall(sentence[0])) <= LONGEST)
-    return next((part for sentence in short if (part := _without(body, *sentence.span(), FEWEST_ASKED))), None)
+def _is_enough(part: Part | None) -> bool:
+    """Return whether there is a query, and enough text left to lead to."""
+    return part is not None and len(WORD.findall(part[1])) >= REST
 
 
 def _title(chunk: Chunk, body: str, _: np.random.Generator) -> Part | None:
@@ -165,11 +182,10 @@ def _crop(chunk: Chunk, body: str, rng: np.random.Generator) -> Part | None:
 
 
 _PARTS: dict[str, Callable[[Chunk, str, np.random.Generator], Part | None]] = {
-    "question": _question,
     "title": _title,
     "headings": _headings,
     "sentence": _sentence,
     "span": _span,
     "crop": _crop,
 }
-STYLES = tuple(_PARTS)
+STYLES = (QUESTION, *_PARTS)
