@@ -85,6 +85,20 @@ def parser() -> argparse.ArgumentParser:
         "hold, with a table; guards = the largest one at which they hold, which is quicker (default: 1)",
     )
     out.add_argument(
+        "--guard",
+        nargs="+",
+        default=(),
+        metavar="TASK",
+        help="evaluation folders or MTEB tasks at which the share of --merge-with-base auto or guards must not lose "
+        "more than --guard-tolerance (default: those of the run)",
+    )
+    out.add_argument(
+        "--guard-tolerance",
+        type=float,
+        metavar="X",
+        help="nDCG@10, or Spearman of scored pairs, that a --guard may lose (default: that of the run)",
+    )
+    out.add_argument(
         "--merge-with",
         nargs="+",
         default=(),

@@ -98,7 +98,7 @@ def _row_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_rows(Path(folder) / "rows.jsonl", rows)
         settings = settings_of(job, Path(folder) / "rows.jsonl", [], Path(folder) / "run")
-        settings.dry_run, settings.guard, settings.batch_size = True, [], min(settings.batch_size, len(rows))
+        settings.dry_run, settings.batch_size = True, min(settings.batch_size, len(rows))
         trainer = training_run.prepare(settings).trainer
         seconds = _seconds(partial(trainer.compute_grads, trainer.batches.batch(0), 1)) / settings.batch_size
         del trainer

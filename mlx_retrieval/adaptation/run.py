@@ -38,8 +38,8 @@ DECIDING = {
     "questions": ("generator", "count", "styles", "prompt", "seed", "budget"),
     "filter": ("model", "dtype", "found_among", "reranker", "holdout"),
     "negatives": ("negatives",),
-    "train": ("training", "guard", "guard_tolerance"),
-    "export": (),
+    "train": ("training",),
+    "export": ("guard", "guard_tolerance"),
     "evaluate": ("eval_tasks",),
     "index": (),
 }

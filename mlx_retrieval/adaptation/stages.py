@@ -255,9 +255,11 @@ def export(shop: Workshop) -> Figures:
         lines = [("no gain", f"{NO_GAIN}, so {shop.job.model} stays the model to use")]
         print_lines(lines)
         return {"exported": False, "lines": lines}
-    share = {"merge_with_base": "guards"} if shop.job.guard else {}
+    share = {"merge_with_base": "guards", "guard": shop.job.guard, "guard_tolerance": shop.job.guard_tolerance}
     try:
-        job = Export(str(target), adapter=str(model_to_use(run)), skip_library_check=True, **share)
+        job = Export(
+            str(target), adapter=str(model_to_use(run)), skip_library_check=True, **(share if shop.job.guard else {})
+        )
         export_with_warnings(job, "adapt.py")
     except UserError as error:
         if "no share of" not in str(error):

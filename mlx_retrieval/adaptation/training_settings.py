@@ -28,8 +28,6 @@ def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path
         "task": "embed",
         "data": [str(rows)],
         "eval_tasks": [str(task) for task in tasks],
-        "guard": [*job.guard] if tasks else [],
-        "guard_tolerance": job.guard_tolerance,
         "output": str(output),
         "seed": job.seed,
         "dtype": job.dtype,

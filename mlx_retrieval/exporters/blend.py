@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_retrieval.dataset.sources import is_default_data
 from mlx_retrieval.evaluation.results import LABELS, Evaluation, main_metric
+from mlx_retrieval.exporters.job import CHOSEN
 from mlx_retrieval.exporters.soup import absorb, between
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
@@ -32,7 +33,6 @@ from mlx_retrieval.utils.progress import progress_bar
 
 Evaluator = Callable[[], tuple[Evaluation | None, Evaluation]]  # see `training.run_parts.make_evaluator`
 SHARES = tuple(i / 10 for i in range(11))  # that are tried
-CHOSEN = ("auto", "guards")  # ways to choose one
 
 
 def blend_with_base(
@@ -43,6 +43,8 @@ def blend_with_base(
     base: Path,
     adapter: Path,
     method: str = "linear",
+    guards: Sequence[str] = (),
+    tolerance: float | None = None,
 ) -> float:
     """Move a trained model's weights towards its base model's; return the share of its own that is left.
 
@@ -52,6 +54,7 @@ def blend_with_base(
         model, config, base: as `loading.open_model` returns them; the adapter becomes part of the weights.
         original: the model without its adapter.
         method: one of `soup.METHODS`.
+        guards: tasks that must not lose more than `tolerance` of nDCG@10, or of Spearman; () and None = the run's own.
 
     Raises UserError if the run was judged on nothing, or has no guards for "guards", or if nothing of the trained
     weights would be left.
@@ -60,13 +63,14 @@ def blend_with_base(
         Blend(model, original, config, method).set(share)
         return share
     settings, tasks = _judged_on(adapter.expanduser(), share)
-    if share == "guards" and not settings.guard:
-        raise UserError(f"--merge-with-base guards: the run of {adapter} had no --guard")
+    guards = [toolkit.find(name) for name in guards] or settings.guard
+    if share == "guards" and not guards:
+        raise UserError(f"--merge-with-base guards: the run of {adapter} had no --guard, and none is given")
     blend = Blend(model, original, config, method)
     make = partial(make_evaluator, settings, model=model, retrieval=config, tokenizer=config.tokenizer(base))
     judge = make(lambda: tasks) if share == "auto" else None
-    guard = make(lambda: settings.guard) if settings.guard else None
-    tolerance = settings.guard_tolerance
+    guard = make(lambda: guards) if guards else None
+    tolerance = settings.guard_tolerance if tolerance is None else tolerance
     points = []
     with progress_bar("evaluating", "shares", len(SHARES)) as progress:
         for one in SHARES if judge else (SHARES[0], *reversed(SHARES[1:])):

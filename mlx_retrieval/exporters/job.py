@@ -16,6 +16,7 @@ from mlx_retrieval.utils.text import quantity
 
 FORMATS = ("sentence-transformers", "mlx", "hf")
 DTYPES = ("float32", "bfloat16", "float16")
+CHOSEN = ("auto", "guards")  # ways to choose the share of --merge-with-base
 TASKS = ("embed", "late", "rerank")
 
 
@@ -32,6 +33,8 @@ class Export:
     gguf_ready: bool = False
     dtype: str | None = None
     merge_with_base: float | str | None = None  # share of the trained model, "auto", "guards", or None = all of it
+    guard: Sequence[str] = ()  # tasks that decide "auto" and "guards"; () = those of the adapter's run
+    guard_tolerance: float | None = None  # nDCG@10 or Spearman that one may lose; None = that of the run
     merge_with: Sequence[str] = ()  # models that the adapter's is mixed with, all with the same share
     merge_method: str = METHODS[0]
     keep_layers: Sequence[int] = ()  # numbers of blocks, counted from 0; () = all
@@ -61,6 +64,10 @@ class Export:
         if self.merge_with_base is not None and (self.adapter is None or self.is_chat):
             reason = "is for the adapters of retrieval models" if self.adapter else "needs an --adapter"
             raise UserError(f"--merge-with-base {self.merge_with_base}: {reason}")
+        if (self.guard or self.guard_tolerance is not None) and self.merge_with_base not in CHOSEN:
+            raise UserError("--guard and --guard-tolerance choose the share of --merge-with-base auto or guards")
+        if self.guard_tolerance is not None and not self.guard_tolerance >= 0:  # nan, too
+            raise UserError(f"--guard-tolerance {self.guard_tolerance:g}: 0 or more")
         self._check_mixture()
         if self.task is not None and self.adapter is not None:
             raise UserError("--task is for a base model: an adapter's files tell what it was trained for")
@@ -147,7 +154,7 @@ class Export:
 
 def share_of(text: str) -> float | str:
     """Read the value of --merge-with-base: a number from 0 to 1, "auto" or "guards"; else ArgumentTypeError."""
-    if text in ("auto", "guards"):
+    if text in CHOSEN:
         return text
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:

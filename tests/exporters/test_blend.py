@@ -4,6 +4,7 @@ python -m pytest tests/exporters/test_blend.py
 """
 
 import json
+import math
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
@@ -142,6 +143,18 @@ def test_guards_choose_the_largest_share_at_which_they_hold(run_folder, tmp_path
     config.write_text('{"data": ["rows.jsonl"], "eval_tasks": ["x"]}')
     with pytest.raises(UserError, match="had no --guard"):
         run_export(tmp_path / "none", adapter=run_folder / "best", merge_with_base="guards")
+    own = {"merge_with_base": "guards", "guard": ["g"], "guard_tolerance": 0.005}  # an export's own guards
+    run_export(tmp_path / "own", adapter=run_folder / "best", **own)
+    assert "0.5 chosen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [
+    {"guard": ["g"]}, {"guard_tolerance": 0.1}, {"guard": ["g"], "merge_with_base": 0.5},
+    {"guard_tolerance": -1.0, "merge_with_base": "auto"}, {"guard_tolerance": math.nan, "merge_with_base": "auto"},
+])  # fmt: skip
+def test_guards_that_decide_nothing_are_refused(run_folder, tmp_path, changes):
+    with pytest.raises(UserError, match="--guard"):
+        run_export(tmp_path / "out", adapter=run_folder / "best", **changes)
 
 
 def test_auto_that_keeps_nothing_is_refused(run_folder, tmp_path, monkeypatch):
