@@ -42,8 +42,11 @@ def _models_without_a_backbone(monkeypatch):
 @pytest.fixture
 def no_hub(monkeypatch, tmp_path):
     """An empty cache and no network: what mteb is asked for cannot be reached."""
+    import datasets
     from huggingface_hub import constants
 
+    # Of a folder, datasets finds an earlier copy by its name and the names of its files, whatever they hold.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     mteb_tasks._hub_answers.cache_clear()
