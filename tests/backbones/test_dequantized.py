@@ -17,6 +17,7 @@ from trained_models import trained
 import embed
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import Backbone, count_parameters, dequantized, load_backbone, lora
+from mlx_retrieval.exporters import weights
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading
 from mlx_retrieval.training import run as training_run
@@ -246,16 +247,19 @@ def test_saved_files_are_the_same(settings, tmp_path):
     assert saved["on"] == saved["off"] == saved["blocks"]
 
 
-def test_exports_are_the_same(base_folders, tmp_path, monkeypatch):
-    from exported import run_export
-
+def test_exports_are_the_same(base_folders, tmp_path):
+    """Merged, and quantised again."""
     _, adapter = trained(base_folders["4-bit"], tmp_path / "run" / "final", pooling="last")
     written = {}
     for way in ("off", *WAYS):
-        monkeypatch.setattr(backend, "DEQUANTIZED", way)
-        folder = run_export(tmp_path / way, adapter=adapter, format="mlx", quantize=8)
-        written[way] = (folder / "model.safetensors").read_bytes()
-    assert written["on"] == written["off"] == written["blocks"]
+        backbone = loading.open_model(None, str(adapter), dtype="float32", dequantize=way)[0].backbone
+        weights.merge(backbone)
+        weights.cast(backbone, mx.bfloat16)
+        weights.quantise(backbone, 8, {})
+        written[way] = weights.mlx_tensors(backbone)
+    for way in WAYS:
+        assert written[way].keys() == written["off"].keys()
+        assert all(mx.array_equal(value, written["off"][name]) for name, value in written[way].items())
 
 
 def test_adapters_share_the_copies(base_folders, tmp_path):
