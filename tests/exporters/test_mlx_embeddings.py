@@ -33,7 +33,8 @@ def bases(tmp_path_factory):
         folder = root / kind
         if folder.is_dir():
             return folder
-        wide = {"vocab_size": 640} if kind == "qwen3" else {"max_position_embeddings": 200, "pad_token_id": 0}
+        # mlx-embeddings 0.1 leaves out an untied lm_head, but not the scales of one that is quantised.
+        wide = {"vocab_size": 640, "tie_word_embeddings": True} if kind == "qwen3" else {"max_position_embeddings": 200, "pad_token_id": 0}
         random_models.save(kind, folder, **wide)
         return make_qwen_tokenizer(folder) if kind == "qwen3" else random_models.word_tokenizer(folder)
 
