@@ -3,15 +3,15 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/late_index.py --data ../shared/data/medquad --work FOLDER     # an hour on 2 cores, at first
     python benchmarks/late_index.py --work FOLDER --parts quality --chunks 5000
-    python benchmarks/late_index.py --work FOLDER --parts size --peer-python fast-plaid-venv/bin/python
+    python benchmarks/late_index.py --work FOLDER --parts quality peer --peer-python fast-plaid-venv/bin/python
 
 Trains all-MiniLM-L6-v2 on MedQuAD as a late-interaction model of 128 dimensions, and embeds chunks of 120 tokens: the
 documents of MedQuAD's test folder, and pieces of its other documents and of Python's standard library, half and half.
 MedQuAD's test questions, and docstrings, search among them.
 
 quality  recall@10 of exhaustive MaxSim over the vectors as they are, and nDCG@10 of the questions, by bits and pooling
-size     MB on disk, memory and time of a search in an index of 100,000 chunks, made of the real vectors, each with a
-         little noise of its own, and their texts; in a process of its own. fast-plaid is given the same vectors.
+size     MB on disk, memory and time of a search in an index of 100,000 chunks: the real ones, and copies of them in
+         which a fifth of the tokens come from other chunks; in a process of its own
 
 What is in FOLDER from an earlier call is not computed again. Figures in benchmarks/README.md.
 """
@@ -43,6 +43,7 @@ from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.late_interaction import LateIndex
 from mlx_retrieval.retrieval.token_pooling import pool
+from mlx_retrieval.retrieval.token_store import Segment, TokenStore
 from mlx_retrieval.retrieval.token_vectors import TokenVectors
 from mlx_retrieval.training import config
 from mlx_retrieval.utils.console import print_lines, print_rows
@@ -52,7 +53,7 @@ backend.prepare()  # as commands do
 TOKENS = 120  # of a chunk, special tokens included
 SHARD = 1_000  # chunks embedded and kept together
 VARIANTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (4, 3)]  # bits, pooling
-NOISE = 0.1  # of a made token vector, as a share of its length
+SWAPPED = 0.2  # share of a copied chunk's tokens that come from other chunks
 
 
 # --- vectors ---
@@ -207,32 +208,46 @@ def measure_quality(corpus: Corpus, variants: Sequence[tuple[int, int]]) -> None
 # --- size and speed ---
 
 
-def made(corpus: Corpus, count: int) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Yield blocks of texts and vectors of `count` chunks of TOKENS: the real ones again and again, with noise."""
-    full = [i for i, each in enumerate(corpus.documents) if len(each) == TOKENS]
-    rng = np.random.default_rng(0)
-    for first in range(0, count, SHARD):
-        numbers = [full[i % len(full)] for i in range(first, min(first + SHARD, count))]
-        vectors = np.stack([corpus.documents[i] for i in numbers])
-        if first >= len(full):
-            vectors += NOISE / vectors.shape[-1] ** 0.5 * rng.standard_normal(vectors.shape, np.float32)
-            vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-        yield [corpus.texts[i] for i in numbers], list(vectors)
+def files_of(number: int, texts: Sequence[str]) -> list[tuple[FileRecord, list[Chunk]]]:
+    """Return files of ten chunks each."""
+    chunks = [Chunk(i + 1, i + 1, "text", "text", "", "", text) for i, text in enumerate(texts)]
+    names = [f"folder/{number}-{first}" for first in range(0, len(chunks), 10)]
+    return [(FileRecord(name, 1, 1, name, 10, ""), chunks[10 * i : 10 * i + 10]) for i, name in enumerate(names)]
 
 
-def build(folder: Path, corpus: Corpus, count: int, bits: int, pooling: int) -> float:
-    """Make an index of `count` chunks. Return the seconds."""
+def build(folder: Path, corpus: Corpus, count: int, bits: int, pooling: int) -> dict[str, float]:
+    """Make an index of the real chunks, and bring it to `count` by copies. Return seconds a 1,000 real chunks."""
     info = IndexInfo("/", False, "made", "", 128, 2_000, 200, maxsim="mean", token_bits=bits, token_pooling=pooling)
     index, began = Index.create(folder, info), time.perf_counter()
-    for number, (texts, vectors) in enumerate(made(corpus, count)):
-        chunks = [Chunk(i + 1, i + 1, "text", "text", "", "", text) for i, text in enumerate(texts)]
-        files = [
-            (FileRecord(f"folder/{number}-{first}", 1, 1, f"{number}-{first}", 10, ""), chunks[first : first + 10])
-            for first in range(0, len(chunks), 10)
-        ]
-        index.add(files, vectors, set())
+    full = [i for i, each in enumerate(corpus.documents) if len(each) == TOKENS]
+    for first in range(0, len(full), SHARD):
+        some = full[first : first + SHARD]
+        index.add(files_of(first, [corpus.texts[i] for i in some]), [corpus.documents[i] for i in some], set())
     index.finish()
-    return time.perf_counter() - began
+    seconds = 1e3 * (time.perf_counter() - began) / len(full)
+    store, rng = index.late.store, np.random.default_rng(0)
+    tokens = TokenVectors(**{name: np.array(array) for name, array in store.segments()[-1].tokens.arrays.items()})
+    for segment in store.segments()[:-1]:
+        raise SystemExit(f"{segment.folder}: the real chunks should be one segment")
+    index.late.add = lambda part: add_codes(store, part)
+    for first in range(len(full), count, SHARD):
+        numbers = rng.integers(len(full), size=min(SHARD, count - first))
+        part = tokens.take(numbers)
+        swapped = rng.permutation(len(part.codes))[: int(SWAPPED * len(part.codes))]
+        others = rng.integers(len(tokens.codes), size=len(swapped))
+        part.centroids[swapped], part.codes[swapped] = tokens.centroids[others], tokens.codes[others]
+        index.add(files_of(first, [corpus.texts[full[i]] for i in numbers]), part, set())
+    index.finish()
+    return {"s a 1,000 real chunks": seconds}
+
+
+def add_codes(store: TokenStore, part: TokenVectors) -> np.ndarray:
+    """Store documents that are codes already. Return their slots."""
+    segments = store.segments()
+    first = int(segments[-1].slots[-1]) + 1
+    slots = np.arange(first, first + len(part.lengths))
+    Segment.write(store._next(segments), slots, part)
+    return slots
 
 
 def memory() -> dict[str, float]:
@@ -261,26 +276,41 @@ PEER = """
 import json, resource, sys, time
 import numpy as np, torch
 from fast_plaid import search
-folder, vectors, queries, bits = sys.argv[1:]
+folder, vectors, bits = sys.argv[1:]
 torch.set_num_threads(2)
 index = search.FastPlaid(index=folder, device="cpu")
-if vectors:
+
+def read(name):
+    with np.load(f"{vectors}/{name}.npz") as arrays:
+        return np.split(arrays["tokens"].astype(np.float32), np.cumsum(arrays["lengths"])[:-1])
+
+began = time.perf_counter()
+index.create(documents_embeddings=[torch.from_numpy(each) for each in read("all")], nbits=int(bits))
+built = time.perf_counter() - began
+spent, found = [], []
+for query in [*read("queries"), *read("code-queries")]:
     began = time.perf_counter()
-    documents = list(torch.from_numpy(np.load(vectors, mmap_mode="r").astype(np.float16)))
-    index.create(documents_embeddings=documents, nbits=int(bits), kmeans_niters=4)
-    print(json.dumps({"build s": time.perf_counter() - began}))
-else:
-    arrays = np.load(queries)
-    asked = [torch.from_numpy(each) for each in np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])]
-    spent, found = [], []
-    for query in asked:
-        began = time.perf_counter()
-        found.append([number for number, _ in index.search([query], top_k=10, show_progress=False)[0]])
-        spent.append(1e3 * (time.perf_counter() - began))
-    rss = int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1e3
-    print(json.dumps({"p50 ms": np.median(spent[5:]), "p95 ms": np.percentile(spent[5:], 95), "VmRSS": rss,
-                      "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "found": found}))
+    ranking = index.search([torch.from_numpy(query)], top_k=10, show_progress=False)[0]
+    spent.append(1e3 * (time.perf_counter() - began))
+    found.append([[int(number), float(score)] for number, score in ranking])
+times = {"build s": built, "p50 ms": np.median(spent[5:]), "p95 ms": np.percentile(spent[5:], 95)}
+print(json.dumps(times | {"found": found}))
 """
+
+
+def measure_peer(corpus: Corpus, work: Path, python: str, widths: Sequence[int]) -> None:
+    """Print the same of fast-plaid, with its own defaults."""
+    lengths = [len(each) for each in corpus.documents]
+    np.savez(work / "vectors" / "all.npz", tokens=np.concatenate(corpus.documents).astype(np.float16), lengths=lengths)
+    queries, asked = corpus.questions + corpus.docstrings, len(corpus.questions)
+    exact = LateIndex(corpus.documents).search(queries, 10)
+    for bits in widths:
+        folder = work / f"fast-plaid-{bits}"
+        found = run_json(python, "-c", PEER, str(folder), str(work / "vectors"), str(bits))
+        rankings = found.pop("found")
+        found |= {"recall@10 of questions": recall(exact[:asked], rankings[:asked]), "MB": megabytes(folder)}
+        found |= {"of docstrings": recall(exact[asked:], rankings[asked:]), "nDCG@10": corpus.ndcg(rankings[:asked])}
+        print_lines([(f"fast-plaid, {bits} bits: {name}", f"{value:.4f}") for name, value in found.items()])
 
 
 def run_json(*command: str) -> dict:
@@ -315,15 +345,16 @@ def main() -> None:
     print_lines([("device", backend.describe()), ("chunks", f"{len(corpus.documents):,}")])
     if "quality" in args.parts:
         measure_quality(corpus, VARIANTS)
+    if "peer" in args.parts:
+        measure_peer(corpus, work, args.peer_python, args.bits)
     for bits in args.bits if "size" in args.parts else ():
-        folder = work / f"index-{args.size}-{bits}-{args.pooling}"
+        folder, figures = work / f"index-{args.size}-{bits}-{args.pooling}", {}
         if not (folder / "index.json").exists():
-            print_lines([("built", f"{build(folder, corpus, args.size, bits, args.pooling):.0f} s")])
-        figures = run_json(sys.executable, __file__, "--work", str(work), "--ask", str(folder))
+            figures = build(folder, corpus, args.size, bits, args.pooling)
+        figures |= run_json(sys.executable, __file__, "--work", str(work), "--ask", str(folder))
         figures |= {"MB": megabytes(folder), "of these tokens": megabytes(folder / "tokens")}
-        print_lines(
-            [(f"{bits} bits, pooling {args.pooling}: {name}", f"{value:.1f}") for name, value in figures.items()]
-        )
+        label = f"{bits} bits, pooling {args.pooling}"
+        print_lines([(f"{label}: {name}", f"{value:.1f}") for name, value in figures.items()])
     return None
 
 
