@@ -22,9 +22,9 @@ from mlx_retrieval.utils import files
 
 BITS = (1, 2, 4)  # of a dimension
 VALUES = 256  # of a byte
-MOST_CENTROIDS = 1 << 14
+MOST_CENTROIDS = 1 << 12  # each costs time in learning and in encoding every token
 TOKENS_OF_A_CENTROID = 32  # in the sample, at least
-ITERATIONS, CODE_ITERATIONS = 8, 12
+ITERATIONS, CODE_ITERATIONS = 4, 12
 CODE_SAMPLE = 1 << 16  # residuals from which the values of a byte are learnt
 SIMILARITIES_AT_ONCE = 1 << 24  # 64 MB
 
