@@ -112,7 +112,7 @@ def vectors_of(work: Path, name: str, texts: Sequence[str], prompt: str, model) 
         vectors = model().encode(list(texts), prompt=prompt)
         file.parent.mkdir(exist_ok=True)
         np.savez(file, tokens=np.concatenate(vectors).astype(np.float16), lengths=[len(each) for each in vectors])
-    with np.load(file) as arrays:
+    with np.load(file, allow_pickle=False) as arrays:
         return np.split(arrays["tokens"].astype(np.float32), np.cumsum(arrays["lengths"])[:-1])
 
 
@@ -339,7 +339,7 @@ def main() -> None:
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     if args.ask:
-        with np.load(work / "vectors" / "queries.npz") as arrays:
+        with np.load(work / "vectors" / "queries.npz", allow_pickle=False) as arrays:
             return ask(Path(args.ask), np.split(arrays["tokens"].astype(np.float32), np.cumsum(arrays["lengths"])[:-1]))
     corpus = Corpus(work, Path(args.data), args.chunks)
     print_lines([("device", backend.describe()), ("chunks", f"{len(corpus.documents):,}")])

@@ -34,7 +34,11 @@ def bases(tmp_path_factory):
         if folder.is_dir():
             return folder
         # mlx-embeddings 0.1 leaves out an untied lm_head, but not the scales of one that is quantised.
-        wide = {"vocab_size": 640, "tie_word_embeddings": True} if kind == "qwen3" else {"max_position_embeddings": 200, "pad_token_id": 0}
+        wide = (
+            {"vocab_size": 640, "tie_word_embeddings": True}
+            if kind == "qwen3"
+            else {"max_position_embeddings": 200, "pad_token_id": 0}
+        )
         random_models.save(kind, folder, **wide)
         return make_qwen_tokenizer(folder) if kind == "qwen3" else random_models.word_tokenizer(folder)
 

@@ -153,7 +153,7 @@ def test_the_streams_of_a_notebook_stay(capsys):
     ("eval.py --model m --precision int4", "int4 is not one of float32, int8, uint8, binary, ubinary; did you"),
     ("embed.py --ouput x", "no such flag: --ouput; did you mean --output?"),
     ("rerank.py --reranker-type qwen", "did you mean qwen3?"),
-    ("search.py serch x", "command: serch is not one of index, search, eval, tune; did you mean search?"),
+    ("search.py serch x", "command: serch is not one of index, search, eval, tune, serve, mcp; did you mean search?"),
     ("search.py search x --rerunk m", "search.py search: no such flag: --rerunk; did you mean --rerank?"),
     ("search.py search x --bm25 --hybrid", "not allowed with"),
     ("mine.py negatives --take", "--take/--num-negatives: expected one argument"),
