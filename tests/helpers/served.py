@@ -65,7 +65,7 @@ class Reranker(Slow):
 
 class Model(Slow):
     name, late, dimensions = "a-model", False, 4
-    config = SimpleNamespace(prompts={"query": "q: ", "document": ""}, normalize=True)
+    config = SimpleNamespace(prompts={"query": "q: ", "document": ""}, normalize=True, dimensions=4)
 
     def count_tokens(self, texts, prompt=None):
         return sum(len(text.split()) + 1 for text in texts)

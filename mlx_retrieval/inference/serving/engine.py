@@ -62,9 +62,10 @@ class Engine:
             model = model.late if request.by_token else model
             known = model.config.prompts
             prompt = next((name for name in request.prompts if name in known), request.prompts[-1])
-            if request.dimensions is not None and request.dimensions > model.dimensions:
+            # The model's truncate_dim is a default, which a request's own number may exceed.
+            if request.dimensions is not None and request.dimensions > (full := model.config.dimensions):
                 field = f"{request.dimensions_field} {request.dimensions}"
-                raise HTTPException(400, f"{field}: {served.name} has {model.dimensions}")
+                raise HTTPException(400, f"{field}: {served.name} has {full}")
             if request.normalize is False and model.config.normalize:
                 raise HTTPException(400, f"normalize false: {served.name} gives vectors of unit length only")
             if isinstance(request.texts[0], str):
