@@ -272,7 +272,7 @@ def check_results(args: argparse.Namespace) -> None:
         raise UserError(f"--results {args.results}: this is a file, not a folder")
     for file in [Path(args.task_prompts).expanduser()] if args.task_prompts else []:
         if not file.is_file():
-            raise UserError(f"--task-prompts {args.task_prompts}: no such file")
+            raise UserError(f"--task-prompts {args.task_prompts}: {'not a file' if file.exists() else 'no such file'}")
 
 
 @command("eval.py", explain=device_errors.explain)

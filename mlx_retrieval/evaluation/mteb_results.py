@@ -142,7 +142,7 @@ def read_prompts(file: Path, tasks: Sequence[Any]) -> dict[str, str]:
     from mteb.abstasks.task_metadata import TaskType
 
     try:
-        prompts = json.loads(file.read_text(encoding="utf-8"))
+        prompts = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"--task-prompts {file}: not JSON: {error}") from error
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
@@ -242,12 +242,14 @@ def _evaluate_task(encoder: Any, task: Any, cache: Any, overwrite: bool) -> Any:
 
 
 def _is_broken(file: Path) -> bool:
-    """Return whether a run was killed while it wrote this file of results."""
+    """Return whether this file of results is not whole: a run was killed while it wrote it."""
+    from mteb.results import TaskResult
+
     if not file.exists():
         return False
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        TaskResult.from_disk(file)
+    except (ValueError, KeyError, TypeError):
         print(f"{file}: not complete; the task is evaluated again", file=sys.stderr)
         return True
     return False

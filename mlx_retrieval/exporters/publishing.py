@@ -100,8 +100,12 @@ class Repository:
             raise UserError(f"{start}: cannot reach {self.api.endpoint} ({_reason(error)})") from error
         except RuntimeError as error:  # of a thread that uploads
             raise UserError(f"{start}: {_reason(error)} ({_reason(error.__cause__ or error)})") from error
-        except ValueError as error:  # what the Hub has against the files
-            raise UserError(f"{start}: the Hub does not take the files ({_reason(error)})") from error
+        except UnicodeEncodeError as error:  # before the Hub is asked: a header that cannot be sent
+            raise UserError(f"{start}: the token has characters that no token has; log in again") from error
+        except ValueError as error:  # what the Hub has against the files, or an answer that is none of a Hub's
+            raise UserError(
+                f"{start}: {self.api.endpoint} refuses, or answers as no Hub does ({_reason(error)})"
+            ) from error
 
     def _refusal(self, error: Exception) -> str:
         """Return what an answer of the Hub other than success means."""

@@ -223,6 +223,9 @@ def test_a_run_is_read_by_mteb_and_goes_on_where_it_was_killed(minilm, tmp_path,
     assert [*dict.fromkeys(counted)] == names[1:]
     shown = capsys.readouterr()
     assert f"{broken}: not complete" in shown.err
+    broken.write_text("{}")  # JSON, and no result
+    assert evaluation.main(run) == 0
+    assert f"{broken}: not complete" in capsys.readouterr().err
 
     results = ResultCache(tmp_path).load_results(tasks=tasks)
     (model,) = results.model_results

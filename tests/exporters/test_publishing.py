@@ -224,9 +224,15 @@ def test_a_hub_that_fails(hub, folder):
     assert not hub.repositories["alice/my-model"].commits
 
 
+def test_a_token_that_no_header_can_hold(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_\u00e9")
+    with pytest.raises(UserError, match="the token has characters that no token has"):
+        push(folder)
+
+
 def test_a_card_that_the_hub_refuses(hub, tmp_path):
     (tmp_path / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
-    with pytest.raises(UserError, match='the Hub does not take the files .*"base_model" must be'):
+    with pytest.raises(UserError, match='refuses, or answers as no Hub does .*"base_model" must be'):
         push(tmp_path)
 
 
