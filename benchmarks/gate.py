@@ -61,7 +61,7 @@ def answer(checkout: str, workload: str, names: dict[str, str]) -> None:
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             try:
                 seconds = turn(number)
-            except BaseException:  # argparse and errors of users end in SystemExit
+            except (Exception, SystemExit):  # argparse and errors of users end in SystemExit; told to the parent
                 error = traceback.format_exc(limit=-2) + errors.getvalue()[-2000:]
                 print(json.dumps({"error": error}), file=told, flush=True)
                 return

@@ -260,7 +260,7 @@ def lost(files: Work) -> Work:
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_two_ranks_train_what_one_trains(request, work, name):
-    """Losses within 1e-5, adapters within a hundredth of the way they came; both ranks end with the same bits.
+    """Losses within 1e-5, adapters too but for single weights; both ranks end with the same bits.
 
     Adam divides each gradient by its own size: where one is nearly 0, rounding decides about its sign, and a weight
     may end up anywhere within steps * rate. So all weights are compared together.
@@ -273,7 +273,8 @@ def test_two_ranks_train_what_one_trains(request, work, name):
     expected = work.weights(f"{name}-alone")
     np.testing.assert_allclose(work.losses(name), work.losses(f"{name}-alone"), rtol=1e-5)
     way = np.linalg.norm(expected - work.weights(f"{name}-alone", "step-000002"))  # that of the last two steps
-    assert np.linalg.norm(work.weights(name) - expected) < 1e-2 * way
+    apart = work.weights(name) - expected
+    assert np.linalg.norm(apart) < 5e-3 * way and np.mean(np.abs(apart) > 1e-5) < 0.01
 
 
 def test_only_the_first_rank_speaks(work):
