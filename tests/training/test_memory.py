@@ -4,6 +4,8 @@ python -m pytest tests/training/test_memory.py
 """
 
 import gc
+from collections import defaultdict
+from statistics import median
 
 from mlx_retrieval.backend import device_memory, mx
 
@@ -52,18 +54,21 @@ def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
     check_auto(settings(batch_size=32, **changes))
 
 
-def check_auto(settings: Settings, repeats: int = 1) -> None:
-    """Compare the estimate with the peak of steps."""
+def check_auto(settings: Settings) -> None:
+    """Compare the estimate with the peak of steps.
+
+    Medians: how much is freed before the next array is made depends on the threads, as on a busy machine.
+    """
     trainer = training_run.prepare(settings).trainer
     gc.collect()  # of earlier tests, which would count as taken, and be gone by the time of the peak
-    fit = trainer.fit_memory()
-    peak = 0
-    for k in [*range(memory.SAMPLES)] * repeats:
+    estimate = median(trainer.fit_memory().estimate for _ in range(3))
+    peaks = defaultdict(list)
+    for k in [*range(memory.SAMPLES)] * 3:
         mx.clear_cache()
         mx.reset_peak_memory()
         trainer.update(trainer.batches.batch(k), k + 1)
-        peak = max(peak, backend.peak_memory())
-    assert 0.85 < fit.estimate / peak < 1.15, (fit, peak)
+        peaks[k].append(backend.peak_memory())
+    assert 0.85 < estimate / max(map(median, peaks.values())) < 1.15, (estimate, peaks)
 
 
 @pytest.mark.slow
@@ -71,7 +76,7 @@ def check_auto(settings: Settings, repeats: int = 1) -> None:
 @pytest.mark.skipif(not backend.FUSED, reason="about passes compiled as on CPUs")
 def test_auto_holds_for_the_compiled_passes_of_cpus(minilm, settings):
     """With a real model, and several times: threads are not at their peaks at the same moment in every step."""
-    check_auto(settings(model=str(minilm), batch_size=32), repeats=4)
+    check_auto(settings(model=str(minilm), batch_size=32))
 
 
 @pytest.mark.slow
