@@ -24,6 +24,7 @@ import platform
 import shutil
 import sys
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from mlx_retrieval.backend import blas, cpu_kernels
@@ -127,7 +128,7 @@ def prepare() -> None:
         mx.set_cache_limit(CACHE_BYTES)
     if IS_LINUX_CPU:
         _tune_malloc()
-        KERNELS = not PLAIN and cpu_kernels.install()
+        KERNELS = not PLAIN and cpu_kernels.install(Path(mx.__file__).parent / "include", mx.__version__)
 
 
 def _tune_malloc() -> None:

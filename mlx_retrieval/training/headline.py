@@ -183,7 +183,7 @@ def machine_lines() -> Lines:
     if distributed.size() > 1:
         lines.append(("ranks", f"{distributed.size()} processes share the passes of every batch"))
     if backend.KERNELS and cpu_kernels.cold():
-        lines.append(("kernels", "being compiled for this processor: about half a minute, once"))
+        lines.append(("kernels", "being compiled for this processor: about ten seconds, once"))
     return lines
 
 

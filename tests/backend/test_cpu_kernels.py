@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_retrieval.backend import cpu_kernels, mx
+from mlx_retrieval.backend import cpu_kernels, kernel_compiler, mx
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ def without_kernels() -> str:
     return os.pathsep.join(folder for folder in folders if cpu_kernels.FOLDER not in folder)
 
 
+INCLUDE = Path(mx.__file__).parent / "include"
 COMPILER = shutil.which("g++", path=without_kernels())
 pytestmark = [
     pytest.mark.skipif(not backend.KERNELS, reason="no g++, or not a Linux CPU"),
@@ -87,7 +88,7 @@ def test_what_is_no_kernel_and_what_cannot_be_made_better_is_compiled_as_asked(t
         (tmp_path / folder).mkdir()
         source, library = tmp_path / folder / "a.cpp", tmp_path / folder / "a.so"
         source.write_text('extern "C" {\nint f() {\n  return 3;\n}\n}\n')
-        command = [sys.executable, cpu_kernels.__file__, real, "-fPIC", "-shared", str(source), "-o", str(library)]
+        command = [sys.executable, kernel_compiler.__file__, real, "-fPIC", "-shared", str(source), "-o", str(library)]
         assert subprocess.run(command, check=False).returncode == 0 and library.stat().st_size > 0
         assert sorted(p.name for p in source.parent.iterdir()) == ["a.cpp", "a.so"]
     (tmp_path / "mlx" / "a.cpp").write_text("not C++")
@@ -128,10 +129,10 @@ void f(int* shape, int64_t** strides, void** args) {
     ],
 )
 def test_a_kernel_of_an_unknown_form_is_compiled_as_it_is(tmp_path, known, unknown):
-    assert known in KERNEL and cpu_kernels.vectorisable(KERNEL) != KERNEL
+    assert known in KERNEL and kernel_compiler.vectorisable(KERNEL) != KERNEL
     text = KERNEL.replace(known, unknown)
-    assert cpu_kernels.vectorisable(text) == text
-    assert cpu_kernels.vectorisable("\n  for (;;) {\n") == "\n  for (;;) {\n"
+    assert kernel_compiler.vectorisable(text) == text
+    assert kernel_compiler.vectorisable("\n  for (;;) {\n") == "\n  for (;;) {\n"
     source, library = tmp_path / "mlx" / "f.cpp", tmp_path / "mlx" / "f.so"
     source.parent.mkdir()
     source.write_text(
@@ -142,7 +143,7 @@ def test_a_kernel_of_an_unknown_form_is_compiled_as_it_is(tmp_path, known, unkno
     (tmp_path / "g++").chmod(0o700)
     command = [
         sys.executable,
-        cpu_kernels.__file__,
+        kernel_compiler.__file__,
         str(tmp_path / "g++"),
         "-fPIC",
         "-shared",
@@ -152,6 +153,34 @@ def test_a_kernel_of_an_unknown_form_is_compiled_as_it_is(tmp_path, known, unkno
     ]
     assert subprocess.run(command, check=False).returncode == 0 and library.is_file()
     assert asked.read_text().count("\n") == 1 and "march" not in asked.read_text()
+
+
+def test_the_header_is_compiled_once_and_read_by_every_kernel(tmp_path):
+    """`g++ -H` marks a header that was read in its compiled form with "!"."""
+    program = tmp_path / "kernel_compiler.py"
+    shutil.copy(kernel_compiler.__file__, program)
+    wrapper = tmp_path / "g++"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {COMPILER} -H "$@" 2>> {tmp_path}/read\n')
+    wrapper.chmod(0o700)
+    (tmp_path / "mlx").mkdir()
+    waiting = []
+    for name in ("a", "b", "c"):  # at the same time: one compiles the header, the others wait for it
+        source = tmp_path / "mlx" / f"{name}.cpp"
+        source.write_text(f'#include "{kernel_compiler.HEADER}"\nusing namespace mlx::core::detail;\n{KERNEL}')
+        words = ["-shared", "-I", str(INCLUDE), str(source), "-o", str(source.with_suffix(".so"))]
+        command = [sys.executable, str(program), str(wrapper), *kernel_compiler.MLX_FLAGS, *words]
+        waiting.append(subprocess.Popen(command))
+    assert [process.wait() for process in waiting] == [0, 0, 0]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 4 and sum("c++-header" in call for call in calls) == 1
+    (compiled,) = (tmp_path / "headers").rglob("*.gch")
+    assert (tmp_path / "read").read_text().count(f"! {compiled}") == 3
+    assert len(list((tmp_path / "mlx").glob("*.so"))) == 3 and not list(tmp_path.rglob("draft*"))
+
+
+def test_without_space_no_header_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_compiler, "PRECOMPILED_SPACE", 1 << 62)
+    assert kernel_compiler.precompile(COMPILER, INCLUDE, tmp_path) is None and not list(tmp_path.iterdir())
 
 
 FAILING = (
@@ -216,12 +245,12 @@ def test_checkouts_share_kernels(tmp_path, monkeypatch):
     folders = []
     for checkout in ("one", "two"):
         (tmp_path / checkout).mkdir()
-        shutil.copy(cpu_kernels.__file__, tmp_path / checkout / "cpu_kernels.py")
-        monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / checkout / "cpu_kernels.py"))
-        assert cpu_kernels.install()
+        shutil.copy(kernel_compiler.__file__, tmp_path / checkout / "kernel_compiler.py")
+        monkeypatch.setattr(kernel_compiler, "__file__", str(tmp_path / checkout / "kernel_compiler.py"))
+        assert cpu_kernels.install(INCLUDE, "")
         folders.append(os.environ["TMPDIR"])
         monkeypatch.setenv("PATH", without_kernels())
-    assert folders[0] == folders[1] and (Path(folders[0]) / "vectorise.py").is_file()
+    assert folders[0] == folders[1] and (Path(folders[0]) / "kernel_compiler.py").is_file()
 
 
 def test_without_a_compiler_everything_works_and_it_is_said(run_python):
@@ -237,7 +266,8 @@ def test_without_a_compiler_everything_works_and_it_is_said(run_python):
 def test_a_folder_that_another_process_removes_is_passed_over(tmp_path, monkeypatch):
     """Regression: two processes that started together, and one ended with FileNotFoundError."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    gone, kept, scan = tmp_path / "a-gone", tmp_path / "b-kept", os.scandir
+    (tmp_path / "mlx").mkdir()
+    gone, kept, scan = tmp_path / "mlx" / "a-gone", tmp_path / "mlx" / "b-kept", os.scandir
     gone.mkdir()
     kept.mkdir()
 
