@@ -79,10 +79,10 @@ def evaluate_encoder(args: argparse.Namespace, show_progress: bool) -> tuple[Eva
 
 def evaluate_as_mteb(args: argparse.Namespace, is_reranker: bool) -> int:
     """Evaluate a model on mteb's tasks, leave the results as mteb keeps them, and print their table. Return 0 or 1."""
-    from mlx_retrieval.evaluation import mteb_results
+    from mlx_retrieval.evaluation import mteb_results, mteb_selection
 
-    tasks = mteb_results.select(args.eval_tasks, args.languages or (), args.task_types or ())
-    prompts = mteb_results.read_prompts(Path(args.task_prompts).expanduser(), tasks) if args.task_prompts else {}
+    tasks = mteb_selection.select(args.eval_tasks, args.languages or (), args.task_types or ())
+    prompts = mteb_selection.read_prompts(Path(args.task_prompts).expanduser(), tasks) if args.task_prompts else {}
     # After mteb: it brings torch, which transformers looks for only once.
     from mlx_retrieval.inference import dtypes, embedder, reranker
 

@@ -134,6 +134,11 @@ def parser() -> argparse.ArgumentParser:
         "--revision", metavar="BRANCH", help="branch of --push-to-hub, made if it is missing (default: the main one)"
     )
     out.add_argument(
+        "--overwrite-repository",
+        action="store_true",
+        help="replace all files that the repository of --push-to-hub holds, in a new commit",
+    )
+    out.add_argument(
         "--dry-run",
         action="store_true",
         help="make and check the folder and list its files with their sizes, but keep and upload nothing; needs no "
@@ -142,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the exported folder in --output, and all files of the repository of --push-to-hub",
+        help="replace the exported folder in --output; what --push-to-hub finds has a flag of its own",
     )
     out.add_argument(
         "--skip-library-check",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx_retrieval.backbones.gguf.folder import folder_of
 from mlx_retrieval.backbones.gguf.reading import is_gguf
+from mlx_retrieval.utils import hub
 from mlx_retrieval.utils.errors import SettingError, UserError
 from mlx_retrieval.utils.text import CHECKOUT, shell
 
@@ -53,6 +54,8 @@ def resolve(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    if fault := hub.address_fault():
+        raise SettingError("{model} {name}: {searched}; and {fault}", name=name, searched=searched, fault=fault)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
@@ -60,24 +63,24 @@ def resolve(name: str) -> Path:
             "{model} {name}: {searched}, and it is not a valid hub name{near}", name=name, searched=searched, near=near
         ) from error
     except (HTTPError, OSError) as error:  # the hub's errors derive from these, a proxy's from HTTPError
+        reason = hub.reason(error, name)
         if near or folder.parent.is_dir():  # rather a path than a hub name
             raise SettingError(
-                "{model} {name}: {searched}{near} (there is no such model on the hub either, or the hub cannot be "
-                "reached: {reason})",
+                "{model} {name}: {searched}{near} (nor is it on the Hub: {reason})",
                 name=name,
                 searched=searched,
                 near=near,
-                reason=type(error).__name__,
+                reason=reason,
             ) from error
+        advice = ".\nOn a machine with network, fetch it there and copy the folder here, for instance:\n  "
+        advice += shell("mlx_lm.convert", "--hf-path", name, "--mlx-path", f"{name.split('/')[-1]}-mlx")
         raise SettingError(
-            "{model} {name}: {searched}; not in the cache {cache}; and the download from the hub failed ({reason}).\n"
-            "On a machine with network, fetch it there and copy the folder here, for instance:\n"
-            "  mlx_lm.convert --hf-path {name} --mlx-path {target}-mlx",
+            "{model} {name}: {searched}; not in the cache {cache}; and not from the Hub: {reason}{advice}",
             name=name,
             searched=searched,
             cache=constants.HF_HUB_CACHE,
-            reason=type(error).__name__,
-            target=name.split("/")[-1],
+            reason=reason,
+            advice=advice if hub.is_unreachable(error) else "",
         ) from error
 
 

@@ -1,14 +1,12 @@
 """Evaluate a model as it is handed in: mteb runs its tasks and benchmarks, of every type, and keeps its own results.
 
-tasks = select(["NanoBEIR", "STS12"], languages=["eng"])
+tasks = select(["NanoBEIR", "STS12"], languages=["eng"])          # of mteb_selection.py
 run = evaluate(load("adapters/final"), tasks, Path("mteb"))       # mteb/results/<model>/<revision>/<task>.json
 print_table(run)
 
 Tasks whose results are there already are not evaluated again, so that a run which was killed goes on.
 """
 
-import copy
-import functools
 import io
 import json
 import statistics
@@ -18,13 +16,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from mlx_retrieval.evaluation import mteb_tasks
-from mlx_retrieval.utils.errors import UserError, near_miss
+from mlx_retrieval.evaluation.mteb_selection import parts_of
+from mlx_retrieval.utils import files
+from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.locks import only_one
 
-MOCK = "mock"  # the name of mteb's own mock tasks
-ROLES = ("query", "document")
+META = "model_meta.json"  # beside a model's results: which model it is
 
 
 class Run(NamedTuple):
@@ -35,132 +35,6 @@ class Run(NamedTuple):
     scores: list[tuple[str, str, str, float]]  # task, type, name of its main score, and that score
     means: dict[str, float]  # mteb's means of several tasks, by its names
     unreachable: dict[str, str]  # see `Evaluation.unreachable`
-
-
-# --- which tasks ------------------------------------------------------------------------------------------------------
-
-
-def select(names: Sequence[str], languages: Sequence[str] = (), types: Sequence[str] = ()) -> list[Any]:
-    """Return mteb's tasks of these names, each once.
-
-    Args:
-        names: of tasks and benchmarks of mteb, or "mock".
-        languages: keep only subsets in one of these, such as "eng" or "deu-Latn"; empty = all.
-        types: keep only tasks of one of these types, such as "Retrieval"; empty = all.
-
-    Raises UserError for a name, language or type that mteb does not know, for tasks that are not of text, and if no
-    task is left.
-    """
-    mteb_tasks.import_mteb()
-    from mteb.abstasks.task_metadata import TaskType
-
-    for kind in types:
-        if kind not in get_args(TaskType):
-            raise UserError(f"--task-types {kind}: mteb knows no such type{near_miss(kind, get_args(TaskType))}")
-    for language in languages:
-        _check_language(language)
-    tasks = {}
-    for task in (task for name in names for task in _tasks_of(name)):
-        if (not types or task.metadata.type in types) and (not languages or _keep(task, languages)):
-            tasks.setdefault((task.metadata.name, *task.hf_subsets, *task.eval_splits), task)
-    if not tasks:
-        raise UserError(f"{' '.join(names)}: no task has one of these --languages and --task-types")
-    for task in tasks.values():
-        if task.metadata.modalities != ["text"]:
-            about = ", ".join(task.metadata.modalities)
-            raise UserError(f"{task.metadata.name} is about {about}; only tasks of text can be evaluated")
-    return list(tasks.values())
-
-
-def _tasks_of(name: str) -> list[Any]:
-    """Return the tasks of a task's, bundle's or benchmark's name; their subsets may be changed."""
-    import mteb
-
-    if name == MOCK:
-        from mteb import mocks
-
-        return [type(task)() for task in mocks.MOCK_TASK_TEST_GRID]
-    if name in mteb_tasks.benchmarks():
-        tasks = [copy.copy(task) for task in mteb_tasks.benchmarks()[name].tasks]
-    else:
-        try:
-            tasks = [mteb.get_task(name)]
-        except KeyError as error:
-            if Path(name).expanduser().exists():
-                raise UserError(
-                    f"{name}: --results is for tasks of mteb; evaluate folders and files without it"
-                ) from error
-            known = [*mteb_tasks.benchmarks(), *_task_names(), MOCK]
-            raise UserError(f"{name}: mteb knows no such task or benchmark{near_miss(name, known)}") from error
-    for part in (part for task in tasks for part in _parts(task)):
-        part.load_data = functools.partial(mteb_tasks.load_data, part)
-    return tasks
-
-
-def _task_names() -> list[str]:
-    import mteb
-
-    return [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False, exclude_private=False)]
-
-
-def _parts(task: Any) -> Iterator[Any]:
-    """Return the tasks that a bundle is made of, and then the bundle; of any other task, itself."""
-    for part in getattr(task.metadata, "tasks", ()):
-        yield from _parts(part)
-    yield task
-
-
-def _keep(task: Any, languages: Sequence[str]) -> bool:
-    """Leave only the task's subsets in these languages; return whether there are any."""
-    try:
-        task.filter_languages(languages)
-    except ValueError:
-        return False
-    return True
-
-
-def _check_language(code: str) -> None:
-    from mteb.languages import ISO_TO_LANGUAGE
-    from mteb.languages.check_language_code import check_language_code
-
-    try:
-        check_language_code(code)
-    except ValueError as error:
-        by_name = {language.lower(): known for known, language in ISO_TO_LANGUAGE.items()}
-        near = f"; did you mean {by_name[code.lower()]}?" if code.lower() in by_name else ""
-        raise UserError(
-            f"--languages {code}: mteb's codes have three letters, such as eng or deu-Latn{near}"
-        ) from error
-
-
-def read_prompts(file: Path, tasks: Sequence[Any]) -> dict[str, str]:
-    """Return a file's prompts by what they are for: a task, a type of task, "query" or "document", or two of these
-    joined, such as "STS12", "Retrieval-query" and "query".
-
-    Raises UserError if the file is not an object of texts, or if mteb does not know what a prompt is for.
-    """
-    from mteb.abstasks.task_metadata import TaskType
-
-    try:
-        prompts = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"--task-prompts {file}: not JSON: {error}") from error
-    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        raise UserError(
-            f'--task-prompts {file}: not an object of texts such as {{"STS": "...", "Retrieval-query": "..."}}'
-        )
-    known = [*get_args(TaskType), *ROLES, *(task.metadata.name for task in tasks), *_task_names()]
-    for key in prompts:
-        subject = next((key.removesuffix(f"-{role}") for role in ROLES if key.endswith(f"-{role}")), key)
-        if subject not in known:
-            raise UserError(
-                f"--task-prompts {file}: {key} is neither a task of mteb, nor a type of task, query or document"
-                f"{near_miss(subject, known)}"
-            )
-    return prompts
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -176,7 +50,7 @@ def evaluate(
 
     Args:
         model: an `embedder.Model` or a `Reranker`, which only tasks of the types Reranking are for.
-        tasks: from `select`.
+        tasks: from `mteb_selection.select`.
         folder: of the results; mteb puts them into its `results/<model>/<revision>`.
         name, settings: see `mteb_models.describe`.
         prompts: see `mteb_models.as_mteb`.
@@ -195,7 +69,15 @@ def evaluate(
     encoder = mteb_models.as_mteb(model, meta, prompts)
     cache = ResultCache(folder)
     place = cache.get_task_result_path("_", meta).parent
-    _check_place(place, meta)
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"--results {folder}: another process evaluates {meta.name} of this revision there"
+    with only_one(folder / f".{meta.model_name_as_path()}-{meta.revision}.lock", busy):
+        _check_place(place, meta)
+        return _evaluate(encoder, tasks, cache, place, overwrite)
+
+
+def _evaluate(encoder: Any, tasks: Sequence[Any], cache: Any, place: Path, overwrite: bool) -> Run:
+    """Evaluate task by task, as `evaluate` says."""
     scores, unreachable = [], {}
     for number, task in enumerate(tasks, 1):
         started = time.perf_counter()
@@ -209,7 +91,7 @@ def evaluate(
         line = f"{number}/{len(tasks)} {task.metadata.name}: {score:.4f}, {seconds:,.0f} s"
         print(line, file=sys.stderr, flush=True)
     means = _means(scores) if len(scores) == len(tasks) > 1 else {}
-    return Run(meta.name, place, scores, means, unreachable)
+    return Run(encoder.mteb_model_meta.name, place, scores, means, unreachable)
 
 
 @contextmanager
@@ -228,7 +110,7 @@ def _evaluate_task(encoder: Any, task: Any, cache: Any, overwrite: bool) -> Any:
     meta = encoder.mteb_model_meta
     # The model forms its own batches; mteb only passes texts on.
     options: Any = {"encode_kwargs": {"batch_size": 1024, "show_progress_bar": False}, "co2_tracker": False}
-    for part in _parts(task):
+    for part in parts_of(task):
         file = cache.get_task_result_path(part.metadata.name, meta)
         again = overwrite or _is_broken(file)
         if part.is_aggregate:  # put together again from its parts' results, which may be new
@@ -249,7 +131,7 @@ def _is_broken(file: Path) -> bool:
         return False
     try:
         TaskResult.from_disk(file)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         print(f"{file}: not complete; the task is evaluated again", file=sys.stderr)
         return True
     return False
@@ -268,20 +150,30 @@ def _check_types(model: Any, tasks: Sequence[Any]) -> None:
 
 
 def _check_place(place: Path, meta: Any) -> None:
-    """Tell of results of other revisions, which stay. Raise UserError if this revision's are another model's."""
-    file = place / "model_meta.json"
-    if file.exists():
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:  # a run was killed while it wrote it, and writes it again
-            return
-        here = json.loads(json.dumps(meta.to_dict(), default=str))
+    """Write a model_meta.json that a killed run left incomplete, and tell of results of other revisions, which stay.
+
+    Raises UserError if this revision's results are another model's.
+    """
+    file, here = place / META, json.loads(json.dumps(meta.to_dict(), default=str))
+    if (there := _read_meta(file)) is not None:
         if differing := [key for key in ("name", "revision", "experiment_kwargs") if there.get(key) != here[key]]:
             of = " and ".join(f"{key} {there.get(key)!r} in place of {here[key]!r}" for key in differing)
             raise UserError(f"--results: {file} has {of}: these are another model's results; name another folder")
-    elif others := sorted(path.parent.name for path in place.parent.glob("*/model_meta.json")):
+    elif file.exists() or any(place.glob("*.json")):
+        print(f"{file}: {'not complete' if file.exists() else 'missing'}; written again", file=sys.stderr)
+        files.write_file(file, json.dumps(here, indent=4), f"--results {file}")
+    elif others := sorted(path.parent.name for path in place.parent.glob(f"*/{META}")):
         listing = ", ".join(others)
         print(f"{place.parent}: has results of other revisions, which stay as they are: {listing}", file=sys.stderr)
+
+
+def _read_meta(file: Path) -> dict[str, Any] | None:
+    """Return what a model_meta.json holds, or None if it is missing or names no model: mteb would not read it."""
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) and {"name", "revision"} <= meta.keys() else None
 
 
 def _means(scores: Sequence[tuple[str, str, str, float]]) -> dict[str, float]:
@@ -296,10 +188,13 @@ def _means(scores: Sequence[tuple[str, str, str, float]]) -> dict[str, float]:
 
 
 def print_table(run: Run) -> None:
-    """Print the main score of every task, and mteb's means of them."""
-    from mlx_retrieval.utils.console import print_rows
+    """Print the main score of every task, and mteb's means of them; in a narrow terminal without the tasks' types."""
+    from mlx_retrieval.utils.console import fits, print_rows
 
     rows = [(task, kind, metric, f"{score:.4f}") for task, kind, metric, score in run.scores]
     rows += [(name, "", "", f"{score:.4f}") for name, score in run.means.items()]
     rows += [(f"{task} (unreachable)", "", "", "-") for task in run.unreachable]
-    print_rows(run.model, ("task", "type", "metric", "score"), rows)
+    columns = ("task", "type", "metric", "score")
+    if not fits(columns, rows):
+        columns, rows = ("task", "metric", "score"), [(task, *figures) for task, _, *figures in rows]
+    print_rows(run.model, columns, rows)

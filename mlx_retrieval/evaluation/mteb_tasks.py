@@ -23,11 +23,13 @@ import numpy as np
 from mlx_retrieval.dataset.beir import document_text
 from mlx_retrieval.evaluation.pairs import PairTask, ScoredTexts, check
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Judged, Rankings, SplitResult, Task
-from mlx_retrieval.utils import imports
+from mlx_retrieval.utils import hub, imports
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.products import product
 
 TYPES = ("Retrieval", "STS")  # of tasks that are evaluated here, with intervals; of all others see mteb_results.py
+MOCK = "mock"  # the name of mteb's own mock tasks
+SHOWN = 300  # characters of another library's error
 
 
 class UnreachableError(Exception):
@@ -182,7 +184,7 @@ def _hub_answers() -> bool:
     """Return whether the hub answers: one request without retries, where the libraries would try for 20 seconds."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or hub.address_fault():
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
@@ -215,7 +217,6 @@ def load_data(task: Any, **options: Any) -> None:
 
     metadata = task.metadata
     path, revision = metadata.dataset["path"], metadata.dataset["revision"]
-    reason = "the hub does not answer" + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "")
     try:
         if not Path(path).is_dir() and not _hub_answers():  # then use the cache's copy of this revision
             where = {"revision": revision, "cache_dir": constants.HF_HUB_CACHE, "local_files_only": True}
@@ -223,8 +224,10 @@ def load_data(task: Any, **options: Any) -> None:
             task.metadata = metadata.model_copy(update={"dataset": metadata.dataset | {"path": copy}})
         type(task).load_data(task, **options)
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = hub.reason(error, path, "datasets/")[:SHOWN]
+        if isinstance(error, LocalEntryNotFoundError) and not _hub_answers():
+            offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+            reason = hub.address_fault() or f"{hub.address()} does not answer{offline}"
         raise UnreachableError(
             f"{metadata.name}: data set {path}, revision {revision}, cannot be loaded from the cache "
             f"{constants.HF_HUB_CACHE} (set HF_HOME for another) or from the hub: {reason}. "
@@ -240,10 +243,15 @@ def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | PairTask |
     try:
         task = mteb.get_task(name)
     except KeyError as error:
-        if name in benchmarks():
+        if name in (*benchmarks(), MOCK):
             raise UserError(f"{name} is a benchmark; eval.py evaluates its tasks with --results") from error
+        from mteb import mocks
+
+        if name in mocks.ALL_MOCK_TASK_REGISTRY:
+            raise UserError(f"{name} is a mock task of mteb; eval.py evaluates it with --results") from error
         names = [task.metadata.name for task in mteb.get_tasks(task_types=[*TYPES], exclude_superseded=False)]
-        close = ", ".join(difflib.get_close_matches(name, names))
+        near = [known for known in names if known.lower() == name.lower()] or difflib.get_close_matches(name, names)
+        close = ", ".join(near)
         hint = f"; close: {close}" if close else ""
         raise UserError(f"{name} is neither a folder nor an MTEB task{hint}") from error
     metadata = task.metadata

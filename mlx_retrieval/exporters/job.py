@@ -41,6 +41,7 @@ class Export:
     push_to_hub: str | None = None  # OWNER/NAME of a repository
     private: bool = False  # a new one
     revision: str | None = None  # a branch of it; None = the default one
+    overwrite_repository: bool = False  # replace all files that are there
     dry_run: bool = False
     overwrite: bool = False
     skip_library_check: bool = False
@@ -78,8 +79,9 @@ class Export:
 
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub)
-        elif self.private or self.revision is not None:
-            raise UserError(f"{'--private' if self.private else '--revision'} is for --push-to-hub")
+        elif self.private or self.revision is not None or self.overwrite_repository:
+            given = "--private" if self.private else "--overwrite-repository"
+            raise UserError(f"{given if self.revision is None else '--revision'} is for --push-to-hub")
 
     def _check_mixture(self) -> None:
         """Raise UserError for models that cannot be mixed; their weights are compared later."""

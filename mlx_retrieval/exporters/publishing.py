@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_retrieval.utils import hub
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import quantity
@@ -30,22 +31,26 @@ class Repository:
         overwrite: whether files that are there may be replaced, and removed if the folder does not have them.
 
     Raises UserError if nothing could be uploaded: no token or one that the Hub refuses, no connection, a repository
-    that holds files already, or a public one where a private one is wanted. Nothing is written by that.
+    that holds files already or is gated, or a public one where a private one is wanted. Nothing is written by that.
     """
 
     def __init__(self, name: str, private: bool = False, revision: str | None = None, overwrite: bool = False):
         from huggingface_hub import HfApi, get_token
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         self.name, self.private, self.revision = name, private, revision
         self.api = HfApi()
         self.exists, self.has_revision, self.files = True, True, ()
+        if fault := hub.address_fault():
+            raise UserError(f"--push-to-hub {name}: {fault}")
         if get_token() is None:
             raise UserError(f"--push-to-hub {name}: no token for the Hub: {LOGIN}")
         with self._errors():
             self.api.whoami()
             try:
                 info = self.api.model_info(name)
+            except GatedRepoError:  # it exists, although this error is one of a missing repository
+                raise
             except RepositoryNotFoundError:
                 self.exists = False
             else:
@@ -59,7 +64,7 @@ class Repository:
         if self.files and self.has_revision and not overwrite:
             raise UserError(
                 f"--push-to-hub {name}: holds {quantity(len(self.files), 'file')} already ({_listed(self.files)}); "
-                "--overwrite replaces them all in a new commit"
+                "--overwrite-repository replaces them all in a new commit"
             )
 
     def upload(self, folder: Path) -> Lines:
@@ -97,24 +102,26 @@ class Repository:
         except HfHubHTTPError as error:
             raise UserError(f"{start}: {self._refusal(error)}") from error
         except HTTPError as error:
-            raise UserError(f"{start}: cannot reach {self.api.endpoint} ({_reason(error)})") from error
+            raise UserError(f"{start}: {hub.reason(error, self.name)}") from error
         except RuntimeError as error:  # of a thread that uploads
-            raise UserError(f"{start}: {_reason(error)} ({_reason(error.__cause__ or error)})") from error
+            raise UserError(f"{start}: {hub.one_line(error)} ({hub.one_line(error.__cause__ or error)})") from error
         except UnicodeEncodeError as error:  # before the Hub is asked: a header that cannot be sent
             raise UserError(f"{start}: the token has characters that no token has; log in again") from error
         except ValueError as error:  # what the Hub has against the files, or an answer that is none of a Hub's
             raise UserError(
-                f"{start}: {self.api.endpoint} refuses, or answers as no Hub does ({_reason(error)})"
+                f"{start}: {self.api.endpoint} refuses, or answers as no Hub does ({hub.one_line(error)})"
             ) from error
 
     def _refusal(self, error: Exception) -> str:
         """Return what an answer of the Hub other than success means."""
-        status, reason = error.response.status_code, _reason(error.server_message or error)
-        if status == 401:
-            return f"the Hub does not know the token ({reason}): {LOGIN}"
-        if status == 403:
-            return f"the token may not write there ({reason}): it needs write access, and {self.name} an owner of yours"
-        return f"the Hub answers {status} ({reason})"
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        status, text = error.response.status_code, hub.one_line(error.server_message or error)
+        if status == 401 and not isinstance(error, RepositoryNotFoundError):
+            return f"the Hub does not know the token ({text}): {LOGIN}"
+        if status == 403 and not isinstance(error, RepositoryNotFoundError):
+            return f"the token may not write there ({text}): it needs write access, and {self.name} an owner of yours"
+        return hub.reason(error, self.name)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -131,9 +138,3 @@ def total(sizes: dict[str, int]) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _reason(error: object) -> str:
-    """Return an error's text in one line, without the numbers of requests."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith("(Request ID")).rstrip(".") or type(error).__name__

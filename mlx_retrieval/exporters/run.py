@@ -38,7 +38,7 @@ def export_with_warnings(job: Export, program: str = "export.py") -> tuple[Path,
     check_output(output, job.overwrite, sources)
     repository = None
     if job.push_to_hub and not job.dry_run:
-        repository = publishing.Repository(job.push_to_hub, job.private, job.revision, job.overwrite)
+        repository = publishing.Repository(job.push_to_hub, job.private, job.revision, job.overwrite_repository)
     if job.is_chat:
         from mlx_retrieval.exporters.chat import ChatWriter
 

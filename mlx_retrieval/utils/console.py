@@ -13,6 +13,7 @@ WARNING = "warning"  # the name of a pair of `print_lines`, as `Reporter.warn` b
 MARGIN = 15  # columns that `print_lines` takes before the values, for names of up to 12 characters
 JOINERS = "\u200c\u200d"  # invisible, and needed to write Persian, Hindi or a family's emoji
 NARROWEST = 12  # characters, of a table's first column
+FRAME = 3  # columns of the terminal that padding and frame take, for each of a table's
 
 
 @functools.cache
@@ -70,6 +71,15 @@ def _beginning(text: str, width: int) -> str:
     return text
 
 
+def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Return whether the terminal is wide enough for a table of `print_rows` whose texts do not wrap."""
+    return sum(_widths(columns, rows)) + FRAME * len(columns) - 1 <= console().width
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+
+
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: the first column is text and may wrap, the others are figures, which are never cut.
 
@@ -78,8 +88,8 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     from rich import box
     from rich.table import Table
 
-    widths = [max(map(len, (name, *cells))) for name, *cells in zip(columns, *rows, strict=True)]
-    if sum(widths[1:]) + min(widths[0], NARROWEST) + 3 * len(columns) - 1 > console().width:  # 3: padding and frame
+    widths = _widths(columns, rows)
+    if sum(widths[1:]) + min(widths[0], NARROWEST) + FRAME * len(columns) - 1 > console().width:
         _print_stacked(title, columns, rows)
         return
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -25,8 +25,9 @@ def flag(setting: str) -> str:
 def near_miss(word: object, known: Iterable[object]) -> str:
     """Return `; did you mean info_nce?` for a misspelt word, or "" if it is like none of the known ones."""
     names = [*map(str, known)]
-    name = SHORT.get(str(word).lower())
-    near = [name] if name in names else difflib.get_close_matches(str(word)[:80], names, n=1, cutoff=0.7)
+    wanted = str(word).lower()
+    same = [name for name in names if name.lower() == wanted or name == SHORT.get(wanted)]
+    near = same or difflib.get_close_matches(str(word)[:80], names, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -270,7 +270,7 @@ print(time.perf_counter() - began)
     message = "\n".join(message)
     assert float(seconds) < 5, done.stderr
     assert message.startswith("--model Qwen/Qwen3-Embedding-0.6B: no folder /")
-    assert f"not in the cache {tmp_path / 'cache'}" in message
+    assert f"not in the cache {tmp_path / 'cache'}; and not from the Hub: HF_HUB_OFFLINE is set." in message
     assert "mlx_lm.convert --hf-path Qwen/Qwen3-Embedding-0.6B --mlx-path Qwen3-Embedding-0.6B-mlx" in message
 
 
@@ -290,34 +290,40 @@ print(len(load_backbone(resolve("someone/small")).layers))
     assert done.stdout.strip() == "2", done.stderr
 
 
-def raised_by_the_hub() -> list[Exception]:
+def raised_by_the_hub() -> list[tuple[Exception, str]]:
+    """Errors of huggingface_hub, and the end of the message about each."""
     from huggingface_hub import errors
 
     module = errors.HTTPError.__module__.split(".")[0]  # httpx, or what has taken its place
     client = __import__(module)
     response = client.Response(403, request=client.Request("GET", "http://hub.invalid"))
+    wrapped = errors.LocalEntryNotFoundError("not in the cache")
+    wrapped.__cause__ = errors.HfHubHTTPError("bad gateway", response=response)
     return [
-        errors.LocalEntryNotFoundError("not in the cache"),
-        errors.GatedRepoError("gated", response=response),
-        errors.RepositoryNotFoundError("not found", response=response),
-        client.ProxyError("403 Forbidden"),
-        client.ReadError("connection lost"),
-        OSError("no space left on device"),
+        (errors.LocalEntryNotFoundError("not in the cache"), "not in the cache"),
+        (errors.GatedRepoError("gated", response=response), "someone/something is gated: log in"),
+        (errors.RepositoryNotFoundError("not found", response=response), "has no someone/something, or it is private"),
+        (client.ProxyError("403 Forbidden"), r"cannot be reached \(403 Forbidden\)"),
+        (client.ReadError("connection lost"), r"cannot be reached \(connection lost\)"),
+        (wrapped, r"answers 403 \(bad gateway\)"),
+        (OSError("no space left on device"), "OSError: no space left on device"),
     ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_whatever_the_hub_raises(monkeypatch, number):
     import huggingface_hub
 
-    error = raised_by_the_hub()[number]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    error, message = raised_by_the_hub()[number]
 
     def fail(*arguments, **keywords):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=rf"the download from the hub failed \({type(error).__name__}\)"):
+    with pytest.raises(UserError, match=f"not from the Hub: .*{message}") as caught:
         resolve("someone/something")
+    assert ("On a machine with network" in str(caught.value)) == (number in (0, 3, 4))
 
 
 @pytest.mark.parametrize("name", ["bad name/with spaces", "-x/y", "a/b--c"])

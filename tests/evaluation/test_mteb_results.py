@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-from mlx_retrieval.evaluation import mteb_results, mteb_tasks
+from mlx_retrieval.evaluation import mteb_results, mteb_selection, mteb_tasks
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.utils.errors import UserError
@@ -29,7 +29,7 @@ HUB_TASKS = {
 
 
 def mocks(*names: str) -> list:
-    tasks = {task.metadata.name: task for task in mteb_results.select(["mock"])}
+    tasks = {task.metadata.name: task for task in mteb_selection.select(["mock"])}
     return [tasks[name] for name in names] if names else [*tasks.values()]
 
 
@@ -62,23 +62,23 @@ def prompted(folder: Path, target: Path, **others: str | None) -> Path:
 
 
 def test_names_of_benchmarks_stand_for_their_tasks():
-    names = {task.metadata.name for task in mteb_results.select(["NanoBEIR", "NanoMSMARCORetrieval"])}
+    names = {task.metadata.name for task in mteb_selection.select(["NanoBEIR", "NanoMSMARCORetrieval"])}
     assert len(names) == 13 and "NanoMSMARCORetrieval" in names
-    assert {task.metadata.type for task in mteb_results.select(["CodeRAG"])} == {"Reranking"}
-    retrieval = mteb_results.select(["MTEB(eng, v2)"], types=["Retrieval"])
+    assert {task.metadata.type for task in mteb_selection.select(["CodeRAG"])} == {"Reranking"}
+    retrieval = mteb_selection.select(["MTEB(eng, v2)"], types=["Retrieval"])
     assert {task.metadata.type for task in retrieval} == {"Retrieval"}
-    whole = mteb_results.select(["MTEB(eng)"])  # an alias
+    whole = mteb_selection.select(["MTEB(eng)"])  # an alias
     assert len(whole) == 41 and len(retrieval) == sum(task.metadata.type == "Retrieval" for task in whole)
-    assert {task.metadata.type for task in mteb_results.select(["mock"])} >= {*HUB_TASKS}
+    assert {task.metadata.type for task in mteb_selection.select(["mock"])} >= {*HUB_TASKS}
 
 
 def test_subsets_of_a_benchmark_are_not_those_of_the_task():
     """`MTEB(eng, v2)` has only the English pairs of STS17. Both are evaluated, as mteb does, if both are named."""
-    parts = [task for task in mteb_results.select(["MTEB(eng, v2)", "STS17"]) if task.metadata.name == "STS17"]
+    parts = [task for task in mteb_selection.select(["MTEB(eng, v2)", "STS17"]) if task.metadata.name == "STS17"]
     assert [len(task.hf_subsets) == 1 for task in parts] == [True, False]
-    (german,) = mteb_results.select(["STS17"], languages=["deu"])
+    (german,) = mteb_selection.select(["STS17"], languages=["deu"])
     assert german.hf_subsets == ["en-de"]
-    again = [task for task in mteb_results.select(["MTEB(eng, v2)"]) if task.metadata.name == "STS17"]
+    again = [task for task in mteb_selection.select(["MTEB(eng, v2)"]) if task.metadata.name == "STS17"]
     assert again[0].hf_subsets == parts[0].hf_subsets  # a choice of languages does not last
 
 
@@ -89,9 +89,24 @@ def test_subsets_of_a_benchmark_are_not_those_of_the_task():
         (["--eval-tasks", "STS21"], "STS21: mteb knows no such task or benchmark; did you mean STS2"),
         (["--eval-tasks", "tests"], "tests: --results is for tasks of mteb; evaluate folders and files without it"),
         (["--eval-tasks", "VisRAGRetArxivQA"], "about text, image; only tasks of text"),
+        (["--eval-tasks", "nanobeir"], "nanobeir: mteb knows no such task or benchmark; did you mean NanoBEIR?"),
+        (["--eval-tasks", "sts12"], "did you mean STS12?"),
+        (["--eval-tasks", "Mock"], "did you mean mock?"),
+        (["--eval-tasks", "MockSTSTasks"], "did you mean MockSTSTask?"),
+        (["--eval-tasks", "MockVisualSTS"], "about image; only tasks of text"),
+        (["--eval-tasks", "mock", "--task-types", "sts"], "did you mean STS?"),
         (["--eval-tasks", "STS12", "--languages", "deu"], "STS12: no task has one of these --languages"),
-        (["--eval-tasks", "STS17", "--languages", "German"], "--languages German: mteb's codes have three letters"),
-        (["--eval-tasks", "STS17", "--languages", "German"], "did you mean deu?"),
+        (["--eval-tasks", "STS12", "--languages", "deu"], "there are the types STS and the languages eng"),
+        (["--eval-tasks", "STS17", "--languages", "German"], "--languages German: mteb knows no such code; they are"),
+        (["--eval-tasks", "STS17", "--languages", "German"], "did you mean deu? The tasks that you name have ara, deu"),
+        (
+            ["--eval-tasks", "STS17", "--languages", "zzz"],
+            "eng or deu-Latn. The tasks that you name have ara, deu, eng",
+        ),
+        (["--eval-tasks", "STS17", "--languages", "en"], "did you mean eng?"),
+        (["--eval-tasks", "STS17", "--languages", "ENG"], "did you mean eng?"),
+        (["--eval-tasks", "STS17", "--languages", "Latn"], "--languages Latn: mteb knows no such code"),
+        (["--eval-tasks", "MTEB(Multilingual, v2)", "--languages", "zzz"], " more"),
         (["--eval-tasks", "mock", "--task-types", "Clustring"], "knows no such type; did you mean Clustering?"),
         ([], "--results: name tasks or benchmarks of mteb by --eval-tasks"),
         (["--eval-tasks", "STS12", "--output", "x.json"], "--output: not with --results"),
@@ -113,8 +128,22 @@ def test_flags_of_results_need_results(capsys):
 
 
 def test_a_benchmark_without_results_is_explained():
-    with pytest.raises(UserError, match="NanoBEIR is a benchmark; eval.py evaluates its tasks with --results"):
-        mteb_tasks.load("NanoBEIR")
+    for name in ("NanoBEIR", "mock"):
+        with pytest.raises(UserError, match=f"{name} is a benchmark; eval.py evaluates its tasks with --results"):
+            mteb_tasks.load(name)
+    with pytest.raises(UserError, match="MockSTSTask is a mock task of mteb; eval.py evaluates it with --results"):
+        mteb_tasks.load("MockSTSTask")
+    with pytest.raises(UserError, match="neither a folder nor an MTEB task; close: NanoMSMARCORetrieval$"):
+        mteb_tasks.load("nanomsmarcoretrieval")
+
+
+def test_mock_tasks_have_names_of_their_own():
+    """mteb's `get_task` does not know them."""
+    everything = mocks()
+    for task in everything:
+        (named,) = mteb_selection.select([task.metadata.name])
+        assert type(named) is type(task)
+    assert len(mteb_selection.select(["mock", "MockSTSTask"])) == len(everything)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -131,7 +160,7 @@ def test_prompts_of_a_file_come_before_the_models_own(minilm, tmp_path, monkeypa
     given = {"Banking77Classification.v2": "Instruct: {instruction}\nText: "}
     given |= {"STS": "alike: ", "Retrieval-query": "find: ", "MockSummarizationTask": "sum: ", "document": "d: "}
     file.write_text(json.dumps(given))
-    prompts = mteb_results.read_prompts(file, mocks())
+    prompts = mteb_selection.read_prompts(file, mocks())
     encoder = mteb_models.as_mteb(model, mteb_models.describe(model), prompts)
     seen = []
 
@@ -174,7 +203,7 @@ def test_files_of_prompts_that_do_not_fit(content, message, tmp_path):
     file = tmp_path / "prompts.json"
     file.write_text(content)
     with pytest.raises(UserError, match=message):
-        mteb_results.read_prompts(file, [])
+        mteb_selection.read_prompts(file, [])
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -203,7 +232,7 @@ def counted(monkeypatch) -> list[str]:
 def test_a_run_is_read_by_mteb_and_goes_on_where_it_was_killed(minilm, tmp_path, capsys, counted, monkeypatch):
     from mteb import ResultCache
 
-    tasks = mteb_results.select(["mock"], types=["PairClassification", "STS"])
+    tasks = mteb_selection.select(["mock"], types=["PairClassification", "STS"])
     names = [task.metadata.name for task in tasks]
     run = command(minilm, tmp_path, "--eval-tasks", "mock", "--task-types", "PairClassification", "STS")
     with monkeypatch.context() as killed:
@@ -223,9 +252,10 @@ def test_a_run_is_read_by_mteb_and_goes_on_where_it_was_killed(minilm, tmp_path,
     assert [*dict.fromkeys(counted)] == names[1:]
     shown = capsys.readouterr()
     assert f"{broken}: not complete" in shown.err
-    broken.write_text("{}")  # JSON, and no result
-    assert evaluation.main(run) == 0
-    assert f"{broken}: not complete" in capsys.readouterr().err
+    for content in ("{}", "[]"):  # JSON, and no result
+        broken.write_text(content)
+        assert evaluation.main(run) == 0
+        assert f"{broken}: not complete" in capsys.readouterr().err
 
     results = ResultCache(tmp_path).load_results(tasks=tasks)
     (model,) = results.model_results
@@ -236,8 +266,8 @@ def test_a_run_is_read_by_mteb_and_goes_on_where_it_was_killed(minilm, tmp_path,
     scores = dict(zip(table["task_name"], table[model.model_name], strict=True))
     rows = [line.split() for line in shown.out.splitlines() if line.lstrip().startswith("Mock")]
     assert {*scores} == {*names} and len(rows) == len(names)
-    for name, row in zip(names, rows, strict=True):  # a long name goes on in the next line
-        assert name.startswith(row[0]) and row[-1] == f"{scores[name]:.4f}"
+    for name, row in zip(names, rows, strict=True):
+        assert name == row[0] and row[-1] == f"{scores[name]:.4f}"
     assert f"{np.mean([*scores.values()]):.4f}" in next(x for x in shown.out.splitlines() if "Mean (Task)" in x)
 
     counted.clear()
@@ -245,6 +275,55 @@ def test_a_run_is_read_by_mteb_and_goes_on_where_it_was_killed(minilm, tmp_path,
     assert capsys.readouterr().out == shown.out
     assert evaluation.main([*run[:-2], "STS", "--overwrite"]) == 0
     assert [*dict.fromkeys(counted)] == [name for name in names if "STS" in name]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"name": "m"}', "[]", '{"na', None])
+def test_a_model_meta_that_is_not_whole_is_written_again(minilm, tmp_path, capsys, counted, content):
+    """Regression: `{}` was called another model's results, and what was cut off stayed so if no task was left to do."""
+    from mteb import ResultCache
+
+    run = command(minilm, tmp_path, "--eval-tasks", "MockSTSTask")
+    assert evaluation.main(run) == 0
+    (meta,) = tmp_path.glob("results/*/*/model_meta.json")
+    whole = json.loads(meta.read_text())
+    meta.unlink() if content is None else meta.write_text(content)
+    counted.clear()
+    capsys.readouterr()
+    assert evaluation.main(run) == 0 and not counted
+    state = "missing" if content is None else "not complete"
+    assert f"{meta}: {state}; written again" in capsys.readouterr().err
+    assert json.loads(meta.read_text()) == whole
+    ResultCache._get_model_name_and_revision_from_path.cache_clear()
+    (model,) = ResultCache(tmp_path).load_results(tasks=mocks("MockSTSTask")).model_results
+    assert model.model_revision == meta.parent.name
+
+
+def test_two_runs_at_once(minilm, tmp_path, capsys, monkeypatch):
+    """mteb merges what both would write into one file."""
+    run = command(minilm, tmp_path, "--eval-tasks", "MockSTSTask")
+    within = mteb_results._evaluate
+
+    def beside(*arguments):
+        assert evaluation.main(run) == 2
+        assert "another process evaluates" in capsys.readouterr().err.splitlines()[-1]
+        return within(*arguments)
+
+    monkeypatch.setattr(mteb_results, "_evaluate", beside)
+    assert evaluation.main(run) == 0
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_has_whole_names(capsys, monkeypatch, width):
+    from mlx_retrieval.utils.console import console
+
+    monkeypatch.setattr(console(), "_width", width)
+    scores = [(task.metadata.name, task.metadata.type, task.metadata.main_score, 0.5) for task in mocks()]
+    mteb_results.print_table(mteb_results.Run("m", Path(), scores, {"Mean (Task)": 0.5}, {}))
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.endswith("0.5000 ")]
+    assert [row[0] for row in rows[:-1]] == [name for name, *_ in scores]
+    assert all(row[-2] == metric for row, (*_, metric, _) in zip(rows, scores, strict=False))
+    assert ("BitextMining " in out) == (width == 120) and max(map(len, out.splitlines())) <= width
 
 
 def test_languages_are_added_to_what_is_there(minilm, tmp_path, capsys, counted):
@@ -325,6 +404,44 @@ def test_hub_layouts_of_every_type(kind, minilm, no_hub, tmp_path, capsys):
     assert result.dataset_revision == task.metadata.dataset["revision"]
     assert f"{result.get_score():.4f}" in capsys.readouterr().out
     assert result.get_score() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("status", "address", "message"),
+    [
+        ("gated", "{hub}", "is a gated dataset on the Hub. Visit the dataset page"),  # as datasets says it
+        ("missing", "{hub}", "doesn't exist on the Hub or cannot be accessed"),
+        ("", "{hub}/else", "/else (HF_ENDPOINT) answers 404"),
+        ("", "http://127.0.0.1:9", "http://127.0.0.1:9 (HF_ENDPOINT) does not answer"),
+        ("", "huggingface.co", "HF_ENDPOINT is 'huggingface.co', which is no address of a Hub"),
+    ],
+)
+def test_why_data_cannot_be_had(minilm, tmp_path, capsys, monkeypatch, status, address, message):
+    """One line, within seconds."""
+    import datasets
+    import hub_stub
+    from huggingface_hub import constants
+
+    with hub_stub.serving() as hub:
+        address = address.format(hub=hub.url)
+        for name, value in {"ENDPOINT": address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "c")}.items():
+            monkeypatch.setattr(constants, name, value)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        hub.tokens["secret"] = "alice"
+        if status == "gated":
+            hub.repositories["mteb/sts12-sts"] = hub_stub.Repository({"main": {"README.md": b""}}, gated="all")
+        mteb_tasks._hub_answers.cache_clear()
+        try:
+            assert evaluation.main(command(minilm, tmp_path, "--eval-tasks", "STS12")) == 2
+        finally:
+            mteb_tasks._hub_answers.cache_clear()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: STS12: ")]
+    assert message in line, line
 
 
 def test_a_bundle_has_the_mean_of_its_parts(minilm, tmp_path):

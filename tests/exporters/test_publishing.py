@@ -105,7 +105,7 @@ def test_files_that_are_there(hub, folder):
     old = {"README.md": b"old", "model.safetensors.index.json": b"{}", ".gitattributes": b"x"}
     hub.repositories["alice/old"] = repository = Repository({"main": dict(old)})
     with pytest.raises(
-        UserError, match=r"holds 2 files already \(README.md, model.safetensors.index.json\); --overwrite"
+        UserError, match=r"holds 2 files already \(README.md, model.safetensors.index.json\); --overwrite-repository"
     ):
         push(folder, "alice/old")
     assert not hub.writes and repository.branches["main"] == old
@@ -113,6 +113,22 @@ def test_files_that_are_there(hub, folder):
     assert repository.branches["main"].keys() == {".gitattributes", *publishing.file_sizes(folder)}
     assert (lines["replaced"], lines["removed"]) == ("README.md", "model.safetensors.index.json")
     assert "removed" not in push(folder, "alice/old", overwrite=True)
+
+
+def test_the_folder_and_the_repository_are_overwritten_by_flags_of_their_own(hub, best, tmp_path):
+    """Neither flag replaces what the other is for: a folder has no history, and a mistyped name is somebody's model."""
+    output, old = tmp_path / "out", {"README.md": b"old"}
+    hub.repositories["alice/old"] = repository = Repository({"main": dict(old)})
+    flags = {"adapter": best, "push_to_hub": "alice/old", "skip_library_check": True}
+    run_export(output, adapter=best)
+    (output / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="alice/old: holds 1 file already .*--overwrite-repository replaces"):
+        run_export(output, **flags, overwrite=True)
+    with pytest.raises(UserError, match=f"--output {output}: an export is in this folder; --overwrite replaces it"):
+        run_export(output, **flags, overwrite_repository=True)
+    assert (output / "README.md").read_text() == "mine" and repository.branches["main"] == old
+    run_export(output, **flags, overwrite=True, overwrite_repository=True)
+    assert repository.branches["main"]["README.md"] == (output / "README.md").read_bytes() != b"mine"
 
 
 def test_a_branch_of_its_own(hub, folder):
@@ -156,8 +172,8 @@ def test_names(name, message):
 
 
 def test_flags_that_need_a_repository():
-    for flags in ({"private": True}, {"revision": "v1"}):
-        with pytest.raises(UserError, match=f"--{next(iter(flags))} is for --push-to-hub"):
+    for flags in ({"private": True}, {"revision": "v1"}, {"overwrite_repository": True}):
+        with pytest.raises(UserError, match=f"--{next(iter(flags)).replace('_', '-')} is for --push-to-hub"):
             export.Export(output="out", model="m", **flags)
 
 
@@ -207,11 +223,60 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, best, tmp_path,
     assert "--private: alice/my-model is on the Hub already, and public" in line and not hub.writes
 
 
+@pytest.mark.parametrize("owner", ["alice", "bob"])
+def test_a_gated_repository_is_not_a_missing_one(hub, best, tmp_path, capsys, owner):
+    """Regression: the error of huggingface_hub is one of missing repositories, and the export went on to make it."""
+    hub.repositories[f"{owner}/closed"] = Repository({"main": {}}, gated="all")
+    line = refusal(best, tmp_path / "out", capsys, f"{owner}/closed")
+    assert line.endswith(
+        f"{owner}/closed is gated: log in (set HF_TOKEN, or run hf auth login) and ask for access on "
+        f"{hub.url}/{owner}/closed"
+    )
+    assert not hub.writes and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("gated", ["all", "files"])
+def test_models_that_are_gated_private_or_missing_are_told_apart(hub, gated):
+    hub.repositories["bob/closed"] = Repository({"main": {"config.json": b"{}", "model.safetensors": b""}}, gated=gated)
+    with pytest.raises(UserError) as caught:
+        embedder.load("bob/closed")
+    assert "not from the Hub: bob/closed is gated: log in (" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"127.0.0.1:\d+ has no bob/mine, or it is private: .*log in") as caught:
+        embedder.load("bob/mine")
+    assert "\n" not in str(caught.value)
+    hub.tokens.clear()
+    with pytest.raises(UserError, match="does not know the token: set HF_TOKEN"):
+        embedder.load("bob/mine")
+
+
+@pytest.mark.parametrize("address", ["huggingface.co", "", "ftp://hub.test", "http://"])
+def test_an_address_that_is_none(best, tmp_path, capsys, monkeypatch, address):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    line = refusal(best, tmp_path / "out", capsys)
+    assert f"HF_ENDPOINT is {address!r}, which is no address of a Hub such as https://huggingface.co" in line
+    with pytest.raises(UserError, match="and HF_ENDPOINT is"):
+        embedder.load("bob/mine")
+
+
+def test_an_address_of_something_else(hub, best, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", f"{hub.url}/else")
+    monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/else")
+    line = refusal(best, tmp_path / "out", capsys)
+    assert f"{hub.url}/else (HF_ENDPOINT) answers 404 (no such address: /else/api/whoami-v2" in line
+    with pytest.raises(UserError, match=r"else \(HF_ENDPOINT\) answers 404"):
+        embedder.load("bob/mine")
+
+
 def test_no_network(hub, best, tmp_path, capsys, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "cannot reach http://127.0.0.1:9 (" in refusal(best, tmp_path / "out", capsys)
+    assert "http://127.0.0.1:9 cannot be reached (" in refusal(best, tmp_path / "out", capsys)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal(best, tmp_path / "out", capsys)
     assert not (tmp_path / "out").exists()
@@ -219,7 +284,9 @@ def test_no_network(hub, best, tmp_path, capsys, monkeypatch):
 
 def test_a_hub_that_fails(hub, folder):
     hub.fails_at = "/commit/"
-    with pytest.raises(UserError, match=r"^--push-to-hub alice/my-model: the Hub answers 500 \(out of order\)$"):
+    with pytest.raises(
+        UserError, match=r"^--push-to-hub alice/my-model: http://127.0.0.1:\d+ answers 500 \(out of order\)$"
+    ):
         push(folder)
     assert not hub.repositories["alice/my-model"].commits
 

@@ -23,10 +23,11 @@ import yaml
 
 @dataclass
 class Repository:
-    """What the stub knows of a repository: the files of each branch, its visibility, the messages of its commits."""
+    """What the stub knows of a repository: the files of each branch, who may see them, the messages of its commits."""
 
     branches: dict[str, dict[str, bytes]]
     private: bool = False
+    gated: str = ""  # "files" = they are only for those who were let in; "all" = so is the list of them
     commits: list[str] = field(default_factory=list)
 
     def sha(self, branch: str) -> str:
@@ -129,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(403, f"Forbidden: you have no write access to {name}")
         if name not in self.hub.repositories:
             raise RefusedError(404, "Repository not found", "RepoNotFound")
+        if self.hub.repositories[name].gated in ("all", "files" if "/resolve/" in self.path else "all"):
+            raise RefusedError(403, f"Access to model {name} is restricted", "GatedRepo")
         return self.hub.repositories[name]
 
     def _files(self, name: str, revision: str) -> dict[str, bytes]:
@@ -250,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "hookOutput": ""})
 
 
-NAME, API = r"(?P<name>[\w.-]+/[\w.-]+)", r"/api/models/(?P<name>[\w.-]+/[\w.-]+)"
+NAME, API = r"(?P<name>[\w.-]+/[\w.-]+)", r"/api/(?:models|datasets)/(?P<name>[\w.-]+/[\w.-]+)"
 ROUTES = (
     ("GET", "/api/whoami-v2", _Handler._whoami),
     ("POST", "/api/repos/create", _Handler._create),
@@ -264,5 +267,5 @@ ROUTES = (
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", _Handler._batch),
     ("PUT", r"/objects/(?P<oid>\w+)", _Handler._put),
     ("POST", "/verify", _Handler._verify),
-    ("GET HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler._file),
+    ("GET HEAD", rf"/(?:datasets/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler._file),
 )
