@@ -2,6 +2,7 @@
 
     python benchmarks/limit.py --data ../shared/data/medquad
     python benchmarks/limit.py --model FOLDER --texts 300 --batch-size 64 --rounds 5
+    python benchmarks/limit.py --profile                       and where the rest of the time goes (Linux, needs perf)
 
 1. GFLOP/s of float32 products of the model's own shapes, computed by the toolkit's own worker threads or one at a time
    by all cores of the BLAS, whichever is faster. Nothing else is computed meanwhile: no step can be faster than this.
@@ -16,6 +17,7 @@ optimizer take time and no FLOP here. Figures in benchmarks/README.md.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlx_retrieval.backend import mx, nn
 
+import samples
 import sides
 import train_speed
 
@@ -135,6 +138,19 @@ def report(name: str, measured: tuple[float, float, float], flops: float, least:
     print(line, flush=True)
 
 
+def print_profile(name: str, function: Callable[[], float], rounds: int) -> None:
+    """Print which share of the cores' time each kind of work takes, and how much of it they are busy."""
+    began, used = time.perf_counter(), time.process_time()
+    with samples.sampled() as shares:
+        for _ in range(rounds):
+            function()
+    wall, used = time.perf_counter() - began, time.process_time() - used
+    cores = backend.blas.cores()
+    print(f"\n{name}: where the time goes; {cores} cores, {used / wall / cores:.0%} busy")
+    for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
+        print(f"{share:8.1%}  {kind}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="minilm", help="minilm, gemma (270m's shape, random weights) or a folder")
@@ -143,6 +159,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="rows of a training step")
     parser.add_argument("--max-length", type=int, default=256, help="most tokens of a text")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes; Linux, needs perf")
     args = parser.parse_args()
 
     folder = sides.model_folder(args.model)
@@ -169,12 +186,14 @@ def main() -> None:
 
     least = flop_of_a_token(shapes, 0, attention_flop(backbone, width, lengths), "forward")
     report(f"embedding {len(texts):,} texts", best(embed, args.rounds), flops, least)
+    if args.profile:
+        print_profile("embedding", embed, args.rounds)
 
     with tempfile.TemporaryDirectory() as scratch:
         rows = sides.write_distinct(args.data, Path(scratch) / "rows.jsonl")
         trainer = train_speed.prepared(folder, rows, args.batch_size, args.max_length).trainer
-        stream, trained_lengths = trainer.batches.stream(0, args.rounds + 3), []
-        steps = iter(range(1, args.rounds + 2))
+        stream, trained_lengths = trainer.batches.stream(0, 2 * args.rounds + 3), []
+        steps = itertools.count(1)
 
         def train() -> float:
             batch = next(stream)
@@ -187,6 +206,8 @@ def main() -> None:
         attention, adapters = attention_flop(backbone, width, trained_lengths), adapter_size(trainer.model.backbone)
         kinds = [flop_of_a_token(shapes, adapters, attention, kind) for kind in ("training", "repeated")]
         report(f"training, batch {args.batch_size}", measured, flops, *kinds)
+        if args.profile:
+            print_profile("training", train, args.rounds)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import as_a_mac
 import gate
 import growth
 import limit
+import samples
 import train_speed
 
 from mlx_retrieval.inference import embedder
@@ -191,3 +192,30 @@ def test_a_script_finds_the_toolkit_without_installing_it(tmp_path):
     code = f"import sys; sys.path.insert(0, {folder!r}); import variants"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- samples.py -------------------------------------------------------------------------------------------------------
+
+REPORT = """
+# To display the perf.data header info, please use --header/--header-only options.
+    36.00%  libmkl_avx512.so.3     [.] mkl_blas_avx512_sgemm_kernel_0
+     6.00%  libmkl_avx512.so.3     [.] mkl_blas_avx512_sgemm_kernel_nocopy_nt_b0
+     5.50%  libmkl_avx512.so.3     [.] mkl_blas_avx512_sgemm_scopy_right8_ea
+     7.00%  libmlx.so              [.] mlx::core::(anonymous namespace)::copy_general_general<float, float>
+     4.50%  libEf4IErfFHf4_1234_contiguous.so  [.] Ef4IErfFHf4_1234_contiguous
+     3.25%  [kernel.kallsyms]      [k] do_sched_yield
+     2.75%  libpython3.11.so.1.0   [.] _PyEval_EvalFrameDefault
+"""
+
+
+def test_samples_are_sorted_by_what_is_done():
+    assert samples.by_kind(REPORT.splitlines()) == pytest.approx(
+        {
+            "products": 0.42,
+            "products: packing of the factors": 0.055,
+            "copies": 0.07,
+            "fused: activation": 0.045,
+            "threads that wait for work": 0.0325,
+            "Python, graphs and the rest": 0.0275,
+        }
+    )

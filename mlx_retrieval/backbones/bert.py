@@ -9,7 +9,7 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
-from mlx_retrieval.backbones.ops import attention
+from mlx_retrieval.backbones.ops import Linear, attention
 from mlx_retrieval.backbones.parts import Embeddings, Layer, Output, join_heads, split_heads
 from mlx_retrieval.utils.errors import UserError
 
@@ -24,9 +24,9 @@ class SelfAttention(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         size = config["hidden_size"]
-        self.query = nn.Linear(size, size)
-        self.key = nn.Linear(size, size)
-        self.value = nn.Linear(size, size)
+        self.query = Linear(size, size)
+        self.key = Linear(size, size)
+        self.value = Linear(size, size)
         self._heads = config["num_attention_heads"]
 
     def __call__(self, x: mx.array, real: mx.array) -> mx.array:

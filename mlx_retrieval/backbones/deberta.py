@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
-from mlx_retrieval.backbones.ops import ACTIVATIONS, attention
+from mlx_retrieval.backbones.ops import ACTIVATIONS, Linear, attention
 from mlx_retrieval.backbones.parts import Embeddings, Layer, Output, join_heads, split_heads
 from mlx_retrieval.backbones.positions import biased_attention, hide_padding, signed_buckets, skewed
 
@@ -70,9 +70,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         size, heads = config["hidden_size"], config["num_attention_heads"]
         width = heads * (config.get("attention_head_size") or size // heads)
-        self.query_proj = nn.Linear(size, width)
-        self.key_proj = nn.Linear(size, width)
-        self.value_proj = nn.Linear(size, width)
+        self.query_proj = Linear(size, width)
+        self.key_proj = Linear(size, width)
+        self.value_proj = Linear(size, width)
         self._parts = position_parts(config) if config.get("relative_attention") else ()
         self._scale = (width // heads * (1 + len(position_parts(config)))) ** -0.5
         self._heads, self._shared = heads, config.get("share_att_key", False)
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         if not self._shared:
             for part, name in ((KEYS, "pos_key_proj"), (QUERIES, "pos_query_proj")):
                 if part in self._parts:
-                    self[name] = nn.Linear(size, width)
+                    self[name] = Linear(size, width)
 
     def __call__(self, x: mx.array, real: mx.array, distances: mx.array | None = None) -> mx.array:
         """Return (R, L, width) of x (R, L, D).

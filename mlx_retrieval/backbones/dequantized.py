@@ -4,7 +4,7 @@ dequantize(backbone, "auto")            # changes what the layers compute with, 
 describe(backbone)                      # "4 bits, computed as float32 copies (0.5 GB) ..."
 
 On CPUs, mlx's product with packed weights is about twenty times slower than BLAS's in float32 (benchmarks/README.md).
-GPUs have fast ones: nothing here changes a model there. A copy is a plain `nn.Linear` or `nn.Embedding`, which knows
+GPUs have fast ones: nothing here changes a model there. A copy is a plain `Linear` or `nn.Embedding`, which knows
 by its `packed` what it was, so that fingerprints, estimates and checks still see a quantised model. Mixtures' stacks
 of experts stay packed.
 """
@@ -18,6 +18,7 @@ from mlx_retrieval.backend import device_memory, mx, nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_retrieval import backend
+from mlx_retrieval.backbones.ops import Linear
 from mlx_retrieval.utils.text import gb
 
 QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -122,7 +123,7 @@ def _parts(module: nn.Module) -> list[mx.array]:
 
 def _copy(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     """Return a plain layer with the values of a quantised one."""
-    kind = nn.Linear if isinstance(module, nn.QuantizedLinear) else nn.Embedding
+    kind = Linear if isinstance(module, nn.QuantizedLinear) else nn.Embedding
     copy = kind.__new__(kind)  # its __init__ would draw random numbers
     nn.Module.__init__(copy)
     weight, *scales = _parts(module)

@@ -9,7 +9,7 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens, with_usual_names
 from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
-from mlx_retrieval.backbones.ops import ACTIVATIONS, attention
+from mlx_retrieval.backbones.ops import ACTIVATIONS, Linear, attention
 from mlx_retrieval.backbones.parts import Embeddings, join_heads, split_heads
 
 MODEL_TYPES = ("distilbert",)
@@ -21,7 +21,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
-            self[name] = nn.Linear(config["dim"], config["dim"])
+            self[name] = Linear(config["dim"], config["dim"])
         self._heads = config["n_heads"]
 
     def __call__(self, x: mx.array, real: mx.array) -> mx.array:
@@ -32,8 +32,8 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
-        self.lin1 = nn.Linear(config["dim"], config["hidden_dim"])
-        self.lin2 = nn.Linear(config["hidden_dim"], config["dim"])
+        self.lin1 = Linear(config["dim"], config["hidden_dim"])
+        self.lin2 = Linear(config["hidden_dim"], config["dim"])
         self._activation = ACTIVATIONS[config.get("activation", "gelu")]
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from mlx_retrieval.backend import mx, nn
 
-from mlx_retrieval.backbones.ops import merged_linear, saved_linear
+from mlx_retrieval.backbones.ops import Linear, merged_linear, saved_linear
 
 
 def mergeable(model: nn.Module) -> list[nn.Module]:
@@ -16,7 +16,7 @@ def mergeable(model: nn.Module) -> list[nn.Module]:
     for module in model.modules() if adapters else []:
         if not isinstance(module, adapters.LoRALinear) or module.dropout._p_1 < 1:
             continue
-        if type(module.linear) is nn.Linear and module.linear.weight.dtype == mx.float32:
+        if type(module.linear) in (nn.Linear, Linear) and module.linear.weight.dtype == mx.float32:
             if not hasattr(type(module), "_merged"):
                 module.__class__ = _merging(type(module))
             layers.append(module)

@@ -11,7 +11,7 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
-from mlx_retrieval.backbones.ops import ACTIVATIONS
+from mlx_retrieval.backbones.ops import ACTIVATIONS, Linear
 from mlx_retrieval.utils.errors import UserError
 
 MODEL_TYPES = ("modernbert",)
@@ -60,8 +60,8 @@ class Attention(nn.Module):
     def __init__(self, config: dict, rope_base: float):
         super().__init__()
         size, bias = config["hidden_size"], config.get("attention_bias", False)
-        self.Wqkv = nn.Linear(size, 3 * size, bias=bias)
-        self.Wo = nn.Linear(size, size, bias=bias)
+        self.Wqkv = Linear(size, 3 * size, bias=bias)
+        self.Wo = Linear(size, size, bias=bias)
         self._heads, self._rope_base = config["num_attention_heads"], rope_base
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
@@ -80,8 +80,8 @@ class MLP(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         size, inner, bias = config["hidden_size"], config["intermediate_size"], config.get("mlp_bias", False)
-        self.Wi = nn.Linear(size, 2 * inner, bias=bias)
-        self.Wo = nn.Linear(inner, size, bias=bias)
+        self.Wi = Linear(size, 2 * inner, bias=bias)
+        self.Wo = Linear(inner, size, bias=bias)
         self._activation = ACTIVATIONS[config.get("hidden_activation", "gelu")]
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ from mlx_retrieval.backend import mx, nn
 
 from mlx_retrieval.backbones.base import Backbone, check_activation, check_sizes, real_tokens
 from mlx_retrieval.backbones.hub import encoder_tensors, load_strictly
+from mlx_retrieval.backbones.ops import Linear
 from mlx_retrieval.backbones.parts import Embeddings, Layer, join_heads, split_heads
 from mlx_retrieval.backbones.positions import biased_attention, bucket_bias, hide_padding
 
@@ -26,10 +27,10 @@ class SelfAttention(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         size = config["hidden_size"]
-        self.q = nn.Linear(size, size)
-        self.k = nn.Linear(size, size)
-        self.v = nn.Linear(size, size)
-        self.o = nn.Linear(size, size)
+        self.q = Linear(size, size)
+        self.k = Linear(size, size)
+        self.v = Linear(size, size)
+        self.o = Linear(size, size)
         self._heads = config["num_attention_heads"]
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:

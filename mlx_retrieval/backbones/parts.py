@@ -5,7 +5,7 @@ Parameters get the names that the checkpoints give them; where these differ betw
 
 from mlx_retrieval.backend import mx, nn
 
-from mlx_retrieval.backbones.ops import ACTIVATIONS, attention
+from mlx_retrieval.backbones.ops import ACTIVATIONS, Linear, attention
 from mlx_retrieval.backbones.positions import Rope
 
 
@@ -45,7 +45,7 @@ class Embeddings(nn.Module):
         if types:
             self.token_type_embeddings = nn.Embedding(types, width)
         if width != size:
-            self.embed_proj = nn.Linear(width, size, bias=False)
+            self.embed_proj = Linear(width, size, bias=False)
         self.LayerNorm = nn.LayerNorm(size, eps=eps)
         self._first_position, self._last_position = first_position, positions - 1
 
@@ -72,7 +72,7 @@ class Output(nn.Module):
 
     def __init__(self, width: int, config: dict):
         super().__init__()
-        self.dense = nn.Linear(width, config["hidden_size"])
+        self.dense = Linear(width, config["hidden_size"])
         self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config.get("layer_norm_eps", 1e-12))
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
@@ -82,7 +82,7 @@ class Output(nn.Module):
 class Intermediate(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
-        self.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
+        self.dense = Linear(config["hidden_size"], config["intermediate_size"])
 
 
 class Layer(nn.Module):
@@ -134,8 +134,8 @@ class RotaryAttention(nn.Module):
         width, keys = width or size // heads, keys or heads
         widths = {"q_proj": heads * width, "k_proj": keys * width, "v_proj": keys * width}
         for name, outputs in ({packed: sum(widths.values())} if packed else widths).items():
-            self[name] = nn.Linear(size, outputs, bias=bias)
-        self[out] = nn.Linear(heads * width, size, bias=bias)
+            self[name] = Linear(size, outputs, bias=bias)
+        self[out] = Linear(heads * width, size, bias=bias)
         self._heads, self._keys, self._rope, self._packed, self._out = heads, keys, rope, packed, out
 
     def __call__(self, x: mx.array, real: mx.array) -> mx.array:
@@ -171,8 +171,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         gate, up, down = names
         for name in {gate: None, up: None}:
-            self[name] = nn.Linear(size, 2 * inner if gate == up else inner, bias=bias)
-        self[down] = nn.Linear(inner, size, bias=down_bias)
+            self[name] = Linear(size, 2 * inner if gate == up else inner, bias=bias)
+        self[down] = Linear(inner, size, bias=down_bias)
         self._activation, self._names = ACTIVATIONS[activation], names
 
     def __call__(self, x: mx.array) -> mx.array:
