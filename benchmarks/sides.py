@@ -239,18 +239,31 @@ class Peer:
         return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False)
 
 
-def sentence_transformer(folder: str, max_length: int | None = None):
-    """Return the peer's model in evaluation mode, on the GPU if there is one, else on all cores."""
+def late_folder(folder: str) -> str:
+    """Return the folder of a late-interaction model over a backbone, with a seeded projection, that both sides read."""
+    target = CACHE / f"late-{Path(folder).parent.name}-{Path(folder).name}"
+    if not target.exists():
+        draft = target.with_name(f"{target.name}.{os.getpid()}")
+        sentence_transformer(folder, late=True).save(str(draft))
+        draft.rename(target)
+    return str(target)
+
+
+def sentence_transformer(folder: str, max_length: int | None = None, late: bool = False):
+    """Return the peer's model in evaluation mode, on the GPU if there is one, else on all cores.
+
+    `late`: a vector for each token, with a seeded projection if the folder has none.
+    """
     import torch
     import transformers
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     gpu = torch.accelerator.current_accelerator(check_available=True)
-    model = SentenceTransformer(folder, device=str(gpu or "cpu"))
+    model = (MultiVectorEncoder if late else SentenceTransformer)(folder, device=str(gpu or "cpu"))
     model.max_seq_length = max_length or model.max_seq_length
     return model.eval()
 

@@ -6,11 +6,14 @@
     python benchmarks/train_speed.py --against reference --rounds 1
     python benchmarks/train_speed.py --compile on --peer-tokens 0 16384 65536    # on a GPU; all of gpu_check.sh
     python benchmarks/train_speed.py --batches 32,64,128,256 --picture benchmarks/train_speed.png
+    python benchmarks/train_speed.py --train-type full
+    python benchmarks/train_speed.py --task late --batch-size 64
 
 Rows of MedQuAD at their real lengths, LoRA r = 16 on all linear layers, AdamW, clipping, the loss over the full batch.
+A late model's projection is trained as well, by both sides.
 Against sentence-transformers both sides have the same weights, rows and limits, and their first losses must agree. Of
-the mini-batches that --peer-tokens names, the peer gets that with which it is fastest; which one, is printed. A turn is
-a whole step, from texts to updated weights. Figures in benchmarks/README.md.
+the mini-batches that --peer-tokens names, the peer gets that with which it is fastest on a quarter of each batch; which
+one, is printed. A turn is a whole step, from texts to updated weights. Figures in benchmarks/README.md.
 """
 
 import argparse
@@ -24,10 +27,12 @@ from pathlib import Path
 import sides
 from sides import Side, Turn
 
-TEMPERATURE, LEARNING_RATE = 0.05, 2e-4
+TEMPERATURE, LATE_TEMPERATURE, LEARNING_RATE = 0.05, 1.0, 2e-4  # of late models: the peer's default
 MICRO_BATCH_ROWS = 16  # of the reference design
 PEER_TOKENS = (0, 2_048, 4_096, 8_192, 16_384)  # the peer's mini_batch_num_tokens; 0 = mini-batches of 32 rows
+ROLES = ("query", "document")
 NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "reference": "reference design"}
+LATE_NAME = "CachedMultiVectorMultipleNegativesRankingLoss"
 
 
 def prepared(
@@ -38,6 +43,8 @@ def prepared(
     micro_batch_tokens: int | str = 0,
     compile: str = "auto",
     dequantize: str = "auto",
+    task: str = "embed",
+    train_type: str = "lora",
 ):
     """Return a run of the toolkit that is ready to take steps; see `run.prepare`."""
     from mlx_retrieval import backend
@@ -46,13 +53,15 @@ def prepared(
     backend.prepare()  # as commands do
     settings = config.Settings(
         model=model,
+        task=task,
+        train_type=train_type,
         data=[str(rows)],
         batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
         compile=compile,
         dequantize=dequantize,
         max_length=max_length,
-        temperature=TEMPERATURE,
+        temperature=LATE_TEMPERATURE if task == "late" else TEMPERATURE,
         learning_rate=LEARNING_RATE,
         schedule="constant",
         warmup=0,
@@ -64,9 +73,17 @@ def prepared(
 
 
 def ours(
-    model: str, rows: Path, batch_size: int, max_length: int, budget: int | str, compile: str, steps: int
+    model: str,
+    rows: Path,
+    batch_size: int,
+    max_length: int,
+    budget: int | str,
+    compile: str,
+    task: str,
+    train_type: str,
+    steps: int,
 ) -> Callable:
-    trainer = prepared(model, rows, batch_size, max_length, budget, compile).trainer
+    trainer = prepared(model, rows, batch_size, max_length, budget, compile, task=task, train_type=train_type).trainer
     # Two more than are used, so that every step has another batch built beside it, as in a long run.
     stream = trainer.batches.stream(0, steps + 2)
 
@@ -90,21 +107,27 @@ def texts_of_batches(rows: Path, batch_size: int, steps: int) -> list[list[tuple
     return [[(read[i].query, read[i].positive) for i in batches.row_numbers(k)] for k in range(steps)]
 
 
-def sentence_transformers(model: str, batches: list, max_length: int, budget: int) -> Callable[[int], Turn]:
+def sentence_transformers(
+    model: str, batches: list, max_length: int, task: str, train_type: str, budget: int
+) -> Callable[[int], Turn]:
     import peft
     import torch
+    from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     # Stays in evaluation mode: the toolkit has no dropout by default, and so the losses can be compared.
-    peer = sides.sentence_transformer(model, max_length)
-    linear = [name for name, module in peer[0].model.named_modules() if isinstance(module, torch.nn.Linear)]
-    targets = [name for name in linear if "pooler" not in name]
-    config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
-    peft.inject_adapter_in_model(config, peer[0].model)  # `add_adapter` asks for a peft that is not out yet
-    loss_of = CachedMultipleNegativesRankingLoss(
-        peer, scale=1 / TEMPERATURE, mini_batch_size=32, mini_batch_num_tokens=budget or None
-    )
-    parameters = [p for p in peer.parameters() if p.requires_grad]
+    peer = sides.sentence_transformer(model, max_length, late=task == "late")
+    if train_type == "lora":
+        linear = [name for name, module in peer[0].model.named_modules() if isinstance(module, torch.nn.Linear)]
+        targets = [name for name in linear if "pooler" not in name]
+        config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
+        peft.inject_adapter_in_model(config, peer[0].model)  # `add_adapter` asks for a peft that is not out yet
+    mini_batches = {"mini_batch_size": 32, "mini_batch_num_tokens": budget or None}
+    if task == "late":
+        loss_of = CachedMultiVectorMultipleNegativesRankingLoss(peer, scale=1 / LATE_TEMPERATURE, **mini_batches)
+    else:
+        loss_of = CachedMultipleNegativesRankingLoss(peer, scale=1 / TEMPERATURE, **mini_batches)
+    parameters = [p for name, p in peer.named_parameters() if p.requires_grad and "pooler" not in name]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     seen: list[int] = []  # padded tokens of every mini-batch; all go through the model twice
     peer[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]["input_ids"].numel()))
@@ -112,7 +135,8 @@ def sentence_transformers(model: str, batches: list, max_length: int, budget: in
     def turn(k: int) -> Turn:
         seen.clear()
         began = time.perf_counter()
-        features = [peer.preprocess(list(texts)) for texts in zip(*batches[k], strict=True)]
+        columns = zip(*batches[k], strict=True)
+        features = [peer.preprocess(list(texts), task=role) for texts, role in zip(columns, ROLES, strict=True)]
         tokens = sum(int(side["attention_mask"].sum()) for side in features)
         features = [{n: v.to(peer.device) if torch.is_tensor(v) else v for n, v in side.items()} for side in features]
         optimizer.zero_grad()
@@ -181,25 +205,27 @@ def reference(model: str, rows: Path, batch_size: int, max_length: int) -> Calla
 def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -> tuple[Side, Side, float]:
     """Return both sides after their turns, and the ratio."""
     steps = 1 + args.rounds
-    how = args.micro_batch_tokens, args.compile, steps
+    kind = args.task, args.train_type
+    how = args.micro_batch_tokens, args.compile, *kind, steps
     with Side("this toolkit", ours, model, rows, batch_size, args.max_length, *how) as our:
-        name = NAMES[args.against]
+        name = LATE_NAME if args.task == "late" else NAMES[args.against]
         if args.against == "reference":
             # Steps of minutes: without warm-up, for what it compiles or allocates is nothing beside them.
             their = Side(name, reference, model, rows, args.reference_batch_size, args.max_length, warm_up=0)
         else:
             texts = sides.in_child(texts_of_batches, rows, batch_size, steps)
-            budget = best_budget(args.peer_tokens, model, texts, args.max_length)
-            their = Side(name, sentence_transformers, model, texts, args.max_length, budget)
+            budget = best_budget(args.peer_tokens, model, texts, args.max_length, *kind)
+            their = Side(name, sentence_transformers, model, texts, args.max_length, *kind, budget)
         with their:
             return our, their, sides.take_turns(our, their, args.rounds)
 
 
-def best_budget(budgets: list[int], model: str, texts: list, max_length: int) -> int:
-    """Return that of `budgets` with which the peer is fastest, alone on the machine."""
+def best_budget(budgets: list[int], model: str, texts: list, max_length: int, task: str, train_type: str) -> int:
+    """Return that of `budgets` with which the peer is fastest, alone on the machine, on a quarter of the batches."""
+    quarter = [batch[: max(32, len(batch) // 4)] for batch in texts]
 
     def side(budget: int) -> Side:
-        return Side(budget_name(budget), sentence_transformers, model, texts, max_length, budget)
+        return Side(budget_name(budget), sentence_transformers, model, quarter, max_length, task, train_type, budget)
 
     return sides.fastest(budgets, side, turns=2)
 
@@ -264,6 +290,8 @@ def tokens(text: str) -> int | str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", choices=NAMES, default="sentence-transformers", help="the other side")
+    parser.add_argument("--task", choices=("embed", "late"), default="embed", help="late: one vector a token")
+    parser.add_argument("--train-type", choices=("lora", "full"), default="lora", help="full: all weights")
     parser.add_argument("--model", default="minilm", help="minilm, gemma (270m's shape, random weights) or a folder")
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl")
     parser.add_argument("--batch-size", type=int, default=256, help="rows that one loss sees")
@@ -280,14 +308,21 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw throughput against the batch")
     args = parser.parse_args()
     sizes = [int(size) for size in args.batches.split(",")] if args.batches else [args.batch_size]
+    if args.against == "reference" and (args.task, args.train_type) != ("embed", "lora"):
+        parser.error("--against reference: only with --task embed and --train-type lora")
     model, machine = sides.model_folder(args.model), sides.machine()
+    if args.task == "late":
+        model = sides.in_child(sides.late_folder, model)
     print(machine)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         rows = sides.write_distinct(args.data, Path(folder) / "rows.jsonl")
         for size in sizes:
             *pair, ratio = results[size] = compare(args, model, rows, size)
-            print(f"\n{args.model}, batch {size}, up to {args.max_length} tokens, medians of {args.rounds} rounds")
+            kind = f"{args.task}, {args.train_type}"
+            print(
+                f"\n{args.model}, {kind}, batch {size}, up to {args.max_length} tokens, medians of {args.rounds} rounds"
+            )
             print("\n".join(table(pair, ratio)), flush=True)
             if args.against == "reference":
                 print(f"reference design: batch {args.reference_batch_size}, no warm-up; compare tokens/s, not steps")
@@ -299,7 +334,7 @@ def main() -> None:
             speeds = [side.median(lambda t: t.throughput) for side in (our, their)]
             print(f"{size:>6}{speeds[0]:>16,.0f}{speeds[1]:>18,.0f}{ratio:>8.2f}")
     if args.picture:
-        draw(results, f"Training {args.model} on MedQuAD with LoRA", machine, args.picture)
+        draw(results, f"Training {args.model} on MedQuAD ({args.task}, {args.train_type})", machine, args.picture)
         print(args.picture)
 
 
