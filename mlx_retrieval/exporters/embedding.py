@@ -133,7 +133,11 @@ class EmbeddingWriter:
             rows = max(settings.get("vocab_size", 0), self.tokenizer.tokenizer.get_vocab_size())
             described = (folder, config, self.tokenizer, backbone.hidden_size, rows)
             if job.format == "mlx":
-                self._note("layout", mlx_layout.write(*described, self.model_type))
+                two_sided = backbone.bidirectional and self.model_type not in ENCODERS
+                settings |= mlx_layout.settings(config, self.model_type)
+                reader = {"model_type": self.model_type, "two_sided_decoder": two_sided}
+                for note in mlx_layout.write(*described, reader):
+                    self._note("layout", note)
             else:
                 sentence_transformers_files.write(*described)
         config_json.write(folder, settings)  # transformers reads it to load the tokenizer

@@ -12,16 +12,18 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
+import random_encoders
 import random_models
 from exported import read_json, run_export
 from random_rerankers import make_qwen_tokenizer
 from trained_models import trained
 
-from mlx_retrieval.exporters import parity
+from mlx_retrieval.exporters import mlx_layout, parity
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 
 TEXTS = ["a kidney stone is a hard piece of material", "the cat", "what is it"]
-POOLED_AS_THERE = {"bert": "mean", "xlm-roberta": "mean", "qwen3": "last"}
+POOLED_AS_THERE = [(kind, pooling) for kind, poolings in mlx_layout.POOLING.items() for pooling in poolings]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def bases(tmp_path_factory):
             if kind == "qwen3"
             else {"max_position_embeddings": 200, "pad_token_id": 0}
         )
-        random_models.save(kind, folder, **wide)
+        (random_encoders if kind == "modernbert" else random_models).save(kind, folder, **wide)
         return make_qwen_tokenizer(folder) if kind == "qwen3" else random_models.word_tokenizer(folder)
 
     return of
@@ -53,17 +55,69 @@ def quick_check(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("kind", POOLED_AS_THERE)
-def test_the_same_vectors(bases, tmp_path, capsys, kind, bits):
+@pytest.mark.parametrize(("kind", "pooling"), POOLED_AS_THERE)
+def test_the_same_vectors(bases, tmp_path, capsys, kind, pooling, bits):
     library = pytest.importorskip("mlx_embeddings")
-    _, adapter = trained(bases(kind), tmp_path / "run" / "final", pooling=POOLED_AS_THERE[kind])
+    _, adapter = trained(bases(kind), tmp_path / "run" / "final", pooling=pooling)
     folder = run_export(tmp_path / "out", adapter=adapter, format="mlx", quantize=bits)
-    assert "mlx-embeddings" not in capsys.readouterr().out
+    assert "mlx-embeddings gives" not in capsys.readouterr().out
     ours = embedder.load(folder)
     model, tokenizer = library.load(str(folder))
     for text in TEXTS:
         found = library.generate(model, tokenizer, [text]).text_embeds
         assert float(np.array(found.astype(mx.float32))[0] @ ours.encode([text])[0]) > 0.99999
+
+
+def test_which_families_are_loaded():
+    """Of those that it does not know, the library says so."""
+    pytest.importorskip("mlx_embeddings")
+    from mlx_embeddings.utils import _get_model_arch
+
+    from mlx_retrieval.backbones import ENCODERS
+
+    for kind in (*ENCODERS, "qwen2", "qwen3", "llama", "gemma3_text", "mistral", "lfm2"):
+        if kind in mlx_layout.MLX_EMBEDDINGS:
+            _get_model_arch({"model_type": kind})
+        else:
+            with pytest.raises(ValueError, match="not supported"):
+                _get_model_arch({"model_type": kind})
+
+
+FRAME, PROMPT = {"pool_special": False}, {"pool_prompt": False, "query_prompt": "find: "}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "two_sided", "told"),
+    [
+        ("qwen3", {"pooling": "last"}, False, []),
+        ("qwen3", {"pooling": "last"}, True, ["mlx-embeddings: before it alone", "MLXEmbedders: before it alone"]),
+        ("qwen3", FRAME, False, ["mlx-embeddings: the last of all", "MLXEmbedders: the tokenizer's own tokens count"]),
+        ("qwen2", {"pooling": "last"}, True, ["not for mlx-embeddings and MLXEmbedders, which do not load it"]),
+        ("gemma3_text", {}, False, ["not for mlx-embeddings and MLXEmbedders, which do not load it"]),
+        ("bert", {}, False, []),
+        ("bert", FRAME, False, ["mlx-embeddings: own tokens count", "MLXEmbedders: own tokens count"]),
+        ("bert", PROMPT, False, ["mlx-embeddings: prompt's tokens count", "MLXEmbedders: prompt's tokens count"]),
+        ("bert", {"normalize": False}, False, ["mlx-embeddings: vectors have unit length"]),
+        ("bert", {"pooling": "cls"}, False, ["mlx-embeddings: the mean of all", "MLXEmbedders: the pooler's output"]),
+        ("bert", {"dense": [{}]}, False, ["MLXEmbedders: dense layers are left out"]),
+        ("modernbert", {"pooling": "cls"}, False, ["not for MLXEmbedders, which does not load it"]),
+        ("nomic_bert", {}, False, ["not for mlx-embeddings, which does not load it"]),
+    ],
+)
+def test_what_other_readers_would_make_of_a_model(kind, fields, two_sided, told):
+    """They ignore in silence what they do not read."""
+    notes = mlx_layout.notes(RetrievalConfig(**{"pooling": "mean"} | fields), kind, two_sided)
+    assert len(notes) == len(told)
+    for note, (reader, _, text) in zip(notes, (line.partition(": ") for line in told), strict=True):
+        assert note.startswith(f"{reader} gives other vectors: " if text else reader) and text in note
+
+
+def test_a_decoder_that_attends_to_both_sides_is_told(tmp_path, capsys):
+    base = make_qwen_tokenizer(random_models.save("qwen3", tmp_path / "base", vocab_size=640))
+    _, adapter = trained(base, tmp_path / "run" / "final", pooling="last", bidirectional=True)
+    run_export(tmp_path / "out", adapter=adapter, format="mlx")
+    out = capsys.readouterr().out
+    assert out.count("gives other vectors: a token attends to those before it alone") == 2
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -77,7 +131,7 @@ def test_pooling_is_described_as_sentence_transformers_does(bases, tmp_path, cap
     assert flags["word_embedding_dimension"] == 64
     kinds = [module["type"].rpartition(".")[2] for module in read_json(folder, "modules.json")]
     assert kinds == ["Transformer", "Pooling", "Normalize"]
-    told = "mlx-embeddings gives other vectors: for bert, the mean of all tokens" in capsys.readouterr().out
+    told = "mlx-embeddings gives other vectors: the mean of all tokens is taken for bert" in capsys.readouterr().out
     assert told == (pooling == "cls")
     assert {"pooler.dense.weight", "pooler.dense.bias"} <= mx.load(str(folder / "model.safetensors")).keys()
 
