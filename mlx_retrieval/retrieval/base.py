@@ -1,6 +1,6 @@
 """Types that the search indices share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ class Within(NamedTuple):
     ids: tuple[str, ...] | None = None  # of the chunks; None = any
     languages: tuple[str, ...] = ()  # one of these; () = any
     paths: tuple[str, ...] = ()  # files or folders, * and ? stand for any characters; () = any
+    rows: tuple[int, ...] = ()  # of the chunks in `ids`, as hits name them: they are found faster; () = not known
 
 
 EVERYWHERE = Within()
@@ -72,6 +73,13 @@ class Hit:
     name: str
     text: str
     score: float
+    row: int | None = field(default=None, compare=False, repr=False)  # where the index keeps it, if it says so
+
+
+def among(hits: Sequence[Hit]) -> Within:
+    """Return a condition that exactly these chunks meet."""
+    rows = tuple(hit.row for hit in hits if hit.row is not None)
+    return Within(ids=tuple(hit.id for hit in hits), rows=rows if len(rows) == len(hits) else ())
 
 
 def sort_hits(hits: Iterable[Hit]) -> list[Hit]:

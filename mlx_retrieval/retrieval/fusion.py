@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from mlx_retrieval.retrieval.base import EVERYWHERE, Hit, IndexInfo, Within, sort_hits
+from mlx_retrieval.retrieval.base import EVERYWHERE, Hit, IndexInfo, Within, among, sort_hits
 from mlx_retrieval.utils.errors import UserError
 
 FUSIONS = ("scores", "ranks")
@@ -109,12 +109,12 @@ def complete(
     """
     hits = {hit.id: hit for hit in (*words, *meaning)}
     by_words, by_meaning = ({hit.id: hit.score for hit in found} for found in (words, meaning))
-    if len(words) == pool and (missing := [name for name in by_meaning if name not in by_words]):
-        by_words |= {hit.id: hit.score for hit in index.bm25(query, len(missing), Within(ids=tuple(missing)))}
-    if missing := [name for name in by_words if name not in by_meaning]:
+    if len(words) == pool and (missing := [hit for hit in meaning if hit.id not in by_words]):
+        by_words |= {hit.id: hit.score for hit in index.bm25(query, len(missing), among(missing))}
+    if missing := [hit for hit in words if hit.id not in by_meaning]:
         # What a token of the query is imputed depends on all candidates.
-        names = tuple(hits) if index.info.impute else tuple(missing)
-        by_meaning |= {hit.id: hit.score for hit in index.semantic(vector, len(names), Within(ids=names))}
+        some = list(hits.values()) if index.info.impute else missing
+        by_meaning |= {hit.id: hit.score for hit in index.semantic(vector, len(some), among(some))}
     first = {hit.id for found in (words, meaning) for hit in found[:POOL]}
     # Words: a chunk that the index does not return shares none with the query, and BM25 gives it 0.
     return [

@@ -23,13 +23,15 @@ import numpy as np
 from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.retrieval import lance_tables
 from mlx_retrieval.retrieval.analyzer import analyzer
-from mlx_retrieval.retrieval.base import EVERYWHERE, FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, Within, sort_hits
+from mlx_retrieval.retrieval.base import EVERYWHERE, FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, Within
 from mlx_retrieval.retrieval.fields import check_weights
 from mlx_retrieval.retrieval.lance_errors import plain_errors, reason_of, searching, writing
+from mlx_retrieval.retrieval.lance_tables import HIT_COLUMNS, hit, hits
 from mlx_retrieval.retrieval.late_chunks import TOKENS, LateChunks
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_parent
+from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.progress import Progress
 from mlx_retrieval.utils.text import shell
 
@@ -44,7 +46,6 @@ OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", REBUILT, *TABLES})
 # so nothing is missed (benchmarks/search_latency.py). The size of a partition is given, not their number: LanceDB would
 # merge a given number into a few large ones.
 PARTITIONS_FROM, PARTITION_SIZE, PROBES = 10_000, 1_000, 250
-HIT_COLUMNS = ["path", "line", "end_line", "language", "kind", "name", "text"]
 Vectors = np.ndarray | list[np.ndarray]  # (N, D) float32; late interaction: N arrays (L, D)
 
 
@@ -272,8 +273,8 @@ class Index:
             return []
         self.chunks.checkout_latest()
         search = _filtered(self.chunks.search(MatchQuery(terms, "tokens"), query_type="fts"), within)
-        rows = search.select(["id", *HIT_COLUMNS, "_score"]).limit(top).to_list()
-        return sort_hits(_hit(row, row["_score"]) for row in rows)
+        rows = search.select(["id", *HIT_COLUMNS, "_score"]).with_row_id(True).limit(top).to_list()
+        return hits(((row, row["_score"]) for row in rows), within)
 
     @searching
     def semantic(self, vector: np.ndarray, top: int, within: Within = EVERYWHERE) -> list[Hit]:
@@ -284,13 +285,21 @@ class Index:
         self.chunks.checkout_latest()
         if self.late:
             scores = dict(self.late.search(vector, top, within))
-            rows = self.chunks.take_row_ids(list(scores)).select(["id", *HIT_COLUMNS]).with_row_id().to_list()
-            return sort_hits(_hit(row, scores[row["_rowid"]]) for row in rows)
+            rows = self._rows(list(scores))
+            return hits(((row, scores[row["_rowid"]]) for row in rows), within)
+        if within.rows:  # LanceDB would look through the whole table for them
+            rows = self._rows(within.rows, "vector")
+            scores = product(np.array([row["vector"] for row in rows], np.float32).reshape(-1, len(vector)), vector)
+            return hits(zip(rows, scores.tolist(), strict=True), within)[:top]
         search = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
         # Chunks that are named are compared one by one.
         search = _filtered(search if within.ids is None else search.bypass_vector_index(), within)
-        rows = search.select(["id", *HIT_COLUMNS, "_distance"]).limit(top).to_list()
-        return sort_hits(_hit(row, 1 - row["_distance"]) for row in rows)
+        rows = search.select(["id", *HIT_COLUMNS, "_distance"]).with_row_id(True).limit(top).to_list()
+        return hits(((row, 1 - row["_distance"]) for row in rows), within)
+
+    def _rows(self, numbers: Sequence[int], *columns: str) -> list[dict[str, Any]]:
+        """Return the rows with these ids; those that were removed meanwhile are left out."""
+        return self.chunks.take_row_ids(list(numbers)).select(["id", *HIT_COLUMNS, *columns]).with_row_id().to_list()
 
     @searching
     def chunk_texts(self) -> list[dict[str, Any]]:
@@ -318,7 +327,7 @@ class Index:
     def _stored(self, condition: str) -> list[Hit]:
         self.chunks.checkout_latest()
         rows = self.chunks.search().where(condition).select(["id", *HIT_COLUMNS]).limit(None).to_list()
-        return sorted((_hit(row, 0.0) for row in rows), key=lambda hit: (hit.line, int(hit.id.rpartition("#")[2])))
+        return sorted((hit(row, 0.0) for row in rows), key=lambda found: (found.line, int(found.id.rpartition("#")[2])))
 
     @searching
     def count(self, within: Within = EVERYWHERE) -> int:
@@ -359,10 +368,6 @@ def install(folder: Path) -> None:
             (source / name).rename(folder / name)
     (source / FILE).rename(folder / FILE)
     shutil.rmtree(source, ignore_errors=True)
-
-
-def _hit(row: dict[str, Any], score: float) -> Hit:
-    return Hit(id=row["id"], score=score, **{name: row[name] for name in HIT_COLUMNS})
 
 
 def _filtered(search: Any, within: Within) -> Any:

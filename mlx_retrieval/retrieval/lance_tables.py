@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_retrieval.retrieval.analyzer import LONGEST, analyzer
-from mlx_retrieval.retrieval.base import FileRecord, IndexInfo, Within
+from mlx_retrieval.retrieval.base import FileRecord, Hit, IndexInfo, Within, sort_hits
 from mlx_retrieval.retrieval.fields import fields_of, stream
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXTS = ("id", "path", "file_hash", "language", "kind", "name", "context", "text", "tokens")
+HIT_COLUMNS = ["path", "line", "end_line", "language", "kind", "name", "text"]
 PATHS_AT_ONCE = 500  # in one filter
 
 
@@ -78,7 +79,9 @@ def index_words(table: Any) -> None:
 def condition(within: Within) -> str:
     """Return a SQL condition on chunks; "" = none."""
     conditions = []
-    if within.ids is not None:
+    if within.rows:
+        conditions.append(f"_rowid IN ({', '.join(map(str, within.rows))})")
+    elif within.ids is not None:
         conditions.append(f"id IN ({_quoted(within.ids)})" if within.ids else "false")
     if within.languages:
         conditions.append(f"language IN ({_quoted(within.languages)})")
@@ -104,6 +107,22 @@ def _pattern(path: str) -> str:
         return ".*"
     pattern = re.escape(path.removeprefix("./").rstrip("/")).replace(r"\*", ".*").replace(r"\?", ".")
     return f"(.*/)?{pattern}(/.*)?" if "/" not in path.rstrip("/") else f"{pattern}(/.*)?"
+
+
+# --- hits ---
+
+
+def hit(row: dict[str, Any], score: float) -> Hit:
+    """Return a row of chunks.lance as a hit."""
+    return Hit(id=row["id"], score=score, row=row.get("_rowid"), **{name: row[name] for name in HIT_COLUMNS})
+
+
+def hits(scored: Iterable[tuple[dict[str, Any], float]], within: Within) -> list[Hit]:
+    """Return rows with their scores as hits, best first.
+
+    `within`: what was searched; after a rebuild, a row that it names may hold another chunk, which is left out.
+    """
+    return sort_hits(hit(row, score) for row, score in scored if not within.rows or row["id"] in within.ids)
 
 
 # --- upkeep ---

@@ -60,7 +60,7 @@ class LateChunks:
             return []
         among = None if len(self._numbers) == len(self._index) else self._numbers
         if within != EVERYWHERE:
-            chosen = self._slots(within)["_rowid"].to_numpy()
+            chosen = within.rows or self._slots(within)["_rowid"].to_numpy()
             among = self._numbers[np.isin(self._rows, chosen)]
         best = self._index.best(query, top, among)
         rows = self._rows[np.searchsorted(self._numbers, [number for number, _ in best])]

@@ -156,6 +156,10 @@ def test_chunks_that_are_named_are_scored_as_among_all(searcher):
         found = {hit.id: hit.score for hit in search_in(Within(ids=names))}
         assert found == pytest.approx({name: everywhere[name] for name in names}, abs=1e-6)
         assert search_in(Within(ids=())) == []
+        rows = tuple(hit.row for hit in search_in() if hit.id in names)
+        assert {hit.id: hit.score for hit in search_in(Within(ids=names, rows=rows))} == pytest.approx(found, abs=1e-6)
+        # Rows that are gone, or that became other chunks when the index was rebuilt meanwhile, are left out.
+        assert [hit.id for hit in search_in(Within(ids=names[:1], rows=(*rows, 1 << 40)))] == [names[0]]
 
 
 def test_an_index_keeps_its_own_weight(indexed, tmp_path):
