@@ -1,43 +1,39 @@
 """Late interaction in a compressed index: what is lost, how large it is, and how fast, beside fast-plaid.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/late_index.py --data ../shared/data/medquad --work FOLDER     # an hour on 2 cores, at first
-    python benchmarks/late_index.py --work FOLDER --parts quality --chunks 5000
-    python benchmarks/late_index.py --work FOLDER --parts quality peer --peer-python fast-plaid-venv/bin/python
+    python benchmarks/late_index.py --work FOLDER           # an hour on 2 cores at first, then ten minutes
+    python benchmarks/late_index.py --work FOLDER --peer-python fast-plaid-venv/bin/python
+    python benchmarks/late_index.py --work FOLDER --parts quality --bits 2/2        # 2 bits, token pooling by 2
 
 Trains all-MiniLM-L6-v2 on MedQuAD as a late-interaction model of 128 dimensions, and embeds chunks of 120 tokens: the
 documents of MedQuAD's test folder, and pieces of its other documents and of Python's standard library, half and half.
 MedQuAD's test questions, and docstrings, search among them.
 
-quality  recall@10 of exhaustive MaxSim over the vectors as they are, and nDCG@10 of the questions, by bits and pooling
-size     MB on disk, memory and time of a search in an index of 100,000 chunks: the real ones, and copies of them in
-         which a fifth of the tokens come from other chunks; in a process of its own
+quality  recall@10 of exhaustive MaxSim over the vectors as they are, and nDCG@10 of the questions, by bits; the share
+         of the ten best that the candidates hold, and recall where all chunks are decoded
+peer     the same of fast-plaid, by bits and probes
+size     MB on disk, memory, time and recall@10 in an index of 100,000 chunks: the real ones, and cuts of them, each the
+         first half of one and the second half of another; in a process of its own
 
 What is in FOLDER from an earlier call is not computed again. Figures in benchmarks/README.md.
 """
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from sides import minilm
+from mlx_retrieval.backend import mx
 
-import train
+import numpy as np
+from late_vectors import DOCSTRINGS, SHARD, TOKENS, Corpus
+
 from mlx_retrieval import backend
-from mlx_retrieval.dataset import beir
 from mlx_retrieval.dataset.chunks import Chunk
-from mlx_retrieval.dataset.source_code.file_tree import walk
-from mlx_retrieval.evaluation.retrieval import score_rankings
-from mlx_retrieval.inference.embedder import load
-from mlx_retrieval.mining.code_pairs import pairs
 from mlx_retrieval.retrieval import late_interaction, residual_codes
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.lance_index import Index
@@ -45,198 +41,117 @@ from mlx_retrieval.retrieval.late_interaction import LateIndex
 from mlx_retrieval.retrieval.token_pooling import pool
 from mlx_retrieval.retrieval.token_store import Segment, TokenStore
 from mlx_retrieval.retrieval.token_vectors import TokenVectors
-from mlx_retrieval.training import config
 from mlx_retrieval.utils.console import print_lines, print_rows
 
 backend.prepare()  # as commands do
 
-TOKENS = 120  # of a chunk, special tokens included
-SHARD = 1_000  # chunks embedded and kept together
-VARIANTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (4, 3)]  # bits, pooling
-SWAPPED = 0.2  # share of a copied chunk's tokens that come from other chunks
-
-
-# --- vectors ---
-
-
-def trained(work: Path, data: Path) -> Path:
-    """Return the folder of the late-interaction model, trained if it is missing."""
-    folder = work / "model"
-    if not folder.is_dir():
-        train.train(
-            config.Settings(
-                model=minilm(), task="late", projection_dim=128, data=[str(data / "train.jsonl")], batch_size=64,
-                steps=24, learning_rate=5e-4, similar_rows=4, max_length=128, query_max_length=32, eval_tasks=[],
-                save_steps=0, output=str(folder),
-            )
-        )  # fmt: skip
-    return next(iter(sorted(folder.glob("step-*"))), folder / "final")
-
-
-def pieces_of(texts: Iterator[str], tokenizer) -> list[str]:
-    """Return pieces of texts, of TOKENS each together with the special tokens, in random order."""
-    found = []
-    for text in texts:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
-        size = TOKENS - 2
-        firsts = range(0, len(offsets) - size + 1, size)
-        found += [text[offsets[i][0] : offsets[i + size - 1][1]] for i in firsts]
-    random.Random(0).shuffle(found)
-    return found
-
-
-def chunk_texts(work: Path, data: Path) -> list[str]:
-    """Return the pieces: of MedQuAD's documents and of the standard library in turn."""
-    file = work / "chunks.json"
-    if not file.exists():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(minilm())
-        documents = {json.loads(line)["document"]: None for line in open(data / "train.jsonl")}
-        source = Path(sysconfig.get_paths()["stdlib"])
-        code = (source / path.path for path in walk(source, 1_000_000).files if path.path.endswith(".py"))
-        sides = (
-            pieces_of(iter(documents), tokenizer),
-            pieces_of((path.read_text("utf-8", "replace") for path in code), tokenizer),
-        )
-        file.write_text(json.dumps([text for pair in zip(*sides, strict=False) for text in pair]))
-    return json.loads(file.read_text())
-
-
-def vectors_of(work: Path, name: str, texts: Sequence[str], prompt: str, model) -> list[np.ndarray]:
-    """Return the token vectors of texts, embedded by `model()` if they are not in a file yet."""
-    file = work / "vectors" / f"{name}.npz"
-    if not file.exists():
-        vectors = model().encode(list(texts), prompt=prompt)
-        file.parent.mkdir(exist_ok=True)
-        np.savez(file, tokens=np.concatenate(vectors).astype(np.float16), lengths=[len(each) for each in vectors])
-    with np.load(file, allow_pickle=False) as arrays:
-        return np.split(arrays["tokens"].astype(np.float32), np.cumsum(arrays["lengths"])[:-1])
-
-
-class Corpus:
-    """Documents and queries with their vectors. The first documents are those of MedQuAD's test folder."""
-
-    def __init__(self, work: Path, data: Path, chunks: int):
-        def model():
-            if not loaded:
-                loaded.append(load(trained(work, data), max_length=TOKENS, query_max_length=32))
-            return loaded[0]
-
-        loaded: list = []
-        test = data / "test"
-        documents = {name: beir.document_text(*text) for name, text in beir.read_texts(test, "corpus").items()}
-        questions = {name: text for name, (_, text) in beir.read_texts(test, "queries").items()}
-        self.ids, self.query_ids = list(documents), list(questions)
-        self.texts = list(documents.values())
-        self.documents = vectors_of(work, "test", self.texts, "document", model)
-        pieces = chunk_texts(work, data)
-        for first in range(0, chunks - len(self.texts), SHARD):
-            shard = pieces[first : first + SHARD]
-            self.documents += vectors_of(work, f"shard{first // SHARD:02}", shard, "document", model)
-            self.texts += shard
-        self.questions = vectors_of(work, "queries", list(questions.values()), "query", model)
-        docstrings = work / "code-queries.json"
-        if not docstrings.exists():
-            found = [pair.query for pair in pairs([sysconfig.get_paths()["stdlib"]])]
-            docstrings.write_text(json.dumps(random.Random(1).sample(found, 200)))
-        self.docstrings = vectors_of(work, "code-queries", json.loads(docstrings.read_text()), "query", model)
-        self.qrels: dict[str, dict[str, int]] = {}
-        for line in (test / "qrels" / "test.tsv").read_text().splitlines()[1:]:
-            query, document, grade = line.split("\t")
-            self.qrels.setdefault(query, {})[document] = int(grade)
-
-    def ndcg(self, rankings: Sequence[list[tuple[int, float]]]) -> float:
-        """Return nDCG@10 of the questions."""
-        names = {i: name for i, name in enumerate(self.ids)}
-        ranked = {
-            query: {names.get(number, f"piece {number}"): score for number, score in ranking}
-            for query, ranking in zip(self.query_ids, rankings, strict=True)
-        }
-        scores = score_rankings(self.qrels, ranked)["ndcg_at_10"]
-        return sum(scores.values()) / len(scores)
+HALF = TOKENS // 2
 
 
 # --- quality ---
 
+Rankings = Sequence[list[tuple[int, float]]]
 
-def recall(exact: Sequence[list[tuple[int, float]]], rankings: Sequence[list[tuple[int, float]]]) -> float:
+
+def recall(exact: Rankings, rankings: Rankings) -> float:
     """Return the share of the exact ten best that is among the ten best."""
     kept = [len({n for n, _ in a} & {n for n, _ in b}) / len(a) for a, b in zip(exact, rankings, strict=True)]
     return sum(kept) / len(kept)
 
 
-def measure_quality(corpus: Corpus, variants: Sequence[tuple[int, int]]) -> None:
+def exhaustive(work: Path, corpus: Corpus) -> Rankings:
+    """Return the ten best of every query by the vectors as they are; kept in `work`."""
+    file = work / f"exact-{len(corpus.documents)}-{len(corpus.queries)}.json"
+    if not file.exists():
+        file.write_text(json.dumps(LateIndex(corpus.documents).search(corpus.queries, 10)))
+    return json.loads(file.read_text())
+
+
+def qualities(corpus: Corpus, exact: Rankings, rankings: Rankings) -> list[str]:
+    """Return recall@10 of questions and of docstrings, and nDCG@10 of the questions."""
+    asked = len(corpus.questions)
+    sides = ((exact[:asked], rankings[:asked]), (exact[asked:], rankings[asked:]))
+    return [*(f"{recall(*side):.4f}" for side in sides), f"{corpus.ndcg(rankings[:asked]):.4f}"]
+
+
+QUALITIES = ("recall@10 of questions", "of docstrings", "nDCG@10", "ms")
+
+
+def measure_quality(corpus: Corpus, exact: Rankings, variants: Sequence[str]) -> None:
     """Print what compression and candidates lose."""
-    queries, asked = corpus.questions + corpus.docstrings, len(corpus.questions)
-    exact = LateIndex(corpus.documents).search(queries, 10)
-    rows = [("as they are, all compared", "256", "1", "1", f"{corpus.ndcg(exact[:asked]):.4f}", "", "")]
-    for bits, pooling in variants:
+    rows = [("as they are, all compared", "256", *qualities(corpus, exact, exact), *[""] * 4)]
+    for variant in variants:
         began = time.perf_counter()
-        documents = [pool(each, pooling) for each in corpus.documents]
-        whole = TokenVectors.of(documents)
+        bits, pooling = bits_and_pooling(variant)
+        whole = TokenVectors.of([pool(each, pooling) for each in corpus.documents])
         chosen = np.random.default_rng(0).permutation(len(whole.vectors))[: late_interaction.SAMPLE]
         codebook = residual_codes.train(whole.vectors[chosen], bits)
-        coded = whole.coded(codebook)
-        seconds = time.perf_counter() - began
-        index = LateIndex([coded], codebook=codebook)
-        everything = np.arange(len(index))
-        began = time.perf_counter()
-        rankings = index.search(queries, 10)
-        milliseconds = 1e3 * (time.perf_counter() - began) / len(queries)
-        all_scores = [index.scores(query, everything) for query in queries[::5]]
-        full = [late_interaction._best(everything, scores, 10) for scores in all_scores]
+        index = LateIndex([whole.coded(codebook)], codebook=codebook)
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        rankings = index.search(corpus.queries, 10)
+        milliseconds = 1e3 * (time.perf_counter() - began) / len(rankings)
+        candidates = [index.candidates(query, late_interaction.CANDIDATES) for query in corpus.queries]
+        held = recall(exact, [[(number, 0.0) for number in numbers.tolist()] for numbers in candidates])
+        everything, some = np.arange(len(index)), slice(None, None, 20)
+        full = [late_interaction._best(everything, index.scores(q, everything), 10) for q in corpus.queries[some]]
         size = codebook.token_bytes * len(whole.vectors) / sum(map(len, corpus.documents))
-        rows.append(
-            (
-                f"{bits} bits, pooling {pooling}",
-                f"{size:.1f}",
-                f"{recall(exact[:asked], rankings[:asked]):.4f}",
-                f"{recall(exact[asked:], rankings[asked:]):.4f}",
-                f"{corpus.ndcg(rankings[:asked]):.4f}",
-                f"{recall(full, rankings[::5]):.4f}",
-                f"{milliseconds:.0f}",
-            )
-        )
-        print(*rows[-1], f"{len(codebook.centroids)} centroids, {seconds:.0f} s", flush=True)
-    columns = ("stored", "bytes a token", "recall@10 of questions", "of docstrings", "nDCG@10", "by candidates", "ms")
+        found = (*qualities(corpus, exact, rankings), f"{milliseconds:.0f}")
+        apart = (f"{held:.4f}", f"{recall(exact[some], rankings[some]):.4f} and {recall(exact[some], full):.4f}")
+        rows.append((f"{bits} bits, pooling {pooling}", f"{size:.1f}", *found, *apart, f"{seconds:.0f}"))
+        print(*rows[-1], f"{len(codebook.centroids)} centroids", flush=True)
+    columns = ("stored", "bytes a token", *QUALITIES, "candidates hold", "some queries, and of all", "s to encode")
     print_rows(f"{len(corpus.documents):,} chunks", columns, rows)
+
+
+def bits_and_pooling(variant: str) -> tuple[int, int]:
+    """Return the bits and the pooling of 4 or 2/2."""
+    bits, _, pooling = variant.partition("/")
+    return int(bits), int(pooling or 1)
 
 
 # --- size and speed ---
 
 
-def files_of(number: int, texts: Sequence[str]) -> list[tuple[FileRecord, list[Chunk]]]:
-    """Return files of ten chunks each."""
+def cuts(real: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers (count,) of the chunks that the first and the second half of every chunk come from."""
+    first, second = np.random.default_rng(0).integers(real, size=(2, count))
+    first[:real] = second[:real] = np.arange(real)
+    return first, second
+
+
+def files_of(first: int, texts: Sequence[str]) -> list[tuple[FileRecord, list[Chunk]]]:
+    """Return files of ten chunks each; the ids of chunks are 12#3 for number 123."""
     chunks = [Chunk(i + 1, i + 1, "text", "text", "", "", text) for i, text in enumerate(texts)]
-    names = [f"folder/{number}-{first}" for first in range(0, len(chunks), 10)]
+    names = [str((first + i) // 10) for i in range(0, len(chunks), 10)]
     return [(FileRecord(name, 1, 1, name, 10, ""), chunks[10 * i : 10 * i + 10]) for i, name in enumerate(names)]
 
 
-def build(folder: Path, corpus: Corpus, count: int, bits: int, pooling: int) -> dict[str, float]:
-    """Make an index of the real chunks, and bring it to `count` by copies. Return seconds a 1,000 real chunks."""
+def build(folder: Path, corpus: Corpus, count: int, variant: str) -> dict[str, float]:
+    """Make an index of the real chunks, and bring it to `count` by cuts. Return seconds a 1,000 real chunks."""
+    bits, pooling = bits_and_pooling(variant)
     info = IndexInfo("/", False, "made", "", 128, 2_000, 200, maxsim="mean", token_bits=bits, token_pooling=pooling)
-    index, began = Index.create(folder, info), time.perf_counter()
-    full = [i for i, each in enumerate(corpus.documents) if len(each) == TOKENS]
+    index, began, texts, full = Index.create(folder, info), time.perf_counter(), corpus.texts, corpus.full
     for first in range(0, len(full), SHARD):
         some = full[first : first + SHARD]
-        index.add(files_of(first, [corpus.texts[i] for i in some]), [corpus.documents[i] for i in some], set())
+        index.add(files_of(first, [texts[i] for i in some]), [corpus.documents[i] for i in some], set())
     index.finish()
     seconds = 1e3 * (time.perf_counter() - began) / len(full)
-    store, rng = index.late.store, np.random.default_rng(0)
-    tokens = TokenVectors(**{name: np.array(array) for name, array in store.segments()[-1].tokens.arrays.items()})
-    for segment in store.segments()[:-1]:
-        raise SystemExit(f"{segment.folder}: the real chunks should be one segment")
+    store = index.late.store
+    (segment,) = store.segments()[-1:]
+    assert len(segment.slots) == len(full), "the real chunks should be one segment"
+    codes = {name: np.array(array) for name, array in segment.tokens.arrays.items()}
+    tokens = TokenVectors(**codes)
     index.late.add = lambda part: add_codes(store, part)
+    heads, tails = cuts(len(full), count)
     for first in range(len(full), count, SHARD):
-        numbers = rng.integers(len(full), size=min(SHARD, count - first))
-        part = tokens.take(numbers)
-        swapped = rng.permutation(len(part.codes))[: int(SWAPPED * len(part.codes))]
-        others = rng.integers(len(tokens.codes), size=len(swapped))
-        part.centroids[swapped], part.codes[swapped] = tokens.centroids[others], tokens.codes[others]
-        index.add(files_of(first, [corpus.texts[full[i]] for i in numbers]), part, set())
+        a, b = heads[first : first + SHARD], tails[first : first + SHARD]
+        part, other = tokens.take(a), tokens.take(b)
+        for name in ("centroids", "codes") if pooling == 1 else ():
+            whole, tail = (getattr(each, name).reshape(len(a), TOKENS, -1) for each in (part, other))
+            whole[:, HALF:] = tail[:, HALF:]
+        pairs = ((texts[full[i]], texts[full[j]]) for i, j in zip(a, b, strict=True))
+        cut = [one[: len(one) // 2] + two[len(two) // 2 :] for one, two in pairs]
+        index.add(files_of(first, cut), part, set())
     index.finish()
     return {"s a 1,000 real chunks": seconds}
 
@@ -250,6 +165,28 @@ def add_codes(store: TokenStore, part: TokenVectors) -> np.ndarray:
     return slots
 
 
+def exhaustive_of_cuts(work: Path, corpus: Corpus, count: int, queries: Sequence[np.ndarray]) -> Rankings:
+    """Return the ten best of `count` chunks by their vectors as they are; kept in `work`."""
+    file = work / f"exact-cuts-{len(corpus.full)}-{count}-{len(queries)}.json"
+    if not file.exists():
+        vectors = np.stack([corpus.documents[i] for i in corpus.full]).astype(np.float16)  # (N, 120, d)
+        scores, (heads, tails) = np.empty((len(queries), count), np.float32), cuts(len(vectors), count)
+        tokens, firsts = np.concatenate(queries), np.cumsum([0, *map(len, queries)])[:-1]
+        # A token has the same similarities in every chunk: the best of the halves are computed once.
+        best = np.empty((2, len(vectors), len(tokens)), np.float32)
+        for first in range(0, len(vectors), 200):
+            block = vectors[first : first + 200].astype(np.float32)
+            similar = np.array(mx.array(block.reshape(-1, block.shape[-1])) @ mx.array(tokens).T)
+            best[:, first : first + 200] = similar.reshape(len(block), 2, HALF, -1).max(axis=2).swapaxes(0, 1)
+        for first in range(0, count, SHARD):
+            some = slice(first, first + SHARD)
+            of_tokens = np.maximum(best[0, heads[some]], best[1, tails[some]])
+            scores[:, some] = np.add.reduceat(of_tokens, firsts, axis=1).T
+        everything = np.arange(count)
+        file.write_text(json.dumps([late_interaction._best(everything, row, 10) for row in scores]))
+    return json.loads(file.read_text())
+
+
 def memory() -> dict[str, float]:
     """Return the resident memory of this process in MB, now and at its peak."""
     status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
@@ -258,25 +195,47 @@ def memory() -> dict[str, float]:
 
 
 def ask(folder: Path, queries: Sequence[np.ndarray]) -> None:
-    """Print the times and the memory of searches, as JSON; in a process of its own."""
+    """Print what searches find, their times and their memory, as JSON; in a process of its own."""
     began = time.perf_counter()
     index = Index.open(folder)
     index.semantic(queries[0], 10)
     first = time.perf_counter() - began
-    spent = []
+    spent, found = [], []
     for query in queries:
         began = time.perf_counter()
-        index.semantic(query, 10)
+        hits = index.semantic(query, 10)
         spent.append(1e3 * (time.perf_counter() - began))
+        found.append([(int(hit.id.replace("#", "")), hit.score) for hit in hits])
     times = {"first s": first, "p50 ms": np.median(spent[5:]), "p95 ms": np.percentile(spent[5:], 95)}
-    print(json.dumps(times | memory()))
+    print(json.dumps(times | memory() | {"found": found}))
 
+
+def measure_size(corpus: Corpus, work: Path, count: int, variants: Sequence[str]) -> None:
+    """Print the figures of a large index, by bits."""
+    rows, columns = [], ()
+    exact = exhaustive_of_cuts(work, corpus, count, corpus.some)
+    lengths = [len(query) for query in corpus.some]
+    np.savez(work / "vectors" / "some.npz", tokens=np.concatenate(corpus.some), lengths=lengths)
+    for variant in variants:
+        folder = work / f"index-{count}-{variant.replace('/', '-')}"
+        built = {} if (folder / "index.json").exists() else build(folder, corpus, count, variant)
+        figures = run_json(sys.executable, __file__, "--work", str(work), "--ask", str(folder))
+        figures |= {"recall@10": recall(exact, figures.pop("found")), "MB": megabytes(folder)}
+        figures |= {"of these tokens": megabytes(folder / "tokens")} | built
+        columns = tuple(figures)
+        rows.append(
+            (f"{variant} bits", *(f"{value:.3f}" if value < 2 else f"{value:.0f}" for value in figures.values()))
+        )
+        print(dict(zip(("stored", *columns), rows[-1], strict=True)), flush=True)
+
+
+# --- the peer ---
 
 PEER = """
 import json, resource, sys, time
 import numpy as np, torch
 from fast_plaid import search
-folder, vectors, bits = sys.argv[1:]
+folder, vectors, bits, docstrings = sys.argv[1:]
 torch.set_num_threads(2)
 index = search.FastPlaid(index=folder, device="cpu")
 
@@ -286,31 +245,35 @@ def read(name):
 
 began = time.perf_counter()
 index.create(documents_embeddings=[torch.from_numpy(each) for each in read("all")], nbits=int(bits))
-built = time.perf_counter() - began
-spent, found = [], []
-for query in [*read("queries"), *read("code-queries")]:
-    began = time.perf_counter()
-    ranking = index.search([torch.from_numpy(query)], top_k=10, show_progress=False)[0]
-    spent.append(1e3 * (time.perf_counter() - began))
-    found.append([[int(number), float(score)] for number, score in ranking])
-times = {"build s": built, "p50 ms": np.median(spent[5:]), "p95 ms": np.percentile(spent[5:], 95)}
-print(json.dumps(times | {"found": found}))
+results = {"built": time.perf_counter() - began}
+for probes in (8, 32):
+    spent, found = [], []
+    for query in [*read("queries"), *read("code-queries")[:int(docstrings)]]:
+        began = time.perf_counter()
+        asked = torch.from_numpy(query)[None]
+        ranking = index.search(asked, top_k=10, n_ivf_probe=probes, show_progress=False)[0]
+        spent.append(1e3 * (time.perf_counter() - began))
+        found.append([[int(number), float(score)] for number, score in ranking])
+    results[probes] = {"ms": np.median(spent[5:]), "found": found}
+print(json.dumps(results))
 """
 
 
-def measure_peer(corpus: Corpus, work: Path, python: str, widths: Sequence[int]) -> None:
-    """Print the same of fast-plaid, with its own defaults."""
+def measure_peer(corpus: Corpus, work: Path, exact: Rankings, python: str, widths: Sequence[int]) -> None:
+    """Print the same of fast-plaid: with its own number of probes, and with more."""
     lengths = [len(each) for each in corpus.documents]
     np.savez(work / "vectors" / "all.npz", tokens=np.concatenate(corpus.documents).astype(np.float16), lengths=lengths)
-    queries, asked = corpus.questions + corpus.docstrings, len(corpus.questions)
-    exact = LateIndex(corpus.documents).search(queries, 10)
+    rows = []
     for bits in widths:
         folder = work / f"fast-plaid-{bits}"
-        found = run_json(python, "-c", PEER, str(folder), str(work / "vectors"), str(bits))
-        rankings = found.pop("found")
-        found |= {"recall@10 of questions": recall(exact[:asked], rankings[:asked]), "MB": megabytes(folder)}
-        found |= {"of docstrings": recall(exact[asked:], rankings[asked:]), "nDCG@10": corpus.ndcg(rankings[:asked])}
-        print_lines([(f"fast-plaid, {bits} bits: {name}", f"{value:.4f}") for name, value in found.items()])
+        results = run_json(python, "-c", PEER, str(folder), str(work / "vectors"), str(bits), str(DOCSTRINGS))
+        seconds, size = results.pop("built"), 1e6 * megabytes(folder) / sum(lengths)
+        for probes, found in results.items():
+            quality = qualities(corpus, exact, found["found"])
+            rows.append(
+                (f"{bits} bits, {probes} probes", f"{size:.1f}", *quality, f"{found['ms']:.0f}", f"{seconds:.0f}")
+            )
+    print_rows("fast-plaid", ("stored", "bytes a token", *QUALITIES, "s to build"), rows)
 
 
 def run_json(*command: str) -> dict:
@@ -328,33 +291,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl and test")
     parser.add_argument("--work", required=True, help="folder of the model, vectors and indices")
-    parser.add_argument("--parts", nargs="+", default=["quality", "size"], choices=("quality", "size", "peer"))
-    parser.add_argument("--chunks", type=int, default=20_000, help="real ones, that are embedded")
+    parts = ("quality", "peer", "size")
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--chunks", type=int, default=4_163, help="real ones, of quality and peer")
+    parser.add_argument("--size-from", type=int, default=4_163, help="real ones of the large index")
     parser.add_argument("--size", type=int, default=100_000, help="chunks of the large index")
-    parser.add_argument("--bits", type=int, nargs="+", default=[1], help="of the large index, or of fast-plaid")
-    parser.add_argument("--pooling", type=int, default=1, help="of the large index")
-    parser.add_argument("--peer-python", help="a Python with fast-plaid")
+    parser.add_argument("--bits", nargs="+", default=["1", "2", "4"], help="of a dimension, and perhaps /pooling")
+    parser.add_argument("--peer-python", help="a Python with fast-plaid; left out without it")
     parser.add_argument("--ask", help="(internal) the index that this process searches")
     args = parser.parse_args()
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     if args.ask:
-        with np.load(work / "vectors" / "queries.npz", allow_pickle=False) as arrays:
-            return ask(Path(args.ask), np.split(arrays["tokens"].astype(np.float32), np.cumsum(arrays["lengths"])[:-1]))
+        with np.load(work / "vectors" / "some.npz", allow_pickle=False) as arrays:
+            return ask(Path(args.ask), np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]))
+    print_lines([("device", backend.describe())])
     corpus = Corpus(work, Path(args.data), args.chunks)
-    print_lines([("device", backend.describe()), ("chunks", f"{len(corpus.documents):,}")])
+    exact = exhaustive(work, corpus) if {"quality", "peer"} & set(args.parts) else []
     if "quality" in args.parts:
-        measure_quality(corpus, VARIANTS)
-    if "peer" in args.parts:
-        measure_peer(corpus, work, args.peer_python, args.bits)
-    for bits in args.bits if "size" in args.parts else ():
-        folder, figures = work / f"index-{args.size}-{bits}-{args.pooling}", {}
-        if not (folder / "index.json").exists():
-            figures = build(folder, corpus, args.size, bits, args.pooling)
-        figures |= run_json(sys.executable, __file__, "--work", str(work), "--ask", str(folder))
-        figures |= {"MB": megabytes(folder), "of these tokens": megabytes(folder / "tokens")}
-        label = f"{bits} bits, pooling {args.pooling}"
-        print_lines([(f"{label}: {name}", f"{value:.1f}") for name, value in figures.items()])
+        measure_quality(corpus, exact, args.bits)
+    if "peer" in args.parts and args.peer_python:
+        widths = sorted({bits_and_pooling(variant)[0] for variant in args.bits} & {2, 4})
+        measure_peer(corpus, work, exact, args.peer_python, widths)
+    elif "peer" in args.parts:
+        print("fast-plaid: left out; --peer-python names a Python that has it")
+    if "size" in args.parts:
+        measure_size(Corpus(work, Path(args.data), args.size_from), work, args.size, args.bits)
     return None
 
 

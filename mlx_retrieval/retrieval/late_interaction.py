@@ -3,11 +3,12 @@
     index = LateIndex(vectors)
     for number, score in index.search(queries, top_k=10)[0]: print(number, score)
 
-Vectors that are stored as they are, are all compared. Of documents that are stored as codes, the CANDIDATES are
-compared that are best by the centroids of their tokens: a document without a token at any of the PROBES centroids
-nearest to a token of the query gets the similarity of the last of these for it, as in XTR (Lee et al. 2023, arXiv
-2304.01982) and WARP (Scheerer et al. 2025, arXiv 2501.17788); no vector needs to be decoded for it.
-`LateIndex.description` says which of the two applies.
+Vectors that are stored as they are, are all compared. Documents that are stored as codes are sifted twice by the
+centroids of their tokens, for which no vector needs to be decoded. First by the PROBES centroids nearest to each token
+of the query: a document without a token there gets the similarity of the last of these for it, as in XTR (Lee et al.
+2023, arXiv 2304.01982) and WARP (Scheerer et al. 2025, arXiv 2501.17788). Then the best SIFTED of these by all of their
+centroids, as in PLAID (Santhanam et al. 2022, arXiv 2205.09707). The CANDIDATES that are best then are decoded and
+compared. `LateIndex.description` says whether all are compared.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,8 @@ from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.text import quantity
 
 PROBES = 32  # centroids of a query's token
-CANDIDATES = 300  # documents whose codes are compared
+SIFTED = 4_000  # documents of which all centroids are compared
+CANDIDATES = 800  # documents whose codes are compared
 TOKENS_AT_ONCE = 1 << 16  # tokens of documents that are compared at once, padding included
 QUERIES_AT_ONCE = 64
 # In memory, vectors beyond so many bytes are stored as codes of so many bits, learnt from so many tokens.
@@ -95,17 +97,31 @@ class LateIndex:
         `among`: numbers of the documents to look at; None = all.
         """
         numbers = self.candidates(query, max(top_k, CANDIDATES), among)
-        return _best(numbers, self.scores(query, numbers), top_k)
+        best = _best(numbers, self.scores(query, numbers), top_k)
+        for part in self.parts:
+            part.release()
+        return best
 
     def candidates(self, query: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
         """Return the numbers of the documents to compare, ascending: `count` at least, if there are as many."""
         everything = np.arange(len(self)) if among is None else np.sort(among)
         if self.lists is None or len(everything) <= count:
             return everything
-        scores = self.lists.scores(product(query, self.codebook.centroids.T), len(self))
+        similarities = product(query, self.codebook.centroids.T)
+        scores = self.lists.scores(similarities, len(self))
         scores[self.whole] = np.inf
-        scores = scores[everything]
-        return np.sort(everything[np.argpartition(-scores, count)[: max(count, np.isinf(scores).sum())]])
+        sifted = _highest_of(everything, scores[everything], max(count, SIFTED))
+        if len(sifted) == count:
+            return sifted
+        return _highest_of(sifted, self._by_centroids(similarities, sifted), count)
+
+    def _by_centroids(self, similarities: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return `TokenVectors.centroid_scores` of documents, whose numbers ascend; inf = stored as they are."""
+        scores, edges = np.full(len(numbers), np.inf, np.float32), np.searchsorted(numbers, self.firsts)
+        for part, first, a, b in zip(self.parts, self.firsts, edges, edges[1:], strict=False):
+            if part.is_coded and b > a:
+                scores[a:b] = part.centroid_scores(similarities, numbers[a:b] - first)
+        return scores
 
     def scores(self, query: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Return the MaxSim scores (n,) float32 of a query (L, d) with documents, by their numbers (n,)."""
@@ -217,6 +233,13 @@ def _pad(vectors: Sequence[np.ndarray]) -> mx.array:
     for row, v in zip(padded, vectors, strict=True):
         row[: len(v)] = v
     return mx.array(padded)
+
+
+def _highest_of(documents: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the numbers, ascending, of the `count` documents with the highest scores, and of all others of inf."""
+    if len(documents) <= count:
+        return documents
+    return np.sort(documents[np.argpartition(-scores, count)[: max(count, np.isinf(scores).sum())]])
 
 
 def _best(documents: np.ndarray, scores: np.ndarray, top_k: int) -> list[tuple[int, float]]:

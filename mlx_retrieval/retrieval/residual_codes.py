@@ -6,7 +6,8 @@
 
 Residuals over centroids are those of ColBERTv2 (Santhanam et al. 2022, arXiv 2112.01488). It rounds every dimension of
 a residual by itself; here a byte stands for 8 / bits dimensions together, of which the 256 most typical values are
-learnt: product quantisation (Jégou et al. 2011), which loses less in as many bits.
+learnt: product quantisation (Jégou et al. 2011), which loses less in as many bits. Decoded vectors get back their unit
+length: means are shorter than what they stand for, and the more so the farther it lies from its centroid.
 """
 
 import zipfile
@@ -20,13 +21,14 @@ import numpy as np
 
 from mlx_retrieval.utils import files
 
-BITS = (1, 2, 4)  # of a dimension
+BITS = (1, 2, 4, 8)  # of a dimension
 VALUES = 256  # of a byte
 MOST_CENTROIDS = 1 << 12  # each costs time in learning and in encoding every token
 TOKENS_OF_A_CENTROID = 32  # in the sample, at least
 ITERATIONS, CODE_ITERATIONS = 4, 12
 CODE_SAMPLE = 1 << 16  # residuals from which the values of a byte are learnt
 SIMILARITIES_AT_ONCE = 1 << 24  # 64 MB
+SHORTEST = 0.1  # decoded vectors are not scaled as if they were shorter: those of zeros stay near zero
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Codebook:
         )
 
     def decode(self, centroids: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Return the vectors (T, d) float32 that centroids (T,) and codes (T, m) stand for."""
+        """Return the vectors (T, d) float32, of unit length, that centroids (T,) and codes (T, m) stand for."""
         m, _, size = self.values.shape
         table = self.values.reshape(m * VALUES, size)
         residuals = table.take(codes + np.arange(0, m * VALUES, VALUES, dtype=np.int32), axis=0)  # (T, m, s)
         vectors = self.centroids.take(centroids, axis=0)
         vectors += residuals.reshape(len(codes), m * size)[:, : vectors.shape[1]]
+        lengths = np.sqrt(np.einsum("td,td->t", vectors, vectors))
+        vectors /= np.maximum(lengths, SHORTEST)[:, None]
         return vectors
 
     def save(self, path: Path) -> None:

@@ -1,11 +1,15 @@
 """The token vectors of documents, stored one after another: as they are, or as codes of a codebook."""
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mlx_retrieval.models import maxsim
 from mlx_retrieval.retrieval.residual_codes import Codebook
+
+RELEASED_FROM = 1 << 27  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,28 @@ class TokenVectors:
         places = spans((np.cumsum(self.lengths) - self.lengths)[numbers], lengths)
         tokens = {name: array[places] for name, array in self.arrays.items() if name != "lengths"}
         return TokenVectors(lengths, **tokens)
+
+    def centroid_scores(self, similarities: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return scores (n,) float32 of some documents by their centroids alone.
+
+        They are the sums over the query's tokens of the best `similarities` (L, C) to the centroids of a document.
+        """
+        lengths = self.lengths[numbers]
+        places = spans((np.cumsum(self.lengths) - self.lengths)[numbers], lengths)
+        centroids, filled = self.centroids[places].astype(np.intp), lengths > 0
+        scores = np.zeros(len(numbers), np.float32)
+        if filled.any():
+            firsts = (np.cumsum(lengths) - lengths)[filled]
+            for of_token in similarities:
+                scores[filled] += np.maximum.reduceat(of_token.take(centroids), firsts)
+        scores[~filled] = maxsim.NO_TOKEN * len(similarities)
+        return scores
+
+    def release(self) -> None:
+        """Give back the memory of what was read from disk, if that could be much; the system still has it cached."""
+        for array in self.arrays.values():
+            if isinstance(array, np.memmap) and array.nbytes >= RELEASED_FROM and hasattr(mmap, "MADV_DONTNEED"):
+                array._mmap.madvise(mmap.MADV_DONTNEED)
 
     def decoded(self, codebook: Codebook | None) -> np.ndarray:
         """Return the vectors of all tokens, (T, d) float32 or as they are stored."""

@@ -74,6 +74,30 @@ def test_scores_by_centroids_are_those_of_xtr(documents, queries, codebook, monk
     np.testing.assert_allclose(lists.scores(similarities, len(documents)), expected, rtol=1e-5)
 
 
+def test_scores_by_all_centroids(documents, queries, codebook):
+    coded = TokenVectors.of(documents).coded(codebook)
+    similarities, numbers = queries[0] @ codebook.centroids.T, np.array([0, 3, 4, 120, 299])
+    of = np.split(coded.centroids, np.cumsum(coded.lengths)[:-1])
+    expected = [similarities[:, of[n]].max(axis=1).sum() if len(of[n]) else -len(similarities) for n in numbers]
+    np.testing.assert_allclose(coded.centroid_scores(similarities, numbers), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_candidates_are_sifted_twice(documents, queries, codebook, monkeypatch, parts):
+    """Of those that are best by a few centroids, the best by all of them."""
+    monkeypatch.setattr(late_interaction, "SIFTED", 100)
+    monkeypatch.setattr(late_interaction, "PROBES", 2)
+    blocks = [documents[i::parts] for i in range(parts)]
+    index = LateIndex([TokenVectors.of(block).coded(codebook) for block in blocks], codebook=codebook)
+    similarities = queries[0] @ codebook.centroids.T
+    sifted = np.argsort(-index.lists.scores(similarities, 300), kind="stable")[:100]
+    of = np.concatenate([part.centroid_scores(similarities, np.arange(len(part.lengths))) for part in index.parts])
+    least = np.sort(of[sifted])[-20]
+    found = index.candidates(queries[0], 20)
+    assert len(found) == 20 and (np.diff(found) > 0).all()
+    assert set(found.tolist()) <= set(sifted.tolist()) and of[found].min() == pytest.approx(least)
+
+
 def test_candidates_hold_the_best(documents, queries, codebook, monkeypatch):
     monkeypatch.setattr(late_interaction, "CANDIDATES", 40)
     index = LateIndex([TokenVectors.of(documents).coded(codebook)], codebook=codebook)

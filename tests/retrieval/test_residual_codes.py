@@ -31,7 +31,7 @@ def test_more_bits_lose_less(vectors):
         assert codebook.token_bytes == 2 + codes.shape[1]
         errors.append(float(((codebook.decode(centroids, codes) - vectors) ** 2).sum(axis=1).mean()))
     residual = ((vectors - codebook.centroids[centroids]) ** 2).sum(axis=1).mean()
-    assert residual > 2 * errors[0] > 4 * errors[1] > 16 * errors[2]
+    assert residual > 2 * errors[0] > 4 * errors[1] > 16 * errors[2] > 256 * errors[3]
 
 
 def test_each_part_has_the_nearest_centroid_and_value():
@@ -50,8 +50,15 @@ def test_each_part_has_the_nearest_centroid_and_value():
         ]
         assert code.tolist() == nearest
     decoded = codebook.decode(centroids, codes)
-    first = np.concatenate([codebook.values[i, codes[0, i]] for i in range(2)])[:6]
-    np.testing.assert_allclose(decoded[0], codebook.centroids[centroids[0]] + first, rtol=1e-6)
+    first = codebook.centroids[centroids[0]] + np.concatenate([codebook.values[i, codes[0, i]] for i in range(2)])[:6]
+    np.testing.assert_allclose(decoded[0], first / np.linalg.norm(first), rtol=1e-6)
+
+
+def test_decoded_vectors_have_unit_length_and_zeros_stay_small(vectors):
+    codebook = residual_codes.train(np.concatenate([vectors, np.zeros((500, 20), np.float32)]), 4)
+    lengths = np.linalg.norm(codebook.decode(*codebook.encode(vectors)), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-5)
+    assert np.abs(codebook.decode(*codebook.encode(np.zeros((1, 20), np.float32)))).max() < 0.5
 
 
 def test_a_saved_codebook_decodes_alike(vectors, tmp_path):
