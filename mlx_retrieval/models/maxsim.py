@@ -156,7 +156,14 @@ def kth_similarity(queries: mx.array, documents: mx.array, k: int) -> mx.array:
     return mx.concatenate(lowest)
 
 
-def score(query: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, how: str = "mean", impute: int = 0) -> np.ndarray:
+def score(
+    query: np.ndarray,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    how: str = "mean",
+    impute: int = 0,
+    least: np.ndarray | float = NO_TOKEN,
+) -> np.ndarray:
     """Return the `maxsim` scores, (C,) float32, of one query with a few documents, without padding them.
 
     Args:
@@ -164,6 +171,7 @@ def score(query: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, how: str =
         tokens: (T, d) float32 or float16: the token vectors of all documents, one document after another.
         lengths: (C,) tokens of each document.
         how, impute: see `maxsim`.
+        least: (Lq,) float32: similarities to documents whose tokens are all less similar, or that have none.
     """
 
     def similar(first: int, last: int) -> np.ndarray:
@@ -171,9 +179,10 @@ def score(query: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, how: str =
 
     similarities = np.concatenate([*halved(similar, 0, len(tokens))])
     filled = lengths > 0
-    best = np.full((len(lengths), len(query)), NO_TOKEN, np.float32)
+    best = np.full((len(lengths), len(query)), least, np.float32)
     if filled.any():
-        best[filled] = np.maximum.reduceat(similarities, (np.cumsum(lengths) - lengths)[filled], axis=0)
+        highest = np.maximum.reduceat(similarities, (np.cumsum(lengths) - lengths)[filled], axis=0)
+        best[filled] = np.maximum(highest, least)
         if impute:
             k = min(impute, len(similarities))
             best = np.maximum(best, np.partition(similarities, -k, axis=0)[-k])

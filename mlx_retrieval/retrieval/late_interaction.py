@@ -4,11 +4,10 @@
     for number, score in index.search(queries, top_k=10)[0]: print(number, score)
 
 Vectors that are stored as they are, are all compared. Documents that are stored as codes are sifted twice by the
-centroids of their tokens, for which no vector needs to be decoded. First by the PROBES centroids nearest to each token
-of the query: a document without a token there gets the similarity of the last of these for it, as in XTR (Lee et al.
-2023, arXiv 2304.01982) and WARP (Scheerer et al. 2025, arXiv 2501.17788). Then the best SIFTED of these by all of their
-centroids, as in PLAID (Santhanam et al. 2022, arXiv 2205.09707). The CANDIDATES that are best then are decoded and
-compared. `LateIndex.description` says whether all are compared.
+PROBES centroids nearest to each token of the query, as in WARP (Scheerer et al. 2025, arXiv 2501.17788). First by these
+centroids, so that no vector needs to be decoded; a document without a token there gets the similarity of the last of
+them, as in XTR (Lee et al. 2023, arXiv 2304.01982). Of the best SIFTED, only the tokens there are decoded. Of the best
+CANDIDATES then, all tokens are compared. `LateIndex.description` says whether documents are sifted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,9 +22,9 @@ from mlx_retrieval.retrieval.token_vectors import TokenVectors
 from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.text import quantity
 
-PROBES = 32  # centroids of a query's token
-SIFTED = 4_000  # documents of which all centroids are compared
-CANDIDATES = 800  # documents whose codes are compared
+PROBES = 16  # centroids of a query's token
+SIFTED = 4_000  # documents whose tokens near the query's are decoded
+CANDIDATES = 300  # documents whose tokens are all compared
 TOKENS_AT_ONCE = 1 << 16  # tokens of documents that are compared at once, padding included
 QUERIES_AT_ONCE = 64
 # In memory, vectors beyond so many bytes are stored as codes of so many bits, learnt from so many tokens.
@@ -107,20 +106,35 @@ class LateIndex:
         everything = np.arange(len(self)) if among is None else np.sort(among)
         if self.lists is None or len(everything) <= count:
             return everything
-        similarities = product(query, self.codebook.centroids.T)
-        scores = self.lists.scores(similarities, len(self))
+        similarities = product(query, self.codebook.directions.T)
+        probes = min(PROBES, similarities.shape[1])
+        nearest = np.argpartition(-similarities, probes - 1, axis=1)[:, :probes]
+        scores = self.lists.scores(similarities, nearest, len(self))
         scores[self.whole] = np.inf
         sifted = _highest_of(everything, scores[everything], max(count, SIFTED))
         if len(sifted) == count:
             return sifted
-        return _highest_of(sifted, self._by_centroids(similarities, sifted), count)
+        least = np.take_along_axis(similarities, nearest, axis=1).min(axis=1)
+        return _highest_of(sifted, self._near_scores(query, sifted, nearest, least), count)
 
-    def _by_centroids(self, similarities: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Return `TokenVectors.centroid_scores` of documents, whose numbers ascend; inf = stored as they are."""
+    def _near_scores(
+        self, query: np.ndarray, numbers: np.ndarray, nearest: np.ndarray, least: np.ndarray
+    ) -> np.ndarray:
+        """Return scores (n,) float32 of documents, whose numbers ascend, by their tokens at centroids alone.
+
+        Args:
+            nearest: (L, P) the centroids.
+            least: (L,) the similarity of a document without a token there. One that is stored as it is gets inf.
+        """
+        is_near = np.zeros(len(self.codebook.centroids), bool)
+        is_near[nearest] = True
         scores, edges = np.full(len(numbers), np.inf, np.float32), np.searchsorted(numbers, self.firsts)
         for part, first, a, b in zip(self.parts, self.firsts, edges, edges[1:], strict=False):
             if part.is_coded and b > a:
-                scores[a:b] = part.centroid_scores(similarities, numbers[a:b] - first)
+                some = part.take(numbers[a:b] - first, is_near)
+                scores[a:b] = maxsim.score(
+                    query, some.decoded(self.codebook), some.lengths, self.reduction, least=least
+                )
         return scores
 
     def scores(self, query: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -200,11 +214,14 @@ class CentroidLists:
         self.documents = documents[is_new]
         self.edges = np.concatenate([[0], np.cumsum(np.bincount(centroids[is_new], minlength=count))])
 
-    def scores(self, similarities: np.ndarray, count: int) -> np.ndarray:
-        """Return scores (count,) float32 of documents from the similarities (L, C) of query tokens to centroids."""
+    def scores(self, similarities: np.ndarray, nearest: np.ndarray, count: int) -> np.ndarray:
+        """Return scores (count,) float32 of documents.
+
+        Args:
+            similarities: (L, C) of the query's tokens to centroids.
+            nearest: (L, P) the centroids that are looked at, in any order.
+        """
         scores, row = np.zeros(count, np.float32), np.empty(count, np.float32)
-        probes = min(PROBES, similarities.shape[1])
-        nearest = np.argpartition(-similarities, probes - 1, axis=1)[:, :probes]
         for of_token, centroids in zip(similarities, nearest, strict=True):
             # Ascending: of a document at several centroids, the last assignment stays, which is the most similar.
             centroids = centroids[np.argsort(of_token[centroids])]

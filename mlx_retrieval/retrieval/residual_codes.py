@@ -12,6 +12,7 @@ length: means are shorter than what they stand for, and the more so the farther 
 
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
@@ -43,6 +44,11 @@ class Codebook:
 
     centroids: np.ndarray
     values: np.ndarray
+
+    @cached_property
+    def directions(self) -> np.ndarray:
+        """The centroids with unit length, as the vectors around them have: (C, d)."""
+        return self.centroids / np.maximum(np.linalg.norm(self.centroids, axis=1, keepdims=True), SHORTEST)
 
     @property
     def token_bytes(self) -> int:

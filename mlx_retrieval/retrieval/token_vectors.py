@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_retrieval.models import maxsim
 from mlx_retrieval.retrieval.residual_codes import Codebook
 
 RELEASED_FROM = 1 << 27  # bytes of a file
@@ -49,28 +48,17 @@ class TokenVectors:
         centroids, codes = codebook.encode(self.vectors)
         return TokenVectors(self.lengths, None, centroids, codes)
 
-    def take(self, numbers: np.ndarray) -> "TokenVectors":
-        """Return some documents, by their numbers (n,)."""
+    def take(self, numbers: np.ndarray, of: np.ndarray | None = None) -> "TokenVectors":
+        """Return some documents, by their numbers (n,). `of`: (C,) bool, the centroids whose tokens are taken."""
         lengths = self.lengths[numbers]
         places = spans((np.cumsum(self.lengths) - self.lengths)[numbers], lengths)
+        if of is not None:
+            taken = of[self.centroids[places]]
+            counts = np.concatenate([[0], np.cumsum(taken)])
+            ends = np.cumsum(lengths)
+            places, lengths = places[taken], counts[ends] - counts[ends - lengths]
         tokens = {name: array[places] for name, array in self.arrays.items() if name != "lengths"}
         return TokenVectors(lengths, **tokens)
-
-    def centroid_scores(self, similarities: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Return scores (n,) float32 of some documents by their centroids alone.
-
-        They are the sums over the query's tokens of the best `similarities` (L, C) to the centroids of a document.
-        """
-        lengths = self.lengths[numbers]
-        places = spans((np.cumsum(self.lengths) - self.lengths)[numbers], lengths)
-        centroids, filled = self.centroids[places].astype(np.intp), lengths > 0
-        scores = np.zeros(len(numbers), np.float32)
-        if filled.any():
-            firsts = (np.cumsum(lengths) - lengths)[filled]
-            for of_token in similarities:
-                scores[filled] += np.maximum.reduceat(of_token.take(centroids), firsts)
-        scores[~filled] = maxsim.NO_TOKEN * len(similarities)
-        return scores
 
     def release(self) -> None:
         """Give back the memory of what was read from disk, if that could be much; the system still has it cached."""
