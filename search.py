@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--language", metavar="NAME", help=spoken)
     bits = "late interaction: bits of a dimension of a stored token vector (default: %(default)s)"
-    index.add_argument("--token-bits", type=int, choices=(1, 2, 4), default=TOKEN_BITS, metavar="N", help=bits)
+    index.add_argument("--token-bits", type=int, choices=(1, 2, 4, 8), default=TOKEN_BITS, metavar="N", help=bits)
     pooled = "late interaction: merge the N most similar token vectors of a chunk, on average; 1 = none (default)"
     index.add_argument("--token-pooling", type=int, default=1, metavar="N", help=pooled)
     rebuild = "replace the index, for another model or other settings"
