@@ -72,9 +72,9 @@ class Model:
             self.config = self.config.override(**roles, task_prompts=self.config.task_prompts | others)
             self.tokenizer = self.config.tokenizer(self.base or resolve(self.name))
 
-    def limit_shapes(self) -> None:
-        """Use fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
-        self.runner.limit_shapes()
+    def limit_shapes(self, models: int = 1) -> None:
+        """Keep fewer graphs from now on, in a process that answers requests: see `ModelRunner.limit_shapes`."""
+        self.runner.limit_shapes(models)
 
     def count_tokens(self, texts: Sequence[str], prompt: str | None = None) -> int:
         """Return how many tokens of texts `encode` computes, prompts and special tokens included."""

@@ -151,9 +151,9 @@ class Reranker:
         """
         return fingerprint.fingerprint(self.config, resolve(self.name))
 
-    def limit_shapes(self) -> None:
-        """Meet fewer shapes from now on, for a process that answers requests: see `ModelRunner.limit_shapes`."""
-        self.runner.limit_shapes()
+    def limit_shapes(self, models: int = 1) -> None:
+        """Keep fewer graphs from now on, in a process that answers requests: see `ModelRunner.limit_shapes`."""
+        self.runner.limit_shapes(models)
 
     def count_tokens(self, query: str, documents: Sequence[str]) -> int:
         """Return how many tokens are computed to score the documents, prompts and special tokens included."""

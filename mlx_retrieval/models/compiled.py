@@ -19,8 +19,9 @@ from mlx_retrieval.utils.errors import UserError
 
 # Compiled functions that are kept, each with the graph of one shape: 700 bytes an operation, half a megabyte for three
 # layers, and on Metal a buffer for every constant. The least recently used one makes room. 200 batches of 64 rows of
-# MedQuAD meet 70 shapes, each with two functions. A server keeps fewer, as it always meets new ones.
-SHAPES_KEPT, SHAPES_SERVED = 128, 24
+# MedQuAD meet 70 shapes, each with two functions. A server keeps fewer, as it always meets new ones: its models share
+# SHAPES_SERVED, each with SHAPES_OF_ONE at least.
+SHAPES_KEPT, SHAPES_SERVED, SHAPES_OF_ONE = 128, 48, 8
 # While a graph is built the model holds tracers instead of weights; and mlx's random state is shared by all threads.
 _building = threading.Lock()
 
@@ -33,6 +34,11 @@ def evaluate(arrays: mx.array | dict) -> None:
         if (reason := cpu_kernels.failure(error)) is None:
             raise
         raise UserError(f"a CPU kernel could not be compiled: {reason}") from error
+
+
+def shapes_of(models: int) -> int:
+    """Return how many shapes each of a server's models keeps, so that all of them soon have what they keep."""
+    return max(SHAPES_OF_ONE, SHAPES_SERVED // models)
 
 
 class CompiledFunctions:

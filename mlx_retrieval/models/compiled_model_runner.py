@@ -10,7 +10,7 @@ from collections.abc import Callable
 from mlx_retrieval.backend import mx
 
 from mlx_retrieval.models.batching import MicroBatch, rounded_rows
-from mlx_retrieval.models.compiled import SHAPES_SERVED, CompiledFunctions, evaluate
+from mlx_retrieval.models.compiled import CompiledFunctions, evaluate, shapes_of
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.model_runner import ModelRunner
 
@@ -25,9 +25,8 @@ class CompiledModelRunner(ModelRunner):
         super().__init__(model)
         self._functions = CompiledFunctions(model)
 
-    def limit_shapes(self) -> None:
-        super().limit_shapes()
-        self._functions.shapes_kept = SHAPES_SERVED
+    def limit_shapes(self, models: int = 1) -> None:
+        self._functions.shapes_kept = shapes_of(models)
 
     def _evaluated(self, micro_batch: MicroBatch, seed: int | None = None) -> mx.array:
         result = self._functions("forward", filled(micro_batch), seed, [])[: len(micro_batch.ids)]

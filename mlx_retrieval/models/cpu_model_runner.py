@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import merged_lora
 from mlx_retrieval.models.batching import MicroBatch, shares
-from mlx_retrieval.models.compiled import SHAPES_SERVED, CompiledFunctions, evaluate
+from mlx_retrieval.models.compiled import CompiledFunctions, evaluate, shapes_of
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts, in_float32
 
@@ -91,10 +91,9 @@ class CpuModelRunner(ModelRunner):
         self._adapters = merged_lora.mergeable(model)
         self._functions = [CompiledFunctions(model, self._adapters) for _ in range(self.workers)]
 
-    def limit_shapes(self) -> None:
-        super().limit_shapes()
+    def limit_shapes(self, models: int = 1) -> None:
         for functions in self._functions:
-            functions.shapes_kept = SHAPES_SERVED
+            functions.shapes_kept = shapes_of(models)
 
     def representations(
         self,

@@ -20,7 +20,6 @@ from mlx_retrieval.models.batching import MicroBatch, Texts
 from mlx_retrieval.models.compiled import evaluate
 from mlx_retrieval.models.heads import RetrievalModel, YesNoHead
 
-SERVED_GRID = 8  # padded lengths in a server are multiples of this at least: see `ModelRunner.limit_shapes`
 # By the number of a micro-batch: the matrix products of its forward pass, which the backward pass then need not
 # repeat. The backward pass empties it.
 SavedProducts = dict[int, list[mx.array]]
@@ -66,9 +65,12 @@ class ModelRunner:
         evaluate_weights(model)
         device_memory.bound_cache()
 
-    def limit_shapes(self) -> None:
-        """Meet fewer shapes from now on, so that a server's memory does not grow with every length and batch size."""
-        self.length_grid = max(self.length_grid, SERVED_GRID)
+    def limit_shapes(self, models: int = 1) -> None:
+        """Keep fewer graphs from now on, so that a server's memory does not grow with every length and batch size.
+
+        Args:
+            models: of the server, which share what is kept.
+        """
 
     def micro_batches(self, texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:
         """Yield the micro-batches that suit this runner; see `batching.micro_batches`."""

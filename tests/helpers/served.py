@@ -29,11 +29,13 @@ def score(query: str, document: str) -> float:
 class Slow:
     """Something that computes; it can be held up, and tells what it was given."""
 
+    runner = SimpleNamespace(workers=1)
+
     def __init__(self):
         self.calls, self.entered, self.gate = [], threading.Semaphore(0), threading.Event()
         self.gate.set()
 
-    def limit_shapes(self) -> None:
+    def limit_shapes(self, models) -> None:
         pass
 
     def compute(self, call: list, texts: list[str]) -> None:

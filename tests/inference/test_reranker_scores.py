@@ -35,7 +35,7 @@ from mlx_retrieval.backbones.hub import read_safetensors
 from mlx_retrieval.inference import reranker
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.mining.teacher import Teacher
-from mlx_retrieval.models import cpu_model_runner, loading, pair_tokenizers, rerankers
+from mlx_retrieval.models import compiled, cpu_model_runner, loading, pair_tokenizers, rerankers
 from mlx_retrieval.models.batching import pad_rows
 from mlx_retrieval.utils.errors import UserError
 
@@ -95,16 +95,16 @@ def test_a_server_keeps_few_graphs_and_its_scores(tmp_path, qwen_tokenizer, monk
     ours, built = Reranker(str(folder), max_length=300), []
     groups = [(" ".join([QUERY] * (1 + i)), [f"{'a' * i} {text[:120]}" for text in DOCUMENTS]) for i in range(24)]
     expected = [ours.score(*group) for group in groups]
-    monkeypatch.setattr(cpu_model_runner, "SHAPES_SERVED", 4)
+    monkeypatch.setattr(compiled, "SHAPES_SERVED", 16)
     functions = cpu_model_runner.CompiledFunctions
     forward = functions.forward
     monkeypatch.setattr(functions, "forward", lambda *args: built.append(args[3]) or forward(*args))
     ours = Reranker(str(folder), max_length=300)
-    ours.limit_shapes()
+    ours.limit_shapes(models=2)
     for group, scores in zip(groups, expected, strict=True):
         np.testing.assert_allclose(ours.score(*group), scores, rtol=0, atol=1e-5)
-        assert all(len(functions._compiled) <= 4 for functions in ours.runner._functions)
-    assert built and all(ids.shape[1] % 8 == 0 for ids in built)
+        assert all(len(functions._compiled) <= 8 for functions in ours.runner._functions)
+    assert built
 
 
 def test_a_window_that_mlx_lm_does_not_build_limits_the_sequence(tmp_path, qwen_tokenizer):

@@ -21,11 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 from trained_models import trained
 
+from mlx_retrieval import backend
 from mlx_retrieval.backbones.hub import weight_files
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.serving import served_models
 from mlx_retrieval.inference.serving.app import create_app
 from mlx_retrieval.inference.serving.model_thread import alone
 from mlx_retrieval.inference.serving.served_models import ServedModel, ServedModels, Source, arrays_of, weights_size
+from mlx_retrieval.models.cpu_model_runner import CpuModelRunner
 from mlx_retrieval.models.shared_weights import SharedWeights
 from mlx_retrieval.utils.errors import UserError
 
@@ -313,6 +316,49 @@ def test_adapters_are_served_beside_each_other(adapters):
             body = answer.result().json()
             found = np.float32([row["embedding"] for row in body["data"]])
             assert body["model"] == name and np.abs(found - expected[name]).max() < 1e-5
+
+
+def test_a_folder_that_changes_is_read_again_only_when_its_model_is_loaded_again(adapters, tmp_path, caplog):
+    """And the description of a server loads nothing."""
+    paths = {name: Path(shutil.copytree(adapters[name], tmp_path / name)) for name in "ab"}
+    models = ServedModels.open([Source(name, str(path)) for name, path in paths.items()])
+    models.ready = True  # as with --lazy
+    ask = {"input": TEXTS, "model": "a"}
+    with TestClient(create_app(models)) as client:
+        info = client.get("/info").json()
+        assert (info["model_id"], info["model_dtype"], info["max_input_length"]) == ("a", None, None)
+        assert not models.loads and client.get("/ready").json()["loaded"] == []
+        before = client.post("/v1/embeddings", json=ask).json()
+        assert client.get("/info").json()["model_dtype"] == "float32"
+        shutil.rmtree(paths["a"])
+        shutil.copytree(adapters["b"], paths["a"])  # as a new training run replaces it
+        shutil.rmtree(paths["b"])
+        assert client.post("/v1/embeddings", json=ask).json() == before
+        refused(client.post("/v1/embeddings", json=ask | {"model": "b"}), 500, "b cannot be loaded")
+        assert "no folder" in caplog.text
+        models._evict(models.all[0])
+        other = embedder.load(adapters["b"]).encode(TEXTS, prompt="document")
+        found = [row["embedding"] for row in client.post("/v1/embeddings", json=ask).json()["data"]]
+        assert np.abs(np.float32(found) - other).max() < 1e-5
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not backend.FUSED, reason="on this device passes are computed as they come")
+def test_a_first_pass_is_as_large_as_any(adapters, monkeypatch):
+    """Else memory would grow until, by chance, all workers compute a whole micro-batch at the same time."""
+    shapes, runner = [], CpuModelRunner.representations
+
+    def recorded(self, micro_batches, *rest):
+        shapes.append([part.ids.shape for part in micro_batches])
+        return runner(self, micro_batches, *rest)
+
+    monkeypatch.setattr(CpuModelRunner, "representations", recorded)
+    (model,) = ServedModels.open([Source("a", adapters["a"])]).all
+    model.load()
+    assert shapes == [[(4, 256)] * backend.WORKERS]
+    monkeypatch.setattr(served_models, "SMALL", 0)
+    model.load()
+    assert shapes[1:] == [[(1, 8)]]
 
 
 def test_on_a_gpu_a_model_is_loaded_while_no_other_computes(small, monkeypatch):

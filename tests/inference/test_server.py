@@ -295,7 +295,7 @@ def test_what_cannot_be_served():
 def test_a_server_meets_few_shapes(monkeypatch, capfd):
     """Before anything is computed; see the test of what it does in test_reranker_scores.py."""
     done = []
-    monkeypatch.setattr(Reranker, "limit_shapes", lambda self: done.append("few"))
+    monkeypatch.setattr(Reranker, "limit_shapes", lambda self, models: done.append("few"))
     monkeypatch.setattr(Reranker, "score_groups", lambda self, groups: done.append("scored"))
     monkeypatch.setattr(run.uvicorn.Server, "run", lambda self, sockets: [s.close() for s in sockets])
     run.run(ServedModels.of(Reranker(), None), port=0)

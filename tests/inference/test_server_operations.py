@@ -137,12 +137,12 @@ def test_web_pages_of_others_are_let_in_only_where_asked_for():
 
 
 @contextlib.contextmanager
-def listening(reranker=None, **limits) -> Iterator[tuple[int, uvicorn.Server]]:
+def listening(reranker=None, patience: int = 10, **limits) -> Iterator[tuple[int, uvicorn.Server]]:
     """A server in a thread, as `run` has it; gives its port."""
     limits = Limits(**limits)
     app = create_app(ServedModels.of(reranker or Reranker(), Model()), ServerSettings(limits=limits))
     protocol = functools.partial(ImpatientProtocol, limits=limits)
-    config = uvicorn.Config(app, http=protocol, ws="none", log_level="critical", timeout_graceful_shutdown=10)
+    config = uvicorn.Config(app, http=protocol, ws="none", log_level="critical", timeout_graceful_shutdown=patience)
     server, listener = uvicorn.Server(config), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -230,6 +230,62 @@ def test_a_hundred_megabytes_and_ten_thousand_headers():
             b"HTTP/1.1 400"
         )
         assert answer_to(port, request_of()).startswith(b"HTTP/1.1 200")  # and it is still up
+
+
+@pytest.mark.parametrize(
+    ("unit", "last", "words"),
+    [
+        (b"[],", b"[]", "lists and objects; at most 50,000"),
+        (b"[1],", b"[1]", "lists and objects; at most 50,000"),
+        (b"{},", b"{}", "lists and objects"),
+        (b"[" * 90 + b"]" * 90 + b",", b"[]", "lists and objects"),
+        (b'"",', b'""', "values; at most 2,000,000"),
+        (b"1,", b"1", "values; at most 2,000,000"),
+    ],
+)
+def test_millions_of_lists_are_refused_before_they_stop_the_server(unit, last, words):
+    """Regression: 16 MB of them took 10 to 20 seconds to parse, in which no other request was answered."""
+    with client_of() as client:
+        count = ((16 << 20) - 40) // len(unit)
+        body = b'{"input": [' + unit * count + last + b"]}"
+        refused(client.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"}), 400, words)
+
+
+def test_brackets_and_commas_in_texts_are_no_lists():
+    text = '{"a": [1, 2]} \\\\ "quoted \\\\" and [more]' * 10
+    with client_of(limits=Limits(structures=5, values=6)) as client:
+        assert client.post("/v1/embeddings", json={"input": [text, text, "\\\\"], "user": text}).status_code == 200
+        words = "the body has 6 lists and objects; at most 5"
+        refused(client.post("/v1/embeddings", json={"input": [text, [], [], [], []]}), 400, words)
+        refused(client.post("/v1/embeddings", json={"input": ["a"] * 8}), 400, "the body has 7 values; at most 6")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"[" * 200_000, "lists and objects"), (b"[" * 40_000, "nested too deeply"), (b'"\xff"', "UTF-8")],
+)
+def test_bodies_that_cannot_be_parsed(content, words):
+    with client_of() as client:
+        refused(
+            client.post("/v1/embeddings", content=content, headers={"Content-Type": "application/json"}), 400, words
+        )
+
+
+def test_requests_that_take_too_long_at_the_end_are_told_so():
+    """Regression: they got "Internal Server Error" in no API's form, and the log a traceback."""
+    reranker = Reranker()
+    reranker.gate.clear()
+    with listening(reranker, patience=1) as (port, server):
+        with ThreadPoolExecutor(1) as pool:
+            asked = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            asked.request("POST", "/v1/rerank", json.dumps(FIRST), {"Content-Type": "application/json"})
+            assert reranker.entered.acquire(timeout=10)
+            server.should_exit = True
+            answer = pool.submit(asked.getresponse).result(10)
+            body = json.loads(answer.read())
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert body["message"] == body["error"]["message"] == "the server is ending"
+        reranker.gate.set()
 
 
 def test_requests_in_progress_are_answered_at_the_end():

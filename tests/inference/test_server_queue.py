@@ -26,6 +26,7 @@ import uvicorn
 from served import DOCUMENTS, Model, Reranker, Slow, refused, rerank, score, served, wait_until
 
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.serving import model_thread
 from mlx_retrieval.inference.serving.app import ServerSettings, create_app
 from mlx_retrieval.inference.serving.engine import Limits
 from mlx_retrieval.inference.serving.model_thread import Job, ModelThread
@@ -125,6 +126,20 @@ def test_large_requests_take_turns_with_small_ones():
     assert sizes[1:3] == [[("large", 4)], [("small 0", 2), ("small 1", 2)]] and len(sizes) == 12
     assert sorted(result["index"] for result in results) == list(range(40))
     assert all(abs(r["relevance_score"] - score("large", documents[r["index"]])) < 1e-6 for r in results)
+
+
+def test_calls_of_long_texts_are_short(monkeypatch):
+    """Regression: a call of 256 long texts took half a minute, for which others and the server's end had to wait."""
+    monkeypatch.setattr(model_thread, "CALL", 100)
+    monkeypatch.setattr(model_thread, "LONG", 40)
+    model, texts = Model(), ["a" * 30, "b" * 90, "c" * 30, "d" * 500, "e" * 60, "f"]
+    with served(None, model) as client:
+        with held_up(model, client, {"input": "first"}, "/v1/embeddings") as send:
+            large, small = send({"input": texts}, "/v1/embeddings"), send({"input": ["g"]}, "/v1/embeddings")
+        assert small.result().json()["usage"]["total_tokens"] == 2
+        vectors = [row["embedding"] for row in large.result().json()["data"]]
+    assert [[text[0] for text in call[2:]] for call in model.calls[1:]] == [["a", "b", "c"], ["g", "d", "e", "f"]]
+    assert np.array_equal(np.float32(vectors), model.encode(texts, prompt="document"))
 
 
 def test_listwise_requests_are_never_cut():

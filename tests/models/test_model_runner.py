@@ -205,10 +205,13 @@ def test_the_device_and_checkpointing_choose_the_runner(monkeypatch, model):
 @compiled
 def test_fewer_shapes_are_this_runner_s_alone(model):
     """Regression: a server's limit on shapes was set for the whole process, training in a notebook included."""
-    runner, other, grid = make_runner(model), make_runner(model), backend.LENGTH_GRID
+    runner, other = make_runner(model), make_runner(model)
     runner.limit_shapes()
-    assert (runner.length_grid, other.length_grid, backend.LENGTH_GRID) == (8, grid, grid)
-    assert {functions.shapes_kept for functions in runner._functions} == {24}
+    assert {functions.shapes_kept for functions in runner._functions} == {48}
+    runner.limit_shapes(models=4)
+    assert {functions.shapes_kept for functions in runner._functions} == {12}
+    runner.limit_shapes(models=40)
+    assert {functions.shapes_kept for functions in runner._functions} == {8}
     assert {functions.shapes_kept for functions in other._functions} == {128}
 
 

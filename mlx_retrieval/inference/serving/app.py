@@ -27,6 +27,7 @@ from starlette.middleware.cors import CORSMiddleware
 from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.serving.engine import LIMITS, Engine, Limits
 from mlx_retrieval.inference.serving.guard import Guard, Keys, error_response, json_response
+from mlx_retrieval.inference.serving.json_requests import JsonRoute
 from mlx_retrieval.inference.serving.metrics import Metrics
 from mlx_retrieval.inference.serving.model_thread import ModelThread
 from mlx_retrieval.inference.serving.served_models import ServedModels
@@ -110,28 +111,26 @@ class Service:
         return openai.model_card(name, self.created)
 
     async def info(self) -> dict:
-        """Describe the first model as Text Embeddings Inference does, and name all."""
-        first = self.models.all[0]
-        async with self.models.using(first) as model:
-            config, tokenizer = model.config, model.tokenizer
-            kind = {"reranker": {}} if first.kind == "rerank" else {"embedding": {"pooling": config.pooling}}
-            limits = self.limits
-            return {
-                "model_id": first.name,
-                "model_sha": None,
-                "model_dtype": model.dtype,
-                "model_type": kind,
-                "max_concurrent_requests": limits.requests,
-                "max_input_length": config.max_length,
-                "max_batch_tokens": config.max_length * limits.batch,
-                "max_batch_requests": limits.batch,
-                "max_client_batch_size": limits.documents if first.kind == "rerank" else limits.inputs,
-                "auto_truncate": True,
-                "tokenization_workers": 1,
-                "vocabulary_size": tokenizer.tokenizer.get_vocab_size(),
-                "version": toolkit_version(),
-                "models": [{"id": each.name, "kind": each.kind} for each in self.models.all],
-            }
+        """Describe the first model as Text Embeddings Inference does, and name all. It loads none."""
+        first, limits = self.models.all[0], self.limits
+        about = {"model_dtype": None, "max_input_length": None, "max_batch_tokens": None, "vocabulary_size": None}
+        pooling = None
+        if (model := first.model) is not None:
+            length, pooling = model.config.max_length, model.config.pooling
+            about = {"model_dtype": model.dtype, "max_input_length": length, "max_batch_tokens": length * limits.batch}
+            about["vocabulary_size"] = model.tokenizer.tokenizer.get_vocab_size()
+        return about | {
+            "model_id": first.name,
+            "model_sha": None,
+            "model_type": {"reranker": {}} if first.kind == "rerank" else {"embedding": {"pooling": pooling}},
+            "max_concurrent_requests": limits.requests,
+            "max_batch_requests": limits.batch,
+            "max_client_batch_size": limits.documents if first.kind == "rerank" else limits.inputs,
+            "auto_truncate": True,
+            "tokenization_workers": 1,
+            "version": toolkit_version(),
+            "models": [{"id": each.name, "kind": each.kind} for each in self.models.all],
+        }
 
     async def figures(self) -> Response:
         """Return the figures of the server for Prometheus."""
@@ -203,6 +202,7 @@ def create_app(models: ServedModels, settings: ServerSettings | None = None) -> 
     pages |= {"redoc_url": None} | ({} if settings.docs else {"openapi_url": None})
     app = FastAPI(title=TITLE, lifespan=service.lifespan, exception_handlers=HANDLERS, **pages)
     app.state.service = service
+    app.router.route_class = JsonRoute
     for shape in SHAPES:
         name = shape.path.strip("/").replace("/", "_") or "root"
         about = {"name": name, "operation_id": name, "include_in_schema": shape.listed}

@@ -22,6 +22,8 @@ class Limits:
     documents: int = 10_000  # documents to rerank in a request
     inputs: int = 2_048  # texts to embed in a request
     characters: int = 1_000_000  # characters of a text
+    structures: int = 50_000  # lists and objects of a body
+    values: int = 2_000_000  # values in them, as token ids are
     requests: int = 256  # requests in progress: being read, waiting or computed
     bodies: int = 256 << 20  # bytes of the bodies of all requests in progress
     silence: float = 60.0  # seconds to wait for the next bytes of an incomplete body, or for a client to take an answer

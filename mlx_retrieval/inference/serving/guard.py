@@ -93,6 +93,10 @@ class Guard:
 
         try:
             await self._guarded(scope, receive, in_pieces)
+        except asyncio.CancelledError:  # by the end of the server, which has waited for a time
+            if status:
+                raise
+            await error_response(scope["path"], 503, "the server is ending", AGAIN)(scope, receive, in_pieces)
         except Exception:
             status = status or 500  # which is answered outside of this
             raise

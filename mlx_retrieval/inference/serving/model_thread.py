@@ -24,6 +24,9 @@ from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
 
 STUCK_S = 30  # seconds that `close` waits for the call in progress
+# Characters of the texts of one call, some 16,000 tokens, so that long texts hold up neither other requests nor the
+# server's end for half a minute; and characters of one text that count, as models cut longer ones.
+CALL, LONG = 1 << 16, 1 << 11
 _gpu = threading.Lock()
 
 
@@ -58,9 +61,11 @@ class Job:
         """Whether all texts must be computed in one call."""
         return self.query is not None and self.model.kind == "listwise"
 
-    def take(self, most: int) -> Sequence[str]:
-        """Return the next texts to compute, at most `most` unless the job must not be split."""
-        piece = self.texts if self.unsplit else self.texts[self.begun : self.begun + most]
+    def take(self, most: int, characters: int) -> Sequence[str]:
+        """Return the next texts to compute: at most `most`, of `characters` or one; all if it must not be split."""
+        sizes = [min(len(text), LONG) for text in self.texts[self.begun : self.begun + most]]
+        fitting = max(1, int(np.searchsorted(np.cumsum(sizes), characters, side="right")))
+        piece = self.texts if self.unsplit else self.texts[self.begun : self.begun + fitting]
         self.begun += len(piece)
         return piece
 
@@ -133,14 +138,15 @@ class ModelThread:
     def _next(self) -> Pieces:
         """Return pieces of the oldest job and others of its kind; jobs with more texts go to the end of the queue."""
         self._jobs = [job for job in self._jobs if not job.answer.done()]  # cancelled or failed
-        room, pieces, waiting, again = self.batch, [], [], []
+        room, characters, pieces, waiting, again = self.batch, CALL, [], [], []
         for job in self._jobs:
             too_large = job.unsplit and pieces and len(job.texts) > room
-            if room <= 0 or too_large or job.kind != self._jobs[0].kind:
+            if room <= 0 or characters <= 0 or too_large or job.kind != self._jobs[0].kind:
                 waiting.append(job)
                 continue
-            pieces.append((job, job.take(room)))
+            pieces.append((job, job.take(room, characters)))
             room -= len(pieces[-1][1])
+            characters -= sum(min(len(text), LONG) for text in pieces[-1][1])
             if job.begun < len(job.texts):
                 again.append(job)
         self._jobs = waiting + again

@@ -7,15 +7,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlx_retrieval.backend import mx
+
 import uvicorn
 from fastapi import FastAPI
 
+from mlx_retrieval import backend
 from mlx_retrieval.inference.serving.app import ServerSettings, create_app
 from mlx_retrieval.inference.serving.engine import Limits
 from mlx_retrieval.inference.serving.guard import ImpatientProtocol
 from mlx_retrieval.inference.serving.served_models import ServedModels, prepare
 from mlx_retrieval.utils.errors import UserError
 
+# Bytes of freed arrays that mlx keeps for reuse on CPUs. A server meets ever new sizes, and memory grew until mlx kept
+# the 256 MB that it may in commands; the C library reuses freed memory as well.
+CACHE_BYTES = 32 << 20
 SHUTDOWN_S = 10  # seconds that requests may go on after Ctrl-C or SIGTERM
 
 
@@ -32,9 +38,11 @@ def run(
     settings = settings or ServerSettings()
     app = create_app(models, settings)
     listener = listen(host, port)
+    if not backend.IS_GPU:
+        mx.set_cache_limit(CACHE_BYTES)
     for each in models.all:
         if each.model is not None:
-            prepare(each.model)
+            prepare(each.model, len(models.all))
     names = ", ".join(each.name for each in models.all)
     access = "with an API key" if settings.keys else "without an API key"
     print(f"serving {names} at {url_of(host, listener)}, {access}; press Ctrl-C to stop", flush=True)

@@ -40,6 +40,8 @@ from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import gb
 
 LOG = logging.getLogger(__name__)
+SMALL = 1 << 29  # bytes of the weights of models whose first pass is a large one
+LONG = 250  # words of one letter in the texts of that
 MISSING: dict[Kind, str] = {
     "embed": "no embedding model",
     "late": "no late-interaction model, which makes a vector a token",
@@ -105,13 +107,24 @@ def arrays_of(model: Model | Reranker) -> Iterator[mx.array]:
         yield from (value for _, value in tree_flatten(module.parameters()))
 
 
-def prepare(model: Model | Reranker) -> None:
-    """Make a model ready for requests: few shapes, and a first pass, so that no request waits for kernels."""
-    model.limit_shapes()
+def prepare(model: Model | Reranker, models: int) -> None:
+    """Make a model ready for requests: few graphs, and a first pass, so that no request waits for kernels.
+
+    On CPUs, a small model's first pass is as large as later ones: all workers compute a whole micro-batch. So the
+    memory of passes is taken at the start, and does not grow under load. Beside a large model's weights it is little.
+
+    Args:
+        models: of the server.
+    """
+    model.limit_shapes(models)
+    texts = ["first text"]
+    if model.runner.workers > 1 and sum(array.nbytes for array in arrays_of(model)) < SMALL:
+        length = min(model.config.max_length, LONG)
+        texts = [" ".join("a" * length)] * (model.runner.workers * backend.MICRO_BATCH_TOKENS // length)
     if hasattr(model, "score_groups"):
-        model.score_groups([("first", ["text"])])
+        model.score_groups([("first", texts)])
     else:
-        model.encode(["first text"], prompt="document", show_progress=False)
+        model.encode(texts, prompt="document", show_progress=False)
 
 
 class Source(NamedTuple):
@@ -151,7 +164,7 @@ class ServedModels:
     def open(cls, sources: Sequence[Source], max_memory: int | None = None, dtype: str | None = None) -> "ServedModels":
         """Find models by name and path, and load none. UserError for a path that no model can be loaded from."""
         shared = SharedWeights()
-        return cls([served_model(source, shared, dtype) for source in sources], max_memory)
+        return cls([served_model(source, shared, dtype, len(sources)) for source in sources], max_memory)
 
     @classmethod
     def of(cls, reranker: Reranker | None, model: Model | None) -> "ServedModels":
@@ -268,8 +281,8 @@ class ServedModels:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
 
-def served_model(source: Source, shared: SharedWeights, dtype: str | None) -> ServedModel:
-    """Find a model by its path, without loading it; UserError if there is none."""
+def served_model(source: Source, shared: SharedWeights, dtype: str | None, models: int) -> ServedModel:
+    """Find a model by its path, without loading it; UserError if there is none. `models`: see `prepare`."""
     kind = kinds.detect_kind(source.path)
     path, base, own_dtype = Path(source.path).expanduser(), source.path, None
     if kinds.is_adapter(path):
@@ -281,7 +294,7 @@ def served_model(source: Source, shared: SharedWeights, dtype: str | None) -> Se
         began = time.monotonic()
         with alone():
             model = open_(source.path, dtype=dtype, shared=shared)
-            prepare(model)
+            prepare(model, models)
         about = describe_dtype(model.model.backbone)
         LOG.info("loaded %s in %.1f s; it %s", source.name, time.monotonic() - began, about)
         return model
