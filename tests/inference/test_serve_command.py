@@ -3,13 +3,23 @@
 python -m pytest tests/inference/test_serve_command.py
 """
 
+import configparser
 import io
+import plistlib
+import re
+import shlex
+import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import serve
-from mlx_retrieval.inference.serving import run
+from mlx_retrieval.inference.serving import model_thread, run
+
+PAGE = Path(serve.__file__).parent / "docs" / "serving.md"
 
 
 @pytest.fixture
@@ -97,3 +107,47 @@ def test_flags_that_are_none(capsys):
         with pytest.raises(SystemExit) as end:
             serve.main(flags)
         assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+# --- the files of docs/serving.md for systemd and launchd ------------------------------------------------------------
+
+
+def block(beginning: str) -> str:
+    """The block of the page that begins so."""
+    (found,) = re.findall(rf"^```text\n({re.escape(beginning)}.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return found
+
+
+def test_the_unit_for_systemd(tmp_path):
+    text = block("[Unit]")
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read_string(text)
+    python, script, *flags = shlex.split(unit["Service"]["ExecStart"])
+    assert (
+        Path(python).is_absolute() and script == "serve.py" and Path(unit["Service"]["WorkingDirectory"]).is_absolute()
+    )
+    assert serve.parser().parse_args(flags).api_key_file
+    assert int(unit["Service"]["TimeoutStopSec"]) > run.SHUTDOWN_S + model_thread.STUCK_S
+    if shutil.which("systemd-analyze"):
+        folders = {python: sys.executable, unit["Service"]["WorkingDirectory"]: str(tmp_path), "User=retrieval\n": ""}
+        for there, here in folders.items():
+            text = text.replace(there, here)
+        (tmp_path / "a.service").write_text(text)
+        done = subprocess.run(["systemd-analyze", "verify", tmp_path / "a.service"], capture_output=True, text=True)
+        assert "a.service" not in done.stderr, done.stderr
+
+
+def test_the_agent_for_launchd():
+    agent = plistlib.loads(block("<?xml").encode())
+    python, script, *flags = agent["ProgramArguments"]
+    assert Path(python).is_absolute() and script == "serve.py" and serve.parser().parse_args(flags).port == 8000
+    assert set(agent) == {
+        "Label",
+        "WorkingDirectory",
+        "ProgramArguments",
+        "RunAtLoad",
+        "KeepAlive",
+        "StandardErrorPath",
+    }  # keys of launchd.plist(5)
+    assert agent["RunAtLoad"] is True and agent["KeepAlive"] == {"SuccessfulExit": False}
