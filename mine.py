@@ -29,7 +29,7 @@ from mlx_retrieval.dataset.rows import find_files, find_validation
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
 from mlx_retrieval.inference import dtypes
 from mlx_retrieval.inference.text_vectors import ENDING
-from mlx_retrieval.mining import code_pairs, collection, hard_negatives, row_vectors, run
+from mlx_retrieval.mining import code_pairs, hard_negatives, run
 from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.hard_negatives import RELATIVE_MARGIN
 from mlx_retrieval.mining.run import mine_negatives
@@ -375,11 +375,7 @@ def write_vectors(args: argparse.Namespace) -> None:
     skipped = [] if args.skip_bad_rows else None
     chosen = (args.ignore_keys, args.columns)
     with cache_folder(output, args.work) as cache, run.naming_lines(files, ignore_keys=chosen[0], columns=chosen[1]):
-        rows = collection.read_rows(files, None, skipped, None, *chosen)
-        texts = row_vectors.Texts((example for _, example in rows), cache.folder)
-        run.report_skipped(skipped, notify)
-        with progress_bar("embedding", "texts") as progress:
-            row_vectors.write_vectors(output, texts, model, cache, notify, progress)
+        texts = run.write_vectors(files, output, model, cache, skipped, notify, *chosen)
     count = f"{quantity(len(texts), 'vector')} of {model.dimensions:,} dimensions"
     flags = ("--loss", "distill_vectors", "--teacher-vectors", output)
     print_lines(

@@ -25,6 +25,7 @@ MODEL_QUESTIONS = 2  # a chunk, of a language model
 DECIDED = ("data", "sources", "columns", "model", "output", "task", "eval_tasks", "guard", "guard_tolerance", "holdout")
 DECIDED += ("resume", "overwrite", "dry_run", "profile", "rounds", "stop_after", "seed")
 DECIDED += ("dtype", "compile", "dequantize")
+HELD = ("teacher_vectors", "distill_weight")  # and those that holding texts in place takes
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
@@ -49,6 +50,7 @@ class Adaptation:
     negatives: int = 1  # mined for each question; 0 = none
     holdout: float = choice.SHARE
     eval_tasks: Sequence[str] = ()
+    hold: Sequence[str] | None = None  # files of rows; None = the toolkit's own; () = none
     guard: Sequence[str] | None = None  # None = the toolkit's own; () = none
     guard_tolerance: float = GUARD_TOLERANCE
     config: Path | None = None  # YAML of train.py's settings
@@ -74,12 +76,16 @@ class Adaptation:
             raise UserError(f"--holdout {self.holdout:g}: above 0 and below 1: the model is judged on these questions")
         if not self.guard_tolerance >= 0:  # nan, too
             raise UserError(f"--guard-tolerance {self.guard_tolerance:g}: 0 or more")
+        if self.hold is None:
+            self.hold = [toolkit.find(toolkit.DATA)]
         if self.guard is None:
             self.guard = [toolkit.find(toolkit.EVALUATION)]
         check_generator(self.generator, self.styles, self.count, self.prompt)
         self.training = read_yaml(self.config) if self.config else {}
         if decided := [name for name in DECIDED if name in self.training]:
             raise UserError(f"--config {self.config}: {decided[0]} is decided by adapt.py")
+        if self.hold and (taken := [name for name in HELD if name in self.training]):
+            raise UserError(f"--config {self.config}: {taken[0]} is what texts are held in place by; see --hold")
         _check_output(self.output, self.documents)
 
     @property

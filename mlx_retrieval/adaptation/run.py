@@ -21,6 +21,7 @@ from mlx_retrieval.adaptation.record import Record
 from mlx_retrieval.adaptation.stages import STAGES
 from mlx_retrieval.adaptation.workshop import Workshop, clear
 from mlx_retrieval.backbones.finding import resolve
+from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.mining.questions.base import digest
 from mlx_retrieval.models import kinds
@@ -38,7 +39,7 @@ DECIDING = {
     "questions": ("generator", "count", "styles", "prompt", "seed", "budget"),
     "filter": ("model", "dtype", "found_among", "reranker", "holdout"),
     "negatives": ("negatives",),
-    "train": ("training",),
+    "train": ("training", "hold"),
     "export": ("guard", "guard_tolerance"),
     "evaluate": ("eval_tasks",),
     "index": (),
@@ -74,6 +75,10 @@ def _check_tasks(job: Adaptation) -> None:
             load_tasks(tasks)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+    try:
+        find_files(job.hold)
+    except UserError as error:
+        raise UserError(f"--hold {error}") from error
     if job.reranker:
         try:
             kinds.require(kinds.RERANKING, job.reranker)
@@ -188,6 +193,8 @@ def _decided_by(job: Adaptation, setting: str) -> Any:
         return [value, contents_of(resolve(value))]
     if setting in ("guard", "eval_tasks"):
         return [[task, contents_of(Path(task)) if Path(task).is_dir() else ""] for task in value]
+    if setting == "hold":
+        return [[name, contents_of(Path(name))] for name in value]
     if setting == "prompt":
         return value.read_text(encoding="utf-8-sig", errors="replace") if value else ""
     return list(value) if isinstance(value, tuple) else value

@@ -4,7 +4,7 @@ read       chunks.jsonl                  the documents' chunks
 questions  questions/none-1f0c.jsonl     questions of chunks, with their origin; a file for each way to make them
 filter     rows.jsonl, held-out/         those that stay: to train on, and to judge by
 negatives  mined.jsonl                   the rows with hard negatives
-train      run/                          a run of train.py
+train      run/, held.safetensors        a run of train.py, and the base model's vectors of texts that it holds in place
 export     model/                        the trained model, for sentence-transformers; absent if none was better
 evaluate   evaluation.json               the base model and the trained one, on every task
 index      index/                        for search.py
@@ -24,11 +24,12 @@ from typing import Any
 from mlx_retrieval.adaptation import chunk_file, costs, split
 from mlx_retrieval.adaptation.costs import minutes
 from mlx_retrieval.adaptation.figures import figure_rows
-from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of
+from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of, with_held
 from mlx_retrieval.adaptation.workshop import Figures, Workshop
 from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
 from mlx_retrieval.dataset.documents.folder import read_folder
 from mlx_retrieval.dataset.documents.summary import summary, unread_rows
+from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.evaluation.retrieval import evaluate as evaluate_model
 from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.exporters.run import export_with_warnings
@@ -39,7 +40,7 @@ from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.output import write_rows
 from mlx_retrieval.mining.questions import filtering, without_model
 from mlx_retrieval.mining.questions.store import CHUNK, STYLE, generate, open_store
-from mlx_retrieval.mining.run import mine_negatives
+from mlx_retrieval.mining.run import mine_negatives, naming_lines, write_vectors
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training import run as training_run
@@ -217,15 +218,31 @@ def train(shop: Workshop) -> Figures:
     if checkpoint.last_step(run):
         settings = Settings(**read_yaml(run / "config.yaml") | {"resume": True})
     else:
-        settings = settings_of(shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run)
+        held = _hold(shop) if shop.job.hold else None
+        settings = settings_of(shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run, held)
         settings.overwrite = checkpoint.holds_run(run)
         if settings.steps is None and settings.epochs is None:
-            settings.epochs = float(epochs_for(shop.figures["filter"]["rows"], settings.batch_size))
+            rows = shop.figures["filter"]["rows"]
+            size = min(settings.batch_size, rows)
+            steps = max(1, round(epochs_for(rows, settings.batch_size) * rows / size))
+            settings.steps = with_held(steps) if held else steps
         if shop.deadline is not None:
             _limit_steps(shop, settings)
     training_run.train(settings)
     costs.free()
     return _trained(run)
+
+
+def _hold(shop: Workshop) -> Path:
+    """Write the base model's vectors of the texts of `job.hold`, if they are not there, and return their file."""
+    target, files_held = shop.path("held.safetensors"), find_files(shop.job.hold)
+    if not target.exists():
+        model = embedder.load(shop.job.model, dtype=shop.job.dtype)
+        with cache_folder(target, None) as cache, naming_lines(files_held):
+            texts = write_vectors(files_held, target, model, cache, notify=_note)
+        costs.free()
+        print_lines([("held", f"{quantity(len(texts), 'text')} in place, of {', '.join(shop.job.hold)}")])
+    return target
 
 
 def _trained(run: Path) -> Figures:
@@ -240,7 +257,8 @@ def _limit_steps(shop: Workshop, settings: Settings) -> None:
     evaluations = shop.plan.seconds["evaluate"] / 2 * (1 + EVALUATIONS)
     rows = shop.figures["filter"]["rows"]
     room = int((left - after - evaluations) / (shop.plan.row_seconds * min(settings.batch_size, rows)))
-    whole = settings.steps or max(1, round(settings.epochs * rows / min(settings.batch_size, rows)))
+    size = min(settings.batch_size, rows)
+    whole = settings.steps or max(1, round(settings.epochs * rows / size))
     settings.steps, settings.epochs = max(EVALUATIONS, min(room, whole)), None
     settings.eval_steps = settings.eval_steps or max(1, settings.steps // EVALUATIONS)
     if settings.steps < whole:

@@ -13,15 +13,18 @@ EVALUATIONS = 4  # in a run
 FEWEST_STEPS, MOST_EPOCHS = 30, 10
 # Rows whose questions share rare words come in one batch: they are hard for each other, at no cost.
 DEFAULTS = {"similar_rows": 4, "save_steps": 25}
+# Of three batches, one holds other texts in place. They hardly move, so their gradient is small (benchmarks/LOG.md).
+QUESTIONS_WEIGHT, HELD_WEIGHT, DISTILL_WEIGHT = 2, 1, 20
 
 
-def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path) -> Settings:
+def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path, held: Path | None = None) -> Settings:
     """Return the settings of the training run. UserError if those of the job contradict each other.
 
     Args:
         rows: to train on.
         tasks: evaluation folders that the run is judged on.
         output: the folder of the run.
+        held: the base model's vectors of the texts of `job.hold`; None = no texts are held in place.
     """
     decided = {
         "model": job.model,
@@ -34,7 +37,17 @@ def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path
         "compile": job.compile,
         "dequantize": job.dequantize,
     }
+    if held:
+        others = {"weight": HELD_WEIGHT / len(job.hold), "loss": "distill_vectors", "distill_weight": DISTILL_WEIGHT}
+        sources = [{"data": str(rows), "weight": QUESTIONS_WEIGHT}, *({"data": name} | others for name in job.hold)]
+        del decided["data"]
+        decided |= {"sources": sources, "teacher_vectors": str(held)}
     return Settings(**DEFAULTS | job.training | decided)
+
+
+def with_held(steps: float) -> int:
+    """Return the steps of a run that holds texts in place, in which its questions have as many as `steps`."""
+    return round(steps * (QUESTIONS_WEIGHT + HELD_WEIGHT) / QUESTIONS_WEIGHT)
 
 
 def epochs_for(rows: int, batch_size: int) -> int:

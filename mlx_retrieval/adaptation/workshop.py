@@ -30,7 +30,7 @@ WRITTEN = {
     "read": ("chunks.jsonl",),
     "filter": ("rows.jsonl", "held-out"),
     "negatives": ("mined.jsonl",),
-    "train": ("run",),
+    "train": ("run", "held.safetensors"),
     "export": ("model",),
     "evaluate": ("evaluation.json",),
     "index": ("index",),

@@ -19,7 +19,7 @@ from mlx_retrieval.dataset.elastic.server import is_address
 from mlx_retrieval.dataset.row_formats import ignored_keys
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.finite import NonFiniteError
-from mlx_retrieval.mining import collection, hard_negatives, output, teacher
+from mlx_retrieval.mining import collection, hard_negatives, output, row_vectors, teacher
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
 from mlx_retrieval.utils.errors import UserError
@@ -181,6 +181,31 @@ def count_rows(
     if counts.documents == counts.rows:
         raise UserError("--data: no row has negatives, so there is nothing to compare (mine.py negatives finds some)")
     return counts, skipped
+
+
+def write_vectors(
+    files: Sequence[Path | str],
+    path: Path,
+    model: embedder.Model,
+    cache: ResumableCache,
+    skipped: list[str] | None = None,
+    notify: Notify = print,
+    ignore_keys: Sequence[str] = (),
+    columns: Columns | None = None,
+) -> row_vectors.Texts:
+    """Write the vectors of all texts of rows to `path`, and return the texts.
+
+    Args:
+        skipped: takes the places of bad rows, which are left out; None = they raise UserError.
+        notify: takes messages about rows left out and about finished work in the cache.
+        ignore_keys, columns: as for `count_rows`.
+    """
+    rows = collection.read_rows(files, None, skipped, None, ignore_keys, columns)
+    texts = row_vectors.Texts((example for _, example in rows), cache.folder)
+    report_skipped(skipped, notify)
+    with progress_bar("embedding", "texts") as progress:
+        row_vectors.write_vectors(path, texts, model, cache, notify, progress)
+    return texts
 
 
 def score_rows(

@@ -15,6 +15,7 @@ import adapt
 from mlx_retrieval.adaptation import costs, run, stages
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.adaptation.workshop import Workshop
+from mlx_retrieval.inference import embedder
 from mlx_retrieval.mining.questions.without_model import WithoutModel
 from mlx_retrieval.retrieval.searcher import Searcher
 
@@ -56,6 +57,7 @@ def flags(small, tmp_path_factory) -> list[str]:
         "90",
         "--compile",
         "off",
+        "--hold",
         "--guard",
     ]
 
@@ -151,6 +153,26 @@ def test_a_stopped_run_goes_on(stopped, finished, documents, flags, tmp_path, mo
     assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
     assert after == names[names.index(stopped) :]
     assert rows(output / "mined.jsonl") == rows(finished[0] / "mined.jsonl")
+
+
+def test_other_texts_are_held_where_the_base_model_has_them(finished, documents, flags, tmp_path, capsys):
+    output, others = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "others.jsonl"
+    pairs = [{"query": f"what is {i}", "document": f"a thing of kind {i * i} that nobody asks for"} for i in range(40)]
+    others.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = [*flags[: flags.index("--hold")], "--hold", str(others), "--guard", "--stages", "train"]
+    assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
+    assert "80 texts in place" in capsys.readouterr().out and (output / "held.safetensors").is_file()
+    base = embedder.load(flags[flags.index("--model") + 1])
+    texts = [pair["document"] for pair in pairs]
+
+    def moved(run: Path) -> float:
+        """How far the texts' vectors are from the base model's, as 1 - cosine."""
+        vectors = [model.encode(texts, "document") for model in (base, embedder.load(run / "run" / "final"))]
+        return 1 - float((vectors[0] * vectors[1]).sum(axis=1).mean())
+
+    assert moved(output) < moved(finished[0]) / 2
+    assert adapt.main([str(documents), "--output", str(output), *flags, "--hold", str(tmp_path / "no.jsonl")]) == 2
+    assert "--hold" in capsys.readouterr().err
 
 
 def test_stages_alone_need_those_before(documents, flags, tmp_path, capsys):

@@ -98,6 +98,10 @@ def test_settings_that_the_adaptation_decides_are_refused(job, tmp_path):
     (tmp_path / "train.yaml").write_text("learning_rate: 0.001\ndata: [rows.jsonl]\n")
     with pytest.raises(UserError, match="data is decided by adapt.py"):
         replace(job, config=tmp_path / "train.yaml")
+    (tmp_path / "train.yaml").write_text("teacher_vectors: t.safetensors\n")
+    with pytest.raises(UserError, match="teacher_vectors is what texts are held in place by; see --hold"):
+        replace(job, config=tmp_path / "train.yaml")
+    assert replace(job, config=tmp_path / "train.yaml", hold=()).training == {"teacher_vectors": "t.safetensors"}
     (tmp_path / "train.yaml").write_text("learning_rate: 0.001\n")
     assert replace(job, config=tmp_path / "train.yaml").training == {"learning_rate": 0.001}
 
@@ -121,6 +125,7 @@ def test_a_change_concerns_the_stages_from_there_on(job, tmp_path):
         return {name for name in keys if others[name] != keys[name]}
 
     after_train = {"train", "export", "evaluate", "index"}
+    assert changed(hold=()) == after_train
     assert changed(guard=()) == after_train - {"train"}
     assert changed(eval_tasks=("x",)) == {"evaluate"}
     assert changed(negatives=2) == {"negatives", *after_train}
