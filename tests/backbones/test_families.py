@@ -16,6 +16,7 @@ from backbone_checks import (
     alone,
     assert_checkpointing_changes_nothing,
     assert_close,
+    direction,
     gradient,
     rows_of,
     trainable,
@@ -200,7 +201,21 @@ def test_new_is_what_gte_published(tmp_path, types, factor):
 
 
 def published_new(folder: Path, ids: mx.array, lengths: mx.array) -> list[np.ndarray]:
-    """Return the states of each row's real tokens, from a checkpoint's published names and mGTE's paper.
+    """Return the states of each row's real tokens, from a checkpoint's published names and mGTE's paper."""
+    states = new_states(folder, new_tensors(folder), ids, lengths)
+    return [states[row, :length].numpy() for row, length in enumerate(lengths.tolist())]
+
+
+def new_tensors(folder: Path) -> dict:
+    """Return a checkpoint's tensors for torch, by their published names without `new.`."""
+    import torch
+
+    weights = mx.load(str(folder / "model.safetensors"))
+    return {name.removeprefix("new."): torch.tensor(np.array(value)) for name, value in weights.items()}
+
+
+def new_states(folder: Path, tensors: dict, ids: mx.array, lengths: mx.array):
+    """Return the states (B, L, D) that torch computes of these tensors.
 
     Positions are scaled as kexue.fm/archives/9706 does in equation 6, by a factor s: the base becomes s times as large,
     and all frequencies s^(2/d) times smaller.
@@ -209,8 +224,6 @@ def published_new(folder: Path, ids: mx.array, lengths: mx.array) -> list[np.nda
     from torch.nn import functional
 
     config = json.loads((folder / "config.json").read_text())
-    weights = mx.load(str(folder / "model.safetensors"))
-    tensors = {name.removeprefix("new."): torch.tensor(np.array(value)) for name, value in weights.items()}
     heads, s = config["num_attention_heads"], config["rope_scaling"]["factor"]
     d = config["hidden_size"] // heads
     frequencies = (config["rope_theta"] * s) ** -(torch.arange(0, d, 2) / d) / s ** (2 / d)
@@ -240,7 +253,7 @@ def published_new(folder: Path, ids: mx.array, lengths: mx.array) -> list[np.nda
         x = norm(x + linear(attended, f"{layer}.attention.o_proj"), f"{layer}.attn_ln")
         up, gate = linear(x, f"{layer}.mlp.up_gate_proj").chunk(2, dim=-1)
         x = norm(x + linear(functional.gelu(gate) * up, f"{layer}.mlp.down_proj"), f"{layer}.mlp_ln")
-    return [x[row, :length].numpy() for row, length in enumerate(lengths.tolist())]
+    return x
 
 
 @pytest.mark.parametrize(
@@ -364,6 +377,20 @@ def test_quantised(tmp_path, kind, bits, monkeypatch):
     assert count_parameters(backbone)[1] > 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qwen2_that_attends_to_both_sides_quantised(tmp_path, bits):
+    """As mlx-lm writes it; encoders are in the test above."""
+    source = save("qwen2", tmp_path / "whole", "Qwen2ForCausalLM")
+    folder = random_models.quantised(source, tmp_path / "q", bits=bits)
+    whole, backbone = (load_backbone(f, dtype="float32") for f in (source, folder))
+    assert whole.bidirectional and backbone.bidirectional
+    ids, lengths = texts(LENGTHS)
+    actual, expected = rows_of(backbone, ids, lengths), rows_of(whole, ids, lengths)
+    assert_close(actual, alone(backbone, ids, lengths), 1e-4)
+    assert np.corrcoef(actual[0].ravel(), expected[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
+    assert count_parameters(backbone)[0] == count_parameters(whole)[0]
+
+
 @pytest.mark.parametrize("kind", ["mpnet", "deberta-v3", "nomic_bert"])
 def test_float16(folders, kind):
     backbone, (ids, lengths) = load_backbone(folders[kind], dtype="float16"), texts((30, 4))
@@ -417,6 +444,32 @@ def test_gradients_are_those_of_torch(folders, kind, train_type):
         # Some biases of keys move all scores of a query alike: their gradient is zero but for rounding.
         tolerance = 1e-3 * np.abs(value).max() + 1e-6 * largest
         assert np.abs(np.array(actual[name]) - value).max() <= tolerance, name
+
+
+def test_lora_gradients_of_new_are_those_of_the_published_formula(tmp_path):
+    """With scaled positions, which transformers' own class does not have."""
+    import torch
+
+    folder = publish_new(save("gte", tmp_path / "m", type_vocab_size=2))
+    backbone, (ids, lengths) = load_backbone(folder), texts((40, 20, 3))
+    mx.random.seed(0)
+    lora.adapt(backbone, rank=4, alpha=2.0)
+    shake(backbone)
+    _, actual = gradient(backbone, ids, lengths)
+    leaves = {name: torch.tensor(np.array(value), requires_grad=True) for name, value in trainable(backbone).items()}
+    tensors = new_tensors(folder)
+    for name in {name.rpartition(".")[0] for name in leaves}:
+        tensors[f"{name}.weight"] = (
+            tensors[f"{name}.weight"] + 0.5 * (leaves[f"{name}.lora_a"] @ leaves[f"{name}.lora_b"]).T
+        )
+    states = new_states(folder, tensors, ids, lengths)
+    real = torch.tensor(np.arange(ids.shape[1]) < np.array(lengths)[:, None])[..., None]
+    means = (states * real).sum(dim=1) / real.sum(dim=1)
+    (means * torch.tensor(np.array(direction(means.shape)))).sum().backward()
+    assert set(actual) == set(leaves) and len(leaves) == 2 * LAYERS * len(LINEAR["gte"])
+    for name, leaf in leaves.items():
+        expected = leaf.grad.numpy()
+        assert np.abs(np.array(actual[name]) - expected).max() <= 1e-3 * np.abs(expected).max(), name
 
 
 LINEAR = {

@@ -112,6 +112,7 @@ def rope_as_mlx_lm_reads_it(folder: Path) -> dict:
     """What `mlx_lm.load(model_config=...)` has to be told of these models, whose configs transformers 5 wrote."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     theta = {"qwen3": {"rope_theta": 1e6}, "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4}}
+    theta |= {"qwen2": {"rope_theta": 1e4}}
     return theta[kind] | {"sliding_window_pattern": 2}
 
 

@@ -4,6 +4,7 @@ python -m pytest tests/inference/test_reranker_scores.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from exported import run_export
 from mlx.utils import tree_flatten
+from random_families import publish_new
 from random_models import word_tokenizer
 from random_rerankers import (
     DOCUMENTS,
@@ -27,6 +30,7 @@ from random_rerankers import (
     quantised,
     save,
 )
+from torch_checks import rewritten
 
 import mine
 import rerank
@@ -162,6 +166,28 @@ def test_cross_encoders_equal_transformers(kind, tmp_path):
         tokens["token_type_ids"][:] = 0
         with torch.no_grad():
             assert np.abs(theirs(**tokens).logits[:, 0].numpy() - expected).max() > 1e-2
+
+
+def test_a_published_reranker_of_type_new_has_the_scores_of_transformers_gte(tmp_path):
+    """As gte-multilingual-reranker-base is published: `new.` before the encoder's names, and code of its own."""
+    theirs = cross_encoder("gte", tmp_path / "gte")
+    plain = json.loads((tmp_path / "gte" / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    folder = rewritten(tmp_path / "gte", tmp_path / "new", lambda name: re.sub(r"^gte\.", "new.", name))
+    names = read_safetensors(folder / "model.safetensors")
+    publish_new(folder, rope_scaling=None, rope_theta=plain)
+    assert {"new.encoder.layer.0.attention.qkv_proj.weight", "new.pooler.dense.weight", "classifier.weight"} <= {*names}
+    ours = Reranker(str(folder), max_length=100, raw_scores=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "gte")
+    pairs = [QUERY] * len(DOCUMENTS), DOCUMENTS
+    tokens = tokenizer(*pairs, truncation=True, max_length=100, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits[:, 0].numpy()
+    assert ours.kind == "cross-encoder" and np.std(expected) > 1e-2
+    np.testing.assert_allclose(ours.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-4)
+    exported = run_export(tmp_path / "out", model=folder, task="rerank", skip_library_check=True)
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "gte"
+    again = Reranker(str(exported), max_length=100, raw_scores=True)
+    np.testing.assert_allclose(again.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-4)
 
 
 def test_without_token_types_scores_equal_transformers(tmp_path):
