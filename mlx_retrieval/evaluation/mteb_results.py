@@ -67,9 +67,12 @@ def evaluate(
         model, name, dict(settings or {}) | ({"task_prompts": dict(prompts)} if prompts else {})
     )
     encoder = mteb_models.as_mteb(model, meta, prompts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--results {folder}: cannot be made ({error.strerror})") from error
     cache = ResultCache(folder)
     place = cache.get_task_result_path("_", meta).parent
-    folder.mkdir(parents=True, exist_ok=True)
     busy = f"--results {folder}: another process evaluates {meta.name} of this revision there"
     with only_one(folder / f".{meta.model_name_as_path()}-{meta.revision}.lock", busy):
         _check_place(place, meta)

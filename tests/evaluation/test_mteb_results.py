@@ -298,6 +298,13 @@ def test_a_model_meta_that_is_not_whole_is_written_again(minilm, tmp_path, capsy
     assert model.model_revision == meta.parent.name
 
 
+def test_a_folder_that_cannot_be_made(minilm, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert evaluation.main(command(minilm, tmp_path / "file" / "mteb", "--eval-tasks", "MockSTSTask")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"eval.py: --results {tmp_path / 'file' / 'mteb'}: cannot be made (Not a directory)"
+
+
 def test_two_runs_at_once(minilm, tmp_path, capsys, monkeypatch):
     """mteb merges what both would write into one file."""
     run = command(minilm, tmp_path, "--eval-tasks", "MockSTSTask")
