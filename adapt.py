@@ -81,9 +81,9 @@ def parser() -> argparse.ArgumentParser:
          f"judged on, of documents that it is not trained on; {choice.LEAST} to {choice.MOST} questions "
          "(default: %(default)s)")  # fmt: skip
     flag("--config", type=Path, metavar="FILE", help="YAML of further settings of train.py, such as learning_rate")
-    flag("--hold", nargs="*", metavar="FILE", help="rows, as of train.py --data, whose texts keep the vectors that the "
-         "base model gives them, so that less is forgotten; nothing = none (default: train-data.jsonl, the toolkit's "
-         "own)")  # fmt: skip
+    flag("--hold", nargs="*", metavar="PATH", help="files of rows, as of train.py --data, and folders of source code, "
+         "whose texts keep the vectors that the base model gives them, so that less is forgotten; nothing = none "
+         "(default: the toolkit's own texts and code)")  # fmt: skip
     flag("--guard", nargs="*", metavar="TASK", help="evaluation folders on which the model must not get worse: as "
          "much of the base model is merged in as that takes; nothing = no guard (default: eval-data, the toolkit's "
          "own)")  # fmt: skip

@@ -50,7 +50,7 @@ class Adaptation:
     negatives: int = 1  # mined for each question; 0 = none
     holdout: float = choice.SHARE
     eval_tasks: Sequence[str] = ()
-    hold: Sequence[str] | None = None  # files of rows; None = the toolkit's own; () = none
+    hold: Sequence[str] | None = None  # files of rows, folders of code; None = the toolkit's own; () = none
     guard: Sequence[str] | None = None  # None = the toolkit's own; () = none
     guard_tolerance: float = GUARD_TOLERANCE
     config: Path | None = None  # YAML of train.py's settings
@@ -77,7 +77,7 @@ class Adaptation:
         if not self.guard_tolerance >= 0:  # nan, too
             raise UserError(f"--guard-tolerance {self.guard_tolerance:g}: 0 or more")
         if self.hold is None:
-            self.hold = [toolkit.find(toolkit.DATA)]
+            self.hold = list(toolkit.HELD)
         if self.guard is None:
             self.guard = [toolkit.find(toolkit.EVALUATION)]
         check_generator(self.generator, self.styles, self.count, self.prompt)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_retrieval import backend
-from mlx_retrieval.adaptation import costs, report, stages
+from mlx_retrieval.adaptation import costs, held, report, stages
 from mlx_retrieval.adaptation.chunk_file import Chunks
 from mlx_retrieval.adaptation.costs import Plan, minutes
 from mlx_retrieval.adaptation.job import LOCK, Adaptation
@@ -21,12 +21,11 @@ from mlx_retrieval.adaptation.record import Record
 from mlx_retrieval.adaptation.stages import STAGES
 from mlx_retrieval.adaptation.workshop import Workshop, clear
 from mlx_retrieval.backbones.finding import resolve
-from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.mining.questions.base import digest
 from mlx_retrieval.models import kinds
 from mlx_retrieval.training.run import RunInterrupted
-from mlx_retrieval.utils import files, locks
+from mlx_retrieval.utils import files, locks, toolkit
 from mlx_retrieval.utils.console import Lines, console, print_lines
 from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import quantity, shell
@@ -75,10 +74,7 @@ def _check_tasks(job: Adaptation) -> None:
             load_tasks(tasks)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-    try:
-        find_files(job.hold)
-    except UserError as error:
-        raise UserError(f"--hold {error}") from error
+    held.check(job.hold)
     if job.reranker:
         try:
             kinds.require(kinds.RERANKING, job.reranker)
@@ -194,7 +190,7 @@ def _decided_by(job: Adaptation, setting: str) -> Any:
     if setting in ("guard", "eval_tasks"):
         return [[task, contents_of(Path(task)) if Path(task).is_dir() else ""] for task in value]
     if setting == "hold":
-        return [[name, contents_of(Path(name))] for name in value]
+        return [[name, "" if name in toolkit.HELD else contents_of(Path(name))] for name in value]
     if setting == "prompt":
         return value.read_text(encoding="utf-8-sig", errors="replace") if value else ""
     return list(value) if isinstance(value, tuple) else value

@@ -5,6 +5,7 @@ questions  questions/none-1f0c.jsonl     questions of chunks, with their origin;
 filter     rows.jsonl, held-out/         those that stay: to train on, and to judge by
 negatives  mined.jsonl                   the rows with hard negatives
 train      run/, held.safetensors        a run of train.py, and the base model's vectors of texts that it holds in place
+           held-code-1.jsonl             those that are source code
 export     model/                        the trained model, for sentence-transformers; absent if none was better
 evaluate   evaluation.json               the base model and the trained one, on every task
 index      index/                        for search.py
@@ -24,12 +25,12 @@ from typing import Any
 from mlx_retrieval.adaptation import chunk_file, costs, split
 from mlx_retrieval.adaptation.costs import minutes
 from mlx_retrieval.adaptation.figures import figure_rows
+from mlx_retrieval.adaptation.held import Held, rows_of
 from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of, with_held
 from mlx_retrieval.adaptation.workshop import Figures, Workshop
 from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
 from mlx_retrieval.dataset.documents.folder import read_folder
 from mlx_retrieval.dataset.documents.summary import summary, unread_rows
-from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.evaluation.retrieval import evaluate as evaluate_model
 from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.exporters.run import export_with_warnings
@@ -233,16 +234,16 @@ def train(shop: Workshop) -> Figures:
     return _trained(run)
 
 
-def _hold(shop: Workshop) -> Path:
-    """Write the base model's vectors of the texts of `job.hold`, if they are not there, and return their file."""
-    target, files_held = shop.path("held.safetensors"), find_files(shop.job.hold)
+def _hold(shop: Workshop) -> Held:
+    """Return the texts of `job.hold`, with the base model's vectors of them, computed if they are not there."""
+    target, files_held = shop.path("held.safetensors"), rows_of(shop.job, shop.job.output)
     if not target.exists():
         model = embedder.load(shop.job.model, dtype=shop.job.dtype)
         with cache_folder(target, None) as cache, naming_lines(files_held):
             texts = write_vectors(files_held, target, model, cache, notify=_note)
         costs.free()
         print_lines([("held", f"{quantity(len(texts), 'text')} in place, of {', '.join(shop.job.hold)}")])
-    return target
+    return Held(target, files_held)
 
 
 def _trained(run: Path) -> Figures:

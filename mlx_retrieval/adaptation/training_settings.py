@@ -6,6 +6,7 @@ settings = settings_of(job, Path("mined.jsonl"), [Path("held-out")], Path("run")
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_retrieval.adaptation.held import Held
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.training.config import Settings
 
@@ -17,14 +18,14 @@ DEFAULTS = {"similar_rows": 4, "save_steps": 25}
 QUESTIONS_WEIGHT, HELD_WEIGHT, DISTILL_WEIGHT = 2, 1, 20
 
 
-def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path, held: Path | None = None) -> Settings:
+def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path, held: Held | None = None) -> Settings:
     """Return the settings of the training run. UserError if those of the job contradict each other.
 
     Args:
         rows: to train on.
         tasks: evaluation folders that the run is judged on.
         output: the folder of the run.
-        held: the base model's vectors of the texts of `job.hold`; None = no texts are held in place.
+        held: texts to hold in place; None = none.
     """
     decided = {
         "model": job.model,
@@ -38,10 +39,10 @@ def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path
         "dequantize": job.dequantize,
     }
     if held:
-        others = {"weight": HELD_WEIGHT / len(job.hold), "loss": "distill_vectors", "distill_weight": DISTILL_WEIGHT}
-        sources = [{"data": str(rows), "weight": QUESTIONS_WEIGHT}, *({"data": name} | others for name in job.hold)]
+        others = {"weight": HELD_WEIGHT / len(held.rows), "loss": "distill_vectors", "distill_weight": DISTILL_WEIGHT}
+        sources = [{"data": str(rows), "weight": QUESTIONS_WEIGHT}, *({"data": name} | others for name in held.rows)]
         del decided["data"]
-        decided |= {"sources": sources, "teacher_vectors": str(held)}
+        decided |= {"sources": sources, "teacher_vectors": str(held.vectors)}
     return Settings(**DEFAULTS | job.training | decided)
 
 

@@ -25,12 +25,13 @@ from mlx_retrieval.utils.errors import UserError
 
 Figures = dict[str, Any]  # what a stage returns, for the stages after it and the report
 
-# What a stage has written, to be removed before it is done with other documents or settings; questions are kept.
+# Patterns of what a stage has written, to be removed before it is done with other documents or settings. Questions are
+# kept.
 WRITTEN = {
     "read": ("chunks.jsonl",),
     "filter": ("rows.jsonl", "held-out"),
     "negatives": ("mined.jsonl",),
-    "train": ("run", "held.safetensors"),
+    "train": ("run", "held.safetensors", "held-code-*.jsonl"),
     "export": ("model",),
     "evaluate": ("evaluation.json",),
     "index": ("index",),
@@ -129,7 +130,7 @@ class Workshop:
 
 def clear(shop: Workshop, name: str) -> None:
     """Remove what a stage has written."""
-    for path in map(shop.path, WRITTEN.get(name, ())):
+    for path in (path for pattern in WRITTEN.get(name, ()) for path in shop.job.output.glob(pattern)):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -9,6 +9,11 @@ from mlx_retrieval.utils.text import CHECKOUT
 
 DATA, EVALUATION, CONFIGS = "train-data.jsonl", "eval-data", "configs"
 
+HELD = (
+    str(CHECKOUT / DATA),
+    str(CHECKOUT / "mlx_retrieval"),
+)  # what a tuned model had better not forget: prose and code
+
 
 def find(name: str) -> str:
     """Return the path of a file that comes with the toolkit, unless the current folder has one of this name.

@@ -159,9 +159,14 @@ def test_other_texts_are_held_where_the_base_model_has_them(finished, documents,
     output, others = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "others.jsonl"
     pairs = [{"query": f"what is {i}", "document": f"a thing of kind {i * i} that nobody asks for"} for i in range(40)]
     others.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    flags = [*flags[: flags.index("--hold")], "--hold", str(others), "--guard", "--stages", "train"]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text(
+        'def doubled(x):\n    """Return the number twice."""\n    y = x\n    return 2 * y\n'
+    )
+    held = ["--hold", str(others), str(tmp_path / "code")]
+    flags = [*flags[: flags.index("--hold")], *held, "--guard", "--stages", "train"]
     assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
-    assert "80 texts in place" in capsys.readouterr().out and (output / "held.safetensors").is_file()
+    assert "82 texts in place" in capsys.readouterr().out and (output / "held.safetensors").is_file()
     base = embedder.load(flags[flags.index("--model") + 1])
     texts = [pair["document"] for pair in pairs]
 
