@@ -20,7 +20,6 @@ What is in FOLDER from an earlier call is not computed again. Figures in benchma
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -57,7 +56,7 @@ Rankings = Sequence[list[tuple[int, float]]]
 
 def recall(exact: Rankings, rankings: Rankings) -> float:
     """Return the share of the exact ten best that is among the ten best."""
-    kept = [len({n for n, _ in a} & {n for n, _ in b}) / len(a) for a, b in zip(exact, rankings, strict=True)]
+    kept = [len({n for n, _ in a} & {n for n, _ in b}) / 10 for a, b in zip(exact, rankings, strict=True)]
     return sum(kept) / len(kept)
 
 
@@ -122,9 +121,9 @@ def cuts(real: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def files_of(first: int, texts: Sequence[str]) -> list[tuple[FileRecord, list[Chunk]]]:
-    """Return files of ten chunks each; the ids of chunks are 12#3 for number 123."""
+    """Return files of ten chunks each."""
     chunks = [Chunk(i + 1, i + 1, "text", "text", "", "", text) for i, text in enumerate(texts)]
-    names = [str((first + i) // 10) for i in range(0, len(chunks), 10)]
+    names = [f"{first}-{i}" for i in range(0, len(chunks), 10)]
     return [(FileRecord(name, 1, 1, name, 10, ""), chunks[10 * i : 10 * i + 10]) for i, name in enumerate(names)]
 
 
@@ -139,10 +138,8 @@ def build(folder: Path, corpus: Corpus, count: int, variant: str) -> dict[str, f
     index.finish()
     seconds = 1e3 * (time.perf_counter() - began) / len(full)
     store = index.late.store
-    (segment,) = store.segments()[-1:]
-    assert len(segment.slots) == len(full), "the real chunks should be one segment"
-    codes = {name: np.array(array) for name, array in segment.tokens.arrays.items()}
-    tokens = TokenVectors(**codes)
+    parts = [segment.tokens.arrays for segment in store.segments()]
+    tokens = TokenVectors(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     index.late.add = lambda part: add_codes(store, part)
     heads, tails = cuts(len(full), count)
     for first in range(len(full), count, SHARD):
@@ -168,8 +165,8 @@ def add_codes(store: TokenStore, part: TokenVectors) -> np.ndarray:
 
 
 def exhaustive_of_cuts(work: Path, corpus: Corpus, count: int, queries: Sequence[np.ndarray]) -> Rankings:
-    """Return the ten best of `count` chunks by their vectors as they are; kept in `work`."""
-    file = work / f"exact-cuts-{len(corpus.full)}-{count}-{len(queries)}.json"
+    """Return the ten best of `count` chunks by exact vectors, and all others as good as the tenth; kept in `work`."""
+    file = work / f"exact-of-cuts-{len(corpus.full)}-{count}-{len(queries)}.json"
     if not file.exists():
         vectors = np.stack([corpus.documents[i] for i in corpus.full]).astype(np.float16)  # (N, 120, d)
         scores, (heads, tails) = np.empty((len(queries), count), np.float32), cuts(len(vectors), count)
@@ -184,16 +181,18 @@ def exhaustive_of_cuts(work: Path, corpus: Corpus, count: int, queries: Sequence
             some = slice(first, first + SHARD)
             of_tokens = np.maximum(best[0, heads[some]], best[1, tails[some]])
             scores[:, some] = np.add.reduceat(of_tokens, firsts, axis=1).T
-        everything = np.arange(count)
-        file.write_text(json.dumps([late_interaction._best(everything, row, 10) for row in scores]))
+        good = [np.flatnonzero(row >= np.partition(row, -10)[-10] - 1e-5) for row in scores]
+        file.write_text(
+            json.dumps([[(int(n), float(row[n])) for n in some] for row, some in zip(scores, good, strict=True)])
+        )
     return json.loads(file.read_text())
 
 
 def memory() -> dict[str, float]:
     """Return the resident memory of this process in MB, now and at its peak."""
     status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
-    now = {name: int(status[name].split()[0]) / 1e3 for name in ("VmRSS", "RssAnon")}
-    return {**now, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    kinds = {"VmRSS": "resident MB", "RssAnon": "not files", "VmHWM": "peak"}
+    return {label: int(status[name].split()[0]) / 1e3 for name, label in kinds.items()}
 
 
 def ask(folder: Path, queries: Sequence[np.ndarray]) -> None:
@@ -202,12 +201,13 @@ def ask(folder: Path, queries: Sequence[np.ndarray]) -> None:
     index = Index.open(folder)
     index.semantic(queries[0], 10)
     first = time.perf_counter() - began
+    numbers = dict(zip(index.late._rows.tolist(), index.late._numbers.tolist(), strict=True))  # in the order they came
     spent, found = [], []
     for query in queries:
         began = time.perf_counter()
         hits = index.semantic(query, 10)
         spent.append(1e3 * (time.perf_counter() - began))
-        found.append([(int(hit.id.replace("#", "")), hit.score) for hit in hits])
+        found.append([(numbers[hit.row], hit.score) for hit in hits])
     times = {"first s": first, "p50 ms": np.median(spent[5:]), "p95 ms": np.percentile(spent[5:], 95)}
     print(json.dumps(times | memory() | {"found": found}))
 
@@ -220,7 +220,10 @@ def measure_size(corpus: Corpus, work: Path, count: int, variants: Sequence[str]
     np.savez(work / "vectors" / "some.npz", tokens=np.concatenate(corpus.some), lengths=lengths)
     for variant in variants:
         folder = work / f"index-{count}-{variant.replace('/', '-')}"
-        built = {} if (folder / "index.json").exists() else build(folder, corpus, count, variant)
+        built = {}
+        if not folder.exists():
+            built = build(unfinished := folder.with_suffix(".unfinished"), corpus, count, variant)
+            unfinished.rename(folder)
         figures = run_json(sys.executable, __file__, "--work", str(work), "--ask", str(folder))
         figures |= {"recall@10": recall(exact, figures.pop("found")), "MB": megabytes(folder)}
         figures |= {"of these tokens": megabytes(folder / "tokens")} | built

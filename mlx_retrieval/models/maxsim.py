@@ -7,9 +7,10 @@ Sources: MaxSim, Khattab and Zaharia 2020 (ColBERT, arXiv 2004.12832); XTR, Lee 
 from collections.abc import Iterator
 
 from mlx_retrieval.backend import mx
-from mlx_retrieval.backend.device_errors import halved
 
 import numpy as np
+
+from mlx_retrieval.utils.products import product
 
 SIMILARITIES_AT_ONCE = 1 << 24  # token-to-token similarities in one tile of the comparison: 64 MB in float32
 NO_TOKEN = -1.0  # similarity to a document without tokens that count: the least possible between unit vectors
@@ -173,11 +174,7 @@ def score(
         how, impute: see `maxsim`.
         least: (Lq,) float32: similarities to documents whose tokens are all less similar, or that have none.
     """
-
-    def similar(first: int, last: int) -> np.ndarray:
-        return np.array(mx.array(tokens[first:last]).astype(mx.float32) @ mx.array(query).T)
-
-    similarities = np.concatenate([*halved(similar, 0, len(tokens))])
+    similarities = product(tokens.astype(np.float32, copy=False), query.T)  # mlx would copy the tokens, and keep a copy
     filled = lengths > 0
     best = np.full((len(lengths), len(query)), least, np.float32)
     if filled.any():

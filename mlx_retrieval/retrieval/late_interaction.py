@@ -23,8 +23,8 @@ from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.text import quantity
 
 PROBES = 16  # centroids of a query's token
-SIFTED = 4_000  # documents whose tokens near the query's are decoded
-CANDIDATES = 300  # documents whose tokens are all compared
+SIFTED = 2_000  # documents whose tokens near the query's are decoded
+CANDIDATES = 150  # documents whose tokens are all compared
 TOKENS_AT_ONCE = 1 << 16  # tokens of documents that are compared at once, padding included
 QUERIES_AT_ONCE = 64
 # In memory, vectors beyond so many bytes are stored as codes of so many bits, learnt from so many tokens.
