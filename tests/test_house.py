@@ -182,7 +182,9 @@ def test_tests_import_no_tests():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            wrong += [f"{file.relative_to(ROOT)}:{node.lineno}" for name in names if re.match("test_|conftest", name)]
+            wrong += [
+                f"{file.relative_to(ROOT)}:{node.lineno}" for name in names if re.search(r"(^|\.)test_|^conftest", name)
+            ]
     assert not wrong, f"{', '.join(wrong)}: shared makers belong in tests/helpers/, shared fixtures in a conftest.py"
 
 

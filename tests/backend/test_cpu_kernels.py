@@ -14,18 +14,10 @@ from mlx_retrieval.backend import cpu_kernels, kernel_compiler, mx
 
 import numpy as np
 import pytest
+from kernel_texts import COMPILER, INCLUDE, KERNEL, without_kernels
 
 from mlx_retrieval import backend
 
-
-def without_kernels() -> str:
-    """Return the PATH that this process had before `backend.prepare`."""
-    folders = os.environ["PATH"].split(os.pathsep)
-    return os.pathsep.join(folder for folder in folders if cpu_kernels.FOLDER not in folder)
-
-
-INCLUDE = Path(mx.__file__).parent / "include"
-COMPILER = shutil.which("g++", path=without_kernels())
 pytestmark = [
     pytest.mark.skipif(not backend.KERNELS, reason="no g++, or not a Linux CPU"),
     pytest.mark.compiled,
@@ -94,26 +86,6 @@ def test_what_is_no_kernel_and_what_cannot_be_made_better_is_compiled_as_asked(t
     (tmp_path / "mlx" / "a.cpp").write_text("not C++")
     broken = [*command[:-3], str(tmp_path / "mlx" / "a.cpp"), "-o", str(library)]
     assert subprocess.run(broken, check=False, capture_output=True).returncode != 0
-
-
-KERNEL = """extern "C"  {
-void f(int* shape, int64_t** strides, void** args) {
-  float* A = (float*)args[0];
-  const int64_t* A_strides = strides[1];
-  float* B = (float*)args[1];
-  for (int i0 = 0; i0 < shape[0]; ++i0) {
-  for (int i1 = 0; i1 < shape[1]; ++i1) {
-  float tmp_A = *A;
-  float tmp_B = Exp()(tmp_A);
-  *B++ = tmp_B;
-  A += A_strides[1];
-  }
-  A += A_strides[0];
-  A -= A_strides[1] * shape[1];
-  }
-}
-}
-"""
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import sys
 from mlx_retrieval.backend import cpu_kernels, kernel_compiler, mx
 
 import pytest
+from kernel_texts import COMPILER, INCLUDE, KERNEL
 
 from mlx_retrieval import backend
-from tests.backend.test_cpu_kernels import COMPILER, INCLUDE, KERNEL
 from tools.first_kernels import kernels_of_a_first_run
 
 pytestmark = [
