@@ -31,6 +31,7 @@ from mlx_retrieval.adaptation.workshop import Figures, Workshop
 from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
 from mlx_retrieval.dataset.documents.folder import read_folder
 from mlx_retrieval.dataset.documents.summary import summary, unread_rows
+from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.evaluation.retrieval import evaluate as evaluate_model
 from mlx_retrieval.exporters.job import Export
 from mlx_retrieval.exporters.run import export_with_warnings
@@ -236,14 +237,15 @@ def train(shop: Workshop) -> Figures:
 
 def _hold(shop: Workshop) -> Held:
     """Return the texts of `job.hold`, with the base model's vectors of them, computed if they are not there."""
-    target, files_held = shop.path("held.safetensors"), rows_of(shop.job, shop.job.output)
+    target, names = shop.path("held.safetensors"), rows_of(shop.job, shop.job.output)
     if not target.exists():
         model = embedder.load(shop.job.model, dtype=shop.job.dtype)
-        with cache_folder(target, None) as cache, naming_lines(files_held):
-            texts = write_vectors(files_held, target, model, cache, notify=_note)
+        sources = find_files(names)
+        with cache_folder(target, None) as cache, naming_lines(sources):
+            texts = write_vectors(sources, target, model, cache, notify=_note)
         costs.free()
         print_lines([("held", f"{quantity(len(texts), 'text')} in place, of {', '.join(shop.job.hold)}")])
-    return Held(target, files_held)
+    return Held(target, names)
 
 
 def _trained(run: Path) -> Figures:

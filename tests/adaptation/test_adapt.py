@@ -160,13 +160,13 @@ def test_other_texts_are_held_where_the_base_model_has_them(finished, documents,
     pairs = [{"query": f"what is {i}", "document": f"a thing of kind {i * i} that nobody asks for"} for i in range(40)]
     others.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "a.py").write_text(
-        'def doubled(x):\n    """Return the number twice."""\n    y = x\n    return 2 * y\n'
-    )
+    function = 'def {0}(x):\n    """Return the number {0}."""\n    y = x\n    return {1} * y\n'
+    code = "".join(function.format(name, i) for i, name in enumerate(("doubled", "tripled", "halved")))
+    (tmp_path / "code" / "a.py").write_text(code)
     held = ["--hold", str(others), str(tmp_path / "code")]
     flags = [*flags[: flags.index("--hold")], *held, "--guard", "--stages", "train"]
     assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
-    assert "82 texts in place" in capsys.readouterr().out and (output / "held.safetensors").is_file()
+    assert "86 texts in place" in capsys.readouterr().out and (output / "held.safetensors").is_file()
     base = embedder.load(flags[flags.index("--model") + 1])
     texts = [pair["document"] for pair in pairs]
 
@@ -175,7 +175,7 @@ def test_other_texts_are_held_where_the_base_model_has_them(finished, documents,
         vectors = [model.encode(texts, "document") for model in (base, embedder.load(run / "run" / "final"))]
         return 1 - float((vectors[0] * vectors[1]).sum(axis=1).mean())
 
-    assert moved(output) < moved(finished[0]) / 2
+    assert moved(output) < 0.7 * moved(finished[0])  # one batch in three is theirs
     assert adapt.main([str(documents), "--output", str(output), *flags, "--hold", str(tmp_path / "no.jsonl")]) == 2
     assert "--hold" in capsys.readouterr().err
 
