@@ -1,6 +1,7 @@
 """A small folder and its index, for the tests of what searches it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -31,8 +32,9 @@ class LastLetters:
     """A reranker that puts texts in the order of their last letters."""
 
     name, kind = "last-letters", "cross-encoder"
+    runner = SimpleNamespace(workers=1)
 
-    def limit_shapes(self) -> None:
+    def limit_shapes(self, models) -> None:
         pass
 
     def count_tokens(self, query, documents) -> int:

@@ -107,7 +107,7 @@ def arrays_of(model: Model | Reranker) -> Iterator[mx.array]:
         yield from (value for _, value in tree_flatten(module.parameters()))
 
 
-def prepare(model: Model | Reranker, models: int) -> None:
+def prepare(model: Model | Reranker, models: int = 1) -> None:
     """Make a model ready for requests: few graphs, and a first pass, so that no request waits for kernels.
 
     On CPUs, a small model's first pass is as large as later ones: all workers compute a whole micro-batch. So the
