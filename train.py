@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, why_chat = None, ""
     try:
         settings, given = from_flags(DESCRIPTION, EPILOG, argv)
+        if "model" not in given:
+            backend.compile_ahead()
         distributed.start(settings.rank_timeout)
         if settings.resume:  # from a folder that need not be on every machine
             saved = distributed.broadcast_object("the run to resume", lambda: resumed_settings(given).to_dict())

@@ -128,7 +128,13 @@ def prepare() -> None:
         mx.set_cache_limit(CACHE_BYTES)
     if IS_LINUX_CPU:
         _tune_malloc()
-        KERNELS = not PLAIN and cpu_kernels.install(Path(mx.__file__).parent / "include", mx.__version__)
+        KERNELS = not PLAIN and cpu_kernels.install()
+
+
+def compile_ahead() -> None:
+    """On a Linux CPU that has no kernels yet, compile those of the default model meanwhile. After `prepare`."""
+    if KERNELS:
+        cpu_kernels.compile_ahead(Path(mx.__file__).parent / "include", mx.__version__)
 
 
 def _tune_malloc() -> None:

@@ -1,8 +1,8 @@
 """Vectorise mlx's CPU kernels on Linux: put a program of ours between `mx.compile` and g++ (kernel_compiler.py).
 
-`install` is called by `backend.prepare`. On the first run of a machine it also has the kernels of FIRST compiled in the
-background: those that `python train.py` needs up to its first step, written by tools/first_kernels.py. Otherwise each
-would be compiled when it is needed, while nothing else happens.
+`install` is called by `backend.prepare`. On a machine without kernels, `python train.py` also calls `compile_ahead`: it
+has those of FIRST compiled in the background, which it needs up to its first step (tools/first_kernels.py). Otherwise
+each would be compiled when it is needed, while nothing else happens.
 """
 
 import hashlib
@@ -21,11 +21,8 @@ FOLDER = "mlx-retrieval-kernels"
 FIRST = Path(__file__).with_name("first_kernels.json")
 
 
-def install(include: Path, version: str) -> bool:
-    """Let `mx.compile` in this process call kernel_compiler.py instead of g++. Return whether there is a g++ to call.
-
-    `include`: the folder of mlx's headers. `version`: mlx's.
-    """
+def install() -> bool:
+    """Let `mx.compile` in this process call kernel_compiler.py instead of g++. Return whether there is a g++."""
     compiler = shutil.which("g++")
     if compiler is None:
         return False
@@ -44,12 +41,21 @@ def install(include: Path, version: str) -> bool:
         return False
     _write_once(script, program, 0o600)
     _write_once(folder / "g++", text, 0o700)
-    if not kernel_compiler.precompiled(kernels, include).exists():
-        command = [sys.executable, "-I", "-S", str(script), compiler, "ahead", str(include), str(FIRST), version]
-        threading.Thread(target=subprocess.run, args=(command,), kwargs={"capture_output": True}, daemon=True).start()
     os.environ["TMPDIR"] = str(kernels)  # Python's own idea of that folder stays: `private_folder` has asked for it
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return True
+
+
+def compile_ahead(include: Path, version: str) -> None:
+    """Have the kernels of FIRST compiled in the background, if this machine has none yet. `install` comes first.
+
+    `include`: the folder of mlx's headers. `version`: mlx's.
+    """
+    program = Path(shutil.which("g++") or "")
+    if not program.parent.name.startswith(FOLDER) or not cold():
+        return
+    command = [str(program), "ahead", str(include), str(FIRST), version]
+    threading.Thread(target=subprocess.run, args=(command,), kwargs={"capture_output": True}, daemon=True).start()
 
 
 def private_folder(contents: str) -> Path | None:

@@ -219,7 +219,7 @@ def test_checkouts_share_kernels(tmp_path, monkeypatch):
         (tmp_path / checkout).mkdir()
         shutil.copy(kernel_compiler.__file__, tmp_path / checkout / "kernel_compiler.py")
         monkeypatch.setattr(kernel_compiler, "__file__", str(tmp_path / checkout / "kernel_compiler.py"))
-        assert cpu_kernels.install(INCLUDE, "")
+        assert cpu_kernels.install()
         folders.append(os.environ["TMPDIR"])
         monkeypatch.setenv("PATH", without_kernels())
     assert folders[0] == folders[1] and (Path(folders[0]) / "kernel_compiler.py").is_file()

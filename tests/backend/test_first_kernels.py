@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 
 from mlx_retrieval.backend import cpu_kernels, kernel_compiler, mx
 
@@ -38,6 +39,23 @@ def test_a_kernel_compiled_ahead_is_taken_only_for_its_own_text(tmp_path):
         source.write_text(text)
         assert subprocess.run(command, check=False, capture_output=True).returncode == code
         assert library.exists() == (code == 0) and (code or library.read_bytes() == ahead["f.so"])
+
+
+def test_a_cold_machine_compiles_them_in_the_background(tmp_path, monkeypatch):
+    """The g++ that is first on the PATH is asked to, unless a kernel is there."""
+    folder, done = tmp_path / f"{cpu_kernels.FOLDER}-0-program", threading.Event()
+    folder.mkdir()
+    (folder / "g++").touch(0o700)
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: (calls.append(command), done.set()))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    cpu_kernels.compile_ahead(INCLUDE, "1.2")
+    assert done.wait(10) and calls == [[str(folder / "g++"), "ahead", str(INCLUDE), str(cpu_kernels.FIRST), "1.2"]]
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "libk.so").touch()
+    cpu_kernels.compile_ahead(INCLUDE, "1.2")
+    assert len(calls) == 1
 
 
 def test_what_cannot_be_compiled_ahead_is_left_to_mlx(tmp_path):
