@@ -17,6 +17,8 @@ from pathlib import Path
 
 from mlx_retrieval.backend import kernel_compiler
 
+from mlx_retrieval.utils.errors import UserError
+
 FOLDER = "mlx-retrieval-kernels"
 FIRST = Path(__file__).with_name("first_kernels.json")
 
@@ -69,13 +71,17 @@ def private_folder(contents: str) -> Path | None:
 
 
 def _write_once(path: Path, text: str, mode: int) -> None:
-    """Write a file that other processes may be reading or writing, too."""
+    """Write a file that other processes may be reading or writing, too. UserError where that is not possible."""
     if path.exists():
         return
     draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.chmod(mode)
-    draft.replace(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.chmod(mode)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"CPU kernels could not be compiled: {path}: {error.strerror}") from error
 
 
 def cold() -> bool:

@@ -17,6 +17,7 @@ import pytest
 from kernel_texts import COMPILER, INCLUDE, KERNEL, without_kernels
 
 from mlx_retrieval import backend
+from mlx_retrieval.utils.errors import UserError
 
 pytestmark = [
     pytest.mark.skipif(not backend.KERNELS, reason="no g++, or not a Linux CPU"),
@@ -223,6 +224,14 @@ def test_checkouts_share_kernels(tmp_path, monkeypatch):
         folders.append(os.environ["TMPDIR"])
         monkeypatch.setenv("PATH", without_kernels())
     assert folders[0] == folders[1] and (Path(folders[0]) / "kernel_compiler.py").is_file()
+
+
+def test_a_program_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    """Regression: on a full disk a run ended with "File too large" alone."""
+    monkeypatch.setenv("PATH", without_kernels())
+    monkeypatch.setattr(cpu_kernels, "private_folder", lambda text: tmp_path / "gone")
+    with pytest.raises(UserError, match="could not be compiled: .*kernel_compiler.py: No such file or directory"):
+        cpu_kernels.install()
 
 
 def test_without_a_compiler_everything_works_and_it_is_said(run_python):
