@@ -8,11 +8,8 @@ from pathlib import Path
 from mlx_retrieval.utils.text import CHECKOUT
 
 DATA, EVALUATION, CONFIGS = "train-data.jsonl", "eval-data", "configs"
-
-HELD = (
-    str(CHECKOUT / DATA),
-    str(CHECKOUT / "mlx_retrieval"),
-)  # what a tuned model had better not forget: prose and code
+# What a tuned model had better not forget: prose and code.
+HELD = (str(CHECKOUT / DATA), str(CHECKOUT / "mlx_retrieval"))
 
 
 def find(name: str) -> str:

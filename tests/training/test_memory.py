@@ -5,6 +5,7 @@ python -m pytest tests/training/test_memory.py
 
 import gc
 from collections import defaultdict
+from collections.abc import Callable
 from statistics import median
 
 from mlx_retrieval.backend import device_memory, mx
@@ -54,7 +55,7 @@ def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
     check_auto(settings(batch_size=32, **changes))
 
 
-def check_auto(settings: Settings) -> None:
+def check_auto(settings: Settings, peak_of: Callable = median, repeats: int = 3) -> None:
     """Compare the estimate with the peak of steps.
 
     Medians: how much is freed before the next array is made depends on the threads, as on a busy machine.
@@ -63,20 +64,20 @@ def check_auto(settings: Settings) -> None:
     gc.collect()  # of earlier tests, which would count as taken, and be gone by the time of the peak
     estimate = median(trainer.fit_memory().estimate for _ in range(3))
     peaks = defaultdict(list)
-    for k in [*range(memory.SAMPLES)] * 3:
+    for k in [*range(memory.SAMPLES)] * repeats:
         mx.clear_cache()
         mx.reset_peak_memory()
         trainer.update(trainer.batches.batch(k), k + 1)
         peaks[k].append(backend.peak_memory())
-    assert 0.85 < estimate / max(map(median, peaks.values())) < 1.15, (estimate, peaks)
+    assert 0.85 < estimate / max(map(peak_of, peaks.values())) < 1.15, (estimate, peaks)
 
 
 @pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.skipif(not backend.FUSED, reason="about passes compiled as on CPUs")
 def test_auto_holds_for_the_compiled_passes_of_cpus(minilm, settings):
-    """With a real model, and several times: threads are not at their peaks at the same moment in every step."""
-    check_auto(settings(model=str(minilm), batch_size=32))
+    """With a real model, and its highest peak: threads are not at theirs at the same moment in every step."""
+    check_auto(settings(model=str(minilm), batch_size=32), peak_of=max, repeats=4)
 
 
 @pytest.mark.slow
