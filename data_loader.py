@@ -22,7 +22,6 @@ from mlx_retrieval.dataset.sources import InterleavedRows, Source
 from mlx_retrieval.dataset.text_keys import vector_key
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,6 @@ class Batches:
         make: makes a batch of examples, their row numbers and the tokenizer.
         kind: the type of that batch, a dataclass of arrays.
         tokenizers: of each source of a mixture, if these differ; [] = they do not.
-
-    Raises UserError if these rows cannot make such batches.
     """
 
     def __init__(
@@ -159,12 +156,6 @@ class Batches:
         tokenizers: Sequence[TextTokenizer] = (),
     ):
         self.size = min(size, len(rows))
-        by_source = isinstance(rows, InterleavedRows) and (size == 1 or rows.block > 1)
-        for source in rows.sources if by_source else [rows]:
-            by_itself = min(size, len(source)) == 1 and not source.has_negatives
-            if by_itself and make is make_batch and source.format != "label":
-                cause = "--batch-size 1" if size == 1 else f"{source.names[0]}: a single row"
-                raise UserError(f"{cause}: rows without negatives leave each query one candidate; nothing to learn")
         self.rows = rows
         self.tokenizer = tokenizer
         self.seed = seed

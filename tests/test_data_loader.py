@@ -265,13 +265,9 @@ def test_batch_as_large_as_the_data(batches):
 
 def test_batch_larger_than_the_data_holds_all(batches):
     assert sorted(batches(11, 12).row_numbers(1)) == list(range(11)) and batches(11, 12).size == 11
-    with pytest.raises(UserError, match="a single row: .* one candidate"):
-        batches(1, 64)
 
 
-def test_batch_of_one_needs_negatives(batches, write_rows, tokenizer):
-    with pytest.raises(UserError, match="--batch-size 1: .* nothing to learn"):
-        batches(11, 1)
+def test_a_batch_of_one_row(write_rows, tokenizer):
     rows = Rows([write_rows([{"query": "q", "positive": "p", "negatives": ["n"]}])])
     assert Batches(rows, tokenizer, 1).batch(0).relevant.tolist() == [[True, False]]
 

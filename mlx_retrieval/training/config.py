@@ -502,6 +502,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.loss = "kl_distill" if self.loss == "kl" else self.loss
+        self.guard = [toolkit.find(name) for name in self.guard]
+        settings_checks.check(self)  # before its sources: what is wrong in all of them is no fault of the first
         if self.sources:
             source_settings.check(self)
             self.sources = [source_settings.with_paths(source, toolkit.find) for source in self.sources]
@@ -513,8 +515,6 @@ class Settings:
         self.data = [toolkit.find(p) + name.removeprefix(p) for p, name in zip(paths, self.data, strict=True)]
         if self.eval_tasks is not None:
             self.eval_tasks = [toolkit.find(name) for name in self.eval_tasks]
-        self.guard = [toolkit.find(name) for name in self.guard]
-        settings_checks.check(self)
 
     def check_task(self, task: str) -> None:
         """Raise UserError for a setting that does not apply to this task: embed, late, rerank or chat."""

@@ -1,21 +1,21 @@
 """The objective of each task: representations of a batch -> its loss. It wires loss.py and models/maxsim.py to both."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mlx_retrieval.backend import mx, nn
 from mlx_retrieval.backend.vectors import unit
 
 import loss
 from data_loader import Batch
-from mlx_retrieval.dataset.sources import Source
+from mlx_retrieval.dataset.sources import InterleavedRows, Source
 from mlx_retrieval.models import maxsim
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.other_vectors import NO_VECTORS, OtherVectors
 from mlx_retrieval.training.rerank_batches import GroupBatch
-from mlx_retrieval.utils.errors import Place, SettingError, UserError
+from mlx_retrieval.utils.errors import Place, SettingError
 
 
 class Objective(ABC):
@@ -274,7 +274,36 @@ def check_pairs(rows: Source, name: str, task: str, batch_size: int) -> None:
             where=where,
         )
     if name != "cosine_mse" and min(batch_size, len(rows)) == 1:
-        raise SettingError("{loss} {name} compares the pairs of a batch, and {batch_size} is 1", name=name)
+        cause = "{batch_size} is 1" if batch_size == 1 else "{where} has a single row"
+        raise SettingError("{loss} {name} compares the pairs of a batch, and " + cause, name=name, where=where)
+
+
+def check_candidates(rows: Source, settings: Settings, parts: Sequence[Settings], batch_size: int) -> None:
+    """Raise UserError if a batch leaves each query a single document, and the loss learns by comparing several.
+
+    Args:
+        rows: of pairs; where batches come from one source of a mixture each, all sources are checked.
+        parts: the settings of each source of a mixture; () = the run's own are those of all rows.
+    """
+    if isinstance(rows, InterleavedRows) and (batch_size == 1 or rows.block > 1):
+        learnt = zip(rows.sources, parts or [settings] * len(rows.sources), strict=True)
+    else:
+        learnt = [(rows, parts[0] if parts else settings)]
+    for source, own in learnt:
+        if own.vectors_weight or source.has_negatives or source.format == "label":
+            continue  # a teacher's vector is learnt by a text alone
+        if min(batch_size, len(source)) == 1:
+            cause = "{batch_size} 1" if batch_size == 1 else "{where}: a single row"
+            raise SettingError(
+                cause + ": rows without negatives leave each query one candidate; nothing to learn",
+                where=[Place(name) for name in source.names],
+            )
+
+
+def check_normalized(setting: str, config: RetrievalConfig) -> None:
+    """Raise UserError if the model's vectors have another length than 1, which a setting needs."""
+    if not config.normalize:
+        raise SettingError(f"{{{setting}}} needs vectors of unit length, and this model's are compared as they are")
 
 
 def make_objective(
@@ -289,24 +318,20 @@ def make_objective(
         return RerankObjective(settings, bounded=config.reranker != "listwise")
     if settings.loss in ("kl_distill", "margin_mse"):
         if not rows.has_scores:
-            needed = "every row needs scores, a teacher's, of its positive and negatives"
-            raise UserError(f"--loss {settings.loss}: {needed}")
+            raise SettingError(
+                "{loss} {name}: every row needs scores, a teacher's, of its positive and negatives", name=settings.loss
+            )
     elif settings.loss in loss.GROUPS:
-        raise UserError(f"--loss {settings.loss} is for --task rerank")
+        raise SettingError("{loss} {name} is for {task} rerank", name=settings.loss)
     if config.task == "embed":
         if settings.loss == "xtr":
-            raise UserError("--loss xtr compares tokens; it needs --task late")
-        of_unit_vectors = {
-            "--spread-weight": settings.spread_weight,
-            "--binary-weight": settings.binary_weight,
-            "--matryoshka-dims": settings.matryoshka_dims,
-        }
-        for name, given in of_unit_vectors.items():
-            if given and not config.normalize:
-                raise UserError(f"{name} needs vectors of unit length, and this model's are compared as they are")
+            raise SettingError("{loss} xtr compares tokens; it needs {task} late")
+        for name in ("spread_weight", "binary_weight"):
+            if getattr(settings, name):
+                check_normalized(name, config)
         return EmbedObjective(settings, vectors)
     if alike := {"query-query", "document-document"} & {*settings.directions}:
-        raise UserError(f"--task late takes no --directions {' '.join(sorted(alike))}")
+        raise SettingError("{task} late takes no {directions} {alike}", alike=" ".join(sorted(alike)))
     if settings.matryoshka_dims or settings.loss == "nt_xent":
-        raise UserError("--task late takes neither --matryoshka-dims nor --loss nt_xent")
+        raise SettingError("{task} late takes neither {matryoshka_dims} nor {loss} nt_xent")
     return LateObjective(settings, tokenizer.ids_of(config.skiplist), config.maxsim, vectors)

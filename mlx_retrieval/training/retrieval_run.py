@@ -36,7 +36,7 @@ from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, decides
 from mlx_retrieval.training.mixtures import objective_of, parts_of
-from mlx_retrieval.training.objectives import make_objective
+from mlx_retrieval.training.objectives import check_normalized, make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults, model_values
@@ -237,9 +237,9 @@ def foresee(settings: Settings, data: RunData, start: StartingModel) -> Outlook:
     settings.check_task(retrieval.task)
     resolved = dataclasses.replace(settings)
     resolve_defaults(resolved, 0, retrieval.reranker)
-    size = min(settings.batch_size, len(rows))
+    tokenizer = retrieval.tokenizer(base)  # before those of sources: the run's limits are no fault of the first
     parts = parts_of(resolved, retrieval, base, rows, model.backbone.max_positions)
-    batches = make_batches(resolved, retrieval, rows, retrieval.tokenizer(base), size, parts=parts)
+    batches = make_batches(resolved, retrieval, rows, tokenizer, settings.batch_size, parts=parts)
     way = dequantized.way(model.backbone)
     outlook = Outlook.of(retrieval_job(settings, model, retrieval, base, samples(batches), data.eval_tasks))
     if settings.dequantize == "auto" and way in ("on", "blocks"):
@@ -266,6 +266,8 @@ def prepare(settings: Settings) -> RetrievalRun:
         settings.matryoshka_dims = settings.matryoshka_dims or retrieval.matryoshka_dims
     if too_long := [d for d in settings.matryoshka_dims if d > retrieval.dimensions]:
         raise UserError(f"--matryoshka-dims {too_long[0]}: the model's vectors have {retrieval.dimensions} dimensions")
+    if settings.matryoshka_dims and retrieval.task == "embed":
+        check_normalized("matryoshka_dims", retrieval)
     seed(settings.seed)  # fresh LoRA weights
     adapter_config = start.adapt(model.backbone, settings)
     if retrieval.task == "rerank" or (settings.train_type == "full" and settings.num_layers == -1):
@@ -287,8 +289,7 @@ def prepare(settings: Settings) -> RetrievalRun:
     batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed, parts)
     validation = None
     if data.validation:
-        size = min(settings.batch_size, len(data.validation))
-        validation = make_batches(settings, retrieval, data.validation, tokenizer, size)
+        validation = make_batches(settings, retrieval, data.validation, tokenizer, settings.batch_size)
     evaluated = bool(data.eval_tasks or validation)
     improvement.check_evaluated(settings, evaluated)
     guards.check(settings, data.eval_tasks, evaluated)

@@ -59,8 +59,8 @@ class RunData:
             self.eval_tasks = [str(run / HELD_OUT)]
 
 
-def open_data(settings: Settings) -> RunData:
-    """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
+def open_rows(settings: Settings) -> Source:
+    """Open and check the rows of a run, held-out ones included. UserError as of `open_data`."""
     options = ReadOptions(
         columns=settings.columns,
         es_query=settings.es_query,
@@ -70,7 +70,12 @@ def open_data(settings: Settings) -> RunData:
         temperature=settings.source_temperature,
     )
     parts = [(source_settings.paths(source), source_settings.weight(source)) for source in settings.sources]
-    rows = open_mixture(parts, options) if parts else open_source(settings.data, options)
+    return open_mixture(parts, options) if parts else open_source(settings.data, options)
+
+
+def open_data(settings: Settings) -> RunData:
+    """Open and check all rows of a run. UserError for a source that cannot be read, or the first bad row."""
+    rows = open_rows(settings)
     columns = None if settings.columns is None else parse_columns(settings.columns)
     valid_files: list[Path | str] = [*find_validation(local(settings.data))]
     if settings.eval_tasks is None and settings.holdout != 0:
@@ -92,7 +97,7 @@ def open_data(settings: Settings) -> RunData:
         given = "--holdout 0" if settings.eval_tasks is None else "--eval-tasks without a name"
         data.lines.append(("judged on", f"nothing ({given}), so there is no table, no best and no report"))
     if isinstance(data.rows, InterleavedRows):  # a batch has no more rows than there are
-        data.rows.block = min(options.block, len(data.rows))
+        data.rows.block = min(data.rows.block, len(data.rows))
     data.rows = side_by_side(data.rows, settings.similar_rows)
     return data
 

@@ -26,7 +26,7 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.mixtures import Part
-from mlx_retrieval.training.objectives import check_pairs
+from mlx_retrieval.training.objectives import check_candidates, check_pairs
 from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
 from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.starting_model import StartingModel
@@ -83,6 +83,7 @@ def make_batches(
     if not is_rerank:
         if not parts:
             check_pairs(rows, settings.loss, config.task, size)
+        check_candidates(rows, settings, [part.settings for part in parts], size)
         return Batches(rows, tokenizer, size, seed, tokenizers=tokenizers)
     if not parts:
         check_groups(rows, settings.loss, settings.random_negatives)

@@ -174,8 +174,9 @@ def _of_teacher_vectors(settings: Any) -> Iterator[tuple[bool, str, str]]:
     used = settings.vectors_weight > 0 or of_source or not given
     yield used, "teacher_vectors", "needs {loss} distill_vectors, or {distill_weight} beside another loss"
     unused = "trains by scores, and {loss} distill_vectors has none; {distill_weight} goes beside a loss that has"
+    without_scores = {*_losses(settings)} == {"distill_vectors"}
     for name in ("matryoshka_dims", "binary_weight", "margin_weight"):
-        yield not (alone and getattr(settings, name)), name, unused
+        yield not (without_scores and getattr(settings, name)), name, unused
 
 
 def _losses(settings: Any) -> list[str | None]:

@@ -8,7 +8,7 @@ A key that a source lacks is as the run has it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
@@ -20,13 +20,14 @@ OF_DATA = ("data", "weight")
 OF_TEXTS = ("query_prompt", "document_prompt", "max_length", "query_max_length")
 
 
-def own_fields(fields: Iterable[dataclasses.Field]) -> dict[str, dataclasses.Field]:
+def own_fields(fields: Collection[dataclasses.Field]) -> dict[str, dataclasses.Field]:
     """Return the fields of `config.Settings` that a source may have its own value of: of its texts and of its loss."""
-    return {f.name: f for f in fields if f.name in OF_TEXTS or _is_of_loss(f)}
+    return {f.name: f for f in fields if f.name in OF_TEXTS} | of_loss(fields)
 
 
-def _is_of_loss(f: dataclasses.Field) -> bool:
-    return f.metadata["group"] == "objective" and not f.metadata.get("whole_run")
+def of_loss(fields: Collection[dataclasses.Field]) -> dict[str, dataclasses.Field]:
+    """Return those of `own_fields` that say what a source is learnt by."""
+    return {f.name: f for f in fields if f.metadata["group"] == "objective" and not f.metadata.get("whole_run")}
 
 
 def paths(source: dict[str, Any]) -> list[str]:
@@ -72,6 +73,8 @@ def settings_of(settings: Any, source: dict[str, Any]) -> Any:
         chosen = {"loss": settings.loss, "distill_weight": settings.distill_weight} | own(source)
         if source.get("loss") in ("cosine_mse", "distill_vectors"):  # which have no temperature to share
             alone["temperature"] = None
+        if chosen["loss"] == "distill_vectors":  # they are compared by scores, and so for the other sources
+            alone["matryoshka_dims"] = []
         if chosen["loss"] == "distill_vectors" and "distill_weight" not in source:  # it is for the other sources
             chosen["distill_weight"] = 0.0
         if chosen["loss"] != "distill_vectors" and not chosen["distill_weight"]:

@@ -180,10 +180,10 @@ def test_a_resumed_run_is_the_same_bit_for_bit(settings, files, tmp_path, capsys
 
 
 @pytest.mark.parametrize("sources, changes, message", [
-    ([{}, {}], {"loss": "kl_distill"}, "source .*pairs.jsonl: --loss kl_distill: every row needs scores"),
-    ([{"loss": "kl_distill"}, {}], {}, "source .*pairs.jsonl: --loss kl_distill: every row needs scores"),
+    ([{}, {}], {"loss": "kl_distill"}, "source .*pairs.jsonl: loss kl_distill: every row needs scores"),
+    ([{"loss": "kl_distill"}, {}], {}, "source .*pairs.jsonl: loss kl_distill: every row needs scores"),
     ([{}, {"loss": "kl_distill"}], {"batches": "mixed"}, "--batches mixed: a batch of all .* they differ in loss"),
-    ([{"loss": "xtr"}, {}], {}, "source .*pairs.jsonl: --loss xtr compares tokens"),
+    ([{"loss": "xtr"}, {}], {}, "source .*pairs.jsonl: loss xtr compares tokens"),
     ([{"temperature": -1}, {}], {}, "source .*pairs.jsonl: temperature -1: must be above 0"),
     ([{"max_length": 10**6}, {}], {}, "source .*pairs.jsonl: max_length: the model has"),
     ([{"max_length": 2}, {}], {}, "source .*pairs.jsonl: max_length 2 leaves no room"),
@@ -195,6 +195,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(settings, files, tmp_path, capsys
     ([{}, {}], {"batch_size": 1}, "--batch-size 1: rows without negatives"),
     ([{}, {}], {"data": ["other.jsonl"]}, "--data: beside sources"),
     ([{}, {}], {"task": "chat"}, "sources: for --task embed, late and rerank"),
+    ([{}, {}], {"guard": ["eval-data", "eval-data"]}, "^--guard .*: names a task twice"),
+    ([{"temperature": -1}, {}], {"holdout": 0.9, "eval_tasks": None}, "^--holdout 0.9: must be a share"),
+    ([{}, {"max_length": 9}], {"max_length": 2}, "^--max-length 2 leaves no room"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused_in_a_line(settings, files, sources, changes, message):
     named = [{"data": name} | own for name, own in zip(files, sources, strict=False)]

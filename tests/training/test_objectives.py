@@ -136,6 +136,7 @@ def test_distillation_is_torchs_divergence():
         ({"loss": "kl_distill"}, {}, "every row needs scores"),
         ({"loss": "margin_mse"}, {}, "every row needs scores"),
         ({"loss": "xtr"}, {}, "it needs --task late"),
+        ({"spread_weight": 1.0}, {"normalize": False}, "--spread-weight needs vectors of unit length"),
         ({"loss": "nt_xent"}, {"task": "late"}, "takes neither"),
         ({"matryoshka_dims": [8]}, {"task": "late"}, "takes neither"),
     ],

@@ -236,6 +236,32 @@ def test_a_source_learns_vectors_and_another_does_not(settings, sources):
     assert loss[1] == plain.grad_cache.loss(next(batch for batch in batches if batch.source == 1))
 
 
+@pytest.mark.parametrize("own", [{"loss": "distill_vectors"}, {"distill_weight": 1.0}], ids=str)
+def test_a_source_of_a_single_row_learns_vectors(sources, write_rows, own):
+    """Regression: it was refused as one without anything to compare, which a teacher's vector does not need."""
+    made = sources(own, {})
+    write_rows(ROWS[:1], "rows.jsonl")
+    trainer = run.prepare(made).trainer
+    batch = next(b for b in map(trainer.batches.batch, trainer.batches.sample_numbers(1)) if b.source == 0)
+    assert len(batch.texts) == 2 and np.abs(flat(trainer.grad_cache(batch, 1).grads)).max() > 1e-6
+
+
+def test_batches_of_one_row_learn_vectors(settings):
+    trainer = run.prepare(settings(batch_size=1)).trainer
+    assert np.abs(flat(trainer.grad_cache(trainer.batches.batch(0), 1).grads)).max() > 1e-6
+
+
+def test_dimensions_to_train_are_for_the_sources_that_compare(sources):
+    """Regression: adapt.py, which holds texts by their vectors, refused `matryoshka_dims` in its --config."""
+    made = sources({"loss": "distill_vectors"}, {}, matryoshka_dims=[8])
+    first, second = run.prepare(made).trainer.grad_cache.objective.objectives
+    assert (first.settings.matryoshka_dims, second.settings.matryoshka_dims) == ([], [8])
+    with pytest.raises(UserError, match="^--matryoshka-dims 8: trains by scores, and --loss distill_vectors has none"):
+        sources({"loss": "distill_vectors"}, {"loss": "distill_vectors"}, matryoshka_dims=[8])
+    with pytest.raises(UserError, match="^source .*rows.jsonl: margin_weight 0.1: trains by scores"):
+        sources({"loss": "distill_vectors", "margin_weight": 0.1}, {})
+
+
 def test_a_source_learns_vectors_alone_and_another_beside_its_loss(sources, tmp_path):
     """The weight of the whole run is no second one of a source that learns vectors alone."""
     made = sources({"loss": "distill_vectors"}, {}, 48, distill_weight=0.5, teacher_projection=True)

@@ -261,8 +261,16 @@ def test_validation_loss_of_a_folder_decides_what_is_best(settings, tmp_path, ro
 def test_one_candidate_a_query_is_refused(settings, tmp_path):
     file = tmp_path / "plain.jsonl"
     file.write_text('{"query": "a", "document": "b"}\n{"query": "c", "document": "d"}\n')
-    with pytest.raises(UserError, match="one candidate"):
+    with pytest.raises(UserError, match="^--batch-size 1: .* one candidate"):
         training_run.prepare(settings(data=[str(file)], batch_size=1))
+    file.write_text('{"query": "a", "document": "b"}\n')  # regression: it was called a --batch-size of 1
+    with pytest.raises(UserError, match="plain.jsonl: a single row: .* one candidate"):
+        training_run.prepare(settings(data=[str(file)], batch_size=8))
+    file.write_text('{"query": "a", "document": "b", "score": 0.5}\n')
+    with pytest.raises(
+        UserError, match="--loss cosent compares the pairs of a batch, and .*plain.jsonl has a single row"
+    ):
+        training_run.prepare(settings(data=[str(file)], loss="cosent", batch_size=8))
 
 
 @pytest.mark.slow
