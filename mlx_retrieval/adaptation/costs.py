@@ -19,7 +19,7 @@ from mlx_retrieval.backend import mx
 
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.adaptation.split import DOCUMENTS
-from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of
+from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of, with_held
 from mlx_retrieval.dataset import choice
 from mlx_retrieval.dataset.documents.chunk import Chunk
 from mlx_retrieval.inference import embedder
@@ -138,12 +138,13 @@ def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool =
     """Return the plan for a number of chunks of `total`; `indexed`: see `fit`."""
     questions = chunks * job.count
     held = choice.wanted(questions, job.holdout)
+    trained = with_held(questions - held) if job.hold else questions - held
     searched = min(DOCUMENTS, chunks) * costs.chunk + held * QUERY * costs.chunk
     seconds = {
         "questions": chunks * costs.questions,
         "filter": (chunks + questions * (1 + QUERY)) * costs.chunk + OPENING,
         "negatives": ((chunks + questions * (1 + QUERY)) * costs.chunk + OPENING) if job.negatives else 0.0,
-        "train": (questions - held) * costs.row + (1 + EVALUATIONS) * searched + OPENING,
+        "train": trained * costs.row + (1 + EVALUATIONS) * searched + OPENING,
         "export": 2 * OPENING,
         "evaluate": 2 * searched + OPENING,
         "index": total * costs.chunk + OPENING if indexed else 0.0,

@@ -25,7 +25,7 @@ MODEL_QUESTIONS = 2  # a chunk, of a language model
 DECIDED = ("data", "sources", "columns", "model", "output", "task", "eval_tasks", "guard", "guard_tolerance", "holdout")
 DECIDED += ("resume", "overwrite", "dry_run", "profile", "rounds", "stop_after", "seed")
 DECIDED += ("dtype", "compile", "dequantize")
-HELD = ("teacher_vectors", "distill_weight")  # and those that holding texts in place takes
+HELD = ("teacher_vectors", "distill_weight", "distill_metric")  # and those that holding texts in place takes
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 

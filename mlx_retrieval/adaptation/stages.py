@@ -14,6 +14,7 @@ report     report.html
 run.py calls them in this order.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -48,6 +49,8 @@ from mlx_retrieval.training import checkpoint
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.improvement import model_to_use
+from mlx_retrieval.training.length import resolve_length
+from mlx_retrieval.training.run_data import open_rows
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines, print_rows
@@ -223,13 +226,16 @@ def train(shop: Workshop) -> Figures:
         held = _hold(shop) if shop.job.hold else None
         settings = settings_of(shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run, held)
         settings.overwrite = checkpoint.holds_run(run)
+        with contextlib.closing(open_rows(settings)) as every:
+            total = len(every)  # those of held texts, too
+        size = min(settings.batch_size, total)
         if settings.steps is None and settings.epochs is None:
             rows = shop.figures["filter"]["rows"]
-            size = min(settings.batch_size, rows)
-            steps = max(1, round(epochs_for(rows, settings.batch_size) * rows / size))
+            steps = max(1, round(epochs_for(rows, size) * rows / size))
             settings.steps = with_held(steps) if held else steps
         if shop.deadline is not None:
-            _limit_steps(shop, settings)
+            resolve_length(settings, total / size)
+            _limit_steps(shop, settings, size)
     training_run.train(settings)
     costs.free()
     return _trained(run)
@@ -253,15 +259,16 @@ def _trained(run: Path) -> Figures:
     return {"improved": results["improved"], "lines": [("run", str(run))]}
 
 
-def _limit_steps(shop: Workshop, settings: Settings) -> None:
-    """Set the steps of a run so that the stages after it are done in time; it has EVALUATIONS evaluations."""
+def _limit_steps(shop: Workshop, settings: Settings, size: int) -> None:
+    """Lower the steps of a run so that the stages after it are done in time; it has EVALUATIONS evaluations.
+
+    `size`: rows of a batch.
+    """
     left = shop.deadline - time.monotonic()
     after = sum(shop.plan.seconds[name] for name in ("export", "evaluate", "index"))
     evaluations = shop.plan.seconds["evaluate"] / 2 * (1 + EVALUATIONS)
-    rows = shop.figures["filter"]["rows"]
-    room = int((left - after - evaluations) / (shop.plan.row_seconds * min(settings.batch_size, rows)))
-    size = min(settings.batch_size, rows)
-    whole = settings.steps or max(1, round(settings.epochs * rows / size))
+    room = int((left - after - evaluations) / (shop.plan.row_seconds * size))
+    whole = settings.steps
     settings.steps, settings.epochs = max(EVALUATIONS, min(room, whole)), None
     settings.eval_steps = settings.eval_steps or max(1, settings.steps // EVALUATIONS)
     if settings.steps < whole:

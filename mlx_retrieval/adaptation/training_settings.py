@@ -4,10 +4,12 @@ settings = settings_of(job, Path("mined.jsonl"), [Path("held-out")], Path("run")
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from mlx_retrieval.adaptation.held import Held
 from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.config import Settings
 
 EVALUATIONS = 4  # in a run
@@ -38,17 +40,22 @@ def settings_of(job: Adaptation, rows: Path, tasks: Sequence[Path], output: Path
         "compile": job.compile,
         "dequantize": job.dequantize,
     }
+    training = dict(job.training)
+    if training.get("epochs"):
+        training.pop("steps", None)  # as in train.py --config
     if held:
+        of_loss = {name: training.pop(name) for name in source_settings.of_loss(fields(Settings)) if name in training}
+        questions = {"data": str(rows), "weight": QUESTIONS_WEIGHT} | of_loss
         others = {"weight": HELD_WEIGHT / len(held.rows), "loss": "distill_vectors", "distill_weight": DISTILL_WEIGHT}
-        sources = [{"data": str(rows), "weight": QUESTIONS_WEIGHT}, *({"data": name} | others for name in held.rows)]
         del decided["data"]
-        decided |= {"sources": sources, "teacher_vectors": str(held.vectors)}
-    return Settings(**DEFAULTS | job.training | decided)
+        decided["sources"] = [questions, *({"data": name} | others for name in held.rows)]
+        decided["teacher_vectors"] = str(held.vectors)
+    return Settings(**DEFAULTS | training | decided)
 
 
-def with_held(steps: float) -> int:
-    """Return the steps of a run that holds texts in place, in which its questions have as many as `steps`."""
-    return round(steps * (QUESTIONS_WEIGHT + HELD_WEIGHT) / QUESTIONS_WEIGHT)
+def with_held(count: float) -> int:
+    """Return the steps, or rows, of a run that holds texts in place, of which `count` are those of its questions."""
+    return round(count * (QUESTIONS_WEIGHT + HELD_WEIGHT) / QUESTIONS_WEIGHT)
 
 
 def epochs_for(rows: int, batch_size: int) -> int:

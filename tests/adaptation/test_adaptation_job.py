@@ -4,6 +4,7 @@ python -m pytest tests/adaptation/test_adaptation_job.py
 """
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,16 @@ from pathlib import Path
 import pytest
 
 import adapt
-from mlx_retrieval.adaptation import chunk_file, costs, run, split
+from mlx_retrieval.adaptation import chunk_file, costs, run, split, stages
 from mlx_retrieval.adaptation.costs import Costs
+from mlx_retrieval.adaptation.held import Held
 from mlx_retrieval.adaptation.job import Adaptation, seconds_of
 from mlx_retrieval.adaptation.record import Record
+from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of
+from mlx_retrieval.adaptation.workshop import Workshop
 from mlx_retrieval.dataset.documents.chunk import Chunk
+from mlx_retrieval.training import source_settings
+from mlx_retrieval.training.length import resolve_length
 from mlx_retrieval.utils.errors import Place, UserError
 
 
@@ -243,6 +249,56 @@ def test_the_plan_fits_the_time(job):
     assert costs.fit(job, measured, 20_000, 1_200.0, indexed=False).chunks > 1.5 * some.chunks
     without = costs.fit(replace(job, negatives=0), measured, 20_000, 1_200.0)
     assert without.seconds["negatives"] == 0 and without.chunks > some.chunks
+
+
+def test_the_plan_counts_the_batches_of_held_texts(job):
+    measured = Costs(chunk=0.0, row=1.0, questions=0.0)
+    alone, held = (costs.plan(replace(job, hold=hold), measured, 1_000, 1_000).seconds for hold in ((), ["x.jsonl"]))
+    assert held["train"] - costs.OPENING == pytest.approx(1.5 * (alone["train"] - costs.OPENING))
+
+
+@pytest.mark.parametrize(("training", "budget", "steps"), [
+    ({"batch_size": 16}, None, 28),  # ten epochs of the questions, and half as many steps for what is held
+    ({"batch_size": 64}, 1e8, 8),
+    ({"batch_size": 64}, 200.0, EVALUATIONS),
+    ({"batch_size": 16, "epochs": 2.0}, 1e8, 10),
+    ({"batch_size": 16, "epochs": 3.0}, 200.0, 12),
+    ({"batch_size": 16, "epochs": 2.0, "steps": 99}, None, 10),
+], ids=str)  # fmt: skip
+def test_steps_count_what_a_batch_takes(job, monkeypatch, tmp_path, training, budget, steps):
+    """Regression: with a budget, epochs were counted by the questions alone; and batches were those of questions alone.
+
+    Of 80 rows, 30 are questions. A row takes a second.
+    """
+    for name, count in (("mined.jsonl", 30), ("held.jsonl", 50)):
+        lines = (json.dumps({"query": f"{name} {i}", "document": f"text {i}"}) + "\n" for i in range(count))
+        (tmp_path / name).write_text("".join(lines))
+    job.training = training
+    shop = Workshop(job, figures={"filter": {"rows": 30}})
+    if budget is not None:
+        shop.plan = costs.Plan(30, 30, 30, 1.0, {"export": 0.0, "evaluate": 0.0, "index": 0.0})
+        shop.deadline = time.monotonic() + budget
+    taken = []
+    held = Held(tmp_path / "held.safetensors", [str(tmp_path / "held.jsonl")])
+    monkeypatch.setattr(stages, "_hold", lambda shop: held)
+    monkeypatch.setattr(Workshop, "path", lambda shop, name: tmp_path / name)
+    monkeypatch.setattr(stages.training_run, "train", taken.append)
+    monkeypatch.setattr(stages, "_trained", lambda run: {})
+    stages.train(shop)
+    (settings,) = taken
+    resolve_length(settings, 80 / training["batch_size"])  # as training does
+    assert settings.steps == steps
+
+
+def test_what_is_said_of_the_loss_is_for_the_questions(job, tmp_path):
+    """Regression: texts to hold are learnt by their vectors alone, and such settings of --config were refused."""
+    job.training = {"positive_aware": "perc", "matryoshka_dims": [8], "query_prompt": "ask: ", "loss": "info_nce"}
+    held = Held(tmp_path / "held.safetensors", ["held.jsonl"])
+    settings = settings_of(job, tmp_path / "mined.jsonl", [], tmp_path / "run", held)
+    questions, others = (source_settings.settings_of(settings, source) for source in settings.sources)
+    assert (questions.positive_aware, questions.loss, questions.matryoshka_dims) == ("perc", "info_nce", [8])
+    assert (others.positive_aware, others.loss, others.matryoshka_dims) == ("off", "distill_vectors", [])
+    assert settings.query_prompt == "ask: " and settings.matryoshka_dims == [8]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (150, "2 min"), (7_300, "2 h 2 min")])
