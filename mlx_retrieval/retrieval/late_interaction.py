@@ -112,7 +112,7 @@ class LateIndex:
         scores = self.lists.scores(similarities, nearest, len(self))
         scores[self.whole] = np.inf
         sifted = _highest_of(everything, scores[everything], max(count, SIFTED))
-        if len(sifted) == count:
+        if count >= SIFTED:
             return sifted
         least = np.take_along_axis(similarities, nearest, axis=1).min(axis=1)
         return _highest_of(sifted, self._near_scores(query, sifted, nearest, least), count)
@@ -253,10 +253,11 @@ def _pad(vectors: Sequence[np.ndarray]) -> mx.array:
 
 
 def _highest_of(documents: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """Return the numbers, ascending, of the `count` documents with the highest scores, and of all others of inf."""
+    """Return the numbers, ascending, of all documents with a score of inf, and of the `count` best of the others."""
+    count += int(np.isinf(scores).sum())
     if len(documents) <= count:
         return documents
-    return np.sort(documents[np.argpartition(-scores, count)[: max(count, np.isinf(scores).sum())]])
+    return np.sort(documents[np.argpartition(-scores, count)[:count]])
 
 
 def _best(documents: np.ndarray, scores: np.ndarray, top_k: int) -> list[tuple[int, float]]:

@@ -133,9 +133,11 @@ def test_only_some_documents_are_looked_at(documents, queries, codebook, monkeyp
 
 def test_documents_that_are_not_coded_are_always_compared(documents, queries, codebook, monkeypatch):
     monkeypatch.setattr(late_interaction, "CANDIDATES", 3)
-    parts = [TokenVectors.of(documents[:20]).coded(codebook), TokenVectors.of(documents[20:40])]
-    candidates = LateIndex(parts, codebook=codebook).candidates(queries[0], 3)
-    assert set(range(20, 40)) <= set(candidates.tolist())
+    for count in (20, 150):  # regression: of many, some were left out, and all of the others
+        parts = [TokenVectors.of(documents[:-count]).coded(codebook), TokenVectors.of(documents[-count:])]
+        for query in queries:
+            candidates = LateIndex(parts, codebook=codebook).candidates(query, 3).tolist()
+            assert len(candidates) == count + 3 and set(range(300 - count, 300)) <= set(candidates)
 
 
 def test_a_large_corpus_is_compressed_in_memory(documents, queries, monkeypatch):
