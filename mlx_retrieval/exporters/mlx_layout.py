@@ -50,8 +50,9 @@ def notes(config: RetrievalConfig, model_type: str, two_sided_decoder: bool) -> 
     loads = model_type != "gemma3_text" or len(config.dense) == 2  # as EmbeddingGemma has them
     readers = {"mlx-embeddings": MLX_EMBEDDINGS, "MLXEmbedders": MLX_EMBEDDERS}
     unable = [reader for reader, known in readers.items() if not loads or model_type not in known]
-    found = [f"not for {' and '.join(unable)}, which {'do' if len(unable) > 1 else 'does'} not load it"]
-    found = found if unable else []
+    found = []
+    if unable:
+        found.append(f"not for {' and '.join(unable)}, which {'do' if len(unable) > 1 else 'does'} not load it")
     averages = config.pooling in ("mean", "max")
     faults = ["the tokenizer's own tokens count"] if averages and not config.pool_special else []
     if averages and not config.pool_prompt and any(config.prompts.values()):

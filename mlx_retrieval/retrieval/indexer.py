@@ -8,10 +8,8 @@ A kill at any moment loses at most the batch in progress: the chunks of a batch 
 files, and the next run removes chunks without a record.
 """
 
-import hashlib
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,32 +21,22 @@ import numpy as np
 
 from mlx_retrieval.dataset import beir, chunks
 from mlx_retrieval.dataset.chunks import Chunk
-from mlx_retrieval.dataset.documents import folder as document_folder
-from mlx_retrieval.dataset.documents.decoding import read_bytes
-from mlx_retrieval.dataset.documents.document import UnreadableError
-from mlx_retrieval.dataset.documents.document_chunks import cut
-from mlx_retrieval.dataset.documents.docx_files import WORD
-from mlx_retrieval.dataset.documents.formats import format_of, read_file
-from mlx_retrieval.dataset.documents.html_files import HTML
-from mlx_retrieval.dataset.documents.pdf_files import PDF
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.inference.embedder import Model, embed
-from mlx_retrieval.retrieval import base, lance_index
+from mlx_retrieval.retrieval import base, index_folder
 from mlx_retrieval.retrieval.analyzer import ENGLISH, check_language
 from mlx_retrieval.retrieval.base import TOKEN_BITS, FileRecord, IndexInfo
-from mlx_retrieval.retrieval.forest import Forest, IndexSource, roots_of
+from mlx_retrieval.retrieval.forest import IndexSource, roots_of
+from mlx_retrieval.retrieval.index_sources import index_source, is_document
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.rewriting import rewrite
 from mlx_retrieval.utils import locks
-from mlx_retrieval.utils.errors import Place, UserError
+from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
 
 BATCH = 512  # chunks embedded and stored together
-DOCUMENTS = (PDF, WORD, HTML)  # formats that are read as documents; their chunks have no lines
-# Bytes; of text files, and of DOCUMENTS, which hold pictures as well.
-MAX_FILE_SIZE = {False: file_tree.MAX_FILE_SIZE, True: document_folder.MAX_FILE_SIZE}
 
 
 @dataclass
@@ -67,81 +55,6 @@ class Summary:
     without_grammar: Counter[str] = field(
         default_factory=Counter
     )  # package -> files split as text because it is missing
-
-
-class FileTree:
-    """A folder of source code, texts, and documents that are no text files: DOCUMENTS.
-
-    Args:
-        max_file_size: larger files are left out, in bytes; None = MAX_FILE_SIZE, which is more for DOCUMENTS.
-    """
-
-    def __init__(self, root: Path, info: IndexInfo, max_file_size: int | None, exclude: Sequence[str], index: Path):
-        self.shown = root
-        root = root.resolve()
-        tree = file_tree.walk(root, sys.maxsize, exclude, skip=[index])
-        self.left_out, self.root, self.info = tree.left_out, root, info
-        limits = {is_document: max_file_size or size for is_document, size in MAX_FILE_SIZE.items()}
-        self.files = [file for file in tree.files if file.size <= limits[_is_document(file.path)]]
-        if too_large := len(tree.files) - len(self.files):
-            self.left_out[file_tree.TOO_LARGE] += too_large
-
-    def read(self, file: File) -> tuple[list[Chunk], str, str]:
-        if _is_document(file.path):
-            return self._read_document(file)
-        text, reason, data = file_tree.read_text(self.root / file.path)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if reason:
-            return [], sha256, reason
-        return chunks.chunk_file(file.path, text, self.info.max_characters, self.info.overlap), sha256, ""
-
-    def _read_document(self, file: File) -> tuple[list[Chunk], str, str]:
-        path = self.root / file.path
-        pieces: list[Chunk] = []
-        try:
-            sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
-            for document in read_file(path, file.path, lambda reason, noun, detail: None):
-                for piece in cut(document, self.info.max_characters, self.info.overlap):
-                    name = " > ".join(piece.headings)
-                    pieces.append(Chunk(0, 0, document.format, "section", name, piece.context, piece.text))
-        except UnreadableError as error:
-            return [], hashlib.sha256(f"{file.path} {error.reason}".encode()).hexdigest(), error.reason
-        return pieces, sha256, ""
-
-    def place(self, path: str, line: int) -> str:
-        return str(Place(self.shown / path, line or None))
-
-
-def _is_document(path: str) -> bool:
-    return format_of(path) in DOCUMENTS
-
-
-class BeirCorpus:
-    """corpus.jsonl of a folder in BEIR layout: each document is a file of one chunk."""
-
-    def __init__(self, root: Path):
-        self.left_out: Counter[str] = Counter()
-        self.shown = root
-        self.texts: dict[str, str] = {}
-        for name, (title, text) in beir.read_texts(root, "corpus").items():
-            if document := beir.document_text(title, text):
-                self.texts[name] = document
-            else:
-                self.left_out[file_tree.EMPTY] += 1
-        self.files = [File(name, len(text), _stamp(text)) for name, text in sorted(self.texts.items())]
-
-    def read(self, file: File) -> tuple[list[Chunk], str, str]:
-        text = self.texts[file.path]
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        return [Chunk(1, text.count("\n") + 1, "text", "document", "", "", text)], sha256, ""
-
-    def place(self, path: str, line: int) -> str:
-        return f"{self.shown}: document {path}"
-
-
-def _stamp(text: str) -> int:
-    """Return 63 bits of a text's hash, in place of a modification time."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def update(
@@ -163,7 +76,7 @@ def update(
         root: folder of source code and texts, or several of them; or a folder of a BEIR corpus.
         model: the embedding model.
         max_characters, overlap: see chunks.chunk_file.
-        max_file_size: in bytes, see `FileTree`; exclude: patterns, see file_tree.walk.
+        max_file_size: in bytes, see index_sources.FileTree; exclude: patterns, see file_tree.walk.
         rebuild: replace an existing index.
         language: of stems and stop words, see analyzer.py; None = the index's, or English. Another one than the
             index's needs new words, but no new vectors; so does an index of an earlier version.
@@ -196,18 +109,18 @@ def update(
         token_bits=token_bits,
         token_pooling=token_pooling,
     )
-    source = _source(shown, folders, info, max_file_size, exclude, folder)
+    source = index_source(shown, folders, info, max_file_size, exclude, folder)
     if not source.files:
         reasons = "".join(f", {count} {reason}" for reason, count in source.left_out.items())
         raise UserError(f"{root}: nothing to index{reasons}")
-    lance_index.check_folder(folder)
+    index_folder.check(folder)
     is_new = not folder.exists()
     with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
         try:
             index = _open(folder, info, rebuild, language)
             summary = _bring_up_to_date(index, source, model)
             if index.folder != folder:
-                lance_index.install(folder)
+                index_folder.install(folder)
                 index = Index.open(folder)
         except BaseException:  # Ctrl-C too; nothing is handled, only tidied up
             _remove_empty(folder, is_new)
@@ -216,21 +129,11 @@ def update(
     return summary
 
 
-def _source(
-    shown: Path, folders: dict[str, Path], info: IndexInfo, max_file_size: int, exclude: Sequence[str], index: Path
-) -> IndexSource:
-    """Return the files or documents to index; `folders`: see forest.Roots."""
-    if info.is_corpus:
-        return BeirCorpus(shown)
-    trees = {name: FileTree(path, info, max_file_size, exclude, index) for name, path in folders.items()}
-    return Forest(trees) if trees else FileTree(shown, info, max_file_size, exclude, index)
-
-
 def _open(folder: Path, info: IndexInfo, rebuild: bool, language: str | None) -> Index:
     """Return the index to bring up to date: the one in `folder`, or the one that is to replace it."""
-    exists, rebuilt = (folder / base.FILE).is_file(), folder / lance_index.REBUILT
+    exists, rebuilt = (folder / base.FILE).is_file(), folder / index_folder.REBUILT
     if not exists and (rebuilt / base.FILE).is_file():  # a kill while the rebuilt one was put in place
-        lance_index.install(folder)
+        index_folder.install(folder)
         exists = True
     if exists and rebuild:
         try:
@@ -252,7 +155,7 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool, language: str | None) ->
 
 def _remove_empty(folder: Path, is_new: bool) -> None:
     """Remove an index that never had a chunk, a half-made one too, and a new folder with it; any other stays."""
-    if (folder / lance_index.REBUILT / base.FILE).is_file():
+    if (folder / index_folder.REBUILT / base.FILE).is_file():
         return
     try:
         if (folder / base.FILE).is_file() and not Index.open(folder).is_empty():
@@ -260,9 +163,7 @@ def _remove_empty(folder: Path, is_new: bool) -> None:
     except (UserError, OSError, RuntimeError, ValueError):  # damaged, as the error that is being raised says
         return
     with suppress(OSError):  # a file of someone else has come
-        (folder / base.FILE).unlink(missing_ok=True)
-        for name in lance_index.TABLES:
-            shutil.rmtree(folder / name, ignore_errors=True)
+        index_folder.clear(folder)
         if is_new:
             for name in (".gitignore", base.LOCK):
                 (folder / name).unlink(missing_ok=True)
@@ -321,7 +222,7 @@ def _bring_up_to_date(index: Index, source: IndexSource, model: Model) -> Summar
     summary.files, summary.chunks = len(indexed), sum(record.chunks for record in indexed)
     summary.unchanged = summary.files - summary.changed
     summary.left_out += Counter(record.left_out for record in records.values() if record.left_out)
-    if isinstance(source, FileTree):
+    if not index.info.is_corpus:
         packages = (chunks.missing_grammar(record.path) for record in indexed)
         summary.without_grammar = Counter(package for package in packages if package)
     return summary
@@ -361,6 +262,6 @@ def _embed(
 
 
 def _is_same(file: File, record: FileRecord | None) -> bool:
-    if record is None or (record.left_out == file_tree.BINARY and _is_document(file.path)):  # by an earlier version
+    if record is None or (record.left_out == file_tree.BINARY and is_document(file.path)):  # by an earlier version
         return False
     return (record.size, record.stamp) == (file.size, file.mtime)

@@ -11,9 +11,6 @@ tokens           late interaction: the token vectors by their slots, see token_s
 files.lance      one row a file: size, time, hash; written after the chunks of the file
 """
 
-import dataclasses
-import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,26 +18,20 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.dataset.chunks import Chunk
-from mlx_retrieval.retrieval import lance_tables
+from mlx_retrieval.retrieval import index_folder, lance_tables
 from mlx_retrieval.retrieval.analyzer import analyzer
-from mlx_retrieval.retrieval.base import EVERYWHERE, FILE, LOCK, VERSION, FileRecord, Hit, IndexInfo, Within
-from mlx_retrieval.retrieval.fields import check_weights
+from mlx_retrieval.retrieval.base import EVERYWHERE, VERSION, FileRecord, Hit, IndexInfo, Within
+from mlx_retrieval.retrieval.index_folder import read_info, write_info, written_at
 from mlx_retrieval.retrieval.lance_errors import plain_errors, reason_of, searching, writing
 from mlx_retrieval.retrieval.lance_tables import HIT_COLUMNS, hit, hits
 from mlx_retrieval.retrieval.late_chunks import TOKENS, LateChunks
-from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.outputs import check_parent
 from mlx_retrieval.utils.products import product
 from mlx_retrieval.utils.progress import Progress
 from mlx_retrieval.utils.text import shell
 
-TABLES = ("chunks.lance", "files.lance", TOKENS)
-REBUILT = "rebuilt"  # in an index's folder: the index that will replace it
-OLDEST = 1  # version of an index that can be brought up to date
 WHOLE_TOKENS = 2  # version that kept the vectors of all tokens as they are
 COPIED_AT_ONCE = 2_000  # chunks
-OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", REBUILT, *TABLES})
 # From PARTITIONS_FROM chunks on, LanceDB keeps the vectors in partitions (IVF, uncompressed) in memory: about ten times
 # faster than reading the table. The nearest PROBES partitions are searched: up to 250,000 chunks these are all of them,
 # so nothing is missed (benchmarks/search_latency.py). The size of a partition is given, not their number: LanceDB would
@@ -61,11 +52,9 @@ class Index:
     @classmethod
     def create(cls, folder: Path, info: IndexInfo) -> "Index":
         """Create an empty index in place of an older one. Raises UserError if the folder holds anything else."""
-        check_folder(folder)
+        index_folder.check(folder)
         try:
-            for name in (FILE, *TABLES):  # index.json first: without it there is no index
-                path = folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            index_folder.clear(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if info.maxsim:
                 (folder / TOKENS).mkdir()
@@ -92,32 +81,16 @@ class Index:
         Raises UserError, with the command to run, if it is missing, damaged, or of another version.
         """
         folder = Path(folder)
-        if not (folder / FILE).is_file():
-            raise UserError(
-                f"--index {folder}: no index there. To create one: "
-                f"{shell('python', 'search.py', 'index', 'PATH', '--model-path', 'MODEL', '--index', folder)}"
-            )
-        try:
-            values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            if (version := values.get("version")) not in range(OLDEST, VERSION + 1):
-                raise UserError(
-                    f"{folder}: made by another version of this toolkit; search.py index --rebuild replaces it"
-                )
-            info = IndexInfo(**values)
-            check_weights(info.fields)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{folder / FILE}: not readable ({error}); search.py index --rebuild replaces it"
-            ) from error
+        info = read_info(folder)
         database = lance_tables.connect(folder)
         try:
             index = cls(folder, info, database)
         except (ValueError, OSError, RuntimeError) as error:
             raise UserError(f"{folder}: damaged ({reason_of(error)}); search.py index --rebuild replaces it") from error
-        if version == WHOLE_TOKENS and not info.maxsim:
+        if info.version == WHOLE_TOKENS and not info.maxsim:
             info.version = VERSION
         if info.version != VERSION and not outdated:
-            how = "kept token vectors uncompressed" if version == WHOLE_TOKENS else "split words differently"
+            how = "kept token vectors uncompressed" if info.version == WHOLE_TOKENS else "split words differently"
             raise UserError(
                 f"{folder}: made by an earlier version, which {how}. To bring it up to date, without embedding again: "
                 f"{index.command(info.model)}"
@@ -140,7 +113,7 @@ class Index:
 
     def write(self) -> None:
         """Write index.json atomically."""
-        files.write_file(self.folder / FILE, json.dumps(dataclasses.asdict(self.info), indent=2) + "\n")
+        write_info(self.folder, self.info)
         self._written = written_at(self.folder)
 
     def refreshed(self) -> "Index":
@@ -338,36 +311,6 @@ class Index:
     def known(self, wanted: Sequence[str]) -> list[str]:
         """Return the paths of all files, or the ids of all documents, that have chunks, whichever are `wanted`."""
         return [path for path, record in self.records().items() if not record.left_out]
-
-
-def written_at(folder: Path) -> int:
-    """Return when index.json was written, in nanoseconds; 0 = it is being replaced, or gone."""
-    try:
-        return (folder / FILE).stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError if a folder holds other files than an index: `create` removes and adds files."""
-    files.check_name(folder, "--index")
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= OURS):
-        raise UserError(f"--index {folder}: holds something else; choose a folder for the index alone")
-    check_parent(folder / FILE, "--index")
-
-
-def install(folder: Path) -> None:
-    """Put the index in `folder`/rebuilt in place of the one in `folder`; continue if that was interrupted."""
-    source = folder / REBUILT
-    (folder / FILE).unlink(missing_ok=True)
-    if not json.loads((source / FILE).read_text(encoding="utf-8")).get("maxsim"):
-        shutil.rmtree(folder / TOKENS, ignore_errors=True)
-    for name in TABLES:
-        if (source / name).exists():
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (source / name).rename(folder / name)
-    (source / FILE).rename(folder / FILE)
-    shutil.rmtree(source, ignore_errors=True)
 
 
 def _filtered(search: Any, within: Within) -> Any:

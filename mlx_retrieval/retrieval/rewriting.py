@@ -8,7 +8,7 @@ The new index grows beside the old one, which answers until it is replaced, as w
 import dataclasses
 from typing import Any
 
-from mlx_retrieval.retrieval import lance_index
+from mlx_retrieval.retrieval import index_folder
 from mlx_retrieval.retrieval.base import VERSION
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils.progress import progress_bar
@@ -21,12 +21,12 @@ def rewrite(index: Index, **settings: Any) -> Index:
     """
     was_complete = index.info.complete
     info = dataclasses.replace(index.info, version=VERSION, partitioned=0, **settings)
-    new = Index.create(index.folder / lance_index.REBUILT, info)
+    new = Index.create(index.folder / index_folder.REBUILT, info)
     with progress_bar("indexing words", "chunks", index.chunks.count_rows()) as progress:
         new.copy(index, progress)
     new.finish()
     if not was_complete:
         new.info.complete = False
         new.write()
-    lance_index.install(index.folder)
+    index_folder.install(index.folder)
     return Index.open(index.folder)

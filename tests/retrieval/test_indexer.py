@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_retrieval.dataset import chunks
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import heads
-from mlx_retrieval.retrieval import base, indexer, lance_errors, lance_index
+from mlx_retrieval.retrieval import base, index_folder, indexer, lance_errors
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.rewriting import rewrite
@@ -344,13 +345,13 @@ def test_a_rebuild_that_fails_keeps_the_old_index_and_goes_on(tree, tmp_path, mo
     assert Index.open(index).info.complete and Index.open(index).chunks.count_rows() == 6
     summary = update(tree, index, model, max_characters=40, overlap=0, rebuild=True)
     assert summary.embedded > 6 and Index.open(index).info.max_characters == 40
-    assert not (index / lance_index.REBUILT).exists()
+    assert not (index / index_folder.REBUILT).exists()
     # A kill while the new index is put in place of the old one: the next run finishes that.
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             update(tree, index, model, rebuild=True)
-    assert (index / lance_index.REBUILT).is_dir() and not (index / "index.json").exists()
+    assert (index / index_folder.REBUILT).is_dir() and not (index / "index.json").exists()
     assert update(tree, index, model).embedded == 0 and Index.open(index).chunks.count_rows() == 6
     assert Index.add is add
 
@@ -379,7 +380,7 @@ def test_an_index_of_the_version_before_is_refused_and_brought_up_to_date(tree, 
     assert (summary.embedded, summary.unchanged, summary.chunks) == (2, 3, 6)  # only the file that has changed
     update(tree, tmp_path / "whole", model)
     assert_same(index, tmp_path / "whole")
-    assert not (index / lance_index.REBUILT).exists() and Index.open(index).info.version == base.VERSION
+    assert not (index / index_folder.REBUILT).exists() and Index.open(index).info.version == base.VERSION
 
 
 def test_an_unfinished_index_of_the_version_before_is_continued(tree, model, tmp_path, monkeypatch):
@@ -443,6 +444,14 @@ def test_several_folders(tree, model, tmp_path):
         update([tree / "docs", tree / "more"] if write(tree / "more/a.txt", "a") is None else [], index, model)
     assert update([*roots, tree / "more"], index, model).files == 4  # one more folder
     assert update(tree, index, model).changed == 2  # the folder that holds them: notes.md and "it's odd.txt"
+
+
+def test_missing_grammars_of_several_folders_are_counted(tree, model, tmp_path, monkeypatch):
+    """Regression: only those of a single folder were told."""
+    monkeypatch.setattr(chunks, "missing_grammar", lambda path: "a-grammar" if path.endswith(".py") else "")
+    write(tree / "docs" / "readme.md", "# Manual\nTurn it on.\n")
+    for number, folders in enumerate((tree, [tree / "src", tree / "docs"])):
+        assert update(folders, tmp_path / f"{number}", model).without_grammar == {"a-grammar": 2}
 
 
 def test_messages_about_several_folders_name_files_as_they_were_given(tree, model, tmp_path, monkeypatch):

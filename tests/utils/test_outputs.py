@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_retrieval.retrieval import lance_index
+from mlx_retrieval.retrieval import index_folder
 from mlx_retrieval.training import output_folder
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.flags import from_flags
@@ -158,4 +158,4 @@ def test_a_run_keeps_the_settings_file_that_it_was_given(tmp_path):
 def test_an_index_replaces_no_file_of_others(tmp_path):
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(UserError, match="holds something else"):
-        lance_index.check_folder(tmp_path)
+        index_folder.check(tmp_path)
