@@ -13,7 +13,7 @@ from typing import Any
 from mlx_retrieval.dataset.json_lines import RowError, reason_of
 from mlx_retrieval.dataset.roles import ROLES, role_of, snake_case
 from mlx_retrieval.utils.errors import UserError, near_miss
-from mlx_retrieval.utils.text import writable, writable_values
+from mlx_retrieval.utils.text import listed, writable, writable_values
 
 SINGLE = ("query", "label", "rank", "prompt")  # roles in which a list of one value stands for the value
 SINGLE_DOCUMENTS = ("document", "positive", "passage", "answer")  # names of which the same is true
@@ -86,9 +86,7 @@ def missing(wanted: Iterable[str], there: Sequence[str]) -> str:
 
 def listing(keys: Iterable[str]) -> str:
     """Return the names of the first twenty columns; "(none)" = there are none."""
-    shown = list(keys)
-    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
-    return f"{', '.join(shown[:20]) or '(none)'}{more}"
+    return listed(keys, 20) or "(none)"
 
 
 def _near(wanted: Iterable[str], there: Iterable[str]) -> str:

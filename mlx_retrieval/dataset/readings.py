@@ -4,11 +4,11 @@ pairs.csv: question -> query, answer -> document (comma-separated, header); not 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mlx_retrieval.dataset.columns import Columns
 from mlx_retrieval.dataset.row_formats import Reading
-from mlx_retrieval.utils.text import quantity
+from mlx_retrieval.utils.text import listed, quantity
 
 COLUMNS = 3  # of a role that are named
 UNREAD = 5  # columns that are named
@@ -55,7 +55,7 @@ class ReadingCounter:
             labels.get(key, key) + ("" if count == self._rows else f" ({quantity(count, 'row')})")
             for key, count in self._unread.most_common()
         ]
-        rest = f"; not read: {_listing(unread, UNREAD)}" if unread else ""
+        rest = f"; not read: {listed(unread, UNREAD)}" if unread else ""
         return f"{', '.join(pairs)}{stored}{rest}"
 
 
@@ -69,16 +69,10 @@ def lines(names: Sequence[str], texts: Sequence[str]) -> list[str]:
     files: dict[str, list[str]] = {}
     for name, text in zip(names, texts, strict=True):
         files.setdefault(text, []).append(name)
-    out = [f"{_listing(group, 1)}: {text}" for text, group in files.items()]
+    out = [f"{listed(group, 1)}: {text}" for text, group in files.items()]
     return out[:FILES] + ([f"and {len(out) - FILES} more"] if len(out) > FILES else [])
 
 
 def _pair(columns: list[str], role: str) -> str:
     role = role.replace("_", " ")
-    return role if columns == [role] else f"{_listing(columns, COLUMNS)} -> {role}"
-
-
-def _listing(words: Iterable[str], count: int) -> str:
-    words = list(words)
-    more = f" and {len(words) - count} more" if len(words) > count else ""
-    return ", ".join(words[:count]) + more
+    return role if columns == [role] else f"{listed(columns, COLUMNS)} -> {role}"

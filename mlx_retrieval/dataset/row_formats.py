@@ -27,7 +27,7 @@ from mlx_retrieval.dataset.roles import (
     snake_case,
 )
 from mlx_retrieval.dataset.unread_keys import held_by, is_origin, may_matter
-from mlx_retrieval.utils.text import quantity
+from mlx_retrieval.utils.text import listed, quantity
 
 OWN_KEYS = {"query", "anchor", "document", "positive", "documents", "negative", "negatives", "scores", "rank"}
 KINDS = {"pair": "query/document", "documents": "query/documents/scores", "label": "query/document/label"}
@@ -280,9 +280,8 @@ def own_row(row: dict, reading: Reading, example: Example) -> dict:
 
 def ignored_keys(counts: Counter[str]) -> str:
     """Return one line about keys that were not read, and in how many rows."""
-    shown = [f"{key} ({quantity(count, 'row')})" for key, count in counts.most_common(8)]
-    more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
-    return f"keys that are not read: {', '.join(shown)}{more}"
+    keys = (f"{key} ({quantity(count, 'row')})" for key, count in counts.most_common())
+    return f"keys that are not read: {listed(keys, 8)}"
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

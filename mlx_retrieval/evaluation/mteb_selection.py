@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from mlx_retrieval.evaluation import mteb_tasks
 from mlx_retrieval.utils.errors import UserError, near_miss
+from mlx_retrieval.utils.text import listed
 
 MOCK = mteb_tasks.MOCK
 ROLES = ("query", "document")
@@ -48,7 +49,7 @@ def select(names: Sequence[str], languages: Sequence[str] = (), types: Sequence[
         kinds = ", ".join(sorted({task.metadata.type for task in named}))
         raise UserError(
             f"{' '.join(names)}: no task has one of these --languages and --task-types; there are the types {kinds} "
-            f"and the languages {_listed(there)}"
+            f"and the languages {listed(there, SHOWN)}"
         )
     for task in tasks.values():
         if task.metadata.modalities != ["text"]:
@@ -119,13 +120,8 @@ def _check_language(code: str, there: Sequence[str]) -> None:
         near = near_miss(code, there) or near_miss(by_name.get(code.lower(), code.lower()), ISO_TO_LANGUAGE)
         raise UserError(
             f"--languages {code}: mteb knows no such code; they are those of ISO 639-3, as eng or deu-Latn"
-            f"{near or '.'} The tasks that you name have {_listed(there)}"
+            f"{near or '.'} The tasks that you name have {listed(there, SHOWN)}"
         ) from error
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def read_prompts(file: Path, tasks: Sequence[Any]) -> dict[str, str]:

@@ -6,14 +6,14 @@
 The token is huggingface_hub's: HF_TOKEN, or the login of `hf auth login`. So is the address, HF_ENDPOINT.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_retrieval.utils import hub
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import quantity
+from mlx_retrieval.utils.text import listed, quantity
 
 SHOWN = 4  # files that a message names
 KEPT = (".gitattributes",)  # the Hub's own: which files it keeps outside of git
@@ -63,8 +63,8 @@ class Repository:
                 self.files = sorted(f.rfilename for f in info.siblings or () if f.rfilename not in KEPT)
         if self.files and self.has_revision and not overwrite:
             raise UserError(
-                f"--push-to-hub {name}: holds {quantity(len(self.files), 'file')} already ({_listed(self.files)}); "
-                "--overwrite-repository replaces them all in a new commit"
+                f"--push-to-hub {name}: holds {quantity(len(self.files), 'file')} already "
+                f"({listed(self.files, SHOWN)}); --overwrite-repository replaces them all in a new commit"
             )
 
     def upload(self, folder: Path) -> Lines:
@@ -86,8 +86,8 @@ class Repository:
             self.api.create_commit(self.name, changes, commit_message=MESSAGE, revision=self.revision)
         branch = f", branch {self.revision}" if self.revision else ""
         lines = [("pushed", f"{self.api.endpoint}/{self.name}{branch}: {total(sizes)}")]
-        lines += [("replaced", _listed(replaced))] if replaced else []
-        return lines + ([("removed", _listed(removed))] if removed else [])
+        lines += [("replaced", listed(replaced, SHOWN))] if replaced else []
+        return lines + ([("removed", listed(removed, SHOWN))] if removed else [])
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -133,8 +133,3 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def total(sizes: dict[str, int]) -> str:
     """Return the number of files and their size together."""
     return f"{quantity(len(sizes), 'file')}, {sum(sizes.values()) / 1e6:,.1f} MB"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -24,6 +24,7 @@ from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import SettingError, UserError
+from mlx_retrieval.utils.text import listed
 
 # Batches left out one after the other (--skip-bad-batches) that end a run: single bad rows do not do that, but a model
 # that can no longer compute does, and so do data of which nearly every batch has a bad row.
@@ -195,12 +196,11 @@ class BaseTrainer(ABC):
         if not names:
             return
         last = checkpoint.last_step(self.folder)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise SettingError(
             "step {step}: the update made {names} infinite or NaN, and such weights are not saved; {saved}. A lower "
             "{learning_rate} may help",
             step=step,
-            names=f"{names[0]}{more}",
+            names=listed(names, 1),
             saved=f"the last good state is in {last}" if last else "no step was saved before",
         )
 

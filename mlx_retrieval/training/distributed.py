@@ -29,6 +29,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import listed
 
 LAUNCHER_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # environment of a launched process
 EXIT_RANK_LOST = 3  # exit code where another rank was lost
@@ -227,8 +228,7 @@ def check_equal(place: str, values: dict[str, Any], patient: bool = False) -> No
         if other.get(key) != main.get(key)
     ]
     if differing:
-        more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise RankMismatch(f"the ranks do not agree, at {place}: {'; '.join(differing[:5])}{more}")
+        raise RankMismatch(f"the ranks do not agree, at {place}: {listed(differing, 5, '; ')}")
 
 
 def _shortened(value: Any) -> str:

@@ -6,6 +6,7 @@ UTF-8 as one.
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def quantity(count: int, noun: str) -> str:
     if count != 1:
         noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{count:,} {noun}"
+
+
+def listed(words: Iterable[str], most: int, between: str = ", ") -> str:
+    """Return the first `most` words, and how many there are besides: `a, b and 3 more`."""
+    words = list(words)
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return between.join(words[:most]) + more
 
 
 def excerpt(text: str, length: int) -> str:

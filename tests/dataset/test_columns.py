@@ -252,7 +252,7 @@ def test_the_counts_of_many_shapes_are_bounded(rows):
     line = rows(content).readings[0]
     assert line == (
         "rows.jsonl: query, document; not read: key0 (1 row), key1 (1 row), key2 (1 row), key3 (1 row), key4 (1 row) "
-        "and 1495 more"
+        "and 1,495 more"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import CHECKOUT, excerpt, quantity, shell, writable, writable_values
+from mlx_retrieval.utils.text import CHECKOUT, excerpt, listed, quantity, shell, writable, writable_values
 
 
 def test_writable():
@@ -27,6 +27,11 @@ def test_names_that_libraries_cannot_open(tmp_path):
     files.check_name(tmp_path / "é", "--output")
     with pytest.raises(UserError, match="^--output .*: not a name in UTF-8"):
         files.check_name(tmp_path / "\udcff", "--output")
+
+
+def test_words_that_are_listed():
+    assert listed("abc", 3) == "a, b, c" and listed([], 2) == ""
+    assert listed((f"{i}" for i in range(2_000)), 2, "; ") == "0; 1 and 1,998 more"
 
 
 def test_a_command_can_be_pasted(tmp_path):

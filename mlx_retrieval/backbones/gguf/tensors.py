@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_retrieval.backbones.gguf.reading import EMBEDDINGS, HEAD, Gguf
 from mlx_retrieval.backbones.gguf.settings import ROPE_FACTORS
+from mlx_retrieval.utils.text import listed
 
 GROUP = 32  # neighbours that share a scale
 BITS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}
@@ -125,8 +126,7 @@ def _checked(file: Gguf, expected: Layout) -> dict[str, str]:
     vectors = [name for name, shape in shapes.items() if len(shape) < 2]
     problems += [f"{name} is quantised" for name in vectors if file.tensors[name].tensor_type.name in BITS]
     if problems:
-        more = f" and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-        raise file.refusal(f"not the tensors of a {file.architecture}: {'; '.join(problems[:SHOWN])}{more}")
+        raise file.refusal(f"not the tensors of a {file.architecture}: {listed(problems, SHOWN, '; ')}")
     return {name: expected[name][0] for name in shapes}
 
 
