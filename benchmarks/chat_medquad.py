@@ -2,10 +2,13 @@
 
     python benchmarks/chat_medquad.py --data ../shared/data/medquad                   the embedded tiny model
     python benchmarks/chat_medquad.py --data ../shared/data/medquad --random-llama --steps 20
+    python benchmarks/chat_medquad.py --data ../shared/data/medquad --model smollm2 --steps 40 --learning-rate 2e-4 \
+        --max-length 192 --answers 3
 
 Both sides start from the same weights and LoRA matrices and take the same steps on the same batches, which are those
 that mlx-lm makes (rows in the file's order, its own shuffle of batches), with AdamW at a constant rate; both have this
-toolkit's BLAS. The validation loss of both adapters is measured by the same function. Figures in
+toolkit's BLAS. The validation loss of both adapters is measured by the same function. `--answers` prints what mlx-lm's
+model answers to held-out questions before training, with the adapter, and from the exported folder. Figures in
 benchmarks/README.md.
 """
 
@@ -22,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import yaml
 from chat_memory import random_llama
-from sides import ROOT, in_child
+from sides import ROOT, in_child, smollm2
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones.hub import read_safetensors
+from mlx_retrieval.exporters.job import Export
+from mlx_retrieval.exporters.run import export
 from mlx_retrieval.models import loading
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.chat.run import prepare
@@ -35,6 +40,7 @@ from mlx_retrieval.utils.console import print_lines, print_rows
 backend.prepare()  # as commands do
 
 VALID = 64
+LONGEST = 80  # tokens of a printed answer
 # mlx-lm's command, in a process that has loaded the toolkit's BLAS first.
 COMMAND = (
     "import sys; from mlx_retrieval import backend; backend.prepare(); "
@@ -111,10 +117,37 @@ def validation_loss(given: dict, adapter: Path) -> float:
     return run.trainer.evaluate(0)["validation_loss"]
 
 
+def answers(folder: Path, adapter: Path | None, questions: list[str], longest: int) -> list[str]:
+    """Return the greedy answers of mlx-lm's model to `questions`, `longest` tokens at most each."""
+    from mlx_lm import generate, load
+
+    model, tokenizer = load(str(folder), adapter_path=adapter and str(adapter))
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    return [generate(model, tokenizer, prompt=prompt, max_tokens=longest) for prompt in prompts]
+
+
+def show_answers(model: Path, folder: Path, count: int) -> None:
+    """Export our adapter, and print the answers of before and after to held-out questions. Ends if export's differ."""
+    adapter, exported = folder / "ours" / "final", folder / "exported"
+    export(Export(adapter=str(adapter), output=str(exported)))
+    lines = (folder / "data" / "valid.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    questions = [json.loads(line)["messages"][0]["content"] for line in lines]
+    models = (model, None), (model, adapter), (exported, None)
+    before, after, merged = (answers(*each, questions, LONGEST) for each in models)
+    for number, question in enumerate(questions):
+        print(f"\nquestion: {question}\n\nbefore: {before[number]}\n\nafter: {after[number]}")
+    same = sum(map(str.__eq__, after, merged))
+    print(f"\nthe exported folder gives {same} of {count} answers word for word in mlx_lm")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl")
-    parser.add_argument("--random-llama", action="store_true", help="4 layers x 256, random weights, in 4 bits")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--random-llama", action="store_true", help="4 layers x 256, random weights, in 4 bits")
+    which.add_argument("--model", help="folder of a chat model; smollm2: where tools/fetch_smollm2.py puts it")
+    parser.add_argument("--answers", type=int, default=0, metavar="N", help="print answers to N held-out questions")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
@@ -128,10 +161,12 @@ def main() -> None:
         if args.random_llama:
             model = folder / "llama"
             in_child(random_llama, model, 256, 4, 3072, 4)
+        if args.model:
+            model = Path(smollm2() if args.model == "smollm2" else args.model)
         given = {"model": str(model), "data": [str(folder / "data")], "output": str(folder / "ours")}
         given |= {"batch_size": args.batch_size, "steps": args.steps, "max_length": args.max_length}
         given |= {"learning_rate": args.learning_rate, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}
-        given |= {"mask_prompt": True, "val_batches": -1, "eval_steps": 0, "save_steps": 0}
+        given |= {"mask_prompt": True, "num_layers": -1, "val_batches": -1, "eval_steps": 0, "save_steps": 0}
         # Kernels are compiled once on a machine.
         warm = given | {"steps": 2, "val_batches": 1, "output": str(folder / "warm")}
         ours(warm, seed=0)
@@ -151,6 +186,9 @@ def main() -> None:
                 ["mlx_lm.lora", f"{before:.4f}", f"{found['peer']:.4f}", f"{peer_wall:.1f}", ""],
             ],
         )
+        print(f"mlx_lm.lora takes {peer_wall / wall:.2f} times as long")
+        if args.answers:
+            show_answers(model, folder, args.answers)
         ratio = abs(found["ours"] / found["peer"] - 1)
         print(f"difference {ratio:.3%}, fall {before - found['ours']:.4f}")
         if ratio > 0.01 or found["ours"] >= before:

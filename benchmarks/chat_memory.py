@@ -2,9 +2,11 @@
 
     python benchmarks/chat_memory.py                      the table of docs/chat.md, some minutes
     python benchmarks/chat_memory.py --hidden 64 --layers 2 --length 64       a quick look
+    python benchmarks/chat_memory.py --model smollm2                          a real model
 
-A Llama with random weights, LoRA r = 16, conversations of equal lengths; the second and third of three steps, each case
-in a process of its own. Figures in docs/chat.md and in benchmarks/README.md.
+A Llama with random weights, or a real model in float32 and converted to 4 bits by mlx-lm; LoRA r = 16, conversations of
+equal lengths; the second and third of three steps, each case in a process of its own. Figures in docs/chat.md and in
+benchmarks/README.md.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sides import ROOT, in_child
+from sides import ROOT, in_child, smollm2
 
 
 def random_llama(folder: Path, hidden: int, layers: int, vocabulary: int, bits: int = 0, seed: int = 0) -> None:
@@ -49,6 +51,17 @@ def random_llama(folder: Path, hidden: int, layers: int, vocabulary: int, bits: 
         shutil.copy(file, folder)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def converted(source: str, folder: Path, bits: int) -> None:
+    """Write a real model's folder for mlx-lm, in float32 or in `bits` by mlx-lm's own conversion."""
+    from mlx_retrieval import backend
+
+    backend.prepare()
+
+    from mlx_lm import convert
+
+    convert(source, str(folder), quantize=bits > 0, q_bits=bits or None, dtype="float32")
 
 
 def conversations(folder: Path, length: int, count: int = 16) -> None:
@@ -85,6 +98,7 @@ def measure(folder: str, bits: int, num_layers: int, grad_checkpoint: bool, batc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a chat model; smollm2: where tools/fetch_smollm2.py puts it")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=32_000, help="numbers beyond the tokenizer's are never met")
@@ -95,13 +109,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        kind = f"Llama, {args.layers} layers x {args.hidden}, feed-forward {3 * args.hidden}"
+        kind += f", vocabulary {args.vocabulary:,}"
+        source = smollm2() if args.model == "smollm2" else args.model
         for bits in args.bits:
-            in_child(random_llama, folder / str(bits), args.hidden, args.layers, args.vocabulary, bits)
+            if source:
+                kind = args.model
+                in_child(converted, source, folder / str(bits), bits)
+            else:
+                in_child(random_llama, folder / str(bits), args.hidden, args.layers, args.vocabulary, bits)
         conversations(folder / "data", args.length)
-        print(
-            f"Llama, {args.layers} layers x {args.hidden}, feed-forward {3 * args.hidden}, vocabulary "
-            f"{args.vocabulary:,}; conversations of {args.length} tokens\n"
-        )
+        print(f"{kind}; conversations of {args.length} tokens\n")
         print("| weights | layers trained | checkpointed | batch | peak MB | estimated MB | tokens/s |")
         print("|---|---|---|---|---|---|---|")
         for bits, layers, checkpointed, batch in itertools.product(args.bits, (1, -1), (False, True), args.batch_sizes):

@@ -10,7 +10,6 @@ folder, since mlx computes with quantised weights some twenty times slower on CP
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sides import Peer, minilm
+from sides import Peer, minilm, write_part
 
 import export
 import train
@@ -31,22 +30,6 @@ from mlx_retrieval.training import config
 from mlx_retrieval.utils.console import print_rows
 
 backend.prepare()  # as commands do
-
-
-def sample(source: Path, target: Path, queries: int, documents: int) -> Path:
-    """Write a task of the first queries, the documents that answer them, and others."""
-    (target / "qrels").mkdir(parents=True)
-    head, *lines = (source / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
-    asked = (source / "queries.jsonl").read_text(encoding="utf-8").splitlines()[:queries]
-    names = {json.loads(row)["_id"] for row in asked}
-    judged = [line for line in lines if line.split("\t")[0] in names]
-    answers = {line.split("\t")[1] for line in judged}
-    corpus = (source / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
-    corpus.sort(key=lambda row: json.loads(row)["_id"] not in answers)
-    for name, rows in (("corpus.jsonl", corpus[: max(documents, len(answers))]), ("queries.jsonl", asked)):
-        (target / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    (target / "qrels" / "test.tsv").write_text("\n".join([head, *judged]) + "\n", encoding="utf-8")
-    return target
 
 
 def show(title: str, results: dict[str, Evaluation]) -> None:
@@ -98,7 +81,7 @@ def main() -> None:
         **{f"exported, vectors as {precision}": result for (precision, *_), result in stored.items()},
     }
     show("MedQuAD test, 300 queries", results)
-    part = str(sample(Path(test), work / "part", queries=30, documents=80))
+    part = str(write_part(Path(test), work / "part", queries=30, documents=80))
     results = {"adapter": evaluate(load(adapter), [part])}
     results |= {f"exported mlx, {path.name}": evaluate(load(path), [part]) for path in quantised}
     show("a part of it: 30 queries", results)

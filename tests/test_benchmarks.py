@@ -25,6 +25,7 @@ import gate
 import growth
 import limit
 import samples
+import sides
 import train_speed
 
 from mlx_retrieval.inference import embedder
@@ -219,3 +220,20 @@ def test_samples_are_sorted_by_what_is_done():
             "Python, graphs and the rest": 0.0275,
         }
     )
+
+
+# --- sides.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_folder_has_the_answers_of_its_questions(tmp_path):
+    """Even where they stand behind documents that answer nothing."""
+    source = tmp_path / "whole"
+    (source / "qrels").mkdir(parents=True)
+    for name, ids in (("queries", ("q1", "q2", "q3")), ("corpus", ("d1", "d2", "d3", "d4", "d5"))):
+        (source / f"{name}.jsonl").write_text("".join(json.dumps({"_id": i, "text": i}) + "\n" for i in ids))
+    (source / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td5\t1\nq2\td3\t1\nq3\td1\t1\n")
+    for documents, expected in ((1, {"d3", "d5"}), (3, {"d1", "d3", "d5"})):
+        part = sides.write_part(source, tmp_path / str(documents), queries=2, documents=documents)
+        ids = [json.loads(line)["_id"] for line in (part / "corpus.jsonl").read_text().splitlines()]
+        assert set(ids) == expected
+        assert (part / "qrels" / "test.tsv").read_text().split("\n")[1:3] == ["q1\td5\t1", "q2\td3\t1"]
