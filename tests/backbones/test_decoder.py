@@ -11,7 +11,7 @@ from mlx_retrieval.backend import mx, nn
 import numpy as np
 import pytest
 import random_models
-from backbone_checks import alone, assert_close, rows_of
+from backbone_checks import alone, assert_close, assert_quantised, rows_of
 from mlx.utils import tree_flatten
 from random_models import DECODERS, ENCODERS, KINDS, WINDOW, texts
 
@@ -306,11 +306,8 @@ def test_quantised_encoder(folders, tmp_path, bits, embeddings, monkeypatch):
     folder = random_models.changed(folders["bert"], tmp_path / "q", quantization=quantisation)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(whole.parameters())))
     backbone, (ids, lengths) = load_backbone(folder), texts()
-    actual = rows_of(backbone, ids, lengths)
-    assert_close(actual, rows_of(whole, ids, lengths), 0)
-    assert_close(actual, alone(backbone, ids, lengths), 1e-4)
-    near = np.corrcoef(actual[0].ravel(), rows_of(load_backbone(folders["bert"]), ids, lengths)[0].ravel())[0, 1]
-    assert near > {4: 0.7, 8: 0.99}[bits]
+    exact = rows_of(load_backbone(folders["bert"]), ids, lengths)
+    assert_quantised(backbone, whole, exact, ids, lengths, bits)
 
 
 def test_library_classes_stay_as_they_are(folders):

@@ -26,6 +26,14 @@ def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance:
         np.testing.assert_allclose(row, other, rtol=0, atol=tolerance)
 
 
+def assert_quantised(backbone, whole, exact: list[np.ndarray], ids: mx.array, lengths: mx.array, bits: int) -> None:
+    """States of a file are those of the weights in memory to the last bit, alone as padded, and near the exact ones."""
+    actual = rows_of(backbone, ids, lengths)
+    assert_close(actual, rows_of(whole, ids, lengths), 0)
+    assert_close(actual, alone(backbone, ids, lengths), 1e-4)
+    assert np.corrcoef(actual[0].ravel(), exact[0].ravel())[0, 1] > {4: 0.7, 8: 0.99}[bits]
+
+
 def trainable(backbone: Backbone) -> dict[str, mx.array]:
     return dict(tree_flatten(backbone.adapted.trainable_parameters()))
 
