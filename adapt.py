@@ -18,7 +18,7 @@ from pathlib import Path
 from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
-from mlx_retrieval.adaptation.job import GUARD_TOLERANCE, Adaptation, seconds_of
+from mlx_retrieval.adaptation.job import GUARD_TOLERANCE, TRAINED_SHARE, Adaptation, seconds_of
 from mlx_retrieval.dataset import choice, chunks
 from mlx_retrieval.dataset.documents.folder import MAX_FILE_SIZE
 from mlx_retrieval.mining.questions import filtering, prompts, without_model
@@ -89,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
          "own)")  # fmt: skip
     flag("--guard-tolerance", type=float, default=GUARD_TOLERANCE, metavar="X", help="nDCG@10 that each guard may "
          "lose (default: %(default)s)")  # fmt: skip
+    flag("--trained-share", type=float, default=TRAINED_SHARE, metavar="X", help="share of the trained weights in the "
+         "export, the rest being the base model's; less if a guard demands it (default: %(default)s)")  # fmt: skip
     flag("--eval-tasks", nargs="+", default=[], metavar="TASK", help="evaluation folders or MTEB tasks to evaluate as "
          "well, before and after")  # fmt: skip
 

@@ -99,6 +99,13 @@ def parser() -> argparse.ArgumentParser:
         help="nDCG@10, or Spearman of scored pairs, that a --guard may lose (default: that of the run)",
     )
     out.add_argument(
+        "--largest-share",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="try no larger share than this with --merge-with-base auto or guards (default: %(default)g)",
+    )
+    out.add_argument(
         "--merge-with",
         nargs="+",
         default=(),

@@ -20,6 +20,8 @@ from mlx_retrieval.utils.outputs import check_parent, holds_model
 
 FILE, LOCK = "adapt.json", ".lock"  # in the folder of an adaptation: which stages are done, and who works there
 GUARD_TOLERANCE = 0.005  # of nDCG@10
+# As much of the base model as of the trained one (LM-Cocktail, Xiao et al. 2023): half the weights keep most of the gain.
+TRAINED_SHARE = 0.5
 MODEL_QUESTIONS = 2  # a chunk, of a language model
 # Settings of train.py that an adaptation decides.
 DECIDED = ("data", "sources", "columns", "model", "output", "task", "eval_tasks", "guard", "guard_tolerance", "holdout")
@@ -53,6 +55,7 @@ class Adaptation:
     hold: Sequence[str] | None = None  # files of rows, folders of code; None = the toolkit's own; () = none
     guard: Sequence[str] | None = None  # None = the toolkit's own; () = none
     guard_tolerance: float = GUARD_TOLERANCE
+    trained_share: float = TRAINED_SHARE  # of the trained weights, at most; the rest is the base model's
     config: Path | None = None  # YAML of train.py's settings
     budget: float | None = None  # seconds
     seed: int = 0
@@ -76,6 +79,8 @@ class Adaptation:
             raise UserError(f"--holdout {self.holdout:g}: above 0 and below 1: the model is judged on these questions")
         if not self.guard_tolerance >= 0:  # nan, too
             raise UserError(f"--guard-tolerance {self.guard_tolerance:g}: 0 or more")
+        if not 0 < self.trained_share <= 1:
+            raise UserError(f"--trained-share {self.trained_share:g}: above 0, and 1 at most")
         if self.hold is None:
             self.hold = list(toolkit.HELD)
         if self.guard is None:

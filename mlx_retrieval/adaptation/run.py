@@ -39,7 +39,7 @@ DECIDING = {
     "filter": ("model", "dtype", "found_among", "reranker", "holdout"),
     "negatives": ("negatives",),
     "train": ("training", "hold"),
-    "export": ("guard", "guard_tolerance"),
+    "export": ("guard", "guard_tolerance", "trained_share"),
     "evaluate": ("eval_tasks",),
     "index": (),
 }

@@ -283,11 +283,13 @@ def export(shop: Workshop) -> Figures:
         lines = [("no gain", f"{NO_GAIN}, so {shop.job.model} stays the model to use")]
         print_lines(lines)
         return {"exported": False, "lines": lines}
-    share = {"merge_with_base": "guards", "guard": shop.job.guard, "guard_tolerance": shop.job.guard_tolerance}
+    wanted = shop.job
+    share = {"merge_with_base": wanted.trained_share if wanted.trained_share < 1 else None}
+    if wanted.guard:
+        share = {"merge_with_base": "guards", "largest_share": wanted.trained_share}
+        share |= {"guard": wanted.guard, "guard_tolerance": wanted.guard_tolerance}
     try:
-        job = Export(
-            str(target), adapter=str(model_to_use(run)), skip_library_check=True, **(share if shop.job.guard else {})
-        )
+        job = Export(str(target), adapter=str(model_to_use(run)), skip_library_check=True, **share)
         export_with_warnings(job, "adapt.py")
     except UserError as error:
         if "no share of" not in str(error):

@@ -45,12 +45,14 @@ def blend_with_base(
     method: str = "linear",
     guards: Sequence[str] = (),
     tolerance: float | None = None,
+    largest: float = 1.0,
 ) -> float:
     """Move a trained model's weights towards its base model's; return the share of its own that is left.
 
     Args:
         share: from 0 to 1; or "auto": the best one of SHARES on what the run of `adapter` was judged on, among those
             at which its guards hold; or "guards": the largest one of SHARES at which they hold. A table shows them.
+        largest: "auto" and "guards" try this share, and none above it.
         model, config, base: as `loading.open_model` returns them; the adapter becomes part of the weights.
         original: the model without its adapter.
         method: one of `soup.METHODS`.
@@ -71,9 +73,9 @@ def blend_with_base(
     judge = make(lambda: tasks) if share == "auto" else None
     guard = make(lambda: guards) if guards else None
     tolerance = settings.guard_tolerance if tolerance is None else tolerance
-    points = []
-    with progress_bar("evaluating", "shares", len(SHARES)) as progress:
-        for one in SHARES if judge else (SHARES[0], *reversed(SHARES[1:])):
+    points, shares = [], [*(one for one in SHARES if one < largest), largest]
+    with progress_bar("evaluating", "shares", len(shares)) as progress:
+        for one in shares if judge else (shares[0], *reversed(shares[1:])):
             points.append(_evaluated(blend, one, judge, guard))
             progress(len(points))
             if not judge and one and _holds(points[-1], points[0], tolerance):

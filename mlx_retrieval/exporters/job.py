@@ -35,6 +35,7 @@ class Export:
     merge_with_base: float | str | None = None  # share of the trained model, "auto", "guards", or None = all of it
     guard: Sequence[str] = ()  # tasks that decide "auto" and "guards"; () = those of the adapter's run
     guard_tolerance: float | None = None  # nDCG@10 or Spearman that one may lose; None = that of the run
+    largest_share: float = 1.0  # that "auto" and "guards" may choose
     merge_with: Sequence[str] = ()  # models that the adapter's is mixed with, all with the same share
     merge_method: str = METHODS[0]
     keep_layers: Sequence[int] = ()  # numbers of blocks, counted from 0; () = all
@@ -67,6 +68,10 @@ class Export:
             raise UserError(f"--merge-with-base {self.merge_with_base}: {reason}")
         if (self.guard or self.guard_tolerance is not None) and self.merge_with_base not in CHOSEN:
             raise UserError("--guard and --guard-tolerance choose the share of --merge-with-base auto or guards")
+        if not 0 < self.largest_share <= 1:  # nan, too
+            raise UserError(f"--largest-share {self.largest_share:g}: above 0, and 1 at most")
+        if self.largest_share != 1 and self.merge_with_base not in CHOSEN:
+            raise UserError("--largest-share bounds the share that --merge-with-base auto or guards chooses")
         if self.guard_tolerance is not None and not self.guard_tolerance >= 0:  # nan, too
             raise UserError(f"--guard-tolerance {self.guard_tolerance:g}: 0 or more")
         self._check_mixture()

@@ -62,7 +62,7 @@ def export_with_warnings(job: Export, program: str = "export.py") -> tuple[Path,
             original = loading.open_model(job.model, job.adapter, bare=True, dtype="float32")[0]
             adapter = Path(job.adapter)
             how = (model, original, config, base, adapter, job.merge_method, job.guard, job.guard_tolerance)
-            job.merge_with_base = blend_with_base(job.merge_with_base, *how)
+            job.merge_with_base = blend_with_base(job.merge_with_base, *how, job.largest_share)
         if config.task == "rerank":
             if job.keep_layers:
                 raise UserError("--keep-layers is for embedding models, and this is a reranker")

@@ -58,6 +58,8 @@ def test_times_that_are_none(text):
         ({"holdout": 0.0}, "--holdout 0"),
         ({"guard_tolerance": -0.1}, "--guard-tolerance -0.1"),
         ({"guard_tolerance": float("nan")}, "--guard-tolerance nan"),
+        ({"trained_share": 0.0}, "--trained-share 0: above 0"),
+        ({"trained_share": float("nan")}, "--trained-share nan"),
         ({"found_among": 0}, "--found-among 0: 1 or more"),
         ({"seed": -1}, "--seed -1: 0 or more"),
         ({"max_file_size": -5}, "--max-file-size -5"),

@@ -146,6 +146,18 @@ def test_guards_choose_the_largest_share_at_which_they_hold(run_folder, tmp_path
     own = {"merge_with_base": "guards", "guard": ["g"], "guard_tolerance": 0.005}  # an export's own guards
     run_export(tmp_path / "own", adapter=run_folder / "best", **own)
     assert "0.5 chosen" in capsys.readouterr().out
+    tried.clear()
+    run_export(tmp_path / "at-most", adapter=run_folder / "best", largest_share=0.8, **own | {"guard_tolerance": 0.02})
+    assert tried == [0.0, 0.8] and "0.8 chosen" in capsys.readouterr().out  # which 1.0 would not lose the guard for
+
+
+@pytest.mark.parametrize("changes", [
+    {"largest_share": 0.5}, {"largest_share": 0.5, "merge_with_base": 0.5},
+    {"largest_share": 0.0, "merge_with_base": "auto"}, {"largest_share": math.nan, "merge_with_base": "guards"},
+])  # fmt: skip
+def test_a_largest_share_that_bounds_nothing_is_refused(run_folder, tmp_path, changes):
+    with pytest.raises(UserError, match="--largest-share"):
+        run_export(tmp_path / "out", adapter=run_folder / "best", **changes)
 
 
 @pytest.mark.parametrize("changes", [
