@@ -240,7 +240,10 @@ def _model_folder(name: str) -> str:
 
 
 def exported(base: str) -> str:
-    """Return a plain model's folder as export.py writes it for the peer, which would put a chat template around texts."""
+    """Return a plain model's folder as export.py writes it for the peer.
+
+    Of a folder as it is, the peer would take the last token, and put the chat template around each text.
+    """
     from mlx_retrieval import backend
 
     backend.prepare()

@@ -1,7 +1,7 @@
 """The chat command that users of mlx-lm know, on a real model's 4-bit conversion.
 
 python tools/fetch_smollm2.py                             once; without it this test is skipped, and says so
-python -m pytest --all tests/training/test_known_command.py
+python -m pytest -m slow tests/training/test_known_command.py
 """
 
 import json
