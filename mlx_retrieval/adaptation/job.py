@@ -20,7 +20,7 @@ from mlx_retrieval.utils.outputs import check_parent, holds_model
 
 FILE, LOCK = "adapt.json", ".lock"  # in the folder of an adaptation: which stages are done, and who works there
 GUARD_TOLERANCE = 0.005  # of nDCG@10
-# As much of the base model as of the trained one (LM-Cocktail, Xiao et al. 2023): half the weights keep most of the gain.
+# As much of the base model as of the trained one (LM-Cocktail, Xiao et al. 2023): this keeps most of the gain.
 TRAINED_SHARE = 0.5
 MODEL_QUESTIONS = 2  # a chunk, of a language model
 # Settings of train.py that an adaptation decides.
