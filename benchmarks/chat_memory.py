@@ -90,8 +90,8 @@ def measure(folder: str, bits: int, num_layers: int, grad_checkpoint: bool, batc
     seconds, counts = run.trainer.measure_step()
     return {
         "peak": backend.peak_memory(),
-        "estimate": run.estimate.total,
-        "weights": run.estimate.weights,
+        "estimate": run.outlook.expected.total,
+        "weights": run.outlook.expected.weights,
         "tokens_per_second": counts.tokens / seconds,
     }
 

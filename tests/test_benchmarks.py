@@ -21,6 +21,7 @@ from mlx_retrieval import backend  # noqa: F401
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import as_a_mac
+import chat_memory
 import gate
 import growth
 import limit
@@ -220,6 +221,17 @@ def test_samples_are_sorted_by_what_is_done():
             "Python, graphs and the rest": 0.0275,
         }
     )
+
+
+# --- chat_memory.py ---------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_chat_run_stands_beside_its_estimate(small, tmp_path):
+    """Regression: the estimate had moved, and the script ended with an error."""
+    shutil.copytree(small, tmp_path / "0")
+    chat_memory.conversations(tmp_path / "data", length=16, count=4)
+    found = chat_memory.measure(str(tmp_path), bits=0, num_layers=-1, grad_checkpoint=False, batch=1, length=32)
+    assert found["estimate"] > found["weights"] > 0 and found["peak"] > 0 and found["tokens_per_second"] > 0
 
 
 # --- sides.py ---------------------------------------------------------------------------------------------------------
