@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import sides
-from medquad import COMPARED, Outcome, evaluated, ndcg, our_side, peer_side, steps_of
+from medquad import COMPARED, Outcome, evaluated, ndcg, our_side, peer_side, settings_of, steps_of
 
 VARIANTS = [(bidirectional, pooling) for bidirectional in (False, True) for pooling in ("mean", "last")]
 
@@ -81,22 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         test = str(sides.write_part(Path(args.data) / "test", Path(work) / "test", args.queries, args.documents))
         keep = Path(args.keep or work)
-        common = {
-            "model": model,
-            "data": [str(Path(args.data) / "train.jsonl")],
-            "batch_size": args.batch_size,
-            "steps": args.steps,
-            "max_length": args.max_length,
-            "learning_rate": args.learning_rate,
-            "temperature": 0.05,
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-            "lora_rank": 16,
-            "lora_alpha": 32.0,
-            "eval_tasks": [],
-            "save_steps": 0,
-            "overwrite": True,
-        }
+        common = settings_of(args, model) | {"max_length": args.max_length, "overwrite": True}
         steps = sides.in_child(steps_of, common | {"output": f"{work}/none"})
         ours, theirs = {}, {}
         for bidirectional, pooling in VARIANTS:

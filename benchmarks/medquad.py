@@ -62,6 +62,24 @@ def our_side(settings: dict[str, Any], test: str) -> Outcome:
     return Outcome(vectors, before, evaluated(load(f"{settings['output']}/final"), test)[1], training, evaluation)
 
 
+def settings_of(args: Any, model: str) -> dict[str, Any]:
+    """Return the settings that both sides train by, but for the output: `args` has data, batch_size, steps and rate."""
+    return {
+        "model": model,
+        "data": [str(Path(args.data) / "train.jsonl")],
+        "batch_size": args.batch_size,
+        "steps": args.steps,
+        "learning_rate": args.learning_rate,
+        "temperature": 0.05,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "lora_rank": 16,
+        "lora_alpha": 32.0,
+        "eval_tasks": [],
+        "save_steps": 0,
+    }
+
+
 def steps_of(settings: dict[str, Any]) -> list[tuple[float, list[str], list[str]]]:
     """Return (learning rate, queries, positives) of every step that the toolkit takes."""
     from mlx_retrieval.training import config, run
@@ -118,21 +136,7 @@ def main() -> None:
     test = str(Path(args.data) / "test")
     print(sides.machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {
-            "model": sides.minilm(),
-            "data": [str(Path(args.data) / "train.jsonl")],
-            "batch_size": args.batch_size,
-            "steps": args.steps,
-            "learning_rate": args.learning_rate,
-            "temperature": 0.05,
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-            "lora_rank": 16,
-            "lora_alpha": 32.0,
-            "eval_tasks": [],
-            "save_steps": 0,
-            "output": f"{folder}/run",
-        }
+        settings = settings_of(args, sides.minilm()) | {"output": f"{folder}/run"}
         steps = sides.in_child(steps_of, settings)
         ours = sides.in_child(our_side, settings, test)
         theirs = sides.in_child(peer_side, settings, steps, test)

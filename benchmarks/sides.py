@@ -251,7 +251,7 @@ def exported(base: str) -> str:
     from mlx_retrieval.exporters.job import Export
     from mlx_retrieval.exporters.run import export
 
-    target = CACHE / f"exported-{Path(base).parent.name}-{Path(base).name}"
+    target = CACHE / "-".join(("exported", *Path(base).resolve().parts[-2:]))
     if not target.is_dir():
         CACHE.mkdir(exist_ok=True)
         export(Export(model=base, output=str(target)))

@@ -309,6 +309,19 @@ def test_a_damaged_page_is_noted_and_the_others_are_read(reads, monkeypatch):
     assert reads.reason("a.pdf", plain_pdf([["bad"]])) == (document.DAMAGED, "page 1: '/Font'")
 
 
+def test_a_damaged_title_is_noted_and_the_document_is_read(reads, monkeypatch):
+    """Regression: it was given up without a word."""
+    import pypdf
+
+    def fails(_):
+        raise KeyError("/Info")
+
+    monkeypatch.setattr(pypdf.PdfReader, "metadata", property(fails))
+    (read,), notes = reads("a.pdf", plain_pdf([["good"]]))
+    assert read.title == "a" and outline(read) == [((), "good")]
+    assert notes == [(document.DAMAGED, "declared title", "'/Info'")]
+
+
 # --- Word -------------------------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def read_pdf(path: Path, name: str, note: Note) -> Iterator[Document]:
     lines = [text.split("\n") for text in pages]
     left_out = leave_out_running_heads(lines)
     sections = _sections(lines, _bookmarks(reader, len(pages), note))
-    title = title_of(name, sections, _title(reader))
+    title = title_of(name, sections, _title(reader, note))
     yield Document(name, PDF, title, sections, left_out=left_out)
 
 
@@ -111,11 +111,12 @@ def _texts(reader: "PdfReader", note: Note) -> list[str]:
     return texts
 
 
-def _title(reader: "PdfReader") -> str:
-    """Return the title that a PDF declares; "" if there is none."""
+def _title(reader: "PdfReader", note: Note) -> str:
+    """Return the title that a PDF declares; "" if there is none, or a damaged one, which is noted."""
     try:
         title = reader.metadata.title if reader.metadata is not None else None
-    except Exception:  # see _open; without it, the document's title is its first heading or its name
+    except Exception as error:  # see _open; without it, the document's title is its first heading or its name
+        note(DAMAGED, "declared title", _reason(error))
         return ""
     return title if isinstance(title, str) else ""
 
