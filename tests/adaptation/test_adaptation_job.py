@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ from mlx_retrieval.adaptation.record import Record
 from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of
 from mlx_retrieval.adaptation.workshop import Workshop
 from mlx_retrieval.dataset.documents.chunk import Chunk
+from mlx_retrieval.exporters import job as export_job
 from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.length import resolve_length
 from mlx_retrieval.utils.errors import Place, UserError
@@ -290,6 +292,25 @@ def test_steps_count_what_a_batch_takes(job, monkeypatch, tmp_path, training, bu
     (settings,) = taken
     resolve_length(settings, 80 / training["batch_size"])  # as training does
     assert settings.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"guard": ["g"]}, ("guards", 0.5)),
+        ({"guard": ["g"], "trained_share": 0.8}, ("guards", 0.8)),
+        ({"guard": ()}, (0.5, 1.0)),
+        ({"guard": (), "trained_share": 1.0}, (None, 1.0)),
+    ],
+)
+def test_the_export_keeps_a_share_of_the_trained_weights(job, tmp_path, monkeypatch, changes, expected):
+    exports = []
+    monkeypatch.setattr(stages, "export_with_warnings", lambda wanted, _: exports.append(wanted))
+    monkeypatch.setattr(stages, "model_to_use", lambda run: tmp_path / "final")
+    monkeypatch.setattr(export_job, "check_adapter", lambda adapter: None)
+    shop = SimpleNamespace(job=replace(job, **changes), path=tmp_path.joinpath, figures={"train": {"improved": True}})
+    assert stages.export(shop)["exported"]
+    assert [(wanted.merge_with_base, wanted.largest_share) for wanted in exports] == [expected]
 
 
 def test_what_is_said_of_the_loss_is_for_the_questions(job, tmp_path):
