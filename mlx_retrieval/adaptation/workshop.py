@@ -61,7 +61,7 @@ class Workshop:
 
     @property
     def questions(self) -> Path:
-        """The file of questions: one for each generator and its settings, so that none is made twice."""
+        """The file of questions: one for each generator and its settings; see `other_questions`."""
         job = self.job
         prompt = job.prompt.read_text(encoding="utf-8-sig", errors="replace") if job.prompt else ""
         name = re.sub(r"\W+", "-", job.generator).strip("-")[:40]
@@ -69,6 +69,11 @@ class Workshop:
             self.path("questions")
             / f"{name}-{digest(job.generator, job.count, [*job.styles], prompt, job.seed)[:4]}.jsonl"
         )
+
+    @property
+    def other_questions(self) -> list[Path]:
+        """The files of questions of other settings, which may have done some of the same jobs."""
+        return sorted({*self.questions.parent.glob("*.jsonl")} - {self.questions})
 
     @property
     def generator(self) -> Generator:

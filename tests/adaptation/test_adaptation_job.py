@@ -22,6 +22,8 @@ from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of
 from mlx_retrieval.adaptation.workshop import Workshop
 from mlx_retrieval.dataset.documents.chunk import Chunk
 from mlx_retrieval.exporters import job as export_job
+from mlx_retrieval.mining.questions.prompted import Completion, Prompted
+from mlx_retrieval.mining.questions.prompts import TEMPLATE
 from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.length import resolve_length
 from mlx_retrieval.utils.errors import Place, UserError
@@ -144,6 +146,53 @@ def test_a_change_concerns_the_stages_from_there_on(job, tmp_path):
     assert not changed(output=tmp_path / "elsewhere")
     (job.documents / "b.md").write_text("# B")
     assert {name for name, key in run.keys_of(job).items() if key != keys[name]} == set(keys)
+
+
+def test_a_prompt_of_one_s_own_reaches_the_generator_and_is_another_adaptation(job, tmp_path, monkeypatch):
+    file, jobs = tmp_path / "prompt.txt", []
+    monkeypatch.setattr(run, "run", lambda given, *_: jobs.append(given))
+    flags = [str(job.documents), "--model", job.model, "--output", str(job.output), "--generator", "http://localhost:1"]
+    for text in (None, "Ask about {text}", "Ask about {title}: {text}"):
+        if text:
+            file.write_text(text)
+        assert adapt.main([*flags, *["--prompt", str(file)] * bool(text)]) == 0
+        shop = Workshop(jobs[-1])
+        assert shop.generator.prompt.template == (text or TEMPLATE)
+        jobs[-1] = (shop.questions, run.keys_of(jobs[-1]))
+    paths, keys = zip(*jobs, strict=True)
+    assert len({*paths}) == 3 and len({key["questions"] for key in keys}) == len({key["filter"] for key in keys}) == 3
+    assert len({key["read"] for key in keys}) == 1
+    assert adapt.main([*flags, "--prompt", str(tmp_path / "none.txt")]) == 2
+
+
+def test_other_settings_of_a_generator_take_over_what_it_has_answered(job):
+    """Regression: --questions 4 after --questions 1 asked for the same questions again."""
+    asked = []
+
+    class Echo:
+        name, shortened = "echo", 0
+
+        def settings(self):
+            return ("echo",)
+
+        def complete(self, jobs, prompt):
+            for each in jobs:
+                asked.append((each.chunk.id, each.style))
+                yield [Completion(each, f"which {each.style} is about {each.chunk.id}?")]
+
+    job.output.mkdir()
+    Record(job.output).note("read", "k", 1.0)
+    chunks = [Chunk(f"a.md#{i}", f"text of number {i}", Place("a.md", i + 1)) for i in range(6)]
+    chunk_file.write(job.output / "chunks.jsonl", chunks)
+    made = {}
+    for count, styles in ((1, ("keywords",)), (4, ()), (2, ("keywords", "claim"))):
+        shop = Workshop(replace(job, generator="http://localhost:1", questions=count, styles=styles))
+        shop._generator = Prompted(Echo(), styles, count)
+        assert stages.questions(shop)["questions"] == 6 * count
+        rows = [json.loads(line) for line in shop.questions.read_text().splitlines()]
+        made[count] = {(row["chunk_id"], row["question_type"]) for row in rows}
+    assert len(asked) == len({*asked}) == 24  # six of the first, the other eighteen of the second, none of the third
+    assert made[1] < made[4] and made[1] < made[2] < made[4] and len(made[2]) == 12
 
 
 def test_a_stage_is_done_with_its_key_alone(tmp_path):

@@ -13,6 +13,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_templates import TEMPLATES
@@ -24,7 +25,7 @@ from mlx_retrieval.mining.questions.chat_server import ChatServer, Rules
 from mlx_retrieval.mining.questions.generators import open_generator
 from mlx_retrieval.mining.questions.local_model import LocalModel
 from mlx_retrieval.mining.questions.prompted import Prompted
-from mlx_retrieval.mining.questions.prompts import Prompt
+from mlx_retrieval.mining.questions.prompts import STYLES, Prompt
 from mlx_retrieval.utils.errors import Place, UserError
 
 CHUNKS = [Chunk(f"c{i}", f"number {i} is a number that some people like", Place("a.md", i + 1)) for i in range(8)]
@@ -166,6 +167,64 @@ def test_retry_after_is_waited_for(stub, after):
     stub.answer = lambda *_: (429, {"error": "quota"}, {"Retry-After": "3600"})
     with pytest.raises(UserError, match=r"asks to wait for 3600 s \(429 quota\)"):
         complete(ChatServer(stub.address))
+
+
+@pytest.mark.parametrize(("rules", "expected"), [
+    (Rules(pause=0.5, longest_pause=3), [0.5, 1, 2, 3, 3]),
+    (Rules(pause=0.5, longest_pause=3, patience=6), [0.5, 1, 2]),  # then 3 s more would be too long
+    (Rules(pause=8, longest_pause=3, patience=60), [8, 3, 3, 3, 3]),
+])  # fmt: skip
+def test_waits_double_up_to_the_longest_pause_and_to_the_end_of_patience(stub, monkeypatch, rules, expected):
+    now, waits = 0.0, []
+
+    class Waits(threading.Event):
+        def wait(self, timeout=None):
+            nonlocal now
+            waits.append(timeout)
+            now += timeout
+
+    stub.answer = lambda number, _: (503, b"busy") if stub.count(number) <= 5 else completion(EXPECTED[number])
+    model = ChatServer(f"{stub.address}#toy", rules=rules)
+    model._closed, model._answered = Waits(), True
+    monkeypatch.setattr(chat_server, "random", SimpleNamespace(random=lambda: 0.0))
+    monkeypatch.setattr(chat_server, "time", SimpleNamespace(monotonic=lambda: now))
+    if len(expected) < 5:
+        with pytest.raises(UserError, match=r"no answer in 4 s \(503 busy\)"):
+            complete(model, JOBS[:1])
+    else:
+        assert texts(complete(model, JOBS[:1])) == EXPECTED[:1]
+    assert waits == expected
+
+
+def test_waits_are_spread_so_that_clients_do_not_come_back_together(stub, monkeypatch):
+    waits = []
+
+    class Waits(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+
+    stub.answer = lambda number, _: (503, b"busy") if stub.count(number) <= 3 else completion(EXPECTED[number])
+    model = ChatServer(f"{stub.address}#toy", rules=Rules(pause=0.5, longest_pause=1))
+    model._closed = Waits()
+    drawn = iter([0.0, 0.25, 1.0])
+    monkeypatch.setattr(chat_server, "random", SimpleNamespace(random=lambda: next(drawn)))
+    assert texts(complete(model, JOBS[:1])) == EXPECTED[:1] and waits == [0.5, 1.25, 2.0]
+
+
+def test_a_prompt_of_one_s_own_is_what_the_model_gets(stub, tmp_path):
+    file, job = tmp_path / "prompt.txt", Job(CHUNKS[0], "claim")
+    file.write_text("Ask me {count} of this kind: {style}\n\n{text}")
+    digests = []
+    for given in (file, None):
+        generator = open_generator(stub.address, ("claim",), 1, prompt_file=given)
+        path = tmp_path / f"{len(digests)}.jsonl"
+        with store.open_store(path) as opened:
+            assert len([*store.generate(CHUNKS[:1], generator, opened)]) == 1
+        digests.append(generator.prompt_digest(job))
+        assert json.loads(path.read_text())["prompt_hash"] == digests[-1]
+    own, usual = (body["messages"][0]["content"] for body in stub.asked)
+    assert own == f"Ask me 1 of this kind: one {STYLES['claim'][0]}\n\n{CHUNKS[0].text}"
+    assert usual == Prompt().fill(job) and digests[0] != digests[1]
 
 
 @pytest.mark.parametrize(

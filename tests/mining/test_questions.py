@@ -292,6 +292,36 @@ def test_a_prompt_is_filled_and_can_be_a_file(tmp_path):
         Prompt.read(tmp_path / "none.txt")
 
 
+@pytest.mark.parametrize(("count", "styles", "expected"), [
+    (1, (), [1]),
+    (2, (), [1, 1]),
+    (4, (), [1, 1, 1, 1]),
+    (3, ("claim", "everyday"), [2, 1]),
+    (4, ("everyday", "question", "keywords"), [2, 1, 1]),
+    (4, ("everyday",), [4]),
+])  # fmt: skip
+def test_each_chunk_draws_styles_and_fewer_ones_are_asked_for_more(count, styles, expected):
+    chunks, known = [replace(STONES, id=f"a#{i}") for i in range(60)], styles or (*STYLES,)
+    generator = prompted.Prompted(None, styles, count, seed=1)
+    jobs = [generator.jobs(chunk) for chunk in chunks]
+    for each, chunk in zip(jobs, chunks, strict=True):
+        places = [known.index(job.style) for job in each]
+        assert places == sorted({*places}) and [job.count for job in each] == expected
+        assert all(job.chunk == chunk for job in each)
+    assert {job.style for each in jobs for job in each} == {*known}
+    assert jobs == [generator.jobs(chunk) for chunk in chunks]  # always the same ones
+    others = [prompted.Prompted(None, styles, count, seed=2).jobs(chunk) for chunk in chunks]
+    assert (others == jobs) == (len(expected) == len(known))
+    assert not generator.jobs(replace(STONES, text="1 2 3"))
+
+
+def test_each_style_asks_for_its_kind():
+    for style, (one, several) in STYLES.items():
+        alone, more = (Prompt().fill(Job(STONES, style, count)) for count in (1, 3))
+        assert f"Write one {one}." in alone and f"Write 3 {several}." in more
+    assert "knows no terms" in STYLES["everyday"][0]
+
+
 # --- kept in a file ---------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +375,7 @@ def test_rows_are_training_data_with_their_origin_and_nothing_is_remarked_on(tmp
     assert rows[1] == {
         "query": "what is one", "positive": "text of number 1", "source": "docs/c.md:2", "chunk_id": "c1",
         "chunk_hash": base.chunk_digest(CHUNKS[1]), "generator_name": "listed", "question_type": "question",
-        "prompt_hash": "p",
+        "prompt_hash": "p", "job_hash": store.job_key(Job(CHUNKS[1], "question"), Listed(ASKED)),
     }  # fmt: skip
     loaded = Rows([path])
     assert loaded.ignored == {} and [loaded[i].query for i in range(5)] == [q.text for q in questions]
@@ -366,6 +396,72 @@ def test_no_job_is_done_twice_unless_chunk_prompt_or_generator_changed(tmp_path)
     other_prompt = Listed(ASKED, prompt="other")
     run(path, other_prompt)
     assert len(other_prompt.asked) == 6
+
+
+def test_a_question_may_be_asked_again_when_its_chunk_has_changed(tmp_path, cache):
+    """Regression: the row of a chunk that was no more kept the same question of another chunk from the file."""
+    path, questions = tmp_path / "questions.jsonl", {"c0": ["what about boilers?"], "c1": ["what about roofs?"]}
+    old = [chunk(0, "all about boilers"), chunk(1, "all about roofs")]
+    new = [chunk(0, "all about boilers and how they hiss"), old[1]]
+    run(path, Listed(questions), old)
+    assert [q.text for q in run(path, Listed(questions), new)] == ["what about boilers?"]
+    rows = read(path)
+    assert [(row["query"], row["positive"]) for row in rows] == [
+        ("what about boilers?", "all about boilers"),
+        ("what about roofs?", "all about roofs"),
+        ("what about boilers?", "all about boilers and how they hiss"),
+    ]
+    result = filtering.keep(rows, new, Words(), cache, filtering.Rules(k=2))
+    assert result.kept == [1, 2] and result.dropped.counts == {filtering.GONE: 1}
+    # A chunk that is still there keeps its question for itself, whichever of the two comes first.
+    again = [*new, chunk(2, "more about roofs")]
+    assert not run(path, Listed(questions | {"c2": ["What about ROOFS"]}), again)
+    with store.open_store(path) as opened:
+        assert opened.dropped.counts == {base.REPEATED: 1}
+
+
+def test_jobs_of_other_settings_are_not_done_again(tmp_path, monkeypatch):
+    """Regression: each setting had a file of its own, and all of its jobs were done again."""
+    monkeypatch.setattr(store, "TAKEN_AT_ONCE", 2)
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    run(first, Listed(ASKED), CHUNKS[:4])
+    more, told = Listed(ASKED), []
+    with store.open_store(second, [first, tmp_path / "none.jsonl"]) as opened:
+        assert opened.is_done(Job(CHUNKS[1], "question"), more) and not opened.is_done(Job(CHUNKS[4], "question"), more)
+        assert [q.chunk for q in store.generate(CHUNKS, more, opened, notify=told.append)] == ["c4", "c5"]
+        assert (opened.count, opened.taken) == (5, 3)
+    assert more.asked == ["c4", "c5"] and told == ["3 questions of other settings taken over"]
+    whole = tmp_path / "whole.jsonl"
+    run(whole, Listed(ASKED))
+    assert read(second) == read(whole)
+    assert run(second, Listed({})) == [] and read(second) == read(whole)  # all is done here now
+    other = Listed(ASKED, prompt="other")
+    with store.open_store(tmp_path / "third.jsonl", [first, second]) as opened:
+        assert len([*store.generate(CHUNKS, other, opened, notify=print)]) == 5 and len(other.asked) == 6
+
+
+def test_a_run_killed_while_it_takes_over_goes_on(tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    run(first, Listed(ASKED))
+    with pytest.raises(KeyboardInterrupt), store.open_store(second, [first]) as opened:
+        for chunk in CHUNKS[:3]:
+            opened.has(Job(chunk, "question"), Listed(ASKED))
+        raise KeyboardInterrupt
+    assert len(read(second)) == 3
+    with store.open_store(second, [first]) as opened:
+        assert not [*store.generate(CHUNKS, Listed({}), opened, notify=lambda line: None)]
+    assert read(second) == read(first)
+
+
+@pytest.mark.parametrize("damage", [b"{}\n", b'{"query": "of an earlier version"}\n', b"broken\n"])
+def test_other_files_that_do_not_name_their_jobs_give_none(tmp_path, damage):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    run(first, Listed(ASKED))
+    first.write_bytes(damage + first.read_bytes())
+    generator = Listed(ASKED)
+    with store.open_store(second, [first]) as opened:
+        assert len([*store.generate(CHUNKS, generator, opened, notify=print)]) == 5
+    assert len(generator.asked) == 6
 
 
 @pytest.mark.parametrize("lot", [1, 2])
@@ -493,6 +589,15 @@ def test_questions_stay_if_their_chunk_is_found_and_they_are_neither_copies_nor_
     assert result.dropped.examples[filtering.COPY] == [copied]
     assert result.dropped.examples[filtering.DUPLICATE] == ["red paint"]
     assert result.ranks.tolist() == [1, 0, 0, 0, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("question", "is_found"), [("kidney stones: was hilft?", True), ("steine: was hilft?", False)])
+def test_in_another_language_of_the_same_script_the_base_model_decides(cache, question, is_found):
+    """Only another script is told from the question alone; a model that knows both languages would find the second."""
+    corpus = [*CORPUS, chunk(7, "all das hilft gegen kalte boiler und es dauert")]
+    assert answers.flaw(question, corpus[0].text) == ""
+    result = filtering.keep([row(0, question, corpus=corpus)], corpus, Words(), cache)
+    assert bool(result.kept) == is_found and result.dropped.counts == ({} if is_found else {filtering.NOT_FOUND: 1})
 
 
 def test_ranks_are_those_of_all_chunks_sorted_by_their_products(cache):

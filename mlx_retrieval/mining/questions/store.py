@@ -7,14 +7,16 @@ questions.jsonl         a row a question: what train.py --data reads, and where 
 .questions.jsonl.done   a line a lot of jobs: which are done, what was dropped, and how long the rows' file was then
 
 Rows behind the last such line, and a line that was cut off, are from a lot that was not finished: they are removed,
-and the lot is done again. A job is one chunk, style, prompt and generator, and is never done twice. When the chunk's
-text or title changes, it is another one.
+and the lot is done again. A job is one chunk, style, prompt and generator, and is never done twice: what a file of
+other settings has of it is taken over. When the chunk's text or title changes, it is another job, and the rows of the
+old one no longer count: the same question may be asked again.
 """
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,7 @@ from mlx_retrieval.dataset.documents.chunk import Chunk
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.text_keys import text_key
 from mlx_retrieval.mining.output import line_of
+from mlx_retrieval.mining.questions.answered import JOB, Answered, done_path, finished
 from mlx_retrieval.mining.questions.base import (
     REPEATED,
     Answer,
@@ -43,6 +46,7 @@ from mlx_retrieval.utils.text import excerpt, quantity
 SOURCE, CHUNK, CHUNK_DIGEST = "source", "chunk_id", "chunk_hash"
 GENERATOR, STYLE, PROMPT = "generator_name", "question_type", "prompt_hash"
 KEPT_TEXT = 200  # characters of a dropped question in the file of finished jobs
+TAKEN_AT_ONCE = 512  # jobs of other files
 
 
 def job_key(job: Job, generator: Generator) -> str:
@@ -56,39 +60,77 @@ class QuestionStore:
     Attributes:
         count: rows in the file.
         dropped: questions that were dropped so far, in earlier runs as well.
+        taken: rows that this run has taken over from other files.
     """
 
-    def __init__(self, path: Path, done_path: Path, rows: BinaryIO, done: BinaryIO):
-        self.path, self.count, self.dropped = path, 0, Dropped()
-        self._done_path, self._rows, self._done = done_path, rows, done
-        self._keys: set[str] = set()
-        self._asked: set[int] = set()
+    def __init__(self, path: Path, rows: BinaryIO, done: BinaryIO, others: Iterable[Path] = ()):
+        self.path, self.count, self.taken, self.dropped = path, 0, 0, Dropped()
+        self._rows, self._done, self._answered = rows, done, Answered(others)
+        self._keys: set[str] = set()  # of jobs that are done
+        self._current: set[str] = set()  # of jobs that this run has met; other rows are of other chunks or settings
+        self._asked: dict[int, str] = {}  # text_key of a row's question -> its job
+        self._lot = _Lot()
         self._restore()
 
     def is_done(self, job: Job, generator: Generator) -> bool:
-        """Return whether a job was done, in this run or an earlier one."""
-        return job_key(job, generator) in self._keys
+        """Return whether a job was done, in this file or another one."""
+        return (key := job_key(job, generator)) in self._keys or key in self._answered
+
+    def has(self, job: Job, generator: Generator) -> bool:
+        """Return whether a job was done, and count it as one of this run.
+
+        Questions of another file are taken over: `flush` writes them at the latest.
+        """
+        self._current.add(key := job_key(job, generator))
+        if key in self._keys:
+            return True
+        if key not in self._answered:
+            return False
+        for line in self._answered.rows_of(key):
+            if self._is_new(parse_object(line)["query"], key):
+                self._lot.data += line
+                self._lot.rows += 1
+                self.taken += 1
+        self._keys.add(key)
+        self._lot.keys.append(key)
+        if len(self._lot.keys) >= TAKEN_AT_ONCE:
+            self.flush()
+        return True
 
     def add(self, answers: Sequence[Answer], generator: Generator) -> list[Question]:
-        """Append the answers of a lot and return their questions, without those that the file already has."""
-        data, questions, keys, dropped = bytearray(), [], [], []
+        """Append the answers of a lot and return their questions, without those that another current job has asked."""
+        questions, lot = [], self._lot
         for answer in answers:
-            dropped += answer.dropped
+            self._current.add(key := job_key(answer.job, generator))
+            lot.dropped += answer.dropped
             for question in answer.questions:
-                if (key := text_key(question.text)) in self._asked:
-                    dropped.append((REPEATED, question.text))
-                    continue
-                self._asked.add(key)
-                questions.append(question)
-                data += line_of(row_of(answer.job, question, generator))
+                if self._is_new(question.text, key):
+                    questions.append(question)
+                    lot.data += line_of(row_of(answer.job, question, generator))
             if answer.done:
-                keys.append(job_key(answer.job, generator))
-        shown = [(reason, excerpt(text, KEPT_TEXT)) for reason, text in dropped]
-        end = self._append(self.path, self._rows, bytes(data))
-        done = {"jobs": keys, "rows": len(questions), "dropped": shown, "end": end}
-        self._append(self._done_path, self._done, json.dumps(done).encode() + b"\n")
-        self._note(done)
+                lot.keys.append(key)
+        lot.rows += len(questions)
+        self.flush()
         return questions
+
+    def flush(self) -> None:
+        """Write what was taken over."""
+        lot, self._lot = self._lot, _Lot()
+        if lot == _Lot():
+            return
+        shown = [(reason, excerpt(text, KEPT_TEXT)) for reason, text in lot.dropped]
+        end = self._append(self.path, self._rows, bytes(lot.data))
+        done = {"jobs": lot.keys, "rows": lot.rows, "dropped": shown, "end": end}
+        self._append(done_path(self.path), self._done, json.dumps(done).encode() + b"\n")
+        self._note(done)
+
+    def _is_new(self, question: str, job: str) -> bool:
+        """Return whether no current job has asked a question, and note that this one does; count it if one has."""
+        if self._asked.get(key := text_key(question)) in self._current:
+            self._lot.dropped.append((REPEATED, question))
+            return False
+        self._asked[key] = job
+        return True
 
     def _append(self, path: Path, file: BinaryIO, data: bytes) -> int:
         """Write to the end of a file and return where that is then."""
@@ -106,12 +148,9 @@ class QuestionStore:
 
     def _restore(self) -> None:
         """Read what earlier runs have finished, and cut both files off behind it."""
-        size, end, rows_end = os.fstat(self._rows.fileno()).st_size, 0, 0
+        end = rows_end = 0
         self._done.seek(0)
-        for line in self._done:
-            done = _finished(line)
-            if done is None or done["end"] > size:  # cut off, or the rows that it is about were lost
-                break
+        for line, done in finished(self._done, os.fstat(self._rows.fileno()).st_size):
             self._note(done)
             end, rows_end = end + len(line), done["end"]
         for file, length in ((self._done, end), (self._rows, rows_end)):
@@ -119,7 +158,8 @@ class QuestionStore:
             file.seek(0)
         for number, line in enumerate(self._rows, start=1):
             try:
-                self._asked.add(text_key(parse_object(line)["query"]))
+                row = parse_object(line)
+                self._asked[text_key(row["query"])] = row.get(JOB, "")
             except (RowError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{self.path}:{number}: not a question's row ({error}); was the file edited?"
@@ -128,13 +168,14 @@ class QuestionStore:
             file.seek(0, os.SEEK_END)
 
 
-def _finished(line: bytes) -> dict[str, Any] | None:
-    """Return the lot that a line is about; None if it was cut off."""
-    try:
-        done = json.loads(line) if line.endswith(b"\n") else None
-        return done if isinstance(done, dict) and {"jobs", "rows", "dropped", "end"} <= done.keys() else None
-    except ValueError:
-        return None
+@dataclass
+class _Lot:
+    """What is written at once."""
+
+    data: bytearray = field(default_factory=bytearray)  # rows
+    rows: int = 0
+    keys: list[str] = field(default_factory=list)  # of the jobs that are done
+    dropped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def row_of(job: Job, question: Question, generator: Generator) -> dict[str, Any]:
@@ -148,23 +189,33 @@ def row_of(job: Job, question: Question, generator: Generator) -> dict[str, Any]
         GENERATOR: generator.name,
         STYLE: question.style,
         PROMPT: generator.prompt_digest(job),
+        JOB: job_key(job, generator),
     }
 
 
 @contextmanager
-def open_store(path: Path) -> Iterator[QuestionStore]:
-    """Open a file of questions, or begin one. UserError if another process writes there, or it is another file."""
-    done_path = files.beside(path, "done")
+def open_store(path: Path, others: Iterable[Path] = ()) -> Iterator[QuestionStore]:
+    """Open a file of questions, or begin one.
+
+    Args:
+        others: files of questions of other settings: what they have of the same jobs is taken over, not asked again.
+
+    Raises UserError if another process writes there, or it is another file.
+    """
+    finished_jobs = done_path(path)
     with locks.only_one(files.beside(path, "lock"), f"{path}: another process is writing questions there"):
-        if path.is_file() and path.stat().st_size and not done_path.is_file():
-            raise UserError(f"{path}: not a file of questions that was begun here ({done_path.name} is missing)")
+        if path.is_file() and path.stat().st_size and not finished_jobs.is_file():
+            raise UserError(f"{path}: not a file of questions that was begun here ({finished_jobs.name} is missing)")
         with files.naming(path):
             rows = open(path, "a+b")
-        with rows, files.naming(done_path):
-            done = open(done_path, "a+b")
+        with rows, files.naming(finished_jobs):
+            done = open(finished_jobs, "a+b")
             with done:
-                store = QuestionStore(path, done_path, rows, done)
-                yield store
+                store = QuestionStore(path, rows, done, others)
+                try:
+                    yield store
+                finally:
+                    store.flush()
 
 
 def generate(
@@ -189,7 +240,7 @@ def generate(
         nonlocal passed
         for chunk in chunks:
             for job in generator.jobs(chunk):
-                if store.is_done(job, generator):
+                if store.has(job, generator):
                     passed += 1
                 else:
                     yield job
@@ -205,5 +256,9 @@ def generate(
                 progress(done + passed)
             yield from questions
     except UserError as error:
+        store.flush()
         kept = f"{quantity(store.count, 'question')} kept in {store.path}; the same command goes on from there"
         raise UserError(f"{error}; {kept}") from error
+    store.flush()
+    if store.taken:
+        notify(f"{quantity(store.taken, 'question')} of other settings taken over")
