@@ -105,7 +105,7 @@ def index_command(args: argparse.Namespace) -> None:
     folder, model = Path(args.index), embedder.load(args.model_path, dtype=args.dtype)
     dtypes.report(model)
     limits = (args.chunk_size, args.overlap, args.max_file_size, args.exclude)
-    stored = {"token_bits": args.token_bits, "token_pooling": args.token_pooling}
+    stored = {"token_bits": args.token_bits, "token_pooling": args.token_pooling, "documents": args.documents}
     summary = update(roots, folder, model, *limits, rebuild=args.rebuild, language=args.language, **stored)
     print_summary(summary, folder, len(roots) == 1 and is_corpus(roots[0].expanduser()))
 
@@ -247,8 +247,8 @@ def parser() -> argparse.ArgumentParser:
     overlap = "characters, in whole lines, that the parts of a split function share at most (default: %(default)s)"
     index.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
     largest = (
-        f"leave out files of more than N bytes (default: {file_tree.MAX_FILE_SIZE:,}; of PDF, Word and HTML "
-        f"{MAX_FILE_SIZE:,})"
+        f"leave out files of more than N bytes (default: {file_tree.MAX_FILE_SIZE:,}; of PDF, Word and HTML, and with "
+        f"--documents of all, {MAX_FILE_SIZE:,})"
     )
     index.add_argument("--max-file-size", type=int, metavar="N", help=largest)
     exclude = "leave out matching files, in addition to .gitignore and in its syntax; repeatable"
@@ -262,6 +262,11 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--token-bits", type=int, choices=(1, 2, 4, 8), default=TOKEN_BITS, metavar="N", help=bits)
     pooled = "late interaction: merge the N most similar token vectors of a chunk, on average; 1 = none (default)"
     index.add_argument("--token-pooling", type=int, default=1, metavar="N", help=pooled)
+    documents = (
+        "read the folders as adapt.py does: rows of CSV and JSON lines, sections of reStructuredText and all other "
+        "formats, below their titles; no hidden files, no boilerplate (default: as the index was made, else by lines)"
+    )
+    index.add_argument("--documents", action=argparse.BooleanOptionalAction, help=documents)
     rebuild = "replace the index, for another model or other settings"
     index.add_argument("--rebuild", action="store_true", help=rebuild)
     index.set_defaults(run=index_command)

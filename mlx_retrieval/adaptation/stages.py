@@ -93,7 +93,7 @@ def seconds_to_ask(shop: Workshop) -> float:
         return 0.0
     began = time.monotonic()
     files.make_folder(shop.questions.parent)
-    with open_store(shop.questions) as store:
+    with open_store(shop.questions, shop.other_questions) as store:
         for _ in generate(shop.drawn(ASKED), shop.generator, store, notify=lambda line: None):
             pass
     return (time.monotonic() - began) / ASKED
@@ -107,7 +107,7 @@ def questions(shop: Workshop) -> Figures:
     # Half of the time that is left is for what comes after, however slow the generator turns out to be.
     deadline = None if shop.deadline is None else time.monotonic() + (shop.deadline - time.monotonic()) / 2
     files.make_folder(shop.questions.parent)
-    with open_store(shop.questions) as store, progress_bar("asking", "jobs", total) as progress:
+    with open_store(shop.questions, shop.other_questions) as store, progress_bar("asking", "jobs", total) as progress:
         for _ in generate(chunks, generator, store, progress, lambda line: print_lines([("questions", line)])):
             if late := deadline is not None and time.monotonic() > deadline:
                 break
@@ -321,11 +321,11 @@ def evaluate(shop: Workshop) -> Figures:
 
 
 def index(shop: Workshop) -> Figures:
-    """Index the folder with the model to use, as search.py does."""
+    """Index the folder with the model to use, cut as it was for training; search.py keeps such an index up to date."""
     job = shop.job
     model = embedder.load(shop.model, dtype=job.dtype)
     limits = (job.chunk_size, job.overlap, job.max_file_size, job.exclude)
-    result = update(job.documents, shop.path("index"), model, *limits)
+    result = update(job.documents, shop.path("index"), model, *limits, documents=True)
     costs.free()
     lines = [("index", f"{shop.path('index')}: {result.chunks:,} chunks of {quantity(result.files, 'file')}")]
     print_lines(lines)

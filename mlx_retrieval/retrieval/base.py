@@ -34,6 +34,7 @@ class IndexInfo:
     language: str = ENGLISH  # of stems and stop words; see analyzer.py
     fields: dict[str, int] = field(default_factory=WEIGHTS.copy)  # weights in a search by words; see fields.py
     weight: float | None = None  # of the meaning in a search by both, as learnt; None = fusion.WEIGHTS
+    documents: bool = False  # read as adapt.py reads documents: see document_tree.py
     version: int = VERSION
 
 

@@ -30,7 +30,7 @@ def print_hits(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool, lan
         rows = snippet(hit.text, query, language=language)
         lines = textwrap.dedent("\n".join(line for _, line in rows)).split("\n")
         for (row, _), line in zip(rows, lines, strict=True):
-            number = f"{hit.line + row:>6} " if hit.line and not is_corpus else ""
+            number = f"{line_of(hit, row):>6} " if hit.line and not is_corpus else ""
             text = Text(line.rstrip()[:160])
             for span in matching_spans(text.plain, query, language):
                 text.stylize("bold yellow", *span)
@@ -45,8 +45,14 @@ def grep_lines(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool, lan
     for hit in hits:
         ((row, line),) = snippet(hit.text, query, 1, language) or [(0, "")]
         place = hit.path if is_corpus else _relative(root / hit.path)
-        lines.append(f"{place}:{hit.line + row if hit.line else 1}:{line.rstrip()}")
+        number = hit.line + row if is_corpus else line_of(hit, row)
+        lines.append(f"{place}:{number if hit.line else 1}:{line.rstrip()}")
     return lines
+
+
+def line_of(hit: Hit, row: int) -> int:
+    """Return the line of the file that has a row of a hit; of a row of a table, which is one line, always that."""
+    return min(hit.line + row, hit.end_line)
 
 
 def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:

@@ -1,4 +1,5 @@
-"""What an index is made of: a folder of source code, texts and documents, or the documents of a BEIR corpus.
+"""What an index is made of: a folder of source code, texts and documents, or the documents of a BEIR corpus; see also
+document_tree.py.
 
 source = index_source(Path("src"), {}, info, None, (), Path(".index"))
 for file in source.files: chunks, sha256, reason = source.read(file)
@@ -15,7 +16,7 @@ from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.dataset.documents import folder as document_folder
 from mlx_retrieval.dataset.documents.decoding import read_bytes
 from mlx_retrieval.dataset.documents.document import UnreadableError
-from mlx_retrieval.dataset.documents.document_chunks import cut
+from mlx_retrieval.dataset.documents.document_chunks import pieces
 from mlx_retrieval.dataset.documents.docx_files import WORD
 from mlx_retrieval.dataset.documents.formats import format_of, read_file
 from mlx_retrieval.dataset.documents.html_files import HTML
@@ -23,6 +24,7 @@ from mlx_retrieval.dataset.documents.pdf_files import PDF
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.retrieval.base import IndexInfo
+from mlx_retrieval.retrieval.document_tree import DocumentTree
 from mlx_retrieval.retrieval.forest import Forest, IndexSource
 from mlx_retrieval.utils.errors import Place
 
@@ -46,10 +48,11 @@ def index_source(
         max_file_size, exclude: see indexer.update.
         index: the index's own folder, which is left out.
     """
-    if info.is_corpus:
+    if info.is_corpus and not info.documents:
         return BeirCorpus(shown)
-    trees = {name: FileTree(path, info, max_file_size, exclude, index) for name, path in folders.items()}
-    return Forest(trees) if trees else FileTree(shown, info, max_file_size, exclude, index)
+    tree = DocumentTree if info.documents else FileTree
+    trees = {name: tree(path, info, max_file_size, exclude, index) for name, path in folders.items()}
+    return Forest(trees) if trees else tree(shown, info, max_file_size, exclude, index)
 
 
 def is_document(path: str) -> bool:
@@ -85,16 +88,14 @@ class FileTree:
 
     def _read_document(self, file: File) -> tuple[list[Chunk], str, str]:
         path = self.root / file.path
-        pieces: list[Chunk] = []
+        found: list[Chunk] = []
         try:
             sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
             for document in read_file(path, file.path, lambda reason, noun, detail: None):
-                for piece in cut(document, self.info.max_characters, self.info.overlap):
-                    name = " > ".join(piece.headings)
-                    pieces.append(Chunk(0, 0, document.format, "section", name, piece.context, piece.text))
+                found += [piece for _, piece in pieces(document, self.info.max_characters, self.info.overlap)]
         except UnreadableError as error:
             return [], hashlib.sha256(f"{file.path} {error.reason}".encode()).hexdigest(), error.reason
-        return pieces, sha256, ""
+        return found, sha256, ""
 
     def place(self, path: str, line: int) -> str:
         return str(Place(self.shown / path, line or None))

@@ -69,6 +69,7 @@ def update(
     language: str | None = None,
     token_bits: int = TOKEN_BITS,
     token_pooling: int = 1,
+    documents: bool | None = None,
 ) -> Summary:
     """Create the index in `folder`, or bring it up to date with the files in `root`.
 
@@ -81,6 +82,7 @@ def update(
         language: of stems and stop words, see analyzer.py; None = the index's, or English. Another one than the
             index's needs new words, but no new vectors; so does an index of an earlier version.
         token_bits, token_pooling: of late interaction, see residual_codes.py and token_pooling.py.
+        documents: read the folder as adapt.py does, see document_tree.py; None = as the index was made, or no.
 
     A new index is removed if nothing was stored before an error.
 
@@ -108,6 +110,7 @@ def update(
         language=language or ENGLISH,
         token_bits=token_bits,
         token_pooling=token_pooling,
+        documents=_are_documents(folder, rebuild) if documents is None else documents,
     )
     source = index_source(shown, folders, info, max_file_size, exclude, folder)
     if not source.files:
@@ -127,6 +130,18 @@ def update(
             raise
     summary.size, summary.seconds = index.size(), time.monotonic() - started
     return summary
+
+
+def _are_documents(folder: Path, rebuild: bool) -> bool:
+    """Return whether the index that is there was made of documents; a kill may have left it aside."""
+    for place in (folder, folder / index_folder.REBUILT):
+        if (place / base.FILE).is_file():
+            try:
+                return index_folder.read_info(place).documents
+            except UserError:
+                if not rebuild:
+                    raise
+    return False
 
 
 def _open(folder: Path, info: IndexInfo, rebuild: bool, language: str | None) -> Index:
@@ -195,6 +210,8 @@ def _check(index: Index, wanted: IndexInfo) -> None:
         differences.append(f"with --token-bits {have.token_bits} --token-pooling {have.token_pooling}")
     if have.is_corpus != wanted.is_corpus:
         differences.append("of a BEIR corpus" if have.is_corpus else "of files")
+    if have.documents != wanted.documents:
+        differences.append("with --documents" if have.documents else "without --documents")
     if differences:
         raise UserError(
             f"--index {index.folder} was made {' and '.join(differences)}: --rebuild replaces it, "

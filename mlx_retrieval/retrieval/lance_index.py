@@ -105,6 +105,7 @@ class Index:
     def command(self, model: str, *flags: str) -> str:
         """Return the command that brings the index up to date."""
         folders = [str(self.root / name) for name in self.info.folders or ["."]]
+        flags = (*["--documents"] * self.info.documents, *flags)
         return shell("python", "search.py", "index", *folders, "--model-path", model, "--index", self.folder, *flags)
 
     def rebuild_command(self, model: str) -> str:

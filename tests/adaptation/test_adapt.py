@@ -15,7 +15,10 @@ import adapt
 from mlx_retrieval.adaptation import costs, run, stages
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.adaptation.workshop import Workshop
+from mlx_retrieval.dataset.text_keys import text_key
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.mining.questions import filtering
 from mlx_retrieval.mining.questions.without_model import WithoutModel
 from mlx_retrieval.retrieval.searcher import Searcher
 
@@ -228,6 +231,36 @@ def test_chunks_that_ask_come_first_where_questions_are_made_of_them(finished, t
     shop.plan = costs.Plan(len(asking) + 5, len(lines), 40, 0.1, {})
     chosen = {chunk.id for chunk in shop.chosen()}
     assert len(chosen) == len(asking) + 5 and ({*changed} <= chosen) == is_first
+
+
+def test_a_reranker_decides_which_questions_stay(finished, documents, flags, tmp_path, monkeypatch):
+    from random_rerankers import cross_encoder
+
+    cross_encoder("bert", tmp_path / "reranker")
+    tokenizer = json.loads((tmp_path / "reranker" / "tokenizer.json").read_text())
+    known = tokenizer["model"]["vocab"]
+    ours = dict(zip(filter(str.isalpha, known), WORDS, strict=False))  # it reads the words of these documents
+    tokenizer["model"]["vocab"] = {ours.get(word, word): number for word, number in known.items()}
+    (tmp_path / "reranker" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    judged, score = [], Reranker.score_groups
+
+    def scored(reranker, groups, raw=False):
+        scores = score(reranker, groups, raw)
+        judged.extend((query, row) for (query, _), row in zip(groups, scores, strict=True))
+        return scores
+
+    monkeypatch.setattr(Reranker, "score_groups", scored)
+    monkeypatch.setattr(filtering, "CANDIDATES", 12)
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    changed = ["--found-among", "6", "--reranker", str(tmp_path / "reranker"), "--stages", "filter"]
+    assert adapt.main([str(documents), "--output", str(output), *flags, *changed]) == 0
+    assert {len(row) for _, row in judged} == {13}  # a question's own chunk, and the base model's first twelve others
+    expected = {query for query, row in judged if (row[1:] > row[0]).sum() < 6}
+    made = {row["query"] for row in rows(output / "rows.jsonl")}
+    made |= {row["text"] for row in rows(output / "held-out" / "queries.jsonl")}
+    (kept, *_) = json.loads((output / "adapt.json").read_text())["stages"]["filter"]["figures"]["lines"]
+    assert 30 < len(expected) < len(judged) and made <= expected
+    assert int(kept[1].split()[0]) == len({text_key(query) for query in expected})
 
 
 def test_what_a_generator_is_measured_by_is_kept(finished, tmp_path):

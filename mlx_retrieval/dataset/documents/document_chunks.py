@@ -1,9 +1,12 @@
-"""Cut documents into chunks as search.py cuts files, without boilerplate and near-duplicates.
+"""Cut documents into chunks: those that adapt.py trains on, and those that an index of documents holds.
 
     counts = ChunkCounts()
     for chunk in chunk_documents(folder, counts): print(chunk.place, chunk.headings, chunk.text)
+    for document in cleaned(folder, counts):        # the same chunks, short and similar ones as well
+        for headings, piece in pieces(document): print(piece.line, piece.embedded)
 
-Held are, of each chunk, about 3 KB and 8 bytes a token, by which near-duplicates are found; not its text.
+Held are, of each chunk of `chunk_documents`, about 3 KB and 8 bytes a token, by which near-duplicates are found; not
+its text.
 """
 
 from collections import Counter
@@ -46,7 +49,7 @@ class Documents(Protocol):
 def chunk_documents(
     documents: Documents, counts: ChunkCounts, limit: int = chunks.MAX_CHARACTERS, overlap: int = chunks.OVERLAP
 ) -> Iterator[Chunk]:
-    """Yield the chunks of documents, in order.
+    """Yield the chunks of documents, in order, without near-duplicates and those that say too little.
 
     Args:
         counts: is added to.
@@ -54,12 +57,10 @@ def chunk_documents(
 
     A chunk keeps its id when others are left out, or when other documents change.
     """
-    cleaner, seen = Cleaner(documents.lines), NearDuplicates()
-    for document in documents:
-        cleaned, lines = cleaner.clean(document)
-        counts.boilerplate += lines + document.left_out
+    seen = NearDuplicates()
+    for document in cleaned(documents, counts):
         before = counts.chunks
-        for chunk in cut(cleaned, limit, overlap):
+        for chunk in cut(document, limit, overlap):
             if not document.line and sum(map(str.isalpha, chunk.text)) < FEWEST_LETTERS:
                 reason = SHORT
             else:
@@ -73,33 +74,55 @@ def chunk_documents(
         counts.without_chunks += counts.chunks == before
 
 
+def cleaned(documents: Documents, counts: ChunkCounts) -> Iterator[Document]:
+    """Yield documents without their boilerplate, whose lines are added to `counts`."""
+    cleaner = Cleaner(documents.lines)
+    for document in documents:
+        document, lines = cleaner.clean(document)
+        counts.boilerplate += lines + document.left_out
+        yield document
+
+
 def cut(document: Document, limit: int = chunks.MAX_CHARACTERS, overlap: int = chunks.OVERLAP) -> Iterator[Chunk]:
-    """Yield the chunks of a document: of source code its functions and classes, else parts of its sections."""
-    number = 0
+    """Yield the chunks of a document."""
+    for number, (headings, piece) in enumerate(pieces(document, limit, overlap), start=1):
+        yield Chunk(
+            id=f"{document.name}#{number}",
+            text=piece.text,
+            place=Place(document.path, piece.line or None),
+            title=document.title,
+            headings=headings,
+            document=document.name,
+            context=piece.context,
+        )
+
+
+def pieces(
+    document: Document, limit: int = chunks.MAX_CHARACTERS, overlap: int = chunks.OVERLAP
+) -> Iterator[tuple[tuple[str, ...], chunks.Chunk]]:
+    """Yield the pieces of a document, each after its headings: this is the one place where documents are cut.
+
+    Source code is cut into its functions and classes, other documents into parts of their sections, below their title
+    and headings. Lines are those of the file. A row has one; where nobody could look a line up, as in a PDF, it is 0.
+    """
     for section in document.sections:
         if document.format == CODE:
-            pieces = chunks.chunk_file(document.path, section.text, limit, overlap)
-        else:
-            pieces = chunks.chunk_text(section.text, limit, overlap)
-        for piece in pieces:
-            number += 1
-            headings = ((piece.name,) if piece.name else ()) if document.format == CODE else section.headings
-            yield Chunk(
-                id=f"{document.name}#{number}",
-                text=piece.text,
-                place=Place(document.path, _line(document, section, piece)),
-                title=document.title,
-                headings=headings,
-                document=document.name,
-                context=piece.context if document.format == CODE else _heading_path(document, section),
-            )
+            for piece in chunks.chunk_file(document.path, section.text, limit, overlap):
+                yield ((piece.name,) if piece.name else ()), piece
+            continue
+        kind, context = "document" if document.line else "section", _heading_path(document, section)
+        name = " > ".join(section.headings)
+        for piece in chunks.chunk_text(section.text, limit, overlap):
+            lines = _lines(document, section, piece)
+            yield section.headings, chunks.Chunk(*lines, document.format, kind, name, context, piece.text)
 
 
-def _line(document: Document, section: Section, piece: chunks.Chunk) -> int | None:
-    """Return the line of the file where a piece begins; None if the file has no lines that a reader could look up."""
+def _lines(document: Document, section: Section, piece: chunks.Chunk) -> tuple[int, int]:
+    """Return the first and the last line of a piece in its file; 0 if the file has none that a reader could look up."""
     if document.line:
-        return document.line
-    return section.line + piece.line - 1 if document.format in BY_LINES else None
+        return document.line, document.line
+    above = section.line - 1
+    return (above + piece.line, above + piece.end_line) if document.format in BY_LINES else (0, 0)
 
 
 def _heading_path(document: Document, section: Section) -> str:

@@ -140,7 +140,9 @@ class DocumentFolder:
         self._seen.clear()
 
 
-def read_folder(path: Path, max_file_size: int = MAX_FILE_SIZE, exclude: Sequence[str] = ()) -> DocumentFolder:
+def read_folder(
+    path: Path, max_file_size: int = MAX_FILE_SIZE, exclude: Sequence[str] = (), skip: Sequence[Path] = ()
+) -> DocumentFolder:
     """Read all documents of a folder.
 
     Files are found as search.py finds them: .gitignore is obeyed, and symbolic links are not followed. Hidden files are
@@ -150,11 +152,12 @@ def read_folder(path: Path, max_file_size: int = MAX_FILE_SIZE, exclude: Sequenc
         path: the folder.
         max_file_size: larger files are not read, in bytes.
         exclude: more patterns in .gitignore's language, relative to the folder.
+        skip: folders that are passed over and not counted, such as an index.
 
     Raises UserError if there is no such folder, and if it has no document that can be read.
     """
     root = path.expanduser()
-    tree = file_tree.walk(root, sys.maxsize, exclude, hidden=False)
+    tree = file_tree.walk(root, sys.maxsize, exclude, skip, hidden=False)
     files = tree.files
     if beir.is_corpus(root):
         files = [file for file in files if file.path == beir.texts_file(root, "corpus").name]
