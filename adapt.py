@@ -28,7 +28,8 @@ from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HEL
 
 STAGES = ("read", "questions", "filter", "negatives", "train", "export", "evaluate", "index", "report")
 EPILOG = (
-    "Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C. Nothing that is done is lost: the same command goes on. "
+    "Exit codes: 0 done, 2 bad input, or too few questions to train on: the folder is indexed with MODEL all the same; "
+    "130 stopped by Ctrl-C. Nothing that is done is lost: the same command goes on. "
     "GENERATOR_API_KEY in the environment is the key of a chat server."
 )
 

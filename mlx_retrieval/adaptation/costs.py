@@ -1,4 +1,4 @@
-"""Measure what a chunk costs on this machine, and plan how many chunks there is time for.
+"""Measure what an adaptation costs on this machine, and plan how many chunks there is time for.
 
 costs = measure(job, chunks)
 plan = fit(job, costs, total=812, left=1_150.0)
@@ -17,12 +17,18 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
+from mlx_retrieval.adaptation.held import rows_of
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.adaptation.split import DOCUMENTS
 from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of, with_held
 from mlx_retrieval.dataset import choice
 from mlx_retrieval.dataset.documents.chunk import Chunk
+from mlx_retrieval.dataset.rows import find_files
+from mlx_retrieval.evaluation.retrieval import evaluate
+from mlx_retrieval.exporters.blend import SHARES
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.mining.collection import read_rows
 from mlx_retrieval.mining.output import write_rows
 from mlx_retrieval.mining.questions import without_model
 from mlx_retrieval.training import run as training_run
@@ -30,6 +36,7 @@ from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
 SAMPLE = 64  # chunks that are embedded to measure
+PAIRS = 16  # that a reranker scores to measure
 QUERY = 0.3  # of a chunk's time: a query's
 OPENING = 10.0  # seconds to open models and files, for each of the last stages
 FEWEST = 200  # chunks that an adaptation should have questions for
@@ -42,6 +49,10 @@ class Costs:
     chunk: float  # to embed a chunk
     row: float  # to train on a row: a query, its document and its negatives
     questions: float  # to generate the questions of a chunk
+    pair: float = 0.0  # to score a question and a chunk with the reranker
+    guards: float = 0.0  # to evaluate a model on the guards
+    tasks: float = 0.0  # ... and on the user's tasks
+    held: float = 0.0  # to embed the texts that are held in place
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Plan:
     questions: int  # that will be asked for
     row_seconds: float  # of training on a row
     seconds: dict[str, float]
+    search: float = 0.0  # seconds of answering the held-out questions once
 
     @property
     def all(self) -> float:
@@ -61,30 +73,59 @@ class Plan:
 
 
 def measure(job: Adaptation, chunks: Sequence[Chunk], questions: float) -> Costs:
-    """Return what chunks cost, by a sample of them, with models opened and closed again.
+    """Return what this machine takes, with models opened and closed again.
+
+    The base model is evaluated on the guards and tasks: nothing else tells what that takes.
 
     Args:
         chunks: a sample, SAMPLE of them if there are so many.
-        questions: seconds to generate the questions of a chunk, see `stages.seconds_to_ask`.
+        questions: seconds to generate the questions of a chunk, see `asking.seconds_to_ask`.
     """
-    return Costs(_chunk_seconds(job, chunks), _row_seconds(job, chunks), questions)
+    model = embedder.load(job.model, dtype=job.dtype)
+    embed = partial(embedder.embed, model, [chunk.embedded for chunk in chunks], "document")
+    chunk = _second_call(embed) / len(chunks)
+    guards, tasks = (
+        _seconds(partial(evaluate, model, names)) if names else 0.0 for names in (job.guard, job.eval_tasks)
+    )
+    del model
+    free()
+    held = _held_rows(job) * (1 + QUERY) * chunk
+    return Costs(chunk, _row_seconds(job, chunks), questions, _pair_seconds(job, chunks), guards, tasks, held)
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    """Return the time of a second call: the first one compiles kernels and allocates."""
-    function()
+    """Return the time of a call."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
-def _chunk_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
-    """Return the seconds of embedding a chunk."""
-    model = embedder.load(job.model, dtype=job.dtype)
-    seconds = _seconds(partial(embedder.embed, model, [chunk.embedded for chunk in chunks], "document"))
-    del model
+def _second_call(function: Callable[[], object]) -> float:
+    """Return the time of a second call: the first one compiles kernels and allocates."""
+    function()
+    return _seconds(function)
+
+
+def _pair_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
+    """Return the seconds of scoring a question and a chunk with the reranker; 0 without one."""
+    if not job.reranker:
+        return 0.0
+    judge, documents = Reranker(job.reranker, dtype=job.dtype), [chunk.embedded for chunk in chunks[:PAIRS]]
+    seconds = _second_call(partial(judge.score_groups, [(_query_of(chunks[0]), documents)]))
+    del judge
     free()
-    return seconds / len(chunks)
+    return seconds / len(documents)
+
+
+def _held_rows(job: Adaptation) -> int:
+    """Return how many rows are held in place, a query and a document each."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sum(1 for _ in read_rows(find_files(rows_of(job, Path(folder))), None)) if job.hold else 0
+
+
+def _query_of(chunk: Chunk) -> str:
+    """Return a query of usual length."""
+    return " ".join(chunk.text.split()[: without_model.LONGEST // 2])
 
 
 def _row_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
@@ -92,15 +133,14 @@ def _row_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
     texts = [chunk.embedded for chunk in chunks]
     rows = []
     for i, chunk in enumerate(chunks):
-        query = " ".join(chunk.text.split()[: without_model.LONGEST // 2])
         others = [texts[(i + 1 + k) % len(texts)] for k in range(min(job.negatives, len(texts) - 1))]
-        rows.append({"query": f"{i} {query}", "positive": chunk.embedded, "negatives": others})
+        rows.append({"query": f"{i} {_query_of(chunk)}", "positive": chunk.embedded, "negatives": others})
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_rows(Path(folder) / "rows.jsonl", rows)
         settings = settings_of(job, Path(folder) / "rows.jsonl", [], Path(folder) / "run")
         settings.dry_run, settings.batch_size = True, min(settings.batch_size, len(rows))
         trainer = training_run.prepare(settings).trainer
-        seconds = _seconds(partial(trainer.compute_grads, trainer.batches.batch(0), 1)) / settings.batch_size
+        seconds = _second_call(partial(trainer.compute_grads, trainer.batches.batch(0), 1)) / settings.batch_size
         del trainer
     free()
     return seconds
@@ -139,17 +179,21 @@ def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool =
     questions = chunks * job.count
     held = choice.wanted(questions, job.holdout)
     trained = with_held(questions - held) if job.hold else questions - held
-    searched = min(DOCUMENTS, chunks) * costs.chunk + held * QUERY * costs.chunk
+    search = min(DOCUMENTS, chunks) * costs.chunk + held * QUERY * costs.chunk
+    embedding = (chunks + questions * (1 + QUERY)) * costs.chunk
+    judged = questions * min(job.rules.candidates, chunks) * costs.pair
+    # Of the base model, and in the worst case at every share that the export may try.
+    guarded = (2 + sum(0 < share < job.trained_share for share in SHARES)) * costs.guards
     seconds = {
         "questions": chunks * costs.questions,
-        "filter": (chunks + questions * (1 + QUERY)) * costs.chunk + OPENING,
-        "negatives": ((chunks + questions * (1 + QUERY)) * costs.chunk + OPENING) if job.negatives else 0.0,
-        "train": trained * costs.row + (1 + EVALUATIONS) * searched + OPENING,
-        "export": 2 * OPENING,
-        "evaluate": 2 * searched + OPENING,
+        "filter": embedding + judged + OPENING,
+        "negatives": embedding + OPENING if job.negatives else 0.0,
+        "train": costs.held + trained * costs.row + (1 + EVALUATIONS) * search + OPENING,
+        "export": guarded + 2 * OPENING,
+        "evaluate": 2 * (search + costs.guards + costs.tasks) + OPENING,
         "index": total * costs.chunk + OPENING if indexed else 0.0,
     }
-    return Plan(chunks, total, questions, costs.row, seconds)
+    return Plan(chunks, total, questions, costs.row, seconds, search)
 
 
 def minutes(seconds: float) -> str:

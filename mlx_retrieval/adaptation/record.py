@@ -16,6 +16,8 @@ from mlx_retrieval.adaptation.job import FILE
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
+UNFINISHED = "unfinished"  # among a stage's figures: why it is to go on in the next call, though others may follow now
+
 
 class Record:
     """The finished stages of a folder. `seconds` of unfinished ones are kept as well, for the budget."""
@@ -46,8 +48,9 @@ class Record:
         return stage.get("seconds", 0.0) if stage.get("key") == key else 0.0
 
     def note(self, name: str, key: str, seconds: float, figures: dict[str, Any] | None = None) -> None:
-        """Note a stage and how long it has taken; with `figures` it is done."""
-        self.stages[name] = {"key": key, "done": figures is not None, "seconds": round(seconds, 1)}
+        """Note a stage and how long it has taken; with `figures` it is done, unless they say UNFINISHED."""
+        done = figures is not None and UNFINISHED not in figures
+        self.stages[name] = {"key": key, "done": done, "seconds": round(seconds, 1)}
         self.stages[name] |= {"figures": figures} if figures is not None else {}
         text = json.dumps({"stages": self.stages}, indent=2, ensure_ascii=False)
         files.write_file(self.path, text + "\n")

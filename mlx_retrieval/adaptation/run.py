@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_retrieval import backend
-from mlx_retrieval.adaptation import costs, held, report, stages
+from mlx_retrieval.adaptation import asking, costs, held, report, stages
 from mlx_retrieval.adaptation.chunk_file import Chunks
-from mlx_retrieval.adaptation.costs import Plan, minutes
+from mlx_retrieval.adaptation.costs import Costs, Plan, minutes
 from mlx_retrieval.adaptation.job import LOCK, Adaptation
-from mlx_retrieval.adaptation.record import Record
+from mlx_retrieval.adaptation.record import UNFINISHED, Record
 from mlx_retrieval.adaptation.stages import STAGES
-from mlx_retrieval.adaptation.workshop import Workshop, clear
+from mlx_retrieval.adaptation.workshop import TooFewQuestionsError, Workshop, clear
 from mlx_retrieval.backbones.finding import resolve
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.mining.questions.base import digest
@@ -30,7 +30,7 @@ from mlx_retrieval.utils.console import Lines, console, print_lines
 from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import quantity, shell
 
-REPORT, PLAN = "report", "plan"
+REPORT, PLAN, MEASURED = "report", "plan", "measured"
 ALL = (*STAGES, REPORT)
 # The settings that decide a stage, besides the stage that it builds on.
 DECIDING = {
@@ -43,7 +43,7 @@ DECIDING = {
     "evaluate": ("eval_tasks",),
     "index": (),
 }
-BUILDS_ON = dict(zip(ALL[1:], ALL, strict=False)) | {"index": "export"}
+BUILDS_ON = dict(zip(ALL[1:], ALL, strict=False)) | {"index": "export", REPORT: "evaluate"}
 
 
 def run(job: Adaptation, only: Collection[str] = (), redo: Collection[str] = ()) -> None:
@@ -88,12 +88,14 @@ class _Run:
     def __init__(self, job: Adaptation, record: Record, names: Collection[str], redo: Collection[str]):
         self.job, self.record, self.names = job, record, names
         self.keys = keys_of(job)
+        deciding = [setting for settings in DECIDING.values() for setting in settings if setting != "budget"]
+        self.keys[MEASURED] = digest(MEASURED, [_decided_by(job, setting) for setting in deciding])
         self.shop = Workshop(job)
         self.began = time.monotonic()
         for name in ALL:
             if {name, *_before(name)} & {*redo}:
                 record.forget(name)
-        # What earlier calls have spent on stages that are not done again.
+        # What earlier calls have spent on what is not done again.
         self.spent = sum(record.seconds(name, key) for name, key in self.keys.items())
 
     def carry_out(self) -> None:
@@ -101,15 +103,34 @@ class _Run:
         if self.job.budget is not None:
             self.shop.deadline = self.began + self.job.budget - self.spent
         for name in ALL:
-            if name in STAGES and self.record.is_done(name, self.keys[name]):
-                self.shop.figures[name] = self.record.figures(name)
-                if name in self.names:
-                    _head(name, f"done before, in {minutes(self.record.seconds(name, self.keys[name]))}")
-            elif name in self.names:
+            try:
+                self._carry_out(name)
+            except TooFewQuestionsError as error:
+                if "index" not in self.names:
+                    raise
+                self._index_untrained()
+                raise UserError(f"{error}. Nothing was trained; the index is made with {self.job.model}") from error
+
+    def _index_untrained(self) -> None:
+        """Index the documents with the base model, so that they can be searched at least."""
+        self.shop.is_trained = False
+        # Another key than that of the index that is due after training: it must not be taken for this one.
+        self.keys["index"] = digest("index", self.keys["read"], _decided_by(self.job, "model"), self.job.dtype)
+        self._carry_out("index")
+        print_lines(next_lines(self.shop))
+
+    def _carry_out(self, name: str) -> None:
+        """Carry out a stage if it was asked for and is not done."""
+        if name in STAGES and self.record.is_done(name, self.keys[name]):
+            self.shop.figures[name] = self.record.figures(name)
+            if name in self.names:
+                _head(name, f"done before, in {minutes(self.record.seconds(name, self.keys[name]))}")
+        elif name in self.names:
+            if self.shop.is_trained:
                 self._check_before(name)
-                if name != "read":
-                    self._make_plan()
-                self._take(name)
+            if name != "read":
+                self._make_plan()
+            self._take(name)
 
     def _check_before(self, name: str) -> None:
         if missing := [before for before in _before(name) if before not in self.shop.figures]:
@@ -125,8 +146,8 @@ class _Run:
             print_lines([*report.write(self.shop, following), *following])
             return
         key, began = self.keys[name], time.monotonic()
-        before = self.record.seconds(name, key)
-        if self.record.stages.get(name, {}).get("key") != key:
+        before, past = self.record.seconds(name, key), self.record.stages.get(name, {})
+        if past.get("key") != key:
             clear(self.shop, name)  # the files of other documents or settings
         self.record.note(name, key, before)
         try:
@@ -138,6 +159,10 @@ class _Run:
             if isinstance(error, RunInterrupted):
                 print(f"adapt.py: stopped at {name}; run the same command to continue", file=sys.stderr)
             raise
+        if name == "questions" and past.get("figures", {}).get("questions") != figures["questions"]:
+            for later in ALL:  # what was done with fewer questions, as a server had gone away
+                if name in _before(later):
+                    self.record.forget(later)
         self.record.note(name, key, before + time.monotonic() - began, figures)
         self.shop.figures[name] = figures
 
@@ -152,17 +177,23 @@ class _Run:
         total = self.shop.figures["read"]["chunks"]
         if self.job.budget is None or self.shop.plan is not None:
             return
-        key = digest(PLAN, self.keys["export"])
+        key = digest(PLAN, [field.name for field in dataclasses.fields(Plan)], self.keys["export"])
         if saved := self.record.figures(PLAN) if self.record.is_done(PLAN, key) else None:
             self.shop.plan = Plan(**saved)
             return
-        began = time.monotonic()
-        _head("plan", "measuring this machine")
-        measured = costs.measure(self.job, _sample(self.shop.path("chunks.jsonl")), stages.seconds_to_ask(self.shop))
-        left = max(0.0, self.shop.deadline - time.monotonic())
+        _head(PLAN, "measuring this machine")
+        measured, left = self._costs(), max(0.0, self.shop.deadline - time.monotonic())
         self.shop.plan = costs.fit(self.job, measured, total, left, "index" in self.names)
         print_plan(self.job, self.shop.plan)
-        self.record.note(PLAN, key, time.monotonic() - began, dataclasses.asdict(self.shop.plan))
+        self.record.note(PLAN, key, 0.0, dataclasses.asdict(self.shop.plan))
+
+    def _costs(self) -> Costs:
+        """Return what this machine takes, as measured now or by an earlier call, whatever its budget was."""
+        key, began = self.keys[MEASURED], time.monotonic()
+        if not self.record.is_done(MEASURED, key):
+            measured = _measure(self.shop)
+            self.record.note(MEASURED, key, time.monotonic() - began, dataclasses.asdict(measured))
+        return Costs(**self.record.figures(MEASURED))
 
 
 def _before(name: str) -> list[str]:
@@ -226,23 +257,32 @@ def print_plan(job: Adaptation, plan: Plan) -> None:
 
 
 def next_lines(shop: Workshop) -> Lines:
-    """Return the command that searches the documents with the model to use."""
+    """Return the command that searches the documents with the model to use, and what is left to do."""
     search = shell("python", "search.py", "search", "your question", "--index", str(shop.path("index")))
-    return [("model", shop.model), ("next", search)]
+    lines = [("model", shop.model)]
+    lines.append(("next", search) if "index" in shop.figures else ("no index", "--stages index makes one"))
+    if UNFINISHED in shop.figures.get("questions", {}):
+        lines.append(("unfinished", "the same command asks for the rest of the questions, and trains with all of them"))
+    return lines
 
 
 def dry_run(job: Adaptation) -> None:
     """Print what would be read, how many questions would be asked, and how long it would take. Write nothing."""
     print_lines([("device", backend.describe())])
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        shop = Workshop(dataclasses.replace(job, output=Path(folder) / "adaptation"))
+        shop = Workshop(dataclasses.replace(job, output=Path(folder) / "adaptation"), is_kept=False)
         shop.job.output.mkdir()
-        figures = stages.read(shop)
-        measured = costs.measure(job, _sample(shop.path("chunks.jsonl")), stages.seconds_to_ask(shop))
-    print_plan(job, costs.fit(job, measured, figures["chunks"], job.budget))
+        chunks = stages.read(shop)["chunks"]
+        reading = time.monotonic() - began
+        measured = _measure(shop)
+    left = None if job.budget is None else max(0.0, job.budget - (time.monotonic() - began))
+    plan = costs.fit(job, measured, chunks, left)
+    print_plan(job, dataclasses.replace(plan, seconds={"read": reading} | plan.seconds))
     print_lines([("dry run", "nothing was trained or written")])
 
 
-def _sample(path: Path) -> list:
-    """Return some chunks to measure with, from the beginning of the file."""
-    return costs.sample_of(iter(Chunks(path)))
+def _measure(shop: Workshop) -> Costs:
+    """Measure what this machine takes, on chunks from the beginning of the file."""
+    sample = costs.sample_of(iter(Chunks(shop.path("chunks.jsonl"))))
+    return costs.measure(shop.job, sample, asking.seconds_to_ask(shop))

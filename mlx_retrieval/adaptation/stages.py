@@ -1,6 +1,7 @@
 """The stages of an adaptation, one function each: it writes its files, prints what it did, and returns its figures.
 
 read       chunks.jsonl                  the documents' chunks
+           unread.jsonl                  files that cannot be read, wholly or in parts, each with its reason
 questions  questions/none-1f0c.jsonl     questions of chunks, with their origin; a file for each way to make them
 filter     rows.jsonl, held-out/         those that stay: to train on, and to judge by
 negatives  mined.jsonl                   the rows with hard negatives
@@ -24,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_retrieval.adaptation import chunk_file, costs, split
+from mlx_retrieval.adaptation.asking import questions
 from mlx_retrieval.adaptation.costs import minutes
 from mlx_retrieval.adaptation.figures import figure_rows
 from mlx_retrieval.adaptation.held import Held, rows_of
 from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of, with_held
-from mlx_retrieval.adaptation.workshop import Figures, Workshop
+from mlx_retrieval.adaptation.workshop import Figures, TooFewQuestionsError, Workshop
 from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
 from mlx_retrieval.dataset.documents.folder import read_folder
 from mlx_retrieval.dataset.documents.summary import summary, unread_rows
@@ -41,8 +43,8 @@ from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.mining import hard_negatives
 from mlx_retrieval.mining.cache import cache_folder
 from mlx_retrieval.mining.output import write_rows
-from mlx_retrieval.mining.questions import filtering, without_model
-from mlx_retrieval.mining.questions.store import CHUNK, STYLE, generate, open_store
+from mlx_retrieval.mining.questions import filtering
+from mlx_retrieval.mining.questions.store import CHUNK, STYLE
 from mlx_retrieval.mining.run import mine_negatives, naming_lines, write_vectors
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.training import checkpoint
@@ -51,7 +53,6 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.improvement import model_to_use
 from mlx_retrieval.training.length import resolve_length
 from mlx_retrieval.training.run_data import open_rows
-from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
@@ -59,7 +60,7 @@ from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
 
 EXAMPLES = 8  # questions that are shown
-ASKED = 4  # chunks to measure a generator by
+LENGTH = ("steps", "epochs", "eval_steps")  # settings of a run that its rows and the budget have decided
 NO_GAIN = "no step was better than the untrained model"
 
 
@@ -82,44 +83,11 @@ def read(shop: Workshop) -> Figures:
             raise UserError(f"{job.documents}: no document has a text of {FEWEST_LETTERS} letters or more")
         lines, unread = summary(folder, counts), unread_rows(folder)
     if unread:
+        write_rows(shop.path("unread.jsonl"), (file._asdict() for file in folder.unread))
         print_rows("not read", ("reason", "files"), unread)
+        lines += [("all of these", str(shop.path("unread.jsonl")))] * shop.is_kept
     print_lines(lines)
     return {"chunks": count, "lines": lines, "unread": unread}
-
-
-def seconds_to_ask(shop: Workshop) -> float:
-    """Return the seconds of making the questions of a chunk, by a few chunks whose questions are kept."""
-    if shop.generator.name == without_model.NAME:
-        return 0.0
-    began = time.monotonic()
-    files.make_folder(shop.questions.parent)
-    with open_store(shop.questions, shop.other_questions) as store:
-        for _ in generate(shop.drawn(ASKED), shop.generator, store, notify=lambda line: None):
-            pass
-    return (time.monotonic() - began) / ASKED
-
-
-def questions(shop: Workshop) -> Figures:
-    """Make the questions of the chosen chunks."""
-    generator, chunks = shop.generator, shop.chosen()
-    total = sum(len(generator.jobs(chunk)) for chunk in chunks)
-    late = False
-    # Half of the time that is left is for what comes after, however slow the generator turns out to be.
-    deadline = None if shop.deadline is None else time.monotonic() + (shop.deadline - time.monotonic()) / 2
-    files.make_folder(shop.questions.parent)
-    with open_store(shop.questions, shop.other_questions) as store, progress_bar("asking", "jobs", total) as progress:
-        for _ in generate(chunks, generator, store, progress, lambda line: print_lines([("questions", line)])):
-            if late := deadline is not None and time.monotonic() > deadline:
-                break
-        count, dropped = store.count, store.dropped.lines()
-    if not count:
-        reasons = "; ".join(f"{reason}: {text}" for reason, text in dropped)
-        raise UserError(f"--generator {shop.job.generator}: no question was made" + (f": {reasons}" if reasons else ""))
-    name = generator.name
-    shop.close_generator()
-    lines = [("questions", f"{count:,} by {name}" + "; stopped, as the time is short" * late), *dropped]
-    print_lines(lines)
-    return {"questions": count, "generator": name, "lines": lines}
 
 
 def filter_questions(shop: Workshop) -> Figures:
@@ -141,7 +109,7 @@ def filter_questions(shop: Workshop) -> Figures:
     rows_kept = [row for number, row in enumerate(rows()) if number in kept]
     divided = split.split_rows(rows_kept, (chunk.id for chunk in chunks), job.holdout, job.seed)
     if divided.reason:
-        raise UserError(
+        raise TooFewQuestionsError(
             f"{quantity(len(rows_kept), 'question')} left of {len(result.ranks):,}: {divided.reason}, to train and to "
             "judge; more documents, more --questions, another --generator, or a larger --found-among"
         )
@@ -220,11 +188,12 @@ def train(shop: Workshop) -> Figures:
     run = shop.path("run")
     if checkpoint.is_finished(run):  # a kill came before the stage was noted
         return _trained(run)
+    held = _hold(shop) if shop.job.hold else None
+    settings = settings_of(shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run, held)
     if checkpoint.last_step(run):
-        settings = Settings(**read_yaml(run / "config.yaml") | {"resume": True})
+        saved, settings.resume = checkpoint.run_settings(run), True
+        settings.steps, settings.epochs, settings.eval_steps = (saved[name] for name in LENGTH)
     else:
-        held = _hold(shop) if shop.job.hold else None
-        settings = settings_of(shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run, held)
         settings.overwrite = checkpoint.holds_run(run)
         with contextlib.closing(open_rows(settings)) as every:
             total = len(every)  # those of held texts, too
@@ -266,7 +235,7 @@ def _limit_steps(shop: Workshop, settings: Settings, size: int) -> None:
     """
     left = shop.deadline - time.monotonic()
     after = sum(shop.plan.seconds[name] for name in ("export", "evaluate", "index"))
-    evaluations = shop.plan.seconds["evaluate"] / 2 * (1 + EVALUATIONS)
+    evaluations = shop.plan.search * (1 + EVALUATIONS)
     room = int((left - after - evaluations) / (shop.plan.row_seconds * size))
     whole = settings.steps
     settings.steps, settings.epochs = max(EVALUATIONS, min(room, whole)), None

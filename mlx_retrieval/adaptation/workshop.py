@@ -28,7 +28,7 @@ Figures = dict[str, Any]  # what a stage returns, for the stages after it and th
 # Patterns of what a stage has written, to be removed before it is done with other documents or settings. Questions are
 # kept.
 WRITTEN = {
-    "read": ("chunks.jsonl",),
+    "read": ("chunks.jsonl", "unread.jsonl"),
     "filter": ("rows.jsonl", "held-out"),
     "negatives": ("mined.jsonl",),
     "train": ("run", "held.safetensors", "held-code-*.jsonl"),
@@ -36,6 +36,10 @@ WRITTEN = {
     "evaluate": ("evaluation.json",),
     "index": ("index",),
 }
+
+
+class TooFewQuestionsError(UserError):
+    """The documents gave too few questions to train on: they can be indexed with the base model alone."""
 
 
 @dataclass
@@ -47,12 +51,16 @@ class Workshop:
         plan: how many chunks are asked about; None = all.
         deadline: of the whole adaptation, by time.monotonic(); None = there is none.
         figures: of the stages before.
+        is_kept: whether the files stay: not those of a dry run.
+        is_trained: whether a model is to come of it; False = there were too few questions.
     """
 
     job: Adaptation
     plan: Plan | None = None
     deadline: float | None = None
     figures: dict[str, Figures] = field(default_factory=dict)
+    is_kept: bool = True
+    is_trained: bool = True
     _generator: Generator | None = None
 
     def path(self, name: str) -> Path:
@@ -128,9 +136,9 @@ class Workshop:
 
     @property
     def model(self) -> str:
-        """The model to use in the end: the exported one, or the base model if training gained nothing."""
+        """The model to use in the end: the exported one, or the base model if there is none or nothing was gained."""
         exported = self.path("model")
-        return str(exported) if exported.is_dir() else self.job.model
+        return str(exported) if self.is_trained and exported.is_dir() else self.job.model
 
 
 def clear(shop: Workshop, name: str) -> None:

@@ -4,18 +4,21 @@ python -m pytest -m slow tests/adaptation/test_adapt.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from beir_folders import write_folder
 from document_files import pdf
 
 import adapt
-from mlx_retrieval.adaptation import costs, run, stages
+from mlx_retrieval.adaptation import asking, costs, run, stages
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.adaptation.workshop import Workshop
 from mlx_retrieval.dataset.text_keys import text_key
+from mlx_retrieval.evaluation.retrieval import evaluate
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.mining.questions import filtering
@@ -28,6 +31,12 @@ WORDS = [
     f"{a}{b}" for a in ("kel", "mor", "tan", "sil", "fer", "gan") for b in ("dor", "vin", "lex", "pol", "ram", "tis")
 ]
 FILES = 90
+PROSE = {
+    "Kettle": "A kettle boils water. Descale it once a month with vinegar, or the water tastes of chalk.",
+    "Bicycle": "Oil the chain of a bicycle every two weeks, after rain at once. A dry chain squeaks and wears out.",
+    "Boiler": "If the boiler drips at night, its pressure is too high. Let water out until it shows 1.5 bar.",
+    "Tomato": "Tomatoes need six hours of sun a day. Water them in the morning at the root, never over the leaves.",
+}
 
 
 def sentences(rng: np.random.Generator, topic: str) -> str:
@@ -48,7 +57,7 @@ def documents(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def flags(small, tmp_path_factory) -> list[str]:
     config = tmp_path_factory.mktemp("config") / "train.yaml"
-    config.write_text("steps: 8\nbatch_size: 16\nlora_rank: 4\neval_steps: 4\nlearning_rate: 0.01\n")
+    config.write_text("steps: 8\nbatch_size: 16\nlora_rank: 4\neval_steps: 4\nsave_steps: 4\nlearning_rate: 0.01\n")
     return [
         "--model",
         small,
@@ -104,6 +113,23 @@ def test_every_stage_leaves_its_files(finished):
     assert len(held_texts) == len(held_chunks) and not held_texts & {text for row in mined for text in row["negatives"]}
     assert len(mined) == len(made) and sum(len(row["negatives"]) for row in mined) > len(mined) / 4
     assert "damaged" in screen and "broken.pdf" in screen
+    assert [(row["path"], row["reason"]) for row in rows(output / "unread.jsonl")] == [("broken.pdf", "damaged")]
+    assert f"{output}/unread.jsonl" in screen
+
+
+def test_counts_and_examples_of_questions_are_on_the_screen(finished):
+    output, screen, _ = finished
+    done = json.loads((output / "adapt.json").read_text())["stages"]
+    shown = " ".join(screen.split())
+    for name in ("read", "questions", "filter", "negatives"):
+        for heading, text in done[name]["figures"]["lines"]:
+            assert " ".join(f"{heading} {text}".split()) in shown
+    dropped = [text for heading, text in done["filter"]["figures"]["lines"] if heading == "not found"]
+    assert len(dropped) == 1 and re.match(r"\d+ questions?; '", dropped[0])
+    examples = done["filter"]["figures"]["examples"]
+    assert len(examples) == stages.EXAMPLES and "made as" in screen
+    for query, style, _ in examples:
+        assert query[:40] in shown and style in shown
 
 
 def test_a_rows_own_chunk_is_no_negative(finished):
@@ -158,6 +184,67 @@ def test_a_stopped_run_goes_on(stopped, finished, documents, flags, tmp_path, mo
     assert rows(output / "mined.jsonl") == rows(finished[0] / "mined.jsonl")
 
 
+def test_a_run_of_training_goes_on_from_its_last_step(finished, documents, flags, tmp_path, capsys):
+    """Regression: in a folder that was copied, it went on in the old one."""
+    output, weights = shutil.copytree(finished[0], tmp_path / "out"), Path("final", "adapters.safetensors")
+    run_folder = output / "run"
+    for path in run_folder.glob("step-*8"):
+        shutil.rmtree(path)
+    for name in ("final", "best"):
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+    record = json.loads((output / "adapt.json").read_text())
+    for name in ("export", "evaluate", "index"):
+        del record["stages"][name]
+    record["stages"]["train"]["done"] = False
+    (output / "adapt.json").write_text(json.dumps(record))
+    assert adapt.main([str(documents), "--output", str(output), *flags, "--stages", "train"]) == 0
+    assert re.search(r"resumed +from .*step-000004", capsys.readouterr().out)
+    assert (run_folder / weights).read_bytes() == (finished[0] / "run" / weights).read_bytes()
+    assert [row["step"] for row in rows(run_folder / "metrics.jsonl")][-1] == 8
+
+
+def test_within_a_budget_a_model_is_made_that_loads_and_has_the_figures_of_its_evaluation(
+    documents, flags, tmp_path, capsys
+):
+    """All of the trained weights; what the machine takes is measured, the guard's evaluation included."""
+    guard, output = tmp_path / "guard", tmp_path / "out"
+    write_folder(guard, [{"_id": f"d{i}", "text": f"thing {i}"} for i in range(20)], [{"_id": "q", "text": "thing 3"}],
+                 "q\td3\t1\n")  # fmt: skip
+    flags = [*flags[: flags.index("--guard")], "--guard", str(guard), "--guard-tolerance", "1"]
+    flags += ["--trained-share", "1", "--budget", "40m"]
+    assert adapt.main([str(documents), "--output", str(output), *flags]) == 0
+    done = json.loads((output / "adapt.json").read_text())["stages"]
+    measured, plan = done["measured"]["figures"], done["plan"]["figures"]
+    assert min(measured["chunk"], measured["row"], measured["guards"]) > 0 == measured["tasks"]
+    assert plan["seconds"]["export"] > 2 * costs.OPENING and 0 < sum(plan["seconds"].values()) < 2400
+    assert done["export"]["figures"]["share"] == 1.0
+    model, tasks = embedder.load(str(output / "model")), [str(output / "held-out"), str(guard)]
+    evaluations = [evaluate(embedder.load(flags[flags.index("--model") + 1]), tasks), evaluate(model, tasks)]
+    before, after = (evaluation.tasks["held-out"]["ndcg_at_10"] for evaluation in evaluations)
+    assert after > before
+    (held, *row), other = done["evaluate"]["figures"]["rows"]
+    assert held.startswith("held-out, nDCG@10") and row[:2] == [f"{before:.4f}", f"{after:.4f}"]
+    assert other[0] == "guard, nDCG@10, 1 query" and f"{before:.4f}" in capsys.readouterr().out
+
+
+def test_a_real_model_writes_questions(smollm2, flags, tmp_path, capsys):
+    few = tmp_path / "docs"
+    few.mkdir()
+    for name, text in PROSE.items():
+        (few / f"{name}.md").write_text(f"# {name}\n\n{text}\n")
+    output = tmp_path / "out"
+    flags = [*flags, "--generator", f"mlx:{smollm2}"]
+    assert adapt.main([str(few), "--output", str(output), *flags]) == 2  # too few to train on
+    made = [row for file in (output / "questions").glob("*.jsonl") for row in rows(file)]
+    assert 1 <= len(made) <= 2 * len(PROSE)
+    assert {row["generator_name"] for row in made} == {f"mlx:{smollm2}"}
+    assert {row["chunk_id"] for row in made} <= {f"{name}.md#1" for name in PROSE}
+    screen = capsys.readouterr()
+    assert re.search(rf"^questions +{len(made)} by mlx:", screen.out, re.MULTILINE)
+    assert "too few" in screen.err
+    assert Searcher(str(output / "index")).search("dry chain", "bm25", 1)[0].path == "Bicycle.md"
+
+
 def test_other_texts_are_held_where_the_base_model_has_them(finished, documents, flags, tmp_path, capsys):
     output, others = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "others.jsonl"
     pairs = [{"query": f"what is {i}", "document": f"a thing of kind {i * i} that nobody asks for"} for i in range(40)]
@@ -188,13 +275,19 @@ def test_stages_alone_need_those_before(documents, flags, tmp_path, capsys):
     assert adapt.main([str(documents), "--output", str(output), *flags, "--stages", "filter"]) == 2
     assert "it builds on read, which is not done" in capsys.readouterr().err
     assert adapt.main([str(documents), "--output", str(output), *flags, "--stages", "read"]) == 0
-    assert {path.name for path in output.iterdir()} == {"chunks.jsonl", "adapt.json", ".lock"}
+    assert {path.name for path in output.iterdir()} == {"chunks.jsonl", "unread.jsonl", "adapt.json", ".lock"}
 
 
 def test_a_dry_run_writes_nothing(documents, flags, tmp_path, capsys):
     assert adapt.main([str(documents), "--output", str(tmp_path / "out"), *flags, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "at most 18" in out and "all" in out and "nothing was trained or written" in out
+    assert re.search(rf"files read +{FILES + 1}: {FILES} markdown, 1 pdf", out, re.IGNORECASE)
+    assert re.search(r"damaged: broken.pdf .* 1 *\n", out) and "unread.jsonl" not in out
+    chunks = int(re.search(r"chunks +(\d+) of", out)[1])
+    assert f"at most {2 * chunks} for {chunks} of {chunks} chunks, by none" in out
+    for name in ("read", "filter", "negatives", "train", "export", "evaluate", "index", "all"):
+        assert re.search(rf"^{name} +about \d+ (s|min)$", out, re.MULTILINE), name
+    assert "nothing was trained or written" in out
     assert not (tmp_path / "out").exists()
 
 
@@ -279,7 +372,7 @@ def test_what_a_generator_is_measured_by_is_kept(finished, tmp_path):
                 yield lot
 
     shop._generator = Stub()
-    assert stages.seconds_to_ask(shop) > 0 and len({*asked}) == stages.ASKED
+    assert asking.seconds_to_ask(shop) > 0 and len({*asked}) == asking.ASKED
     shop.plan = costs.Plan(20, 91, 40, 0.1, {})
     assert {*asked} <= {chunk.id for chunk in shop.chosen()}
     before = len(asked)

@@ -140,6 +140,7 @@ def test_a_change_concerns_the_stages_from_there_on(job, tmp_path):
     assert changed(hold=()) == after_train
     assert changed(guard=()) == after_train - {"train"}
     assert changed(eval_tasks=("x",)) == {"evaluate"}
+    assert changed(budget=60.0) == set(keys) - {"read"}
     assert changed(negatives=2) == {"negatives", *after_train}
     assert changed(generator="http://localhost:8080") == set(keys) - {"read"}
     assert changed(chunk_size=900) == set(keys)
@@ -170,7 +171,7 @@ def test_other_settings_of_a_generator_take_over_what_it_has_answered(job):
     asked = []
 
     class Echo:
-        name, shortened = "echo", 0
+        name, shortened = "echo", ()
 
         def settings(self):
             return ("echo",)
@@ -302,6 +303,47 @@ def test_the_plan_fits_the_time(job):
     assert costs.fit(job, measured, 20_000, 1_200.0, indexed=False).chunks > 1.5 * some.chunks
     without = costs.fit(replace(job, negatives=0), measured, 20_000, 1_200.0)
     assert without.seconds["negatives"] == 0 and without.chunks > some.chunks
+
+
+def test_the_plan_counts_what_judges_and_what_is_held(job):
+    """Regression: a reranker, the guards, the user's tasks and the vectors of held texts took no time in the plan."""
+    alone = Costs(chunk=0.01, row=0.1, questions=0.0)
+    before = costs.plan(job, alone, 1_000, 2_000).seconds
+
+    def more(job=job, **changes) -> dict[str, float]:
+        seconds = costs.plan(job, replace(alone, **changes), 1_000, 2_000).seconds
+        return {name: round(seconds[name] - before[name], 6) for name in seconds if seconds[name] != before[name]}
+
+    assert more(pair=0.001) == {"filter": 100.0}  # each question with a hundred chunks
+    assert more(guards=3.0) == {"export": 18.0, "evaluate": 6.0}  # the base model, and shares of 0.5 to 0.1
+    assert more(replace(job, trained_share=1.0), guards=3.0) == {"export": 33.0, "evaluate": 6.0}
+    assert more(tasks=20.0) == {"evaluate": 40.0}
+    assert more(held=50.0) == {"train": 50.0}
+
+
+def test_a_machine_is_measured_by_what_the_adaptation_will_do(job, tmp_path, monkeypatch):
+    chunks = [Chunk(f"{i}.md#1", f"thing {i} of some kind", Place(f"{i}.md", 1)) for i in range(20)]
+    (tmp_path / "held.jsonl").write_text('{"query": "a b", "positive": "c d"}\n' * 30)
+    asked, judged = [], []
+
+    class Judge:
+        def __init__(self, name, dtype):
+            assert name == "judge"
+
+        def score_groups(self, groups):
+            judged.extend(groups)
+
+    monkeypatch.setattr(costs, "Reranker", Judge)
+    monkeypatch.setattr(costs.embedder, "load", lambda name, dtype: "the model")
+    monkeypatch.setattr(costs.embedder, "embed", lambda *given: None)
+    monkeypatch.setattr(costs, "evaluate", lambda model, tasks: asked.append((model, tasks)))
+    monkeypatch.setattr(costs, "_row_seconds", lambda job, chunks: 2.0)
+    job = replace(job, guard=["g"], eval_tasks=["t"], reranker="judge", hold=[str(tmp_path / "held.jsonl")])
+    measured = costs.measure(job, chunks, 5.0)
+    assert asked == [("the model", ["g"]), ("the model", ["t"])]
+    assert [len(documents) for _, documents in judged] == [costs.PAIRS] * 2  # once to compile
+    assert measured.held == pytest.approx(30 * (1 + costs.QUERY) * measured.chunk) and measured.questions == 5.0
+    assert costs.measure(replace(job, reranker=None, hold=()), chunks, 5.0).pair == 0.0 and len(judged) == 2
 
 
 def test_the_plan_counts_the_batches_of_held_texts(job):

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from chat_stub import Stub, completion
 from chat_templates import TEMPLATES
 
 from mlx_retrieval.dataset.documents.chunk import Chunk
@@ -31,68 +31,6 @@ from mlx_retrieval.utils.errors import Place, UserError
 CHUNKS = [Chunk(f"c{i}", f"number {i} is a number that some people like", Place("a.md", i + 1)) for i in range(8)]
 JOBS = [Job(chunk, "question") for chunk in CHUNKS]
 FAST = Rules(timeout=5, patience=5, first_patience=5, pause=0.001, longest_pause=0.002)
-
-
-def number_in(message: str) -> int:
-    return int(message.split("number ")[1].split()[0])
-
-
-def completion(text: str | None, finish: str = "stop") -> tuple[int, dict]:
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
-
-
-class Stub:
-    """A chat server. `answer(number of the chunk, body)` gives (status, JSON or bytes, headers)."""
-
-    def __init__(self):
-        self.asked, self.headers, self.models = [], [], (200, {"data": [{"id": "toy"}]})
-        self.now = self.most = 0
-        self.answer = lambda number, body: completion(f"What is number {number}?")
-        self.lock = threading.Lock()
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.reply(*stub.models if self.path == "/v1/models" else (404, {}))
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with stub.lock:
-                    stub.now += 1
-                    stub.most = max(stub.most, stub.now)
-                    stub.asked.append(body)
-                    stub.headers.append(dict(self.headers))
-                number = number_in(body["messages"][0]["content"])
-                answer = stub.answer(number, body) if self.path == "/v1/chat/completions" else (404, {})
-                with stub.lock:
-                    stub.now -= 1
-                self.reply(*answer)
-
-            def reply(self, status, content, headers=None):
-                data = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status)
-                for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 64  # connections that wait; with fewer, TCP itself pauses for a second
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def count(self, number: int) -> int:
-        """How often this chunk was asked for."""
-        return sum(number_in(body["messages"][0]["content"]) == number for body in self.asked)
 
 
 @pytest.fixture
@@ -312,7 +250,9 @@ def test_a_chunk_that_is_too_long_for_the_server_is_cut_and_counted(stub):
     stub.answer = answer
     model = ChatServer(stub.address, rules=FAST)
     assert texts(complete(model, [Job(long, "question"), JOBS[2]])) == [EXPECTED[1], EXPECTED[2]]
-    assert model.shortened == 1 and stub.count(1) == 3
+    assert model.shortened == {"long"} and stub.count(1) == 3
+    complete(model, [Job(long, "keywords")])
+    assert len(model.shortened) == 1  # chunks, not messages
 
 
 def test_a_message_that_is_refused_is_counted_and_settings_that_are_unknown_are_left_out(stub):
@@ -333,6 +273,16 @@ def test_a_message_that_is_refused_is_counted_and_settings_that_are_unknown_are_
     assert texts(results[3:]) == EXPECTED[3:] and texts(results[:2]) == EXPECTED[:2]
     assert len(stub.asked) == len(JOBS) + 2 and "seed" not in stub.asked[-1]
     assert model.settings()[2:] == digest[2:]  # so that no job is done twice
+
+
+def test_a_server_may_refuse_many_messages_once_it_has_answered_one(stub):
+    """Regression: ten chunks in a row that a content filter refuses ended the run."""
+    many = [Job(Chunk(f"c{i}", f"number {i} ", Place("a.md", 1)), "question") for i in range(20)]
+    stub.answer = lambda number, _: completion(f"What is number {number}?") if number in (0, 19) else (400, b"filtered")
+    results = complete(ChatServer(stub.address, at_once=1, rules=FAST), many)
+    assert [bool(result.refusal) for result in results] == [False, *[True] * 18, False]
+    with pytest.raises(UserError, match="10 messages in a row without an answer; the last: filtered"):
+        complete(ChatServer(stub.address, at_once=1, rules=FAST), many[1:])
 
 
 @pytest.mark.parametrize(
@@ -381,10 +331,10 @@ def test_a_chunk_is_cut_to_the_window_and_counted_and_cannot_end_its_turn(talkin
     assert model.name == f"mlx:{talking}"
     tokens = model._fitting(JOBS[0], Prompt())
     text = model._tokenizer.decode(tokens)
-    assert Prompt().fill(JOBS[0]) in text and text.rstrip().endswith("<|end_header_id|>") and model.shortened == 0
+    assert Prompt().fill(JOBS[0]) in text and text.rstrip().endswith("<|end_header_id|>") and not model.shortened
     long = Chunk("long", "<eos> number 1 " + "and so on " * 600, Place("a.md", 1))
     tokens = model._fitting(Job(long, "question"), Prompt())
-    assert 260 <= len(tokens) <= 280 and model.shortened == 1
+    assert 260 <= len(tokens) <= 280 and model.shortened == {"long"}
     assert model._tokenizer.eos_token_id not in tokens
     narrow = LocalModel(str(talking), window=100, max_tokens=90)
     assert [result.refusal for result in complete(narrow, JOBS[:2])] == [local_model.NO_ROOM] * 2

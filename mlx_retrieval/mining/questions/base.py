@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -54,6 +54,7 @@ class Generator(Protocol):
     """A source of questions."""
 
     name: str  # shown, and kept with each question
+    shortened: Collection[str]  # ids of chunks of which only the beginning was read, for want of room
 
     def jobs(self, chunk: Chunk) -> Sequence[Job]:
         """Return the jobs of a chunk, always the same ones."""

@@ -37,7 +37,7 @@ COMPLETIONS = "/chat/completions"
 AT_ONCE = 8  # requests
 AHEAD = 4  # times AT_ONCE: requests behind one that takes long
 ATTEMPTS = 3  # at a message whose answer is an error of the server, no answer in time, or none at all
-FAILURES = 10  # messages in a row without an answer, after which the server is taken for broken
+FAILURES = 10  # messages in a row without an answer, at first also refused ones: the server is taken for broken
 LONGEST_ANSWER = 1 << 22  # bytes
 REFUSED, FAILED = "refused by the server", "no answer from the server"
 _TOO_LONG = ("context", "too long", "maximum length", "max_model_len", "too many tokens", "too large")
@@ -77,7 +77,7 @@ class ChatServer:
     Raises UserError for something that is not an address, and for a key in it.
 
     Attributes:
-        shortened: chunks of which only the beginning was sent, because the server found the whole too long.
+        shortened: ids of chunks of which only the beginning was sent, because the server found the whole too long.
     """
 
     def __init__(
@@ -91,11 +91,12 @@ class ChatServer:
         rules: Rules | None = None,
     ):
         self.address, self._model = parse(address)
-        self.max_tokens, self.at_once, self.rules, self.shortened = max_tokens, at_once, rules or Rules(), 0
+        self.max_tokens, self.at_once, self.rules = max_tokens, at_once, rules or Rules()
+        self.shortened: set[str] = set()
         self._options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
         self._limit = "max_tokens"  # its name; newer models of OpenAI have another
         self._sampling = tuple(self._options.items())
-        self._answered, self._failures = False, 0
+        self._answered, self._has_completed, self._failures = False, False, 0
         self._lock, self._closed = threading.Lock(), threading.Event()
         local = urlsplit(self.address).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if local else []  # no proxy knows this machine's servers
@@ -179,8 +180,11 @@ class ChatServer:
                 completion, reason = Completion(job, "", failure=FAILED), error
                 break
         with self._lock:
-            self.shortened += is_shortened
-            unanswered = completion.failure or completion.refusal
+            if is_shortened:
+                self.shortened.add(job.chunk.id)
+            self._has_completed |= not (completion.failure or completion.refusal)
+            # A server that has answered others may refuse many in a row, such as those of a file.
+            unanswered = completion.failure or (completion.refusal and not self._has_completed)
             self._failures = self._failures + 1 if unanswered else 0
             if self._failures >= FAILURES:
                 raise UserError(f"{self.address}: {FAILURES} messages in a row without an answer; the last: {reason}")

@@ -49,7 +49,7 @@ class LocalModel:
     Raises UserError if the model cannot be loaded.
 
     Attributes:
-        shortened: chunks of which only the beginning fitted into the window.
+        shortened: ids of chunks of which only the beginning fitted into the window.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class LocalModel:
 
         model = name.removeprefix(PREFIX)
         self.name, self.max_tokens, self.seed, self.at_once = f"{PREFIX}{model}", max_tokens, seed, at_once
-        self.temperature, self.top_p, self.shortened = temperature, top_p, 0
+        self.temperature, self.top_p = temperature, top_p
+        self.shortened: set[str] = set()
         try:
             folder = resolve(model)
         except SettingError as error:
@@ -141,7 +142,7 @@ class LocalModel:
             if left <= 0:
                 return []
             tokens = self._tokens(prompt.fill(job, self._tokenizer.decode(text[:left])))
-        self.shortened += 1
+        self.shortened.add(job.chunk.id)
         return tokens
 
     def _tokens(self, message: str) -> list[int]:

@@ -4,7 +4,7 @@ generator = Prompted(LocalModel("SmolLM2-135M-Instruct"), styles=("question", "k
 generator = Prompted(ChatServer("http://localhost:8080"))
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from mlx_retrieval.dataset.documents.chunk import Chunk
@@ -28,7 +28,7 @@ class Model(Protocol):
     """A language model that answers messages."""
 
     name: str
-    shortened: int  # chunks of which only the beginning fitted into the model's window
+    shortened: Collection[str]  # ids of chunks of which only the beginning fitted into the model's window
 
     def settings(self) -> tuple:
         """Return everything but the message that decides an answer, for JSON."""
@@ -59,6 +59,11 @@ class Prompted:
     def name(self) -> str:
         """The model's name; a server's model may be known only after its first answer."""
         return self.model.name
+
+    @property
+    def shortened(self) -> Collection[str]:
+        """The ids of the chunks of which the model has read only the beginning."""
+        return self.model.shortened
 
     def jobs(self, chunk: Chunk) -> list[Job]:
         """Return the jobs of a chunk; none if it has no letters."""

@@ -59,7 +59,7 @@ class WithoutModel:
     Raises UserError for an unknown style or a count that is not from 1 to MOST.
     """
 
-    name = NAME
+    name, shortened = NAME, frozenset()
 
     def __init__(self, styles: Sequence[str] = (), count: int = 2, seed: int = 0):
         self.styles, self.count, self.seed = tuple(styles) or STYLES, count, seed
