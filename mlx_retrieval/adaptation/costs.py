@@ -35,7 +35,7 @@ from mlx_retrieval.training import run as training_run
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
-SAMPLE = 64  # chunks that are embedded to measure
+SAMPLE = 64  # chunks, or texts that are held, that are embedded to measure
 PAIRS = 16  # that a reranker scores to measure
 QUERY = 0.3  # of a chunk's time: a query's
 OPENING = 10.0  # seconds to open models and files, for each of the last stages
@@ -87,9 +87,9 @@ def measure(job: Adaptation, chunks: Sequence[Chunk], questions: float) -> Costs
     guards, tasks = (
         _seconds(partial(evaluate, model, names)) if names else 0.0 for names in (job.guard, job.eval_tasks)
     )
+    held = _held_seconds(job, model)
     del model
     free()
-    held = _held_rows(job) * (1 + QUERY) * chunk
     return Costs(chunk, _row_seconds(job, chunks), questions, _pair_seconds(job, chunks), guards, tasks, held)
 
 
@@ -117,10 +117,15 @@ def _pair_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
     return seconds / len(documents)
 
 
-def _held_rows(job: Adaptation) -> int:
-    """Return how many rows are held in place, a query and a document each."""
+def _held_seconds(job: Adaptation, model: embedder.Model) -> float:
+    """Return the seconds of embedding all texts that are held in place, by a sample of them; 0 without any."""
+    if not job.hold:
+        return 0.0
     with tempfile.TemporaryDirectory() as folder:
-        return sum(1 for _ in read_rows(find_files(rows_of(job, Path(folder))), None)) if job.hold else 0
+        examples = (example for _, example in read_rows(find_files(rows_of(job, Path(folder))), None))
+        texts = [*dict.fromkeys(text for one in examples for text in (one.query, one.positive, *one.negatives))]
+    sample = texts[:: max(1, len(texts) // SAMPLE)]
+    return _second_call(partial(embedder.embed, model, sample, "document")) / len(sample) * len(texts)
 
 
 def _query_of(chunk: Chunk) -> str:

@@ -323,8 +323,9 @@ def test_the_plan_counts_what_judges_and_what_is_held(job):
 
 def test_a_machine_is_measured_by_what_the_adaptation_will_do(job, tmp_path, monkeypatch):
     chunks = [Chunk(f"{i}.md#1", f"thing {i} of some kind", Place(f"{i}.md", 1)) for i in range(20)]
-    (tmp_path / "held.jsonl").write_text('{"query": "a b", "positive": "c d"}\n' * 30)
-    asked, judged = [], []
+    held = [{"query": f"what is {i}", "positive": f"thing {i}", "negatives": ["another"]} for i in range(100)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    asked, judged, embedded = [], [], []
 
     class Judge:
         def __init__(self, name, dtype):
@@ -335,15 +336,21 @@ def test_a_machine_is_measured_by_what_the_adaptation_will_do(job, tmp_path, mon
 
     monkeypatch.setattr(costs, "Reranker", Judge)
     monkeypatch.setattr(costs.embedder, "load", lambda name, dtype: "the model")
-    monkeypatch.setattr(costs.embedder, "embed", lambda *given: None)
+    monkeypatch.setattr(costs.embedder, "embed", lambda model, texts, prompt: embedded.append({*texts}))
+    monkeypatch.setattr(costs, "_seconds", lambda function: function() or 3.0)
     monkeypatch.setattr(costs, "evaluate", lambda model, tasks: asked.append((model, tasks)))
     monkeypatch.setattr(costs, "_row_seconds", lambda job, chunks: 2.0)
     job = replace(job, guard=["g"], eval_tasks=["t"], reranker="judge", hold=[str(tmp_path / "held.jsonl")])
     measured = costs.measure(job, chunks, 5.0)
     assert asked == [("the model", ["g"]), ("the model", ["t"])]
     assert [len(documents) for _, documents in judged] == [costs.PAIRS] * 2  # once to compile
-    assert measured.held == pytest.approx(30 * (1 + costs.QUERY) * measured.chunk) and measured.questions == 5.0
-    assert costs.measure(replace(job, reranker=None, hold=()), chunks, 5.0).pair == 0.0 and len(judged) == 2
+    of_held = embedded[-1]
+    assert (
+        of_held <= {text for row in held for text in (row["query"], row["positive"], "another")} and len(of_held) == 67
+    )
+    assert measured.held == pytest.approx(3.0 / 67 * 201) and measured.chunk == 3.0 / 20 and measured.questions == 5.0
+    none = costs.measure(replace(job, reranker=None, hold=(), guard=(), eval_tasks=()), chunks, 5.0)
+    assert none == Costs(chunk=3.0 / 20, row=2.0, questions=5.0) and len(judged) == 2
 
 
 def test_the_plan_counts_the_batches_of_held_texts(job):
