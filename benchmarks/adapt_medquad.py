@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/adapt_medquad.py --data ../shared/data/medquad --work FOLDER          # 25 minutes on 2 cores
-    python benchmarks/adapt_medquad.py --work FOLDER --generator mlx:SMOLLM2
+    python benchmarks/adapt_medquad.py --work FOLDER --generator mlx:smollm2     # where tools/fetch_smollm2.py puts it
 
 The documents of train.jsonl become one file of JSON lines, each with its text alone. `adapt.py --budget 20m` makes a
 model of all-MiniLM-L6-v2, without an index, which would take half of that time; the base model and this one are
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from seeds import cells, difference, kept, mean_of
-from sides import ROOT, machine
+from sides import ROOT, machine, smollm2
 from variants import Workshop
 
 from mlx_retrieval import backend
@@ -33,6 +33,7 @@ from mlx_retrieval.utils.console import print_rows
 backend.prepare()  # as commands do
 
 LENGTH = 256  # tokens
+SMOLLM2 = "mlx:smollm2"
 STAGES = ("read", "questions", "filter", "negatives", "train", "export")
 
 
@@ -49,14 +50,17 @@ def documents_of(data: Path, folder: Path) -> Path:
 
 
 def adapt(shop: Workshop, seed: int, args: argparse.Namespace) -> tuple[Path, float]:
-    """Return the folder of an adaptation and its minutes, as far as it was not there."""
-    flags = ["--generator", args.generator, "--budget", args.budget, "--seed", str(seed), "--stages", *STAGES]
+    """Return the folder of an adaptation and its minutes, as far as it was not there. Ends the script if it fails."""
+    generator = f"mlx:{smollm2()}" if args.generator == SMOLLM2 else args.generator
+    flags = ["--generator", generator, "--budget", args.budget, "--seed", str(seed), "--stages", *STAGES]
     flags += args.flags.split()
     output = shop.folder / f"adapted-{hashlib.sha256(repr(flags).encode()).hexdigest()[:8]}-{seed}"
     line = [sys.executable, ROOT / "adapt.py", documents_of(shop.data, shop.folder), "--model", shop.base]
     began = time.perf_counter()
     with open(f"{output}.log", "a", encoding="utf-8") as screen:
-        subprocess.run([*map(str, [*line, "--output", output, *flags])], check=True, stdout=screen, stderr=screen)
+        done = subprocess.run([*map(str, [*line, "--output", output, *flags])], stdout=screen, stderr=screen)
+    if done.returncode:
+        sys.exit(f"adapt.py ended with exit code {done.returncode}; what it said is in {output}.log")
     return output, (time.perf_counter() - began) / 60
 
 
@@ -74,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl and test/")
     parser.add_argument("--work", required=True, metavar="FOLDER", help="for documents, models and scores")
-    parser.add_argument("--generator", default="none", help="of adapt.py (default: %(default)s)")
+    parser.add_argument("--generator", default="none", help="of adapt.py, or mlx:smollm2 (default: %(default)s)")
     parser.add_argument("--budget", default="20m", help="of adapt.py (default: %(default)s)")
     parser.add_argument("--flags", default="", help="further flags of adapt.py")
     parser.add_argument("--seeds", type=int, default=1)

@@ -7,10 +7,12 @@ Attention to earlier tokens or to all, and the mean of the tokens or the last on
 sentence-transformers takes the causal two, from the same weights, with the same LoRA, batches, learning rates, clipping
 and temperature, and mini-batches of 32 rows. Each run is a process of its own. All are evaluated by eval.py on a part
 of the test folder; so is the exported folder of the best adapter, by both libraries. Prints nDCG@10, the interval of
-each difference to the peer, wall times and their ratio. Figures in benchmarks/README.md.
+each difference to the peer, wall times and their ratio, and how close the vectors are; ends with an error where those
+of the exported folder differ. Figures in benchmarks/README.md.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 import sides
 from medquad import COMPARED, Outcome, evaluated, ndcg, our_side, peer_side, settings_of, steps_of
 
+LEAST_COSINE = 0.9999  # of what both libraries compute from the exported folder
 VARIANTS = [(bidirectional, pooling) for bidirectional in (False, True) for pooling in ("mean", "last")]
 
 
@@ -44,8 +47,16 @@ def figures(outcome: Outcome) -> tuple[str, str]:
     return f"{ndcg(outcome.before):.4f}", f"{ndcg(outcome.after):.4f}"
 
 
-def exported(adapter: str, folder: str, test: str) -> list[tuple[str, Any]]:
-    """Export an adapter, which checks the folder, and evaluate that folder with both libraries."""
+def least_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the least cosine of vectors to their counterparts; all (N, D), of length 1."""
+    return float((ours * theirs).sum(axis=1).min())
+
+
+def exported(adapter: str, folder: str, test: str) -> tuple[list[tuple[str, Any]], float]:
+    """Export an adapter, which checks the folder, and evaluate that folder with both libraries.
+
+    Returns the evaluation of each by name, and the least cosine between the vectors of both.
+    """
     from mlx_retrieval import backend
 
     backend.prepare()
@@ -55,9 +66,10 @@ def exported(adapter: str, folder: str, test: str) -> list[tuple[str, Any]]:
     from mlx_retrieval.inference.embedder import load
 
     export(Export(adapter=adapter, output=folder))
-    _, ours, _ = evaluated(load(folder), test)
-    _, theirs, _ = evaluated(sides.Peer(sides.sentence_transformer(folder)), test)
-    return [("exported, embed.load", ours), ("exported, SentenceTransformer", theirs)]
+    vectors, ours, _ = evaluated(load(folder), test)
+    peer_vectors, theirs, _ = evaluated(sides.Peer(sides.sentence_transformer(folder)), test)
+    found = [("exported, embed.load", ours), ("exported, SentenceTransformer", theirs)]
+    return found, least_cosine(vectors, peer_vectors)
 
 
 def main() -> None:
@@ -93,7 +105,7 @@ def main() -> None:
                 theirs[name] = run_of(args, f"peer, {name}", settings, peer_side, steps, test)
         best = max(ours, key=lambda name: ndcg(ours[name].after))
         adapter = str(keep / best.replace(", ", "-").replace(" ", "-") / "final")
-        folders = sides.in_child(exported, adapter, f"{work}/exported", test)
+        folders, agreement = sides.in_child(exported, adapter, f"{work}/exported", test)
 
     rows = []
     for name, our in ours.items():
@@ -110,9 +122,12 @@ def main() -> None:
     columns = ("what", "before", "after", "to the peer", "95 % interval", "training s")
     print_rows(f"{title}; {args.steps} steps of {args.batch_size}", columns, rows)
     for name, peer in theirs.items():
-        cosine = (ours[name].vectors * peer.vectors).sum(axis=1).min()
+        cosine = least_cosine(ours[name].vectors, peer.vectors)
         print(f"{name}: cosine of {COMPARED} untrained vectors to the peer's: at least {cosine:.6f}")
         print(f"{name}: {peer.training / ours[name].training:.2f} times as fast as the peer")
+    print(f"exported: cosine of {COMPARED} vectors in both libraries: at least {agreement:.6f}")
+    if not agreement >= LEAST_COSINE:  # nan, too
+        sys.exit("sentence-transformers computes other vectors from the exported folder")
 
 
 if __name__ == "__main__":
