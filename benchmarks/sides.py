@@ -328,8 +328,11 @@ def sentence_transformer(folder: str, max_length: int | None = None, late: bool 
     model = (MultiVectorEncoder if late else SentenceTransformer)(folder, device=str(gpu or "cpu"))
     model.max_seq_length = max_length or model.max_seq_length
     if pooling:
+        place = next(i for i, module in enumerate(model) if isinstance(module, models.Pooling))
         modes = {"mean": "mean", "last": "lasttoken"}
-        model[1] = models.Pooling(model[1].embedding_dimension, modes[pooling])
+        model[place] = models.Pooling(model[place].embedding_dimension, modes[pooling])
+        if pooling == "last" and place > 1:  # word weights, by which the mean of an exported folder leaves tokens out
+            del model[1]
     return model.eval()
 
 

@@ -143,8 +143,11 @@ class EmbeddingWriter:
         config_json.write(folder, settings)  # transformers reads it to load the tokenizer
         self._note("tokenizer", tokenizer.write(self.base, folder, self.tokenizer, self.limit))
         if job.gguf_ready:
-            for note in gguf.adapt_config(settings, folder, config, self.tokenizer):
+            notes = gguf.adapt_config(settings, folder, config, self.tokenizer)
+            changed = gguf.adapt_tokenizer(folder, self.tokenizer)
+            for note in (*notes, *changed):
                 self._note("llama.cpp", note)
+            self.for_sentence_transformers = not changed
             config_json.write(folder, settings)
         adapter = Path(job.adapter).expanduser() if job.adapter else None
         base = job.model or config.base_model

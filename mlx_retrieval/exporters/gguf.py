@@ -1,8 +1,11 @@
-"""Prepare config.json for llama.cpp's converter, and refuse models that GGUF cannot express."""
+"""Prepare a folder for llama.cpp's converter, and refuse models that GGUF cannot express."""
 
+import json
 from pathlib import Path
 
 from mlx_retrieval.backbones import ENCODERS, decoder
+from mlx_retrieval.backbones.hub import read_json
+from mlx_retrieval.exporters import tokenizer as exporters_tokenizer
 from mlx_retrieval.exporters.config_json import T5
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.tokenizer import TextTokenizer
@@ -20,6 +23,7 @@ GGUF = {
     "t5": "T5EncoderModel",
     "mt5": "T5EncoderModel",
 }
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def adapt_config(config: dict, folder: Path, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
@@ -40,6 +44,10 @@ def adapt_config(config: dict, folder: Path, retrieval: RetrievalConfig, tokeniz
     elif kind not in GGUF and not name.endswith("ForCausalLM"):
         name = name.removesuffix("Model") + "ForCausalLM"
     config["architectures"] = [name]
+    if kind == "modernbert":
+        config.setdefault("layer_norm_eps", config.get("norm_eps", 1e-5))  # the name that the converter reads
+    if kind == "eurobert":
+        config["classifier_pooling"] = "mean"  # of a head; the converter does not know EuroBERT's own, and stops
     lines = []
     if retrieval.truncate_dim:
         cut = f"keep the first {retrieval.truncate_dim} of its {retrieval.dimensions} dimensions"
@@ -55,6 +63,31 @@ def adapt_config(config: dict, folder: Path, retrieval: RetrievalConfig, tokeniz
     return lines
 
 
+def adapt_tokenizer(folder: Path, tokenizer: TextTokenizer) -> list[str]:
+    """Let settings ask for a closing token that tokenizer.json adds, if the converter would not know that tokenizer.
+
+    It knows a tokenizer without sentencepiece's file by the ids of a text of its own, and one that also closes the text
+    gives others. Returns instructions for the user, a line each; [] = nothing had to be changed. Raises UserError if a
+    GGUF cannot have the closing token.
+    """
+    if any((folder / name).is_file() for name in SENTENCEPIECE) or not exporters_tokenizer.adds_closing(tokenizer):
+        return []
+    own = json.loads(tokenizer.tokenizer.to_str())
+    settings = read_json(folder / exporters_tokenizer.SETTINGS)
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    closing = [tokenizer.tokenizer.id_to_token(i) for i in tokenizer.closing]
+    if closing != [end]:
+        raise UserError(f"--gguf-ready: a GGUF closes texts with {end}, and this model with {' '.join(closing)}")
+    lines = ["only for it: the files of the tokenizer close no text, or it would not know them"]
+    if tokenizer.opening:
+        lines.append("run it with --override-kv tokenizer.ggml.add_eos_token=bool:true, which the file will not say")
+    else:
+        own["post_processor"] = None  # of one that adds nothing, the converter concludes that texts are not closed
+    (folder / exporters_tokenizer.FILE).write_text(json.dumps(own, ensure_ascii=False), encoding="utf-8")
+    return lines
+
+
 def _problems(config: dict, retrieval: RetrievalConfig, tokenizer: TextTokenizer) -> list[str]:
     """Return the reasons why llama.cpp would compute other vectors."""
     kind, mean = config["model_type"], retrieval.pooling == "mean"
@@ -67,6 +100,9 @@ def _problems(config: dict, retrieval: RetrievalConfig, tokenizer: TextTokenizer
         problems.append("its mean counts the tokens that the tokenizer puts around a text (train with --pooling last)")
     if mean and not retrieval.pool_prompt and any(retrieval.prompts.values()):
         problems.append("its mean counts the prompt")
+    width = config.get("head_dim", 0) * config.get("num_attention_heads", 0)
+    if kind == "eurobert" and width not in (0, config["hidden_size"]):
+        problems.append("its EuroBERT has heads that are as wide together as the model")
     if retrieval.lowercase:
         problems.append("it does not lower-case texts")
     plain = all(layer["activation"] == "Identity" and not layer["bias"] for layer in retrieval.dense)

@@ -37,7 +37,7 @@ def write(base: Path, folder: Path, tokenizer: TextTokenizer, limit: int) -> str
     settings["model_max_length"] = limit
     own = tokenizer.tokenizer
     changes = []
-    if own.encode("a").ids != [*tokenizer.opening, *own.encode("a", add_special_tokens=False).ids, *tokenizer.closing]:
+    if adds_closing(tokenizer):
         _add_closing(folder, tokenizer, settings)
         changes.append(f"closes texts with {' '.join(map(own.id_to_token, tokenizer.closing))}")
     elif not (folder / FILE).is_file():
@@ -57,6 +57,13 @@ def write(base: Path, folder: Path, tokenizer: TextTokenizer, limit: int) -> str
             raise UserError(f"{base}: transformers makes other tokens of a text with these tokenizer files")
         changes.append(f"as {GENERIC}, since {replaced} makes other tokens")
     return ", ".join(changes) or "unchanged"
+
+
+def adds_closing(tokenizer: TextTokenizer) -> bool:
+    """Return whether the exported tokenizer.json has to close texts, as the base model's own does not."""
+    own = tokenizer.tokenizer
+    plain = own.encode("a", add_special_tokens=False).ids
+    return own.encode("a").ids != [*tokenizer.opening, *plain, *tokenizer.closing]
 
 
 def _write(folder: Path, settings: dict) -> None:

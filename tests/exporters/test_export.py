@@ -20,10 +20,12 @@ from trained_models import trained
 import export
 from mlx_retrieval import backbones
 from mlx_retrieval.backbones.decoder import Decoder
-from mlx_retrieval.exporters import job, limits, parity, sentence_transformers_files, weights
+from mlx_retrieval.exporters import gguf, job, limits, parity, sentence_transformers_files, weights
 from mlx_retrieval.exporters import tokenizer as exporters_tokenizer
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.text import CHECKOUT
 
 GEMMA_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: ", "STS": "same: "}
 QWEN_PROMPTS = {"query": "Instruct: find the passages that answer the question\nQuery:", "document": ""}
@@ -517,6 +519,36 @@ def test_gguf_ready_last_token_decoder(adapters, tmp_path, capsys):
     assert read_json(folder / "1_Pooling")["pooling_mode_lasttoken"] is True
     told = capsys.readouterr().out
     assert "--pooling last" in told and "a GGUF holds no prompts" in told
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_gguf_ready_leaves_a_tokenizer_as_the_converter_knows_it(tmp_path, opens):
+    """Regression: the converter refused every decoder whose texts the export had closed: other ids of its test text."""
+    base, folder = tmp_path / "base", tmp_path / "out"
+    base.mkdir(), folder.mkdir()
+    shutil.copy(CHECKOUT / "gemma-3-tiny-mlx" / "tokenizer_config.json", base)
+    own = read_json(CHECKOUT / "gemma-3-tiny-mlx", "tokenizer.json")
+    if not opens:
+        own["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (base / "tokenizer.json").write_text(json.dumps(own), encoding="utf-8")
+    tokenizer = RetrievalConfig(pooling="last", append_eos=True).tokenizer(base)
+    exporters_tokenizer.write(base, folder, tokenizer, 50)
+    assert read_json(folder, "tokenizer.json")["post_processor"]["single"][-1] == {
+        "SpecialToken": {"id": "<eos>", "type_id": 0}
+    }
+    told = " ".join(gguf.adapt_tokenizer(folder, tokenizer))
+    assert "only for it: the files of the tokenizer close no text" in told and ("--override-kv" in told) == opens
+    assert read_json(folder, "tokenizer.json")["post_processor"] == (own["post_processor"] if opens else None)
+    assert read_json(folder, "tokenizer_config.json")["add_eos_token"] is True
+
+
+def test_gguf_ready_leaves_a_tokenizer_of_sentencepiece_closed(tmp_path):
+    """The converter reads its own file, and from tokenizer.json only that texts are closed."""
+    (tmp_path / "tokenizer.model").touch()
+    tokenizer = RetrievalConfig(pooling="last", append_eos=True).tokenizer(CHECKOUT / "gemma-3-tiny-mlx")
+    exporters_tokenizer.write(CHECKOUT / "gemma-3-tiny-mlx", tmp_path, tokenizer, 50)
+    before = file_digests(tmp_path)
+    assert gguf.adapt_tokenizer(tmp_path, tokenizer) == [] and file_digests(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -102,3 +102,8 @@ def test_a_base_model_without_files_pools_as_its_family(bases, tmp_path):
     assert pooling == {"mpnet": "mean", "new": "cls"}
     shutil.copytree(bases("new"), tmp_path / "m")
     assert embedder.load(tmp_path / "m", pooling="mean").config.pooling == "mean"
+
+
+def test_gguf_ready_is_refused_where_llama_cpp_assumes_another_shape(bases, tmp_path):
+    with pytest.raises(UserError, match="its EuroBERT has heads that are as wide together as the model"):
+        run_export(tmp_path / "out", model=bases("eurobert"), gguf_ready=True)
