@@ -82,8 +82,8 @@ def measure(job: Adaptation, chunks: Sequence[Chunk], questions: float) -> Costs
         questions: seconds to generate the questions of a chunk, see `asking.seconds_to_ask`.
     """
     model = embedder.load(job.model, dtype=job.dtype)
-    embed = partial(embedder.embed, model, [chunk.embedded for chunk in chunks], "document")
-    chunk = _second_call(embed) / len(chunks)
+    texts = [chunk.embedded for chunk in chunks]
+    chunk = _second_call(partial(embedder.embed, model, texts, "document")) / len(texts)
     guards, tasks = (
         _seconds(partial(evaluate, model, names)) if names else 0.0 for names in (job.guard, job.eval_tasks)
     )
