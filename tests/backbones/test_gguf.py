@@ -236,11 +236,14 @@ def test_lora_trains_on_quantised_weights(tmp_path, on_gpu):
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
-def test_tokens_are_those_of_transformers_reading_of_the_file(architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "values"),
+    [("llama", {"tokenizer.ggml.pre": "llama-bpe"}), ("qwen3", {}), ("gemma3", {})],
+)
+def test_tokens_are_those_of_transformers_reading_of_the_file(architecture, values, tmp_path):
     from transformers import AutoTokenizer
 
-    path = write(tmp_path / "m.gguf", architecture)
+    path = write(tmp_path / "m.gguf", architecture, values=values)
     expected = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     folder = resolve(str(path))
     tokenizer, chat = load_tokenizer(folder), ChatTokenizer(folder)
@@ -255,11 +258,15 @@ def test_tokens_are_those_of_transformers_reading_of_the_file(architecture, tmp_
     assert chat.tokenizer.eos_token_id == expected.eos_token_id is not None
 
 
-def test_smollm_s_numbers_are_cut_into_digits(tmp_path):
-    """As its tokenizer was trained; transformers' reading would take two spaces before a number apart."""
-    folder = resolve(str(write(tmp_path / "m.gguf", "llama")))
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [("smollm", ["a", "ĠĠ", "2", "0", "2", "6"]), ("llama-bpe", ["a", "Ġ", "Ġ", "202", "6"])],
+)
+def test_numbers_are_cut_as_the_tokenizer_was_trained(cut, expected, tmp_path):
+    """SmolLM's into digits, where transformers' reading would take two spaces before them apart; Llama 3's by three."""
+    folder = resolve(str(write(tmp_path / "m.gguf", "llama", values={"tokenizer.ggml.pre": cut})))
     words = load_tokenizer(folder).pre_tokenizer.pre_tokenize_str("a  2026")
-    assert [word for word, _ in words] == ["a", "ĠĠ", "2", "0", "2", "6"]
+    assert [word for word, _ in words] == expected
 
 
 def test_an_embedding_model_s_pooling_is_read(tmp_path):
@@ -375,6 +382,21 @@ def test_what_cannot_be_converted_is_one_line(case, tmp_path):
 def test_an_unknown_quantisation_is_named(kind, tmp_path):
     path = write(tmp_path / "m.gguf", "llama", raw=kind)
     assert f"quantised as {kind} (1 tensor); this toolkit reads F32, F16, BF16, Q8_0, Q4_0 and Q4_1" in refused(path)
+
+
+def test_a_quantisation_that_the_library_does_not_know_is_named_by_its_number(tmp_path):
+    """Regression: it was called a damaged file, to be downloaded again."""
+    path = write(tmp_path / "m.gguf", "llama", raw="Q4_K")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"raw.weight") + len(b"raw.weight") + 4 + 2 * 8  # after its two dimensions and their number
+    assert content[place : place + 4] == (12).to_bytes(4, "little")  # Q4_K
+    content[place] = 200
+    path.write_bytes(content)
+    message = refused(path)
+    assert "quantised as type 200 (1 tensor), which the package gguf does not know; this toolkit reads F32, " in message
+    content[place + 3] = 200
+    path.write_bytes(content)
+    assert "a damaged GGUF (ValueError: " in refused(path)
 
 
 def test_other_files(tmp_path):

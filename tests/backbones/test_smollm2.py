@@ -4,7 +4,6 @@ python tools/fetch_smollm2.py                             once; without it these
 python -m pytest tests/backbones/test_smollm2.py
 """
 
-import re
 import subprocess
 import sys
 import zipfile
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from mlx_retrieval.backend import mx
 
-import gguf
 import numpy as np
 import pytest
 from backbone_checks import assert_close, rows_of
@@ -25,33 +23,50 @@ from fetch_smollm2 import DEQUANTISED, FILE  # noqa: E402
 
 from mlx_retrieval import backend  # noqa: E402
 from mlx_retrieval.backbones import load_backbone, lora, resolve  # noqa: E402
-from mlx_retrieval.models.tokenizer import load_tokenizer  # noqa: E402
+from mlx_retrieval.models.tokenizer import load_tokenizer, named_token  # noqa: E402
+from mlx_retrieval.training.chat.template import ChatTokenizer  # noqa: E402
 
-BLOCKS = 3
 TEXTS = ("A kidney stone is a hard piece of material.", "def f(x):\n    return x[2026:  31]", "Où est-il ? 你好")
+TURNS = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\nOù est-il ?<|im_end|>\n<|im_start|>assistant\nHere, since 2026.<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 
 
 @pytest.mark.slow
-def test_states_are_those_of_transformers(smollm2, monkeypatch):
-    """Of its first blocks: transformers takes half a minute to read all of them, and its settings and tokenizer."""
+def test_states_are_those_of_transformers(smollm2):
+    """Of all blocks, which transformers reads from the file."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = resolve(str(smollm2))
     tokenizer, backbone = load_tokenizer(folder), load_backbone(folder, dtype="float32")
-    backbone.trunk.layers = backbone.trunk.layers[:BLOCKS]
-    build = gguf.GGUFReader._build_tensors
-
-    def build_first(reader, start, fields):
-        build(reader, start, [f for f in fields if not re.match(r"blk\.(\d\d|[3-9])", f.name)])
-
-    monkeypatch.setattr(gguf.GGUFReader, "_build_tensors", build_first)
-    config = AutoConfig.from_pretrained(smollm2 / DEQUANTISED, num_hidden_layers=BLOCKS)
-    library = AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=FILE, config=config, dtype=torch.float32).eval()
+    library = AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=FILE, dtype=torch.float32).eval()
+    assert library.config.num_hidden_layers == len(backbone.trunk.layers) == 30
     for row in (tokenizer.encode(text).ids for text in TEXTS):
         with torch.no_grad():
             expected = library.base_model(input_ids=torch.tensor([row])).last_hidden_state.numpy()
         assert_close(rows_of(backbone, mx.array([row]), mx.array([len(row)])), list(expected), 1e-3)
+
+
+@pytest.mark.slow
+def test_tokens_and_chat_template_are_those_of_transformers(smollm2):
+    """But for several spaces before a number, which transformers takes apart: see test_gguf.py."""
+    from transformers import AutoTokenizer
+
+    expected = AutoTokenizer.from_pretrained(smollm2, gguf_file=FILE)
+    messages = [{"role": "user", "content": "Où est-il ?"}, {"role": "assistant", "content": "Here, since 2026."}]
+    for folder in (resolve(str(smollm2)), smollm2 / DEQUANTISED):
+        tokenizer, chat = load_tokenizer(folder), ChatTokenizer(folder)
+        for text in (text.replace("  ", " ") for text in TEXTS):
+            assert tokenizer.encode(text).ids == expected(text)["input_ids"] == chat.tokenizer(text)["input_ids"]
+        text = chat.apply(messages, None, opening=True)
+        assert text == TURNS == expected.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = chat.tokenizer(text)["input_ids"]
+        assert ids == expected(text)["input_ids"] and (ids.count(1), ids.count(2)) == (4, 3)  # turns begin and end
+        for role in ("bos", "eos", "pad"):
+            assert named_token(folder, tokenizer, f"{role}_token") == getattr(expected, f"{role}_token_id")
 
 
 @pytest.mark.slow

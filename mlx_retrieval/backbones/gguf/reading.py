@@ -8,6 +8,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
 TABLES = {EMBEDDINGS: "Q6_K", HEAD: "Q6_K"}
 LONG = 100  # elements of a list that is counted and not read
+HIGHEST = 255  # number of a type, of which there are some 40; a larger one is damage
 # What the library raises for damaged files, besides ValueError.
 DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
 
@@ -115,14 +117,25 @@ class Gguf:
         types = {name: tensor.tensor_type.name for name, tensor in self.tensors.items()}
         counts = Counter(kind for name, kind in types.items() if kind != TABLES.get(name))
         if others := [f"{name} ({quantity(counts[name], 'tensor')})" for name in sorted(counts) if name not in TYPES]:
-            known = f"{', '.join(TYPES[:-1])} and {TYPES[-1]}"
-            raise self.refusal(f"quantised as {', '.join(others)}; this toolkit reads {known} from a GGUF")
+            raise self.refusal(_quantised(others))
+
+
+class UnknownTypeError(Exception):
+    """A tensor is of a type that the library does not know by its number: a newer one, or one that was given up."""
+
+
+def _quantised(types: Sequence[str]) -> str:
+    """Return why a file in these types is refused."""
+    known = f"{', '.join(TYPES[:-1])} and {TYPES[-1]}"
+    return f"quantised as {', '.join(types)}; this toolkit reads {known} from a GGUF"
 
 
 def _opened(path: Path) -> Any:
-    """Return the library's reader of a file. UserError if the file is damaged."""
+    """Return the library's reader of a file. UserError if the file is damaged, or in a type of an unknown number."""
     try:
         return _reader_class()(path)
+    except UnknownTypeError as error:
+        raise UserError(f"{path}: {_quantised([str(error)])}") from error
     except EOFError as error:
         raise UserError(f"{path}: cut off after {path.stat().st_size:,} bytes: copy or download it again") from error
     except OSError as error:
@@ -135,13 +148,21 @@ def _opened(path: Path) -> Any:
 @functools.cache
 def _reader_class() -> type:
     """Return the library's reader, which refuses to read beyond the file's end, and reads vocabularies quickly."""
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):  # the library takes what is there
                 raise EOFError
             return super()._get(offset, dtype, count, override_order)
+
+        def _build_tensors(self, start_offs, fields):
+            """Name types that the library would take for damage."""
+            numbers = Counter(int(field.parts[4][0]) for field in fields)
+            if unknown := sorted(number for number in {*numbers} - {*GGMLQuantizationType} if number <= HIGHEST):
+                named = (f"type {number} ({quantity(numbers[number], 'tensor')})" for number in unknown)
+                raise UnknownTypeError(", ".join(named) + ", which the package gguf does not know")
+            super()._build_tensors(start_offs, fields)
 
         def _get_field_parts(self, offset, raw_type):
             """Pass over long lists: the library makes objects of each element, ten seconds of a large vocabulary."""
