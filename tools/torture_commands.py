@@ -128,6 +128,15 @@ def index(out: Path, printed: str) -> object:
     return {name: tables.open_table(name).count_rows() for name in names}
 
 
+def adaptation(out: Path, printed: str) -> object:
+    """Return what an adaptation was trained on, a digest of what training made of it, and the size of its index."""
+    if not (out / "report.html").read_text("utf-8").rstrip().endswith("</html>"):
+        raise ValueError("report.html: not complete")
+    trained = [json.loads(line) for line in (out / "mined.jsonl").read_text("utf-8").splitlines()]
+    texts = [(row["query"], row["positive"], row["negatives"]) for row in trained]  # not the source, which is a path
+    return texts, weights(out / "run", printed), index(out / "index", printed)
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line, its inputs by slot, the name of its output, and how its result is read.
@@ -208,6 +217,10 @@ COMMANDS = (
             {"rows": ROWS, "model": BERT}, rows, "mined.jsonl", ("--take", "--range-max")),
     Command("mine score", "mine.py score --data {rows} --teacher {model} --output {out}",
             {"rows": ("negatives.jsonl", "rows"), "model": CROSS}, rows, "scored.jsonl"),
+    Command("adapt", "adapt.py {documents} --model {model} --config {settings} --chunk-size 400 --questions 4 "
+            "--found-among 100 --hold --guard --output {out}",
+            {"documents": ("sources", "sources"), "model": BERT, "settings": ("settings.yaml", "yaml")}, adaptation,
+            "adapted", ("--chunk-size", "--overlap", "--found-among", "--negatives")),
     Command("export embed", "export.py --adapter {adapter} --model {model} --output {out} --skip-library-check",
             {"adapter": ("prepared/embed/final", "adapter"), "model": BERT}, weights, "exported", ()),
     Command("export rerank", "export.py --adapter {adapter} --model {model} --output {out} --skip-library-check",
@@ -232,4 +245,4 @@ QUERIES = [
     {"query": "puts an item at the end of the queue", "path": "queue.go"},
     {"query": "joins words with a separator", "path": "Text.java"},
 ]
-SETTINGS = "steps: 3\nbatch-size: 4\nlora-rank: 2\nseed: 5\n"
+SETTINGS = "steps: 3\nbatch-size: 4\nlora-rank: 2\n"
