@@ -103,6 +103,11 @@ def is_slow(backbone: Backbone) -> bool:
     return not backend.IS_GPU and dtype_name(backbone) != "float32"
 
 
+def layer_size(backbone: Backbone) -> int:
+    """Return the number of the first layer's parameters. A quantised layer counts as its dequantised weights."""
+    return count_parameters(backbone.layers[0])[0]
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of all and of trainable parameters. A quantised layer counts as its dequantised weights."""
     from mlx_lm.utils import get_total_parameters

@@ -13,6 +13,8 @@ import numpy as np
 
 from mlx_retrieval import backend
 
+MEASURED_LAYER = 1_774_464  # weights of a layer of MiniLM, with which `backend.CPU_OVERHEAD` was measured
+
 
 class MicroBatch(NamedTuple):
     """R right-padded texts of at most L tokens, as the backbone takes them."""
@@ -128,6 +130,15 @@ def plan(
     return groups[::-1]
 
 
+def cpu_overhead(weights: int) -> int:
+    """Return the cost of a micro-batch on a CPU, in tokens, for a model of so many weights a layer.
+
+    What a pass takes beside its products is the same for every layer, and the products of a token take the longer, the
+    more weights the layer has.
+    """
+    return round(backend.CPU_OVERHEAD * max(1, MEASURED_LAYER / weights))
+
+
 def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0, grid: int | None = None) -> MicroBatch:
     """Return the texts at `index` as right-padded rows; `grid`: see `padded`."""
     lengths = texts.lengths[index]
@@ -141,10 +152,15 @@ def pad_rows(texts: Texts, index: np.ndarray, pad_id: int = 0, grid: int | None 
 
 
 def micro_batches(
-    texts: Texts, budget: int, pad_id: int = 0, grid: int | None = None, round_rows: bool = False
+    texts: Texts,
+    budget: int,
+    pad_id: int = 0,
+    grid: int | None = None,
+    round_rows: bool = False,
+    overhead: int | None = None,
 ) -> Iterator[tuple[np.ndarray, MicroBatch]]:
     """Yield every micro-batch of `plan`, as (index, padded rows)."""
-    for index in plan(texts.lengths, budget, grid, round_rows):
+    for index in plan(texts.lengths, budget, grid, round_rows, overhead):
         yield index, pad_rows(texts, index, pad_id, grid)
 
 

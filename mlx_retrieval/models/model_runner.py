@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import gradient_checkpointing
+from mlx_retrieval.backbones import gradient_checkpointing, layer_size
 from mlx_retrieval.models import batching
 from mlx_retrieval.models.batching import MicroBatch, Texts
 from mlx_retrieval.models.compiled import evaluate
@@ -62,8 +62,14 @@ class ModelRunner:
         self.workers = 1
         self.length_grid = backend.LENGTH_GRID
         self.most_tokens: int | None = None
+        self._cpu_overhead = batching.cpu_overhead(layer_size(model.backbone))
         evaluate_weights(model)
         device_memory.bound_cache()
+
+    @property
+    def overhead(self) -> int:
+        """The cost of a micro-batch, in tokens."""
+        return backend.MICRO_BATCH_OVERHEAD if backend.IS_GPU else self._cpu_overhead
 
     def limit_shapes(self, models: int = 1) -> None:
         """Keep fewer graphs from now on, so that a server's memory does not grow with every length and batch size.
@@ -74,7 +80,7 @@ class ModelRunner:
 
     def micro_batches(self, texts: Texts, budget: int, pad_id: int = 0) -> Iterator[tuple[np.ndarray, MicroBatch]]:
         """Yield the micro-batches that suit this runner; see `batching.micro_batches`."""
-        return batching.micro_batches(texts, budget, pad_id, self.length_grid, self.rounds_rows)
+        return batching.micro_batches(texts, budget, pad_id, self.length_grid, self.rounds_rows, self.overhead)
 
     def representations(
         self,

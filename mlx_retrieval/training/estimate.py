@@ -22,6 +22,7 @@ from mlx_retrieval.backbones.activations import (
     kept_activations,
     language_model_activations,
 )
+from mlx_retrieval.models import batching
 from mlx_retrieval.models.cpu_model_runner import held_bytes
 from mlx_retrieval.training.cutting import Cutting
 from mlx_retrieval.training.step_memory import StepMemory, loss_of_tokens
@@ -97,6 +98,7 @@ class Job:
         copies: numbers of the float32 copies that CPUs compute with in place of quantised weights; 0 = there are none.
         copied_scales, copied_integers: of the weights that these stand for, parts of `numbers` and `integers`.
         block: bytes of the weights that are dequantised at once, each for its product.
+        layer: parameters of a layer, by which CPUs cut batches.
         checkpoint: bytes of a number in the checkpoint.
         dtype: bytes of a number that --dtype asks for; 0 = none in particular, see `width`.
         float16: whether half precision is float16, and not bfloat16.
@@ -147,6 +149,7 @@ class Job:
     copied_scales: int = 0
     copied_integers: int = 0
     block: int = 0
+    layer: int = batching.MEASURED_LAYER
 
     def width(self, device: Device) -> int:
         """Return the bytes of a number that a device computes with."""
@@ -199,7 +202,7 @@ def estimate(job: Job, device: Device, process: int = 0) -> Estimate:
         job.cutting,
         default=device.tokens,
         grid=device.grid,
-        overhead=device.overhead,
+        overhead=device.overhead if device.gpu else batching.cpu_overhead(job.layer),
         round_rows=step.compiled and not device.fused,
     )
     peak = max(step.peak(lengths, cutting) for lengths in job.lengths)

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from data_loader import Batch, Batches
-from mlx_retrieval.backbones import Backbone, count_parameters, dequantized, lora, merged_lora
+from mlx_retrieval.backbones import Backbone, count_parameters, dequantized, layer_size, lora, merged_lora
 from mlx_retrieval.backbones.activations import sizes_of
 from mlx_retrieval.backbones.hub import tensor_table, weight_files
 from mlx_retrieval.models.heads import RetrievalModel
@@ -127,6 +127,7 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
         copied_scales=scales,
         copied_integers=integers,
         block=dequantized.block_size(backbone),
+        layer=layer_size(backbone),
     )
 
 

@@ -106,7 +106,10 @@ class GradientCache:
         """How batches are cut into micro-batches."""
         ranks = distributed.size()
         least = max(self.accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)
-        return Cutting(self.accumulation, self.budget, least, round_rows=self.runner.rounds_rows)
+        runner = self.runner
+        return Cutting(
+            self.accumulation, self.budget, least, round_rows=runner.rounds_rows, overhead=runner.overhead
+        )
 
     def plan(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
         """Return the batch's micro-batches, and the order in which they hold its texts: (N,) int."""

@@ -12,7 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_retrieval import backend
-from mlx_retrieval.models.batching import MicroBatch, Texts, micro_batches, pad_rows, padded, plan, shares
+from mlx_retrieval.backbones import layer_size
+from mlx_retrieval.models import loading
+from mlx_retrieval.models.batching import (
+    MEASURED_LAYER,
+    MicroBatch,
+    Texts,
+    cpu_overhead,
+    micro_batches,
+    pad_rows,
+    padded,
+    plan,
+    shares,
+)
+from mlx_retrieval.models.runners import make_runner
+from mlx_retrieval.training.gradient_cache import GradientCache
+from mlx_retrieval.utils.text import CHECKOUT
 
 
 def texts_of(lengths) -> Texts:
@@ -180,3 +195,20 @@ def test_on_metal_a_micro_batch_counts_for_512_tokens(as_metal, monkeypatch):
     counts = [len(plan(lengths, backend.GPU_TOKENS)), len(plan(lengths, backend.GPU_TOKENS, overhead=32))]
     assert backend.MICRO_BATCH_OVERHEAD == backend.METAL_OVERHEAD == 512
     assert counts[0] <= counts[1] / 2
+
+
+def test_on_a_cpu_small_layers_make_fewer_micro_batches(monkeypatch):
+    """Regression: a pass of the toolkit's model cost as much as 200 tokens, and counted for 32: ten passes a step."""
+    assert [cpu_overhead(MEASURED_LAYER * n // 4) for n in (1, 2, 4, 8)] == [128, 64, 32, 32]
+    monkeypatch.setattr(backend, "IS_GPU", False)
+    model, _, _ = loading.build(str(CHECKOUT / "gemma-3-tiny-mlx"))
+    assert layer_size(model.backbone) == 3 * 256 * 128 + 3 * 256 * 256 + 4 * 256 + 2 * 64
+    runner, lengths = make_runner(model), np.random.default_rng(0).integers(4, 80, 128)
+    assert runner.overhead == cpu_overhead(layer_size(model.backbone)) > 150
+    expected = [part.tolist() for part in plan(lengths, 1024, overhead=runner.overhead)]
+    assert len(expected) < 0.8 * len(plan(lengths, 1024))
+    assert [index.tolist() for index, _ in runner.micro_batches(texts_of(lengths), 1024)] == expected  # to embed
+    cutting = GradientCache(model, None, budget=1024).cutting  # to train
+    assert [index.tolist() for index in cutting.indices(lengths)] == expected
+    monkeypatch.setattr(backend, "IS_GPU", True)
+    assert runner.overhead == backend.MICRO_BATCH_OVERHEAD
