@@ -94,8 +94,9 @@ WORKERS = min(len(os.sched_getaffinity(0)) + 1, 5) if FUSED and hasattr(os, "sch
 GPU_TOKENS = 16_384
 MICRO_BATCH_TOKENS = GPU_TOKENS if IS_GPU else 1_024 if FUSED else 2_048
 # The cost of one more micro-batch, in tokens: saving less padding than this does not pay. MiniLM on a CPU: about 30,
-# and more with smaller layers, see `batching.cpu_overhead`. On an H100, where launches cost time and few tokens leave most of the card idle, 17 of them took twice as long as 6.
-# Metal: an estimate from the number of launches, until somebody measures it.
+# and more with smaller layers, see `batching.cpu_overhead`. On an H100, where launches cost time and few tokens leave
+# most of the card idle, 17 of them took twice as long as 6. Metal: an estimate from the number of launches, until
+# somebody measures it.
 CPU_OVERHEAD, CUDA_OVERHEAD, METAL_OVERHEAD = 32, 2_048, 512
 MICRO_BATCH_OVERHEAD = CUDA_OVERHEAD if IS_CUDA else METAL_OVERHEAD if IS_METAL else CPU_OVERHEAD
 # Padded lengths are rounded up to a multiple of this: GPUs reuse kernels of equal shapes, compiled passes graphs.

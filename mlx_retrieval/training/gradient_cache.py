@@ -107,9 +107,7 @@ class GradientCache:
         ranks = distributed.size()
         least = max(self.accumulation, MICRO_BATCHES_PER_RANK * ranks if ranks > 1 else 0)
         runner = self.runner
-        return Cutting(
-            self.accumulation, self.budget, least, round_rows=runner.rounds_rows, overhead=runner.overhead
-        )
+        return Cutting(self.accumulation, self.budget, least, round_rows=runner.rounds_rows, overhead=runner.overhead)
 
     def plan(self, batch: Batch) -> tuple[list[MicroBatch], np.ndarray]:
         """Return the batch's micro-batches, and the order in which they hold its texts: (N,) int."""
