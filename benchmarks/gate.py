@@ -5,10 +5,11 @@
     python benchmarks/gate.py ../before . --only "train embed" encode --rounds 15
 
 Each checkout computes in a process of its own, with the Python that runs this script. Both take turns, old and new, new
-and old, after one turn that does not count. A turn of training is the median step of a short run; of serving, 64
-requests of 8 clients; any other is a whole command on data of a few seconds, loading included. Prints old / new time,
-above 1 = faster now: the geometric mean of the rounds with its 95 % interval (bootstrap over rounds). Exit code 1: a
-workload is slower by more than --tolerance, and its whole interval says so. 2: one failed in either checkout.
+and old, after one turn that does not count. After half of the rounds both begin again, the other one first, as a
+process that was started later may be some percent slower. A turn of training is the median step of a short run; of
+serving, 64 requests of 8 clients; any other is a whole command on data of a few seconds, loading included. Prints old /
+new time, above 1 = faster now: the geometric mean of the rounds with its 95 % interval (bootstrap over rounds). Exit
+code 1: a workload is slower by more than --tolerance, and its whole interval says so. 2: one failed in either checkout.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import traceback
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -111,6 +113,13 @@ def serving(checkout: str, names: dict[str, str]):
     return turn
 
 
+class Turns(NamedTuple):
+    """The seconds of a checkout's turns, and why it takes no more."""
+
+    times: list[float]
+    error: str = ""
+
+
 class Checkout:
     """A checkout that takes turns on a workload; `error` has why it no longer does."""
 
@@ -188,20 +197,25 @@ def ratio(old: list[float], new: list[float]) -> tuple[float, float, float]:
     return tuple(np.exp([logs.mean(), *np.percentile(drawn, (2.5, 97.5))]).tolist())
 
 
-def compare(
-    workload: str, old: Path, new: Path, names: dict[str, str], work: Path, rounds: int
-) -> tuple[Checkout, Checkout]:
-    """Let both checkouts take one turn that does not count, and then `rounds` each, the first one changing."""
+def compare(workload: str, old: Path, new: Path, names: dict[str, str], work: Path, rounds: int) -> tuple[Turns, Turns]:
+    """Let both checkouts take `rounds` turns each, the first one changing; return the times of each, and its error."""
     folders = {"old": old, "new": new}
-    both = [Checkout(folders[name], workload, names, work / f"{workload}-{name}") for name in folders]
-    for number in range(rounds + 1):
-        for side in both if number % 2 else both[::-1]:
-            if not any(one.error for one in both):
-                side.turn()
-    for side in both:
-        side.close()
-        side.times = side.times[1:]
-    return tuple(both)
+    taken = {name: Turns([]) for name in folders}
+    halves = (rounds + 1) // 2, rounds // 2
+    for half, order in zip(halves, (("old", "new"), ("new", "old")), strict=True):
+        if not half or any(turns.error for turns in taken.values()):
+            continue
+        both = {
+            name: Checkout(folders[name], workload, names, work / f"{workload}-{name}-{order[0]}") for name in order
+        }
+        for number in range(half + 1):  # the first one does not count
+            for name in order if number % 2 else order[::-1]:
+                if not any(side.error for side in both.values()):
+                    both[name].turn()
+        for name, side in both.items():
+            side.close()
+            taken[name] = Turns(taken[name].times + side.times[1:], side.error)
+    return taken["old"], taken["new"]
 
 
 def main() -> int:

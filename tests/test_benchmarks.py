@@ -64,10 +64,10 @@ def test_what_is_measured_is_prepared_as_in_commands():
 
 
 @pytest.fixture
-def checkouts(tmp_path) -> Callable[..., tuple[gate.Checkout, gate.Checkout]]:
+def checkouts(tmp_path) -> Callable[..., tuple[gate.Turns, gate.Turns]]:
     """Two checkouts with an embed.py of the given bodies after two turns of "encode", and one that does not count."""
 
-    def compared(old: str, new: str) -> tuple[gate.Checkout, gate.Checkout]:
+    def compared(old: str, new: str) -> tuple[gate.Turns, gate.Turns]:
         folders = tmp_path / "before", tmp_path / "after"
         for folder, body in zip(folders, (old, new), strict=True):
             folder.mkdir()
@@ -81,6 +81,27 @@ def test_two_checkouts_take_turns(checkouts):
     old, new = checkouts("time.sleep(0.2)", "print('much'); time.sleep(0.01)")  # what commands print disturbs nothing
     assert not old.error and not new.error and len(old.times) == len(new.times) == 2
     assert gate.ratio(old.times, new.times)[0] > 1
+
+
+def test_each_checkout_is_started_first_for_half_of_the_rounds(monkeypatch, tmp_path):
+    """Regression: the one that is started later is slower, and that was always the new one."""
+    started = []
+
+    class Checkout:
+        def __init__(self, folder, *_):
+            started.append(folder.name)
+            self.name, self.times, self.error, self.later = folder.name, [], "", len(started) % 2 == 0
+
+        def turn(self):
+            self.times.append(1 + self.later / 10)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(gate, "Checkout", Checkout)
+    old, new = gate.compare("encode", tmp_path / "old", tmp_path / "new", {}, tmp_path, rounds=6)
+    assert started == ["old", "new", "new", "old"] and len(old.times) == len(new.times) == 6
+    assert gate.ratio(old.times, new.times)[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("body", ["sys.exit('no such flag')", "return 2", "raise OSError('no such flag')"])
