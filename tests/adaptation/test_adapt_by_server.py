@@ -133,7 +133,8 @@ def test_a_server_that_goes_away_leaves_work_to_go_on_with_and_is_asked_for_the_
     stub.answer = lambda number, _: completion(f"What has topic{number}?")
     asked = len(stub.asked)
     assert adapt.main([*flags, *ONLY]) == 0
-    assert len(stub.asked) - asked == FILES - 40
+    # A request of the run before may still arrive: each of the rest is asked, and nothing else.
+    assert len({str(request["messages"]) for request in stub.asked[asked:]}) == FILES - 40
     assert all(stages_of(output)[name]["done"] for name in ONLY[1:])
     assert len(rows(output / "rows.jsonl")) > few
     capsys.readouterr()
