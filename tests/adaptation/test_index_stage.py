@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from document_files import docx, pdf
+from document_files import docx, pdf, write_files
 
 import search
 from mlx_retrieval.adaptation import chunk_file, stages
@@ -43,14 +43,6 @@ FILES = {
     "stove.py": (f"class Stove:\n    lit = 1\n    hot = 2\n    old = 3\n\n{CODE}", "coal", 9),
 }
 HIDDEN = {".env": "KEY=a secret", ".notes/a.md": f"# Hidden\n\n{about('hidden')}\n"}
-
-
-def write(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
 
 
 class Piece(NamedTuple):
@@ -88,7 +80,7 @@ def make(documents: Path, model: str, output: Path) -> Made:
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("documents"), {name: file[0] for name, file in FILES.items()} | HIDDEN)
+    return write_files(tmp_path_factory.mktemp("documents"), {name: file[0] for name, file in FILES.items()} | HIDDEN)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +115,7 @@ def test_short_and_similar_chunks_are_indexed_all_the_same(small, tmp_path):
     files = {"a.md": words, "b.md": f"{words[:-6]} other", "c.md": f"# Phone\n\n0800 12\n\n# Use\n\n{about('gas')}"}
     kinds, footer = ("tin", "clay", "iron", "lead", "zinc", "gold"), "Printed in a small town by the sea."
     files |= {f"{kind}.txt": f"{about(kind, 'old' + kind)}\n\n{footer}" for kind in kinds}
-    made = make(write(tmp_path / "docs", files), small, tmp_path / "out")
+    made = make(write_files(tmp_path / "docs", files), small, tmp_path / "out")
     extra = Counter(made.indexed) - Counter(made.trained)
     assert sorted((piece.path, piece.name) for piece in extra) == [("b.md", ""), ("c.md", "Phone")]
     assert not Counter(made.trained) - Counter(made.indexed)
@@ -172,7 +164,7 @@ def test_a_corpus_is_cut_and_keeps_its_ids(small, tmp_path):
     rows = [{"_id": "d:1", "title": "Stoves", "text": f"{about('gas', 'coal', 'wood')}\n\n{about('oil', 'peat')}"}]
     rows.append({"_id": "d2", "title": "", "text": about("sun")})
     corpus = "".join(json.dumps(row) + "\n" for row in rows)
-    root = write(tmp_path / "beir", {"corpus.jsonl": corpus, "queries.jsonl": "x"})
+    root = write_files(tmp_path / "beir", {"corpus.jsonl": corpus, "queries.jsonl": "x"})
     made = make(root, small, tmp_path / "out")
     assert Index.open(made.index).info.is_corpus
     assert {piece.path for piece in made.indexed} == {"d:1", "d2"} and len(made.indexed) > 2

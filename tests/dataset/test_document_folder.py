@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from document_files import docx, pdf, plain_pdf
+from document_files import docx, pdf, plain_pdf, write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,17 +31,9 @@ def sentence(word: str) -> str:
     return f"A {word} boils {word} on any {word}, and a {word} cooks {word}."
 
 
-def make(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
-
-
 def mixed(root: Path) -> Path:
     """A folder with a file of each format and of each reason."""
-    return make(
+    return write_files(
         root,
         {
             "b/guide.md": f"# Guide\n\n{sentence('guide')}\n",
@@ -110,21 +102,21 @@ def test_nothing_to_read_is_one_line(tmp_path):
         read_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r": no document that can be read: it is empty$"):
         read_folder(tmp_path)
-    make(tmp_path, {"a.txt": b"\0", "b.txt": b"\0", "c.png": b"x", ".d": "x"})
+    write_files(tmp_path, {"a.txt": b"\0", "b.txt": b"\0", "c.png": b"x", ".d": "x"})
     expected = rf"can be read: 2 binary, 1 {document.OTHER_FORMAT}, 1 hidden \(a folder counts once\)$"
     with pytest.raises(UserError, match=expected):
         read_folder(tmp_path)
 
 
 def test_files_are_results_without_those_of_exclude(tmp_path):
-    with read_folder(make(tmp_path, {"a.md": LONG, "b/a.md": "other"}), exclude=["b/"]) as read:
+    with read_folder(write_files(tmp_path, {"a.md": LONG, "b/a.md": "other"}), exclude=["b/"]) as read:
         assert [one.path for one in read] == ["a.md"] and read.left_out == {file_tree.EXCLUDED: 1}
 
 
 def test_of_an_evaluation_folder_the_corpus_alone_is_read(tmp_path):
     corpus = [{"_id": str(i), "title": "T", "text": f"text {i}"} for i in range(3)]
     files = {"corpus.jsonl": "\n".join(map(json.dumps, corpus)), "queries.jsonl": '{"_id": "q", "text": "query"}'}
-    with read_folder(make(tmp_path, {**files, "qrels/test.tsv": "q\t1\t1\n", "README.md": "text"})) as read:
+    with read_folder(write_files(tmp_path, {**files, "qrels/test.tsv": "q\t1\t1\n", "README.md": "text"})) as read:
         assert [(one.row_id, one.title, one.text) for one in read] == [(str(i), "T", f"text {i}") for i in range(3)]
         assert read.left_out == {BESIDE_CORPUS: 3}
 
@@ -135,7 +127,7 @@ def test_what_a_file_gives_before_its_damage_is_kept(tmp_path, monkeypatch):
         raise document.UnreadableError(document.DAMAGED, "cut off")
 
     monkeypatch.setattr(folder, "read_file", fails)
-    with read_folder(make(tmp_path, {"a.jsonl": "x"})) as read:
+    with read_folder(write_files(tmp_path, {"a.jsonl": "x"})) as read:
         assert read.files == {"JSON": 1} and read.unread == [
             Unread("a.jsonl", document.DAMAGED, "cut off", "all after 1 row")
         ]
@@ -147,7 +139,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder.tempfile, "TemporaryFile", lambda: SimpleNamespace(write=full, close=lambda: None))
     with pytest.raises(SaveError, match="No space left on device"):
-        read_folder(make(tmp_path, {"a.md": LONG}))
+        read_folder(write_files(tmp_path, {"a.md": LONG}))
 
 
 # --- boilerplate ------------------------------------------------------------------------------------------------------
@@ -273,7 +265,7 @@ def test_short_and_similar_chunks_are_left_out_and_counted(tmp_path):
     words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60)]
     text = " ".join(words)
     files = {"a.md": text, "b.md": f"{text[:-6]} other", "c.md": f"{text}\n\n# H\n\nshort"}
-    results, counts = chunked(make(tmp_path, files))
+    results, counts = chunked(write_files(tmp_path, files))
     assert [chunk.document for chunk in results] == ["a.md"]
     assert counts.left_out == {"exact duplicate": 1, "near duplicate": 1, SHORT: 1}
     assert (counts.documents, counts.without_chunks, counts.chunks) == (1, 2, 1)
@@ -309,7 +301,7 @@ def test_summary_for_the_screen(tmp_path):
 
 
 def test_many_files_of_a_reason_are_named_by_three(tmp_path):
-    make(tmp_path, {f"{i}.png": b"x" for i in range(5)} | {"a.md": LONG})
+    write_files(tmp_path, {f"{i}.png": b"x" for i in range(5)} | {"a.md": LONG})
     with read_folder(tmp_path) as read:
         assert unread_rows(read) == [(f"{document.OTHER_FORMAT}: 0.png (.png); 1.png (.png); 2.png (.png); …", "5")]
 
@@ -318,6 +310,6 @@ def test_the_order_is_that_of_paths(tmp_path):
     files = {name: f"{LONG} {name}" for name in ("b.md", "a/z.md", "a.md", "a/b/c.md")}
     runs = []
     for _ in range(2):
-        with read_folder(make(tmp_path, files)) as read:
+        with read_folder(write_files(tmp_path, files)) as read:
             runs.append([*read])
     assert runs[0] == runs[1] and [one.path for one in runs[0]] == sorted(files)

@@ -8,18 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from document_files import write_files
 
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import read_text, walk
 from mlx_retrieval.utils.errors import UserError
-
-
-def make(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
 
 
 def names(root: Path, **options) -> list[str]:
@@ -47,7 +40,7 @@ IGNORING = {
 
 def test_gitignore_as_git_reads_it(tmp_path):
     """git itself is the reference if it is installed, else the list below."""
-    make(tmp_path, IGNORING)
+    write_files(tmp_path, IGNORING)
     expected = [".gitignore", "a.py", "deep/.gitignore", "deep/a.log", "deep/only-here.txt", "docs/draft.txt"]
     expected += ["keep.log", "with space/é.txt"]
     assert names(tmp_path) == expected
@@ -63,8 +56,8 @@ def test_gitignore_as_git_reads_it(tmp_path):
 
 def test_the_repository_around_a_folder_counts(tmp_path):
     files = {".git/info/exclude": "secret.*\n", ".gitignore": "*.tmp\n/src/gone.py\nvendor/\n"}
-    make(tmp_path, files | {f"src/{name}": "x" for name in ("a.py", "gone.py", "b.tmp", "secret.txt")})
-    make(tmp_path, {"vendor/lib.py": "x", "vendor/b.tmp": "x"})
+    write_files(tmp_path, files | {f"src/{name}": "x" for name in ("a.py", "gone.py", "b.tmp", "secret.txt")})
+    write_files(tmp_path, {"vendor/lib.py": "x", "vendor/b.tmp": "x"})
     assert names(tmp_path / "src") == ["a.py"]
     assert "lib.py" in names(tmp_path / "vendor")  # a folder that is named is wanted
     found = walk(tmp_path)
@@ -72,7 +65,7 @@ def test_the_repository_around_a_folder_counts(tmp_path):
 
 
 def test_omissions_are_counted(tmp_path):
-    make(tmp_path, {"a.txt": "x", "large.txt": "x" * 11, "skip.me": "x", "folder/skip.me": "x", "index/a": "x"})
+    write_files(tmp_path, {"a.txt": "x", "large.txt": "x" * 11, "skip.me": "x", "folder/skip.me": "x", "index/a": "x"})
     (tmp_path / "link.txt").symlink_to("a.txt")
     (tmp_path / "loop").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe")
@@ -83,8 +76,8 @@ def test_omissions_are_counted(tmp_path):
 
 
 def test_reading(tmp_path):
-    make(tmp_path, {"bin": b"MZ\0\1", "latin": "é".encode("latin-1"), "empty": "", "blank": " \n\n"})
-    make(tmp_path, {"crlf": "\ufeffa\r\nb\rc\n", "late-nul": b"a" * 9_000 + b"\0"})
+    write_files(tmp_path, {"bin": b"MZ\0\1", "latin": "é".encode("latin-1"), "empty": "", "blank": " \n\n"})
+    write_files(tmp_path, {"crlf": "\ufeffa\r\nb\rc\n", "late-nul": b"a" * 9_000 + b"\0"})
     reasons = {name: read_text(tmp_path / name)[1] for name in ("bin", "latin", "empty", "blank", "gone", "late-nul")}
     assert reasons == {
         "bin": file_tree.BINARY,
@@ -105,7 +98,7 @@ def test_bad_folders_and_patterns(tmp_path):
 
 
 def test_hidden_files_and_folders_can_be_left_out(tmp_path):
-    make(tmp_path, {"a.py": "x", ".env": "x", ".cache/a.py": "x", "b/.a.py": "x"})
+    write_files(tmp_path, {"a.py": "x", ".env": "x", ".cache/a.py": "x", "b/.a.py": "x"})
     assert len(names(tmp_path)) == 4
     tree = walk(tmp_path, hidden=False)
     assert [file.path for file in tree.files] == ["a.py"] and tree.left_out == {file_tree.HIDDEN: 3}

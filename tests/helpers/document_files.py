@@ -1,7 +1,17 @@
 """Small files of each format of documents, made by hand or by the libraries that read them."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def write_files(root: Path, files: Mapping[str, str | bytes]) -> Path:
+    """Write files, by their paths below a folder, and return the folder."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
 
 
 def pdf(
