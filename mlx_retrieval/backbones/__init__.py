@@ -104,8 +104,8 @@ def is_slow(backbone: Backbone) -> bool:
 
 
 def layer_size(backbone: Backbone) -> int:
-    """Return the number of the first layer's parameters, at least 1. A quantised one counts as dequantised weights."""
-    return max(1, count_parameters(backbone.layers[0])[0]) if len(backbone.layers) else 1
+    """Return the number of the first layer's parameters. A quantised layer counts as its dequantised weights."""
+    return count_parameters(backbone.layers[0])[0]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
