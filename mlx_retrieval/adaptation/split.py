@@ -55,7 +55,7 @@ def split_rows(rows: Sequence[dict[str, Any]], ids: Iterable[str], share: float,
     target = choice.wanted(len(rows), share)
     everything = [*range(len(rows))]
     if not target:
-        return Split(everything, [], reason=f"{len(rows):,} questions are too few: {3 * choice.FEWEST} are needed")
+        return Split(everything, [], reason=f"too few questions: {3 * choice.FEWEST} are needed")
     by_document: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         by_document[document_of(row[CHUNK])].append(number)

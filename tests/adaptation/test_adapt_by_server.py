@@ -97,7 +97,7 @@ def test_a_server_s_questions_go_through_all_stages_one_by_one(stub, flags, tmp_
 @pytest.mark.parametrize(("answer", "reason"), [
     ("§ § § § § §", "no question was made; no question in the answer: 60 questions"),
     ("[]", "no question was made; no question in the answer: 60 questions"),
-    ("What is it about?", "1 question left of 1: 1 questions are too few"),
+    ("What is it about?", "1 question left of 1: too few questions: 30 are needed, to train and to judge"),
 ], ids=["nonsense", "empty", "the same"])  # fmt: skip
 def test_without_usable_questions_the_documents_are_indexed_all_the_same(stub, flags, tmp_path, capsys, answer, reason):
     """Regression: such a generator was an error, and nothing could be searched."""
