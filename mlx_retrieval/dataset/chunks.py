@@ -11,12 +11,15 @@ counted from 1. `context` is a line from further up, such as the head of its cla
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_retrieval.dataset.source_code.definitions import grammar, name_of
 from mlx_retrieval.dataset.source_code.languages import Language, language_of
 
 if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
     from tree_sitter import Node
 
 MAX_CHARACTERS = 2_000  # in a chunk: about 500 tokens
@@ -26,11 +29,7 @@ FEWEST_LINES = 3  # lines, not counting blank ones, from which code between func
 
 _COMMENTS = ("comment", "line_comment", "block_comment", "multiline_comment")
 _FUNCTION = re.compile(r"function|method|constructor|init_|macro|declarator|assignment|field_definition")
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*")
-_UNDERLINE = re.compile(r" {0,3}(?:(=+)|-{2,})\s*")
 _KEY = re.compile(r"[\w-]+ *:.*")  # the first line of front matter
-_TITLE = re.compile(r" {0,3}(?![-+*>|#<]|```|~~~|:::|\d+[.)]\s)(\S.*)")  # text that an underline makes a heading
-_FENCE = re.compile(r" {0,3}(```+|~~~+)")
 _MARKDOWN = (".md", ".markdown", ".mdx")
 
 
@@ -98,25 +97,25 @@ class Heading(NamedTuple):
 
 
 def markdown_headings(lines: Sequence[str]) -> Iterator[Heading]:
-    """Yield the headings of markdown: after `#`, or a paragraph of one line that `===` or `---` underlines.
+    """Yield the headings of markdown by CommonMark's rules, those inside lists and quotations left out.
 
-    A line in a fenced block or in front matter is no heading.
+    Nothing in a code block, an HTML block, a table or front matter is a heading.
     """
-    fence, first = "", front_matter(lines)
-    for row, line in enumerate(lines[first:], start=first):
-        if match := _FENCE.match(line):
-            if not fence:
-                fence = match[1]
-            elif match[1].startswith(fence) and not line.strip().strip(fence[0]):
-                fence = ""
-        elif fence:
-            continue
-        elif match := _HEADING.fullmatch(line):
-            yield Heading(row, row + 1, len(match[1]), match[2] or "")
-        elif row > first and (match := _UNDERLINE.fullmatch(line)):
-            title = _TITLE.fullmatch(lines[row - 1])
-            if title and (row - 1 == first or not lines[row - 2].strip()):
-                yield Heading(row - 1, row + 1, 1 if match[1] else 2, title[1].strip())
+    first = front_matter(lines)
+    tokens = _markdown_parser().parse("\n".join([*[""] * first, *lines[first:]]))
+    for opened, inline in pairwise(tokens):
+        if opened.type == "heading_open" and opened.level == 0:
+            yield Heading(*opened.map, int(opened.tag[1:]), " ".join(inline.content.split()))
+
+
+@cache
+def _markdown_parser() -> "MarkdownIt":
+    """Return a parser of CommonMark's blocks and of tables, which leaves what is inside a line as it is."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark").enable("table")
+    parser.core.ruler.enableOnly(["block"])
+    return parser
 
 
 def front_matter(lines: Sequence[str]) -> int:

@@ -167,11 +167,39 @@ def test_any_lines_are_cut_without_loss(lines, limit, overlap):
 def test_markdown_headings_may_be_underlined():
     text = "---\ntitle: A guide\n# a comment\n---\n\nGuide\n=====\n\nUse\n---\ntext\n---\n\n- item\n---\n| a |\n---\n"
     found = check("a.md", text)
-    assert [(c.line, c.name) for c in found] == [(1, ""), (6, "Guide"), (9, "Guide > Use")]
+    names = ["", "Guide", "Guide > Use", "Guide > text"]
+    assert [(c.line, c.name) for c in found] == list(zip([1, 6, 9, 11], names, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\n# code\n```",
+        "~~~ sh\n# code\n```\n# code\n~~~",
+        "    # code",
+        "<!--\n# comment\n-->",
+        "<details>\n# as it is\n</details>",
+        "a | b\n--- | ---\n1 | 2",
+        "- # in a list",
+        "> # quoted\n> ---",
+        "#no space",
+        "####### seven",
+        "***\n---",
+        "\\# escaped",
+    ],
+)
+def test_what_is_no_markdown_heading(text):
+    assert not list(chunks.markdown_headings(text.split("\n")))
+
+
+def test_markdown_headings_of_every_form():
+    text = "# One #\n   ###   Three `x` ###\ntwo\nlines\n===\n#\n"
+    found = [tuple(heading) for heading in chunks.markdown_headings(text.split("\n"))]
+    assert found == [(0, 1, 1, "One"), (1, 2, 3, "Three `x`"), (2, 5, 1, "two lines"), (5, 6, 1, "")]
 
 
 def test_a_row_of_dashes_at_the_top_is_front_matter_only_if_keys_follow_and_it_ends():
     assert chunks.front_matter(["---", "title: x", "---", "text"]) == 3
     assert chunks.front_matter(["---", "title: x", "text"]) == 0
     assert chunks.front_matter(["---", "# Heading", "---"]) == 0
-    assert [h.title for h in chunks.markdown_headings(["---", "# Heading", "text", "---"])] == ["Heading"]
+    assert [h.title for h in chunks.markdown_headings(["---", "# Heading", "text", "---"])] == ["Heading", "text"]

@@ -159,7 +159,11 @@ def test_markdown_has_headings_and_front_matter(reads):
     )
     read = reads.one("a.md", text)
     assert read.title == "On kettles"
-    assert outline(read) == [((), "intro"), (("Use",), "boil\n```\n# no heading\n```\nCare\n---\nclean")]
+    assert outline(read) == [
+        ((), "intro"),
+        (("Use",), "boil\n```\n# no heading\n```"),
+        (("Use", "Care"), "clean"),
+    ]
     read = reads.one("a.md", "# Kettles\n\n## Use ##\nboil\n\nCare\n----\n\nclean\n")
     assert read.title == "Kettles"
     assert outline(read) == [(("Kettles", "Use"), "boil"), (("Kettles", "Care"), "clean")]
