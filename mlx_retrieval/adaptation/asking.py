@@ -20,33 +20,44 @@ from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
 
-ASKED = 4  # chunks to measure a generator by
+ASKED, MORE = 4, 28  # chunks to measure a generator by, and further ones if the first took less than QUICK seconds
+QUICK = 30.0
 
 
 def seconds_to_ask(shop: Workshop) -> float:
     """Return the seconds of making the questions of a chunk, by a few chunks whose questions are kept.
 
-    They are chunks that were not asked about before; 0 if there are none left.
+    They are chunks that were not asked about before; 0 if there are none left. A generator makes many questions at the
+    same time, and the first ones wait for kernels or a server's start: where they were quick, others tell the truth.
     """
-    generator, sample = shop.generator, set()
-    if generator.name == without_model.NAME:
+    if shop.generator.name == without_model.NAME:
         return 0.0
+    seconds, count = _measured(shop, ASKED)
+    if count and seconds < QUICK:
+        more, further = _measured(shop, MORE)
+        seconds, count = (more, further) if further else (seconds, count)
+    return seconds / count if count else 0.0
+
+
+def _measured(shop: Workshop, wanted: int) -> tuple[float, int]:
+    """Ask about `wanted` new chunks. Return the seconds that it took, and of how many there were."""
+    generator, sample = shop.generator, set()
     files.make_folder(shop.questions.parent)
     began = time.monotonic()
     with open_store(shop.questions, shop.other_questions) as store:
 
         def new_chunks() -> Iterator[Chunk]:
-            for count in (ASKED, costs.FEWEST, sys.maxsize):  # the first ones that are drawn are in every plan
+            for count in (ASKED + MORE, costs.FEWEST, sys.maxsize):  # the first ones that are drawn are in every plan
                 for chunk in shop.drawn(count):
+                    if len(sample) == wanted:
+                        return
                     if chunk.id not in sample and not _is_done(chunk, generator, store):
                         sample.add(chunk.id)
                         yield chunk
-                    if len(sample) == ASKED:
-                        return
 
         for _ in generate(new_chunks(), generator, store, notify=lambda line: None):
             pass
-    return (time.monotonic() - began) / len(sample) if sample else 0.0
+    return time.monotonic() - began, len(sample)
 
 
 def questions(shop: Workshop) -> Figures:

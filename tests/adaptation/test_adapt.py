@@ -372,8 +372,8 @@ def test_what_a_generator_is_measured_by_is_kept(finished, tmp_path):
                 yield lot
 
     shop._generator = Stub(seed=1)  # whose jobs are not those of the finished adaptation
-    assert asking.seconds_to_ask(shop) > 0 and len({*asked}) == asking.ASKED
-    shop.plan = costs.Plan(20, 91, 40, 0.1, {})
+    assert asking.seconds_to_ask(shop) > 0 and len({*asked}) == asking.ASKED + asking.MORE
+    shop.plan = costs.Plan(40, 91, 80, 0.1, {})
     assert {*asked} <= {chunk.id for chunk in shop.chosen()}
     before = len(asked)
     stages.questions(shop)
