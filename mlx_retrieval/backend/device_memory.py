@@ -6,6 +6,7 @@ device_memory.bound_cache()             at the start, and after each chunk of wo
 
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,10 @@ from mlx_retrieval import backend
 # Of the free memory, for what a run takes. On CPUs a process that takes too much is killed; a GPU reports an error.
 CPU_SHARE, GPU_SHARE = 0.6, 0.8
 LEAST_CACHE = 1 / 16  # of all memory, which freed arrays may always take
+# Of the free memory, for products that steps on a CPU keep from their forward passes; and what they may always take.
+KEPT_SHARE, LEAST_KEPT = 0.2, 384 << 20
 MEMINFO = Path("/proc/meminfo")
+sharers = 1  # processes that train as one and may be on this machine
 
 
 def share() -> float:
@@ -37,6 +41,15 @@ def free() -> int:
     if not limits:  # macOS without its GPU
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
     return max(0, min(limits)) + mx.get_cache_memory()
+
+
+@functools.cache
+def for_products() -> int:
+    """Return the bytes of products that a step on a CPU may keep for its gradient, however large the batch.
+
+    It is decided once a process, by the memory that is free then: results do not depend on it, plans of memory do.
+    """
+    return max(LEAST_KEPT, int(KEPT_SHARE * free())) // sharers
 
 
 def total() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
-from mlx_retrieval.backend import blas, mx
+from mlx_retrieval.backend import blas, device_memory, mx
 
 from mlx.utils import tree_map
 
@@ -22,9 +22,6 @@ from mlx_retrieval.models.batching import MicroBatch, shares
 from mlx_retrieval.models.compiled import CompiledFunctions, evaluate, shapes_of
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts, in_float32
-
-# Bytes of products that a step saves from its forward passes for its gradient, however large the batch.
-SAVED_BYTES = 384 << 20
 
 
 class Worker:
@@ -68,16 +65,17 @@ def _finishing(futures: Collection[Future]) -> Iterator[None]:
         wait(futures)
 
 
-def held_bytes(merged: int, product: int, tokens: int, in_passes: int) -> int:
+def held_bytes(merged: int, product: int, tokens: int, in_passes: int, room: int) -> int:
     """Return what `CpuModelRunner.held_bytes` says, for a model of these sizes.
 
     Args:
         merged: bytes of the weights of the `merged_lora.mergeable` layers.
         product: bytes that their products take for each token.
+        room: most bytes of products that a step keeps.
     """
     if tokens < backend.MICRO_BATCH_TOKENS:  # then nothing is merged
         return 0
-    return merged + max(0, min(SAVED_BYTES, tokens * product) - in_passes * product)
+    return merged + max(0, min(room, tokens * product) - in_passes * product)
 
 
 class CpuModelRunner(ModelRunner):
@@ -101,7 +99,7 @@ class CpuModelRunner(ModelRunner):
         seeds: Sequence[int] | None = None,
         saved: SavedProducts | None = None,
     ) -> Iterator[mx.array]:
-        """See `ModelRunner`; `saved` takes products up to SAVED_BYTES."""
+        """See `ModelRunner`; `saved` takes products up to `device_memory.for_products()`."""
         merged = self._merged(sum(micro_batch.ids.size for micro_batch in micro_batches))
         saving = self._worth_saving(micro_batches) if merged and saved is not None else ()
 
@@ -160,16 +158,16 @@ class CpuModelRunner(ModelRunner):
 
     def held_bytes(self, tokens: int, in_passes: int) -> int:
         """Return the bytes of merged weights, and of saved products; those in the passes are activations of theirs."""
-        merged = merged_lora.weight_size(self._adapters)
-        return held_bytes(merged, merged_lora.product_size(self._adapters), tokens, in_passes)
+        sizes = merged_lora.weight_size(self._adapters), merged_lora.product_size(self._adapters)
+        return held_bytes(*sizes, tokens, in_passes, device_memory.for_products())
 
     def _spread(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Worker, CompiledFunctions, list[int]]]:
         """Yield each worker, its functions, and the numbers of its micro-batches."""
         return zip(_workers(), self._functions, shares(micro_batches, self.workers), strict=True)
 
     def _worth_saving(self, micro_batches: Sequence[MicroBatch]) -> set[int]:
-        """Return the micro-batches whose products fit into SAVED_BYTES, about equally many of each worker."""
-        size, room, chosen = merged_lora.product_size(self._adapters), SAVED_BYTES, set()
+        """Return the micro-batches whose products there is room for, about equally many of each worker."""
+        size, room, chosen = merged_lora.product_size(self._adapters), device_memory.for_products(), set()
         for turn in itertools.zip_longest(*shares(micro_batches, self.workers)):
             for i in turn:
                 if i is not None and (needed := micro_batches[i].ids.size * size) <= room:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from mlx_retrieval.backend import mx
+from mlx_retrieval.backend import device_memory, mx
 
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
@@ -104,6 +104,7 @@ def start(timeout: float = 0) -> None:
             raise UserError(f"the ranks did not find each other: {error}") from error
     _world.size = group.size()
     _world.rank = group.rank()
+    device_memory.sharers = _world.size
     console().quiet = not is_main()
     if _world.size == 1 and os.environ.get("MLX_RANK", "0") != "0":
         raise UserError(f"this is rank {os.environ['MLX_RANK']} by MLX_RANK, but there is no other: see mlx.launch")

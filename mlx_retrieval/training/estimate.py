@@ -46,6 +46,7 @@ class Device:
         overhead: of a micro-batch, in tokens; see `Cutting`.
         share: of the free memory, what a run may plan with.
         measures: whether a run whose settings leave its budget open takes what fits, up to `tokens`.
+        products: bytes of products that a step keeps for its gradient, at most.
     """
 
     gpu: bool
@@ -57,6 +58,7 @@ class Device:
     overhead: int = backend.CPU_OVERHEAD
     share: float = device_memory.CPU_SHARE
     measures: bool = False
+    products: int = device_memory.LEAST_KEPT
 
 
 METAL = Device(
@@ -84,6 +86,7 @@ def here() -> Device:
         backend.MICRO_BATCH_OVERHEAD,
         device_memory.share(),
         backend.IS_METAL,
+        device_memory.for_products(),
     )
 
 
@@ -223,7 +226,7 @@ def step_memory(job: Job, device: Device) -> StepMemory:
         return width * kept_activations(job.sizes, passes, rows, length, job.rank)
 
     def held(tokens: int, in_passes: int) -> int:
-        return held_bytes(FLOAT32 * job.merged, FLOAT32 * job.product, tokens, in_passes)
+        return held_bytes(FLOAT32 * job.merged, FLOAT32 * job.product, tokens, in_passes, device.products)
 
     return StepMemory(
         of_pass,

@@ -98,6 +98,16 @@ def limits(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
+    ("free", "sharers", "room"), [(10 * GB, 1, 2 * GB), (10 * GB, 4, GB // 2), (GB, 1, 384 << 20), (0, 2, 192 << 20)]
+)
+def test_what_steps_may_keep_is_a_share_of_what_is_free(monkeypatch, free, sharers, room):
+    """... and of each of several ranks, which may be on the same machine."""
+    monkeypatch.setattr(device_memory, "free", lambda: free)
+    monkeypatch.setattr(device_memory, "sharers", sharers)
+    assert device_memory.for_products.__wrapped__() == room
+
+
+@pytest.mark.parametrize(
     ("active", "peak", "expected", "limit"),
     [(3, 5, 0, 5), (3, 5, 7, 7), (3, 12, 0, 4), (3, 16, 0, 1), (0, 0, 0, 1)],
 )

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 
-from mlx_retrieval.backend import mx, nn
+from mlx_retrieval.backend import device_memory, mx, nn
 
 import numpy as np
 import pytest
@@ -87,7 +87,7 @@ def test_passes_are_the_model_s(monkeypatch, model, rows, merged):
 def test_products_of_the_forward_pass_spare_the_second_and_change_no_bit(monkeypatch, model, rows, room):
     """None, some or all micro-batches keep theirs; what was kept is given back as it is used."""
     monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1)
-    monkeypatch.setattr(cpu_model_runner, "SAVED_BYTES", room)
+    monkeypatch.setattr(device_memory, "for_products", lambda: room)
     runner, seeds, saved = make_runner(model), np.arange(len(rows)), {}
     plain = list(runner.representations(rows, seeds))
     noted = list(runner.representations(rows, seeds, saved))
