@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 from mlx_retrieval.backend import mx, nn
 
-from mlx_retrieval.backbones.ops import Linear, merged_linear, saved_linear
+from mlx_retrieval.backbones.ops import Linear
+from mlx_retrieval.backbones.saved_products import Products
 
 
 def mergeable(model: nn.Module) -> list[nn.Module]:
@@ -26,29 +27,6 @@ def mergeable(model: nn.Module) -> list[nn.Module]:
 def merge(layer: nn.Module) -> mx.array:
     """Return the weight (out, in) of a `mergeable` layer with its adapter added."""
     return layer.linear.weight + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
-
-
-class Products:
-    """The matrix products of `merged` layers, in the order of their calls.
-
-    Without `saved`, each product is computed and appended to `computed`. With `saved`, the products of an earlier pass,
-    those are returned in turn: that spares most of a forward pass that is repeated for its gradient.
-    """
-
-    def __init__(self, saved: Sequence[mx.array] = ()):
-        self.computed: list[mx.array] = []
-        self._saved = iter(saved) if saved else None
-
-    def __call__(self, x: mx.array, weight: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        if self._saved:
-            return saved_linear(x, weight, a, b, next(self._saved))
-        self.computed.append(merged_linear(x, weight, a, b))
-        return self.computed[-1]
-
-
-def product_size(layers: Sequence[nn.Module]) -> int:
-    """Return the bytes that the products of `mergeable` layers take for each token."""
-    return sum(layer.linear.weight.shape[0] * layer.linear.weight.itemsize for layer in layers)
 
 
 def weight_size(layers: Sequence[nn.Module]) -> int:
@@ -81,7 +59,7 @@ def _merging(kind: type) -> type:
         if self._merged is None:
             return kind.__call__(self, x)
         weight, products = self._merged
-        y = products(x, weight, self.lora_a, self.scale * self.lora_b)
+        y = products.merged(x, weight, self.lora_a, self.scale * self.lora_b)
         return y + self.linear.bias if "bias" in self.linear else y
 
     return type(f"Merging{kind.__name__}", (kind,), {"__call__": call, "_merged": None})

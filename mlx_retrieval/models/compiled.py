@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from mlx_retrieval.backend import cpu_kernels, mx, nn
 
-from mlx_retrieval.backbones import gradient_checkpointing, merged_lora
+from mlx_retrieval.backbones import gradient_checkpointing, merged_lora, saved_products
+from mlx_retrieval.backbones.saved_products import Products
 from mlx_retrieval.models.batching import MicroBatch
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.utils.errors import UserError
@@ -46,12 +47,15 @@ class CompiledFunctions:
 
     Args:
         adapters: the `merged_lora.mergeable` layers whose merged weights are given with each call; () = none.
+        trained: the `saved_products.trained_layers`, whose products a pass may keep; () = none.
 
     mlx keeps every graph of a function until the function is deleted. So each shape has a function of its own.
     """
 
-    def __init__(self, model: RetrievalModel, adapters: Sequence[nn.Module] = ()):
-        self.model, self.adapters, self.shapes_kept = model, adapters, SHAPES_KEPT
+    def __init__(
+        self, model: RetrievalModel, adapters: Sequence[nn.Module] = (), trained: Sequence[nn.Module] = ()
+    ):
+        self.model, self.adapters, self.trained, self.shapes_kept = model, adapters, trained, SHAPES_KEPT
         self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # most recently used last
 
     def __call__(self, kind: str, micro_batch: MicroBatch, seed: int | None, *arrays) -> mx.array | list | dict:
@@ -86,10 +90,10 @@ class CompiledFunctions:
         return self._compiled[key]
 
     def forward(self, weights: dict, merged: list[mx.array], *micro_batch: mx.array) -> mx.array:
-        return self._with(weights, merged, merged_lora.Products(), lambda: self.model(MicroBatch(*micro_batch)))
+        return self._with(weights, merged, Products(), lambda: self.model(MicroBatch(*micro_batch)))
 
     def forward_saving(self, weights: dict, merged: list[mx.array], *micro_batch: mx.array) -> list[mx.array]:
-        products = merged_lora.Products()
+        products = Products()
         return [self._with(weights, merged, products, lambda: self.model(MicroBatch(*micro_batch))), *products.computed]
 
     def gradient(
@@ -99,16 +103,16 @@ class CompiledFunctions:
             self.model.update(trained)
             return (self.model(MicroBatch(*micro_batch)) * cotangent).sum()
 
-        return self._with(weights, merged, merged_lora.Products(products), lambda: mx.grad(value)(trained))
+        return self._with(weights, merged, Products(products), lambda: mx.grad(value)(trained))
 
     def _with(
-        self, weights: dict, merged: list[mx.array], products: merged_lora.Products, function: Callable
+        self, weights: dict, merged: list[mx.array], products: Products, function: Callable
     ) -> mx.array | dict:
         """Call `function` while the model holds `weights`, so that a compiled graph has them as inputs, not inside."""
         own = self.model.parameters()
         self.model.update(weights)
         try:
-            with merged_lora.merged(self.adapters, merged, products):
+            with merged_lora.merged(self.adapters, merged, products), saved_products.of(self.trained, products):
                 return function()
         finally:
             self.model.update(own)

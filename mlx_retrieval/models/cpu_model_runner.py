@@ -17,7 +17,7 @@ from mlx_retrieval.backend import blas, device_memory, mx
 from mlx.utils import tree_map
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import merged_lora
+from mlx_retrieval.backbones import merged_lora, saved_products
 from mlx_retrieval.models.batching import MicroBatch, shares
 from mlx_retrieval.models.compiled import CompiledFunctions, evaluate, shapes_of
 from mlx_retrieval.models.heads import RetrievalModel
@@ -87,7 +87,9 @@ class CpuModelRunner(ModelRunner):
         super().__init__(model)
         self.workers = backend.WORKERS
         self._adapters = merged_lora.mergeable(model)
-        self._functions = [CompiledFunctions(model, self._adapters) for _ in range(self.workers)]
+        trained = [] if self._adapters else saved_products.trained_layers(model)
+        self._product_size = saved_products.size(self._adapters or trained)  # bytes of a token
+        self._functions = [CompiledFunctions(model, self._adapters, trained) for _ in range(self.workers)]
 
     def limit_shapes(self, models: int = 1) -> None:
         for functions in self._functions:
@@ -100,8 +102,10 @@ class CpuModelRunner(ModelRunner):
         saved: SavedProducts | None = None,
     ) -> Iterator[mx.array]:
         """See `ModelRunner`; `saved` takes products up to `device_memory.for_products()`."""
-        merged = self._merged(sum(micro_batch.ids.size for micro_batch in micro_batches))
-        saving = self._worth_saving(micro_batches) if merged and saved is not None else ()
+        tokens = sum(micro_batch.ids.size for micro_batch in micro_batches)
+        merged = self._merged(tokens)
+        saves = saved is not None and self._product_size and tokens >= backend.MICRO_BATCH_TOKENS
+        saving = self._worth_saving(micro_batches) if saves else ()
 
         def task(functions: CompiledFunctions, i: int) -> mx.array:
             kind = "forward_saving" if i in saving else "forward"
@@ -158,8 +162,8 @@ class CpuModelRunner(ModelRunner):
 
     def held_bytes(self, tokens: int, in_passes: int) -> int:
         """Return the bytes of merged weights, and of saved products; those in the passes are activations of theirs."""
-        sizes = merged_lora.weight_size(self._adapters), merged_lora.product_size(self._adapters)
-        return held_bytes(*sizes, tokens, in_passes, device_memory.for_products())
+        merged = merged_lora.weight_size(self._adapters)
+        return held_bytes(merged, self._product_size, tokens, in_passes, device_memory.for_products())
 
     def _spread(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Worker, CompiledFunctions, list[int]]]:
         """Yield each worker, its functions, and the numbers of its micro-batches."""
@@ -167,7 +171,7 @@ class CpuModelRunner(ModelRunner):
 
     def _worth_saving(self, micro_batches: Sequence[MicroBatch]) -> set[int]:
         """Return the micro-batches whose products there is room for, about equally many of each worker."""
-        size, room, chosen = merged_lora.product_size(self._adapters), device_memory.for_products(), set()
+        size, room, chosen = self._product_size, device_memory.for_products(), set()
         for turn in itertools.zip_longest(*shares(micro_batches, self.workers)):
             for i in turn:
                 if i is not None and (needed := micro_batches[i].ids.size * size) <= room:

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from data_loader import Batch, Batches
-from mlx_retrieval.backbones import Backbone, count_parameters, dequantized, layer_size, lora, merged_lora
+from mlx_retrieval.backbones import Backbone, count_parameters, dequantized, layer_size, lora, merged_lora, saved_products
 from mlx_retrieval.backbones.activations import sizes_of
 from mlx_retrieval.backbones.hub import tensor_table, weight_files
 from mlx_retrieval.models.heads import RetrievalModel
@@ -114,7 +114,7 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
         trained=trained,
         new=new,
         merged=merged_lora.weight_size(mergeable) // FLOAT32,
-        product=merged_lora.product_size(mergeable) // FLOAT32,
+        product=saved_products.size(mergeable or saved_products.trained_layers(model)) // FLOAT32,
         lengths=(),
         representation=0,
         token_vectors=False,

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import lora, merged_lora
+from mlx_retrieval.backbones import lora, merged_lora, saved_products
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.models import compiled as compiled_passes
 from mlx_retrieval.models import cpu_model_runner
@@ -37,15 +37,19 @@ def micro_batch(rows: int, length: int, start: int = 0) -> MicroBatch:
     return MicroBatch(mx.array(ids), mx.array(lengths), mx.array(np.ones_like(lengths)), mx.array(lengths - 1))
 
 
-@pytest.fixture
-def model(small):
-    """With LoRA whose matrices are both non-zero."""
-    model = build(small)[0]
-    lora.adapt(model.backbone, rank=4)
+def adapted(folder, train_type: str = "lora"):
+    """With LoRA, its matrices are both non-zero."""
+    model = build(folder)[0]
+    lora.adapt(model.backbone, train_type, rank=4)
     mx.random.seed(1)
     model.update(tree_map(lambda v: v + 0.05 * mx.random.normal(v.shape), model.trainable_parameters()))
     model.train()
     return model
+
+
+@pytest.fixture
+def model(small):
+    return adapted(small)
 
 
 @pytest.fixture
@@ -84,8 +88,10 @@ def test_passes_are_the_model_s(monkeypatch, model, rows, merged):
 
 @compiled
 @pytest.mark.parametrize("room", [0, 200_000, 1 << 30])
-def test_products_of_the_forward_pass_spare_the_second_and_change_no_bit(monkeypatch, model, rows, room):
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_products_of_the_forward_pass_spare_the_second_and_change_no_bit(monkeypatch, small, rows, room, train_type):
     """None, some or all micro-batches keep theirs; what was kept is given back as it is used."""
+    model = adapted(small, train_type)
     monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 1)
     monkeypatch.setattr(device_memory, "for_products", lambda: room)
     runner, seeds, saved = make_runner(model), np.arange(len(rows)), {}
@@ -93,14 +99,14 @@ def test_products_of_the_forward_pass_spare_the_second_and_change_no_bit(monkeyp
     noted = list(runner.representations(rows, seeds, saved))
     assert all(mx.array_equal(a, b) for a, b in zip(plain, noted, strict=True))
     tokens = sum(rows[i].ids.size for i in saved)
-    assert sum(array.nbytes for arrays in saved.values() for array in arrays) == tokens * merged_lora.product_size(
-        runner._adapters
-    )
+    size = saved_products.size(runner._adapters or saved_products.trained_layers(model))
+    assert sum(array.nbytes for arrays in saved.values() for array in arrays) == tokens * size > 0 or not room
     assert {0: len(saved) == 0, 200_000: 0 < len(saved) < len(rows), 1 << 30: len(saved) == len(rows)}[room]
     cotangents = [mx.ones(part.shape) for part in plain]
     expected, found = runner.gradient(rows, seeds, cotangents), runner.gradient(rows, seeds, cotangents, saved)
     pairs = zip(tree_flatten(found), tree_flatten(expected), strict=True)
     assert not saved and all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
+    assert_close(found, gradient(model, rows, cotangents), 3e-5)
 
 
 def test_the_same_bits_every_time(model, rows):
