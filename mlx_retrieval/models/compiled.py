@@ -52,9 +52,7 @@ class CompiledFunctions:
     mlx keeps every graph of a function until the function is deleted. So each shape has a function of its own.
     """
 
-    def __init__(
-        self, model: RetrievalModel, adapters: Sequence[nn.Module] = (), trained: Sequence[nn.Module] = ()
-    ):
+    def __init__(self, model: RetrievalModel, adapters: Sequence[nn.Module] = (), trained: Sequence[nn.Module] = ()):
         self.model, self.adapters, self.trained, self.shapes_kept = model, adapters, trained, SHAPES_KEPT
         self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # most recently used last
 
@@ -105,9 +103,7 @@ class CompiledFunctions:
 
         return self._with(weights, merged, Products(products), lambda: mx.grad(value)(trained))
 
-    def _with(
-        self, weights: dict, merged: list[mx.array], products: Products, function: Callable
-    ) -> mx.array | dict:
+    def _with(self, weights: dict, merged: list[mx.array], products: Products, function: Callable) -> mx.array | dict:
         """Call `function` while the model holds `weights`, so that a compiled graph has them as inputs, not inside."""
         own = self.model.parameters()
         self.model.update(weights)

@@ -15,7 +15,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from data_loader import Batch, Batches
-from mlx_retrieval.backbones import Backbone, count_parameters, dequantized, layer_size, lora, merged_lora, saved_products
+from mlx_retrieval.backbones import (
+    Backbone,
+    count_parameters,
+    dequantized,
+    layer_size,
+    lora,
+    merged_lora,
+    saved_products,
+)
 from mlx_retrieval.backbones.activations import sizes_of
 from mlx_retrieval.backbones.hub import tensor_table, weight_files
 from mlx_retrieval.models.heads import RetrievalModel

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_retrieval import backend
-from mlx_retrieval.backbones import lora, merged_lora, saved_products
+from mlx_retrieval.backbones import lora, saved_products
 from mlx_retrieval.backbones.gradient_checkpointing import checkpoint_blocks, seed
 from mlx_retrieval.models import compiled as compiled_passes
 from mlx_retrieval.models import cpu_model_runner
