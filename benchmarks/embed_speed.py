@@ -3,6 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/embed_speed.py --data ../shared/data/medquad
     python benchmarks/embed_speed.py --texts 500 --rounds 1
+    python benchmarks/embed_speed.py --texts 600 --profile             where the time of both goes (Linux, needs perf)
 
 The first answers of MedQuAD; both sides have the same weights and limit and sort by length themselves. Of the batch
 sizes that --peer-batch names, the peer gets that with which it is fastest on a tenth of the texts. A turn is a call of
@@ -11,12 +12,15 @@ separately. Then both embed queries one at a time: the median of a turn's calls.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
+import samples
 import sides
 from sides import Side, Turn
 
@@ -79,6 +83,7 @@ def main() -> None:
     batches = "theirs: batch_size, the fastest of these (default: %(default)s)"
     parser.add_argument("--peer-batch", type=int, nargs="+", default=PEER_BATCHES, metavar="N", help=batches)
     parser.add_argument("--rounds", type=int, default=3, help="measured turns of each side")
+    parser.add_argument("--profile", action="store_true", help="print where the time of both sides goes instead")
     args = parser.parse_args()
 
     pairs = sides.read_pairs(args.data)
@@ -91,10 +96,43 @@ def main() -> None:
         return Side(f"batch_size={batch}", sentence_transformers, folder, few, args.max_length, False, batch)
 
     batch = sides.fastest(args.peer_batch, peer, turns=2)
+    if args.profile:
+        given = folder, texts, args.max_length, False
+        compare_profiles(
+            {
+                "this toolkit": sides.in_child(profiled, ours, args.rounds, *given, args.batch_tokens, args.compile),
+                "the peer": sides.in_child(profiled, sentence_transformers, args.rounds, *given, batch),
+            }
+        )
+        return
     queries = list(dict.fromkeys(query for query, _ in pairs))[: args.queries]
     for embedded, single in ((texts, False), (queries, True)):
         if embedded:
             compare(args, folder, embedded, single, batch)
+
+
+def profiled(side: Callable, rounds: int, *given) -> tuple[Counter[str], float]:
+    """Return the milliseconds of a core for 1,000 tokens by kind of work, and the share of the cores that was busy.
+
+    `side` is `ours` or `sentence_transformers`, computed in this process on `given`.
+    """
+    turn = side(*given)
+    turn(0)
+    began, used = time.perf_counter(), time.process_time()
+    with samples.sampled() as shares:
+        tokens = sum(turn(number).tokens for number in range(rounds))
+    wall, used = time.perf_counter() - began, time.process_time() - used
+    return Counter({kind: share * 1e6 * used / tokens for kind, share in shares.items()}), used / wall / os.cpu_count()
+
+
+def compare_profiles(profiles: dict[str, tuple[Counter[str], float]]) -> None:
+    """Print the profiles of both sides, one beside the other."""
+    print("\nms of a core for 1,000 tokens\n" + "".join(f"{side:>14}" for side in profiles))
+    kinds = set().union(*(found for found, _ in profiles.values()))
+    for kind in sorted(kinds, key=lambda kind: -max(found[kind] for found, _ in profiles.values())):
+        print("".join(f"{found[kind]:14.1f}" for found, _ in profiles.values()) + f"  {kind}")
+    print("".join(f"{found.total():14.1f}" for found, _ in profiles.values()) + "  all")
+    print("".join(f"{busy:14.0%}" for _, busy in profiles.values()) + "  of the cores busy")
 
 
 def compare(args: argparse.Namespace, folder: str, texts: list[str], single: bool, batch: int) -> None:

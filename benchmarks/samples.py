@@ -1,7 +1,8 @@
 """Where the time of a process goes, from samples of Linux's `perf`: shared by `limit.py`; not a command.
 
 `perf` interrupts the process's threads some hundred times a second and notes which function of which library runs.
-Kinds come from these names alone, so they are as fine as the names: mlx names a fused kernel by its operations.
+Kinds come from these names alone, so they are as fine as the names: mlx names a fused kernel by its operations, and
+torch, whose library contains MKL, a loop by its function.
 """
 
 import os
@@ -18,17 +19,23 @@ from pathlib import Path
 FREQUENCY = 499  # samples a second; not a divisor of anything that happens regularly
 # What runs, by patterns for the library and the function: the first that fits.
 KINDS = (
+    ("products: packing of the factors", r"mkl|openblas|blas\.so|libtorch", r"(mkl|omp_parallel).*(?<!no)copy"),
     ("products: packing of the factors", r"mkl|openblas|blas\.so", r"(?<!no)copy"),
     ("products", r"mkl_(avx|core|intel|rt|def)|openblas|blas\.so", r""),
-    ("threads that wait for work", r"tbb|mkl_tbb", r""),
+    ("products", r"libtorch|JIT", r"mkl_|^0x"),
+    ("threads that wait for work", r"tbb|mkl_tbb|gomp", r""),
     ("threads that wait for work", r"", r"sched|yield|futex|finish_task_switch|_raw_spin|irqentry|clock_gettime"),
     ("fused: exponentials of attention", r"^lib.*_(contiguous|strided)", r"Exp"),
     ("fused: activation", r"^lib.*_(contiguous|strided)", r"Erf|Tanh|Sigmoid"),
     ("fused: norms", r"^lib.*_(contiguous|strided)", r"Rsqrt"),
     ("fused: the rest", r"^lib.*_(contiguous|strided)|^lib[A-Z]", r""),
-    ("copies", r"libmlx", r"(?<!no)copy"),
+    ("fused: exponentials of attention", r"libtorch", r"flash|[Ss]oftmax"),
+    ("fused: activation", r"libtorch", r"[Gg]elu"),
+    ("fused: norms", r"libtorch", r"LayerNorm|Moments"),
+    ("copies", r"libmlx|libtorch", r"(?<!no)copy"),
+    ("copies", r"libc\.", r"mem(move|cpy)"),
     ("reductions", r"libmlx", r"reduc"),
-    ("element by element, not fused", r"libmlx", r"(unary|binary|ternary)_op"),
+    ("element by element, not fused", r"libmlx|libtorch", r"(unary|binary|ternary)_op|callback_fn"),
     ("tokenizer", r"tokenizers", r""),
     ("memory: allocation and pages", r"libc|kernel", r"alloc|free|page|fault|clear|memset|unlink_chunk"),
     ("memory: allocation and pages", r"libmlx", r"llocator"),
@@ -45,7 +52,7 @@ def by_kind(lines: Iterable[str]) -> Counter[str]:
     """Return the share of the samples of each kind, from lines of `perf report`: percent, library, function."""
     shares: Counter[str] = Counter()
     for line in lines:
-        if found := re.match(r"\s*([\d.]+)%\s+(\S+)\s+\[[^\]]*\]\s+(.*?)\s*$", line):
+        if found := re.match(r"\s*([\d.]+)%\s+(\S+|\[JIT\] tid \d+)\s+\[[^\]]*\]\s+(.*?)\s*$", line):
             shares[kind(found[2], found[3])] += float(found[1]) / 100
     return shares
 

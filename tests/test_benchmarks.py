@@ -229,6 +229,15 @@ REPORT = """
      3.25%  [kernel.kallsyms]      [k] do_sched_yield
      2.75%  libpython3.11.so.1.0   [.] _PyEval_EvalFrameDefault
 """
+TORCH = """
+    45.40%  libtorch_cpu.so        [.] mkl_blas_avx512_sgemm_kernel_0
+     1.80%  [JIT] tid 27935        [.] 0x00007f297fb5503f
+     3.60%  libtorch_cpu.so        [.] mkl_blas_avx512_sgemm_scopy_right48_ea
+     5.40%  libgomp.so.1           [.] 0x000000000001de62
+     3.00%  libtorch_cpu.so        [.] at::native::(anonymous namespace)::cpu_flash_attention<float, 64l>
+     0.70%  libtorch_cpu.so        [.] at::native::AVX2::RowwiseMomentsImpl<float, 4l>
+     0.60%  libc.so.6              [.] __memmove_avx512_unaligned_erms
+"""
 
 
 def test_samples_are_sorted_by_what_is_done():
@@ -240,6 +249,16 @@ def test_samples_are_sorted_by_what_is_done():
             "fused: activation": 0.045,
             "threads that wait for work": 0.0325,
             "Python, graphs and the rest": 0.0275,
+        }
+    )
+    assert samples.by_kind(TORCH.splitlines()) == pytest.approx(
+        {
+            "products": 0.472,
+            "products: packing of the factors": 0.036,
+            "threads that wait for work": 0.054,
+            "fused: exponentials of attention": 0.03,
+            "fused: norms": 0.007,
+            "copies": 0.006,
         }
     )
 

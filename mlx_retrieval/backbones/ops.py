@@ -151,7 +151,7 @@ saved_linear.vjp(_merged_linear_vjp)
 
 @mx.custom_function
 def trained_linear(x: mx.array, weight: mx.array) -> mx.array:
-    """Return x weight^T, for x (..., in) and a weight (out, in). Its gradient has the bits of `saved_trained_linear`'s."""
+    """Return x weight^T, for x (..., in) and a weight (out, in), with the gradient of `saved_trained_linear`."""
     return x @ weight.T
 
 
