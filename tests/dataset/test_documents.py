@@ -184,10 +184,20 @@ def test_rst_headings_have_levels_by_their_signs(reads):
 
 
 @pytest.mark.parametrize(
-    "text", ["== ==\nab cd\n== ==", "long title\n---", "text\nab\n--", "    code\n    ----", "--\n--"]
+    "text", ["== ==\nab cd\n== ==", "long title\n---", "text\nab\n--", "    code\n    ----", "::\n\n  a\n  =="]
 )
 def test_what_is_no_rst_heading(text):
     assert not list(rst_headings(text.split("\n")))
+
+
+def test_rst_is_read_whatever_its_directives_are(reads, tmp_path):
+    """Those of Sphinx stay as they are, and none reads a file; the title of a table is no heading."""
+    (tmp_path / "other.txt").write_text("Secret\n======\n")
+    text = f"Guide\n=====\n\n.. automodule:: kettles\n   :members:\n\n.. include:: {tmp_path}/other.txt\n\n"
+    text += ".. list-table:: Sizes\n\n   * - small\n\nSee :func:`boil`\n----------------\n\nWater, :doc:`there`.\n"
+    read = reads.one("a.rst", text)
+    assert [section.headings for section in read.sections] == [("Guide",), ("Guide", "See :func:`boil`")]
+    assert read.sections[0].text.strip() == text.split("=====\n")[1].split("See")[0].strip()
 
 
 def test_source_code_is_one_section(reads):

@@ -22,7 +22,15 @@ from mlx_retrieval.dataset.source_code.generated import is_generated
 TEXT, MARKDOWN, RST, CODE = "text", "markdown", "reStructuredText", "source code"
 LONGEST_TITLE = 120  # characters of a text's first line, if that is to be its title
 
-_ADORNMENT = re.compile(r"([!-/:-@\[-`{-~])\1+\s*")
+# Settings of docutils: what it cannot read, such as directives of Sphinx, is left as it is, without a word.
+_DOCUTILS = {
+    "report_level": 5,
+    "halt_level": 5,
+    "warning_stream": False,
+    "file_insertion_enabled": False,
+    "raw_enabled": False,
+    "syntax_highlight": "none",
+}
 _TITLE_KEY = re.compile(r"title *: *(.+)", re.IGNORECASE)
 
 
@@ -83,24 +91,24 @@ def _document(
 
 
 def rst_headings(lines: Sequence[str]) -> Iterator[Heading]:
-    """Yield the headings of reStructuredText: one line underlined, and perhaps overlined, by a row of one sign.
+    """Yield the headings of reStructuredText, as docutils finds them. No directive reads a file, a URL or an image."""
+    from docutils import nodes
+    from docutils.frontend import get_default_settings
+    from docutils.parsers.rst import Parser
+    from docutils.utils import new_document
 
-    The row is at least as long as the title. The level is that of the first heading with the same signs.
-    """
-    levels: dict[tuple[str, bool], int] = {}
-    row = end = 0
-    while row + 1 < len(lines):
-        above = lines[row - 1].rstrip() if row > end else ""
-        title, under = lines[row], lines[row + 1].rstrip()
-        over = _is_adornment(above) and above == under
-        is_title_line = title.strip() and not _is_adornment(title) and (over or not title[0].isspace())
-        if not (is_title_line and _is_adornment(under) and len(under) >= len(title.strip())) or (above and not over):
-            row += 1
+    settings = get_default_settings(Parser)
+    for name, value in _DOCUTILS.items():
+        setattr(settings, name, value)
+    document = new_document("", settings)
+    Parser().parse("\n".join(lines), document)
+    end = 0
+    for title in document.findall(nodes.title):
+        if not isinstance(title.parent, nodes.section) or title.line is None:  # a table's, or an admonition's
             continue
-        level = levels.setdefault((under[0], over), len(levels) + 1)
-        yield Heading(row - over, row + 2, level, title.strip())
-        row = end = row + 2
-
-
-def _is_adornment(line: str) -> bool:
-    return bool(_ADORNMENT.fullmatch(line))
+        under, level, section = title.line - 1, 0, title.parent  # the row below the title
+        over = under - 2 >= end and lines[under - 2].rstrip() == lines[under].rstrip()
+        while isinstance(section, nodes.section):
+            level, section = level + 1, section.parent
+        yield Heading(under - 1 - over, under + 1, level, one_line(title.astext()))
+        end = under + 1
