@@ -12,7 +12,6 @@ separately. Then both embed queries one at a time: the median of a turn's calls.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -118,11 +117,10 @@ def profiled(side: Callable, rounds: int, *given) -> tuple[Counter[str], float]:
     """
     turn = side(*given)
     turn(0)
-    began, used = time.perf_counter(), time.process_time()
-    with samples.sampled() as shares:
-        tokens = sum(turn(number).tokens for number in range(rounds))
-    wall, used = time.perf_counter() - began, time.process_time() - used
-    return Counter({kind: share * 1e6 * used / tokens for kind, share in shares.items()}), used / wall / os.cpu_count()
+    turns: list[Turn] = []
+    seconds, busy = samples.profile(lambda: turns.extend(turn(number) for number in range(rounds)))
+    tokens = sum(each.tokens for each in turns)
+    return Counter({kind: 1e6 * each / tokens for kind, each in seconds.items()}), busy
 
 
 def compare_profiles(profiles: dict[str, tuple[Counter[str], float]]) -> None:

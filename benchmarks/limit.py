@@ -140,15 +140,10 @@ def report(name: str, measured: tuple[float, float, float], flops: float, least:
 
 def print_profile(name: str, function: Callable[[], float], rounds: int) -> None:
     """Print which share of the cores' time each kind of work takes, and how much of it they are busy."""
-    began, used = time.perf_counter(), time.process_time()
-    with samples.sampled() as shares:
-        for _ in range(rounds):
-            function()
-    wall, used = time.perf_counter() - began, time.process_time() - used
-    cores = backend.blas.cores()
-    print(f"\n{name}: where the time goes; {cores} cores, {used / wall / cores:.0%} busy")
-    for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
-        print(f"{share:8.1%}  {kind}")
+    seconds, busy = samples.profile(lambda: [function() for _ in range(rounds)])
+    print(f"\n{name}: where the time goes; {backend.blas.cores()} cores, {busy:.0%} busy")
+    for kind, each in seconds.most_common():
+        print(f"{each / seconds.total():8.1%}  {kind}")
 
 
 def main() -> None:

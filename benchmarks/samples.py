@@ -1,4 +1,4 @@
-"""Where the time of a process goes, from samples of Linux's `perf`: shared by `limit.py`; not a command.
+"""Where the time of a process goes, from samples of Linux's `perf`: shared by scripts here; not a command.
 
 `perf` interrupts the process's threads some hundred times a second and notes which function of which library runs.
 Kinds come from these names alone, so they are as fine as the names: mlx names a fused kernel by its operations, and
@@ -11,8 +11,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,3 +81,13 @@ def sampled() -> Iterator[Counter[str]]:
         shares.update(by_kind(done.stdout.splitlines()))
     if not shares:
         raise SystemExit(f"error: perf saw nothing: {errors.strip() or done.stderr.strip()}")
+
+
+def profile(work: Callable[[], object]) -> tuple[Counter[str], float]:
+    """Return the seconds of a core by kind of what `work()` does, and the share of all cores that was busy meanwhile."""
+    began, used = time.perf_counter(), time.process_time()
+    with sampled() as shares:
+        work()
+    wall, used = time.perf_counter() - began, time.process_time() - used
+    busy = used / wall / len(os.sched_getaffinity(0))
+    return Counter({kind: share * used for kind, share in shares.items()}), busy

@@ -41,10 +41,9 @@ class Products:
         return self.computed[-1]
 
 
-def trained_layers(model: nn.Module) -> list[Linear]:
+def trained_layers(backbone: nn.Module) -> list[Linear]:
     """Return the linear layers of the blocks whose float32 weights are trained themselves; mlx's own become ours."""
-    blocks = getattr(getattr(model, "backbone", model), "layers", ())
-    modules = (module for block in blocks for module in block.modules() if type(module) in (nn.Linear, Linear))
+    modules = (module for block in backbone.layers for module in block.modules() if type(module) in (nn.Linear, Linear))
     layers = [m for m in modules if m.weight.dtype == mx.float32 and "weight" in m.trainable_parameters()]
     for layer in layers:
         layer.__class__ = Linear  # which computes the same

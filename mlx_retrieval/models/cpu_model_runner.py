@@ -87,7 +87,7 @@ class CpuModelRunner(ModelRunner):
         super().__init__(model)
         self.workers = backend.WORKERS
         self._adapters = merged_lora.mergeable(model)
-        trained = [] if self._adapters else saved_products.trained_layers(model)
+        trained = [] if self._adapters else saved_products.trained_layers(model.backbone)
         self._product_size = saved_products.size(self._adapters or trained)  # bytes of a token
         self._functions = [CompiledFunctions(model, self._adapters, trained) for _ in range(self.workers)]
 

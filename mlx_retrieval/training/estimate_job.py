@@ -122,7 +122,7 @@ def _job(settings: Settings, model: nn.Module, backbone: Backbone, base: Path, b
         trained=trained,
         new=new,
         merged=merged_lora.weight_size(mergeable) // FLOAT32,
-        product=saved_products.size(mergeable or saved_products.trained_layers(model)) // FLOAT32,
+        product=saved_products.size(mergeable or saved_products.trained_layers(backbone)) // FLOAT32,
         lengths=(),
         representation=0,
         token_vectors=False,

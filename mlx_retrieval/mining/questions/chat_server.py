@@ -137,6 +137,10 @@ class ChatServer:
         slots, waiting = threading.Semaphore(self.at_once), deque[Future]()
         try:
             for job in jobs:
+                slots.acquire()  # here and not in the threads, which would take their turns in any order
+                while waiting and waiting[0].done():
+                    yield [waiting[0].result()]
+                    waiting.popleft()
                 waiting.append(future := Future())
                 # Threads that do not keep a process alive that was interrupted.
                 threading.Thread(target=self._fill, args=(future, slots, job, prompt), daemon=True).start()
@@ -156,11 +160,12 @@ class ChatServer:
             self._closed.set()
 
     def _fill(self, future: Future, slots: threading.Semaphore, job: Job, prompt: Prompt) -> None:
-        with slots:
-            try:
-                future.set_result(self._answer(job, prompt))
-            except BaseException as error:  # the one that waits for the future raises it
-                future.set_exception(error)
+        try:
+            future.set_result(self._answer(job, prompt))
+        except BaseException as error:  # the one that waits for the future raises it
+            future.set_exception(error)
+        finally:
+            slots.release()
 
     def _answer(self, job: Job, prompt: Prompt) -> Completion:
         """Return the server's answer to a job. UserError if there will be no more."""
