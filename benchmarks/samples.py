@@ -84,7 +84,7 @@ def sampled() -> Iterator[Counter[str]]:
 
 
 def profile(work: Callable[[], object]) -> tuple[Counter[str], float]:
-    """Return the seconds of a core by kind of what `work()` does, and the share of all cores that was busy meanwhile."""
+    """Return the seconds of a core that `work()` takes, by kind, and the share of all cores that was busy meanwhile."""
     began, used = time.perf_counter(), time.process_time()
     with sampled() as shares:
         work()
