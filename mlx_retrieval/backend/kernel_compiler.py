@@ -96,10 +96,18 @@ def vectorisable(source: str) -> str:
 
 
 def precompiled(kernels: Path, include: Path) -> Path:
-    """Return where the compiled form of the header in the folder `include` lies."""
-    changed = (include / HEADER).stat().st_mtime_ns if (include / HEADER).exists() else 0
-    name = f"{include}-{changed}".strip("/").replace("/", "-")
-    return kernels / "headers" / name[-200:] / f"{HEADER}.gch"
+    """Return where the compiled form of the header in the folder `include` lies.
+
+    It goes by the contents of what the header includes: environments with the same mlx share it, and one that is
+    removed leaves nothing behind.
+    """
+    import hashlib
+
+    digest = hashlib.sha256()
+    for folder in ("types", "backend/cpu"):
+        for path in sorted((include / "mlx" / folder).rglob("*.h")):
+            digest.update(path.read_bytes())
+    return kernels / "headers" / digest.hexdigest()[:12] / f"{HEADER}.gch"
 
 
 def precompile(compiler: str, include: Path, kernels: Path) -> Path | None:

@@ -151,6 +151,27 @@ def test_the_header_is_compiled_once_and_read_by_every_kernel(tmp_path):
     assert len(list((tmp_path / "mlx").glob("*.so"))) == 3 and not list(tmp_path.rglob("draft*"))
 
 
+def test_environments_share_a_compiled_header_and_other_headers_have_their_own(tmp_path):
+    """Regression: each environment left 52 MB in the folder for temporary files, also when it was gone."""
+    for name in ("one", "other", "changed"):
+        for folder in ("types", "backend/cpu"):
+            shutil.copytree(INCLUDE / "mlx" / folder, tmp_path / name / "mlx" / folder)
+    with (tmp_path / "changed" / "mlx" / "backend" / "cpu" / "unary_ops.h").open("a") as file:
+        file.write("// changed\n")
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    folder = kernel_compiler.precompile(COMPILER, tmp_path / "one", kernels)
+    assert kernel_compiler.precompiled(kernels, tmp_path / "other") == folder / f"{kernel_compiler.HEADER}.gch"
+    assert not kernel_compiler.precompiled(kernels, tmp_path / "changed").exists()
+    shutil.rmtree(tmp_path / "one")
+    source = tmp_path / "kernel.cpp"
+    source.write_text(f'#include "{kernel_compiler.HEADER}"\nusing namespace mlx::core::detail;\n{KERNEL}')
+    words = [*kernel_compiler.MLX_FLAGS, *kernel_compiler.FLAGS, f"-I{folder}", f"-I{tmp_path}/other", "-shared"]
+    command = [COMPILER, "-H", *words, str(source), "-o", str(tmp_path / "kernel.so")]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert f"! {folder}" in result.stderr
+
+
 def test_without_space_no_header_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_compiler, "PRECOMPILED_SPACE", 1 << 62)
     assert kernel_compiler.precompile(COMPILER, INCLUDE, tmp_path) is None and not list(tmp_path.iterdir())
