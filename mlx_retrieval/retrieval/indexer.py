@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_retrieval.dataset import beir, chunks
 from mlx_retrieval.dataset.chunks import Chunk
+from mlx_retrieval.dataset.documents import document
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.inference.embedder import Model, embed
@@ -37,6 +38,8 @@ from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
 
 BATCH = 512  # chunks embedded and stored together
+# Reasons why a file is left out that may end while it stays the same: permissions, or a library that opens PDFs.
+PASSING = (document.UNREADABLE, document.FORBIDDEN, document.ENCRYPTED)
 
 
 @dataclass
@@ -227,14 +230,17 @@ def _bring_up_to_date(index: Index, source: IndexSource, model: Model) -> Summar
     if index.late:  # the first chunks are those that a codebook is learnt from
         np.random.default_rng(0).shuffle(pending)
     gone = sorted(set(records) - {file.path for file in source.files})
-    index.info.model = _name(model)
+    index.info.model, was_complete = _name(model), index.info.complete
     index.info.complete &= not (pending or gone)
     index.write()
     if not index.info.complete:
         index.remove(gone)
         summary.removed = sum(not records.pop(path).left_out for path in gone)
-        _embed(index, source, model, pending, records, summary)
-        index.finish()
+        if _embed(index, source, model, pending, records, summary) or gone or not was_complete:
+            index.finish()
+        else:  # files that are read at every run are as they were
+            index.info.complete = True
+            index.write()
     indexed = [record for record in records.values() if not record.left_out]
     summary.files, summary.chunks = len(indexed), sum(record.chunks for record in indexed)
     summary.unchanged = summary.files - summary.changed
@@ -252,17 +258,17 @@ def _embed(
     pending: Sequence[File],
     records: dict[str, FileRecord],
     summary: Summary,
-) -> None:
-    """Read, embed and store files in batches; updates `records` and `summary`."""
-    stored, touched = set(records), []
+) -> bool:
+    """Read, embed and store files in batches; updates `records` and `summary`. Return whether anything was stored."""
+    stored, touched, added = set(records), [], False
     batch: list[tuple[FileRecord, list[Chunk]]] = []
     with progress_bar("embedding", "files", len(pending)) as progress:
         for number, file in enumerate(pending, start=1):
             pieces, sha256, reason = source.read(file)
             before, record = records.get(file.path), FileRecord(*file, sha256, len(pieces), reason)
             records[file.path] = record
-            if before is not None and before.sha256 == sha256:  # only the time has changed
-                touched.append(record)
+            if before is not None and _what_is_read(before) == _what_is_read(record):
+                touched += [record] * (record != before)  # only the time has changed
             else:
                 summary.changed += not reason
                 batch.append((record, pieces))
@@ -272,13 +278,22 @@ def _embed(
                 places = [source.place(record.path, chunk.line) for record, pieces in batch for chunk in pieces]
                 index.add(batch, embed(model, texts, "document", places.__getitem__), stored)
                 summary.embedded += count
-                batch = []
+                batch, added = [], True
             progress(number, note=f"{quantity(summary.embedded, 'chunk')}")
     if touched:
         index.record(touched)
+    return added or bool(touched)
+
+
+def _what_is_read(record: FileRecord) -> tuple[str, int, str]:
+    """Return what decides whether a file is stored again: the same bytes may be read now that were left out before."""
+    return record.sha256, record.chunks, record.left_out
 
 
 def _is_same(file: File, record: FileRecord | None) -> bool:
-    if record is None or (record.left_out == file_tree.BINARY and is_document(file.path)):  # by an earlier version
+    """Return whether a file need not be read: it is as it was, and a reason to leave it out has not ended."""
+    if record is None or record.left_out in PASSING:
+        return False
+    if record.left_out in (file_tree.BINARY, file_tree.NOT_UTF8) and is_document(file.path):  # by an earlier version
         return False
     return (record.size, record.stamp) == (file.size, file.mtime)

@@ -8,12 +8,15 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from document_files import plain_pdf
 
 from mlx_retrieval.dataset import chunks
+from mlx_retrieval.dataset.documents import document
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import heads
@@ -113,6 +116,49 @@ def test_only_what_changed_is_embedded(tree, model, tmp_path, monkeypatch):
     write(tree / ".gitignore", "notes.md\n.gitignore\n")
     assert update(tree, index, model).removed == 1
     assert {row[1] for row in rows(index)[0]} == {"src/lines.py", "src/shape.py", "photo.png"}
+
+
+def downgraded_to(reason: str, folder: Path, paths: Sequence[str]) -> None:
+    """Record files as an earlier version did, which read none of their format."""
+    index = Index.open(folder)
+    old = [index.records()[path]._replace(chunks=0, left_out=reason) for path in paths]
+    index.remove(paths)
+    index.record(old)
+
+
+@pytest.mark.parametrize("reason", [file_tree.BINARY, file_tree.NOT_UTF8])
+def test_documents_that_an_earlier_version_left_out_are_read(tree, model, tmp_path, reason):
+    """Their bytes are the same as before, which once passed for "only the time has changed"."""
+    write(tree / "paper.pdf", plain_pdf([["A kettle boils water."]]))
+    update(tree, tmp_path / "whole", model)
+    update(tree, tmp_path / "index", model)
+    downgraded_to(reason, tmp_path / "index", ["paper.pdf"])
+    summary = update(tree, tmp_path / "index", model)
+    assert (summary.embedded, summary.changed, summary.files) == (1, 1, 5)
+    assert_same(tmp_path / "index", tmp_path / "whole")
+    assert update(tree, tmp_path / "index", model).embedded == 0
+
+
+def test_files_that_could_not_be_opened_are_tried_at_every_run(tree, model, tmp_path, monkeypatch):
+    """A permission or a library changes neither size nor time of a file."""
+    write(tree / "paper.pdf", plain_pdf([["A kettle boils water."]]))
+    with monkeypatch.context() as forbidden:
+        read = Path.read_bytes
+        forbidden.setattr(
+            Path, "read_bytes", lambda path: forbid(path) if path.suffix in (".pdf", ".md") else read(path)
+        )
+        for _ in range(2):
+            summary = update(tree, tmp_path / "index", model)
+            assert summary.left_out[document.FORBIDDEN] == summary.left_out[document.UNREADABLE] == 1
+        forbidden.setattr(Index, "finish", lambda index: pytest.fail("nothing changed, so no word is indexed again"))
+        assert update(tree, tmp_path / "index", model).files == 3
+    assert update(tree, tmp_path / "index", model).changed == 2
+    update(tree, tmp_path / "whole", model)
+    assert_same(tmp_path / "index", tmp_path / "whole")
+
+
+def forbid(path: Path) -> None:
+    raise PermissionError(13, "Permission denied", str(path))
 
 
 def test_increments_end_where_one_run_does(tree, model, tmp_path):
