@@ -35,6 +35,7 @@ from mlx_retrieval.training.defaults import resolve_weights
 from mlx_retrieval.utils import files as utils_files
 from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
+from mlx_retrieval.utils.outputs import entries
 
 QWEN3 = "Qwen/Qwen3-Reranker-0.6B"
 TYPES = {"qwen3": "qwen3", "cross-encoder": "cross-encoder", "cross_encoder": "cross-encoder"}
@@ -368,6 +369,6 @@ def _write(data: Mapping[str, Iterable[Mapping]], folder: Path) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    empty = not path.exists() or (path.is_dir() and not entries(path))
     if not empty and not kinds.is_adapter(path):
         raise UserError(f"{path}: not an adapter's folder, so it is not replaced")

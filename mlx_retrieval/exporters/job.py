@@ -11,7 +11,7 @@ from mlx_retrieval.exporters.config_json import MARK
 from mlx_retrieval.exporters.soup import METHODS
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.outputs import check_parent, holds_model
+from mlx_retrieval.utils.outputs import check_parent, entries, holds_model
 from mlx_retrieval.utils.text import quantity
 
 FORMATS = ("sentence-transformers", "mlx", "hf")
@@ -207,7 +207,7 @@ def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None
             raise UserError(f"--output {output}: the model to export is in there ({source})")
     if holds_model(target.parent):
         raise UserError(f"--output {output}: {target.parent} holds a model, which reads the weights below it as well")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not entries(output):
         return
     if not is_export(output):
         raise UserError(f"--output {output}: the folder is not empty, and not an export: name another folder")

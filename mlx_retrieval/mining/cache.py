@@ -25,6 +25,7 @@ from mlx_retrieval.retrieval.late_interaction import MEMORY_BITS
 from mlx_retrieval.retrieval.token_store import TokenStore
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.outputs import entries
 from mlx_retrieval.utils.progress import Progress
 
 ABOUT, VECTORS, TOKENS, LOCK, VERSION = "about.json", "vectors.f32", "tokens", ".lock", 1
@@ -54,7 +55,7 @@ class ResumableCache:
             before = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None
         except ValueError:
             before = {}
-        foreign = [path.name for path in self.folder.iterdir() if path.name not in OURS]
+        foreign = [name for name in entries(self.folder) if name not in OURS]
         if before == {}:  # cut off, beside the work that it is about
             foreign = [name for name in foreign if name not in (ABOUT, VECTORS, TOKENS) and not BLOCK.fullmatch(name)]
         if foreign and not (isinstance(before, dict) and "version" in before):

@@ -9,6 +9,7 @@ from mlx_retrieval.utils.errors import UserError
 
 DEVICES = ("/dev", "/dev/fd", "/proc/self/fd")  # links in there to a regular file must not be replaced either
 MODEL_FILES = re.compile(r".*\.safetensors|.*(config|token|vocab|model|modules|state).*\.json")  # read with a model
+NOTES = re.compile(r"\.DS_Store|\.localized|\._.*|Thumbs\.db|desktop\.ini|\.directory")  # of Finder, Explorer, Dolphin
 
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), name: str = "--output") -> None:
@@ -44,6 +45,11 @@ def _check_neighbours(path: Path, name: str) -> None:
         raise UserError(f"{name} {path}: {folder} is an index of search.py, which shares its folder with no other file")
     if MODEL_FILES.fullmatch(path.name) and holds_model(folder):
         raise UserError(f"{name} {path}: {folder} holds a model, and a file of that name would be read as a part of it")
+
+
+def entries(folder: Path) -> list[str]:
+    """Return the names of what is in a folder, without the notes that file managers leave in each one they show."""
+    return [path.name for path in folder.iterdir() if not NOTES.fullmatch(path.name)]
 
 
 def holds_model(folder: Path) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_retrieval.exporters import job
+from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.retrieval import index_folder
 from mlx_retrieval.training import output_folder
 from mlx_retrieval.training.config import Settings
@@ -159,3 +161,20 @@ def test_an_index_replaces_no_file_of_others(tmp_path):
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(UserError, match="holds something else"):
         index_folder.check(tmp_path)
+
+
+def test_notes_of_file_managers_do_not_make_a_folder_somebody_elses(tmp_path):
+    """A look at a folder in Finder leaves .DS_Store there, and the next command refused it."""
+    for name in (".DS_Store", "._index.json", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"\0")
+    index_folder.check(tmp_path)
+    job.check_output(tmp_path, overwrite=False, sources=[])
+    assert not ResumableCache(tmp_path).open({})[0]
+    (tmp_path / "about.json").unlink()
+    (tmp_path / "DS_Store").write_text("precious")
+    with pytest.raises(UserError, match="holds something else"):
+        index_folder.check(tmp_path)
+    with pytest.raises(UserError, match="not empty"):
+        job.check_output(tmp_path, overwrite=False, sources=[])
+    with pytest.raises(UserError, match="holds other files"):
+        ResumableCache(tmp_path).open({})
