@@ -35,6 +35,8 @@ class IndexInfo:
     fields: dict[str, int] = field(default_factory=WEIGHTS.copy)  # weights in a search by words; see fields.py
     weight: float | None = None  # of the meaning in a search by both, as learnt; None = fusion.WEIGHTS
     documents: bool = False  # read as adapt.py reads documents: see document_tree.py
+    exclude: list[str] = field(default_factory=list)  # patterns of files that were left out, besides .gitignore's
+    max_file_size: int | None = None  # in bytes, of the last run; None = index_sources.MAX_FILE_SIZE
     version: int = VERSION
 
 

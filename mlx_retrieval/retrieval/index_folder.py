@@ -9,12 +9,13 @@ import json
 import shutil
 from pathlib import Path
 
+from mlx_retrieval.retrieval.analyzer import check_language
 from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, IndexInfo
 from mlx_retrieval.retrieval.fields import check_weights
 from mlx_retrieval.retrieval.late_chunks import TOKENS
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.outputs import check_parent
+from mlx_retrieval.utils.outputs import check_parent, entries
 from mlx_retrieval.utils.text import shell
 
 TABLES = ("chunks.lance", "files.lance", TOKENS)
@@ -26,7 +27,7 @@ OURS = frozenset({FILE, LOCK, f".{FILE}.new", ".gitignore", REBUILT, *TABLES})
 def check(folder: Path) -> None:
     """Raise UserError if a folder holds other files than an index: making one removes and adds files."""
     files.check_name(folder, "--index")
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= OURS):
+    if folder.exists() and not (folder.is_dir() and {*entries(folder)} <= OURS):
         raise UserError(f"--index {folder}: holds something else; choose a folder for the index alone")
     check_parent(folder / FILE, "--index")
 
@@ -70,6 +71,27 @@ def read_info(folder: Path) -> IndexInfo:
         check_weights(info.fields)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / FILE}: not readable ({error}); search.py index --rebuild replaces it") from error
+    return info
+
+
+def read_earlier(folder: Path, rebuild: bool) -> IndexInfo | None:
+    """Return index.json of the index that is there, which a kill may have left aside; None if there is none.
+
+    Args:
+        rebuild: whether that index is to be replaced; None is returned, too, if its index.json cannot be used.
+
+    Raises UserError, unless `rebuild`, as `read_info` does.
+    """
+    place = next((place for place in (folder, folder / REBUILT) if (place / FILE).is_file()), None)
+    if place is None:
+        return None
+    try:
+        info = read_info(place)
+        check_language(info.language)
+    except UserError:
+        if rebuild:
+            return None
+        raise
     return info
 
 

@@ -81,7 +81,7 @@ def update(
         model: the embedding model.
         max_characters, overlap: see chunks.chunk_file.
         max_file_size: in bytes, see index_sources.FileTree; exclude: patterns, see file_tree.walk.
-        rebuild: replace an existing index.
+        rebuild: replace an existing index; what `search.py tune` learnt for it is kept.
         language: of stems and stop words, see analyzer.py; None = the index's, or English. Another one than the
             index's needs new words, but no new vectors; so does an index of an earlier version.
         token_bits, token_pooling: of late interaction, see residual_codes.py and token_pooling.py.
@@ -99,6 +99,8 @@ def update(
     if corpora := [path for path in folders.values() if beir.is_corpus(path)]:
         raise UserError(f"{corpora[0]}: a folder in BEIR layout is indexed alone")
     inside = folder.resolve().is_relative_to(root)
+    before = index_folder.read_earlier(folder, rebuild)
+    kept = {} if before is None else {"fields": before.fields, "weight": before.weight}
     info = IndexInfo(
         root=os.path.relpath(root, folder.resolve()) if inside else str(root),
         is_corpus=not folders and beir.is_corpus(root),
@@ -110,10 +112,13 @@ def update(
         maxsim=model.config.maxsim if model.late else "",
         impute=model.config.impute if model.late else 0,
         folders=list(folders),
-        language=language or ENGLISH,
+        language=language or (before.language if before else ENGLISH),
         token_bits=token_bits,
         token_pooling=token_pooling,
-        documents=_are_documents(folder, rebuild) if documents is None else documents,
+        documents=bool(before and before.documents) if documents is None else documents,
+        exclude=list(exclude),
+        max_file_size=max_file_size,
+        **kept,
     )
     source = index_source(shown, folders, info, max_file_size, exclude, folder)
     if not source.files:
@@ -123,7 +128,8 @@ def update(
     is_new = not folder.exists()
     with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
         try:
-            index = _open(folder, info, rebuild, language)
+            index = _open(folder, info, rebuild)
+            index.info.exclude, index.info.max_file_size = info.exclude, info.max_file_size
             summary = _bring_up_to_date(index, source, model)
             if index.folder != folder:
                 index_folder.install(folder)
@@ -135,19 +141,7 @@ def update(
     return summary
 
 
-def _are_documents(folder: Path, rebuild: bool) -> bool:
-    """Return whether the index that is there was made of documents; a kill may have left it aside."""
-    for place in (folder, folder / index_folder.REBUILT):
-        if (place / base.FILE).is_file():
-            try:
-                return index_folder.read_info(place).documents
-            except UserError:
-                if not rebuild:
-                    raise
-    return False
-
-
-def _open(folder: Path, info: IndexInfo, rebuild: bool, language: str | None) -> Index:
+def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
     """Return the index to bring up to date: the one in `folder`, or the one that is to replace it."""
     exists, rebuilt = (folder / base.FILE).is_file(), folder / index_folder.REBUILT
     if not exists and (rebuilt / base.FILE).is_file():  # a kill while the rebuilt one was put in place
@@ -166,9 +160,9 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool, language: str | None) ->
     if not exists or (index := Index.open(folder, outdated=True)).is_empty():  # killed before it stored a chunk
         return Index.create(folder, info)
     _check(index, info)
-    index.info.folders, language = info.folders, language or index.info.language
-    is_current = (index.info.version, index.info.language) == (base.VERSION, language)
-    return index if is_current else rewrite(index, language=language)
+    index.info.folders = info.folders
+    is_current = (index.info.version, index.info.language) == (base.VERSION, info.language)
+    return index if is_current else rewrite(index, language=info.language)
 
 
 def _remove_empty(folder: Path, is_new: bool) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_retrieval.dataset.chunks import Chunk
+from mlx_retrieval.dataset.chunks import MAX_CHARACTERS, OVERLAP, Chunk
 from mlx_retrieval.retrieval import index_folder, lance_tables
 from mlx_retrieval.retrieval.analyzer import analyzer
-from mlx_retrieval.retrieval.base import EVERYWHERE, VERSION, FileRecord, Hit, IndexInfo, Within
+from mlx_retrieval.retrieval.base import EVERYWHERE, TOKEN_BITS, VERSION, FileRecord, Hit, IndexInfo, Within
 from mlx_retrieval.retrieval.index_folder import read_info, write_info, written_at
 from mlx_retrieval.retrieval.lance_errors import plain_errors, reason_of, searching, writing
 from mlx_retrieval.retrieval.lance_tables import HIT_COLUMNS, hit, hits
@@ -103,10 +103,20 @@ class Index:
         return (self.folder.resolve() / self.info.root).resolve()
 
     def command(self, model: str, *flags: str) -> str:
-        """Return the command that brings the index up to date."""
-        folders = [str(self.root / name) for name in self.info.folders or ["."]]
-        flags = (*["--documents"] * self.info.documents, *flags)
-        return shell("python", "search.py", "index", *folders, "--model-path", model, "--index", self.folder, *flags)
+        """Return the command that brings the index up to date: with the flags that it was made with."""
+        info = self.info
+        folders = [str(self.root / name) for name in info.folders or ["."]]
+        settings = (
+            ("--chunk-size", info.max_characters, MAX_CHARACTERS),
+            ("--overlap", info.overlap, OVERLAP),
+            ("--max-file-size", info.max_file_size, None),
+            ("--token-bits", info.token_bits, TOKEN_BITS),
+            ("--token-pooling", info.token_pooling, 1),
+        )
+        given = [str(word) for flag, value, default in settings if value != default for word in (flag, value)]
+        given += [f"--exclude={pattern}" for pattern in info.exclude] + ["--documents"] * info.documents
+        start = ("python", "search.py", "index", *folders, "--model-path", model, "--index", self.folder)
+        return shell(*start, *given, *flags)
 
     def rebuild_command(self, model: str) -> str:
         """Return the command that rebuilds the index with a model."""

@@ -6,6 +6,7 @@ python -m pytest tests/retrieval/test_indexer.py
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from document_files import plain_pdf
 
+import search
 from mlx_retrieval.dataset import chunks
 from mlx_retrieval.dataset.documents import document
 from mlx_retrieval.dataset.source_code import file_tree
@@ -409,7 +411,7 @@ def downgrade(folder: Path) -> None:
     """Make an index look as version 1 wrote it: without later settings, and with other words."""
     index = Index.open(folder)
     index.chunks.update(values={"tokens": "'old'"})
-    later = {"folders", "language", "fields", "weight"}
+    later = {"folders", "language", "fields", "weight", "documents", "exclude", "max_file_size"}
     values = {name: value for name, value in vars(index.info).items() if name not in later} | {"version": 1}
     (folder / base.FILE).write_text(json.dumps(values))
 
@@ -469,6 +471,37 @@ def test_other_weights_of_fields_give_the_words_of_a_new_index(tree, model, tmp_
     assert after[0].name == "readLine" and after[0].score > before[0].score
     summary = update(tree, index, model)  # and later runs keep them
     assert summary.embedded == 0 and Index.open(index).bm25("read line", 10) == after
+
+
+def test_a_rebuild_keeps_the_language_and_what_was_tuned(tree, model, tmp_path):
+    """--help says of --language "default: the index's", and of --weight "as tuned"."""
+    index, weights = tmp_path / "index", {"path": 0, "name": 8, "doc": 0, "text": 1}
+    update(tree, index, model, language="german")
+    rewrite(Index.open(index), fields=weights, weight=0.25)
+    assert update(tree, index, model, rebuild=True).embedded == 6
+    info = Index.open(index).info
+    assert (info.language, info.fields, info.weight) == ("german", weights, 0.25)
+    update(tree, index, model, rebuild=True, language="none")
+    info = Index.open(index).info
+    assert (info.language, info.fields, info.weight) == ("none", weights, 0.25)
+    (index / base.FILE).write_text("damaged")
+    update(tree, index, model, rebuild=True)
+    assert Index.open(index).info.language == "english"
+
+
+def test_printed_commands_make_the_same_index(tree, model, small, tmp_path):
+    """Whatever flag decides what is in an index, the command that an error prints has it."""
+    settings = {"token_bits": 2, "token_pooling": 3, "max_characters": 40, "overlap": 5, "max_file_size": 60}
+    index, exclude = tmp_path / "index", ["-x*", "/it's odd.txt"]
+    update(tree, index, model, exclude=exclude, **settings)
+    assert {row[1] for row in rows(index)[0]} == {"notes.md"}
+    command = Index.open(index).rebuild_command(small)
+    args = search.parser().parse_args(shlex.split(command)[2:])
+    assert (args.chunk_size, args.overlap, args.max_file_size, args.exclude) == (40, 5, 60, exclude)
+    assert (args.token_bits, args.token_pooling, args.rebuild, args.documents) == (2, 3, True, None)
+    update(tree, index, model, max_characters=40, overlap=5)  # of files, what the last run was told counts
+    args = search.parser().parse_args(shlex.split(Index.open(index).command(small))[2:])
+    assert (args.max_file_size, args.exclude) == (None, [])
 
 
 # --- several folders ---
