@@ -40,11 +40,17 @@ class Pairs:
         (folder / FILE).write_text(text, encoding="utf-8")
 
 
+def holds_pairs(folder: Path) -> bool:
+    """Return whether a folder of held-out texts has pairs; else it has questions."""
+    return (folder / FILE).is_file()
+
+
 def read(folder: Path) -> Pairs | None:
     """Return the pairs that `Pairs.write` wrote into a folder; None = it holds no pairs."""
-    if not (folder / FILE).is_file():
+    if not holds_pairs(folder):
         return None
-    rows = map(json.loads, (folder / FILE).read_text(encoding="utf-8").splitlines())
+    with open(folder / FILE, encoding="utf-8") as lines:  # which end at line feeds alone: texts may have U+2028
+        rows = [json.loads(line) for line in lines]
     return Pairs([[row["sentence1"], row["sentence2"], row["score"]] for row in rows])
 
 
@@ -94,6 +100,8 @@ def take(source: Source, pairs: Pairs, seed: int = 0) -> HeldOut:
 def _leaving(scan: Scan, examples: list, reason: str, least: float = 0.0) -> HeldOut:
     """Return these pairs, and the rows without their texts, unless fewer than the share `least` of them is left."""
     pairs = Pairs([[example.query, example.positive, example.scores[0]] for example in examples])
+    if len({score for *_, score in pairs.pairs}) < 2:
+        return HeldOut(scan.source, len(scan), reason="all of them have the same score")
     leaving = Leaving(scan, pairs.texts)
     if not leaving.leaves_rows or len(scan) - leaving.count < least * len(scan):
         return HeldOut(scan.source, len(scan), reason=reason)

@@ -266,16 +266,31 @@ def check_pairs(rows: Source, name: str, task: str, batch_size: int) -> None:
         )
     if name not in loss.SCORED_PAIRS:
         return
+    check_scored(rows, name)
+    if name != "cosine_mse" and min(batch_size, len(rows)) == 1:
+        cause = "{batch_size} is 1" if batch_size == 1 else "{where} has a single row"
+        raise SettingError("{loss} {name} compares the pairs of a batch, and " + cause, name=name, where=where)
+
+
+def check_scored(rows: Source, name: str) -> None:
+    """Raise UserError unless rows are scored pairs, which the loss of this name takes."""
     if rows.format != "label":
         raise SettingError(
             "{loss} {name}: every row of {where} needs a score of its two texts, from 0 to 1: a label, score or "
             "similarity beside them",
             name=name,
-            where=where,
+            where=[Place(place) for place in rows.names],
         )
-    if name != "cosine_mse" and min(batch_size, len(rows)) == 1:
-        cause = "{batch_size} is 1" if batch_size == 1 else "{where} has a single row"
-        raise SettingError("{loss} {name} compares the pairs of a batch, and " + cause, name=name, where=where)
+
+
+def is_alone(rows: Source, settings: Settings, batch_size: int) -> bool:
+    """Return whether a batch of these rows holds nothing that the loss could compare: a single pair, as it were."""
+    if min(batch_size, len(rows)) > 1:
+        return False
+    if settings.loss in loss.SCORED_PAIRS:
+        return settings.loss != "cosine_mse"
+    # A teacher's vector is learnt by a text alone.
+    return not (settings.vectors_weight or rows.has_negatives or rows.format == "label")
 
 
 def check_candidates(rows: Source, settings: Settings, parts: Sequence[Settings], batch_size: int) -> None:
@@ -290,9 +305,7 @@ def check_candidates(rows: Source, settings: Settings, parts: Sequence[Settings]
     else:
         learnt = [(rows, parts[0] if parts else settings)]
     for source, own in learnt:
-        if own.vectors_weight or source.has_negatives or source.format == "label":
-            continue  # a teacher's vector is learnt by a text alone
-        if min(batch_size, len(source)) == 1:
+        if is_alone(source, own, batch_size):
             cause = "{batch_size} 1" if batch_size == 1 else "{where}: a single row"
             raise SettingError(
                 cause + ": rows without negatives leave each query one candidate; nothing to learn",

@@ -36,7 +36,7 @@ from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, decides
 from mlx_retrieval.training.mixtures import objective_of, parts_of
-from mlx_retrieval.training.objectives import check_normalized, make_objective
+from mlx_retrieval.training.objectives import check_normalized, is_alone, make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults, model_values
@@ -275,6 +275,9 @@ def prepare(settings: Settings) -> RetrievalRun:
     defaults = resolve_defaults(settings, count_parameters(model)[0], retrieval.reranker)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
+    if data.validation and retrieval.task != "rerank" and is_alone(data.validation, settings, settings.batch_size):
+        cause = "--batch-size 1" if settings.batch_size == 1 else "a single row"
+        data.leave_validation_out(f"gives no loss: {cause} leaves {settings.loss} nothing to compare")
     tokenizer = retrieval.tokenizer(base)
     parts = parts_of(settings, retrieval, base, rows, model.backbone.max_positions)
     learnt = [(part.settings, part.rows) for part in parts] or [(settings, rows)]

@@ -29,6 +29,7 @@ from mlx_retrieval.dataset.sources import (
 from mlx_retrieval.training import contents, distributed, source_settings
 from mlx_retrieval.training.checkpoint import HELD_OUT, is_saved
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.objectives import check_scored
 from mlx_retrieval.utils import files, toolkit
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.text import located, quantity
@@ -57,6 +58,11 @@ class RunData:
         if self.questions:
             files.write_folder(run / HELD_OUT, self.questions.write)
             self.eval_tasks = [str(run / HELD_OUT)]
+
+    def leave_validation_out(self, reason: str) -> None:
+        """Compute no loss on the validation rows, and say so. `reason`: what they do not give, and why."""
+        self.lines.append(("validation", f"{' and '.join(self.validation.names)} {reason}"))
+        self.validation = None
 
 
 def open_rows(settings: Settings) -> Source:
@@ -173,6 +179,7 @@ def _choose_pairs(data: RunData, settings: Settings, earlier: dict[str, Any] | N
         "the pairs of the starting model", lambda: _saved_pairs(before) if is_saved(before) else None
     )
     if data.validation:
+        check_scored(data.validation, settings.loss or settings.sources[0]["loss"])
         held, origin = (
             held_out_pairs.take_validation(data.rows, data.validation, seed),
             "of " + " and ".join(data.validation.names),
@@ -218,8 +225,7 @@ def _ask_again(data: RunData, settings: Settings) -> bool:
     before = Path(settings.model).expanduser()
     folder = before.parent / HELD_OUT
     saved = distributed.broadcast_object(
-        "the questions of the starting model",
-        lambda: vars(held_out.read_questions(folder)) if is_saved(before) and folder.is_dir() else None,
+        "the questions of the starting model", lambda: _saved_questions(folder) if is_saved(before) else None
     )
     if saved is None:
         if is_saved(before) and _shares_data(before.parent, data.rows):
@@ -235,6 +241,13 @@ def _ask_again(data: RunData, settings: Settings) -> bool:
         return False
     _take_questions(data, held, settings.folder, f"of {folder}, which {settings.model} was not trained on")
     return True
+
+
+def _saved_questions(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of the questions that a run has held out; None = it has held out pairs, or nothing."""
+    if not folder.is_dir() or held_out_pairs.holds_pairs(folder):
+        return None
+    return vars(held_out.read_questions(folder))
 
 
 def _shares_data(run: Path, rows: Source) -> bool:

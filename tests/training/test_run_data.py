@@ -14,6 +14,7 @@ import train
 from mlx_retrieval.dataset import held_out_pairs
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
 from mlx_retrieval.training import checkpoint, contents, output_folder
+from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations, Step
 from mlx_retrieval.training.run_data import open_data
@@ -326,6 +327,51 @@ def test_validation_pairs_judge_the_run(scored, tmp_path):
     (folder / "valid.jsonl").write_text("".join(lines[:9]))
     data = open_data(Settings(data=[str(folder)], loss="angle", output=str(tmp_path / "run")))
     assert len(data.questions.pairs) == 9 and len(data.rows) == 80  # the tenth shares a text
+
+
+def test_pairs_with_line_separators_are_read_back(tmp_path):
+    """Regression: str.splitlines cut their JSON at U+2028, U+2029 and U+0085, and --resume ended in a traceback."""
+    pairs = held_out_pairs.Pairs([[f"first\u2028{i}", f"second\u2029\x85\x0b{i}", 0.5] for i in range(3)])
+    pairs.write(tmp_path)
+    assert held_out_pairs.read(tmp_path) == pairs
+
+
+def test_a_run_on_questions_starts_from_an_adapter_of_scored_pairs(data, scored, tmp_path):
+    """Regression: it was refused, as the adapter's run has held out pairs and no corpus."""
+    pairs = open_data(Settings(data=[str(scored)], loss="cosent", output=str(tmp_path / "one")))
+    pairs.keep(tmp_path / "one")
+    opened = open_data(data(rows(400), model=str(tmp_path / "one" / "best")))
+    assert len(opened.questions.queries) == 50 and "warning" not in dict(opened.lines)
+    asked = open_data(data(rows(400), output=str(tmp_path / "two")))
+    asked.keep(tmp_path / "two")
+    back = Settings(data=[str(scored)], loss="cosent", model=str(tmp_path / "two" / "best"), output=str(tmp_path / "r"))
+    assert open_data(back).questions == pairs.questions
+
+
+def test_validation_rows_of_scored_pairs_need_scores(scored, tmp_path):
+    """Regression: IndexError."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(scored.read_text())
+    valid = tmp_path / "data" / "valid.jsonl"
+    valid.write_text("".join(json.dumps(row) + "\n" for row in rows(9)))
+    settings = Settings(data=[str(tmp_path / "data")], loss="cosent", output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"--loss cosent: every row of {valid} needs a score of its two texts"):
+        open_data(settings)
+    alike = [{"text1": f"one {i}", "text2": f"two {i}", "score": 1} for i in range(9)]
+    valid.write_text("".join(json.dumps(row) + "\n" for row in alike))
+    assert judged_on(settings).startswith("nothing, as no pairs could be held out: all of them have the same score")
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "cosent"])
+def test_validation_rows_without_anything_to_compare_give_no_loss(data, small, loss):
+    """Regression: a single pair in valid.jsonl refused the whole run."""
+    score = {"score": 0.5} if loss == "cosent" else {}
+    train_rows = [row | ({"score": i % 3 / 2} if score else {}) for i, row in enumerate(rows(20))]
+    settings = data(train_rows, [row | score for row in rows(99)[98:]], model=small, loss=loss, steps=1)
+    job = training_run.prepare(settings)
+    assert job.trainer.validation is None
+    (line,) = [line for name, line in job.headline if name == "validation" and "gives no loss" in line]
+    assert line.endswith(f"valid.jsonl gives no loss: a single row leaves {loss} nothing to compare")
 
 
 @pytest.mark.parametrize(("count", "reason"), [(20, "20 pairs are too few"), (90, "nearly all pairs share a text")])
