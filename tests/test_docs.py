@@ -237,7 +237,7 @@ def check_command(words: list[str]) -> None:
         check_script(rest[0], rest[1:])
     elif name.startswith("mlx_lm."):
         parse(importlib.import_module(name).main, rest)
-    elif name == "pip":
+    elif name == "pip" or name.endswith("/bin/pip"):  # of an environment that is not active
         check_pip(rest)
     elif name == "curl":
         check_curl(rest)
@@ -279,6 +279,30 @@ def check_training(words: list[str]) -> None:
 def test_training_commands_are_sound(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     check_training(words)
+
+
+def clashes(page: Path) -> list[str]:
+    """Commands of a page that find their output there, from a command above, and training without an --output."""
+    out, written = [], set()
+    blocks = [block.text for block in blocks_of(page) if block.language == "sh"]
+    for words in itertools.chain.from_iterable(map(simple_commands, blocks)):
+        if {"--dry-run", "--profile", "--resume", "--overwrite"} & {*words}:
+            continue
+        flags = dict(itertools.pairwise(words))
+        if "train.py" in words and "--output" not in words and page.name != "README.md":
+            out.append(f"{shlex.join(words)}: no --output")
+        if "adapt.py" in words:  # the same command goes on
+            continue
+        made = flags.get("--output") or ("index" in words and "search.py" in words and flags.get("--index", ".index"))
+        if made and made in written:
+            out.append(f"{shlex.join(words)}: {made} is there")
+        written.add(made)
+    return out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_can_follow_each_other(page):
+    assert clashes(page) == []
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------
@@ -563,6 +587,16 @@ def test_an_unsound_training_command_is_found(flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises((AssertionError, UserError), match=message):
         check_training(["python", "train.py", *flags.split()])
+
+
+def test_commands_that_write_the_same_are_found(tmp_path):
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    lines = ["mine.py code src --output a", "mine.py code src --output a", "mine.py code src --output a --overwrite"]
+    lines += ["search.py index src --model M", "search.py index docs --model M", "search.py index src --index i"]
+    lines += ["train.py --data rows", "train.py --dry-run", "train.py --output b", "train.py --resume --output b"]
+    page.write_text("```sh\n" + "".join(f"python {line}\n" for line in lines) + "```\n")
+    assert [line.rpartition(": ")[2] for line in clashes(page)] == ["a is there", ".index is there", "no --output"]
 
 
 def test_shell_blocks_are_read_as_a_shell_does():
