@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
     group = out.add_argument_group("questions")
     flag = group.add_argument
     flag("--generator", default=without_model.NAME, metavar="none|mlx:MODEL|URL", help="who writes questions: none = "
-         "titles, headings and parts of the texts serve as such; mlx:MODEL = a chat model in this process; URL = a "
-         "chat server of OpenAI's shape (default: %(default)s)")  # fmt: skip
+         "those in the texts, else titles, headings and parts of them serve as such; mlx:MODEL = a chat model in this "
+         "process; URL = a chat server of OpenAI's shape (default: %(default)s)")  # fmt: skip
     flag("--questions", type=int, choices=range(1, MOST + 1), metavar="N", help=f"questions a chunk, 1 to {MOST} "
          "(default: 1 without a model, 2 with one)")  # fmt: skip
     flag("--styles", nargs="+", default=[], metavar="STYLE", help=f"kinds of questions to draw from: "

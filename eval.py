@@ -140,7 +140,8 @@ def evaluate_compared(args: argparse.Namespace, show_progress: bool) -> tuple[Ev
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    out = Parser(prog="eval.py", description="Evaluate a retrieval model on folders and on MTEB retrieval tasks.")
+    what = "Evaluate a retrieval model on folders, files of scored pairs and MTEB tasks."
+    out = Parser(prog="eval.py", description=what)
     model = "adapter folder, base model's folder or GGUF, or hub name"
     subject = out.add_mutually_exclusive_group(required=True)
     subject.add_argument("--model", "--model-path", metavar="MODEL", help=model)

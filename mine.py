@@ -284,8 +284,8 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
     flag("--es-fields", default=columns.ELASTIC_DEFAULT, metavar="TEXT", help="with --corpus es://: "
          "document=FIELD+FIELD names the fields of a document (default: title+snippet)")  # fmt: skip
     flag("--field", metavar="KEY", help="key of the text in --corpus (default: title and text, ...)")
-    flag("--model", "--model-path", metavar="MODEL", help="embedding model: adapter folder, base model's folder or "
-         "GGUF, or hub name")  # fmt: skip
+    flag("--model", "--model-path", metavar="MODEL", help="embedding or late-interaction model: adapter folder, base "
+         "model's folder or GGUF, or hub name")  # fmt: skip
     flag("--max-length", type=int, metavar="N", help="truncate documents to N tokens (default: as saved)")
     flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     flag("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)

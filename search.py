@@ -298,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
     modes = search.add_mutually_exclusive_group()
     texts = {
         "hybrid": "by words and meaning together",
-        "semantic": "by meaning: cosine of vectors",
+        "semantic": "by meaning: cosine of vectors, or MaxSim",
         "bm25": "by words: BM25; needs no model",
     }
     for mode in MODES:

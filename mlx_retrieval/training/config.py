@@ -390,8 +390,8 @@ class Settings:
     micro_batch_tokens: int | str = option(
         "memory",
         0,
-        "tokens in the backbone at once, at most; 0 = as suits the device and, on Macs, its memory; auto = as many as "
-        "fit into memory, measured before the first step",
+        "tokens of a micro-batch, at most, padding included; 0 = as suits the device and, on Macs, its memory; auto = "
+        "as many as fit into memory, measured before the first step",
         tasks=RETRIEVAL,
         words=("auto",),
     )
@@ -454,7 +454,7 @@ class Settings:
         "evaluation",
         None,
         "evaluate every N steps, and at the end; 0 = only before and after training (default: 3 to 10 times a run, "
-        "evenly: about every 50 steps, at least 10 apart)",
+        "evenly: about every 50 steps, at least 10 apart; once or twice in fewer than 30 steps)",
         mlx_lm_names=("--steps-per-eval",),
     )
     skip_eval_init: bool = option("evaluation", False, "do not evaluate before training")
