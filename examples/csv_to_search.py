@@ -1,6 +1,6 @@
 """From a CSV file of questions and answers to a trained model, a report of what it learnt, and a search.
 
-python examples/csv_to_search.py                              # with texts of the toolkit: a minute on two CPU cores
+python examples/csv_to_search.py                              # with texts of the toolkit: a minute or two on two cores
 python examples/csv_to_search.py my.csv --model sentence-transformers/all-MiniLM-L6-v2 --output my-search
 
 csv_to_search.ipynb shows the same step by step. Each step names the command that does it, too.

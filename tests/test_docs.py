@@ -524,6 +524,13 @@ def test_the_tree_in_architecture_is_whole():
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_the_outputs_of_a_notebook_name_no_machine_s_folder(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    outputs = json.dumps([cell.get("outputs", []) for cell in cells])
+    assert re.findall(r"(?<![\w.<])/(?:home|root|tmp|work|Users|private|opt)/\S*", outputs) == []
+
+
 # --- these tests ------------------------------------------------------------------------------------------------------
 
 
