@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = train(settings, [("task", why_chat)] if why_chat else [])
     except (UserError, FloatingPointError) as error:
         print(f"train.py{distributed.rank_label()}: {error}", file=sys.stderr)
-        distributed.wait_for_main()
+        distributed.wait_for_main(error)
         return 2
     except distributed.RankLost as error:
         again = continue_command(settings.folder)

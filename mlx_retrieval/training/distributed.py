@@ -9,7 +9,7 @@ Rank 0 alone writes, prints and evaluates. In a single process every function he
 
 mlx's ring neither notices nor ends where ranks exchange different things. So small messages carry the name of their
 place, which is compared, and every large message follows a small one that showed the ranks to be at the same place with
-the same data.
+the same data. A rank that has met an error says so in its next small message, wherever the others are by then.
 """
 
 import hashlib
@@ -34,6 +34,7 @@ from mlx_retrieval.utils.text import listed
 LAUNCHER_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # environment of a launched process
 EXIT_RANK_LOST = 3  # exit code where another rank was lost
 PLACE_BYTES = 56  # of a small message: the name of its place
+LENGTH_BYTES = 8  # behind it: the length of the message's data, and in the last byte whether these are an error
 MESSAGE_BYTES = 128  # of a small message in all; longer data follows in a second one
 BUCKET_SIZE = 16 << 20  # elements of a large message
 PATIENCE = 20  # the timeout's factor where rank 0 may be evaluating or saving
@@ -48,6 +49,10 @@ class RankMismatch(UserError):  # noqa: N818  (no single rank is at fault)
     """The ranks have different data, settings or weights, or are at different places. Raised on all of them."""
 
 
+class RankError(UserError):
+    """An error of another rank. Raised on all but those that have met one themselves."""
+
+
 class _World:
     """This process and the others."""
 
@@ -59,6 +64,7 @@ class _World:
     deadline: float | None = None  # when to give it up; None = no exchange in progress
     given_up = False
     rescue: Callable[[], str] | None = None  # saves the state, and returns a message about it
+    told: UserError | None = None  # this rank's error, which the others know
 
 
 _world = _World()
@@ -146,7 +152,7 @@ def rescuing(save: Callable[[], str]) -> Iterator[None]:
     _world.rescue = save
     try:
         yield
-    except (RankLost, RankMismatch) as error:
+    except (RankLost, RankMismatch, RankError) as error:
         raise type(error)(f"{error}{save()}") from error
     finally:
         _world.rescue = None
@@ -172,28 +178,38 @@ def _communicate(
 # --- small messages ---------------------------------------------------------------------------------------------------
 
 
-def gather_bytes(place: str, data: bytes = b"", patient: bool = False) -> list[bytes]:
+def gather_bytes(place: str, data: bytes = b"", patient: bool = False, error: UserError | None = None) -> list[bytes]:
     """Return the `data` of every rank, by rank.
 
     Args:
         place: where in the run this is; RankMismatch on all ranks where they are not at the same place.
         patient: wait longer, as rank 0 may be evaluating or saving.
+        error: that this rank has met; it is raised, and RankError on the others, at whatever place they are.
     """
     if _world.size == 1:
         return [data]
-    room = MESSAGE_BYTES - PLACE_BYTES - 8  # for data, behind the place and the data's length
+    if error is not None:
+        data = str(error).encode()
+    room = MESSAGE_BYTES - PLACE_BYTES - LENGTH_BYTES
     title = place.encode()[:PLACE_BYTES].ljust(PLACE_BYTES, b"\0")
-    message = title + len(data).to_bytes(8, "little") + data[:room]
-    messages = _gather_padded(place, message, MESSAGE_BYTES, patient)
+    length = len(data).to_bytes(LENGTH_BYTES - 1, "little") + bytes([error is not None])
+    messages = _gather_padded(place, title + length + data[:room], MESSAGE_BYTES, patient)
+    failed = [i for i, message in enumerate(messages) if message[PLACE_BYTES + LENGTH_BYTES - 1]]
     places = [m[:PLACE_BYTES].rstrip(b"\0").decode(errors="replace") for m in messages]
-    if len(set(places)) > 1:
+    if len(set(places)) > 1 and not failed:
         listing = ", ".join(f"rank {i} at {name!r}" for i, name in enumerate(places))
         raise RankMismatch(f"the ranks have gone different ways: {listing}")
-    lengths = [int.from_bytes(m[PLACE_BYTES : PLACE_BYTES + 8], "little") for m in messages]
-    contents = [m[PLACE_BYTES + 8 :] for m in messages]
+    lengths = [int.from_bytes(m[PLACE_BYTES:][: LENGTH_BYTES - 1], "little") for m in messages]
+    contents = [m[PLACE_BYTES + LENGTH_BYTES :] for m in messages]
     if max(lengths) > room:
         contents = _gather_padded(place, data, max(lengths), patient)
-    return [content[:length] for content, length in zip(contents, lengths, strict=True)]
+    contents = [content[:length] for content, length in zip(contents, lengths, strict=True)]
+    if error is not None:
+        _world.told = error
+        raise error
+    if failed:
+        raise RankError(f"{contents[failed[0]].decode()} (rank {failed[0]})")
+    return contents
 
 
 def _gather_padded(place: str, data: bytes, length: int, patient: bool = False) -> list[bytes]:
@@ -239,22 +255,23 @@ def _shortened(value: Any) -> str:
 
 @contextmanager
 def raise_together(place: str) -> Iterator[None]:
-    """Turn a UserError of one rank in this block into a UserError on all of them, at the block's end."""
+    """Turn a UserError of one rank in this block into a UserError on all of them.
+
+    That is at the block's end, or in the next small message within it.
+    """
     if _world.size == 1:
         yield
         return
     own_error = None
     try:
         yield
+    except (RankError, RankMismatch):
+        raise  # all ranks have it
     except UserError as error:
+        if error is _world.told:
+            raise
         own_error = error
-    messages = gather_bytes(place, b"" if own_error is None else f"!{own_error}".encode(), patient=True)
-    failed = next((i for i, message in enumerate(messages) if message), None)
-    if failed is None:
-        return
-    if own_error is not None:
-        raise own_error
-    raise UserError(f"{messages[failed][1:].decode()} (rank {failed})")
+    gather_bytes(place, patient=True, error=own_error)
 
 
 def broadcast_object(place: str, function: Callable[[], Any]) -> Any:
@@ -276,14 +293,15 @@ def barrier(place: str = "the end") -> None:
     gather_bytes(place, patient=True)
 
 
-def wait_for_main() -> None:
+def wait_for_main(error: Exception) -> None:
     """Before this process ends with an error, give rank 0 the time to save and to print the reason.
 
-    `mlx.launch` ends all ranks as soon as one has ended with an error.
+    `mlx.launch` ends all ranks as soon as one has ended with an error. A rank 0 that has met it too does not answer, as
+    it ends; another one learns of it.
     """
     if not is_main():
         with suppress(RankLost, UserError):
-            gather_bytes("an error")  # rank 0 does not answer: it ends
+            gather_bytes("an error", error=UserError(str(error)))
 
 
 # --- large messages ---------------------------------------------------------------------------------------------------

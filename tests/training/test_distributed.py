@@ -17,13 +17,14 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
+from simulated_ranks import on_ranks
 
 import train
 from mlx_retrieval.dataset.text_keys import vector_key
 from mlx_retrieval.inference import text_vectors
 from mlx_retrieval.training import distributed, run
 from mlx_retrieval.training.checkpoint import last_step
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = ("boiler", "drips", "night", "bike", "squeaks", "rains", "cold", "grey", "morning", "town")
@@ -46,7 +47,7 @@ import json, os, signal, sys
 import train
 from mlx_retrieval.training import distributed, run, trainer
 from mlx.utils import tree_flatten
-distributed.wait_for_main = lambda: None  # rank 0 goes on with the next command
+distributed.wait_for_main = lambda error: None  # rank 0 goes on with the next command
 original, update, kept, done = run.run, trainer.Trainer.update, [], []
 def signalled(self, batch, step):
     if self.folder.name == "signalled" and step == 3 and not distributed.is_main():
@@ -387,6 +388,59 @@ def test_a_process_alone_exchanges_nothing(monkeypatch):
     with pytest.raises(UserError, match="as it was"), distributed.raise_together("x"):
         raise UserError("as it was")
     distributed.barrier()
+
+
+def outcomes(function) -> list[str]:
+    """What `function` does on each of two ranks: the error that it raises, with its type, or its result."""
+
+    def attempt() -> str:
+        try:
+            return str(function())
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+
+    return on_ranks(2, attempt)
+
+
+LONG = f"a run is in this folder {'and so on ' * 20}"
+
+
+@pytest.mark.parametrize("reason", ["a run is here", LONG])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_is_told_wherever_the_others_are(failing, reason):
+    """Regression: the others were in an exchange within the block, so that all ended with "gone different ways"."""
+
+    def prepare(raises: bool) -> str:
+        with distributed.raise_together("the preparation"):
+            if raises:
+                raise SettingError("{output}: {reason}", reason=reason)
+            with distributed.raise_together("the inner part"):
+                return distributed.broadcast_object("the questions", lambda: "asked")
+
+    told = outcomes(lambda: prepare(distributed.rank() == failing))
+    assert told[failing] == f"SettingError: --output: {reason}"
+    assert told[1 - failing] == f"RankError: --output: {reason} (rank {failing})"
+    assert outcomes(lambda: prepare(False)) == ["asked", "asked"]
+    assert outcomes(lambda: prepare(True)) == [f"SettingError: --output: {reason}"] * 2
+
+
+def test_an_error_of_one_in_a_step_is_told_by_the_first_which_saves():
+    """Regression: it said that the ranks had gone different ways."""
+
+    def step() -> None:
+        if distributed.is_main():
+            with distributed.rescuing(lambda: "; step 3 is saved"):
+                distributed.all_max("step 4", 0)
+        distributed.wait_for_main(UserError("rows.jsonl:7: the file was changed"))
+
+    assert outcomes(step) == ["RankError: rows.jsonl:7: the file was changed (rank 1); step 3 is saved", "None"]
+
+
+def test_ranks_at_different_places_end():
+    (first, second) = outcomes(lambda: distributed.barrier(f"place {distributed.rank()}"))
+    assert (
+        first == second == "RankMismatch: the ranks have gone different ways: rank 0 at 'place 0', rank 1 at 'place 1'"
+    )
 
 
 def test_digests_tell_arrays_apart():
