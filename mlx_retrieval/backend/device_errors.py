@@ -92,11 +92,18 @@ def drain() -> None:
                 raise
 
 
-def halved(compute: Callable[[int, int], Result], first: int, last: int, most: int | None = None) -> Iterator[Result]:
+def halved(
+    compute: Callable[[int, int], Result],
+    first: int,
+    last: int,
+    most: int | None = None,
+    overloaded: Callable[[int], None] = lambda most: None,
+) -> Iterator[Result]:
     """Yield `compute(first, last)`, evaluated, or the results of parts of that range where it is an overload.
 
     Args:
         most: longest range to try; None = all of it.
+        overloaded: called after each overload, with the length of the longest part that is tried next.
 
     Raises DeviceError where a range of one, or the device itself, fails.
     """
@@ -119,6 +126,7 @@ def halved(compute: Callable[[int, int], Result], first: int, last: int, most: i
         except RuntimeError as error:
             raise DeviceError(f"{happened}, and this process can no longer use the device ({error})") from error
         logging.getLogger(__name__).warning("%s: repeated with half as much at once", happened)
+        overloaded(-(-length // 2))
     middle = first + -(-length // 2)
-    yield from halved(compute, first, middle, most)
-    yield from halved(compute, middle, last, most)
+    yield from halved(compute, first, middle, most, overloaded)
+    yield from halved(compute, middle, last, most, overloaded)

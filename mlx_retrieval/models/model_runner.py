@@ -116,11 +116,12 @@ class ModelRunner:
         """Return the representations of a micro-batch, computed in as many parts as the device needs."""
         rows, length = micro_batch.ids.shape
         most = rows if self.most_tokens is None else max(1, self.most_tokens // length)
-        parts = list(halved(lambda *part: self._evaluated(micro_batch.rows(*part)), 0, rows, most))
-        if len(parts) == 1:
-            return parts[0]
-        self.most_tokens = length * max(map(len, parts))
-        return mx.concatenate(parts)
+
+        def overloaded(fewer: int) -> None:
+            self.most_tokens = min(fewer * length, self.most_tokens or fewer * length)
+
+        parts = list(halved(lambda *part: self._evaluated(micro_batch.rows(*part)), 0, rows, most, overloaded))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def gradient(
         self,

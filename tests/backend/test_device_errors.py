@@ -89,6 +89,19 @@ def test_too_much_at_once_is_computed_in_parts(caplog):
     assert all(last - first <= 3 for first, last in calls)  # nothing larger is tried again
 
 
+def test_what_is_tried_next_is_told_only_after_an_overload():
+    told = []
+
+    def compute(first, last):
+        if last - first > 4:
+            raise RuntimeError(next(iter(OVERLOADS)))
+
+    list(device_errors.halved(compute, 0, 12, overloaded=told.append))
+    assert told == [6, 3, 3]
+    list(device_errors.halved(compute, 0, 5, most=4, overloaded=told.append))
+    assert told == [6, 3, 3]  # those of 3 and 2 are a choice of ours, not the device's
+
+
 @pytest.mark.parametrize("text", [next(iter(OVERLOADS)), OTHERS[0]])
 def test_a_single_row_that_fails(text):
     calls = []

@@ -102,6 +102,17 @@ def test_vectors_are_computed_in_parts_where_the_device_fails(small, weak, caplo
     assert np.allclose(model.encode(TEXTS), expected, atol=1e-6) and max(sizes) <= 40  # it is not tried again
 
 
+def test_the_limit_falls_only_when_the_device_fails(small, weak):
+    """Regression: each batch that was split lowered it, down to single texts."""
+    model = embedder.load(small)
+    weak(model, 40)
+    model.encode(TEXTS)
+    limit = model.runner.most_tokens
+    for count in range(2, 12):
+        model.encode(["a bike"] * count)
+    assert model.runner.most_tokens == limit > 20
+
+
 def test_scores_are(tmp_path, qwen_tokenizer, weak):
     """With a common beginning of all rows, which the parts share."""
     _, folder = causal("qwen3", tmp_path / "model", qwen_tokenizer)

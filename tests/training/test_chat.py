@@ -699,3 +699,7 @@ def test_the_validation_loss_in_parts_is_the_same(settings, monkeypatch):
     calls.clear()
     trainer.evaluate(0)
     assert max(calls) <= 2
+    monkeypatch.setattr(chat_trainer, "loss_of", loss_of)
+    trainer.at_once = 3  # a batch of 4 is halved, and that is no failure of the device
+    trainer.evaluate(0)
+    assert trainer.at_once == 3

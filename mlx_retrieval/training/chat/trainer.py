@@ -228,15 +228,16 @@ class ChatTrainer(BaseTrainer):
     def _validation_loss(self, numbers: np.ndarray) -> tuple[float, int]:
         """Return the sum of losses on the conversations of these numbers, and the number of tokens that it is of."""
 
-        def sums(first: int, last: int) -> tuple[float, int, int]:
+        def sums(first: int, last: int) -> tuple[float, int]:
             (part,) = self.validation.make(numbers[first:last])
             loss, trained = loss_of(self.model, *part.arrays)
-            return loss.item() * trained.item(), trained.item(), last - first
+            return loss.item() * trained.item(), trained.item()
 
-        parts = [*halved(sums, 0, len(numbers), self.at_once)]
-        if len(parts) > 1:
-            self.at_once = max(rows for _, _, rows in parts)
-        return sum(loss for loss, _, _ in parts), sum(trained for _, trained, _ in parts)
+        def overloaded(fewer: int) -> None:
+            self.at_once = min(fewer, self.at_once or fewer)
+
+        parts = [*halved(sums, 0, len(numbers), self.at_once, overloaded)]
+        return sum(loss for loss, _ in parts), sum(trained for _, trained in parts)
 
     def probe(self) -> np.ndarray:
         """Return the logits after a few tokens, (V,)."""
