@@ -17,6 +17,7 @@ from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.sources import Source
 from mlx_retrieval.models.batching import Texts
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
+from mlx_retrieval.training.settings_checks import DISTILLING
 from mlx_retrieval.utils.errors import Place, SettingError
 
 BY_LABEL = ("yes_no", "bce", "list_bce")  # losses that take labels from 0 to 1, and documents by themselves
@@ -89,7 +90,7 @@ class GroupMaker:
         if self.from_all and len(more) > self.random_negatives:
             more = [more[j] for j in rng.choice(len(more), self.random_negatives, replace=False)]
         more = more[: self.random_negatives]
-        return documents + more, labels + [0.0] * len(more)
+        return documents + more, labels + [min(0.0, *labels)] * len(more)  # scores may all be negative
 
     def __call__(self, examples: Sequence[Example], rows: Sequence[int], tokenizer: PairTokenizer) -> GroupBatch:
         groups = []
@@ -113,6 +114,29 @@ class GroupMaker:
         padded = np.zeros(real.shape, np.float32)
         padded[real] = [label for group_labels in labels for label in group_labels]
         return GroupBatch(sequences.texts, text, place, padded, np.array(rows, np.int64))
+
+
+def takes_random_negatives(rows: Source, loss: str) -> bool:
+    """Return whether documents of other rows can join a query's own: not a single labelled document, nor where the
+    loss learns a teacher's scores, which they do not have."""
+    return rows.format != "label" and loss not in DISTILLING
+
+
+def check_random_negatives(learnt: Sequence[tuple[Source, str]]) -> None:
+    """Raise SettingError for --random-negatives that no source takes, each given with its loss."""
+    if any(takes_random_negatives(rows, loss) for rows, loss in learnt):
+        return
+    rows, loss = learnt[0]
+    if rows.format == "label":
+        raise SettingError(
+            "{random_negatives}: in {where} each row is a document with its own label, which no others join",
+            where=[Place(name) for name in rows.names],
+        )
+    raise SettingError(
+        "{random_negatives}: {loss} {name} learns a teacher's scores, and other rows' documents have none for this "
+        "query: ranknet and list_mle take them as worse than the row's own",
+        name=loss,
+    )
 
 
 def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
@@ -142,7 +166,7 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
             "takes them, and {ignore_keys} leaves them unread",
             where=where,
         )
-    if loss in ("kl_distill", "margin_mse") and not rows.has_scores:
+    if loss in DISTILLING and not rows.has_scores:
         raise SettingError(
             "{loss} {name}: every row of {where} needs scores, a teacher's, of its positive and negatives",
             name=loss,

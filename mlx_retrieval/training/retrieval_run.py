@@ -40,6 +40,7 @@ from mlx_retrieval.training.objectives import check_normalized, is_alone, make_o
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults, model_values
+from mlx_retrieval.training.rerank_batches import check_random_negatives, takes_random_negatives
 from mlx_retrieval.training.run_data import RunData, open_data
 from mlx_retrieval.training.run_parts import build_model, make_batches, make_evaluator
 from mlx_retrieval.training.settings_file import write_yaml
@@ -281,6 +282,8 @@ def prepare(settings: Settings) -> RetrievalRun:
     tokenizer = retrieval.tokenizer(base)
     parts = parts_of(settings, retrieval, base, rows, model.backbone.max_positions)
     learnt = [(part.settings, part.rows) for part in parts] or [(settings, rows)]
+    if settings.random_negatives:
+        check_random_negatives([(its_rows, own.loss) for own, its_rows in learnt])
     learnt += [(settings, data.validation)] if data.validation else []
     vectors = other_vectors.open_vectors(settings, learnt, retrieval.dimensions)
     if vectors.projection:
@@ -322,7 +325,8 @@ def prepare(settings: Settings) -> RetrievalRun:
     headline = first_lines(settings, retrieval, rows, model, defaults, start.describe(settings), parts)
     headline += vectors.lines() + data.lines
     for part in parts:
-        headline += example_lines(part.rows, part.tokenizer, settings.random_negatives, 1)
+        drawn = settings.random_negatives if takes_random_negatives(part.rows, part.settings.loss) else 0
+        headline += example_lines(part.rows, part.tokenizer, drawn, 1)
     if not parts:
         headline += example_lines(rows, tokenizer, settings.random_negatives)
     if decides(outlook.job, here()) and (settings.micro_batch_tokens == "auto" or not outlook.ample):

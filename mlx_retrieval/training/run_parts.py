@@ -27,7 +27,7 @@ from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.mixtures import Part
 from mlx_retrieval.training.objectives import check_candidates, check_pairs
-from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker
+from mlx_retrieval.training.rerank_batches import GroupBatch, GroupMaker, takes_random_negatives
 from mlx_retrieval.training.rerank_batches import check as check_groups
 from mlx_retrieval.training.starting_model import StartingModel
 
@@ -87,9 +87,11 @@ def make_batches(
         return Batches(rows, tokenizer, size, seed, tokenizers=tokenizers)
     if not parts:
         check_groups(rows, settings.loss, settings.random_negatives)
-    how = (settings.random_negatives, config.reranker == "listwise", settings.seed)
-    sources = [(part.rows, part.settings.loss) for part in parts] or [(rows, settings.loss)]
-    makers = [GroupMaker(its_rows, *how, from_all=name == "info_nce") for its_rows, name in sources]
+    how = {"shuffled": config.reranker == "listwise", "seed": settings.seed}
+    makers = []
+    for its_rows, name in [(part.rows, part.settings.loss) for part in parts] or [(rows, settings.loss)]:
+        drawn = settings.random_negatives if takes_random_negatives(its_rows, name) else 0
+        makers.append(GroupMaker(its_rows, drawn, from_all=name == "info_nce", **how))
 
     def make(examples: Sequence[Example], numbers: Sequence[int], tokenizer: PairTokenizer) -> GroupBatch:
         return makers[rows.source_of(numbers[0]) if parts else 0](examples, numbers, tokenizer)

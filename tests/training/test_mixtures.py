@@ -262,18 +262,22 @@ def test_random_negatives_of_a_source_are_those_of_its_loss(settings, files, wri
     sources = [{"data": str(write_rows(texts, "one.jsonl")), "loss": "info_nce"}]
     sources += [{"data": str(write_rows(texts, "two.jsonl")), "loss": "ranknet"}]
     sources += [{"data": str(write_rows(labelled, "labels.jsonl")), "loss": "bce"}]
-    batches = training_run.prepare(settings(*sources, **RERANK, random_negatives=2)).trainer.batches
-    found = {}
+    scores = [{"query": f"q {i}", "documents": ["a", "b"], "scores": [2, -3]} for i in range(8)]
+    sources += [{"data": str(write_rows(scores, "scores.jsonl")), "loss": "margin_mse"}]
+    run = training_run.prepare(settings(*sources, **RERANK, random_negatives=2))
+    shown = [text for name, text in run.headline if name == "example"]
+    assert ["2 random negatives" in text for text in shown] == [True, True, False, False]  # a teacher has not scored them
+    batches, found = run.trainer.batches, {}
     for k in batches.sample_numbers(3):
         batch = batches.batch(k)
         examples = [batches.rows[int(i)] for i in batch.rows]
         part = batches.rows.sources[batch.source]
-        maker = GroupMaker(part, 2, from_all=batch.source == 0)
+        maker = GroupMaker(part, 0 if batch.source == 3 else 2, from_all=batch.source == 0)
         expected = maker(examples, batch.rows.tolist(), batches.tokenizer)
         np.testing.assert_array_equal(batch.texts.ids, expected.texts.ids)
         np.testing.assert_array_equal(batch.labels, expected.labels)
         found[batch.source] = batch.text.shape[1]
-    assert found == {0: 4, 1: 4, 2: 1}
+    assert found == {0: 4, 1: 4, 2: 1, 3: 2}
 
 
 def test_each_source_of_a_reranker_has_its_loss(settings, files):

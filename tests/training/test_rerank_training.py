@@ -281,6 +281,8 @@ def test_every_format_becomes_a_group(write_rows, tmp_path):
     assert mixed.labels.tolist() == [[1, 0, 0], [1, 0, 0]] and mixed.text.tolist() == [[0, 1, 2], [3, 4, -1]]
     scored = batch_of([{"query": "a", "documents": ["b", "c", "d"], "scores": [0.1, 3, -2]}])
     np.testing.assert_allclose(scored.labels, [[3, 0.1, -2]])
+    logits = [{"query": f"q{i}", "documents": [f"good {i}", f"hard {i}"], "scores": [6, -4]} for i in range(2)]
+    assert batch_of(logits, random_negatives=1).labels.tolist() == [[6, -4, -4]] * 2  # regression: 0, above hard ones
     plain = [{"query": f"q{i % 3}", "positive": ANSWERS[i]} for i in range(3)] + [{"query": "q0", "positive": "mat"}]
     drawn = batch_of(plain, random_negatives=2)
     assert drawn.labels.tolist() == [[1, 0, 0]] * 4  # q0's other positive is no negative of it
@@ -532,6 +534,9 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
     assert "does not help" not in capsys.readouterr().out
 
 
+SCORED = {"query": "q", "documents": ["a", "b"], "scores": [3, -1]}
+
+
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
@@ -546,6 +551,12 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
         ({"loss": "info_nce"}, [{"query": f"q{i}", "positive": f"d{i}"} for i in range(8)], "neither labels nor neg"),
         ({"loss": "ranknet"}, [{"query": "q", "document": "d", "label": 1}] * 8, "single pairs"),
         ({"loss": "margin_mse"}, None, "needs scores"),
+        # Regressions: they were taken for documents that the teacher gives 0, and none was added.
+        *(
+            ({"loss": name, "random_negatives": 4}, [SCORED] * 8, f"--random-negatives: --loss {name} learns a teacher")
+            for name in ("kl_distill", "margin_mse")
+        ),
+        ({"random_negatives": 4}, [{"query": "q", "document": "d", "label": 1}] * 8, "--random-negatives: .*own label"),
         ({"loss": "bce"}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "labels from 0 to 1"),
         ({}, [{"query": "q", "documents": ["a", "b"], "scores": [3, 1]}] * 8, "list_bce takes labels from 0"),
         ({"loss": "list_softmax"}, [{"query": "q", "documents": ["a", "b"], "scores": [0, 0]}] * 8, "no positive"),
