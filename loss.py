@@ -164,6 +164,11 @@ def positive_aware(
     return allowed & (scores < limit)
 
 
+def not_above(scores: mx.array, positive: mx.array, difference: float) -> mx.array:
+    """Return where scores (B, N) are at most `difference` above their row's positive (B,), bool; without a gradient."""
+    return mx.stop_gradient(scores) <= mx.stop_gradient(positive)[:, None] + difference
+
+
 def margin(
     scores: mx.array,
     targets: mx.array,
@@ -505,7 +510,7 @@ def directed_info_nce(
         similarity, allowed = similarities[direction], competing[direction]
         logits = similarity / temperature
         if mask_above is not None:
-            allowed = allowed & (mx.stop_gradient(similarity) <= mx.stop_gradient(positive)[:, None] + mask_above)
+            allowed = allowed & not_above(similarity, positive, mask_above)
         if guide is not None:
             allowed = allowed & (guided[direction] <= limit)
         if hardness and direction == "query-document":

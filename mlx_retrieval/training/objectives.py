@@ -82,9 +82,23 @@ class Objective(ABC):
                 scores=scores,
             )
         if settings.margin_weight:
-            allowed = ~pairs.relevant[pairs.query]
+            allowed = self._unsuspected(rows, pairs)
             total += settings.margin_weight * loss.margin(rows, pairs.document, allowed, pairs.weight, settings.margin)
         return total
+
+    def _unsuspected(self, rows: mx.array, pairs: loss.Pairs) -> mx.array:
+        """Return which documents the loss takes for negatives (B, C); `rows`: their scores.
+
+        Of all others, one that is taken for an answer would mostly be the hardest.
+        """
+        settings, allowed = self.settings, ~pairs.relevant[pairs.query]
+        if settings.positive_aware != "off":
+            how = (settings.positive_aware_margin, settings.positive_aware)
+            allowed = loss.positive_aware(rows, pairs.document, allowed, *how)
+        if settings.mask_above is not None:
+            positive = mx.take_along_axis(rows, pairs.document[:, None], axis=1)[:, 0]
+            allowed = allowed & loss.not_above(rows, positive, settings.mask_above)
+        return allowed
 
     def _guide(self, batch: Batch) -> loss.Guide:
         vectors = unit(mx.array(self.vectors.guide.of(batch.keys)))

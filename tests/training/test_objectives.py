@@ -108,6 +108,22 @@ def test_margin_by_hand():
     np.testing.assert_allclose(gradient * 3, [[-1, 0, 1], [0, -1, 1], [0, 0, 0]], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [{"positive_aware": "perc"}, {"positive_aware": "abs", "positive_aware_margin": 0.05}, {"mask_above": 0.0}],
+    ids=str,
+)
+def test_the_margin_is_on_the_hardest_negative_that_counts(batch, kept):
+    """Regression: it was on the one that the filter takes for an answer."""
+    scores = mx.array([[0.5, 0.4, 0.3, 0.9], [0.1, 0.8, 0.1, 0.1], [0.1, 0.1, 0.6, 0.1]])
+    alone, both = (
+        objectives.EmbedObjective(settled(margin_weight=weight, **kept)).loss_of(batch, None, None, lambda *_: scores)
+        for weight in (0.0, 1.0)
+    )
+    weights = 1 / np.log2(1 + batch.rank)
+    assert (both - alone).item() == pytest.approx((0.2 - (0.5 - 0.4)) / weights.sum(), rel=1e-4)
+
+
 def test_distillation_is_torchs_divergence():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4, 6)).astype(np.float32)
