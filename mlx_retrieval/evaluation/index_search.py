@@ -147,15 +147,23 @@ def _in_index(target: Target, known: set[str], by_name: dict[str, list[str]]) ->
 def rank(hits: Sequence[Hit], query: Query) -> dict[str, float]:
     """Return answers and other chunks -> score, which falls with their rank.
 
-    Several chunks of one answer count once, at the rank of the first; the chunks behind them move up.
+    Several chunks of one answer count once, at the rank of the first; the chunks behind them move up. Several answers
+    in one chunk are found there one after another, so that a perfect search has an nDCG of 1.
     """
     ranking: dict[str, float] = {}
+    targets = list(query.targets)
     for hit in hits:
-        if hit.path == query.ignored:
-            continue
-        target = next((answer_key(target) for target in query.targets if target.is_hit(hit)), f"chunk {hit.id}")
-        ranking.setdefault(target, -float(len(ranking)))
+        if hit.path != query.ignored:
+            for found in [answer_key(targets[number]) for number in held(hit, query)] or [f"chunk {hit.id}"]:
+                ranking.setdefault(found, -float(len(ranking)))
     return ranking or {"nothing": 0.0}
+
+
+def held(hit: Hit, query: Query) -> list[int]:
+    """Return the numbers of the answers that a chunk holds, those with the highest judgement first."""
+    judgements = list(query.targets.values())
+    numbers = (number for number, target in enumerate(query.targets) if target.is_hit(hit))
+    return sorted(numbers, key=lambda number: -judgements[number])
 
 
 def answer_key(target: Target) -> str:

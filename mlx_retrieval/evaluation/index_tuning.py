@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_retrieval.evaluation.index_search import Query, Searched, figures_of
+from mlx_retrieval.evaluation.index_search import Query, Searched, figures_of, held
 from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.retrieval import fields
 from mlx_retrieval.retrieval.analyzer import analyzer
@@ -30,7 +30,6 @@ from mlx_retrieval.utils.progress import progress_bar
 SHARES = tuple(number / 20 for number in range(21))  # of the meaning
 FIELD_WEIGHTS = (0, 1, 2, 4)  # of each field but the text, whose weight is 1
 FOLDS, FEWEST_QUERIES = 5, 10
-OTHER, IGNORED = -1, -2
 
 
 class Settings(NamedTuple):
@@ -46,7 +45,7 @@ class Scaled(NamedTuple):
     words: np.ndarray  # (n,)
     meaning: np.ndarray  # (n,)
     matches: np.ndarray  # (n,) bool: shares a word with the query
-    answers: list[int]  # (n,): number of the answer that the chunk belongs to, OTHER or IGNORED
+    answers: list[list[int] | None]  # (n,): numbers of the answers that the chunk holds; None = it does not count
     gains: list[int]  # of each answer
 
     @classmethod
@@ -56,25 +55,23 @@ class Scaled(NamedTuple):
         words, meaning = (np.array([getattr(each, name) for each in ordered]) for name in ("words", "meaning"))
         spans = np.array([each.spans for each in ordered], bool)
         scaled = [minmax(each, spans) if len(ordered) else each for each in (words, meaning)]
-        targets = list(query.targets)
-        answers = [next((n for n, t in enumerate(targets) if t.is_hit(each.hit)), OTHER) for each in ordered]
-        answers = [IGNORED if each.hit.path == query.ignored else n for each, n in zip(ordered, answers, strict=True)]
+        answers = [None if each.hit.path == query.ignored else held(each.hit, query) for each in ordered]
         return cls(*scaled, words > 0, answers, list(query.targets.values()))
 
     def ndcg(self, weight: float) -> float:
-        """Return nDCG@10 if the share of the meaning is `weight`. Several chunks of an answer count once."""
+        """Return nDCG@10 if the share of the meaning is `weight`, as `index_search.rank` counts answers."""
         scores = weight * self.meaning + (1 - weight) * self.words
         seen, gained = set(), []
         for i in np.argsort(-scores, kind="stable")[:POOL].tolist():
-            answer = self.answers[i]
-            if answer == IGNORED or answer in seen or not (weight or self.matches[i]):
+            answers = self.answers[i]
+            if answers is None or not (weight or self.matches[i]):
                 continue
-            gained.append(0 if answer == OTHER else self.gains[answer])
-            if answer != OTHER:
-                seen.add(answer)
-            if len(gained) == 10:
+            new = [answer for answer in answers if answer not in seen]
+            gained += [self.gains[answer] for answer in new] if answers else [0]
+            seen.update(new)
+            if len(gained) >= 10:
                 break
-        return _dcg(gained) / _dcg(sorted(self.gains, reverse=True)[:10])
+        return _dcg(gained[:10]) / _dcg(sorted(self.gains, reverse=True)[:10])
 
 
 @dataclass(frozen=True)

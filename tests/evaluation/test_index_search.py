@@ -14,7 +14,7 @@ import pytest
 import search
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.evaluation import index_search, retrieval
-from mlx_retrieval.evaluation.index_search import Query, Target, differences, evaluate, rank, read_queries
+from mlx_retrieval.evaluation.index_search import Query, Target, differences, evaluate, figures_of, rank, read_queries
 from mlx_retrieval.evaluation.results import compare
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval.base import Hit
@@ -98,6 +98,16 @@ def test_several_chunks_of_an_answer_count_once():
     assert rank(hits, Query("q", {Target("a.py"): 1})) == {"answer a.py": 0.0, "chunk b.py:1": -1.0}
     both = rank(hits, Query("q", {Target("a.py", 15): 1, Target("b.py"): 1}))
     assert both == {"chunk a.py:1": 0.0, "answer a.py:15": -1.0, "answer b.py": -2.0}
+
+
+def test_several_answers_in_a_chunk_are_all_found_there():
+    """The first alone was credited, so that the nDCG of a perfect search was 0.61, and never more."""
+    hits = [hit("a.py", 1, 40), hit("b.py", 1, 5)]
+    query = Query("q", {Target("a.py", 10): 1, Target("a.py", 30): 2, Target("b.py"): 1})
+    assert rank(hits, query) == {"answer a.py:30": 0.0, "answer a.py:10": -1.0, "answer b.py": -2.0}
+    assert figures_of("", [query], [hits]).tasks["queries"]["ndcg_at_10"] == pytest.approx(1)
+    overlapping = [hit("a.py", 1, 20), hit("a.py", 5, 40)]  # the second repeats one and has another
+    assert list(rank(overlapping, query)) == ["answer a.py:10", "answer a.py:30"]
 
 
 def test_semantic_figures_are_those_of_eval(searcher, beir):

@@ -77,6 +77,8 @@ def test_its_scores_are_those_of_a_search(index):
     """Whatever the settings: words are counted in memory, and nDCG by a short formula."""
     queries = queries_of(3)
     queries[0] = Query("boiler or bike", {Target("boiler.py"): 2, Target("bike.py", 1): 1}, ignored="bike.py")
+    lamp = {Target("lamp.py", 3): 1, Target("lamp.py", 4): 3, Target("lamp.py"): 2, Target("radio.py", 1): 1}
+    queries[1] = Query("lamp or radio", lamp)  # several answers in one chunk
     results = searched(index, queries)
     tuner = Tuner(index, queries, results)
     for weight in (0.0, 0.35, 1.0):
