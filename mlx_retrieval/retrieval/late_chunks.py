@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,15 @@ TOKENS = "tokens"  # the store, in an index's folder
 NO_SLOT = -1
 
 
+class Opened(NamedTuple):
+    """The store as a version of the table needs it. Threads share it, so it is replaced in one piece."""
+
+    version: int  # of the table
+    index: LateIndex | None  # None = no chunks
+    numbers: np.ndarray  # documents of `index` that have a row, ascending
+    rows: np.ndarray  # the ids of their rows
+
+
 class LateChunks:
     """The token vectors of the chunks in a table, and a search among them.
 
@@ -28,10 +37,7 @@ class LateChunks:
     def __init__(self, folder: Path, info: IndexInfo, table: Any):
         self.info, self.table = info, table
         self.store = TokenStore(folder / TOKENS, info.token_bits)
-        self._version: int | None = None  # of the table, that the following are of
-        self._index: LateIndex | None = None
-        self._numbers = np.empty(0, np.int64)  # documents of `_index` that have a row, ascending
-        self._rows = np.empty(0, np.int64)  # the ids of their rows
+        self._opened: Opened | None = None
 
     def add(self, vectors: Sequence[np.ndarray]) -> np.ndarray:
         """Store the token vectors (L_i, d) float32 of chunks, pooled. Return their slots."""
@@ -55,35 +61,34 @@ class LateChunks:
 
     def search(self, query: np.ndarray, top: int, within: Within) -> list[tuple[int, float]]:
         """Return (row id, score) of the best chunks for a query's token vectors (L, d), best first."""
-        self._load()
-        if not len(self._numbers):
+        if (opened := self._opened) is None or opened.version != self.table.version:
+            self._opened = opened = self._open()
+        _, index, numbers, rows = opened
+        if not len(numbers):
             return []
-        among = None if len(self._numbers) == len(self._index) else self._numbers
+        among = None if len(numbers) == len(index) else numbers
         if within != EVERYWHERE:
             chosen = within.rows or self._slots(within)["_rowid"].to_numpy()
-            among = self._numbers[np.isin(self._rows, chosen)]
-        best = self._index.best(query, top, among)
-        rows = self._rows[np.searchsorted(self._numbers, [number for number, _ in best])]
-        return [(row, score) for row, (_, score) in zip(rows.tolist(), best, strict=True)]
+            among = numbers[np.isin(rows, chosen)]
+        best = index.best(query, top, among)
+        places = np.searchsorted(numbers, [number for number, _ in best])
+        return [(row, score) for row, (_, score) in zip(rows[places].tolist(), best, strict=True)]
 
-    def _load(self) -> None:
-        """Open the store as the newest version of the table needs it, unless that is open."""
-        if self._version == self.table.version:
-            return
+    def _open(self) -> Opened:
+        """Open the store as the newest version of the table needs it."""
+        version = self.table.version  # before its rows: if another thread moves it on meanwhile, this is opened again
         live = self._slots(EVERYWHERE)
-        version, slots, rows = self.table.version, live["slot"].to_numpy(), live["_rowid"].to_numpy()
-        if len(slots):
-            self._index, stored = self.store.open(self.info.maxsim, self.info.impute)
-            order = np.argsort(stored, kind="stable")  # of a slot that a killed merge left twice, the first
-            places = np.searchsorted(stored, slots, sorter=order)
-            there = places < len(stored)
-            there[there] = stored[order[places[there]]] == slots[there]
-            numbers, rows = order[places[there]], rows[there]
-            ascending = np.argsort(numbers)
-            self._numbers, self._rows = numbers[ascending], rows[ascending]
-        else:
-            self._numbers = self._rows = np.empty(0, np.int64)  # no chunks
-        self._version = version
+        slots, rows = live["slot"].to_numpy(), live["_rowid"].to_numpy()
+        if not len(slots):
+            return Opened(version, None, slots, rows)
+        index, stored = self.store.open(self.info.maxsim, self.info.impute)
+        order = np.argsort(stored, kind="stable")  # of a slot that a killed merge left twice, the first
+        places = np.searchsorted(stored, slots, sorter=order)
+        there = places < len(stored)
+        there[there] = stored[order[places[there]]] == slots[there]
+        numbers, rows = order[places[there]], rows[there]
+        ascending = np.argsort(numbers)
+        return Opened(version, index, numbers[ascending], rows[ascending])
 
     def _slots(self, within: Within) -> Any:
         """Return `slot` and `_rowid` of the rows that meet conditions, an Arrow table."""

@@ -17,7 +17,10 @@ from mlx_retrieval.evaluation.index_search import evaluate, read_queries
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import loading
 from mlx_retrieval.retrieval import token_store
+from mlx_retrieval.retrieval.base import EVERYWHERE
 from mlx_retrieval.retrieval.indexer import update
+from mlx_retrieval.retrieval.lance_index import Index
+from mlx_retrieval.retrieval.late_interaction import LateIndex
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
@@ -133,6 +136,30 @@ def test_a_compressed_index_follows_its_folder(model, tmp_path, compressing):
     update(folder, index, model)
     assert [hit.path for hit in searcher.search("boiler", "semantic", top=50)] == ["new.txt"]
     assert searcher.index.late.store.count == 1 and sorted((index / "tokens").iterdir()) != before
+
+
+def test_a_search_keeps_to_the_vectors_that_it_began_with(model, tmp_path, monkeypatch):
+    """A thread that opens a newer version meanwhile once left it with documents of one, and numbers of the other."""
+    folder, index = tmp_path / "texts", tmp_path / "index"
+    folder.mkdir()
+    texts(folder, **{f"t{i}": " ".join(WORDS[i : i + 3]) for i in range(9)})
+    update(folder, index, model)
+    late, query = Index.open(index).late, model.encode(["boiler drips"], "query")[0]
+    expected = late.search(query, 20, EVERYWHERE)
+    best = LateIndex.best
+
+    def interrupted(self, *args):
+        found = best(self, *args)
+        monkeypatch.undo()
+        for name in ("t0", "t1", "t2"):
+            (folder / f"{name}.txt").unlink()
+        update(folder, index, model)
+        late.table.checkout_latest()
+        assert len(late.search(query, 20, EVERYWHERE)) == 6  # of another thread
+        return found
+
+    monkeypatch.setattr(LateIndex, "best", interrupted)
+    assert late.search(query, 20, EVERYWHERE) == expected and len(expected) == 9
 
 
 def test_an_index_of_version_2_is_brought_up_to_date_without_embedding(beir, model, index, tmp_path):
