@@ -20,7 +20,7 @@ from mteb.similarity_functions import max_sim
 
 from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference.embedder import Model
-from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.inference.reranker import Reranker, raw_scores
 
 INSTRUCTION = "{instruction}"  # in a prompt: the instruction that mteb has for the task
 
@@ -121,5 +121,5 @@ class CrossEncoder:
     def predict(self, inputs1: Any, inputs2: Any, **_: Any) -> np.ndarray:
         """Return (N,) scores of N pairs."""
         pairs = groupby(zip(_texts(inputs1), _texts(inputs2), strict=True), key=lambda pair: pair[0])
-        scores = self.model.score_groups([(query, [document for _, document in group]) for query, group in pairs])
+        scores = raw_scores(self.model, [(query, [document for _, document in group]) for query, group in pairs])
         return np.concatenate(scores)

@@ -23,7 +23,7 @@ from mlx_retrieval.evaluation.first_stages import Bm25, Stage, bm25_stage, first
 from mlx_retrieval.evaluation.results import Evaluation, print_comparison
 from mlx_retrieval.evaluation.retrieval import Encoder
 from mlx_retrieval.evaluation.tasks import Corpus, CorpusSearcher, Rankings
-from mlx_retrieval.inference.reranker import Scorer
+from mlx_retrieval.inference.reranker import Scorer, raw_scores
 from mlx_retrieval.retrieval.base import RANKS
 from mlx_retrieval.retrieval.bm25 import RankedIds
 from mlx_retrieval.utils.errors import UserError
@@ -68,7 +68,7 @@ class RerankingSearcher(CorpusSearcher):
             for first in range(0, len(names), QUERIES_AT_ONCE):
                 block = names[first : first + QUERIES_AT_ONCE]
                 groups = [(queries[query], [texts[document] for document in heads[query]]) for query in block]
-                for query, scores in zip(block, self.model.score_groups(groups), strict=True):
+                for query, scores in zip(block, raw_scores(self.model, groups), strict=True):
                     order = np.argsort(-self._checked(scores, query, len(heads[query])), kind="stable")
                     head = [heads[query][i] for i in order]
                     rankings[query] = scores_by_rank(head + ranked[query][self.depth :])

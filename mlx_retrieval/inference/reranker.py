@@ -36,6 +36,16 @@ class Scorer(Protocol):
         """Return, for each (query, N documents), (N,) float32 scores in the documents' order; higher is better."""
 
 
+def raw_scores(scorer: Scorer, groups: Sequence[Group]) -> list[np.ndarray]:
+    """Return scores to sort by: before the scorer's activation, if it has one. Large logits have the same sigmoid."""
+    return scorer.score_groups(groups, raw=True) if hasattr(scorer, "activated") else scorer.score_groups(groups)
+
+
+def activated(scorer: Scorer, raw: np.ndarray) -> np.ndarray:
+    """Return scores to show, (N,) float32, from those of `raw_scores`."""
+    return scorer.activated(raw) if hasattr(scorer, "activated") else raw
+
+
 class Reranker:
     """A reranker for inference: one of `rerankers.KINDS`, or a late-interaction model.
 
@@ -180,9 +190,9 @@ class Reranker:
         if top_n is not None and top_n < 1:
             raise UserError(f"top_n {top_n}: at least 1")
         _check([(query, documents)])
-        raw = self._raw([(query, documents)])  # large logits have the same sigmoid in float32
-        order = np.argsort(-raw, kind="stable")[:top_n]
-        scores = self._activated(raw)
+        raw = self._raw([(query, documents)])
+        order = np.argsort(-raw, kind="stable")[:top_n]  # not by the sigmoid, which in float32 is 1 for many
+        scores = self.activated(raw)
         return [{"index": int(i), "score": float(scores[i]), "document": documents[i]} for i in order]
 
     def score(self, query: str, documents: Sequence[str]) -> np.ndarray:
@@ -207,7 +217,7 @@ class Reranker:
             return []
         lengths = [len(documents) for _, documents in groups]
         scores = self._raw(groups)
-        return np.split(scores.astype(np.float32) if raw else self._activated(scores), np.cumsum(lengths)[:-1])
+        return np.split(scores.astype(np.float32) if raw else self.activated(scores), np.cumsum(lengths)[:-1])
 
     def _raw(self, groups: Sequence[Group]) -> np.ndarray:
         """Return the scores of all groups' documents before the activation, one group after another."""
@@ -219,7 +229,8 @@ class Reranker:
         finite.check_scores(self.name, [text for _, documents in groups for text in documents], scores)
         return scores
 
-    def _activated(self, scores: np.ndarray) -> np.ndarray:
+    def activated(self, scores: np.ndarray) -> np.ndarray:
+        """Return float32 scores after the activation, from those before it."""
         if self.config.activation == "sigmoid":
             with np.errstate(over="ignore"):  # exp of a large number: the score is 0
                 scores = 1 / (1 + np.exp(-scores))

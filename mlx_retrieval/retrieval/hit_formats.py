@@ -28,7 +28,7 @@ def print_hits(hits: Sequence[Hit], query: str, root: Path, is_corpus: bool, lan
             Text.assemble((place, "cyan"), f"  {hit.score:.4f}", (f"  {hit.name}" if hit.name else "", "dim"))
         )
         rows = snippet(hit.text, query, language=language)
-        lines = textwrap.dedent("\n".join(line for _, line in rows)).split("\n")
+        lines = textwrap.dedent("\n".join(line for _, line in rows)).split("\n") if rows else []  # a chunk without text
         for (row, _), line in zip(rows, lines, strict=True):
             number = f"{line_of(hit, row):>6} " if hit.line and not is_corpus else ""
             text = Text(line.rstrip()[:160])

@@ -111,8 +111,10 @@ class Searcher:
         if depth < 1:
             raise UserError(f"--rerank-depth {depth}: at least 1")
         hits = self._search(query, mode, max(top, depth), weight, fusion, within) or self._nothing(paths)
-        scores = self.scores(query, [hit.text for hit in hits])
-        order = (-scores).argsort(kind="stable")[:top].tolist()
+        from mlx_retrieval.inference.reranker import activated
+
+        raw = self.scores(query, [hit.text for hit in hits])
+        order, scores = (-raw).argsort(kind="stable")[:top].tolist(), activated(self.reranker, raw)
         return [dataclasses.replace(hits[i], score=float(scores[i])) for i in order]
 
     def vector(self, query: str) -> np.ndarray:
@@ -122,7 +124,11 @@ class Searcher:
         return embed(self.model, [query], "query")[0]
 
     def scores(self, query: str, texts: Sequence[str]) -> np.ndarray:
-        """Return the reranker's scores (N,) float32 of texts for a query."""
+        """Return the reranker's scores (N,) float32 of texts for a query, before its activation."""
+        from mlx_retrieval.inference.reranker import raw_scores
+
+        if hasattr(self.reranker, "score_groups"):
+            return raw_scores(self.reranker, [(query, texts)])[0]
         return self.reranker.score(query, texts)
 
     def refresh(self) -> bool:

@@ -339,6 +339,23 @@ def test_a_first_stage_is_not_kept_alive(shelf):
     assert alive() is None and list(task.first_stages) == [bm25_stage()]
 
 
+def test_rankings_are_by_logits(shelf):
+    """Of scores that a sigmoid makes 1, those with higher logits are first."""
+
+    class Sure(Judge):
+        def activated(self, raw):
+            return np.ones_like(raw)
+
+        def score_groups(self, groups, raw=False):
+            scores = super().score_groups(groups)
+            return scores if raw else [self.activated(each) for each in scores]
+
+    logits = {"apple pear plum": 20.0, "apple": 18.0}
+    _, after = evaluate_reranker(Sure(logits), [str(shelf)])
+    assert after.per_query == evaluate_reranker(Judge(logits), [str(shelf)])[1].per_query
+    assert after.per_query["shelf"]["mrr_at_10"] == {"q1": 1.0}
+
+
 # --- what can go wrong ---
 
 

@@ -60,9 +60,12 @@ class Reranker(Slow):
         self.compute(list(groups), [text for query, texts in groups for text in (query, *texts)])
         scores = [np.array([score(query, text) for text in texts], np.float32) for query, texts in groups]
         for (_, texts), row in zip(groups, scores, strict=True):
-            row -= raw
+            row *= 4 if raw else 1
             row[[text == "nan" for text in texts]] = np.nan
         return scores
+
+    def activated(self, raw):
+        return raw / 4
 
 
 class Model(Slow):

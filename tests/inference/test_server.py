@@ -74,6 +74,20 @@ def test_half_a_surrogate_pair_is_a_replacement_character(client):
     assert answer.json()["data"][0]["embedding"] == Model().encode(["\ufffd"], prompt="document")[0].tolist()
 
 
+def test_scores_that_are_all_1_keep_the_ranking_of_their_logits():
+    """The sigmoid of 18 and of 20 are the same number in float32, so they once came in the request's order."""
+
+    class Sure(Reranker):
+        def activated(self, raw):
+            return np.ones_like(raw)
+
+    with served(Sure()) as client:
+        answer = client.post("/v1/rerank", json={"query": "kidney", "documents": DOCUMENTS}).json()
+    expected = np.argsort([-score("kidney", document) for document in DOCUMENTS], kind="stable").tolist()
+    assert [row["index"] for row in answer["results"]] == expected != sorted(expected)
+    assert {row["relevance_score"] for row in answer["results"]} == {1.0}
+
+
 def test_equal_scores_keep_the_order(client):
     documents = ["a boiler", "a bike"] * 25
     found = [result["index"] for result in rerank(client, documents=documents).json()["results"]]

@@ -20,6 +20,7 @@ from mlx_retrieval.retrieval import base, lance_index
 from mlx_retrieval.retrieval.analyzer import analyzer
 from mlx_retrieval.retrieval.base import FileRecord, Hit, IndexInfo, Within
 from mlx_retrieval.retrieval.fusion import fuse_ranks
+from mlx_retrieval.retrieval.hit_formats import grep_lines, highlighted, print_hits
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.searcher import MODES, Searcher
 from mlx_retrieval.retrieval.snippets import matching_spans, snippet
@@ -440,6 +441,27 @@ def test_a_reranker_orders_the_first_hits_anew(indexed):
     assert searcher.search("nowhere", "bm25") == []
     with pytest.raises(UserError, match="--rerank-depth 0"):
         searcher.search("read", "bm25", depth=0)
+
+
+def test_hits_are_sorted_by_logits(indexed):
+    """Of scores that a sigmoid makes 1, those with higher logits are first."""
+    reranker = LastLetters()
+    reranker.score_groups = lambda groups, raw: [1000 + raw * reranker.score(*group) for group in groups]
+    reranker.activated = np.ones_like
+    searcher = Searcher(indexed[1], reranker=reranker)
+    found = searcher.search("read it hisses chain", "bm25", top=9)
+    texts = [hit.text.strip()[-1] for hit in found]
+    assert texts == sorted(texts) and {hit.score for hit in found} == {1.0}
+    assert paths(found) == paths(Searcher(indexed[1], reranker=LastLetters()).search("read it hisses chain", "bm25"))
+    assert paths(found) != paths(searcher.search("read it hisses chain", "bm25", rerank=False))
+
+
+def test_a_hit_without_text_is_printed(capsys):
+    """Regression, of a document of Elasticsearch: "ValueError: zip() argument 2 is longer than argument 1"."""
+    empty = Hit("d#0", "d", 0, 0, "text", "", "", "", 0.5)
+    print_hits([empty], "kettle", Path("/"), True)
+    assert capsys.readouterr().out.split() == ["d", "0.5000"]
+    assert grep_lines([empty], "kettle", Path("/"), True) == ["d:1:"] and highlighted(empty, "kettle")["best"] == [0, 0]
 
 
 def test_the_command_reranks(indexed, tmp_path, capsys):

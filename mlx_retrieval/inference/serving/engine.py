@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import HTTPException, Request
 
+from mlx_retrieval.inference.reranker import activated
 from mlx_retrieval.inference.serving import requests, tokens
 from mlx_retrieval.inference.serving.model_thread import Job, ModelThread
 from mlx_retrieval.inference.serving.requests import Embed, Ranking, Rerank, Result, Tokenize, Tokens, Vectors
@@ -92,9 +93,10 @@ class Engine:
             documents = texts = [writable(text) for text in request.documents]
             if request.truncate != "end" or request.max_tokens is not None:
                 texts = await asyncio.to_thread(tokens.rerankable, model, request, documents)
-            job = Job(model, texts, writable(request.query), raw=request.raw)
-            scores = await self._computed(client, job, served.name)
-        order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
+            job = Job(model, texts, writable(request.query))
+            raw = await self._computed(client, job, served.name)
+            scores = raw if request.raw else activated(model, raw)
+        order = np.argsort(-raw, kind="stable")[: request.top_n].tolist()
         return Ranking(served.name, documents, scores, order, job.tokens)
 
     async def tokenize(self, client: Request, request: Tokenize) -> Tokens:

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_retrieval import backend
 from mlx_retrieval.inference import finite
 from mlx_retrieval.inference.embedder import Model
-from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.inference.reranker import Reranker, raw_scores
 
 STUCK_S = 30  # seconds that `close` waits for the call in progress
 # Characters of the texts of one call, some 16,000 tokens, so that long texts hold up neither other requests nor the
@@ -44,8 +44,8 @@ class Job:
     query: str | None = None
     prompt: str | None = None
     dimensions: int | None = None
-    raw: bool = False  # whether scores are those before the activation
-    # A row a text: an array, or a list of a late-interaction model's (L_i, D). Cancelled if nobody waits for it.
+    # A row a text: an array, of scores those before the activation, or a list of a late-interaction model's (L_i, D).
+    # Cancelled if nobody waits for it.
     answer: Future = field(default_factory=Future)
     tokens: int = 0  # tokens of the texts computed so far
     begun: int = 0  # texts that calls have taken so far
@@ -54,7 +54,7 @@ class Job:
     @property
     def kind(self) -> tuple:
         """Jobs of one kind can be computed together."""
-        return id(self.model), self.query is None, self.prompt, self.dimensions, self.raw
+        return id(self.model), self.query is None, self.prompt, self.dimensions
 
     @property
     def unsplit(self) -> bool:
@@ -170,8 +170,7 @@ class ModelThread:
         first, counts = pieces[0][0], [len(texts) for _, texts in pieces]
         model = first.model
         if first.query is not None:
-            raw = {"raw": True} if first.raw else {}
-            results = model.score_groups([(job.query, texts) for job, texts in pieces], **raw)
+            results = raw_scores(model, [(job.query, texts) for job, texts in pieces])
         else:
             together = [text for _, texts in pieces for text in texts]
             options = {} if first.dimensions is None else {"dimensions": first.dimensions}
