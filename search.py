@@ -244,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--model-path", "--model", required=True, metavar="MODEL", help=model)
     size = "maximum characters in a chunk; longer functions and sections are split (default: %(default)s)"
     index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
-    overlap = "characters, in whole lines, that the parts of a split function share at most (default: %(default)s)"
+    overlap = "most characters, in whole lines, that parts of one function or section share (default: %(default)s)"
     index.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
     largest = (
         f"leave out files of more than N bytes (default: {file_tree.MAX_FILE_SIZE:,}; of PDF, Word and HTML, and with "

@@ -305,6 +305,58 @@ def test_the_commands_of_a_page_can_follow_each_other(page):
     assert clashes(page) == []
 
 
+COMMANDS = ("train.py", "eval.py", "embed.py", "rerank.py", "serve.py", "search.py", "mine.py", "export.py", "adapt.py")
+OF_ALL = ("backends.md", "troubleshooting.md")  # pages about flags of all commands
+# Environment variables that other programs set or read, which a user has no reason to set.
+OF_OTHERS = {"LANCEDB_LOG", "MKL_THREADING_LAYER", "MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
+OF_OTHERS |= {"TOKENIZERS_PARALLELISM"}
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a parser and its subcommands in all spellings, but for --help and the --no- form of a flag."""
+    flags = set()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags.update(*map(flags_of, action.choices.values()))
+        else:
+            flags.update(name for name in action.option_strings if name.startswith("--"))
+    return {name for name in flags if name != "--help" and name.replace("--no-", "--", 1) not in flags - {name}}
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a command's main() uses."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: found.append(self) or _stop())
+        with contextlib.suppress(Parsed):
+            main = importlib.import_module(script.removesuffix(".py")).main
+            main([]) if inspect.signature(main).parameters else main()
+    return found[0]
+
+
+def _stop() -> None:
+    raise Parsed
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_flag_is_on_a_page_that_shows_its_command(script):
+    shown = {block.where.partition(":")[0] for block in BLOCKS if block.language == "sh" and script in block.text}
+    pages = [page for page in TOPICS if str(page.relative_to(ROOT)) in shown or page.name in OF_ALL]
+    words = set(re.findall(r"--[a-z][\w-]*", "\n".join(page.read_text(encoding="utf-8") for page in pages)))
+    flags = flags_of(parser_of(script))
+    assert "--model" in flags and flags - words == set()
+
+
+def test_every_environment_variable_is_on_a_page():
+    files = [*ROOT.glob("*.py"), *(ROOT / "mlx_retrieval").rglob("*.py")]
+    sources = [text for file in files if "environ" in (text := file.read_text(encoding="utf-8"))]
+    values = [node.value for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    texts = [value for value in values if isinstance(value, str)]
+    variables = {text for text in texts if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", text)} - OF_OTHERS
+    words = set(re.findall(r"`([A-Z][A-Z0-9_]+)\b", "\n".join(map(prose_of, TOPICS))))
+    assert "ES_NODE" in variables and variables - words == set()
+
+
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 

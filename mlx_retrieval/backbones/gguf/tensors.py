@@ -1,9 +1,9 @@
 """The tensors of a GGUF as weights under transformers' names, in the forms that mlx computes with.
 
 On GPUs, quantised ones stay quantised, in the same number of bits: a 4-bit model fits into the memory for which it was
-chosen, and LoRA trains on it. On CPUs they become float32: with quantised weights mlx computes about twenty times more
-slowly there, and a hundred times in training. llama.cpp's Q4_0, Q4_1 and Q8_0 give 32 neighbours one scale, and Q4_1
-one least value. That is mlx's affine form in groups of 32, so no number changes:
+chosen, and LoRA trains on it. On CPUs they become float32: with quantised weights mlx is about twenty times slower
+there. llama.cpp's Q4_0, Q4_1 and Q8_0 give 32 neighbours one scale, and Q4_1 one least value. That is mlx's affine form
+in groups of 32, so no number changes:
 
     Q4_0   scale * (code - 8)       codes 0 to 15           bias = -8 * scale
     Q4_1   scale * code + least     codes 0 to 15           bias = least
