@@ -28,7 +28,7 @@ LONGEST_NAME = 100  # characters of a model's name, as in requests
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's flags."""
-    out = Parser(prog="serve.py", description="Serve embedding models and rerankers over HTTP.")
+    out = Parser(prog="serve.py", description="Serve embedding, late-interaction and reranking models over HTTP.")
     out.add_argument(
         "--model",
         required=True,

@@ -35,7 +35,8 @@ from mlx_retrieval.utils.text import located
 __all__ = ["Settings", "main", "train"]
 
 DESCRIPTION = (
-    "Train a retrieval model: LoRA, DoRA or all weights, exact large batches, evaluation on your folders or MTEB."
+    "Train a retrieval or chat model: LoRA, DoRA or all weights, exact large batches, evaluation on "
+    "your own questions, folders or MTEB."
 )
 EPILOG = (
     "Exit codes: 0 done, 2 bad input (nothing is lost), 3 another rank was lost, 4 no step beat the untrained model "

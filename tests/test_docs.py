@@ -13,6 +13,7 @@ Every fenced block of README.md, docs/, CONTRIBUTING.md and the notebooks of exa
 import argparse
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -323,6 +324,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return {name for name in flags if name != "--help" and name.replace("--no-", "--", 1) not in flags - {name}}
 
 
+@functools.cache
 def parser_of(script: str) -> argparse.ArgumentParser:
     """The parser that a command's main() uses."""
     found = []
@@ -345,6 +347,23 @@ def test_every_flag_is_on_a_page_that_shows_its_command(script):
     words = set(re.findall(r"--[a-z][\w-]*", "\n".join(page.read_text(encoding="utf-8") for page in pages)))
     flags = flags_of(parser_of(script))
     assert "--model" in flags and flags - words == set()
+
+
+def flags_that_no_command_has(text: str) -> list[str]:
+    """Commands between backticks, such as `mine.py score --vectors`, with a flag that theirs has not."""
+    commands = re.findall(r"`(?:python )?(\w+\.py)\b([^`]*)`", text)
+    given = [(name, flag) for name, rest in commands if name in COMMANDS for flag in re.findall(r"--[a-z][\w-]*", rest)]
+    return [f"{name} {flag}" for name, flag in given if flag not in {*flags_of(parser_of(name)), "--help"}]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_sentences_have_their_flags(page):
+    assert flags_that_no_command_has(prose_of(page)) == []
+
+
+def test_a_wrong_flag_in_a_sentence_is_found():
+    text = "`mine.py score --vectors` `python train.py --hep` `serve.py --help` `eval.py --serve 1` `other.py --x`"
+    assert flags_that_no_command_has(text) == ["train.py --hep", "eval.py --serve"]
 
 
 def test_every_environment_variable_is_on_a_page():

@@ -266,7 +266,7 @@ def test_random_negatives_of_a_source_are_those_of_its_loss(settings, files, wri
     sources += [{"data": str(write_rows(scores, "scores.jsonl")), "loss": "margin_mse"}]
     run = training_run.prepare(settings(*sources, **RERANK, random_negatives=2))
     shown = [text for name, text in run.headline if name == "example"]
-    assert ["2 random negatives" in text for text in shown] == [True, True, False, False]  # a teacher has not scored them
+    assert ["2 random negatives" in text for text in shown] == [True, True, False, False]  # not scored by a teacher
     batches, found = run.trainer.batches, {}
     for k in batches.sample_numbers(3):
         batch = batches.batch(k)
