@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_retrieval.training import checkpoint, distributed, improvement, nothing_learnt
 from mlx_retrieval.training.config import Settings
+from mlx_retrieval.training.contents import EVALUATION, GUARDS, VALIDATION
 from mlx_retrieval.training.moving_average import MovingAverage
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.state import State
@@ -149,9 +150,15 @@ class BaseTrainer(ABC):
             self.state.best, self.state.best_step = before.best, before.best_step
             self.reporter.warn(f"{error}; the run goes on")
 
-    def forget_evaluations(self) -> None:
-        """Forget the figures so far: evaluations from now on are of other data."""
-        improvement.forget(self.state)
+    def forget_evaluations(self, changed: set[str]) -> None:
+        """Forget the figures so far that are of other data than evaluations from now on.
+
+        `changed`: the parts of `contents.Contents` that have changed since the run was begun.
+        """
+        if changed & {EVALUATION, VALIDATION}:
+            improvement.forget(self.state)
+        elif GUARDS in changed:
+            improvement.forget_best(self.state)
 
     # --- saving and resuming ------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from mlx_retrieval.backbones.hub import (
 from mlx_retrieval.models.loading import ADAPTER_CONFIG, ADAPTERS, HEADS
 from mlx_retrieval.training.optimizer import HALF
 from mlx_retrieval.utils.errors import SettingError, UserError
-from mlx_retrieval.utils.files import beside, tidy
+from mlx_retrieval.utils.files import beside, tidy, write_file
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 # Of a run.
@@ -58,6 +58,11 @@ def save_training(folder: Path, optimizer, state: dict) -> None:
     """Write the state that `--resume` needs into `folder`."""
     save_tensors(folder / OPTIMIZER, dict(tree_flatten(optimizer.state)))
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """Replace the trainer's state in the folder of a saved step."""
+    write_file(folder / STATE, json.dumps(state, indent=2) + "\n")
 
 
 def load_training(folder: Path, optimizer) -> dict:
@@ -96,12 +101,12 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def last_step(run: Path) -> Path | None:
-    """Return the newest complete step folder of a run, or `final` if no step is as new; None = there is none.
+    """Return the newest complete step folder of a run, or `final` or `best` if no step is as new; None = there is none.
 
     From there `--resume` continues.
     """
     needed = (ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, STATE)
-    complete = [f for f in (*_steps(run), run / "final") if all((f / name).is_file() for name in needed)]
+    complete = [f for f in (*_steps(run), run / "final", run / "best") if all((f / name).is_file() for name in needed)]
     return max(complete, key=lambda folder: (step_of(folder) or 0, folder.name), default=None)
 
 
@@ -128,6 +133,22 @@ def round_of(folder: Path) -> int:
     """Return which round, counted from 1, has this folder; 0 = it is the folder of no round."""
     match = re.fullmatch(r"round-([1-9]\d*)", folder.name)
     return int(match[1]) if match and folder.parent.name == ROUNDS else 0
+
+
+def set_best_aside(run: Path, best_step: int) -> Path | None:
+    """Keep no `best` but that of `best_step`: another becomes the saved step that it is. Return that step's folder.
+
+    None = `best` is of that step, or there is none. It is another one's if that was the best of other evaluation data.
+    """
+    best = run / "best"
+    if (step := step_of(best)) in (None, best_step):
+        return None
+    folder = step_folder(run, step)
+    if folder.is_dir():
+        shutil.rmtree(best)
+    else:
+        best.rename(folder)
+    return folder
 
 
 def prune(run: Path, keep: int) -> None:

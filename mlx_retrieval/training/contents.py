@@ -17,9 +17,9 @@ from mlx_retrieval.utils.console import print_lines
 from mlx_retrieval.utils.errors import SettingError, UserError
 
 FILE = "contents.json"
+# Each part of a run: the contents of its files and indices.
+VALIDATION, EVALUATION, GUARDS = "validation", "evaluation", "guards"
 BASE, ADAPTER = "base model", "the adapter in --model"
-# Each part of a run: the contents of its files and indices. Parts: data, validation, evaluation, base model
-# and, if the run starts from an adapter, that.
 Contents = dict[str, list[Content]]
 
 

@@ -67,10 +67,10 @@ class Evaluations:
         """Read back the results of a resumed run, up to the step that it goes on from and its best step until then."""
         if values := self._read("before.json"):
             self.before = Evaluation(**values)
-        if (best := self._read_step("best.json")) and best.number == best_step:
-            self.best = best
         if (last := self._read_step("last.json")) and last.number <= step:
             self.last = last
+        steps = (self._read_step("best.json"), self.last)  # a kill may come between `best` and best.json
+        self.best = next((each for each in steps if each and each.number == best_step), None)
 
     def forget(self) -> None:
         """Remove the results that are saved: evaluations from now on are of other data."""

@@ -68,11 +68,27 @@ class Guards(Evaluations):
             self._compare_with_the_first_round()
         return result
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the figures of the model that the run began with are saved."""
+        return (self.folder / "before.json").is_file()
+
     def _compare_with_the_first_round(self) -> None:
-        """In a later round, take the model that the first one began with as the one that must not get worse."""
+        """In a later round, take the model that the first one began with as the one that must not get worse.
+
+        Raises UserError if that one was judged by other texts or judgements.
+        """
         if checkpoint.round_of(self.folder.parent) > 1:
             first = self.folder.parent.with_name("round-1") / GUARDS / "before.json"
-            self.before = Evaluation(**read_json(first))
+            then, now = Evaluation(**read_json(first)), self.before
+            if changed := [task for task in then.tasks if then.digests.get(task) != now.digests.get(task)]:
+                (self.folder / "before.json").unlink()
+                raise SettingError(
+                    "{guard} {task}: it has changed since the first round, whose model must not get worse on it; begin "
+                    "the run again with {overwrite}",
+                    task=changed[0],
+                )
+            self.before = then
             files.write_file(self.folder / "before.json", first.read_text(encoding="utf-8"))
 
     def changes(self) -> dict[str, float]:

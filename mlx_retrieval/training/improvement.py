@@ -55,6 +55,11 @@ def forget(state: State) -> None:
     state.fallen = []
 
 
+def forget_best(state: State) -> None:
+    """Forget the best step: it has not been judged by the guards as they are now."""
+    state.best, state.best_step, state.evaluations_since_best, state.fallen = state.untrained, 0, 0, []
+
+
 def improved(state: State) -> bool | None:
     """Return whether a step was better than the untrained model; None if that is not known."""
     if state.untrained is None or state.last is None:

@@ -22,10 +22,18 @@ from mlx_retrieval.evaluation import pairs
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
-from mlx_retrieval.training import distributed, guards, improvement, nothing_learnt, other_vectors
+from mlx_retrieval.training import contents, distributed, guards, improvement, nothing_learnt, other_vectors
 from mlx_retrieval.training.checkpoint import GUARDS, HELD_OUT
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents, evaluation_contents
+from mlx_retrieval.training.contents import (
+    ADAPTER,
+    BASE,
+    EVALUATION,
+    VALIDATION,
+    Contents,
+    base_contents,
+    evaluation_contents,
+)
 from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.estimate import here
 from mlx_retrieval.training.estimate_job import retrieval_job, samples
@@ -144,20 +152,30 @@ class RetrievalRun:
         trainer = self.trainer
         return {
             "data": trainer.batches.rows.contents(),
-            "validation": trainer.validation.rows.contents() if trainer.validation else [],
-            "evaluation": evaluation_contents([*self.data.eval_tasks, *self.settings.guard]),
+            VALIDATION: trainer.validation.rows.contents() if trainer.validation else [],
+            EVALUATION: evaluation_contents(self.data.eval_tasks),
+            contents.GUARDS: evaluation_contents(self.settings.guard),
             BASE: base_contents(self.base, self.folder),
             ADAPTER: self.start.contents(),
             **other_vectors.contents(self.settings),
         }
 
+    def renew(self, changed: set[str]) -> None:
+        """Before the weights of a resumed run are loaded, judge the model that it began with on guards that are new."""
+        if self.guards and (contents.GUARDS in changed or not self.guards.has_reference):
+            self.trainer.model.eval()
+            self.guards.forget()
+            self.guards(0)
+
     def restore(self, changed: set[str]) -> None:
         """Before a resumed run continues, read back its evaluations, unless they were of other data."""
-        for evaluations in filter(None, (self.evaluations, self.guards)):
-            if "evaluation" in changed:
-                evaluations.forget()
-            else:
-                evaluations.restore(self.trainer.state.best_step, self.trainer.state.step)
+        state = self.trainer.state
+        if self.evaluations and EVALUATION in changed:
+            self.evaluations.forget()
+        elif self.evaluations:
+            self.evaluations.restore(state.best_step, state.step)
+        if self.guards:
+            self.guards.restore(state.best_step, state.step)
 
     def results(self) -> dict:
         """Return the content of `results.json`: metrics before and after, averaged over the tasks."""

@@ -10,6 +10,7 @@ import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -52,10 +53,16 @@ class Run(Protocol):
     def contents(self) -> Contents:
         """Return what the run's data, evaluation and base model hold."""
 
+    def renew(self, changed: set[str]) -> None:
+        """Before the weights of a resumed run are loaded, judge the model that it began with on guards that are new.
+
+        `changed`: parts of `contents` that are accepted although they have changed since the run was begun.
+        """
+
     def restore(self, changed: set[str]) -> None:
         """Before a resumed run continues, read back its results so far, as far as the trainer's state lacks them.
 
-        `changed`: parts of `contents` that are accepted although they have changed since the run was begun.
+        `changed`: as of `renew`.
         """
 
     def results(self) -> dict:
@@ -186,12 +193,17 @@ def begin(job: Run) -> Lines:
     job.begin()
     now = job.contents()
     if job.settings.resume and (continuation := find_continuation(job.folder, job.settings)) is not None:
+        trainer = job.trainer
         changed = contents.check(job.folder, now, job.settings.accept_changed_data)
-        job.trainer.resume(continuation.folder)
+        job.renew(changed)
+        trainer.resume(continuation.folder)
         lines = [("resumed", f"from {continuation.folder}")]
-        lines += continuation.apply(job.trainer.state, job.settings)
-        if changed & {"evaluation", "validation"}:
-            job.trainer.forget_evaluations()
+        trainer.forget_evaluations(changed)
+        if aside := checkpoint.set_best_aside(job.folder, trainer.state.best_step):
+            lines.append(("best", f"the one so far is not the best of the data as they are: it is {aside} now"))
+        if changed:  # a kill before the next save brings back nothing of it
+            checkpoint.save_state(checkpoint.last_step(job.folder), asdict(trainer.state))
+        lines += continuation.apply(trainer.state, job.settings)
         job.restore(changed)
     write_yaml(job.settings, job.folder / "config.yaml")
     contents.write(job.folder, now)

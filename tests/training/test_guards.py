@@ -4,11 +4,13 @@ python -m pytest tests/training/test_guards.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from beir_folders import write_folder
 
+import train
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
 from mlx_retrieval.training import checkpoint, improvement
 from mlx_retrieval.training import run as training_run
@@ -67,6 +69,17 @@ def test_they_are_restored(guards):
     assert again.results() == first.results()
     again(20)
     assert again.fallen() == ["code"]
+
+
+def test_the_figures_of_a_best_step_are_restored_after_a_kill_before_they_were_noted(guards):
+    """Regression: figures of a later step were given as those of the model in `best`."""
+    first = guards(evaluation(code=0.5), evaluation(code=0.51))
+    first(0)
+    first(10)
+    again = guards(evaluation(code=0.3))
+    again.restore(10, 10)
+    again(20)
+    assert again.results() == {"code": {"before": 0.5, "after": 0.51}}
 
 
 def test_a_guard_that_cannot_be_evaluated_any_more_has_fallen(guards):
@@ -163,6 +176,42 @@ def test_guard_and_guard_tolerance_of_a_run(settings, capsys):
     lines = ("may lose 1 of nDCG@10 or Spearman", "guards 2: other ", "guards, nDCG@10, before training")
     assert all(line in out for line in lines)
     assert (Path(chosen.output) / "guards" / "before.json").is_file()
+
+
+def test_guards_that_have_changed_are_judged_anew_before_the_run_goes_on(settings, tmp_path):
+    """Regression: any changed evaluation file deleted their reference, and no guard could fall any more."""
+    job = training_run.prepare(settings())
+    training_run.begin(job)
+    job.guards(0)
+    job.trainer.state.step = 1
+    job.trainer.save()
+    reference = tmp_path / "run" / "guards" / "before.json"
+    figures = reference.read_bytes()
+
+    def go_on(changed: str) -> Guards:
+        corpus = tmp_path / changed / "corpus.jsonl"
+        corpus.write_text(corpus.read_text().replace("cows moo", "cows moo, too"))
+        given = {"resume": True, "accept_changed_data": True, "output": str(tmp_path / "run")}
+        job = training_run.prepare(train.resumed_settings(given))
+        training_run.begin(job)
+        return job.guards
+
+    assert go_on("task").before and reference.read_bytes() == figures
+    now = go_on("other")
+    assert now.before.digests != Evaluation(**json.loads(figures)).digests
+    assert json.loads(reference.read_text())["digests"] == now.before.digests
+    assert now.before.tasks == job.guards.evaluate()[1].tasks  # of the untrained model
+
+
+def test_guards_that_have_changed_since_the_first_round_are_refused(tmp_path):
+    results = iter([replace(evaluation(code=0.5), digests={"code": digest}) for digest in ("one", "other")])
+    guards = [Guards(lambda: (None, next(results)), checkpoint.round_folder(tmp_path, n), 0.002) for n in (1, 2)]
+    for guard in guards:
+        guard.folder.parent.mkdir(parents=True)
+    guards[0](0)
+    with pytest.raises(UserError, match="--guard code: it has changed since the first round"):
+        guards[1](0)
+    assert not guards[1].has_reference
 
 
 @pytest.mark.parametrize(

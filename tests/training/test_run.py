@@ -97,6 +97,10 @@ class ToyRun:
     def contents(self) -> dict:
         return self.now
 
+    def renew(self, changed: set[str]) -> None:
+        if changed:
+            self.trainer.events.append("renew")
+
     def restore(self, changed: set[str]) -> None:
         self.trainer.events.append("restore")
 
@@ -349,6 +353,46 @@ def test_other_evaluation_data_are_not_compared_with_the_first(toy):
     assert (job.trainer.state.best, job.trainer.state.best_step) == (0.3, 4)
 
 
+def test_a_kill_after_the_best_was_written_loses_nothing(toy):
+    """Regression: the run went on from an older step, or began again, and kept a `best` of no step of its own."""
+    run.run(toy(stop_after=2))
+    shutil.rmtree(toy().folder / "step-000002")
+    with pytest.raises(UserError, match="data: rows.jsonl: 40 rows then, 41 now"):
+        job = toy(resume=True)
+        job.now = {"data": [Content("rows.jsonl", 41, "rows", "new")]}
+        run.run(job)
+    job = toy(resume=True, scores=(0.1,))
+    run.run(job)
+    assert job.trainer.events[0] == "load best" and "evaluate 2" not in job.trainer.events
+    assert job.trainer.state.best_step == checkpoint.step_of(job.folder / "best") == 2
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_was_forgotten_stays_so_after_a_kill(toy, saved):
+    """Regression: `best` stayed the one of other data, and the next resume compared with its figure."""
+    run.run(toy(scores=(0.9, 0.95), stop_after=2))
+    if not saved:
+        shutil.rmtree(toy().folder / "step-000002")
+    for accept in (True, False):  # killed in between
+        job = toy(resume=True, accept_changed_data=accept)
+        job.now["evaluation"] = [Content("corpus.jsonl", 5, "bytes", "new")]
+        run.begin(job)
+        state = job.trainer.state
+        assert (state.step, state.best, state.best_step, state.untrained) == (2, None, 0, None)
+        assert not (job.folder / "best").exists() and (job.folder / "step-000002").is_dir()
+        assert job.trainer.events == (["renew"] if accept else []) + ["load step-000002" if saved or not accept else
+                                                                      "load best", "restore"]  # fmt: skip
+
+
+def test_with_other_guards_no_step_so_far_is_the_best(toy):
+    run.run(toy(scores=(0.9, 0.95), stop_after=3))
+    job = toy(scores=(0.92,), resume=True, accept_changed_data=True)
+    job.now["guards"] = [Content("corpus.jsonl", 5, "bytes", "new")]
+    assert run.run(job)["improved"] is True
+    state = job.trainer.state
+    assert (state.untrained, state.best, state.best_step) == (0.9, 0.92, 4)
+
+
 def test_a_loss_counts_negative_and_metrics_without_the_run_s_own_decide_nothing():
     state = State()
     assert not improvement.note(state, {}) and not improvement.note(state, {"validation_loss": 2.0})
@@ -391,7 +435,8 @@ def test_measurements_write_nothing(toy):
 @pytest.mark.parametrize("kind", [ToyRun, RetrievalRun, ChatRun])
 def test_every_run_has_the_methods_of_the_protocol(kind):
     methods = {name for name, value in vars(run.Run).items() if callable(value) and not name.startswith("_")}
-    assert {"measure", "begin", "contents", "restore", "results", "print_results", "report", "next_lines"} == methods
+    names = {"measure", "begin", "contents", "renew", "restore", "results", "print_results", "report", "next_lines"}
+    assert names == methods
     assert all(callable(getattr(kind, name)) for name in methods)
 
 

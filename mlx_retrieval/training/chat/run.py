@@ -26,7 +26,7 @@ from mlx_retrieval.training.chat.data import ChatBatches, Conversations
 from mlx_retrieval.training.chat.template import TEMPLATE_FILE, ChatTokenizer
 from mlx_retrieval.training.chat.trainer import ChatTrainer
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.contents import ADAPTER, BASE, Contents, base_contents
+from mlx_retrieval.training.contents import ADAPTER, BASE, VALIDATION, Contents, base_contents
 from mlx_retrieval.training.defaults import resolve_defaults
 from mlx_retrieval.training.estimate import here
 from mlx_retrieval.training.estimate_job import chat_job
@@ -74,10 +74,13 @@ class ChatRun:
         return {
             "data": rows.contents,
             "tokens": [Content("all conversations", int(rows.lengths.sum()), "tokens", str(rows.checksum))],
-            "validation": trainer.validation.rows.contents if trainer.validation else [],
+            VALIDATION: trainer.validation.rows.contents if trainer.validation else [],
             BASE: base_contents(self.base, self.folder),
             ADAPTER: self.start.contents(),
         }
+
+    def renew(self, changed: set[str]) -> None:
+        """Do nothing: chat runs have no guards."""
 
     def restore(self, changed: set[str]) -> None:
         """Do nothing: the trainer's state holds all results."""

@@ -264,9 +264,10 @@ class ChatTrainer(BaseTrainer):
             tune(self.model, self.optimizer, parts, 3, self.batches.parts, Stopwatch())
         return times[2] - times[1], self.batches.counts(numbers)
 
-    def forget_evaluations(self) -> None:
-        super().forget_evaluations()
-        self.state.before = self.state.after = None
+    def forget_evaluations(self, changed: set[str]) -> None:
+        super().forget_evaluations(changed)
+        if contents.VALIDATION in changed:
+            self.state.before = self.state.after = None
 
     # --- resuming -----------------------------------------------------------------------------------------------------
 
