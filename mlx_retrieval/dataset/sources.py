@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.row_formats import Example, without
 from mlx_retrieval.dataset.rows import Rows, find_files
-from mlx_retrieval.utils import toolkit
+from mlx_retrieval.utils import addresses, toolkit
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.text import CHECKOUT
 
@@ -122,7 +121,7 @@ class Source(Protocol):
 def weight_of(source: str) -> tuple[str, Fraction | None]:
     """Return a source without its weight, and the weight or None; a port is not a weight."""
     match = WEIGHT.search(source)
-    if not match or (source.startswith("http") and urlsplit(source).path in ("", "/")):
+    if not match or (source.startswith("http") and addresses.split(source).path in ("", "/")):
         return source, None
     if (weight := Fraction(match[1])) == 0:
         raise UserError(f"--data {source}: a weight of 0")

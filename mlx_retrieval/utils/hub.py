@@ -10,7 +10,8 @@ except (HTTPError, OSError) as error:               # of huggingface_hub.errors
 
 import os
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+
+from mlx_retrieval.utils import addresses
 
 LOGIN = "set HF_TOKEN, or run hf auth login"
 
@@ -26,7 +27,7 @@ def address_fault() -> str:
     """Return what is wrong with the value of HF_ENDPOINT, or ""."""
     from huggingface_hub import constants
 
-    parts = urlsplit(constants.ENDPOINT)
+    parts = addresses.split(constants.ENDPOINT)
     if parts.scheme in ("http", "https") and parts.hostname:
         return ""
     return (

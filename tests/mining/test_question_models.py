@@ -310,7 +310,16 @@ def test_addresses():
     for given in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/", "http://h:1/v1/chat/completions"):
         assert chat_server.parse(given) == ("http://h:1/v1", "")
     assert chat_server.parse("https://h/openai/v2#a/b") == ("https://h/openai/v2", "a/b")
-    for wrong in ("http://", "http://h:x", "ftp://h", "http://h?a=b", "https://user:key@h"):
+    assert chat_server.parse("http://[::1]:80#a") == ("http://[::1]:80/v1", "a")
+    for wrong in (
+        "http://",
+        "http://h:x",
+        "ftp://h",
+        "http://h?a=b",
+        "https://user:key@h",
+        "http://[::1",
+        "http://[#a",
+    ):
         with pytest.raises(UserError):
             chat_server.parse(wrong)
 

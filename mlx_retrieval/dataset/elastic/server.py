@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
+from mlx_retrieval.utils import addresses
 from mlx_retrieval.utils.errors import UserError
 
 PATIENCE = 300.0  # seconds for which a server that has answered may be unavailable
@@ -52,12 +52,12 @@ def is_address(source: str) -> bool:
 
 def parse(source: str) -> Address:
     """Return the address that es://INDEX or http[s]://HOST:PORT/INDEX gives. UserError if it gives none."""
-    parts = urlsplit(source)
+    parts = addresses.split(source)
     if parts.username or parts.password:
         raise UserError("user and password belong into ES_USER and ES_PASSWORD, not into an address, which is saved")
     if parts.scheme == "es":
         node, index = os.environ.get("ES_NODE", "http://localhost:9200"), source.removeprefix("es://").strip("/")
-        parts = urlsplit(node)
+        parts = addresses.split(node)
         name = "ES_NODE"
         if parts.username or parts.password:
             raise UserError("ES_NODE: user and password belong into ES_USER and ES_PASSWORD")
@@ -69,7 +69,8 @@ def parse(source: str) -> Address:
     except ValueError:
         port = -1
     if parts.scheme not in PORTS or not parts.hostname or port == -1:
-        raise UserError(f"{name}: an address such as http://localhost:9200 is needed, not {node}")
+        given = f", not {node}" if name != source else ""
+        raise UserError(f"{name}: an address such as http://localhost:9200 is needed{given}")
     if port is None:
         node = node.replace(parts.netloc, f"{parts.netloc}:{PORTS[parts.scheme]}", 1)
     index = index or os.environ.get("ES_INDEX", "")

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urldefrag, urlsplit
 
 from mlx_retrieval.dataset.elastic.server import AWAY, FIRST_PATIENCE, PATIENCE, Closed
 from mlx_retrieval.mining.questions.base import Job
 from mlx_retrieval.mining.questions.local_model import MAX_TOKENS, TEMPERATURE, TOP_P
 from mlx_retrieval.mining.questions.prompted import Completion
 from mlx_retrieval.mining.questions.prompts import Prompt
-from mlx_retrieval.utils import files
+from mlx_retrieval.utils import addresses, files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import excerpt
 
@@ -98,7 +97,7 @@ class ChatServer:
         self._sampling = tuple(self._options.items())
         self._answered, self._has_completed, self._failures = False, False, 0
         self._lock, self._closed = threading.Lock(), threading.Event()
-        local = urlsplit(self.address).hostname in ("localhost", "127.0.0.1", "::1")
+        local = addresses.split(self.address).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if local else []  # no proxy knows this machine's servers
         self._open = urllib.request.build_opener(*handlers).open
 
@@ -289,8 +288,8 @@ def is_address(generator: str) -> bool:
 
 def parse(address: str) -> tuple[str, str]:
     """Return the address up to `/v1`, and the model that `#MODEL` names or "". UserError if it is no address."""
-    url, model = urldefrag(address)
-    parts = urlsplit(url)
+    url, _, model = address.partition("#")
+    parts = addresses.split(url)
     if parts.username or parts.password:
         raise UserError(f"the key belongs into {KEY}, not into the address of a server, which is saved")
     try:
@@ -300,7 +299,7 @@ def parse(address: str) -> tuple[str, str]:
     if not valid:
         raise UserError(f"{address}: an address such as http://localhost:8080 is needed")
     url = url.rstrip("/").removesuffix(COMPLETIONS).rstrip("/")
-    return (url if urlsplit(url).path else f"{url}/v1"), model
+    return (url if addresses.split(url).path else f"{url}/v1"), model
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
