@@ -55,7 +55,7 @@ def load_retriever(
 
 def check_margins(corpus: Iterable[str], rules: hard_negatives.Rules, has_model: bool) -> None:
     """UserError if the rules need scores of positives, and only Elasticsearch finds documents."""
-    margins = rules.relative_margin or rules.absolute_margin
+    margins = [margin for margin in (rules.relative_margin, rules.absolute_margin) if margin is not None]
     if isinstance(corpus, ElasticCorpus) and not has_model and margins:
         raise UserError(
             "margins compare with the score of the positive, which Elasticsearch does not return: add --model"

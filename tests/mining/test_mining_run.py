@@ -22,7 +22,9 @@ from mlx_retrieval.dataset import rows as row_files
 from mlx_retrieval.inference import embedder, reranker
 from mlx_retrieval.mining import cache, collection, hard_negatives, teacher
 from mlx_retrieval.mining import output as mining_output
+from mlx_retrieval.mining import run as mining_run
 from mlx_retrieval.mining.cache import ResumableCache
+from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
 from mlx_retrieval.models import heads, loading
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
@@ -228,6 +230,17 @@ def test_what_is_refused(flags, message, tmp_path, write_rows, capsys, monkeypat
     work = tmp_path / ".new.jsonl.work"
     assert sorted(path for path in tmp_path.iterdir() if path != work) == before
     assert work.exists() == (message == "no negative was found")  # the search is kept, as filters may be changed
+
+
+@pytest.mark.parametrize("margin", ["relative_margin", "absolute_margin"])
+def test_a_margin_of_zero_needs_the_positive_s_score_too(margin):
+    """Regression: 0 counted as no margin where Elasticsearch alone finds documents."""
+    corpus = ElasticCorpus.__new__(ElasticCorpus)  # without a server
+    for value in (0.0, 0.05):
+        with pytest.raises(UserError, match="margins compare with the score of the positive"):
+            mining_run.check_margins(corpus, hard_negatives.Rules(by="bm25", **{margin: value}), False)
+    mining_run.check_margins(corpus, hard_negatives.Rules(by="bm25"), False)
+    mining_run.check_margins(corpus, hard_negatives.Rules(**{margin: 0.0}), True)
 
 
 def test_numbers_that_are_none_and_vectors_that_are_not_finite(small, pairs, tmp_path, capsys, monkeypatch):
