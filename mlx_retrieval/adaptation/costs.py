@@ -134,7 +134,12 @@ def _query_of(chunk: Chunk) -> str:
 
 
 def _row_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
-    """Return the seconds of a training step for each of its rows, on rows made of a sample of chunks."""
+    """Return the seconds of a training step for each of its rows, on rows made of a sample of chunks.
+
+    0 for a single chunk, whose row has no other to be told from; nothing is trained on the questions of one.
+    """
+    if len(chunks) < 2:
+        return 0.0
     texts = [chunk.embedded for chunk in chunks]
     rows = []
     for i, chunk in enumerate(chunks):

@@ -10,10 +10,10 @@ from pathlib import Path
 from mlx_retrieval.evaluation.results import LABELS, Evaluation, compare, main_metric
 
 
-def only(evaluation: Evaluation, task: str) -> Evaluation:
-    """Return an evaluation of one task alone."""
+def only(evaluation: Evaluation, task: str, label: str = "") -> Evaluation:
+    """Return an evaluation of one task alone, which is then called `label`; "" = as it was."""
     values = {name: value for name, value in vars(evaluation).items() if isinstance(value, dict)}
-    fields = {name: {task: value[task]} if task in value else {} for name, value in values.items()}
+    fields = {name: {label or task: value[task]} if task in value else {} for name, value in values.items()}
     return Evaluation(model=evaluation.model, **fields)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.mining import code_pairs
+from mlx_retrieval.mining.source_files import SourceFiles
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import writable
@@ -31,6 +32,14 @@ def check(names: Sequence[str]) -> None:
         find_files([name for name in names if not _is_code(name)])
     except UserError as error:
         raise UserError(f"--hold {error}") from error
+
+
+def files_of(name: str) -> list[Path]:
+    """Return the files that are read for a name of `job.hold`; of rows on the hub, none."""
+    if _is_code(name):
+        return [file.path for file in SourceFiles([name]).files]
+    paths = [path for path in find_files([name]) if isinstance(path, Path)]
+    return [file for path in paths for file in ([*path.glob("*.jsonl*"), *path.glob("qrels/*.tsv")] or [path])]
 
 
 def rows_of(job: Adaptation, folder: Path) -> list[str]:

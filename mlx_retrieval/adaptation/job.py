@@ -4,6 +4,7 @@ job = Adaptation(Path("handbook"), "sentence-transformers/all-MiniLM-L6-v2", Pat
 job.count                                # questions a chunk
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,9 @@ class Adaptation:
     training: dict = field(init=False)  # what `config` says
 
     def __post_init__(self):
-        self.documents, self.output = self.documents.expanduser(), self.output.expanduser()
+        for name in ("documents", "output", "prompt", "config"):
+            if path := getattr(self, name):
+                setattr(self, name, path.expanduser())
         if not self.documents.is_dir():
             raise UserError(f"{self.documents}: {'not a folder' if self.documents.exists() else 'no such folder'}")
         for name, least in (("chunk_size", 1), ("max_file_size", 1), ("found_among", 1), ("seed", 0)):
@@ -84,7 +87,9 @@ class Adaptation:
         if self.hold is None:
             self.hold = list(toolkit.HELD)
         if self.guard is None:
-            self.guard = [toolkit.find(toolkit.EVALUATION)]
+            self.guard = [toolkit.EVALUATION]
+        for name in ("hold", "guard", "eval_tasks"):
+            setattr(self, name, [toolkit.find(os.path.expanduser(value)) for value in getattr(self, name)])
         check_generator(self.generator, self.styles, self.count, self.prompt)
         self.training = read_yaml(self.config) if self.config else {}
         if decided := [name for name in DECIDED if name in self.training]:

@@ -32,9 +32,10 @@ def write(shop: Workshop, following: Lines) -> Lines:
 def content(shop: Workshop) -> Report:
     """Return the result: the held-out questions before and after, and the other tasks as notes."""
     evaluations = read_evaluations(shop.path("evaluation.json"))
-    held = next(iter(evaluations[0].tasks))
-    before, after = only(evaluations[0], held), only(evaluations[-1], held)
     tasks, _ = load_tasks([str(shop.path("held-out"))])
+    # The first of the tasks; it has its whole path for a label there if another one is called as it is.
+    held, label = next(iter(evaluations[0].tasks)), next(iter(tasks))
+    before, after = (only(evaluation, held, label) for evaluation in (evaluations[0], evaluations[-1]))
     report = retrieval_report(before if len(evaluations) > 1 else None, after, tasks)
     report.eval_tasks = [str(shop.path("held-out"))]
     if len(evaluations) == 1:
@@ -43,6 +44,7 @@ def content(shop: Workshop) -> Report:
         report.detail, report.tables = "", []
     for name, *figures in shop.figures["evaluate"]["rows"][1:]:
         report.notes.append(f"{name}: {figures[0]} before, {figures[1]} after, {figures[2]} {figures[3]}.")
+    report.notes += [f"Not evaluated: {reason}" for reason in evaluations[0].unreachable.values()]
     report.notes.append(
         f"Nothing was trained on the documents of the held-out questions, searched among up to {DOCUMENTS:,} chunks."
     )

@@ -7,8 +7,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Collection
-from hashlib import blake2b
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,26 @@ from mlx_retrieval.adaptation import asking, costs, held, report, stages
 from mlx_retrieval.adaptation.chunk_file import Chunks
 from mlx_retrieval.adaptation.costs import Costs, Plan, minutes
 from mlx_retrieval.adaptation.job import LOCK, Adaptation
+from mlx_retrieval.adaptation.keys import ALL, ASKING, MEASURED, REPORT, chained, decided, measuring, stages_before
 from mlx_retrieval.adaptation.record import UNFINISHED, Record
 from mlx_retrieval.adaptation.stages import STAGES
 from mlx_retrieval.adaptation.workshop import TooFewQuestionsError, Workshop, clear
-from mlx_retrieval.backbones.finding import resolve
 from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.mining.questions.base import digest
 from mlx_retrieval.models import kinds
+from mlx_retrieval.training.guards import refuse_unreachable
 from mlx_retrieval.training.run import RunInterrupted
-from mlx_retrieval.utils import files, locks, toolkit
+from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.console import Lines, console, print_lines
 from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import quantity, shell
 
-REPORT, PLAN, MEASURED = "report", "plan", "measured"
-ALL = (*STAGES, REPORT)
-# The settings that decide a stage, besides the stage that it builds on.
-DECIDING = {
-    "read": ("documents", "chunk_size", "overlap", "max_file_size", "exclude"),
-    "questions": ("generator", "count", "styles", "prompt", "seed", "budget"),
-    "filter": ("model", "dtype", "found_among", "reranker", "holdout"),
-    "negatives": ("negatives",),
-    "train": ("training", "hold"),
-    "export": ("guard", "guard_tolerance", "trained_share"),
-    "evaluate": ("eval_tasks",),
-    "index": (),
+PLAN = "plan"
+PLANNED = ("questions", "filter", "negatives", "train")  # stages that ask the plan
+RESTS = {  # of an unfinished stage: what the next call does
+    "questions": "asks for the rest of the questions, and trains with all of them",
+    "evaluate": "evaluates the tasks that could not be reached",
 }
-BUILDS_ON = dict(zip(ALL[1:], ALL, strict=False)) | {"index": "export", REPORT: "evaluate"}
 
 
 def run(job: Adaptation, only: Collection[str] = (), redo: Collection[str] = ()) -> None:
@@ -69,11 +61,13 @@ def run(job: Adaptation, only: Collection[str] = (), redo: Collection[str] = ())
 
 def _check_tasks(job: Adaptation) -> None:
     """Raise UserError for a task or a reranker that is not there, before any work is done for it."""
+    unreachable = {}
     for name, tasks in (("--eval-tasks", job.eval_tasks), ("--guard", job.guard)):
         try:
-            load_tasks(tasks)
+            _, unreachable = load_tasks(tasks)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+    refuse_unreachable(unreachable)
     held.check(job.hold)
     if job.reranker:
         try:
@@ -87,13 +81,12 @@ class _Run:
 
     def __init__(self, job: Adaptation, record: Record, names: Collection[str], redo: Collection[str]):
         self.job, self.record, self.names = job, record, names
-        self.keys = keys_of(job)
-        deciding = [setting for settings in DECIDING.values() for setting in settings if setting != "budget"]
-        self.keys[MEASURED] = digest(MEASURED, [_decided_by(job, setting) for setting in deciding])
+        self.values = decided(job)
+        self.keys = chained(self.values) | measuring(self.values)
         self.shop = Workshop(job)
         self.began = time.monotonic()
         for name in ALL:
-            if {name, *_before(name)} & {*redo}:
+            if {name, *stages_before(name)} & {*redo}:
                 record.forget(name)
         # What earlier calls have spent on what is not done again.
         self.spent = sum(record.seconds(name, key) for name, key in self.keys.items())
@@ -115,7 +108,7 @@ class _Run:
         """Index the documents with the base model, so that they can be searched at least."""
         self.shop.is_trained = False
         # Another key than that of the index that is due after training: it must not be taken for this one.
-        self.keys["index"] = digest("index", self.keys["read"], _decided_by(self.job, "model"), self.job.dtype)
+        self.keys["index"] = digest("index", self.keys["read"], self.values["model"], self.job.dtype)
         self._carry_out("index")
         print_lines(next_lines(self.shop))
 
@@ -128,12 +121,12 @@ class _Run:
         elif name in self.names:
             if self.shop.is_trained:
                 self._check_before(name)
-            if name != "read":
+            if name in PLANNED:
                 self._make_plan()
             self._take(name)
 
     def _check_before(self, name: str) -> None:
-        if missing := [before for before in _before(name) if before not in self.shop.figures]:
+        if missing := [before for before in stages_before(name) if before not in self.shop.figures]:
             raise UserError(
                 f"--stages {name}: it builds on {missing[0]}, which is not done, or was done with other documents or "
                 "settings"
@@ -161,7 +154,7 @@ class _Run:
             raise
         if name == "questions" and past.get("figures", {}).get("questions") != figures["questions"]:
             for later in ALL:  # what was done with fewer questions, as a server had gone away
-                if name in _before(later):
+                if name in stages_before(later):
                     self.record.forget(later)
         self.record.note(name, key, before + time.monotonic() - began, figures)
         self.shop.figures[name] = figures
@@ -173,70 +166,33 @@ class _Run:
         return f"{minutes(left)} of {minutes(self.job.budget)} left" if left > 0 else "the time is up"
 
     def _make_plan(self) -> None:
-        """Decide how many chunks are asked about, once for the adaptation."""
-        total = self.shop.figures["read"]["chunks"]
+        """Decide how many chunks are asked about, once for their questions, and how long the stages take."""
         if self.job.budget is None or self.shop.plan is not None:
             return
-        key = digest(PLAN, [field.name for field in dataclasses.fields(Plan)], self.keys["export"])
-        if saved := self.record.figures(PLAN) if self.record.is_done(PLAN, key) else None:
-            self.shop.plan = Plan(**saved)
-            return
-        _head(PLAN, "measuring this machine")
-        measured, left = self._costs(), max(0.0, self.shop.deadline - time.monotonic())
-        self.shop.plan = costs.fit(self.job, measured, total, left, "index" in self.names)
-        print_plan(self.job, self.shop.plan)
+        key, measured = digest(PLAN, self.keys["questions"]), self._costs()
+        total, indexed = self.shop.figures["read"]["chunks"], "index" in self.names
+        if self.record.is_done(PLAN, key):
+            chunks = self.record.figures(PLAN)["chunks"]
+            self.shop.plan = costs.plan(self.job, measured, chunks, total, indexed)
+        else:
+            left = max(0.0, self.shop.deadline - time.monotonic())
+            self.shop.plan = costs.fit(self.job, measured, total, left, indexed)
+            print_plan(self.job, self.shop.plan)
         self.record.note(PLAN, key, 0.0, dataclasses.asdict(self.shop.plan))
 
     def _costs(self) -> Costs:
         """Return what this machine takes, as measured now or by an earlier call, whatever its budget was."""
-        key, began = self.keys[MEASURED], time.monotonic()
-        if not self.record.is_done(MEASURED, key):
-            measured = _measure(self.shop)
-            self.record.note(MEASURED, key, time.monotonic() - began, dataclasses.asdict(measured))
-        return Costs(**self.record.figures(MEASURED))
+        if not all(self.record.is_done(name, self.keys[name]) for name in (ASKING, MEASURED)):
+            _head(PLAN, "measuring this machine")
+        asked = self._measured(ASKING, lambda: {"seconds": asking.seconds_to_ask(self.shop)})
+        return Costs(**self._measured(MEASURED, lambda: dataclasses.asdict(_measure(self.shop, asked["seconds"]))))
 
-
-def _before(name: str) -> list[str]:
-    """Return the stages that a stage builds on, the first one first."""
-    before = BUILDS_ON.get(name)
-    return [*_before(before), before] if before else []
-
-
-def keys_of(job: Adaptation) -> dict[str, str]:
-    """Return the key of each stage: a hash of everything that decides its result."""
-    keys: dict[str, str] = {}
-    for name in STAGES:
-        values = [_decided_by(job, setting) for setting in DECIDING[name]]
-        keys[name] = digest(name, values, keys.get(BUILDS_ON.get(name, ""), ""))
-    return keys
-
-
-def _decided_by(job: Adaptation, setting: str) -> Any:
-    """Return a setting as it decides a stage: of files and folders their contents, as far as sizes and times tell."""
-    value = getattr(job, setting)
-    if setting == "documents":
-        return contents_of(job.documents)
-    if setting == "model":
-        return [value, contents_of(resolve(value))]
-    if setting in ("guard", "eval_tasks"):
-        return [[task, contents_of(Path(task)) if Path(task).is_dir() else ""] for task in value]
-    if setting == "hold":
-        return [[name, "" if name in toolkit.HELD else contents_of(Path(name))] for name in value]
-    if setting == "prompt":
-        return value.read_text(encoding="utf-8-sig", errors="replace") if value else ""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def contents_of(folder: Path) -> str:
-    """Return a hash of the names, sizes and times of the files in a folder, or of a file."""
-    total = blake2b(digest_size=16)
-    root = folder.resolve()
-    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if path.is_file():
-            stat = path.stat()
-            line = f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-            total.update(line.encode("utf-8", "surrogateescape"))
-    return total.hexdigest()
+    def _measured(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        key, began = self.keys[name], time.monotonic()
+        if not self.record.is_done(name, key):
+            figures = measure()
+            self.record.note(name, key, time.monotonic() - began, figures)
+        return self.record.figures(name)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -261,13 +217,15 @@ def next_lines(shop: Workshop) -> Lines:
     search = shell("python", "search.py", "search", "your question", "--index", str(shop.path("index")))
     lines = [("model", shop.model)]
     lines.append(("next", search) if "index" in shop.figures else ("no index", "--stages index makes one"))
-    if UNFINISHED in shop.figures.get("questions", {}):
-        lines.append(("unfinished", "the same command asks for the rest of the questions, and trains with all of them"))
+    for name, rest in RESTS.items():
+        if UNFINISHED in shop.figures.get(name, {}):
+            lines.append(("unfinished", f"the same command {rest}"))
     return lines
 
 
 def dry_run(job: Adaptation) -> None:
     """Print what would be read, how many questions would be asked, and how long it would take. Write nothing."""
+    _check_tasks(job)
     print_lines([("device", backend.describe())])
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -275,14 +233,14 @@ def dry_run(job: Adaptation) -> None:
         shop.job.output.mkdir()
         chunks = stages.read(shop)["chunks"]
         reading = time.monotonic() - began
-        measured = _measure(shop)
+        measured = _measure(shop, asking.seconds_to_ask(shop))
     left = None if job.budget is None else max(0.0, job.budget - (time.monotonic() - began))
     plan = costs.fit(job, measured, chunks, left)
     print_plan(job, dataclasses.replace(plan, seconds={"read": reading} | plan.seconds))
     print_lines([("dry run", "nothing was trained or written")])
 
 
-def _measure(shop: Workshop) -> Costs:
+def _measure(shop: Workshop, asking_seconds: float) -> Costs:
     """Measure what this machine takes, on chunks from the beginning of the file."""
     sample = costs.sample_of(iter(Chunks(shop.path("chunks.jsonl"))))
-    return costs.measure(shop.job, sample, asking.seconds_to_ask(shop))
+    return costs.measure(shop.job, sample, asking_seconds)

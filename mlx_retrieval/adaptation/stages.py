@@ -29,6 +29,7 @@ from mlx_retrieval.adaptation.asking import questions
 from mlx_retrieval.adaptation.costs import minutes
 from mlx_retrieval.adaptation.figures import figure_rows
 from mlx_retrieval.adaptation.held import Held, rows_of
+from mlx_retrieval.adaptation.record import UNFINISHED
 from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of, with_held
 from mlx_retrieval.adaptation.workshop import Figures, TooFewQuestionsError, Workshop
 from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
@@ -54,7 +55,7 @@ from mlx_retrieval.training.improvement import model_to_use
 from mlx_retrieval.training.length import resolve_length
 from mlx_retrieval.training.run_data import open_rows
 from mlx_retrieval.utils import files
-from mlx_retrieval.utils.console import print_lines, print_rows
+from mlx_retrieval.utils.console import WARNING, print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
 from mlx_retrieval.utils.text import quantity
@@ -239,7 +240,8 @@ def _limit_steps(shop: Workshop, settings: Settings, size: int) -> None:
     room = int((left - after - evaluations) / (shop.plan.row_seconds * size))
     whole = settings.steps
     settings.steps, settings.epochs = max(EVALUATIONS, min(room, whole)), None
-    settings.eval_steps = settings.eval_steps or max(1, settings.steps // EVALUATIONS)
+    if settings.eval_steps is None:  # 0 is a setting: only the last step is evaluated
+        settings.eval_steps = max(1, settings.steps // EVALUATIONS)
     if settings.steps < whole:
         print_lines([("budget", f"{minutes(left)} left: {settings.steps:,} of {whole:,} steps")])
 
@@ -275,7 +277,10 @@ def export(shop: Workshop) -> Figures:
 
 
 def evaluate(shop: Workshop) -> Figures:
-    """Evaluate the base model and the exported one on the held-out questions, the guards and the user's tasks."""
+    """Evaluate the base model and the exported one on the held-out questions, the guards and the user's tasks.
+
+    Tasks of the hub that cannot be reached leave the stage unfinished: the next call tries them again.
+    """
     tasks = [str(shop.path("held-out")), *shop.job.eval_tasks, *shop.job.guard]
     names = [shop.job.model] + [str(shop.path("model"))] * shop.path("model").is_dir()
     evaluations = []
@@ -286,7 +291,9 @@ def evaluate(shop: Workshop) -> Figures:
     files.write_file(shop.path("evaluation.json"), json.dumps(record, indent=1) + "\n")
     rows = figure_rows(evaluations)
     print_rows("before and after", ("task", "before", "after", "difference", "95 % interval"), rows)
-    return {"rows": rows, "lines": []}
+    lines = [(WARNING, f"not evaluated: {reason}") for reason in evaluations[0].unreachable.values()]
+    print_lines(lines)
+    return {"rows": rows, "lines": lines} | ({UNFINISHED: lines[0][1]} if lines else {})
 
 
 def index(shop: Workshop) -> Figures:

@@ -17,6 +17,7 @@ from mlx_retrieval.adaptation import chunk_file, costs
 from mlx_retrieval.adaptation.chunk_file import Chunks
 from mlx_retrieval.adaptation.costs import Plan
 from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.adaptation.keys import generator_of
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.mining.questions import without_model
 from mlx_retrieval.mining.questions.base import Generator, digest
@@ -67,7 +68,7 @@ class Workshop:
         """Return a file or folder of the adaptation."""
         return self.job.output / name
 
-    @property
+    @cached_property
     def questions(self) -> Path:
         """The file of questions: one for each generator and its settings; see `other_questions`."""
         job = self.job
@@ -75,7 +76,7 @@ class Workshop:
         name = re.sub(r"\W+", "-", job.generator).strip("-")[:40]
         return (
             self.path("questions")
-            / f"{name}-{digest(job.generator, job.count, [*job.styles], prompt, job.seed)[:4]}.jsonl"
+            / f"{name}-{digest(generator_of(job), job.count, [*job.styles], prompt, job.seed)[:4]}.jsonl"
         )
 
     @property

@@ -167,7 +167,7 @@ def _evaluated(blend: Blend, share: float, judge: Evaluator | None, guard: Evalu
     guards = {}
     if guard:
         result = guard()[1]
-        refuse_unreachable(result)
+        refuse_unreachable(result.unreachable)
         guards = result.tasks
     of_guards = {task: figures[main_metric(figures)] for task, figures in guards.items()}
     if judge is None:

@@ -5,7 +5,7 @@ guards(0); guards(50); guards.fallen()              # ["eval-data"]
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def check(settings: Settings, tasks: list[str], evaluated: bool) -> None:
             raise SettingError("{guard} {task}: the run is judged on this task; a guard is another one", task=task)
 
 
-def refuse_unreachable(result: Evaluation) -> None:
-    """Raise UserError if a guard could not be evaluated: nothing would guard it."""
-    for task, reason in result.unreachable.items():
+def refuse_unreachable(unreachable: Mapping[str, str]) -> None:
+    """Raise UserError if a guard cannot be evaluated, with its reason: nothing would guard it."""
+    for task, reason in unreachable.items():
         raise SettingError(
             "{guard} {task}: it cannot be evaluated, so nothing would guard it: {reason}", task=task, reason=reason
         )
@@ -64,7 +64,7 @@ class Guards(Evaluations):
         self.folder.mkdir(exist_ok=True)
         result = super().__call__(step)
         if step == 0:
-            refuse_unreachable(result)
+            refuse_unreachable(result.unreachable)
             self._compare_with_the_first_round()
         return result
 

@@ -15,6 +15,7 @@ import adapt
 from mlx_retrieval.adaptation import costs, run
 from mlx_retrieval.adaptation.costs import Costs
 from mlx_retrieval.adaptation.job import Adaptation
+from mlx_retrieval.adaptation.keys import keys_of
 from mlx_retrieval.mining.questions import chat_server, filtering
 from mlx_retrieval.mining.questions.chat_server import Rules
 from mlx_retrieval.retrieval.searcher import Searcher
@@ -115,7 +116,7 @@ def test_without_usable_questions_the_documents_are_indexed_all_the_same(stub, f
     assert len(stub.asked) == FILES and not (output / "model").exists()
     settings = vars(adapt.parser().parse_args(flags))
     job = Adaptation(**{name: value for name, value in settings.items() if name not in ("stages", "redo", "dry_run")})
-    assert stages_of(output)["index"]["key"] != run.keys_of(job)["index"]  # that of the index after training
+    assert stages_of(output)["index"]["key"] != keys_of(job)["index"]  # that of the index after training
 
 
 def test_a_server_that_goes_away_leaves_work_to_go_on_with_and_is_asked_for_the_rest(stub, flags, tmp_path, capsys):

@@ -17,6 +17,7 @@ from mlx_retrieval.adaptation import chunk_file, costs, run, split, stages
 from mlx_retrieval.adaptation.costs import Costs
 from mlx_retrieval.adaptation.held import Held
 from mlx_retrieval.adaptation.job import Adaptation, seconds_of
+from mlx_retrieval.adaptation.keys import keys_of
 from mlx_retrieval.adaptation.record import Record
 from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of
 from mlx_retrieval.adaptation.workshop import Workshop
@@ -130,10 +131,10 @@ def test_a_misspelt_stage_or_flag_is_one_line(capsys):
 
 
 def test_a_change_concerns_the_stages_from_there_on(job, tmp_path):
-    keys = run.keys_of(job)
+    keys = keys_of(job)
 
     def changed(**changes) -> set[str]:
-        others = run.keys_of(replace(job, **changes))
+        others = keys_of(replace(job, **changes))
         return {name for name in keys if others[name] != keys[name]}
 
     after_train = {"train", "export", "evaluate", "index"}
@@ -146,7 +147,7 @@ def test_a_change_concerns_the_stages_from_there_on(job, tmp_path):
     assert changed(chunk_size=900) == set(keys)
     assert not changed(output=tmp_path / "elsewhere")
     (job.documents / "b.md").write_text("# B")
-    assert {name for name, key in run.keys_of(job).items() if key != keys[name]} == set(keys)
+    assert {name for name, key in keys_of(job).items() if key != keys[name]} == set(keys)
 
 
 def test_a_prompt_of_one_s_own_reaches_the_generator_and_is_another_adaptation(job, tmp_path, monkeypatch):
@@ -159,7 +160,7 @@ def test_a_prompt_of_one_s_own_reaches_the_generator_and_is_another_adaptation(j
         assert adapt.main([*flags, *["--prompt", str(file)] * bool(text)]) == 0
         shop = Workshop(jobs[-1])
         assert shop.generator.prompt.template == (text or TEMPLATE)
-        jobs[-1] = (shop.questions, run.keys_of(jobs[-1]))
+        jobs[-1] = (shop.questions, keys_of(jobs[-1]))
     paths, keys = zip(*jobs, strict=True)
     assert len({*paths}) == 3 and len({key["questions"] for key in keys}) == len({key["filter"] for key in keys}) == 3
     assert len({key["read"] for key in keys}) == 1

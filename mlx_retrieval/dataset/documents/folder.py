@@ -23,7 +23,7 @@ from mlx_retrieval.dataset.documents.boilerplate import RecurringLines
 from mlx_retrieval.dataset.documents.document import COPY, TOO_LARGE, Document, Section, UnreadableError
 from mlx_retrieval.dataset.documents.formats import format_of, read_file
 from mlx_retrieval.dataset.source_code import file_tree
-from mlx_retrieval.dataset.source_code.file_tree import File
+from mlx_retrieval.dataset.source_code.file_tree import File, FileTree
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.files import naming
 from mlx_retrieval.utils.progress import progress_bar
@@ -140,6 +140,17 @@ class DocumentFolder:
         self._seen.clear()
 
 
+def document_files(path: Path, exclude: Sequence[str] = (), skip: Sequence[Path] = ()) -> FileTree:
+    """Return the files of a folder that `read_folder` reads, sorted by path, and counts of the others by reason."""
+    root = path.expanduser()
+    tree = file_tree.walk(root, sys.maxsize, exclude, skip, hidden=False)
+    if beir.is_corpus(root):
+        files = [file for file in tree.files if file.path == beir.texts_file(root, "corpus").name]
+        tree.left_out[BESIDE_CORPUS] += len(tree.files) - len(files)
+        tree.files = files
+    return tree
+
+
 def read_folder(
     path: Path, max_file_size: int = MAX_FILE_SIZE, exclude: Sequence[str] = (), skip: Sequence[Path] = ()
 ) -> DocumentFolder:
@@ -156,13 +167,8 @@ def read_folder(
 
     Raises UserError if there is no such folder, and if it has no document that can be read.
     """
-    root = path.expanduser()
-    tree = file_tree.walk(root, sys.maxsize, exclude, skip, hidden=False)
-    files = tree.files
-    if beir.is_corpus(root):
-        files = [file for file in files if file.path == beir.texts_file(root, "corpus").name]
-        tree.left_out[BESIDE_CORPUS] += len(tree.files) - len(files)
-    folder = DocumentFolder(root.resolve())
+    tree = document_files(path, exclude, skip)
+    folder, files = DocumentFolder(path.expanduser().resolve()), tree.files
     folder.left_out = +tree.left_out
     try:
         with progress_bar("reading", "files", len(files)) as progress:
