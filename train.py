@@ -20,8 +20,8 @@ from pathlib import Path
 from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
-from mlx_retrieval.dataset.sources import local, weight_of
-from mlx_retrieval.training import distributed, flags, improvement, output_folder, source_settings
+from mlx_retrieval.dataset.sources import local
+from mlx_retrieval.training import distributed, flags, improvement, output_folder, setting_paths
 from mlx_retrieval.training.config import Settings, for_task
 from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.run import continue_command, train
@@ -72,8 +72,7 @@ def resumed_settings(given: dict) -> Settings:
     if differing:
         listing = ", ".join(f"{flag(name)} was {getattr(saved, name)}" for name in differing)
         raise UserError(f"--resume continues the run as it was begun, but {listing}")
-    inputs = (saved.model, *local(saved.data), *(saved.eval_tasks or []), *saved.guard)
-    names = [name for name in inputs if Path(name).is_absolute()]
+    names = [name for name in setting_paths.inputs(saved) if Path(name).is_absolute()]
     if pipes := [name for name in local(saved.data) if name.startswith(("/dev/", "/proc/")) or is_pipe(Path(name))]:
         raise UserError(
             f"--resume: the rows came through the pipe {', '.join(pipes)}, which cannot be read again; put them in "
@@ -102,12 +101,8 @@ def _as_seen_from_here(saved: Settings) -> dict:
     def shortest(name: str) -> str:
         return str(located(Path(name))) if Path(name).is_absolute() and Path(name).exists() else name
 
-    weights = [weight_of(name) for name in saved.data]
-    data = [shortest(path) + name.removeprefix(path) for (path, _), name in zip(weights, saved.data, strict=True)]
-    sources = [source_settings.with_paths(source, shortest) for source in saved.sources]
-    tasks = saved.eval_tasks and [shortest(name) for name in saved.eval_tasks]
-    guard = [shortest(name) for name in saved.guard]
-    return {"model": shortest(saved.model), "data": data, "sources": sources, "eval_tasks": tasks, "guard": guard}
+    seen = setting_paths.with_paths(saved, shortest)
+    return {name: getattr(seen, name) for name in (*setting_paths.named(saved), "sources")}
 
 
 def chat_reason(settings: Settings, chat_flag: str) -> str:

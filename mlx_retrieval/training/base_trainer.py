@@ -181,7 +181,7 @@ class BaseTrainer(ABC):
 
     def save_last_good(self) -> str:
         """Before an error ends the run, save the state; return a text about it for the error's message."""
-        if not self.state.step or not distributed.is_main():
+        if not self.state.step or not distributed.is_main() or self.settings.only_measures:
             return ""
         if self.weights_in_doubt:
             return "; it came while the weights changed, so only what was saved before is whole"
@@ -202,7 +202,7 @@ class BaseTrainer(ABC):
         names = [name for (name, _), good in zip(weights, finite, strict=True) if not good]
         if not names:
             return
-        last = checkpoint.last_step(self.folder)
+        last = None if self.settings.only_measures else checkpoint.last_step(self.folder)
         raise SettingError(
             "step {step}: the update made {names} infinite or NaN, and such weights are not saved; {saved}. A lower "
             "{learning_rate} may help",

@@ -19,6 +19,7 @@ from mlx_retrieval.models import rerankers
 from mlx_retrieval.models.heads import POOLING
 from mlx_retrieval.training import settings_checks, source_settings
 from mlx_retrieval.training.setting_fields import option
+from mlx_retrieval.training.setting_paths import DATA, FILES, MODEL, with_paths
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import SettingError
 
@@ -44,6 +45,7 @@ class Settings:
         "model folder (MLX or Hugging Face safetensors), GGUF file, name on the Hugging Face hub, or an adapter to go "
         "on with, such as adapters/best",
         aliases=("--model-path",),
+        names=MODEL,
     )
     task: str | None = option(
         "model",
@@ -121,6 +123,7 @@ class Settings:
         "files of JSON lines, a JSON array, CSV, TSV, Parquet or Arrow (.gz too), folders with train.jsonl and "
         "valid.jsonl, folders in BEIR layout with qrels/train.tsv, hf://owner/name[:split], es://index; SOURCE:2 "
         "SOURCE:1 mixes two parts of the first with one of the second; --config takes `sources:` instead",
+        names=DATA,
     )
     sources: list[dict] = option(
         "data",
@@ -231,6 +234,7 @@ class Settings:
         "that it finds nearer than the positive",
         tasks=VECTORS,
         whole_run=True,
+        names=FILES,
     )
     guide_margin: float = option(
         "objective",
@@ -289,6 +293,7 @@ class Settings:
         "and --distill-weight",
         tasks=("embed",),
         whole_run=True,
+        names=FILES,
     )
     distill_weight: float = option(
         "objective",
@@ -334,6 +339,7 @@ class Settings:
         "reranker or larger embedding model that scores what each round has mined: kl_distill and margin_mse learn its "
         "scores, other losses train without the negatives that it takes for answers",
         tasks=("embed",),
+        names=MODEL,
     )
 
     # None = those of the adapter that --model names, or else defaults.WEIGHTS.
@@ -419,6 +425,7 @@ class Settings:
         "MTEB task names, folders in BEIR layout, or files of scored pairs; none = no evaluation (default: questions "
         "or pairs of your data, see --holdout; for the toolkit's own data, eval-data)",
         tasks=RETRIEVAL,
+        names=FILES,
     )
     holdout: float | None = option(
         "evaluation",
@@ -434,6 +441,7 @@ class Settings:
         "MTEB tasks, folders in BEIR layout and files of scored pairs on which the model must not get worse: no step "
         "that loses more than --guard-tolerance on one of them is kept as the best",
         tasks=RETRIEVAL,
+        names=FILES,
     )
     guard_tolerance: float = option(
         "evaluation", 0.002, "nDCG@10, or Spearman of scored pairs, that a --guard may lose", tasks=RETRIEVAL
@@ -540,6 +548,11 @@ class Settings:
         return self.distill_weight or float(self.loss == "distill_vectors")
 
     @property
+    def only_measures(self) -> bool:
+        """Whether steps are measured, and nothing is written: --dry-run and --profile."""
+        return self.dry_run or self.profile > 0
+
+    @property
     def folder(self) -> Path:
         """The folder of the run."""
         return Path(self.output or OUTPUT).expanduser()
@@ -569,21 +582,8 @@ class Settings:
             path = Path(name).expanduser()
             return str(path.absolute()) if "://" not in name and path.exists() else name
 
-        def source(name: str) -> str:
-            path, weight = weight_of(name)
-            return absolute(path) + name.removeprefix(path) if weight else absolute(name)
-
-        return dataclasses.replace(
-            self,
-            model=toolkit_relative(self.model),
-            data=[source(name) for name in self.data],
-            sources=[source_settings.with_paths(each, absolute) for each in self.sources],
-            eval_tasks=None if self.eval_tasks is None else [absolute(name) for name in self.eval_tasks],
-            guard=[absolute(name) for name in self.guard],
-            teacher_vectors=self.teacher_vectors and absolute(self.teacher_vectors),
-            guide=self.guide and absolute(self.guide),
-            output=self.output and str(self.folder.absolute()),
-        )
+        settings = with_paths(self, absolute, model=toolkit_relative)
+        return dataclasses.replace(settings, output=self.output and str(self.folder.absolute()))
 
     def to_dict(self) -> dict:
         """Return plain values, for YAML and JSON."""

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mlx_retrieval.dataset.sources import names
-from mlx_retrieval.training import checkpoint
+from mlx_retrieval.training import checkpoint, setting_paths
 from mlx_retrieval.training.config import OUTPUT, Settings
 from mlx_retrieval.utils import files, locks, outputs
 from mlx_retrieval.utils.errors import SettingError
@@ -84,14 +83,14 @@ def check(folder: Path, settings: Settings) -> None:
     files.check_name(folder, "--output")
     if folder.exists() and not folder.is_dir():
         raise SettingError("{output} {folder}: this is a file", folder=folder)
-    if settings.dry_run or settings.profile:
+    if settings.only_measures:
         return
     outputs.check_parent(folder / "config.yaml")
     if settings.resume:
         return
     if not settings.overwrite:
         check_free(folder)
-    check_inputs(folder, [settings.model, *names(settings.data), *(settings.eval_tasks or []), *settings.guard])
+    check_inputs(folder, setting_paths.inputs(settings))
 
 
 @contextmanager

@@ -109,6 +109,7 @@ class Rounds:
             "holdout": None,
             "seed": settings.seed + number - 1,
             "output": str(folder),
+            "steps": None if settings.epochs else settings.steps,  # of epochs, a round counts its own
             "resume": begun,
             "accept_changed_data": begun and settings.accept_changed_data,
             "overwrite": False,
@@ -204,6 +205,7 @@ def begin(rounds: Rounds, introduction: Sequence[tuple[str, str]]) -> None:
     if not rounds.rows:
         data = open_data(settings)
         _check_data(settings, data)
+        resolve_length(settings, _per_epoch(settings, len(data.rows)))  # a round's data are none of the toolkit's own
         data.keep(folder)
         files.write_folder(folder / checkpoint.ROUNDS / ROWS, lambda target: _write_rows(target, data.rows))
         introduction = [*introduction, *data.lines]
@@ -225,6 +227,11 @@ def _check_data(settings: Settings, data: RunData) -> None:
             )
     improvement.check_evaluated(settings, bool(data.eval_tasks))
     check_guards(settings, data.eval_tasks, bool(data.eval_tasks))
+
+
+def _per_epoch(settings: Settings, rows: int) -> float:
+    """Return the steps of an epoch of that many rows."""
+    return rows / min(settings.batch_size, rows)
 
 
 def _write_rows(folder: Path, rows: Source) -> None:
@@ -336,10 +343,10 @@ def _dry_run(settings: Settings, train_one: TrainOne, introduction: Sequence[tup
         one.loss = None  # the rows have no scores yet
     with contextlib.closing(open_data(dataclasses.replace(one)).rows) as rows:
         examples = len(rows)
-    resolve_length(one, examples / min(one.batch_size, examples))
+    resolve_length(one, _per_epoch(one, examples))
     plan = train_one(one, introduction)
     step = plan["seconds_per_step"]
-    mining = examples / min(one.batch_size, examples) * step * FORWARD
+    mining = _per_epoch(one, examples) * step * FORWARD
     training = one.steps * step
     teacher = f"; {settings.rounds_teacher} scores them, which takes longer" if settings.rounds_teacher else ""
     print_lines(

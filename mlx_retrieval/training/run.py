@@ -127,7 +127,7 @@ def run(job: Run, chosen: bool = False) -> dict:
     """
     settings = job.settings
     trainer = job.trainer
-    if settings.dry_run or settings.profile:
+    if settings.only_measures:
         print_headline(job, chosen)
         return job.measure()
     with ExitStack() as stack:

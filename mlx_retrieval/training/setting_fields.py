@@ -10,7 +10,8 @@ def option(group: str, default, help: str, **extra):
 
     `extra`: `choices`; `tasks` that the setting applies to; `words` allowed in place of a number; `aliases`, other
     flags for the setting; `mlx_lm_names`, aliases that mlx-lm's users know, which mean that chat is to be trained;
-    `file_only`, there is no flag; `whole_run`, no source has its own value.
+    `file_only`, there is no flag; `whole_run`, no source has its own value; `names`, what a text names, see
+    setting_paths.py.
     """
     metadata = {"group": group, "help": help, **extra}
     if isinstance(default, list):

@@ -238,6 +238,16 @@ def test_nothing_is_left_to_do(done):
         rounds.finished(run)
 
 
+def test_the_length_of_a_round_is_that_of_the_whole_run_s_data(settings, tmp_path):
+    """Regression: a round took an epoch of the toolkit's own data, where --help and --dry-run say 150 steps."""
+    own = Settings(rounds=2, output=str(tmp_path / "own"))
+    for chosen, length in ((own, (150, None)), (settings(steps=None), (None, 1.0)), (settings(), (2, None))):
+        run = Rounds(chosen, lambda *_: {})
+        rounds.begin(run, [])
+        of_round = run.settings_of(1, chosen.model)
+        assert (of_round.steps, of_round.epochs) == length and chosen.steps == (length[0] or 7)
+
+
 def test_fewer_rounds_than_were_done(done):
     run = done(0.6, 0.7, planned=1)
     with pytest.raises(UserError, match="--rounds 1: the run in .* has done 2 rounds"):

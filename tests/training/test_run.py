@@ -430,6 +430,8 @@ def test_measurements_write_nothing(toy):
     for changes in ({"dry_run": True}, {"profile": 2}):
         job = toy(**changes)
         assert run.run(job) == {"measured": True} and not job.folder.exists() and not job.trainer.events
+        job.trainer.state.step = 2  # Regression: a loss that was not finite saved the step, into a run that was there
+        assert job.trainer.save_last_good() == "" and not job.folder.exists()
 
 
 @pytest.mark.parametrize("kind", [ToyRun, RetrievalRun, ChatRun])
