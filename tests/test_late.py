@@ -98,7 +98,9 @@ def test_query_expansion(minilm, attended):
         expected = torch.nn.functional.normalize(states, dim=1).numpy()
         np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
     longer = "why does it drip all night and hiss at me in the morning when it is cold"
-    assert len(model.encode([longer], "query")[0]) == len(model.encode([longer], "document")[0]) > 12
+    assert len(model.encode([longer], "query")[0]) == 12 < len(document := model.encode([longer], "document")[0])
+    whole = late(minilm, query_expansion=12, query_max_length=100)
+    assert len(whole.encode([longer], "query")[0]) == len(document)
 
 
 # --- other libraries' folders ---

@@ -112,7 +112,7 @@ def _assemble(backbone: Backbone, config: RetrievalConfig, folder: Path) -> Retr
 
 def _fit_lengths(config: RetrievalConfig, positions: int, flags: dict) -> None:
     """Limit lengths to the model's number of positions; UserError if a flag asks for more."""
-    for name in ("max_length", "query_max_length"):
+    for name in ("max_length", "query_max_length", "query_expansion"):
         if getattr(config, name) > positions:
             if flags.get(name):
                 raise SettingError(f"{{{name}}}: the model has {positions} positions")

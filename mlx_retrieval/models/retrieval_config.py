@@ -100,10 +100,15 @@ class RetrievalConfig:
         return cls(**values)
 
     def override(self, **flags) -> "RetrievalConfig":
-        """Return a copy with every flag that is not None; query_max_length follows max_length unless it is given."""
-        if flags.get("max_length") is not None and flags.get("query_max_length") is None:
-            flags["query_max_length"] = flags["max_length"]
-        config = dataclasses.replace(self, **{name: value for name, value in flags.items() if value is not None})
+        """Return a copy with every flag that is not None.
+
+        Unless it is given, query_max_length follows query_expansion, as ColBERT truncates queries at the length that it
+        fills them up to, and of a model without expansion max_length.
+        """
+        given = {name: value for name, value in flags.items() if value is not None}
+        config = dataclasses.replace(self, **given)
+        if "query_max_length" not in given and (given.get("query_expansion") or "max_length" in given):
+            config.query_max_length = config.query_expansion or config.max_length
         if config.pooling not in POOLING:
             raise UserError(f"pooling {config.pooling!r} is unknown; known: {', '.join(POOLING)}")
         return config

@@ -94,7 +94,10 @@ class Settings:
         "chat: conversations (default: the model's own limit; chat: 2048)",
     )
     query_max_length: int | None = option(
-        "model", None, "truncate queries to N tokens (default: --max-length)", tasks=RETRIEVAL
+        "model",
+        None,
+        "truncate queries to N tokens (default: the length of the model's query expansion, else --max-length)",
+        tasks=RETRIEVAL,
     )
     projection_dim: int = option(
         "model", 0, "late: add a trained layer that projects token vectors to N dimensions; 0 = none", tasks=LATE

@@ -69,7 +69,7 @@ def parts_of(settings: Settings, config: RetrievalConfig, base: Path, rows: Sour
             alone.check_task(config.task)
             own = {key: source.get(key) for key in source_settings.OF_TEXTS}
             if own["max_length"] and not own["query_max_length"]:
-                own["query_max_length"] = settings.query_max_length or settings.query_expansion
+                own["query_max_length"] = settings.query_max_length
             for key in ("max_length", "query_max_length"):
                 if (own[key] or 0) > positions:
                     raise SettingError(f"{{{key}}}: the model has {positions} positions")

@@ -50,8 +50,7 @@ def build_model(
         bidirectional=settings.bidirectional,
         dtype=settings.dtype,
         max_length=settings.max_length,
-        # ColBERT truncates queries at the length that it fills them up to.
-        query_max_length=settings.query_max_length or settings.query_expansion,
+        query_max_length=settings.query_max_length,
         matryoshka_dims=settings.matryoshka_dims or None,
         maxsim=settings.maxsim,
         skiplist=list(string.punctuation) if settings.skip_punctuation else None,

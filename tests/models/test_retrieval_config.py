@@ -355,6 +355,20 @@ def test_flags_win():
     assert said.override(query_max_length=20).max_length == 256
 
 
+def test_queries_are_truncated_at_the_length_that_they_are_filled_up_to():
+    """Regression: --max-length alone also set that of a ColBERT model's queries, which PyLate cannot express."""
+    colbert = RetrievalConfig(task="late", max_length=300, query_max_length=32, query_expansion=32)
+
+    def lengths(**flags) -> tuple[int, int]:
+        config = colbert.override(**flags)
+        return config.query_max_length, config.query_expansion
+
+    assert lengths(max_length=180) == lengths(query_expansion=None, max_length=180) == (32, 32)
+    assert lengths(query_expansion=24) == lengths(query_expansion=24, max_length=180) == (24, 24)
+    assert lengths(query_expansion=0) == (32, 0) and lengths(query_expansion=0, max_length=180) == (180, 0)
+    assert lengths(query_max_length=20, max_length=180) == (20, 32)
+
+
 def test_every_pooling_is_taken_and_others_are_refused():
     assert [RetrievalConfig().override(pooling=mode).pooling for mode in POOLING] == list(POOLING)
     with pytest.raises(UserError, match="pooling 'middle' is unknown; known: mean, cls, last, max"):

@@ -153,6 +153,8 @@ def test_lengths_are_limited_to_the_positions_of_the_model(base_folders, tmp_pat
         assert (config.max_length, config.query_max_length) == (20, 20)
         with pytest.raises(UserError, match="--max-length: the model has 64 positions"):
             loading.open_model(str(base_folders["bert"]), adapter, max_length=65)
+    with pytest.raises(UserError, match="--query-expansion: the model has 64 positions"):
+        loading.build(str(base_folders["bert"]), task="late", query_expansion=65)
 
 
 def test_full_weights_take_the_dtype_of_the_model(base_folders, tmp_path):
