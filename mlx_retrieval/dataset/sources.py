@@ -181,6 +181,7 @@ def open_source(data: Sequence[str], options: ReadOptions = AS_THEY_ARE) -> Sour
     parts = [weight_of(source) for source in data]
     weighted, temperature = any(weight for _, weight in parts), options.temperature
     _check_temperature(temperature, weighted, len(parts), "in --data")
+    _check_query(options, [source for source, _ in parts])
     mixes = weighted or temperature is not None or any(server.is_address(source) for source, _ in parts)
     if len(parts) == 1 or not mixes:
         return _open([source for source, _ in parts], options)
@@ -202,10 +203,17 @@ def _check_temperature(temperature: float | None, weighted: bool, count: int, wh
         raise UserError(f"--source-temperature {temperature:g}: {reason}")
 
 
+def _check_query(options: ReadOptions, sources: Sequence[str]) -> None:
+    """Raise UserError for a query of Elasticsearch if none of these sources is an index."""
+    if options.es_query and not any(map(server.is_address, sources)):
+        raise UserError("--es-query: none of the sources is an index, es://name; files are read whole")
+
+
 def open_mixture(parts: Sequence[Part], options: ReadOptions = AS_THEY_ARE) -> "InterleavedRows":
     """Open sources that are mixed; without weights and a temperature by their sizes. Errors as of `open_source`."""
     weighted = any(weight for _, weight in parts)
     _check_temperature(options.temperature, weighted, len(parts), "of the sources")
+    _check_query(options, [path for paths, _ in parts for path in paths])
     by_size = options if weighted else replace(options, temperature=options.temperature or 1.0)
     mixture = _mixed(parts, by_size)
     if options.block == 1:

@@ -37,6 +37,7 @@ from mlx_retrieval.models.sentence_transformers_files import MODULES, SETTINGS, 
 from mlx_retrieval.utils.errors import SettingError, UserError
 
 KINDS = ("qwen3", "cross-encoder", "listwise")
+INSTRUCTED = ("qwen3", "listwise")  # kinds that judge by an instruction
 ACTIVATIONS = {"Sigmoid": "sigmoid", "Identity": ""}  # torch's names -> `RetrievalConfig.activation`
 
 PROJECTOR = "projector.safetensors"  # in jina-reranker-v3's MLX conversion

@@ -6,6 +6,7 @@ them from there. `loading.base_model_config` makes them for a base model that ha
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mlx_retrieval.models import rerankers
 from mlx_retrieval.models.heads import POOLING, Dense, EmbeddingHead, LateHead
 from mlx_retrieval.models.pair_tokenizers import PairTokenizer
 from mlx_retrieval.models.tokenizer import TextTokenizer
-from mlx_retrieval.utils.errors import UserError
+from mlx_retrieval.utils.errors import SettingError, UserError
 
 FILE = "retrieval_config.json"
 
@@ -104,6 +105,8 @@ class RetrievalConfig:
 
         Unless it is given, query_max_length follows query_expansion, as ColBERT truncates queries at the length that it
         fills them up to, and of a model without expansion max_length.
+
+        Raises UserError for an unknown pooling, and for a flag of rerankers that this one would not use.
         """
         given = {name: value for name, value in flags.items() if value is not None}
         config = dataclasses.replace(self, **given)
@@ -111,4 +114,20 @@ class RetrievalConfig:
             config.query_max_length = config.query_expansion or config.max_length
         if config.pooling not in POOLING:
             raise UserError(f"pooling {config.pooling!r} is unknown; known: {', '.join(POOLING)}")
+        config._check_reranking(given)
         return config
+
+    def _check_reranking(self, given: Collection[str]) -> None:
+        """Raise SettingError if a field is given that only other kinds of rerankers use."""
+        if "instruction" in given and self.reranker not in rerankers.INSTRUCTED:
+            raise SettingError(
+                "{instruction} is for rerankers of the kinds {kinds}, and this one is {kind}",
+                kinds=" and ".join(rerankers.INSTRUCTED),
+                kind=self.reranker or self.task,
+            )
+        if "query_max_length" in given and self.task == "rerank" and self.reranker != "listwise":
+            raise SettingError(
+                "{query_max_length} is for listwise rerankers, and this one is {kind}: its {max_length} is that of "
+                "query and document together",
+                kind=self.reranker,
+            )

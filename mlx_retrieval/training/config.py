@@ -96,7 +96,8 @@ class Settings:
     query_max_length: int | None = option(
         "model",
         None,
-        "truncate queries to N tokens (default: the length of the model's query expansion, else --max-length)",
+        "embed, late and listwise rerankers: truncate queries to N tokens (default: the length of the model's query "
+        "expansion, else --max-length)",
         tasks=RETRIEVAL,
     )
     projection_dim: int = option(

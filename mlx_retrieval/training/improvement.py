@@ -18,9 +18,12 @@ EXIT_CODE = 4  # of --require-improvement
 
 
 def check_evaluated(settings: Settings, evaluated: bool) -> None:
-    """Raise UserError if --require-improvement is given and nothing is evaluated."""
-    if settings.require_improvement and not evaluated:
-        raise SettingError("{require_improvement}: nothing is evaluated; a valid.jsonl beside the data would be")
+    """Raise UserError for --require-improvement and --early-stopping if nothing is evaluated that they go by."""
+    for name in ("require_improvement", "early_stopping"):
+        if getattr(settings, name) and not evaluated:
+            raise SettingError(f"{{{name}}}: nothing is evaluated; a valid.jsonl beside the data would be")
+    if settings.early_stopping and settings.eval_steps == 0:
+        raise SettingError("{early_stopping}: with {eval_steps} 0 nothing is evaluated between first and last step")
 
 
 def note(state: State, metrics: dict[str, float]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loss import SCORED_PAIRS
+from mlx_retrieval.retrieval.base import RANKS
 from mlx_retrieval.utils.errors import SettingError
 
 DISTILLING = ("kl_distill", "margin_mse")  # losses that learn a teacher's scores
@@ -38,6 +39,7 @@ def check(settings: Any) -> None:
         ),
         (settings.steps is None or settings.steps > 0, "steps", "must be above 0"),
         (settings.epochs is None or 0 < settings.epochs <= 1e6, "epochs", "must be above 0, and a million at most"),
+        (0 < settings.rerank_depth <= RANKS, "rerank_depth", f"must be from 1 to {RANKS:,}"),
         (settings.val_batches == -1 or settings.val_batches > 0, "val_batches", "must be above 0, or -1 for all"),
         (settings.temperature is None or 0 < settings.temperature < float("inf"), "temperature", "must be above 0"),
         (0 < settings.teacher_temperature < float("inf"), "teacher_temperature", "must be above 0"),

@@ -200,3 +200,12 @@ def test_invalid_es_queries():
     for query in ("{", "[1]"):
         with pytest.raises(errors.UserError, match="--es-query"):
             sources.open_source(["es://docs"], sources.ReadOptions(es_query=query))
+
+
+def test_a_query_of_elasticsearch_needs_an_index(write_rows):
+    """Regression: files were read whole, without a word."""
+    file = str(write_rows([{"query": "a", "document": "b"}] * 3))
+    options = sources.ReadOptions(es_query="{}")
+    for opened in (sources.open_source, lambda data, how: sources.open_mixture([(data, None)] * 2, how)):
+        with pytest.raises(errors.UserError, match="--es-query: none of the sources is an index"):
+            opened([file], options)

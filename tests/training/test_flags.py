@@ -361,6 +361,9 @@ def test_rerank_depth(settings, monkeypatch):
     chosen = settings(task="rerank", random_negatives=2, rerank_depth=7, eval_tasks=["eval-data"], max_length=300)
     training_run.prepare(chosen).evaluations.evaluate()
     assert asked == [7]
+    for depth in (0, 5000):  # regression: refused at the first evaluation, under the name of another flag
+        with pytest.raises(UserError, match=f"--rerank-depth {depth}: must be from 1 to 1,000"):
+            settings(task="rerank", rerank_depth=depth)
 
 
 @pytest.mark.parametrize("task", ["embed", "rerank"])

@@ -567,6 +567,9 @@ SCORED = {"query": "q", "documents": ["a", "b"], "scores": [3, -1]}
         ({"matryoshka_dims": [8]}, None, "--matryoshka-dims is for --task embed"),
         ({"reranker_type": "qwen3"}, None, "needs a language model"),
         ({"max_length": 500}, None, "the model has 130 positions"),
+        # Regression: they were taken, and did nothing.
+        ({"query_max_length": 9}, None, "--query-max-length is for listwise rerankers, and this one is cross-encoder"),
+        ({"instruction": "judge"}, None, "--instruction is for rerankers of the kinds qwen3 and listwise"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, changes, rows, message):

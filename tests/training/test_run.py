@@ -423,6 +423,17 @@ def test_require_improvement_decides_the_exit_code():
         Settings(require_improvement=True, skip_eval_init=True)
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "eval_steps", "message"),
+    [(False, None, "nothing is evaluated"), (True, 0, "with --eval-steps 0 nothing is evaluated between")],
+)
+def test_early_stopping_needs_evaluations_to_go_by(evaluated, eval_steps, message):
+    """Regression: it was taken, and never stopped."""
+    with pytest.raises(UserError, match=f"--early-stopping: {message}"):
+        improvement.check_evaluated(Settings(early_stopping=2, eval_steps=eval_steps), evaluated)
+    improvement.check_evaluated(Settings(early_stopping=2), True)
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
