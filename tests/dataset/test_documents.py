@@ -377,6 +377,19 @@ def test_docx_changes_contents_and_outline_levels(reads):
     assert outline(read)[-1] == (("Use",), "boil\nwater\nno heading")
 
 
+def test_docx_moved_text_is_read_once(reads):
+    """Regression: at its old place as well, and so were the tabs and line breaks of deletions."""
+    moved = "<w:r><w:t>rinse</w:t></w:r>"
+    away, here = f"<w:moveFrom>{moved}</w:moveFrom>", f"<w:moveTo>{moved}</w:moveTo>"
+    body = (
+        f'<w:p><w:moveFromRangeStart w:id="1" w:name="move1"/>{away}<w:moveFromRangeEnd w:id="1"/></w:p>'
+        f"<w:p><w:r><w:t>boil</w:t></w:r>{away}<w:del><w:r><w:tab/><w:br/></w:r></w:del></w:p>"
+        f"<w:tbl><w:tr><w:tc><w:p>{away}</w:p></w:tc></w:tr>"
+        f"<w:tr><w:tc><w:p>{here}</w:p></w:tc><w:tc><w:p><w:r><w:t>twice</w:t></w:r></w:p></w:tc></w:tr></w:tbl>"
+    )
+    assert outline(reads.one("a.docx", docx_of(body))) == [((), "boil\nrinse | twice")]
+
+
 def test_docx_reasons(reads, monkeypatch):
     good = docx(("", "text"))
     assert reads.reason("a.docx", docx_files.OLE + b"rest")[0] == document.ENCRYPTED

@@ -41,7 +41,8 @@ def read_docx(path: Path, name: str, note: Note) -> Iterator[Document]:
 
     A paragraph is a line; so is a row of a table, with ` | ` between the cells. Headings are paragraphs in a style
     that is or is based on one of Word's headings, and those with an outline level. Inserted text counts, deleted text
-    does not. The table of contents is left out. The title is the paragraph in the style Title, else the file's.
+    does not; moved text counts at its new place. The table of contents is left out. The title is the paragraph in the
+    style Title, else the file's.
     """
     data = read_bytes(path)
     _check(data)
@@ -135,7 +136,8 @@ _PATHS = {
     "PARAGRAPHS": ".//w:p[not(ancestor::w:txbxContent or ancestor::mc:Fallback)]",
     "STYLE": "./w:pPr/w:pStyle/@w:val",
     "LEVEL": "./w:pPr/w:outlineLvl/@w:val",
-    "PIECES": ".//w:r[not(ancestor::w:txbxContent or ancestor::mc:Fallback)]"
+    # What was moved away is w:t as what has arrived; of deletions, only the text has names of its own.
+    "PIECES": ".//w:r[not(ancestor::w:txbxContent or ancestor::mc:Fallback or ancestor::w:moveFrom or ancestor::w:del)]"
     "/*[self::w:t or self::w:tab or self::w:br or self::w:cr or self::w:noBreakHyphen]",
     "STYLES": "./w:style",
     "NAME": "./w:name/@w:val",
