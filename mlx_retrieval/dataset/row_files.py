@@ -5,14 +5,14 @@
         file.read(line.start, line.size)         # the JSON of that row again, as long as the file is open
 
 Plain JSON lines are read where they are. The rows of other formats are written to a temporary file as they are read,
-so memory stays the same whatever the size. The format is known by the file's ending, and without one by its beginning.
+so memory stays the same whatever the size; see row_store.py. The format is known by the file's ending, and without one
+by its beginning.
 """
 
 import codecs
 import gzip
 import itertools
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -28,6 +28,7 @@ from mlx_retrieval.dataset import beir_rows
 from mlx_retrieval.dataset.columnar import ARROW_FILE, ARROW_STREAM, FEATHER_1, PARQUET, arrow_rows, parquet_rows
 from mlx_retrieval.dataset.columns import Columns, check_roles
 from mlx_retrieval.dataset.json_lines import Fault, Line, RowError, lines_of, no_text, parse_value
+from mlx_retrieval.dataset.row_store import RowStore
 from mlx_retrieval.dataset.tables import Table
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.pipes import spooled
@@ -65,6 +66,7 @@ class RowFile:
     Args:
         file: a path, or an `hf://` name.
         columns: of `--columns`; tables and BEIR folders need to know them.
+        store: where its rows are read again, which several files share; None = its own.
 
     Attributes:
         name: for messages; of a BEIR folder, its file of queries.
@@ -75,14 +77,16 @@ class RowFile:
     Raises UserError if the file cannot be read, also while it is read.
     """
 
-    def __init__(self, file: Path | str, columns: Columns | None = None):
+    def __init__(self, file: Path | str, columns: Columns | None = None, store: RowStore | None = None):
         self.name: Path | str = file
         self.form = ""
         self.labels: dict[str, str] = {}
         self.columns = columns or None
-        self._opened: list[BinaryIO] = []
+        self._opened: list[BinaryIO] = []  # while the rows are read for the first time
         self._folder: beir_rows.BeirRows | None = None
-        self._texts: BinaryIO | None = None  # the JSON of the rows
+        self._store, self._owns_store = store or RowStore(), store is None
+        self._path: Path | None = None  # of the JSON of the rows, if they are read where they are
+        self._number: int | None = None  # of that file in the store
         try:
             self._lines = self._open(file)
         except (OSError, EOFError, zlib.error) as error:
@@ -95,9 +99,15 @@ class RowFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; nothing can be read any more."""
-        for handle in self._opened:
-            handle.close()
+        """Close the file; nothing can be read any more, but for what is in a shared store."""
+        self._release()
+        if self._owns_store:
+            self._store.close()
+
+    def _release(self) -> None:
+        """Close what only the first reading needs."""
+        while self._opened:
+            self._opened.pop().close()
 
     def lines(self) -> Iterator[Line]:
         """Yield the rows, once; UserError as for the class."""
@@ -105,12 +115,15 @@ class RowFile:
             yield from self._lines
             if self._folder:
                 self.form = self._folder.form  # with what was left out
+            if self._path:
+                self._number = self._store.keep(self._opened.pop(), self._path)
+            self._release()
         except (OSError, EOFError, zlib.error) as error:
             raise self._error(error) from error
 
     def read(self, start: int, size: int) -> bytes:
-        """Return the JSON of a row that `lines` has yielded, by its place."""
-        return os.pread(self._texts.fileno(), size, start)
+        """Return the JSON of a row by its place, once `lines` has yielded all of them."""
+        return self._store.read(self._number, start, size)
 
     # --- formats ------------------------------------------------------------------------------------------------------
 
@@ -161,20 +174,16 @@ class RowFile:
             return self._written((line.number, _named(line.data)) for line in every)
         if packed:
             return self._written((line.number, line.data) for line in every)
-        self._texts = handle
+        self._path = Path(handle.name).absolute()
         return every
 
     def _written(self, rows: Numbered) -> Iterator[Line]:
         """Yield rows as lines, once their JSON is in a temporary file. `rows`: their numbers; objects, or JSON."""
-        self._texts = self._keep(tempfile.TemporaryFile())
-        start = 0
         for number, row in rows:
             data = row if isinstance(row, bytes) else _as_json(row)
             size = 0 if isinstance(data, Fault) else len(data)
-            self._texts.write(data if size else b"")
-            yield Line(number, start, size, data)
-            start += size
-        self._texts.flush()
+            yield Line(number, self._store.write(data if size else b""), size, data)
+        self._store.flush()
 
     def _unpacked(self, handle: BinaryIO) -> BinaryIO:
         """Return a temporary file with all that can be read from a handle: Parquet is not read in order."""

@@ -41,6 +41,7 @@ from mlx_retrieval.dataset.row_formats import (
     parse,
 )
 from mlx_retrieval.dataset.row_mapper import RowMapper
+from mlx_retrieval.dataset.row_store import RowStore
 from mlx_retrieval.utils.errors import Place, SettingError, UserError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # of a folder's files of rows, in this order
@@ -104,6 +105,7 @@ class Rows(Reshuffled):
         ignore_keys: keys of rows that are treated as absent.
         columns: the columns that rows are made of, see columns.py; None = by their own names.
         check_columns: whether each of them must be in some row.
+        store: where rows are read again, which several sources share; None = its own.
 
     Raises UserError with file, line and reason at the first bad row, or if no row is left.
     """
@@ -115,6 +117,7 @@ class Rows(Reshuffled):
         ignore_keys: Collection[str] = (),
         columns: Columns | None = None,
         check_columns: bool = True,
+        store: RowStore | None = None,
     ):
         self.files = list(files)
         self.ignore_keys = frozenset(ignore_keys)
@@ -128,10 +131,15 @@ class Rows(Reshuffled):
         self.without_positive: Place | None = None
         self._contents: list[Content] = []
         self.constant: dict[str, str] | None = None
-        self._opened = [RowFile(file, columns) for file in self.files]
+        store = store or RowStore()
+        for file in self.files[1:]:  # what cannot be read is told before the rows of others are
+            if isinstance(file, Path) and not file.is_dir():
+                RowFile(file, columns).close()
+        self._opened: list[RowFile] = []
         self.mapper = mapper = RowMapper(columns, ignore_keys)
         starts, sizes, numbers, counts, texts = array("Q"), array("I"), array("I"), [0], []
-        for file, opened in zip(self.files, self._opened, strict=True):
+        for file in self.files:
+            self._opened.append(opened := RowFile(file, columns, store))
             counter, mapper.used = readings.ReadingCounter(), False
             digest = self._check(opened, skip_bad, starts, sizes, numbers, mapper, counter)
             counts.append(len(starts))

@@ -27,6 +27,7 @@ from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.elastic.rows import ElasticRows
 from mlx_retrieval.dataset.json_lines import RowError, parse_object
 from mlx_retrieval.dataset.row_formats import Example, without
+from mlx_retrieval.dataset.row_store import RowStore
 from mlx_retrieval.dataset.rows import Rows, find_files
 from mlx_retrieval.utils import addresses, toolkit
 from mlx_retrieval.utils.errors import Place, UserError
@@ -223,7 +224,8 @@ def open_mixture(parts: Sequence[Part], options: ReadOptions = AS_THEY_ARE) -> "
 
 def _mixed(parts: Sequence[Part], options: ReadOptions) -> "InterleavedRows":
     """Return a mixture by the parts' weights, or by their sizes if there is a temperature."""
-    opened = [_open(paths, options, check_columns=False) for paths, _ in parts]
+    store = RowStore()
+    opened = [_open(paths, options, store, check_columns=False) for paths, _ in parts]
     if mappers := [source.mapper for source in opened if isinstance(source, Rows)]:
         mappers[0].check(mappers[1:])
     if options.temperature is not None:
@@ -233,11 +235,13 @@ def _mixed(parts: Sequence[Part], options: ReadOptions) -> "InterleavedRows":
     return InterleavedRows(opened, weights, options.block)
 
 
-def _open(sources: Sequence[str], options: ReadOptions, check_columns: bool = True) -> Source:
-    """Open files that are read as one set, or an index. `check_columns`: that every column is in some file."""
+def _open(
+    sources: Sequence[str], options: ReadOptions, store: RowStore | None = None, check_columns: bool = True
+) -> Source:
+    """Open files that are read as one set, or an index; `store` and `check_columns` as of `Rows`."""
     columns = None if options.columns is None else parse_columns(options.columns)
     if not server.is_address(sources[0]):
-        return Rows(find_files(sources), options.skip_bad, options.ignore_keys, columns, check_columns)
+        return Rows(find_files(sources), options.skip_bad, options.ignore_keys, columns, check_columns, store)
     query = None
     if options.es_query:
         try:

@@ -10,17 +10,22 @@ import gzip
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from mlx_retrieval.dataset import row_files, sources
+from mlx_retrieval.dataset import row_files, row_store, sources
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.dataset.rows import find_validation
 from mlx_retrieval.training.chat.data import is_chat
 from mlx_retrieval.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
@@ -405,3 +410,45 @@ def test_conversations_are_recognised_in_every_format(tmp_path, form, packed):
         path = tmp_path / f"{name}.{form}{packed}"
         path.write_bytes(gzip.compress(content) if packed else content)
         assert is_chat([str(path)]) == (name in ("prompt", "messages", "text")), name
+
+
+# --- many files -------------------------------------------------------------------------------------------------------
+
+MANY = """
+import resource, sys
+from mlx_retrieval.dataset.sources import open_source
+resource.setrlimit(resource.RLIMIT_NOFILE, (120, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+rows = open_source(sys.argv[1:])
+assert len(rows) == 2 * len(sys.argv[1:])
+for _ in range(2):
+    for i in range(len(rows)):
+        assert rows[i].positive == f"answer {i // 2} {i % 2}", (i, rows[i])
+"""
+
+
+def test_a_set_of_many_parts_needs_few_open_files(tmp_path):
+    """Regression: each was open during the whole run, and packed ones three times; macOS allows a process 256."""
+    for i in range(160):
+        form = "jsonl" if i < 100 else "csv"
+        content = FORMATS[form]([{"query": Q, "answer": f"answer {i} {j}"} for j in range(2)])
+        path = tmp_path / f"{i:03}.{form}{'.gz' * (i >= 130)}"
+        path.write_bytes(gzip.compress(content) if i >= 130 else content)
+    command = [sys.executable, "-c", MANY, *map(str, sorted(tmp_path.iterdir()))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_is_replaced_during_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_store, "MOST_OPEN", 2)
+    paths = [tmp_path / f"{i}.jsonl" for i in range(4)]
+    for i, path in enumerate(paths):
+        path.write_bytes(json_lines([{"query": Q, "answer": f"answer {i}"}]))
+    rows = sources.open_source([str(path) for path in paths])
+    assert [rows[i].positive for i in (0, 3, 1, 0)] == ["answer 0", "answer 3", "answer 1", "answer 0"]
+    (tmp_path / "new").write_bytes(json_lines([{"query": Q, "answer": "other"}]))
+    (tmp_path / "new").rename(paths[2])
+    with pytest.raises(UserError, match="2.jsonl: the file was replaced during the run"):
+        rows[2]
+    paths[3].unlink()
+    with pytest.raises(UserError, match="3.jsonl: No such file or directory; its rows are read"):
+        rows[3]
