@@ -301,6 +301,12 @@ def test_a_budget_asks_about_fewer_chunks(documents, flags, tmp_path, monkeypatc
     assert 40 <= plan["chunks"] < 91
     assert len({row["chunk_id"] for row in rows(next((output / "questions").glob("*.jsonl")))}) <= plan["chunks"]
     assert "left" in capsys.readouterr().out
+    record = json.loads((output / "adapt.json").read_text())
+    record["stages"]["questions"]["seconds"] = 400.0  # which are not spent again
+    (output / "adapt.json").write_text(json.dumps(record))
+    changed = ["--budget", "10m", "--negatives", "2", "--stages", "negatives"]
+    assert adapt.main([str(documents), "--output", str(output), *flags, *changed]) == 0
+    assert json.loads((output / "adapt.json").read_text())["stages"]["plan"]["figures"]["chunks"] == plan["chunks"]
     assert adapt.main([str(documents), "--output", str(tmp_path / "o2"), *flags, "--budget", "1m"]) == 2
     assert "--budget: too short" in capsys.readouterr().err
 
