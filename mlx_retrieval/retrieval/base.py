@@ -37,6 +37,7 @@ class IndexInfo:
     documents: bool = False  # read as adapt.py reads documents: see document_tree.py
     exclude: list[str] = field(default_factory=list)  # patterns of files that were left out, besides .gitignore's
     max_file_size: int | None = None  # in bytes, of the last run; None = index_sources.MAX_FILE_SIZE
+    analysis: int = 1  # version of analyzer.ANALYSIS that made the words
     version: int = VERSION
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_retrieval.dataset.columns import joined
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.server import Server, parse
-from mlx_retrieval.retrieval.analyzer import ENGLISH, analyzer, check_language
+from mlx_retrieval.retrieval.analyzer import ANALYSIS, ENGLISH, analyzer, check_language, is_cut_otherwise
 from mlx_retrieval.retrieval.base import EVERYWHERE, Hit, IndexInfo, Within
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import shell
@@ -45,6 +45,7 @@ class VectorField:
     state: str = "complete"  # "growing" while vectors are missing, "replacing" while some may be of another model
     language: str = ""  # of the words' stems and stop words; "" = there are no words yet, from an earlier version
     weight: float | None = None  # of the meaning in a search by both, as learnt; None = the default
+    analysis: int = 1  # version of analyzer.ANALYSIS that made the words
 
 
 def read_meta(server: Server) -> dict[str, VectorField]:
@@ -102,9 +103,8 @@ def write_vectors(
     similarity = "cosine" if model.config.normalize else "max_inner_product"
     before = read_meta(server).get(field)
     language = check_language(language or (before.language if before else "") or ENGLISH)
-    vectors = VectorField(
-        model.name, model.fingerprint(), model.dimensions, list(texts), similarity, "growing", language
-    )
+    origin = (model.name, model.fingerprint(), model.dimensions, list(texts), similarity)
+    vectors = VectorField(*origin, "growing", language, analysis=ANALYSIS)
     if before:
         differs = (before.fingerprint, before.texts) != (vectors.fingerprint, vectors.texts)
         if differs and not overwrite:
@@ -123,7 +123,10 @@ def write_vectors(
         raise UserError(f"{server.address}: no field {', '.join(sorted(absent))} (there: {', '.join(present)})")
     if before and vectors.state == "growing":
         has_words = before.language == language
-        _put_mapping(server, field, vectors if has_words else replace(vectors, language=""))
+        state = {"analysis": before.analysis} if has_words else {"language": ""}
+        _put_mapping(server, field, replace(vectors, **state))
+        if has_words and before.analysis < ANALYSIS:
+            _write_words(server, field, vectors, False, is_cut_otherwise)
         _write_words(server, field, vectors, has_words)
     _put_mapping(server, field, vectors)
     survey, done = source.survey(), 0
@@ -148,17 +151,25 @@ def write_vectors(
     return done, survey.count - done
 
 
-def _write_words(server: Server, field: str, vectors: VectorField, has_words: bool) -> None:
-    """Write the words of documents that have a vector, of all or, if `has_words`, of those without any."""
+def _write_words(
+    server: Server, field: str, vectors: VectorField, has_words: bool, chosen: Callable[[str], bool] = bool
+) -> None:
+    """Write the words of documents that have a vector, of all or, if `has_words`, of those without any.
+
+    Args:
+        chosen: returns whether the words of a text are to be written; the default leaves out empty texts.
+    """
     clauses: dict[str, Any] = {"filter": [{"exists": {"field": field}}]}
     if has_words:
         clauses["must_not"] = [{"exists": {"field": WORDS.format(field)}}]
     source = Documents(server.address, vectors.texts, {"bool": clauses})
     try:
         for low, high in source.ranges(source.survey()):
-            if hits := source.read(low, high):
-                texts = (joined(hit["_source"], vectors.texts) for hit in hits)
-                _write(server, hits, {WORDS.format(field): [analyzer(vectors.language).stream(t) for t in texts]})
+            hits = source.read(low, high)
+            texts = {hit["_id"]: joined(hit["_source"], vectors.texts) for hit in hits}
+            if hits := [hit for hit in hits if chosen(texts[hit["_id"]])]:
+                words = [analyzer(vectors.language).stream(texts[hit["_id"]]) for hit in hits]
+                _write(server, hits, {WORDS.format(field): words})
     finally:
         source.close()
     server.open()
@@ -247,6 +258,11 @@ class ElasticIndex:
             raise UserError(
                 f"{self.server.address}: no words beside {self.field}, which an earlier version wrote. To add them, "
                 f"without embedding again: {command}"
+            )
+        if self.vectors.analysis < ANALYSIS and is_cut_otherwise(query):
+            raise UserError(
+                f"{self.server.address}: the words beside {self.field} are of an earlier version, which cut words of "
+                f"this script otherwise. To write them again, without embedding: {self._command(self.vectors.model)}"
             )
         if not (terms := analyzer(self.info.language).query_terms(query)):
             return []

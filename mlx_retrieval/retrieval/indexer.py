@@ -26,7 +26,7 @@ from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.dataset.source_code.file_tree import File
 from mlx_retrieval.inference.embedder import Model, embed
 from mlx_retrieval.retrieval import base, index_folder
-from mlx_retrieval.retrieval.analyzer import ENGLISH, check_language
+from mlx_retrieval.retrieval.analyzer import ANALYSIS, ENGLISH, check_language
 from mlx_retrieval.retrieval.base import TOKEN_BITS, FileRecord, IndexInfo
 from mlx_retrieval.retrieval.forest import IndexSource, roots_of
 from mlx_retrieval.retrieval.index_sources import index_source, is_document
@@ -93,6 +93,7 @@ def update(
     indexing, and if there is nothing to index.
     """
     started = time.monotonic()
+    folder = folder.expanduser()
     root, folders, shown = roots_of([root] if isinstance(root, Path) else root)
     if language:
         check_language(language)
@@ -118,6 +119,7 @@ def update(
         documents=bool(before and before.documents) if documents is None else documents,
         exclude=list(exclude),
         max_file_size=max_file_size,
+        analysis=ANALYSIS,
         **kept,
     )
     source = index_source(shown, folders, info, max_file_size, exclude, folder)
@@ -151,7 +153,8 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
         try:
             index = Index.open(rebuilt)  # of an earlier run, which was interrupted
             _check(index, info)
-            if (index.info.language, index.info.fields) != (info.language, info.fields):
+            words = [(each.language, each.fields, each.analysis) for each in (index.info, info)]
+            if words[0] != words[1]:
                 index = Index.create(rebuilt, info)
         except UserError:
             index = Index.create(rebuilt, info)
@@ -161,8 +164,10 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
         return Index.create(folder, info)
     _check(index, info)
     index.info.folders = info.folders
-    is_current = (index.info.version, index.info.language) == (base.VERSION, info.language)
-    return index if is_current else rewrite(index, language=info.language)
+    if (index.info.version, index.info.language) != (base.VERSION, info.language) or index.has_older_words():
+        return rewrite(index, language=info.language)
+    index.info.analysis = ANALYSIS
+    return index
 
 
 def _remove_empty(folder: Path, is_new: bool) -> None:

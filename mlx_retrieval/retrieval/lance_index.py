@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_retrieval.dataset.chunks import MAX_CHARACTERS, OVERLAP, Chunk
 from mlx_retrieval.retrieval import index_folder, lance_tables
-from mlx_retrieval.retrieval.analyzer import analyzer
+from mlx_retrieval.retrieval.analyzer import ANALYSIS, analyzer, is_cut_otherwise
 from mlx_retrieval.retrieval.base import EVERYWHERE, TOKEN_BITS, VERSION, FileRecord, Hit, IndexInfo, Within
 from mlx_retrieval.retrieval.index_folder import read_info, write_info, written_at
 from mlx_retrieval.retrieval.lance_errors import plain_errors, reason_of, searching, writing
@@ -32,6 +32,7 @@ from mlx_retrieval.utils.text import shell
 
 WHOLE_TOKENS = 2  # version that kept the vectors of all tokens as they are
 COPIED_AT_ONCE = 2_000  # chunks
+TEXTS = ["path", "name", "language", "context", "text"]  # columns that words are made of
 # From PARTITIONS_FROM chunks on, LanceDB keeps the vectors in partitions (IVF, uncompressed) in memory: about ten times
 # faster than reading the table. The nearest PROBES partitions are searched: up to 250,000 chunks these are all of them,
 # so nothing is missed (benchmarks/search_latency.py). The size of a partition is given, not their number: LanceDB would
@@ -80,7 +81,7 @@ class Index:
 
         Raises UserError, with the command to run, if it is missing, damaged, or of another version.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         info = read_info(folder)
         database = lance_tables.connect(folder)
         try:
@@ -135,6 +136,14 @@ class Index:
         """Record the share of the meaning in a search by both."""
         self.info.weight = weight
         self.write()
+
+    def has_older_words(self) -> bool:
+        """Return whether an earlier version cut words in here otherwise than ANALYSIS does."""
+        if self.info.analysis == ANALYSIS:
+            return False
+        rows = self.chunks.search().select(TEXTS).limit(None).to_batches(COPIED_AT_ONCE)
+        texts = (text for batch in rows for column in batch.columns for text in column.to_pylist())
+        return any(map(is_cut_otherwise, texts))
 
     def is_empty(self) -> bool:
         """Return whether the index was never finished and has neither chunks nor files."""
@@ -201,7 +210,7 @@ class Index:
     @writing
     def copy(self, other: "Index", progress: Progress) -> None:
         """Add all files and chunks of another index of the same model, with their vectors; the words are made again."""
-        count, texts = 0, ["path", "name", "language", "context", "text"]
+        count = 0
         if self.late:
             self.late.copy(other.folder)
         for batch in other.chunks.search().limit(None).to_batches(COPIED_AT_ONCE):
@@ -209,7 +218,7 @@ class Index:
                 columns = {name: batch[name] for name in batch.schema.names if name != "tokens"}
                 if self.late and "slot" not in columns:
                     columns["slot"] = self.late.add_whole(columns.pop("token_vectors"))
-                self._add(columns, batch.select(texts).to_pylist())
+                self._add(columns, batch.select(TEXTS).to_pylist())
                 progress(count := count + len(batch))
         if records := list(other.records().values()):
             self.record(records)
@@ -249,9 +258,17 @@ class Index:
 
     @searching
     def bm25(self, query: str, top: int, within: Within = EVERYWHERE) -> list[Hit]:
-        """Return the chunks that hold any word of the query, scored by BM25F. Queries have no operators."""
+        """Return the chunks that hold any word of the query, scored by BM25F. Queries have no operators.
+
+        Raises UserError, with the command to run, for a query whose words an earlier version cut otherwise.
+        """
         from lancedb.query import MatchQuery
 
+        if self.info.analysis < ANALYSIS and is_cut_otherwise(query):
+            raise UserError(
+                f"{self.folder}: made by an earlier version, which cut words of this script otherwise. To bring it up "
+                f"to date, without embedding again: {self.command(self.info.model)}"
+            )
         terms = " ".join(analyzer(self.info.language).query_terms(query))
         if not terms:
             return []

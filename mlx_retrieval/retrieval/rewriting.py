@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from mlx_retrieval.retrieval import index_folder
+from mlx_retrieval.retrieval.analyzer import ANALYSIS
 from mlx_retrieval.retrieval.base import VERSION
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils.progress import progress_bar
@@ -20,7 +21,7 @@ def rewrite(index: Index, **settings: Any) -> Index:
     The caller holds the lock of the index's folder.
     """
     was_complete = index.info.complete
-    info = dataclasses.replace(index.info, version=VERSION, partitioned=0, **settings)
+    info = dataclasses.replace(index.info, version=VERSION, analysis=ANALYSIS, partitioned=0, **settings)
     new = Index.create(index.folder / index_folder.REBUILT, info)
     with progress_bar("indexing words", "chunks", index.chunks.count_rows()) as progress:
         new.copy(index, progress)

@@ -1,9 +1,8 @@
 """Pick the lines of a chunk to show for a query, and the words in them that match."""
 
-import re
 from collections.abc import Iterator
 
-from mlx_retrieval.retrieval.analyzer import ENGLISH, analyzer
+from mlx_retrieval.retrieval.analyzer import ENGLISH, analyzer, runs
 
 
 def snippet(text: str, query: str, count: int = 2, language: str = ENGLISH) -> list[tuple[int, str]]:
@@ -24,6 +23,6 @@ def matching_spans(line: str, query: str, language: str = ENGLISH) -> Iterator[t
     """Yield (start, end) of the words in a line that share a term with the query."""
     words = analyzer(language)
     query_words = set(words.query_terms(query))
-    for match in re.finditer(r"\w+", line):
+    for match in runs(line):
         if query_words.intersection(words.terms(match[0])):
             yield match.span()

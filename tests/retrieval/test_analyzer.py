@@ -3,11 +3,13 @@
 python -m pytest tests/retrieval/test_analyzer.py
 """
 
+import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mlx_retrieval.retrieval.analyzer import LONGEST, QUERY_TERMS, analyzer
+from mlx_retrieval.retrieval.analyzer import LONGEST, QUERY_TERMS, analyzer, is_cut_otherwise, runs
 from mlx_retrieval.utils.errors import UserError
 
 PLAIN = analyzer("none")
@@ -26,12 +28,31 @@ PLAIN = analyzer("none")
         ("МояФункция", ["мояфункция", "моя", "функция"]),
         ("搜索引擎", ["搜索引擎", "搜索", "索引", "引擎"]),
         ("readが書くX2", ["readが書くx2", "read", "が書", "書く", "x", "2"]),
+        ("हिन्दी की पुस्तकें", ["हिन्दी", "की", "पुस्तकें"]),  # not cut at vowel signs
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+        ("สวัสดี ๒๕", ["สวัสดี", "สวั", "วัส", "สดี", "๒๕"]),  # pairs of characters with their marks
+        ("כָּתַב كَتَبَ آية", ["כתב", "كتب", "آية"]),  # points, which most texts leave out
+        ("x\u030cY 1\ufe0f\u20e3 \u2764\ufe0fread", ["xy", "x", "y", "1", "read"]),
         ('"a" AND (b OR -c) ^2 title:x* \\', ["a", "and", "b", "or", "c", "2", "title", "x"]),
         (" \t!?", []),
     ],
 )
 def test_identifiers_are_split_and_kept_whole(text, terms):
     assert PLAIN.terms(text) == terms
+
+
+def test_texts_without_marks_are_cut_as_before():
+    """An index of the first version need be made again only if `is_cut_otherwise` is true of a text in it."""
+    texts = (chr(code) * 2 for code in range(0x20000) if not 0xD800 <= code < 0xE000)
+    others = [text for text in texts if not is_cut_otherwise(text)]
+    assert all(is_cut_otherwise(text) for text in ("कि", "ไท", "x\u030c")) and "é" * 2 in others and "가가" in others
+    for text in others:
+        expected = re.findall(r"\w+", unicodedata.normalize("NFC", text))
+        assert [match[0] for match in runs(unicodedata.normalize("NFC", text))] == expected, text
+
+
+def test_stems_of_scripts_with_vowel_signs():
+    assert analyzer("hindi").terms("पुस्तकें किताबों") == ["पुस्तक", "किताब"]
 
 
 def test_spellings_of_an_identifier_share_its_parts():

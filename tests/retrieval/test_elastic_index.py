@@ -11,6 +11,7 @@ import pytest
 
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
 from mlx_retrieval.retrieval import elastic_index
+from mlx_retrieval.retrieval.analyzer import ANALYSIS, is_cut_otherwise
 from mlx_retrieval.retrieval.base import Within
 from mlx_retrieval.retrieval.elastic_index import META, ElasticIndex, VectorField
 from mlx_retrieval.utils.errors import UserError
@@ -61,6 +62,26 @@ def test_words_are_terms_that_the_server_only_splits(stub):
     index.bm25("caches", 2, Within(ids=("7", "8")))
     assert stub.asked[-1]["query"]["bool"]["filter"] == [{"ids": {"values": ["7", "8"]}}]
     assert (index.info.language, index.info.weight) == ("english", 0.7)
+
+
+def test_words_with_marks_of_an_earlier_version_are_written_again(stub, monkeypatch):
+    """Only those, and nothing is embedded; until then a search for such words says so."""
+    index = ElasticIndex("es://docs")
+    assert len(index.bm25("caches", 5)) == 1
+    with pytest.raises(
+        UserError, match=r"this script otherwise. .* without embedding: python .*embed.py --model model"
+    ):
+        index.bm25("पुस्तक", 5)
+    rows = [{"_id": "1", "_source": {"title": "a book"}}, {"_id": "2", "_source": {"title": "पुस्तक"}}]
+    source = SimpleNamespace(survey=lambda: None, ranges=lambda _: [(0, 2)], read=lambda *_: rows, close=lambda: None)
+    monkeypatch.setattr(elastic_index, "Documents", lambda *_: source)
+    written = []
+    monkeypatch.setattr(elastic_index, "_write", lambda server, hits, values: written.append((hits, values)))
+    stub.open = lambda: None
+    elastic_index._write_words(stub, "vector", FIELD, False, is_cut_otherwise)
+    assert written == [(rows[1:], {"vector_words": ["पुस्तक"]})]
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]["analysis"] = ANALYSIS
+    assert len(ElasticIndex("es://docs").bm25("पुस्तक", 5)) == 1
 
 
 def test_documents_that_are_named_are_compared_one_by_one(stub):

@@ -411,7 +411,7 @@ def downgrade(folder: Path) -> None:
     """Make an index look as version 1 wrote it: without later settings, and with other words."""
     index = Index.open(folder)
     index.chunks.update(values={"tokens": "'old'"})
-    later = {"folders", "language", "fields", "weight", "documents", "exclude", "max_file_size"}
+    later = {"folders", "language", "fields", "weight", "documents", "exclude", "max_file_size", "analysis"}
     values = {name: value for name, value in vars(index.info).items() if name not in later} | {"version": 1}
     (folder / base.FILE).write_text(json.dumps(values))
 
@@ -429,6 +429,35 @@ def test_an_index_of_the_version_before_is_refused_and_brought_up_to_date(tree, 
     update(tree, tmp_path / "whole", model)
     assert_same(index, tmp_path / "whole")
     assert not (index / index_folder.REBUILT).exists() and Index.open(index).info.version == base.VERSION
+
+
+def made_before_marks_counted(folder: Path) -> None:
+    index = Index.open(folder)
+    index.chunks.update(where="path = 'book.txt'", values={"tokens": "'प स तक'"})
+    (folder / base.FILE).write_text(json.dumps({k: v for k, v in vars(index.info).items() if k != "analysis"}))
+
+
+def test_words_with_marks_of_an_earlier_version_are_made_again(tree, model, tmp_path, monkeypatch):
+    """Words were cut at their vowel signs. Whoever neither asks for such words nor has them notices nothing."""
+    index = tmp_path / "index"
+    update(tree, index, model)
+    made_before_marks_counted(index)
+    with monkeypatch.context() as patch:
+        patch.setattr(indexer, "rewrite", lambda *_, **__: pytest.fail("there is no such word"))
+        update(tree, index, model)
+    assert Index.open(index).bm25("पुस्तक", 5) == []
+    write(tree / "book.txt", "पुस्तक\n")
+    update(tree, index, model)
+    update(tree, tmp_path / "whole", model)
+    made_before_marks_counted(index)
+    assert Index.open(index).bm25("read line", 5) == Index.open(tmp_path / "whole").bm25("read line", 5)
+    with pytest.raises(
+        UserError, match=r"cut words of this script otherwise.* without embedding again: python .*index"
+    ):
+        Index.open(index).bm25("पुस्तक", 5)
+    assert update(tree, index, model).embedded == 0
+    assert_same(index, tmp_path / "whole")
+    assert Index.open(index).bm25("पुस्तक", 5)[0].path == "book.txt"
 
 
 def test_an_unfinished_index_of_the_version_before_is_continued(tree, model, tmp_path, monkeypatch):
