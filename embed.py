@@ -29,13 +29,17 @@ from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.quantization import CALIBRATED, FEWEST_TEXTS, PRECISIONS
 from mlx_retrieval.models import families
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command, user_path
 from mlx_retrieval.utils.console import console, print_lines, wrapped
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell
 
 __all__ = ["Model", "load"]
+
+# Attributes of the flags that have an effect on every job, and with --to.
+COMPUTING = ("dtype", "compile", "dequantize")
+TO_INDEX = ("to", "model", "adapter", "max_length", "field", "es_fields", "language", "overwrite", *COMPUTING)
 
 
 def read_ranges(path: Path) -> np.ndarray:
@@ -59,7 +63,7 @@ def check_outputs(args: argparse.Namespace, *paths: Path) -> None:
 
 def embed_file(args: argparse.Namespace) -> str:
     """Embed `--input` into `--output`; return the line that tells what was written."""
-    output, ranges = Path(args.output).expanduser(), None
+    output, ranges = Path(args.output), None
     vector_files.check_ending(output)
     calibrates = args.precision in CALIBRATED and not args.ranges
     ranges_file = output.with_name(f"{output.stem}.ranges.npy")
@@ -80,6 +84,8 @@ def embed_file(args: argparse.Namespace) -> str:
     model = load(args.model, args.adapter, args.dtype, max_length=args.max_length)
     dtypes.warn("embed.py", model)
     if model.late:
+        if args.precision != "float32":
+            raise UserError(f"--precision {args.precision}: the token vectors of {model.name} are written as float32")
         vector_files.check_late(output)
         check_outputs(args, *[vector_files.lengths_file(output)] * (output.suffix == ".npy"))
     dimensions = args.dimensions or model.dimensions
@@ -130,22 +136,30 @@ def embed_index(args: argparse.Namespace) -> str:
     return f"{args.to}: {written}{skipped}. Next: {search}"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of this command's flags."""
     out = Parser(
         prog="embed.py", description="Embed the texts of a file or of an Elasticsearch index, or check a model."
     )
     out.add_argument(
-        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder or GGUF, or hub name"
+        "--model",
+        "--model-path",
+        type=user_path,
+        metavar="MODEL",
+        help="adapter folder, base model's folder or GGUF, or hub name",
     )
-    out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
+    out.add_argument(
+        "--adapter", type=user_path, metavar="DIR", help="adapter folder to load on top of the base model --model"
+    )
     out.add_argument(
         "--input",
+        type=user_path,
         metavar="FILE",
         help='texts: JSON lines ("text", or "title" and "text", ...), or .txt with one a line',
     )
     out.add_argument(
         "--output",
+        type=user_path,
         metavar="FILE",
         help="vectors, row n for text n, in the form that the name's ending tells: .npy = the numbers alone, for "
         "numpy.load; .csv, .jsonl, .parquet = ids and texts as well",
@@ -198,12 +212,14 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--ranges",
+        type=user_path,
         metavar="FILE.npy",
         help="range of each dimension for int8 and uint8, as an earlier run wrote it (default: taken from the input, "
         f"which must have at least {FEWEST_TEXTS} texts, and written beside the output)",
     )
     out.add_argument(
         "--check",
+        type=user_path,
         metavar="MODEL",
         help="embed nothing, but check whether this adapter or model is sound; exit code 1 if a check fails",
     )
@@ -221,25 +237,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = flags.parse_args(argv)
     backend.set_compile(args.compile)
     backend.set_dequantize(args.dequantize)
-    needed = {"--model": args.model, "--input": args.input, "--output": args.output}
+    check_flags(flags, args)
     if args.models:
-        if given := [name for name, value in (needed | {"--check": args.check}).items() if value is not None]:
-            flags.error(f"--models embeds nothing: leave out {', '.join(given)}")
         list_models()
         return 0
-    if args.to is not None:
-        if args.input is not None or args.output is not None:
-            flags.error("--to reads from and writes to an index: leave out --input and --output")
-        needed = {"--model": args.model}
-    if args.check is not None:
-        if given := [name for name, value in needed.items() if value is not None]:
-            flags.error(f"--check embeds nothing: leave out {', '.join(given)}")
-    elif missing := [name for name, value in needed.items() if value is None]:
-        flags.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
     if args.check is not None:
         return check_model(args.check, args.adapter, args.dtype)
     print(embed_index(args) if args.to is not None else embed_file(args))
     return 0
+
+
+def check_flags(flags: Parser, args: argparse.Namespace) -> None:
+    """Exit if a flag is missing, or has no effect on what is to be done."""
+    needed = {"--model": args.model, "--input": args.input, "--output": args.output}
+    if args.models:
+        return flags.take_only(args, ("models", *COMPUTING), "--models embeds nothing")
+    if args.check is not None:
+        return flags.take_only(args, ("check", "adapter", *COMPUTING), "--check embeds nothing")
+    if args.to is not None:
+        reason = "--to reads from an index and writes to it whole vectors of documents, in float32"
+        flags.take_only(args, TO_INDEX, reason)
+        del needed["--input"], needed["--output"]
+    else:
+        names = {*vars(args)} - {"es_fields", "language"}
+        flags.take_only(args, names, "--es-fields and --language are for --to")
+    if missing := [name for name, value in needed.items() if value is None]:
+        flags.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
 
 
 def list_models() -> None:

@@ -41,7 +41,7 @@ from mlx_retrieval.evaluation.retrieval import evaluate, evaluate_formats, vecto
 from mlx_retrieval.inference.quantization import PRECISIONS
 from mlx_retrieval.retrieval.analyzer import ENGLISH
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command, user_path
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 
@@ -82,7 +82,7 @@ def evaluate_as_mteb(args: argparse.Namespace, is_reranker: bool) -> int:
     from mlx_retrieval.evaluation import mteb_results, mteb_selection
 
     tasks = mteb_selection.select(args.eval_tasks, args.languages or (), args.task_types or ())
-    prompts = mteb_selection.read_prompts(Path(args.task_prompts).expanduser(), tasks) if args.task_prompts else {}
+    prompts = mteb_selection.read_prompts(Path(args.task_prompts), tasks) if args.task_prompts else {}
     # After mteb: it brings torch, which transformers looks for only once.
     from mlx_retrieval.inference import dtypes, embedder, reranker
 
@@ -94,7 +94,7 @@ def evaluate_as_mteb(args: argparse.Namespace, is_reranker: bool) -> int:
         task = {"task": args.task} if args.task else {}
         model = embedder.load(args.model, args.adapter, **settings, **task)
     dtypes.report(model)
-    folder = Path(args.results).expanduser()
+    folder = Path(args.results)
     run = mteb_results.evaluate(model, tasks, folder, args.results_name, prompts, settings, args.overwrite)
     for reason in run.unreachable.values():
         print(f"eval.py: {reason}", file=sys.stderr)
@@ -144,13 +144,15 @@ def parser() -> argparse.ArgumentParser:
     out = Parser(prog="eval.py", description=what)
     model = "adapter folder, base model's folder or GGUF, or hub name"
     subject = out.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--model", "--model-path", metavar="MODEL", help=model)
+    subject.add_argument("--model", "--model-path", type=user_path, metavar="MODEL", help=model)
     compared = (
         "compare models of any task, and files that --output wrote, with the first of them: paired 95 %% intervals and "
         "a verdict for each, by nDCG@10 or Spearman"
     )
-    subject.add_argument("--compare", nargs="+", metavar="MODEL", help=compared)
-    out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
+    subject.add_argument("--compare", nargs="+", type=user_path, metavar="MODEL", help=compared)
+    out.add_argument(
+        "--adapter", type=user_path, metavar="DIR", help="adapter folder to load on top of the base model --model"
+    )
     kinds = (
         "embed: one vector a text; late: one vector a token; rerank: one score a pair "
         "(default: as the model's files say; of a language model, its name)"
@@ -160,13 +162,13 @@ def parser() -> argparse.ArgumentParser:
         "folders in BEIR layout, files of scored pairs, and MTEB tasks, Retrieval or STS (default: eval-data); "
         "with --results: tasks of any type and benchmarks of mteb, or mock"
     )
-    out.add_argument("--eval-tasks", nargs="+", metavar="TASK", help=tasks)
+    out.add_argument("--eval-tasks", nargs="+", type=user_path, metavar="TASK", help=tasks)
     strict = "refuse untidy folders: judgements that contradict each other, or of texts that are missing; null texts"
     out.add_argument("--strict", action="store_true", help=strict)
     identical = "leave out of a query's results the document that has its id, as BEIR does"
     out.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     output = "also write the figures to this file, as JSON, with the scores and the first 10 documents of each query"
-    out.add_argument("--output", metavar="FILE", help=output)
+    out.add_argument("--output", type=user_path, metavar="FILE", help=output)
     out.add_argument(
         "--overwrite", action="store_true", help="replace --output if it exists; evaluate what --results holds again"
     )
@@ -182,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         "evaluate through mteb alone, and leave results in DIR/results/MODEL/REVISION, for its ResultCache(DIR); "
         "tasks whose results are there are not evaluated again"
     )
-    as_mteb.add_argument("--results", metavar="DIR", help=results)
+    as_mteb.add_argument("--results", type=user_path, metavar="DIR", help=results)
     called = "the model's name in --results (default: its hub name, or the names of its last two folders)"
     as_mteb.add_argument("--results-name", metavar="ORGANISATION/NAME", help=called)
     types = "of --eval-tasks, only tasks of these types, such as Retrieval or STS"
@@ -193,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
         'JSON file of prompts by task, type of task, "query" or "document", or two of them such as "Retrieval-query"; '
         "they come before the model's own"
     )
-    as_mteb.add_argument("--task-prompts", metavar="FILE", help=prompts)
+    as_mteb.add_argument("--task-prompts", type=user_path, metavar="FILE", help=prompts)
     vectors = out.add_argument_group("stored vectors (--task embed)")
     precisions = (
         "also evaluate vectors stored at these precisions, without embedding again; int8 and uint8: ranges from the "
@@ -208,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
         "what finds the documents: bm25, a model of --task embed or late, or both together, hybrid:MODEL "
         "(default: bm25)"
     )
-    rerank.add_argument("--first-stage", metavar="MODEL", help=stage)
+    rerank.add_argument("--first-stage", type=user_path, metavar="MODEL", help=stage)
     spoken = "language of BM25's stems and stop words, such as german, or none (default: english)"
     rerank.add_argument("--language", metavar="NAME", help=spoken)
     depth = f"documents of a query that are reranked (default: {DEPTH})"
@@ -249,7 +251,7 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     refuse(args, ("results_name", "task_types", "languages", "task_prompts"), "only with --results")
     if args.depth is not None:
         check_depth(args.depth)
-    output = Path(args.output).expanduser() if args.output else None
+    output = Path(args.output) if args.output else None
     if not args.compare:
         args.eval_tasks = args.eval_tasks or ["eval-data"]
     first_stage = (args.first_stage or "").removeprefix(f"{HYBRID}:") or None
@@ -269,9 +271,9 @@ def check_results(args: argparse.Namespace) -> None:
         raise UserError("--results: name tasks or benchmarks of mteb by --eval-tasks")
     if args.results_name and len([part for part in args.results_name.split("/") if part]) != 2:
         raise UserError(f"--results-name {args.results_name}: mteb's names of models are ORGANISATION/NAME")
-    if (folder := Path(args.results).expanduser()).exists() and not folder.is_dir():
+    if (folder := Path(args.results)).exists() and not folder.is_dir():
         raise UserError(f"--results {args.results}: this is a file, not a folder")
-    for file in [Path(args.task_prompts).expanduser()] if args.task_prompts else []:
+    for file in [Path(args.task_prompts)] if args.task_prompts else []:
         if not file.is_file():
             raise UserError(f"--task-prompts {args.task_prompts}: {'not a file' if file.exists() else 'no such file'}")
 

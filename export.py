@@ -30,7 +30,7 @@ from mlx_retrieval.exporters.job import DTYPES, FORMATS, TASKS, Export, share_of
 from mlx_retrieval.exporters.run import export, export_with_warnings
 from mlx_retrieval.exporters.soup import METHODS
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import Parser, command
+from mlx_retrieval.utils.command import Parser, command, user_path
 
 __all__ = ["Export", "export"]
 
@@ -43,10 +43,11 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 = written and checked; 1 = written, but quantised weights miss their limit; 2 = bad "
         "input or a failed check, and nothing was written.",
     )
-    out.add_argument("--adapter", metavar="DIR", help="adapter folder, for example adapters/best")
+    out.add_argument("--adapter", type=user_path, metavar="DIR", help="adapter folder, for example adapters/best")
     out.add_argument(
         "--model",
         "--model-path",
+        type=user_path,
         metavar="MODEL",
         help="base model, a folder, GGUF or hub name: without --adapter it is exported itself, with it the adapter is "
         "put on it (default: the base model that the adapter was trained on)",
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         help="what a base model is used for: embed = one vector a text, late = one vector a token, rerank = a score a "
         "query and document (default: the task that the model's files tell)",
     )
-    out.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    out.add_argument("--output", required=True, type=user_path, metavar="DIR", help="folder to write")
     out.add_argument(
         "--format",
         choices=FORMATS,
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
         "--guard",
         nargs="+",
         default=(),
+        type=user_path,
         metavar="TASK",
         help="evaluation folders or MTEB tasks at which the share of --merge-with-base auto or guards must not lose "
         "more than --guard-tolerance (default: those of the run)",
@@ -109,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
         "--merge-with",
         nargs="+",
         default=(),
+        type=user_path,
         metavar="MODEL",
         help="mix the adapter's model with these, adapters or whole models of the same shape: each weight becomes the "
         "mean of all models'",

@@ -36,7 +36,7 @@ from mlx_retrieval.mining.run import mine_negatives
 from mlx_retrieval.mining.teacher import KINDS, Teacher
 from mlx_retrieval.models.rerankers import KINDS as RERANKERS
 from mlx_retrieval.utils import files, imports
-from mlx_retrieval.utils.command import DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import DEQUANTIZE_HELP, DTYPE_HELP, Parser, command, user_path
 from mlx_retrieval.utils.console import print_lines, print_rows
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
@@ -52,14 +52,14 @@ __all__ = ["Teacher", "code_pairs", "mine_negatives"]
 def add_files(out: argparse.ArgumentParser, data: str) -> None:
     """Add the flags of the files to read and write, and of the cache."""
     flag = out.add_argument
-    flag("--data", nargs="+", required=True, metavar="FILE", help=f"{data}; CSV, Parquet, folders, ... "
+    flag("--data", nargs="+", required=True, type=user_path, metavar="FILE", help=f"{data}; CSV, Parquet, folders, ... "
          "as for train.py")  # fmt: skip
     flag("--columns", type=columns.parse, metavar="TEXT", help="columns or keys that rows are made of: "
          "query=question,document=title+body (default: by their own names)")  # fmt: skip
-    flag("--output", required=True, metavar="FILE", help="JSON lines for train.py")
+    flag("--output", required=True, type=user_path, metavar="FILE", help="JSON lines for train.py")
     flag("--overwrite", action="store_true", help="replace --output if it exists")
-    flag("--work", metavar="FOLDER", help="keep finished work here, for later runs as well (default: beside --output, "
-         "until that is written)")  # fmt: skip
+    flag("--work", type=user_path, metavar="FOLDER", help="keep finished work here, for later runs as well "
+         "(default: beside --output, until that is written)")  # fmt: skip
     flag("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and count them")
     flag("--ignore-keys", nargs="+", default=(), metavar="KEY", help="treat these keys of rows as absent, also "
          "a label, a score or negatives; --output lacks them")  # fmt: skip
@@ -95,7 +95,7 @@ def print_scores(name: str, positives: Sequence[float], others: Sequence[float],
 
 def run_code(args: argparse.Namespace) -> None:
     """Write the pairs of `args.paths` to `args.output`, all or none, and print the counts."""
-    output = Path(args.output).expanduser()
+    output = Path(args.output)
     # Of a folder, the source files are inputs: other files there may be an earlier run's.
     is_source = output.suffix in BY_SUFFIX
     check_output(output, args.overwrite, [path for path in args.paths if is_source or not Path(path).is_dir()])
@@ -157,9 +157,15 @@ def add_code(commands: argparse._SubParsersAction) -> None:
         + "\n\nlanguages:\n"
         + "\n".join(f"  {name}: {' '.join(endings)}" for name, endings in suffixes.items()),
     )
-    out.add_argument("paths", nargs="+", metavar="PATH", help="folders and files; the rules apply only below them")
     out.add_argument(
-        "--output", required=True, metavar="FILE", help="JSON lines: query, positive, path, line, name, ..."
+        "paths", nargs="+", type=user_path, metavar="PATH", help="folders and files; the rules apply only below them"
+    )
+    out.add_argument(
+        "--output",
+        required=True,
+        type=user_path,
+        metavar="FILE",
+        help="JSON lines: query, positive, path, line, name, ...",
     )
     out.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     out.add_argument(
@@ -188,8 +194,8 @@ def add_code(commands: argparse._SubParsersAction) -> None:
 @resumable()
 def run_negatives(args: argparse.Namespace) -> None:
     """Write the rows of `args.data` with hard negatives to `args.output`, and print what was mined."""
-    output, files = Path(args.output).expanduser(), find_files(args.data)
-    corpus_path = Path(args.corpus or "").expanduser()
+    output, files = Path(args.output), find_files(args.data)
+    corpus_path = Path(args.corpus or "")
     corpus_path = corpus_path / "corpus.jsonl" if corpus_path.is_dir() else corpus_path
     check_output(output, args.overwrite, [*files, corpus_path, args.model, args.reranker])
     by = args.by or ("model" if args.model else "bm25")
@@ -279,13 +285,13 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
     )
     add_files(out, "rows with a query and a positive, in train.py's formats")
     flag = out.add_argument
-    flag("--corpus", metavar="FILE", help="JSON lines, .txt, a BEIR folder, or es://INDEX, which then also ranks by "
-         "BM25 (default: only the documents of the rows)")  # fmt: skip
+    flag("--corpus", type=user_path, metavar="FILE", help="JSON lines, .txt, a BEIR folder, or es://INDEX, which then "
+         "also ranks by BM25 (default: only the documents of the rows)")  # fmt: skip
     flag("--es-fields", default=columns.ELASTIC_DEFAULT, metavar="TEXT", help="with --corpus es://: "
          "document=FIELD+FIELD names the fields of a document (default: title+snippet)")  # fmt: skip
     flag("--field", metavar="KEY", help="key of the text in --corpus (default: title and text, ...)")
-    flag("--model", "--model-path", metavar="MODEL", help="embedding or late-interaction model: adapter folder, base "
-         "model's folder or GGUF, or hub name")  # fmt: skip
+    flag("--model", "--model-path", type=user_path, metavar="MODEL", help="embedding or late-interaction model: "
+         "adapter folder, base model's folder or GGUF, or hub name")  # fmt: skip
     flag("--max-length", type=int, metavar="N", help="truncate documents to N tokens (default: as saved)")
     flag("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     flag("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
@@ -293,7 +299,12 @@ def add_negatives(commands: argparse._SubParsersAction) -> None:
          "model; bm25 without --model)")  # fmt: skip
     flag("--language", default=rules.language, metavar="NAME", help="language of BM25's stems and stop words, such as "
          "german; none = neither stems nor stop words (default: %(default)s)")  # fmt: skip
-    flag("--reranker", metavar="MODEL", help="its scores decide order and filters; a late-interaction model works too")
+    flag(
+        "--reranker",
+        type=user_path,
+        metavar="MODEL",
+        help="its scores decide order and filters; a late-interaction model works too",
+    )
     flag("--reranker-type", choices=RERANKERS, metavar="KIND", help="kind of reranker, if its files do not say")
     flag("--skip", "--range-min", type=int, default=rules.skip, metavar="K", help="leave out the first K documents "
          "that passed the filters (default: %(default)s)")  # fmt: skip
@@ -327,7 +338,7 @@ def run_score(args: argparse.Namespace) -> None:
     if args.vectors:
         write_vectors(args)
         return
-    output, files = Path(args.output).expanduser(), find_files(args.data)
+    output, files = Path(args.output), find_files(args.data)
     check_output(output, args.overwrite, [*files, args.teacher])
     counts, skipped = run.count_rows(files, args.skip_bad_rows, notify, args.ignore_keys, args.columns)
     settings = (args.max_length, args.reranker_type, args.raw_scores, args.dtype)
@@ -363,7 +374,7 @@ def run_score(args: argparse.Namespace) -> None:
 
 def write_vectors(args: argparse.Namespace) -> None:
     """Write the teacher's vectors of all texts of `args.data` to `args.output`."""
-    output = Path(args.output).expanduser()
+    output = Path(args.output)
     if args.teacher_kind == "reranker" or args.reranker_type or args.raw_scores:
         raise UserError("--vectors: a reranker has none; name an embedding model as --teacher")
     if output.suffix != ENDING:
@@ -398,7 +409,9 @@ def add_score(commands: argparse._SubParsersAction) -> None:
     )
     add_files(out, "rows with negatives, or with documents; with --vectors, any rows")
     flag = out.add_argument
-    flag("--teacher", "--model", required=True, metavar="MODEL", help="a reranker, or an embedding model")
+    flag(
+        "--teacher", "--model", required=True, type=user_path, metavar="MODEL", help="a reranker, or an embedding model"
+    )
     flag("--vectors", action="store_true", help=f"write the teacher's vectors, to --output NAME{ENDING}")
     flag("--teacher-kind", choices=KINDS, help="kind of teacher (default: as its files say; a language model whose "
          "files do not say is a reranker if its name has 'rerank')")  # fmt: skip

@@ -28,12 +28,18 @@ from mlx_retrieval.inference.finite import NonFiniteError
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.models.rerankers import KINDS
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command, user_path
 from mlx_retrieval.utils.console import NARROWEST, console
 from mlx_retrieval.utils.errors import Place, UserError
 from mlx_retrieval.utils.text import quantity, writable
 
 __all__ = ["Reranker"]
+
+# Attributes of the flags that decide scores, whatever is to be done.
+SCORING = (
+    *("adapter", "reranker_type", "max_length", "instruction", "raw_scores"),
+    *("dtype", "compile", "dequantize"),
+)
 
 
 def read_documents(path: Path, field: str | None) -> list[Text]:
@@ -79,15 +85,21 @@ def serve(args: argparse.Namespace) -> None:
     run(ServedModels.of(reranker, model), settings, host=args.host, port=args.port)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of this command's flags."""
     out = Parser(
         prog="rerank.py", description="Rank documents for a query, or serve rerankers and embedding models over HTTP."
     )
     out.add_argument(
-        "--model", "--model-path", metavar="MODEL", help="adapter folder, base model's folder or GGUF, or hub name"
+        "--model",
+        "--model-path",
+        type=user_path,
+        metavar="MODEL",
+        help="adapter folder, base model's folder or GGUF, or hub name",
     )
-    out.add_argument("--adapter", metavar="DIR", help="adapter folder to load on top of the base model --model")
+    out.add_argument(
+        "--adapter", type=user_path, metavar="DIR", help="adapter folder to load on top of the base model --model"
+    )
     out.add_argument(
         "--reranker-type", choices=KINDS, help="the kind of reranker (default: the kind that the model's files tell)"
     )
@@ -116,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     rank.add_argument("--query", type=writable, metavar="TEXT", help="the query")
     rank.add_argument(
         "--documents",
+        type=user_path,
         metavar="FILE",
         help='documents: JSON lines ("text", or "title" and "text", ...), or .txt with one a line',
     )
@@ -134,11 +147,13 @@ def parser() -> argparse.ArgumentParser:
     )
     server.add_argument(
         "--embedding-model",
+        type=user_path,
         metavar="MODEL",
         help="answer /v1/embeddings with this adapter or model; if RERANK_API_KEY is set, clients must send it",
     )
     out.add_argument(
         "--check",
+        type=user_path,
         metavar="MODEL",
         help="rank nothing, but check whether this reranker is sound; exit code 1 if a check fails",
     )
@@ -164,15 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = flags.parse_args(argv)
     backend.set_compile(args.compile)
     backend.set_dequantize(args.dequantize)
-    needed = {"--model": args.model, "--query": args.query, "--documents": args.documents}
+    check_flags(flags, args)
     if args.check is not None:
-        if given := [name for name, value in (needed | {"--serve": args.serve}).items() if value]:
-            flags.error(f"--check ranks nothing: leave out {', '.join(given)}")
         return check_model(args)
-    if args.serve and not (args.model or args.embedding_model):
-        flags.error("--serve needs --model, --embedding-model or both")
-    if not args.serve and (missing := [name for name, value in needed.items() if not value]):
-        flags.error(f"the following arguments are required: {', '.join(missing)} (or --serve, or only --check MODEL)")
     if args.serve:
         with suppress(KeyboardInterrupt):  # the way to end a server: no message
             serve(args)
@@ -191,6 +200,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reranker.cut:
         print(f"rerank.py: truncated {quantity(reranker.cut, 'document')} at the end (--max-length)", file=sys.stderr)
     return 0
+
+
+def check_flags(flags: Parser, args: argparse.Namespace) -> None:
+    """Exit if a flag is missing, or has no effect on what is to be done."""
+    needed = {"--model": args.model, "--query": args.query, "--documents": args.documents}
+    if args.check is not None:
+        flags.take_only(args, ("check", *SCORING), "--check ranks nothing")
+    elif args.serve:
+        names = ("serve", "model", "embedding_model", "host", "port", *SCORING)
+        flags.take_only(args, names, "--serve answers requests")
+        if not (args.model or args.embedding_model):
+            flags.error("--serve needs --model, --embedding-model or both")
+    elif missing := [name for name, value in needed.items() if not value]:
+        flags.error(f"the following arguments are required: {', '.join(missing)} (or --serve, or only --check MODEL)")
+    else:
+        names = {*vars(args)} - {"host", "port", "embedding_model"}
+        flags.take_only(args, names, "--host, --port and --embedding-model are for --serve")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from mlx_retrieval.retrieval.fusion import FUSIONS, WEIGHTS
 from mlx_retrieval.retrieval.hit_formats import FORMATS, grep_lines, hits_to_json, print_hits
 from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
 from mlx_retrieval.utils import files, imports, locks
-from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command, user_path
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.outputs import check_output
 from mlx_retrieval.utils.text import quantity, shell, writable
@@ -107,7 +107,7 @@ def index_command(args: argparse.Namespace) -> None:
     limits = (args.chunk_size, args.overlap, args.max_file_size, args.exclude)
     stored = {"token_bits": args.token_bits, "token_pooling": args.token_pooling, "documents": args.documents}
     summary = update(roots, folder, model, *limits, rebuild=args.rebuild, language=args.language, **stored)
-    print_summary(summary, folder, len(roots) == 1 and is_corpus(roots[0].expanduser()))
+    print_summary(summary, folder, len(roots) == 1 and is_corpus(roots[0]))
 
 
 def search_command(args: argparse.Namespace) -> int:
@@ -193,7 +193,7 @@ def eval_command(args: argparse.Namespace) -> None:
     """Evaluate the search of an index."""
     from mlx_retrieval.evaluation import index_search
 
-    output = Path(args.output).expanduser() if args.output else None
+    output = Path(args.output) if args.output else None
     if output:
         check_output(output, args.overwrite, (args.queries, args.index, args.model_path))
     if args.weight is not None and not 0 <= args.weight <= 1:
@@ -230,7 +230,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     shared = Parser(add_help=False)
     shared.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
-    shared.add_argument("--index", default=".index", metavar="DIR", help="folder of the index (default: .index)")
+    shared.add_argument(
+        "--index", default=".index", type=user_path, metavar="DIR", help="folder of the index (default: .index)"
+    )
     shared.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
     shared.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     top = Parser(prog="search.py", description="Search source code and texts by meaning and by words.")
@@ -239,9 +241,9 @@ def parser() -> argparse.ArgumentParser:
     index = "index folders, or update an index: only new and changed files are embedded"
     index = commands.add_parser("index", parents=[shared], help=index, description=index)
     folders = "folders of source code and texts, or one with corpus.jsonl (BEIR)"
-    index.add_argument("paths", nargs="+", metavar="PATH", help=folders)
+    index.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help=folders)
     model = "adapter folder, base model's folder or GGUF, or hub name"
-    index.add_argument("--model-path", "--model", required=True, metavar="MODEL", help=model)
+    index.add_argument("--model-path", "--model", required=True, type=user_path, metavar="MODEL", help=model)
     size = "maximum characters in a chunk; longer functions and sections are split (default: %(default)s)"
     index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
     overlap = "most characters, in whole lines, that parts of one function or section share (default: %(default)s)"
@@ -276,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     placed.add_argument("--store", metavar="es://INDEX", help=store)
     placed.add_argument("--field", metavar="NAME", help="with --store: the field of vectors (default: the only one)")
     moved = "the index's model, if it has moved since indexing (default: where it was)"
-    placed.add_argument("--model-path", "--model", metavar="MODEL", help=moved)
+    placed.add_argument("--model-path", "--model", type=user_path, metavar="MODEL", help=moved)
     fused = Parser(add_help=False)
     weight = (
         "share of the meaning in hybrid, 0 = words only, 1 = meaning only (default: as tuned, else "
@@ -288,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
 
     reranked = Parser(add_help=False)
     reranker = "sort the first hits with this reranker: adapter folder, model's folder or GGUF, or hub name"
-    reranked.add_argument("--rerank", metavar="MODEL", help=reranker)
+    reranked.add_argument("--rerank", type=user_path, metavar="MODEL", help=reranker)
     depth = f"hits that the reranker scores (default: {DEPTH})"
     reranked.add_argument("--rerank-depth", "--depth", type=int, default=DEPTH, metavar="N", help=depth)
 
@@ -317,14 +319,16 @@ def parser() -> argparse.ArgumentParser:
 
     asked = Parser(add_help=False)
     rows = "JSON lines with query and path, path and line, or relevant (a list); or a folder in BEIR layout"
-    asked.add_argument("queries", metavar="QUERIES", help=rows)
+    asked.add_argument("queries", type=user_path, metavar="QUERIES", help=rows)
     strict = "refuse an untidy BEIR folder: contradicting judgements, judgements of missing texts, null texts"
     asked.add_argument("--strict", action="store_true", help=strict)
     identical = "leave out of a query's hits the document that has its id, as BEIR does"
     asked.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     evaluate = "P@1, MRR@10 and nDCG@10 of bm25, semantic and hybrid, with intervals for their differences"
     evaluate = commands.add_parser("eval", parents=[shared, placed, fused, asked], help=evaluate, description=evaluate)
-    evaluate.add_argument("--output", metavar="FILE", help="also write the figures to this file, as JSON")
+    evaluate.add_argument(
+        "--output", type=user_path, metavar="FILE", help="also write the figures to this file, as JSON"
+    )
     evaluate.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     evaluate.set_defaults(run=eval_command)
 

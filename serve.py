@@ -20,7 +20,7 @@ from mlx_retrieval.backend import device_errors
 
 from mlx_retrieval import backend
 from mlx_retrieval.utils import imports
-from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command
+from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command, user_path
 from mlx_retrieval.utils.errors import Place, UserError
 
 LONGEST_NAME = 100  # characters of a model's name, as in requests
@@ -58,7 +58,10 @@ def parser() -> argparse.ArgumentParser:
         "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 = any free one (default: 8000)"
     )
     server.add_argument(
-        "--api-key-file", metavar="FILE", help="file of keys, one a line, of which clients must send one; # = comment"
+        "--api-key-file",
+        type=user_path,
+        metavar="FILE",
+        help="file of keys, one a line, of which clients must send one; # = comment",
     )
     server.add_argument(
         "--cors",
@@ -68,7 +71,10 @@ def parser() -> argparse.ArgumentParser:
         help="let web pages of these origins, such as https://example.org, send requests; * = all (default: none)",
     )
     server.add_argument(
-        "--access-log", metavar="FILE", help="append a JSON object a request to this file; - = standard error"
+        "--access-log",
+        type=user_path,
+        metavar="FILE",
+        help="append a JSON object a request to this file; - = standard error",
     )
     server.add_argument("--no-docs", action="store_true", help="do not describe the endpoints at /docs")
     return out
@@ -96,7 +102,7 @@ def read_keys(path: str | None) -> tuple[str, ...]:
         return ()
     keys = []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8") from error
     for number, line in enumerate(lines, start=1):
@@ -117,7 +123,7 @@ def opened_log(path: str | None) -> Iterator[TextIO | None]:
     if path in (None, "-"):
         yield sys.stderr if path else None
     else:
-        with open(Path(path).expanduser(), "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             yield file
 
 

@@ -21,6 +21,7 @@ from mteb.similarity_functions import max_sim
 from mlx_retrieval.backbones import resolve
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker, raw_scores
+from mlx_retrieval.utils.errors import UserError
 
 INSTRUCTION = "{instruction}"  # in a prompt: the instruction that mteb has for the task
 
@@ -64,7 +65,12 @@ def as_mteb(model: Model | Reranker, meta: ModelMeta, prompts: Mapping[str, str]
 
     Args:
         prompts: of an embedding model of one vector a text, before its own; keys as in `Model.add_prompts`.
+
+    Raises UserError for prompts of any other model.
     """
+    if prompts and (isinstance(model, Reranker) or model.late):
+        kind = "a reranker" if isinstance(model, Reranker) else "a late-interaction model"
+        raise UserError(f"--task-prompts: {model.name} is {kind}, and only models of one vector a text take them")
     if isinstance(model, Reranker):
         return CrossEncoder(model, meta)
     return TokenEncoder(model, meta) if model.late else Encoder(model, meta, prompts or {})

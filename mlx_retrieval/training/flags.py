@@ -16,7 +16,7 @@ from mlx_retrieval.training.config import CHAT, TASK_DEFAULTS, Settings, for_tas
 from mlx_retrieval.training.setting_fields import aliases, kind_of
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import toolkit
-from mlx_retrieval.utils.command import Parser
+from mlx_retrieval.utils.command import Parser, user_path
 from mlx_retrieval.utils.errors import UserError, flag
 
 
@@ -31,6 +31,7 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--config",
+        type=user_path,
         metavar="FILE",
         help="YAML file of settings; flags win over it, and the output of a run's own config.yaml does not count. "
         "In it, `sources:` in place of `data:` gives each source its own weight, prompts, lengths and loss",

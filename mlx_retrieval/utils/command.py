@@ -7,9 +7,10 @@ def main(argv=None) -> int:
 
 import argparse
 import functools
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 
 from mlx_retrieval.utils import streams
@@ -79,6 +80,14 @@ def _reason(error: OSError) -> str:
     return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
+def user_path(text: str) -> str:
+    """Return a path with the home folder for a leading ~; any other text as it is: `type=` of flags that name files.
+
+    Shells leave ~ as it is in `--index=~/x`, and configurations of other programs in all arguments.
+    """
+    return os.path.expanduser(text)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the near miss of a misspelt flag or choice; exit code 2."""
 
@@ -97,6 +106,18 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         message = re.sub(r"invalid (\w+) value: (.*)", _not_understood, message, flags=re.DOTALL)
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def take_only(self, args: argparse.Namespace, names: Collection[str], reason: str) -> None:
+        """Exit with a line about flags other than `names` that are given: they would have no effect.
+
+        Args:
+            names: of the attributes of `args`.
+            reason: why the others have none.
+        """
+        others = (each for each in self._actions if each.dest not in names)
+        given = [each.option_strings[0] for each in others if getattr(args, each.dest, each.default) != each.default]
+        if given:
+            self.error(f"{reason}: leave out {', '.join(given)}")
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:

@@ -58,6 +58,17 @@ def prompted(folder: Path, target: Path, **others: str | None) -> Path:
     return target
 
 
+def test_prompts_that_a_model_does_not_take_are_refused():
+    """They were dropped, and the results kept as if they had been obeyed."""
+    from mlx_retrieval.evaluation import mteb_models
+
+    models = {"a late-interaction model": SimpleNamespace(late=True), "a reranker": object.__new__(Reranker)}
+    for kind, model in models.items():
+        model.name = "m"
+        with pytest.raises(UserError, match=f"^--task-prompts: m is {kind}, and only models of one vector a text"):
+            mteb_models.as_mteb(model, None, {"STS": "alike: "})
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 

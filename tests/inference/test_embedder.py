@@ -214,15 +214,40 @@ def test_neither_file_is_written_where_one_fails(small, tmp_path, capsys, monkey
     assert (tmp_path / "v.npy").read_text() == "the old one"
 
 
-def test_missing_arguments_are_named(capsys):
+WITHOUT_EFFECT = [
+    *("--input", "x", "--output", "y", "--prompt", "query", "--dimensions", "8", "--precision", "int8"),
+    *("--ranges", "r.npy"),
+]
+
+
+def test_missing_arguments_and_those_without_effect_are_named(capsys):
     for flags, message in (
         (["--model", "m"], "the following arguments are required: --input, --output (or only --check MODEL)"),
         (["--check", "m", "--input", "x"], "--check embeds nothing: leave out --input"),
+        (["--check", "m", "--to", "es://x"], "--check embeds nothing: leave out --to"),
+        (["--model", "m", "--to", "es://x", *WITHOUT_EFFECT], f"leave out {', '.join(WITHOUT_EFFECT[::2])}\n"),
+        (["--model", "m", "--input", "x", "--output", "y", "--language", "none"], "are for --to: leave out --language"),
         (["--model", "m", "--input", "x", "--output", "y", "--precision", "int4"], "int4 is not one of float32"),
     ):
         with pytest.raises(SystemExit) as exit:
             embed.main(flags)
         assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--check", "m", "--serve", "--top-n", "3"], "--check ranks nothing: leave out --top-n, --serve"),
+        (["--model", "m", "--serve", "--query", "q"], "--serve answers requests: leave out --query"),
+        (["--model", "m", "--query", "q", "--documents", "d", "--port", "1"], "are for --serve: leave out --port"),
+        (["--serve"], "--serve needs --model, --embedding-model or both"),
+        (["--model", "m", "--query", "q"], "the following arguments are required: --documents (or --serve"),
+    ],
+)
+def test_flags_of_rerank_without_effect_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        rerank.main(flags)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_one_word_works_in_every_command():

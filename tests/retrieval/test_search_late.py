@@ -11,6 +11,7 @@ from mlx_retrieval.backend import mx
 import numpy as np
 import pytest
 
+import embed
 from mlx_retrieval.backbones import lora
 from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.evaluation.index_search import evaluate, read_queries
@@ -78,6 +79,16 @@ def test_semantic_search_is_maxsim(beir, model, index):
     assert [hit.path for hit in hits] == sorted(scores, key=lambda name: -scores[name])[:5]
     np.testing.assert_allclose([hit.score for hit in hits], [scores[hit.path] for hit in hits], atol=2e-3)  # float16
     assert {hit.path for hit in searcher.search(query, "hybrid", top=40)} == set(scores)
+
+
+@pytest.mark.parametrize("precision", ["binary", "uint8"])
+def test_token_vectors_have_no_other_precision(model, tmp_path, capsys, precision):
+    """They were written as float32 all the same."""
+    (tmp_path / "docs.txt").write_text("boiler\n" * 100)
+    flags = ["--model", model.name, "--input", str(tmp_path / "docs.txt"), "--output", str(tmp_path / "v.npy")]
+    assert embed.main([*flags, "--precision", precision]) == 2
+    assert f"--precision {precision}: the token vectors of" in capsys.readouterr().err
+    assert not (tmp_path / "v.npy").exists()
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mlx_retrieval.training import flags as training_flags
 from mlx_retrieval.utils.command import Parser, command
 from mlx_retrieval.utils.errors import UserError
 
@@ -188,3 +190,42 @@ def test_help_is_argparse_s_own(capsys):
         parser.add_argument("--kind", choices=("a", "b"), help="which")
         texts.append(parser.format_help())
     assert texts[0] == texts[1]
+
+
+# --- paths ---
+
+PATHS = {"DIR", "FILE", "FILE.npy", "FOLDER", "MODEL", "PATH", "QUERIES", "TASK"}
+OTHERS = {  # of texts without a type
+    *("TEXT", "NAME", "KEY", "TYPE", "CODE", "PATTERN", "ORIGIN", "BRANCH", "ORGANISATION/NAME", "OWNER/NAME"),
+    *("es://INDEX", None),
+    "NAME=PATH",  # of serve.py, which opens it as every model is opened
+}
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield what a parser takes, and its subcommands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from actions(each)
+        elif action.nargs != 0:
+            yield action
+
+
+@pytest.mark.parametrize("name", ["embed", "eval", "export", "mine", "rerank", "search", "serve"])
+def test_every_path_may_begin_with_the_home_folder(name, monkeypatch):
+    """Shells leave ~ as it is in `--index=~/x`, and MCP's configurations everywhere: folders called ~ were made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = importlib.import_module(name).parser()
+    for action in actions(parser):
+        where = f"{name}.py {action.option_strings or action.dest}"
+        assert action.metavar in PATHS | OTHERS or action.type or action.choices, f"{where}: a path or not?"
+        if action.metavar in PATHS:
+            assert action.type is not None, where
+            assert [action.type(text) for text in ("~/x", "owner/x~", "es://x")] == ["/home/me/x", "owner/x~", "es://x"]
+
+
+def test_a_training_run_reads_its_settings_from_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("steps: 7\n")
+    assert training_flags.from_flags("", argv=["--config=~/settings.yaml"])[0].steps == 7
