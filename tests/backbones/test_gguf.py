@@ -5,6 +5,7 @@ python -m pytest tests/backbones/test_gguf.py
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -22,8 +23,11 @@ from mlx_retrieval import backend
 from mlx_retrieval.backbones import load_backbone, lora, resolve
 from mlx_retrieval.backbones.finding import toolkit_relative
 from mlx_retrieval.backbones.gguf import folder as gguf_folder
+from mlx_retrieval.dataset.contents import Content
+from mlx_retrieval.inference.fingerprint import fingerprint, model_files
 from mlx_retrieval.models import loading
 from mlx_retrieval.models.tokenizer import load_tokenizer, named_token
+from mlx_retrieval.training import contents
 from mlx_retrieval.training.chat.template import ChatTokenizer
 from mlx_retrieval.utils import locks
 from mlx_retrieval.utils.errors import UserError
@@ -296,6 +300,27 @@ def test_a_gguf_is_converted_once_and_again_when_it_changes(tmp_path, cache, cap
     assert resolve(str(path)) == folder
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 99
     assert {each.name for each in cache.iterdir()} == {folder.name, f".{folder.name}.lock"}
+
+
+def test_the_conversions_of_gpus_and_cpus_are_of_one_model(tmp_path, monkeypatch):
+    """Regression: a run or an index of a Mac was refused on a CPU, as that of another model."""
+    path = write(tmp_path / "m.gguf", "llama", "Q4_0")
+
+    def seen() -> tuple[list[Content], str, bytes]:
+        _, config, folder = loading.build(str(path))
+        weights = (folder / "model.safetensors").read_bytes()
+        return contents.base_contents(folder, tmp_path / "run"), fingerprint(config, folder), weights
+
+    on_cpu = seen()
+    monkeypatch.setattr(backend, "IS_GPU", True)
+    on_mac = seen()
+    assert on_cpu[:2] == on_mac[:2] and on_cpu[2] != on_mac[2]
+    write(path, "llama", "Q8_0")
+    os.utime(path, (1, 1))
+    other = seen()
+    assert other[0] != on_mac[0] and other[1] != on_mac[1]
+    copy = shutil.copytree(resolve(str(path)), tmp_path / "copy")  # as an exported model, whose weights may be others
+    assert [file.name for file in model_files(copy)] == ["model.safetensors", "config.json", "tokenizer.json"]
 
 
 def test_a_folder_that_holds_a_gguf_is_its_model(tmp_path, monkeypatch):

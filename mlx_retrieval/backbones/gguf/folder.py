@@ -52,6 +52,14 @@ def folder_of(path: Path) -> Path:
     return folder
 
 
+def source_of(folder: Path) -> Path | None:
+    """Return the GGUF that a folder in the cache was made from; None = it is another folder, or the file is gone."""
+    if not (folder / SOURCE).is_file() or folder.parent.resolve() != cache().resolve():
+        return None
+    path = Path(json.loads((folder / SOURCE).read_text(encoding="utf-8"))["file"])
+    return path if path.is_file() else None
+
+
 def is_current(folder: Path, path: Path) -> bool:
     """Return whether `folder` was made from the file `path` as it is now."""
     try:
