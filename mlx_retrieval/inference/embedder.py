@@ -61,8 +61,15 @@ class Model:
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides this model's vectors; see `fingerprint.fingerprint`."""
+        return self._fingerprint(by_tensor=True)
+
+    def is_of(self, known: str) -> bool:
+        """Return whether a fingerprint is this model's, of this version or of one that read less of large files."""
+        return known in (self.fingerprint(), self._fingerprint(by_tensor=False))
+
+    def _fingerprint(self, by_tensor: bool) -> str:
         adapter = None if self.base is None else Path(self.name).expanduser()
-        return fingerprint.fingerprint(self.config, self.base or resolve(self.name), adapter)
+        return fingerprint.fingerprint(self.config, self.base or resolve(self.name), adapter, by_tensor)
 
     def add_prompts(self, prompts: Mapping[str, str]) -> None:
         """Add prompts by name for `encode`, or replace those of the same names; the saved model stays as it is."""

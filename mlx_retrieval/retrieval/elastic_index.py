@@ -106,7 +106,7 @@ def write_vectors(
     origin = (model.name, model.fingerprint(), model.dimensions, list(texts), similarity)
     vectors = VectorField(*origin, "growing", language, analysis=ANALYSIS)
     if before:
-        differs = (before.fingerprint, before.texts) != (vectors.fingerprint, vectors.texts)
+        differs = not model.is_of(before.fingerprint) or before.texts != vectors.texts
         if differs and not overwrite:
             raise UserError(
                 f"{server.address}: {field} holds vectors of {before.model} of {'+'.join(before.texts)}; "

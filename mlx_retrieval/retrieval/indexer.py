@@ -101,12 +101,13 @@ def update(
         raise UserError(f"{corpora[0]}: a folder in BEIR layout is indexed alone")
     inside = folder.resolve().is_relative_to(root)
     before = index_folder.read_earlier(folder, rebuild)
+    is_known = before is not None and not rebuild and model.is_of(before.fingerprint)
     kept = {} if before is None else {"fields": before.fields, "weight": before.weight}
     info = IndexInfo(
         root=os.path.relpath(root, folder.resolve()) if inside else str(root),
         is_corpus=not folders and beir.is_corpus(root),
         model=_name(model),
-        fingerprint=model.fingerprint(),
+        fingerprint=before.fingerprint if is_known else model.fingerprint(),
         dimensions=model.dimensions,
         max_characters=max_characters,
         overlap=overlap,
@@ -131,6 +132,7 @@ def update(
     with locks.only_one(folder / base.LOCK, f"--index {folder}: another process is indexing"):
         try:
             index = _open(folder, info, rebuild)
+            index.info.fingerprint = model.fingerprint()  # of an index of before: as this version makes it
             index.info.exclude, index.info.max_file_size = info.exclude, info.max_file_size
             summary = _bring_up_to_date(index, source, model)
             if index.folder != folder:

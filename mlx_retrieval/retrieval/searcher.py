@@ -66,7 +66,7 @@ class Searcher:
         except UserError as error:
             hint = "" if self._model_name else "; give the model's new place with --model-path, or search with --bm25"
             raise UserError(f"{error}{hint}") from error
-        if model.fingerprint() != info.fingerprint:
+        if not model.is_of(info.fingerprint):
             reason = f"is another model than {info.model}," if self._model_name else "is no longer the model"
             raise UserError(
                 f"{name} {reason} with which {self.index.folder} was made. "
