@@ -385,6 +385,7 @@ def test_scores_in_search_are_those_of_training(minilm):
     [
         (["--projection-dim", "8"], "--projection-dim is for --task late"),
         (["--task", "late", "--query-expansion", "16"], "names no mask_token"),
+        (["--task", "late", "--attend-expansion"], "--attend-expansion needs a --query-expansion"),
         (["--task", "late", "--loss", "nt_xent"], "takes neither"),
     ],
 )

@@ -106,7 +106,7 @@ class RetrievalConfig:
         Unless it is given, query_max_length follows query_expansion, as ColBERT truncates queries at the length that it
         fills them up to, and of a model without expansion max_length.
 
-        Raises UserError for an unknown pooling, and for a flag of rerankers that this one would not use.
+        Raises UserError for an unknown pooling, and for a flag that this kind of model would not use.
         """
         given = {name: value for name, value in flags.items() if value is not None}
         config = dataclasses.replace(self, **given)
@@ -115,6 +115,8 @@ class RetrievalConfig:
         if config.pooling not in POOLING:
             raise UserError(f"pooling {config.pooling!r} is unknown; known: {', '.join(POOLING)}")
         config._check_reranking(given)
+        if given.get("attend_expansion") and not config.query_expansion:
+            raise SettingError("{attend_expansion} needs a {query_expansion}: queries have no mask tokens")
         return config
 
     def _check_reranking(self, given: Collection[str]) -> None:

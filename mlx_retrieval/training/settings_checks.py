@@ -7,6 +7,8 @@ from typing import Any
 
 from loss import SCORED_PAIRS
 from mlx_retrieval.retrieval.base import RANKS
+from mlx_retrieval.training import source_settings
+from mlx_retrieval.training.unused_settings import unused
 from mlx_retrieval.utils.errors import SettingError
 
 DISTILLING = ("kl_distill", "margin_mse")  # losses that learn a teacher's scores
@@ -58,6 +60,11 @@ def check(settings: Any) -> None:
             "lora_alpha",
             "must be above 0: the update is multiplied by it, so that nothing would be trained",
         ),
+        (
+            settings.train_type != "full" or not settings.lora_keys,
+            "lora_keys",
+            "are layers of a low-rank update, and {train_type} full trains whole blocks: {num_layers} says which",
+        ),
         (0 <= settings.ema < 1, "ema", "must be from 0 up to, not including, 1"),
         (0 <= (settings.lora_dropout or 0) < 1, "lora_dropout", "must be from 0 up to, not including, 1"),
         (
@@ -85,6 +92,11 @@ def check(settings: Any) -> None:
             "needs the evaluation before training, and {skip_eval_init} leaves it out",
         ),
         (len({*settings.guard}) == len(settings.guard), "guard", "names a task twice"),
+        (
+            not settings.random_negatives or settings.batch_size > 1,
+            "random_negatives",
+            "are documents of the batch's other rows, which {batch_size} 1 has none of",
+        ),
         (settings.rounds or not settings.rounds_teacher, "rounds_teacher", "is for {rounds}"),
         (settings.rounds or settings.rounds_negatives == 1, "rounds_negatives", "is for {rounds}"),
         *(
@@ -119,11 +131,6 @@ def check(settings: Any) -> None:
             "well",
         ),
         (
-            settings.denominator == "one" or len(settings.directions) > 1,
-            "denominator",
-            "needs several {directions}",
-        ),
-        (
             not settings.margin_weight or settings.loss not in SCORED_PAIRS,
             "margin_weight",
             "does not go with {chosen}: scored pairs have no negatives",
@@ -144,14 +151,14 @@ def check(settings: Any) -> None:
             "margin_weight",
             "does not go with {guide}: the hardest negative may be one that the guide leaves out",
         ),
-        (settings.hardness_of == "hard" or settings.hardness > 0, "hardness_of", "needs a {hardness} above 0"),
         (
             settings.positive_aware == "off" or settings.loss in (None, "info_nce", "hard_negative_info_nce"),
             "positive_aware",
             "works with info_nce and hard_negative_info_nce, not with {chosen}",
         ),
     ]
-    for good, name, message in (*_numbers(settings), *checks, *_of_teacher_vectors(settings)):
+    rest = (*_of_teacher_vectors(settings), *_of_losses(settings))
+    for good, name, message in (*_numbers(settings), *checks, *rest):
         if not good:
             value = getattr(settings, name)
             words = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -179,6 +186,16 @@ def _of_teacher_vectors(settings: Any) -> Iterator[tuple[bool, str, str]]:
     without_scores = {*_losses(settings)} == {"distill_vectors"}
     for name in ("matryoshka_dims", "binary_weight", "margin_weight"):
         yield not (without_scores and getattr(settings, name)), name, unused
+
+
+def _of_losses(settings: Any) -> Iterator[tuple[bool, str, str]]:
+    """Yield a check of each setting that no source would use."""
+    values = vars(settings)
+    needs = [unused(values | source_settings.own(source)) for source in settings.sources] or [unused(values)]
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    for name, need in needs[0].items():
+        if all(name in others for others in needs):
+            yield values[name] == defaults[name], name, need
 
 
 def _losses(settings: Any) -> list[str | None]:

@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from mlx_retrieval.dataset.sources import weight_of
+from mlx_retrieval.training.unused_settings import unused
 from mlx_retrieval.utils.errors import SettingError, UserError, near_miss
 
 OF_DATA = ("data", "weight")
@@ -81,6 +82,8 @@ def settings_of(settings: Any, source: dict[str, Any]) -> Any:
             alone |= {"teacher_vectors": None, "teacher_projection": False}
         if chosen["loss"] not in (None, "info_nce"):  # the guide is for the other sources
             alone |= {"guide": None, "guide_margin": 0.0}
+        defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+        alone |= {name: defaults[name] for name in unused(vars(settings) | chosen)}  # they are for the other sources
         return dataclasses.replace(settings, **alone | chosen)
 
 

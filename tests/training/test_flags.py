@@ -187,7 +187,7 @@ def test_margin_and_margin_weight(settings):
         loss_of(settings(**changes), warm=False)
         for changes in (
             {},
-            {"margin_weight": 0.0, "margin": 0.9},
+            {"margin_weight": 0.0},
             {"margin_weight": 0.5},
             {"margin_weight": 1.0},
             {"margin_weight": 1.0, "margin": 0.4},
@@ -344,11 +344,10 @@ def test_loss(settings, data, teacher, name):
     if given:
         rows = [{key: row[key] for key in ("query", "document")} for row in rows]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert math.isfinite(loss_of(settings(loss=name, task=task, xtr_k=5, **given)))
+    given |= {"xtr_k": 5} if name == "xtr" else {}
+    assert math.isfinite(loss_of(settings(loss=name, task=task, **given)))
     if name != "info_nce":
-        assert loss_of(settings(loss=name, task=task, xtr_k=5, **given)) != loss_of(
-            settings(loss="info_nce", task=task)
-        )
+        assert loss_of(settings(loss=name, task=task, **given)) != loss_of(settings(loss="info_nce", task=task))
 
 
 # Rerankers' settings do what they say in test_rerank_training.py: reranker_type, instruction, random_negatives;
@@ -408,6 +407,28 @@ def test_es_fields_that_earlier_versions_saved(tmp_path):
 
 
 # What es_query does, tests/dataset/test_elastic.py shows against a server.
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 2.0}, "--beta 2.0: is for --loss hard_negative_info_nce"),
+        ({"xtr_k": 9, "task": "late"}, "--xtr-k 9: is for --loss xtr"),
+        ({"teacher_temperature": 2.0, "loss": "margin_mse"}, "--teacher-temperature 2.0: is for --loss kl_distill"),
+        ({"margin": 0.3}, "--margin 0.3: needs a --margin-weight above 0"),
+        ({"positive_aware_margin": 0.9}, "--positive-aware-margin 0.9: needs --positive-aware perc or abs"),
+        ({"distill_metric": "mse"}, "--distill-metric mse: is for --loss distill_vectors"),
+        (
+            {"lora_keys": ["q"], "train_type": "full"},
+            "--lora-keys q: are layers of a low-rank update, and --train-type",
+        ),
+        ({"random_negatives": 2, "batch_size": 1}, "--random-negatives 2: are documents of the batch's other rows"),
+    ],
+)
+def test_flags_that_a_run_would_not_use_are_refused(changes, message):
+    """Regression: they were taken, and did nothing."""
+    with pytest.raises(UserError, match=message):
+        Settings(**changes)
+
+
 def test_kl_is_short_for_kl_distill():
     assert Settings(loss="kl").loss == "kl_distill"
 

@@ -16,7 +16,7 @@ import loss
 import train
 from data_loader import make_batch
 from mlx_retrieval import backend
-from mlx_retrieval.training import reporting
+from mlx_retrieval.training import reporting, source_settings
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.flags import from_flags
@@ -253,6 +253,23 @@ def test_each_source_has_a_line(settings, files, capsys):
     assert usage_lines(parts, run.retrieval)[0] in run.headline
     longest = [int(run.trainer.batches.batch(k).texts.lengths.max()) for k in run.trainer.batches.sample_numbers(1)]
     assert len(longest) == 2 and longest[0] <= 9 < longest[1]
+
+
+def test_what_one_source_would_not_use_is_for_the_others(settings, files):
+    """Regression: a setting of the run that only some sources use; one that none uses is refused."""
+    shared = {"beta": 2.0, "margin": 0.3, "hardness_of": "all"}
+    own = ({"loss": "hard_negative_info_nce"}, {"margin_weight": 0.5}, {"hardness": 2.0})
+    made = settings(*({"data": files[0]} | each for each in own), **shared)
+    alone = [source_settings.settings_of(made, source) for source in made.sources]
+    assert [(s.beta, s.margin, s.hardness_of) for s in alone] == [
+        (2.0, 0.2, "hard"),
+        (1.0, 0.3, "hard"),
+        (1.0, 0.2, "all"),
+    ]
+    with pytest.raises(UserError, match="beta 2.0: is for .*loss hard_negative_info_nce"):
+        settings({"data": files[0]} | own[1], {"data": files[1]} | own[2], **shared)
+    with pytest.raises(UserError, match="^source .*: beta 2.0: is for"):
+        settings({"data": files[0], "beta": 2.0}, {"data": files[1]})
 
 
 def test_random_negatives_of_a_source_are_those_of_its_loss(settings, files, write_rows):
