@@ -17,7 +17,7 @@ from mlx_retrieval.mining.questions.generators import check_generator
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import files, toolkit
 from mlx_retrieval.utils.errors import UserError, flag
-from mlx_retrieval.utils.outputs import check_parent, holds_model
+from mlx_retrieval.utils.outputs import check_parent, entries, holds_model
 
 FILE, LOCK = "adapt.json", ".lock"  # in the folder of an adaptation: which stages are done, and who works there
 GUARD_TOLERANCE = 0.005  # of nDCG@10
@@ -122,7 +122,7 @@ def _check_output(output: Path, documents: Path) -> None:
         raise UserError(f"--output {output}: the documents are in there")
     if there.is_relative_to(source):
         raise UserError(f"--output {output}: this folder is among the documents, and would be read as some of them")
-    others = {path.name for path in output.iterdir()} - {LOCK} if output.is_dir() else set()
+    others = set(entries(output)) - {LOCK} if output.is_dir() else set()
     if others and not (output / FILE).is_file():
         raise UserError(f"--output {output}: the folder is not empty, and no adaptation was begun there")
 

@@ -100,6 +100,8 @@ def test_the_output_is_a_folder_of_its_own(job, tmp_path):
     with pytest.raises(UserError, match="the documents are in there"):
         replace(job, output=tmp_path)
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".DS_Store").write_text("of a file manager")
+    assert replace(job, output=tmp_path / "other").output == tmp_path / "other"
     (tmp_path / "other" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="no adaptation was begun there"):
         replace(job, output=tmp_path / "other")
