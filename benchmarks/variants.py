@@ -1,7 +1,7 @@
 """What else a tuned model has to be: no worse elsewhere, short as bits, small, and good at two things at once.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/variants.py --data ../shared/data/medquad --work FOLDER    # 90 minutes, an estimate
+    python benchmarks/variants.py --data ../shared/data/medquad --work FOLDER    # 2 hours beside other work
     python benchmarks/variants.py --work FOLDER --parts bits
 
 all-MiniLM-L6-v2 with LoRA on MedQuAD, 24 steps of 64 pairs, `--similar-rows 4`, texts cut at 128 tokens in training and
