@@ -24,7 +24,7 @@ from mlx_retrieval.evaluation.retrieval import load_tasks
 from mlx_retrieval.mining.questions.base import digest
 from mlx_retrieval.models import kinds
 from mlx_retrieval.training.guards import refuse_unreachable
-from mlx_retrieval.training.run import RunInterrupted
+from mlx_retrieval.training.signals import RunInterrupted
 from mlx_retrieval.utils import files, locks
 from mlx_retrieval.utils.console import Lines, console, print_lines
 from mlx_retrieval.utils.errors import UserError, near_miss

@@ -7,9 +7,8 @@ results = train(Settings(model="gemma-3-tiny-mlx", data=["train-data.jsonl"]))
 
 import gc
 import json
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +29,7 @@ from mlx_retrieval.training.report import Report, write_report
 from mlx_retrieval.training.reporting import NullReporter, Reporter
 from mlx_retrieval.training.rescue import rescuing
 from mlx_retrieval.training.settings_file import write_yaml
+from mlx_retrieval.training.signals import RunInterrupted, Signals, noted_signals
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.console import Lines, print_lines
 from mlx_retrieval.utils.errors import UserError
@@ -254,7 +254,7 @@ def take_steps(trainer: BaseTrainer) -> None:
             raise
 
 
-def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: "Signals") -> bool:
+def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: Signals) -> bool:
     """Report a step, evaluate and save if it is time to. Return whether training ends early, for lack of gain."""
     settings = trainer.settings
     state = trainer.state
@@ -283,7 +283,7 @@ def after_step(trainer: BaseTrainer, record: dict | None, last: int, signals: "S
     return stop
 
 
-def save_if_due(trainer: BaseTrainer, last: int, ending: bool, signals: "Signals") -> None:
+def save_if_due(trainer: BaseTrainer, last: int, ending: bool, signals: Signals) -> None:
     """Save if it is time to, and raise RunInterrupted if a signal asks for an end.
 
     If the disk is full the run goes on with a warning: the older checkpoint is whole, and the next save tries again.
@@ -311,65 +311,6 @@ def save_if_due(trainer: BaseTrainer, last: int, ending: bool, signals: "Signals
 def is_finished(trainer: BaseTrainer) -> bool:
     """Return whether the run has taken its last step, or stopped early."""
     return trainer.state.step == trainer.settings.steps or trainer.stopped_early
-
-
-# --- signals ----------------------------------------------------------------------------------------------------------
-
-
-class RunInterrupted(SystemExit):
-    """A signal ended the run, after it was saved. `code`, the process's exit code, is 128 + the signal's number."""
-
-    def __init__(self, number: int):
-        super().__init__(128 + number)
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"stopped by signal {self.number}"
-
-
-class Signals:
-    """The signal that asks the run to end, as `number`; 0 = none."""
-
-    def __init__(self) -> None:
-        self.noted = 0  # in this process
-        self.agreed = 0  # the same, once all ranks know it
-
-    @property
-    def number(self) -> int:
-        return self.agreed if distributed.size() > 1 else self.noted
-
-    def agree(self, stop: bool, step: int) -> bool:
-        """Tell the other ranks about a signal; return whether any rank is to stop."""
-        stop, self.agreed = distributed.all_max(f"the end of step {step}", stop, self.noted, patient=True)
-        return bool(stop)
-
-
-@contextmanager
-def noted_signals() -> Iterator[Signals]:
-    """Note the first SIGINT, SIGTERM or SIGHUP; the run ends after its current step. A second SIGINT ends it at once.
-
-    SIGHUP comes when the terminal or the connection is gone. Under nohup it is ignored, and stays so.
-    """
-    signals = Signals()
-
-    def handle(number: int, _frame) -> None:
-        signals.noted = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    try:
-        previous = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # not the main thread: the notebook or test that started this one handles signals
-        previous = {}
-    try:
-        yield signals
-    finally:
-        for number, handler in previous.items():
-            # mlx.launch sends SIGTERM to all ranks once one has ended with an error; rank 0 still has to print why.
-            ignored = number == signal.SIGTERM and distributed.size() > 1
-            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
 
 # --- conclude ---------------------------------------------------------------------------------------------------------

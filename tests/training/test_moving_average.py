@@ -19,6 +19,7 @@ from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import for_task
 from mlx_retrieval.training.moving_average import MovingAverage
 from mlx_retrieval.training.optimizer import AdamW
+from mlx_retrieval.training.signals import Signals
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
@@ -146,7 +147,7 @@ def test_evaluations_of_a_run_are_of_the_average(settings, monkeypatch):
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     trainer.state.evaluation_due = True
-    training_run.after_step(trainer, None, 5, training_run.Signals())
+    training_run.after_step(trainer, None, 5, Signals())
     assert seen == [False]
 
 
