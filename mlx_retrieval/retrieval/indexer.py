@@ -269,7 +269,8 @@ def _embed(
             before, record = records.get(file.path), FileRecord(*file, sha256, len(pieces), reason)
             records[file.path] = record
             if before is not None and _what_is_read(before) == _what_is_read(record):
-                touched += [record] * (record != before)  # only the time has changed
+                if record != before:  # only the time has changed
+                    touched.append(record)
             else:
                 summary.changed += not reason
                 batch.append((record, pieces))
