@@ -1,13 +1,13 @@
 """What a folder of documents alone is worth: adapt.py on MedQuAD's documents, without a question of its training set.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/adapt_medquad.py --data ../shared/data/medquad --work FOLDER          # 25 minutes on 2 cores
+    python benchmarks/adapt_medquad.py --data ../shared/data/medquad --work FOLDER          # 30 minutes on 2 cores
     python benchmarks/adapt_medquad.py --work FOLDER --generator mlx:smollm2     # where tools/fetch_smollm2.py puts it
 
-The documents of train.jsonl become one file of JSON lines, each with its text alone. `adapt.py --budget 20m` makes a
-model of all-MiniLM-L6-v2, without an index, which would take half of that time; the base model and this one are
-evaluated on medquad/test, whose questions and documents no stage reads, on the guard that the run is given, and on
-sets that it does not know: docstrings that look for their functions in the standard library, NumPy and scikit-learn.
+The documents of train.jsonl become one file of JSON lines, each with its text alone. `adapt.py --budget 20m` goes from
+them to a model of all-MiniLM-L6-v2, an index and a report; the base model and this one are then evaluated on
+medquad/test, whose questions and documents no stage reads, on the guard that the run is given, and on sets that it
+does not know: docstrings that look for their functions in the standard library, NumPy and scikit-learn.
 Figures in benchmarks/README.md.
 """
 
@@ -34,7 +34,6 @@ backend.prepare()  # as commands do
 
 LENGTH = 256  # tokens
 SMOLLM2 = "mlx:smollm2"
-STAGES = ("read", "questions", "filter", "negatives", "train", "export")
 
 
 def documents_of(data: Path, folder: Path) -> Path:
@@ -52,7 +51,7 @@ def documents_of(data: Path, folder: Path) -> Path:
 def adapt(shop: Workshop, seed: int, args: argparse.Namespace) -> tuple[Path, float]:
     """Return the folder of an adaptation and its minutes, as far as it was not there. Ends the script if it fails."""
     generator = f"mlx:{smollm2()}" if args.generator == SMOLLM2 else args.generator
-    flags = ["--generator", generator, "--budget", args.budget, "--seed", str(seed), "--stages", *STAGES]
+    flags = ["--generator", generator, "--budget", args.budget, "--seed", str(seed)]
     flags += args.flags.split()
     output = shop.folder / f"adapted-{hashlib.sha256(repr(flags).encode()).hexdigest()[:8]}-{seed}"
     line = [sys.executable, ROOT / "adapt.py", documents_of(shop.data, shop.folder), "--model", shop.base]

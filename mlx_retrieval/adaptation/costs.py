@@ -20,7 +20,12 @@ from mlx_retrieval.backend import mx
 from mlx_retrieval.adaptation.held import rows_of
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.adaptation.split import DOCUMENTS
-from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of, with_held
+from mlx_retrieval.adaptation.training_settings import (
+    evaluations_in,
+    settings_of,
+    steps_for,
+    with_held,
+)
 from mlx_retrieval.dataset import choice
 from mlx_retrieval.dataset.documents.chunk import Chunk
 from mlx_retrieval.dataset.rows import find_files
@@ -32,9 +37,11 @@ from mlx_retrieval.mining.collection import read_rows
 from mlx_retrieval.mining.output import write_rows
 from mlx_retrieval.mining.questions import without_model
 from mlx_retrieval.training import run as training_run
+from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
+CALLS = 2
 SAMPLE = 64  # chunks, or texts that are held, that are embedded to measure
 PAIRS = 16  # that a reranker scores to measure
 QUERY = 0.3  # of a chunk's time: a query's
@@ -52,7 +59,7 @@ class Costs:
     pair: float = 0.0  # to score a question and a chunk with the reranker
     guards: float = 0.0  # to evaluate a model on the guards
     tasks: float = 0.0  # ... and on the user's tasks
-    held: float = 0.0  # to embed the texts that are held in place
+    held: float = 0.0  # to embed a row of the texts that are held in place
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def measure(job: Adaptation, chunks: Sequence[Chunk], questions: float) -> Costs
     """
     model = embedder.load(job.model, dtype=job.dtype)
     texts = [chunk.embedded for chunk in chunks]
-    chunk = _second_call(partial(embedder.embed, model, texts, "document")) / len(texts)
+    chunk = _warm_seconds(partial(embedder.embed, model, texts, "document")) / len(texts)
     guards, tasks = (
         _seconds(partial(evaluate, model, names)) if names else 0.0 for names in (job.guard, job.eval_tasks)
     )
@@ -100,10 +107,13 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _second_call(function: Callable[[], object]) -> float:
-    """Return the time of a second call: the first one compiles kernels and allocates."""
+def _warm_seconds(function: Callable[[], object]) -> float:
+    """Return the least time of calls after the first one, which compiles kernels and allocates.
+
+    Other work on the machine makes a call slower, never faster.
+    """
     function()
-    return _seconds(function)
+    return min(_seconds(function) for _ in range(CALLS))
 
 
 def _pair_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
@@ -111,21 +121,21 @@ def _pair_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
     if not job.reranker:
         return 0.0
     judge, documents = Reranker(job.reranker, dtype=job.dtype), [chunk.embedded for chunk in chunks[:PAIRS]]
-    seconds = _second_call(partial(judge.score_groups, [(_query_of(chunks[0]), documents)]))
+    seconds = _warm_seconds(partial(judge.score_groups, [(_query_of(chunks[0]), documents)]))
     del judge
     free()
     return seconds / len(documents)
 
 
 def _held_seconds(job: Adaptation, model: embedder.Model) -> float:
-    """Return the seconds of embedding all texts that are held in place, by a sample of them; 0 without any."""
+    """Return the seconds of embedding a row of the texts that are held in place, by a sample; 0 without any."""
     if not job.hold:
         return 0.0
     with tempfile.TemporaryDirectory() as folder:
-        examples = (example for _, example in read_rows(find_files(rows_of(job, Path(folder))), None))
-        texts = [*dict.fromkeys(text for one in examples for text in (one.query, one.positive, *one.negatives))]
-    sample = texts[:: max(1, len(texts) // SAMPLE)]
-    return _second_call(partial(embedder.embed, model, sample, "document")) / len(sample) * len(texts)
+        rows = find_files(rows_of(job, Path(folder), SAMPLE))
+        examples = [example for _, example in read_rows(rows, None)]
+    texts = [*dict.fromkeys(text for one in examples for text in (one.query, one.positive, *one.negatives))]
+    return _warm_seconds(partial(embedder.embed, model, texts, "document")) / len(examples)
 
 
 def _query_of(chunk: Chunk) -> str:
@@ -150,7 +160,7 @@ def _row_seconds(job: Adaptation, chunks: Sequence[Chunk]) -> float:
         settings = settings_of(job, Path(folder) / "rows.jsonl", [], Path(folder) / "run")
         settings.dry_run, settings.batch_size = True, min(settings.batch_size, len(rows))
         trainer = training_run.prepare(settings).trainer
-        seconds = _second_call(partial(trainer.compute_grads, trainer.batches.batch(0), 1)) / settings.batch_size
+        seconds = _warm_seconds(partial(trainer.compute_grads, trainer.batches.batch(0), 1)) / settings.batch_size
         del trainer
     free()
     return seconds
@@ -171,6 +181,8 @@ def fit(job: Adaptation, costs: Costs, total: int, left: float | None, indexed: 
     if left is None or whole.all <= left:
         return whole
     fewest = min(FEWEST, total)
+    if make(fewest).all > left:
+        make = partial(make, repeated=False)
     if (smallest := make(fewest)).all > left:
         index = ", and an index of all" if indexed else ""
         raise UserError(
@@ -184,21 +196,29 @@ def fit(job: Adaptation, costs: Costs, total: int, left: float | None, indexed: 
     return make(enough)
 
 
-def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool = True) -> Plan:
-    """Return the plan for a number of chunks of `total`; `indexed`: see `fit`."""
+def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool = True, repeated: bool = True) -> Plan:
+    """Return the plan for a number of chunks of `total`.
+
+    Args:
+        indexed: see `fit`.
+        repeated: whether few questions are trained on several times; otherwise once, as far as the plan goes.
+    """
     questions = chunks * job.count
     held = choice.wanted(questions, job.holdout)
-    trained = with_held(questions - held) if job.hold else questions - held
+    size = job.training.get("batch_size") or Settings.batch_size
+    own = max(questions - held, steps_for(questions - held, size) * size if repeated and questions > held else 0)
+    trained = with_held(own) if job.hold else own
     search = min(DOCUMENTS, chunks) * costs.chunk + held * QUERY * costs.chunk
     embedding = (chunks + questions * (1 + QUERY)) * costs.chunk
     judged = questions * min(job.rules.candidates, chunks) * costs.pair
     # Of the base model, and in the worst case at every share that the export may try.
     guarded = (2 + sum(0 < share < job.trained_share for share in SHARES)) * costs.guards
+    training = (trained - own) * costs.held + trained * costs.row
     seconds = {
         "questions": chunks * costs.questions,
         "filter": embedding + judged + OPENING,
         "negatives": embedding + OPENING if job.negatives else 0.0,
-        "train": costs.held + trained * costs.row + (1 + EVALUATIONS) * search + OPENING,
+        "train": training + (1 + evaluations_in(training, search)) * search + OPENING,
         "export": guarded + 2 * OPENING,
         "evaluate": 2 * (search + costs.guards + costs.tasks) + OPENING,
         "index": total * costs.chunk + OPENING if indexed else 0.0,

@@ -1,22 +1,25 @@
 """Other texts that a model keeps in place while it learns: files of rows, and folders of source code.
 
-texts = rows_of(job, Path("handbook-model"))       # files of rows; code becomes pairs of docstrings and functions
+texts = rows_of(job, Path("handbook-model"), 960)    # files with 960 rows; code becomes docstrings and functions
 """
 
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.dataset.rows import find_files
 from mlx_retrieval.mining import code_pairs
+from mlx_retrieval.mining.collection import read_rows
+from mlx_retrieval.mining.output import write_rows
 from mlx_retrieval.mining.source_files import SourceFiles
-from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
-from mlx_retrieval.utils.text import writable
 
 TRAIN = "train.jsonl"  # a folder that holds it is one of rows
+Row = TypeVar("Row")
 
 
 class Held(NamedTuple):
@@ -42,26 +45,46 @@ def files_of(name: str) -> list[Path]:
     return [file for path in paths for file in ([*path.glob("*.jsonl*"), *path.glob("qrels/*.tsv")] or [path])]
 
 
-def rows_of(job: Adaptation, folder: Path) -> list[str]:
-    """Return the files of rows of `job.hold`; pairs of source code are written into `folder`, unless they are there.
+def rows_of(job: Adaptation, folder: Path, count: int | None = None) -> list[str]:
+    """Return a file of rows for each name of `job.hold`; those that are written into `folder` stay, if they are there.
+
+    Args:
+        count: rows wanted, drawn at random, about equally many of each name; None = all.
 
     Raises UserError for a folder without documented source code.
     """
-    return [
-        _pairs_of(name, folder / f"held-code-{i}.jsonl") if _is_code(name) else name for i, name in enumerate(job.hold)
-    ]
+    each = None if count is None else math.ceil(count / len(job.hold))
+    return [_rows_of(name, folder / f"held-{i}.jsonl", each, job.seed) for i, name in enumerate(job.hold)]
+
+
+def _rows_of(name: str, target: Path, count: int | None, seed: int) -> str:
+    if count is None and not _is_code(name):
+        return name
+    if not target.exists():
+        rows = _pairs(name) if _is_code(name) else (row for row, _ in read_rows(find_files([name]), None))
+        write_rows(target, _drawn(rows, count, seed))
+    return str(target)
+
+
+def _drawn(rows: Iterable[Row], count: int | None, seed: int) -> list[Row]:
+    """Return `count` of the rows, drawn at random, in their order; all of them if there are no more."""
+    rng, kept = np.random.default_rng([seed, 0x4E1D]), []
+    for number, row in enumerate(rows):  # reservoir sampling: each row is as likely as any other (Vitter 1985)
+        if count is None or number < count:
+            kept.append((number, row))
+        elif (place := int(rng.integers(number + 1))) < count:
+            kept[place] = (number, row)
+    return [row for _, row in sorted(kept, key=lambda item: item[0])]
 
 
 def _is_code(name: str) -> bool:
     return Path(name).is_dir() and not (Path(name) / TRAIN).exists()
 
 
-def _pairs_of(name: str, target: Path) -> str:
-    if not target.exists():
-        counts = code_pairs.Counts()
-        pairs = code_pairs.pairs([name], code_pairs.Rules(), counts)
-        lines = [writable(json.dumps(pair._asdict(), ensure_ascii=False)) + "\n" for pair in pairs]
-        if not lines:
-            raise UserError(f"--hold {name}: no function in there has a comment on what it does; nor rows in {TRAIN}")
-        files.write_file(target, "".join(lines))
-    return str(target)
+def _pairs(name: str) -> list[dict[str, str]]:
+    """Return the pairs of docstrings and functions of a folder."""
+    counts = code_pairs.Counts()
+    pairs = [pair._asdict() for pair in code_pairs.pairs([name], code_pairs.Rules(), counts)]
+    if not pairs:
+        raise UserError(f"--hold {name}: no function in there has a comment on what it does; nor rows in {TRAIN}")
+    return pairs

@@ -6,7 +6,7 @@ questions  questions/none-1f0c.jsonl     questions of chunks, with their origin;
 filter     rows.jsonl, held-out/         those that stay: to train on, and to judge by
 negatives  mined.jsonl                   the rows with hard negatives
 train      run/, held.safetensors        a run of train.py, and the base model's vectors of texts that it holds in place
-           held-code-1.jsonl             those that are source code
+           held-0.jsonl                  rows of those texts, as many as the run comes to
 export     model/                        the trained model, for sentence-transformers; absent if none was better
 evaluate   evaluation.json               the base model and the trained one, on every task
 index      index/                        for search.py
@@ -17,10 +17,12 @@ run.py calls them in this order.
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,13 @@ from mlx_retrieval.adaptation.costs import minutes
 from mlx_retrieval.adaptation.figures import figure_rows
 from mlx_retrieval.adaptation.held import Held, rows_of
 from mlx_retrieval.adaptation.record import UNFINISHED
-from mlx_retrieval.adaptation.training_settings import EVALUATIONS, epochs_for, settings_of, with_held
+from mlx_retrieval.adaptation.training_settings import (
+    evaluations_in,
+    rows_to_hold,
+    settings_of,
+    steps_for,
+    with_held,
+)
 from mlx_retrieval.adaptation.workshop import Figures, TooFewQuestionsError, Workshop
 from mlx_retrieval.dataset.documents.document_chunks import FEWEST_LETTERS, ChunkCounts, chunk_documents
 from mlx_retrieval.dataset.documents.folder import read_folder
@@ -94,7 +102,7 @@ def read(shop: Workshop) -> Figures:
 def filter_questions(shop: Workshop) -> Figures:
     """Leave out questions that the base model does not find the chunk of, copies and duplicates; hold some out."""
     job, chunks = shop.job, shop.chosen()
-    judge = Reranker(job.reranker, dtype=job.dtype) if job.reranker else None
+    judge = Reranker(job.reranker, dtype=job.dtype, raw_scores=True) if job.reranker else None  # a sigmoid ties many
 
     def rows():
         with open(shop.questions, encoding="utf-8") as lines:
@@ -189,8 +197,10 @@ def train(shop: Workshop) -> Figures:
     run = shop.path("run")
     if checkpoint.is_finished(run):  # a kill came before the stage was noted
         return _trained(run)
-    held = _hold(shop) if shop.job.hold else None
-    settings = settings_of(shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run, held)
+    rows = shop.figures["filter"]["rows"]
+    settings_with = partial(settings_of, shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run)
+    held = _hold(shop, rows_to_hold(settings_with(), rows, len(shop.job.hold))) if shop.job.hold else None
+    settings = settings_with(held)
     if checkpoint.last_step(run):
         saved, settings.resume = checkpoint.run_settings(run), True
         settings.steps, settings.epochs, settings.eval_steps = (saved[name] for name in LENGTH)
@@ -200,8 +210,7 @@ def train(shop: Workshop) -> Figures:
             total = len(every)  # those of held texts, too
         size = min(settings.batch_size, total)
         if settings.steps is None and settings.epochs is None:
-            rows = shop.figures["filter"]["rows"]
-            steps = max(1, round(epochs_for(rows, size) * rows / size))
+            steps = steps_for(rows, size)
             settings.steps = with_held(steps) if held else steps
         if shop.deadline is not None:
             resolve_length(settings, total / size)
@@ -211,9 +220,12 @@ def train(shop: Workshop) -> Figures:
     return _trained(run)
 
 
-def _hold(shop: Workshop) -> Held:
-    """Return the texts of `job.hold`, with the base model's vectors of them, computed if they are not there."""
-    target, names = shop.path("held.safetensors"), rows_of(shop.job, shop.job.output)
+def _hold(shop: Workshop, count: int | None) -> Held:
+    """Return texts of `job.hold`, with the base model's vectors of them, computed if they are not there.
+
+    `count`: rows, see `rows_of`.
+    """
+    target, names = shop.path("held.safetensors"), rows_of(shop.job, shop.job.output, count)
     if not target.exists():
         model = embedder.load(shop.job.model, dtype=shop.job.dtype)
         sources = find_files(names)
@@ -230,18 +242,18 @@ def _trained(run: Path) -> Figures:
 
 
 def _limit_steps(shop: Workshop, settings: Settings, size: int) -> None:
-    """Lower the steps of a run so that the stages after it are done in time; it has EVALUATIONS evaluations.
+    """Lower the steps of a run so that the stages after it are done in time, and decide when it is evaluated.
 
     `size`: rows of a batch.
     """
-    left = shop.deadline - time.monotonic()
-    after = sum(shop.plan.seconds[name] for name in ("export", "evaluate", "index"))
-    evaluations = shop.plan.search * (1 + EVALUATIONS)
-    room = int((left - after - evaluations) / (shop.plan.row_seconds * size))
+    left, search = shop.deadline - time.monotonic(), shop.plan.search
+    room = left - sum(shop.plan.seconds[name] for name in ("export", "evaluate", "index"))
+    evaluations = evaluations_in(room, search)
     whole = settings.steps
-    settings.steps, settings.epochs = max(EVALUATIONS, min(room, whole)), None
+    fitting = int((room - (1 + evaluations) * search) / (shop.plan.row_seconds * size))
+    settings.steps, settings.epochs = max(evaluations, min(fitting, whole)), None
     if settings.eval_steps is None:  # 0 is a setting: only the last step is evaluated
-        settings.eval_steps = max(1, settings.steps // EVALUATIONS)
+        settings.eval_steps = math.ceil(settings.steps / evaluations)
     if settings.steps < whole:
         print_lines([("budget", f"{minutes(left)} left: {settings.steps:,} of {whole:,} steps")])
 

@@ -3,6 +3,7 @@
 settings = settings_of(job, Path("mined.jsonl"), [Path("held-out")], Path("run"))
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,8 @@ from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.config import Settings
 
-EVALUATIONS = 4  # in a run
+EVALUATIONS = 4  # in a run, at most
+EVALUATED = 0.25  # of a run's time, at most, unless a single evaluation takes more
 FEWEST_STEPS, MOST_EPOCHS = 30, 10
 # Rows whose questions share rare words come in one batch: they are hard for each other, at no cost.
 DEFAULTS = {"similar_rows": 4, "save_steps": 25}
@@ -58,6 +60,32 @@ def with_held(count: float) -> int:
     return round(count * (QUESTIONS_WEIGHT + HELD_WEIGHT) / QUESTIONS_WEIGHT)
 
 
+def evaluations_in(seconds: float, one: float) -> int:
+    """Return how often a run of `seconds` is evaluated, besides before its first step; `one`: seconds of it."""
+    return max(1, min(EVALUATIONS, int(EVALUATED * seconds / one) - 1)) if one else EVALUATIONS
+
+
 def epochs_for(rows: int, batch_size: int) -> int:
     """Return the epochs of a run: one, or as many as FEWEST_STEPS need, MOST_EPOCHS at most."""
     return max(1, min(MOST_EPOCHS, round(FEWEST_STEPS * batch_size / rows)))
+
+
+def steps_for(rows: int, batch_size: int) -> int:
+    """Return the steps of a run over its questions."""
+    return max(1, round(epochs_for(rows, batch_size) * rows / batch_size))
+
+
+def rows_to_hold(settings: Settings, rows: int, names: int) -> int | None:
+    """Return how many rows of other texts a run comes to; None = epochs are counted, in all of them.
+
+    Args:
+        settings: of the run, without those texts.
+        rows: those of its questions.
+        names: how many sources the texts have; each is to fill a batch.
+    """
+    if settings.epochs is not None:
+        return None
+    size = settings.batch_size
+    whole = settings.steps or with_held(steps_for(rows, size))
+    held = math.ceil(whole * HELD_WEIGHT / (QUESTIONS_WEIGHT + HELD_WEIGHT))
+    return max(held, names) * size

@@ -32,7 +32,7 @@ WRITTEN = {
     "read": ("chunks.jsonl", "unread.jsonl"),
     "filter": ("rows.jsonl", "held-out"),
     "negatives": ("mined.jsonl",),
-    "train": ("run", "held.safetensors", "held-code-*.jsonl"),
+    "train": ("run", "held.safetensors", "held-*.jsonl"),
     "export": ("model",),
     "evaluate": ("evaluation.json",),
     "index": ("index",),

@@ -16,10 +16,11 @@ import adapt
 from mlx_retrieval.adaptation import chunk_file, costs, run, split, stages
 from mlx_retrieval.adaptation.costs import Costs
 from mlx_retrieval.adaptation.held import Held
+from mlx_retrieval.adaptation.held import rows_of as held_rows_of
 from mlx_retrieval.adaptation.job import Adaptation, seconds_of
 from mlx_retrieval.adaptation.keys import keys_of
 from mlx_retrieval.adaptation.record import Record
-from mlx_retrieval.adaptation.training_settings import EVALUATIONS, settings_of
+from mlx_retrieval.adaptation.training_settings import EVALUATIONS, evaluations_in, rows_to_hold, settings_of
 from mlx_retrieval.adaptation.workshop import Workshop
 from mlx_retrieval.dataset.documents.chunk import Chunk
 from mlx_retrieval.exporters import job as export_job
@@ -321,7 +322,7 @@ def test_the_plan_counts_what_judges_and_what_is_held(job):
     assert more(guards=3.0) == {"export": 18.0, "evaluate": 6.0}  # the base model, and shares of 0.5 to 0.1
     assert more(replace(job, trained_share=1.0), guards=3.0) == {"export": 33.0, "evaluate": 6.0}
     assert more(tasks=20.0) == {"evaluate": 40.0}
-    assert more(held=50.0) == {"train": 50.0}
+    assert more(held=0.5) == {"train": 480.0}  # 30 steps of 64 questions, and half as many of what is held
 
 
 def test_a_machine_is_measured_by_what_the_adaptation_will_do(job, tmp_path, monkeypatch):
@@ -346,14 +347,76 @@ def test_a_machine_is_measured_by_what_the_adaptation_will_do(job, tmp_path, mon
     job = replace(job, guard=["g"], eval_tasks=["t"], reranker="judge", hold=[str(tmp_path / "held.jsonl")])
     measured = costs.measure(job, chunks, 5.0)
     assert asked == [("the model", ["g"]), ("the model", ["t"])]
-    assert [len(documents) for _, documents in judged] == [costs.PAIRS] * 2  # once to compile
+    assert [len(documents) for _, documents in judged] == [costs.PAIRS] * (1 + costs.CALLS)  # once to compile
     of_held = embedded[-1]
-    assert (
-        of_held <= {text for row in held for text in (row["query"], row["positive"], "another")} and len(of_held) == 67
-    )
-    assert measured.held == pytest.approx(3.0 / 67 * 201) and measured.chunk == 3.0 / 20 and measured.questions == 5.0
+    assert of_held <= {text for row in held for text in (row["query"], row["positive"], "another")}
+    assert len(of_held) == 2 * costs.SAMPLE + 1
+    assert measured.held == 3.0 / costs.SAMPLE and measured.chunk == 3.0 / 20 and measured.questions == 5.0
     none = costs.measure(replace(job, reranker=None, hold=(), guard=(), eval_tasks=()), chunks, 5.0)
-    assert none == Costs(chunk=3.0 / 20, row=2.0, questions=5.0) and len(judged) == 2
+    assert none == Costs(chunk=3.0 / 20, row=2.0, questions=5.0) and len(judged) == 1 + costs.CALLS
+
+
+def test_a_call_that_other_work_disturbs_does_not_count(monkeypatch):
+    """Regression: a plan gave the index half as much time again as it took, and cut the training for it."""
+    times = iter([9.0, 2.0, 5.0])
+
+    def call():
+        now[0] += next(times)
+
+    now = [0.0]
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+    assert costs._warm_seconds(call) == 2.0
+
+
+def test_the_plan_counts_the_steps_of_few_questions(job):
+    """Regression: 265 questions were planned, and the time sufficed for 14 of their 45 steps."""
+    job, measured = replace(job, hold=()), Costs(chunk=0.0, row=0.1, questions=0.0)
+    for chunks, rows in ((265, 30 * 64), (10_000, 9_500)):
+        assert costs.plan(job, measured, chunks, 10_000).seconds["train"] == pytest.approx(costs.OPENING + 0.1 * rows)
+    short = costs.fit(job, measured, 10_000, 100.0)  # not enough for 30 steps: each question once
+    assert short.chunks > costs.FEWEST and short.all <= 100.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "one", "count"), [(600, 0, 4), (600, 10, 4), (600, 50, 2), (600, 100, 1), (-5, 1, 1)]
+)
+def test_evaluations_take_a_part_of_the_time(seconds, one, count):
+    """One more comes before the first step."""
+    assert evaluations_in(seconds, one) == count
+
+
+@pytest.mark.parametrize(("training", "rows", "count"), [
+    ({}, 5_000, 39 * 64),  # 78 steps over the questions
+    ({}, 100, 8 * 64),  # ten epochs of them
+    ({"steps": 30}, 5_000, 10 * 64),
+    ({"steps": 1}, 5_000, 2 * 64),  # each of two sources fills a batch
+    ({"epochs": 2.0}, 5_000, None),
+], ids=str)  # fmt: skip
+def test_as_many_rows_are_held_as_a_run_comes_to(job, tmp_path, training, rows, count):
+    """Regression: all 9,299 texts were embedded for a run of 14 steps."""
+    job.training = training
+    assert rows_to_hold(settings_of(job, tmp_path / "mined.jsonl", [], tmp_path / "run"), rows, names=2) == count
+
+
+def test_rows_to_hold_are_drawn_at_random(job, tmp_path):
+    rows = [{"query": f"what is {i}", "positive": f"thing {i}", "source": i} for i in range(200)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "code").mkdir()
+    function = 'def f{0}(x):\n    """Return x times the number {0}."""\n    y = x\n    return {0} * y\n'
+    (tmp_path / "code" / "a.py").write_text("".join(map(function.format, range(20))))
+    job = replace(job, hold=(str(tmp_path / "others.jsonl"), str(tmp_path / "code")))
+
+    def drawn(count, name="a", **changes) -> list[list[dict]]:
+        (folder := tmp_path / name).mkdir(exist_ok=True)
+        files = held_rows_of(replace(job, **changes), folder, count)
+        return [[json.loads(line) for line in Path(file).read_text().splitlines()] for file in files]
+
+    those, pairs = drawn(60)
+    assert len(those) == 30 and len(pairs) == 20  # all that there are
+    assert those == [row for row in rows if row in those] and those != rows[:30]
+    assert drawn(10)[0] == those  # what is there stays: vectors of it may be, too
+    assert drawn(60, "b")[0] == those and drawn(60, "c", seed=1)[0] != those
+    assert drawn(None, "d")[0] == rows and len(drawn(None, "e")[1]) == 20
 
 
 def test_the_plan_counts_the_batches_of_held_texts(job):
@@ -385,7 +448,7 @@ def test_steps_count_what_a_batch_takes(job, monkeypatch, tmp_path, training, bu
         shop.deadline = time.monotonic() + budget
     taken = []
     held = Held(tmp_path / "held.safetensors", [str(tmp_path / "held.jsonl")])
-    monkeypatch.setattr(stages, "_hold", lambda shop: held)
+    monkeypatch.setattr(stages, "_hold", lambda shop, count: held)
     monkeypatch.setattr(Workshop, "path", lambda shop, name: tmp_path / name)
     monkeypatch.setattr(stages.training_run, "train", taken.append)
     monkeypatch.setattr(stages, "_trained", lambda run: {})
