@@ -22,7 +22,7 @@ from mlx_retrieval.utils.errors import UserError
 # layers, and on Metal a buffer for every constant. The least recently used one makes room. 200 batches of 64 rows of
 # MedQuAD meet 70 shapes, each with two functions. A server keeps fewer, as it always meets new ones: its models share
 # SHAPES_SERVED, each with SHAPES_OF_ONE at least.
-SHAPES_KEPT, SHAPES_SERVED, SHAPES_OF_ONE = 128, 48, 8
+SHAPES_KEPT, SHAPES_SERVED, SHAPES_OF_ONE = 128, 24, 6
 # While a graph is built the model holds tracers instead of weights; and mlx's random state is shared by all threads.
 _building = threading.Lock()
 
