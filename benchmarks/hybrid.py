@@ -3,15 +3,15 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/hybrid.py --data ../shared/data/medquad --work FOLDER         # 20 minutes on 2 cores, an estimate
     python benchmarks/hybrid.py --work FOLDER --sets stdlib repository --model tuned=adapters/final --steps 0
-    python benchmarks/hybrid.py --work FOLDER --sets repository --reranker adapters/cross/best
+    python benchmarks/hybrid.py --work FOLDER --sets repository toolkit --reranker adapters/cross/best
 
 Sets: the test folder of MedQuAD; docstrings of held-out modules of the standard library and of NumPy that look for
-their functions (code); the same docstrings' first paragraphs that look for the others (prose); and the questions of
-eval-data/this-repository.jsonl over this repository. Models: all-MiniLM-L6-v2 as it is; trained on code pairs of the
-other modules of the standard library; and those of `--model`. Prints nDCG@10 of words, meaning, both fused by scores
-and by ranks, the difference of both to the better one with its interval, and nDCG@10 by the weight of the meaning; of
-the repository P@1 and MRR@10, too, with a reranker as well. What is in FOLDER from an earlier call is not computed
-again. Figures in benchmarks/README.md.
+their functions (code); the same docstrings' first paragraphs that look for the others (prose); the questions of
+eval-data/this-repository.jsonl over this repository, and over its commands, package and pages alone (toolkit). Models:
+all-MiniLM-L6-v2 as it is; trained on code pairs of the other modules of the standard library; and those of `--model`.
+Prints nDCG@10 of words, meaning, both fused by scores and by ranks, the difference of both to the better one with its
+interval, and nDCG@10 by the weight of the meaning; of this repository P@1 and MRR@10, too, with a reranker as well.
+What is in FOLDER from an earlier call is not computed again. Figures in benchmarks/README.md.
 """
 
 import argparse
@@ -43,7 +43,10 @@ from mlx_retrieval.utils.console import print_lines, print_rows
 
 backend.prepare()  # as commands do
 
-SETS = ("medquad", "stdlib", "numpy", "prose", "repository")
+SETS = ("medquad", "stdlib", "numpy", "prose", "repository", "toolkit")
+# Left out of this repository, or the questions would find themselves; and what `toolkit` leaves out besides.
+NOT_REPOSITORY = ["eval-data", "adapters", "gemma-3-tiny-mlx", "*.jsonl", "*.ipynb"]
+NOT_TOOLKIT = ["tests", "benchmarks", "tools", "CHANGELOG.md"]
 QUESTIONS = ROOT / "eval-data" / "this-repository.jsonl"
 LIMITS = {"max_length": 180, "query_max_length": 64}
 SHARES = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -60,7 +63,7 @@ def make_sets(names: Sequence[str], args: argparse.Namespace, work: Path) -> tup
     sets = {}
     for name in names:
         folder = work / "sets" / name
-        if name == "repository":
+        if name in ("repository", "toolkit"):
             sets[name] = ROOT
         elif name == "medquad":
             sets[name] = Path(args.data) / "test"
@@ -122,14 +125,7 @@ def make_models(args: argparse.Namespace, work: Path, known: list[Pair]) -> dict
 class Results:
     """The hits of a set's queries in the index of a model, by words and by meaning."""
 
-    def __init__(self, folder: Path, model: Model, index: Path):
-        exclude = [
-            "eval-data",
-            "adapters",
-            "gemma-3-tiny-mlx",
-            "*.jsonl",
-            "*.ipynb",
-        ]  # or the questions would find themselves
+    def __init__(self, folder: Path, model: Model, index: Path, exclude: Sequence[str]):
         indexer.update(folder, index, model, exclude=exclude)
         self.index, self.model = Index.open(index), model
         rows = index_search.read_queries(QUESTIONS if folder == ROOT else folder)
@@ -193,7 +189,8 @@ def main() -> None:
     for name, folder in make_models(args, work, known).items():
         model = load(folder, **({} if name != "untrained" else LIMITS))
         for label, task in sets.items():
-            results = Results(task, model, work / "indices" / f"{label}-{name}")
+            exclude = NOT_REPOSITORY + (NOT_TOOLKIT if label == "toolkit" else [])
+            results = Results(task, model, work / "indices" / f"{label}-{name}", exclude)
             found = results.evaluations()
             better = max(("words", "meaning"), key=lambda mode, found=found: score(found[mode]))
             figures = [f"{score(each):.4f}" for each in found.values()]
@@ -201,17 +198,17 @@ def main() -> None:
             print(*rows[-1], flush=True)
             sweep = (figures_of("", results.queries, results.both(share)) for share in SHARES)
             by_weight.append((label, name, *(f"{score(each):.3f}" for each in sweep)))
-            if label == "repository":
+            if task == ROOT:
                 if args.reranker:
                     found["both, reranked"] = results.reranked(Reranker(args.reranker, raw_scores=True), args.depth)
                 for mode, each in found.items():
                     shown = (f"{score(each, metric):.3f}" for metric in ("precision_at_1", "mrr_at_10", METRIC))
-                    repository.append((name, mode, *shown))
+                    repository.append((label, name, mode, *shown))
     columns = ("set", "model", "words", "meaning", "both", "by ranks", "both less the better one")
     print_rows(f"nDCG@10, both at weight {fusion.WEIGHTS['scores']}", columns, rows)
     print_rows("nDCG@10 of both by the weight of the meaning", ("set", "model", *map(str, SHARES)), by_weight)
     if repository:
-        columns = ("model", "mode", "P@1", "MRR@10", "nDCG@10")
+        columns = ("files", "model", "mode", "P@1", "MRR@10", "nDCG@10")
         print_rows(f"{len(QUESTIONS.read_text().splitlines())} questions over this repository", columns, repository)
 
 

@@ -21,9 +21,11 @@ from mlx_retrieval.adaptation.held import rows_of
 from mlx_retrieval.adaptation.job import Adaptation
 from mlx_retrieval.adaptation.split import DOCUMENTS
 from mlx_retrieval.adaptation.training_settings import (
+    MOST_EPOCHS,
+    PLANNED_EPOCHS,
     evaluations_in,
+    planned_rows,
     settings_of,
-    steps_for,
     with_held,
 )
 from mlx_retrieval.dataset import choice
@@ -37,7 +39,6 @@ from mlx_retrieval.mining.collection import read_rows
 from mlx_retrieval.mining.output import write_rows
 from mlx_retrieval.mining.questions import without_model
 from mlx_retrieval.training import run as training_run
-from mlx_retrieval.training.config import Settings
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
@@ -59,7 +60,7 @@ class Costs:
     pair: float = 0.0  # to score a question and a chunk with the reranker
     guards: float = 0.0  # to evaluate a model on the guards
     tasks: float = 0.0  # ... and on the user's tasks
-    held: float = 0.0  # to embed a row of the texts that are held in place
+    held_row: float = 0.0  # to embed a row of the texts that are held in place
 
 
 @dataclass(frozen=True)
@@ -176,13 +177,13 @@ def fit(job: Adaptation, costs: Costs, total: int, left: float | None, indexed: 
 
     Raises UserError if it does not suffice for FEWEST chunks, or for all of fewer.
     """
-    make = partial(plan, job, costs, total=total, indexed=indexed)
-    whole = make(total)
+    whole = plan(job, costs, total, total, indexed)
     if left is None or whole.all <= left:
         return whole
+    make = partial(plan, job, costs, total=total, indexed=indexed, most_epochs=PLANNED_EPOCHS)
+    if (all_chunks := make(total)).all <= left:
+        return all_chunks
     fewest = min(FEWEST, total)
-    if make(fewest).all > left:
-        make = partial(make, repeated=False)
     if (smallest := make(fewest)).all > left:
         index = ", and an index of all" if indexed else ""
         raise UserError(
@@ -196,24 +197,20 @@ def fit(job: Adaptation, costs: Costs, total: int, left: float | None, indexed: 
     return make(enough)
 
 
-def plan(job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool = True, repeated: bool = True) -> Plan:
-    """Return the plan for a number of chunks of `total`.
-
-    Args:
-        indexed: see `fit`.
-        repeated: whether few questions are trained on several times; otherwise once, as far as the plan goes.
-    """
+def plan(
+    job: Adaptation, costs: Costs, chunks: int, total: int, indexed: bool = True, most_epochs: int = MOST_EPOCHS
+) -> Plan:
+    """Return the plan for a number of chunks of `total`; `indexed`: see `fit`, `most_epochs`: see `planned_rows`."""
     questions = chunks * job.count
     held = choice.wanted(questions, job.holdout)
-    size = job.training.get("batch_size") or Settings.batch_size
-    own = max(questions - held, steps_for(questions - held, size) * size if repeated and questions > held else 0)
+    own = planned_rows(job.training, questions - held, bool(job.hold), most_epochs)
     trained = with_held(own) if job.hold else own
     search = min(DOCUMENTS, chunks) * costs.chunk + held * QUERY * costs.chunk
     embedding = (chunks + questions * (1 + QUERY)) * costs.chunk
     judged = questions * min(job.rules.candidates, chunks) * costs.pair
     # Of the base model, and in the worst case at every share that the export may try.
     guarded = (2 + sum(0 < share < job.trained_share for share in SHARES)) * costs.guards
-    training = (trained - own) * costs.held + trained * costs.row
+    training = (trained - own) * costs.held_row + trained * costs.row
     seconds = {
         "questions": chunks * costs.questions,
         "filter": embedding + judged + OPENING,

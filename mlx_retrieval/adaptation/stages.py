@@ -199,7 +199,7 @@ def train(shop: Workshop) -> Figures:
         return _trained(run)
     rows = shop.figures["filter"]["rows"]
     settings_with = partial(settings_of, shop.job, shop.path("mined.jsonl"), [shop.path("held-out")], run)
-    held = _hold(shop, rows_to_hold(settings_with(), rows, len(shop.job.hold))) if shop.job.hold else None
+    held = _hold(shop, _rows_to_hold(shop, settings_with(), rows)) if shop.job.hold else None
     settings = settings_with(held)
     if checkpoint.last_step(run):
         saved, settings.resume = checkpoint.run_settings(run), True
@@ -220,7 +220,13 @@ def train(shop: Workshop) -> Figures:
     return _trained(run)
 
 
-def _hold(shop: Workshop, count: int | None) -> Held:
+def _rows_to_hold(shop: Workshop, settings: Settings, rows: int) -> int:
+    """Return how many rows of other texts a run comes to, in the time that is left; `rows`: of its questions."""
+    most = math.inf if shop.deadline is None else max(0, _fitting(shop, settings.batch_size)[0])
+    return rows_to_hold(settings, rows, len(shop.job.hold), most)
+
+
+def _hold(shop: Workshop, count: int) -> Held:
     """Return texts of `job.hold`, with the base model's vectors of them, computed if they are not there.
 
     `count`: rows, see `rows_of`.
@@ -241,21 +247,26 @@ def _trained(run: Path) -> Figures:
     return {"improved": results["improved"], "lines": [("run", str(run))]}
 
 
+def _fitting(shop: Workshop, size: int) -> tuple[int, int]:
+    """Return how many steps, of `size` rows, and how many evaluations there is time for before the later stages."""
+    left, search = shop.deadline - time.monotonic(), shop.plan.search
+    room = left - sum(shop.plan.seconds[name] for name in ("export", "evaluate", "index"))
+    evaluations = evaluations_in(room, search)
+    return int((room - (1 + evaluations) * search) / (shop.plan.row_seconds * size)), evaluations
+
+
 def _limit_steps(shop: Workshop, settings: Settings, size: int) -> None:
     """Lower the steps of a run so that the stages after it are done in time, and decide when it is evaluated.
 
     `size`: rows of a batch.
     """
-    left, search = shop.deadline - time.monotonic(), shop.plan.search
-    room = left - sum(shop.plan.seconds[name] for name in ("export", "evaluate", "index"))
-    evaluations = evaluations_in(room, search)
-    whole = settings.steps
-    fitting = int((room - (1 + evaluations) * search) / (shop.plan.row_seconds * size))
-    settings.steps, settings.epochs = max(evaluations, min(fitting, whole)), None
+    whole, (fitting, evaluations) = settings.steps, _fitting(shop, size)
+    settings.steps, settings.epochs = min(whole, max(evaluations, fitting)), None
     if settings.eval_steps is None:  # 0 is a setting: only the last step is evaluated
         settings.eval_steps = math.ceil(settings.steps / evaluations)
     if settings.steps < whole:
-        print_lines([("budget", f"{minutes(left)} left: {settings.steps:,} of {whole:,} steps")])
+        left = minutes(max(0.0, shop.deadline - time.monotonic()))
+        print_lines([("budget", f"{left} left: {settings.steps:,} of {whole:,} steps")])
 
 
 def export(shop: Workshop) -> Figures:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from mlx_retrieval.adaptation.held import Held
 from mlx_retrieval.adaptation.job import Adaptation
@@ -16,6 +17,7 @@ from mlx_retrieval.training.config import Settings
 EVALUATIONS = 4  # in a run, at most
 EVALUATED = 0.25  # of a run's time, at most, unless a single evaluation takes more
 FEWEST_STEPS, MOST_EPOCHS = 30, 10
+PLANNED_EPOCHS = 3  # that a budget has room for; more, if time is left
 # Rows whose questions share rare words come in one batch: they are hard for each other, at no cost.
 DEFAULTS = {"similar_rows": 4, "save_steps": 25}
 # Of three batches, one holds other texts in place. They hardly move, so their gradient is small (benchmarks/LOG.md).
@@ -75,17 +77,36 @@ def steps_for(rows: int, batch_size: int) -> int:
     return max(1, round(epochs_for(rows, batch_size) * rows / batch_size))
 
 
-def rows_to_hold(settings: Settings, rows: int, names: int) -> int | None:
-    """Return how many rows of other texts a run comes to; None = epochs are counted, in all of them.
+def planned_rows(training: dict[str, Any], rows: int, holds: bool, most_epochs: int = MOST_EPOCHS) -> int:
+    """Return how often a run trains on a question.
+
+    Args:
+        training: the settings that the user gives.
+        rows: questions.
+        holds: whether it holds other texts, too.
+        most_epochs: where the user says nothing of steps or epochs, to come to FEWEST_STEPS.
+    """
+    size = training.get("batch_size") or Settings.batch_size
+    if epochs := training.get("epochs"):
+        return round(epochs * rows)
+    if steps := training.get("steps"):
+        return round(steps * size * (QUESTIONS_WEIGHT / (QUESTIONS_WEIGHT + HELD_WEIGHT) if holds else 1))
+    return max(rows, min(FEWEST_STEPS * size, most_epochs * rows))
+
+
+def rows_to_hold(settings: Settings, rows: int, names: int, most_steps: float = math.inf) -> int:
+    """Return how many rows of other texts a run comes to: half as many as of its questions.
 
     Args:
         settings: of the run, without those texts.
         rows: those of its questions.
         names: how many sources the texts have; each is to fill a batch.
+        most_steps: that there is time for.
     """
-    if settings.epochs is not None:
-        return None
     size = settings.batch_size
-    whole = settings.steps or with_held(steps_for(rows, size))
-    held = math.ceil(whole * HELD_WEIGHT / (QUESTIONS_WEIGHT + HELD_WEIGHT))
-    return max(held, names) * size
+    if settings.epochs is not None:  # which count the rows of both
+        held = with_held(rows) - rows
+    else:
+        steps = min(most_steps, settings.steps or with_held(steps_for(rows, size)))
+        held = math.ceil(steps * HELD_WEIGHT / (QUESTIONS_WEIGHT + HELD_WEIGHT)) * size
+    return max(held, names * size)

@@ -6,11 +6,13 @@ python -m pytest -m slow tests/adaptation/test_adapt.py
 import json
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from beir_folders import write_folder
+from chat_stub import mlx_lm_server
 from document_files import pdf
 
 import adapt
@@ -227,20 +229,31 @@ def test_within_a_budget_a_model_is_made_that_loads_and_has_the_figures_of_its_e
     assert other[0] == "guard, nDCG@10, 1 query" and f"{before:.4f}" in capsys.readouterr().out
 
 
-def test_a_real_model_writes_questions(smollm2, flags, tmp_path, capsys):
+@pytest.mark.parametrize("by", ["mlx", "mlx_lm.server"])
+def test_a_real_model_writes_questions(smollm2, flags, tmp_path, capsys, by):
+    """In this process, which also cuts a chunk to its window, or behind mlx_lm's own server."""
     few = tmp_path / "docs"
     few.mkdir()
     for name, text in PROSE.items():
         (few / f"{name}.md").write_text(f"# {name}\n\n{text}\n")
-    output = tmp_path / "out"
-    flags = [*flags, "--generator", f"mlx:{smollm2}"]
-    assert adapt.main([str(few), "--output", str(output), *flags]) == 2  # too few to train on
+    output, names = tmp_path / "out", {*PROSE}
+    with ExitStack() as stack:
+        if by == "mlx":
+            generator = f"mlx:{smollm2}"
+            (few / "Long.md").write_text("# Long\n\n" + " ".join(f"Word {i} is rare." for i in range(3_000)) + "\n")
+            names.add("Long")
+            flags = [*flags, "--chunk-size", "100000"]
+        else:
+            generator = stack.enter_context(mlx_lm_server(smollm2 / "float32", tmp_path))
+        command = [str(few), "--output", str(output), *flags, "--generator", generator]
+        assert adapt.main(command) == 2  # too few to train on
     made = [row for file in (output / "questions").glob("*.jsonl") for row in rows(file)]
-    assert 1 <= len(made) <= 2 * len(PROSE)
-    assert {row["generator_name"] for row in made} == {f"mlx:{smollm2}"}
-    assert {row["chunk_id"] for row in made} <= {f"{name}.md#1" for name in PROSE}
+    assert 1 <= len(made) <= 2 * len(names)
+    assert {row["generator_name"].partition("/v1#")[0] for row in made} == {generator}
+    assert {row["chunk_id"] for row in made} <= {f"{name}.md#1" for name in names}
     screen = capsys.readouterr()
-    assert re.search(rf"^questions +{len(made)} by mlx:", screen.out, re.MULTILINE)
+    assert re.search(rf"^questions +{len(made)} by {generator}", screen.out, re.MULTILINE)
+    assert ("1 chunk: the model's window holds only the beginning" in screen.out) == (by == "mlx")
     assert "too few" in screen.err
     assert Searcher(str(output / "index")).search("dry chain", "bm25", 1)[0].path == "Bicycle.md"
 
@@ -294,7 +307,7 @@ def test_a_dry_run_writes_nothing(documents, flags, tmp_path, capsys):
 def test_a_budget_asks_about_fewer_chunks(documents, flags, tmp_path, monkeypatch, capsys):
     """A slow machine is measured; the steps fit the time that is left."""
     monkeypatch.setattr(costs, "FEWEST", 40)
-    monkeypatch.setattr(costs, "measure", lambda *_: costs.Costs(chunk=0.5, row=2.0, questions=0.0))
+    monkeypatch.setattr(costs, "measure", lambda *_: costs.Costs(chunk=0.5, row=1.0, questions=0.0))
     output = tmp_path / "out"
     assert adapt.main([str(documents), "--output", str(output), *flags, "--budget", "10m"]) == 0
     plan = json.loads((output / "adapt.json").read_text())["stages"]["plan"]["figures"]

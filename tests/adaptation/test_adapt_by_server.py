@@ -5,6 +5,10 @@ python -m pytest tests/adaptation/test_adapt_by_server.py
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,7 @@ from mlx_retrieval.mining.questions import chat_server, filtering
 from mlx_retrieval.mining.questions.chat_server import Rules
 from mlx_retrieval.retrieval.searcher import Searcher
 
-FILES = 60
+FILES, ROOT = 60, Path(__file__).parents[2]
 ONLY = ["--stages", "read", "questions", "filter"]
 
 
@@ -96,10 +100,21 @@ def test_a_server_s_questions_go_through_all_stages_one_by_one(stub, flags, tmp_
 
 
 @pytest.mark.parametrize(("answer", "reason"), [
-    ("§ § § § § §", "no question was made; no question in the answer: 60 questions"),
-    ("[]", "no question was made; no question in the answer: 60 questions"),
-    ("What is it about?", "1 question left of 1: too few questions: 30 are needed, to train and to judge"),
-], ids=["nonsense", "empty", "the same"])  # fmt: skip
+    pytest.param(
+        "§ § § § § §", "no question was made; no question in the answer: 60 questions",
+        id="nonsense", marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "[]", "no question was made; no question in the answer: 60 questions", id="empty", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "О чём говорится в этом тексте?", "no question was made; another script: 60 questions", id="another language"
+    ),
+    pytest.param(
+        "What is it about?", "1 question left of 1: too few questions: 30 are needed, to train and to judge",
+        id="the same", marks=pytest.mark.slow,
+    ),
+])  # fmt: skip
 def test_without_usable_questions_the_documents_are_indexed_all_the_same(stub, flags, tmp_path, capsys, answer, reason):
     """Regression: such a generator was an error, and nothing could be searched."""
     stub.answer = lambda *_: completion(answer)
@@ -119,6 +134,7 @@ def test_without_usable_questions_the_documents_are_indexed_all_the_same(stub, f
     assert stages_of(output)["index"]["key"] != keys_of(job)["index"]  # that of the index after training
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_leaves_work_to_go_on_with_and_is_asked_for_the_rest(stub, flags, tmp_path, capsys):
     """Regression: it ended the run, with all questions that were there."""
     stub.answer = lambda number, _: completion(f"What has topic{number}?") if number < 40 else (503, b"gone")
@@ -141,6 +157,24 @@ def test_a_server_that_goes_away_leaves_work_to_go_on_with_and_is_asked_for_the_
     capsys.readouterr()
     assert adapt.main([*flags, *ONLY]) == 0
     assert capsys.readouterr().out.count("done before") == 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_asks_no_answered_question_again(stub, flags, tmp_path):
+    """SIGKILL in the middle of the questions: those that were asked at that moment alone are asked twice."""
+    stub.answer = lambda number, _: time.sleep(0.1) or completion(f"What has topic{number}?")
+    command = [sys.executable, "adapt.py", *flags, "--stages", "read", "questions"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(stub.asked) < FILES // 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    time.sleep(0.5)  # requests that are under way
+    before, at_once = len(stub.asked), stub.most
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    (made,) = (tmp_path / "out" / "questions").glob("*.jsonl")
+    assert sorted(row["query"] for row in rows(made)) == sorted(f"What has topic{i}?" for i in range(FILES))
+    assert FILES // 2 <= before < FILES <= len(stub.asked) <= FILES + at_once
 
 
 def test_a_server_that_is_away_from_the_beginning_is_an_error_at_once(stub, flags, tmp_path, capsys):

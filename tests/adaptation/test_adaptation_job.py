@@ -4,6 +4,7 @@ python -m pytest tests/adaptation/test_adaptation_job.py
 """
 
 import json
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -27,6 +28,7 @@ from mlx_retrieval.exporters import job as export_job
 from mlx_retrieval.mining.questions.prompted import Completion, Prompted
 from mlx_retrieval.mining.questions.prompts import TEMPLATE
 from mlx_retrieval.training import source_settings
+from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.length import resolve_length
 from mlx_retrieval.utils.errors import Place, UserError
 
@@ -322,7 +324,7 @@ def test_the_plan_counts_what_judges_and_what_is_held(job):
     assert more(guards=3.0) == {"export": 18.0, "evaluate": 6.0}  # the base model, and shares of 0.5 to 0.1
     assert more(replace(job, trained_share=1.0), guards=3.0) == {"export": 33.0, "evaluate": 6.0}
     assert more(tasks=20.0) == {"evaluate": 40.0}
-    assert more(held=0.5) == {"train": 480.0}  # 30 steps of 64 questions, and half as many of what is held
+    assert more(held_row=0.5) == {"train": 480.0}  # 30 steps of 64 questions, and half as many of what is held
 
 
 def test_a_machine_is_measured_by_what_the_adaptation_will_do(job, tmp_path, monkeypatch):
@@ -351,7 +353,7 @@ def test_a_machine_is_measured_by_what_the_adaptation_will_do(job, tmp_path, mon
     of_held = embedded[-1]
     assert of_held <= {text for row in held for text in (row["query"], row["positive"], "another")}
     assert len(of_held) == 2 * costs.SAMPLE + 1
-    assert measured.held == 3.0 / costs.SAMPLE and measured.chunk == 3.0 / 20 and measured.questions == 5.0
+    assert measured.held_row == 3.0 / costs.SAMPLE and measured.chunk == 3.0 / 20 and measured.questions == 5.0
     none = costs.measure(replace(job, reranker=None, hold=(), guard=(), eval_tasks=()), chunks, 5.0)
     assert none == Costs(chunk=3.0 / 20, row=2.0, questions=5.0) and len(judged) == 1 + costs.CALLS
 
@@ -368,13 +370,28 @@ def test_a_call_that_other_work_disturbs_does_not_count(monkeypatch):
     assert costs._warm_seconds(call) == 2.0
 
 
-def test_the_plan_counts_the_steps_of_few_questions(job):
+@pytest.mark.parametrize(("training", "rows"), [
+    ({}, 30 * 64),
+    ({"batch_size": 16}, 30 * 16),
+    ({"steps": 2_000}, 2_000 * 64),
+    ({"steps": 8, "batch_size": 16}, 8 * 16),
+    ({"epochs": 2.0}, 2 * 215),
+], ids=str)  # fmt: skip
+def test_the_plan_counts_the_steps_of_few_questions(job, training, rows):
     """Regression: 265 questions were planned, and the time sufficed for 14 of their 45 steps."""
-    job, measured = replace(job, hold=()), Costs(chunk=0.0, row=0.1, questions=0.0)
-    for chunks, rows in ((265, 30 * 64), (10_000, 9_500)):
-        assert costs.plan(job, measured, chunks, 10_000).seconds["train"] == pytest.approx(costs.OPENING + 0.1 * rows)
-    short = costs.fit(job, measured, 10_000, 100.0)  # not enough for 30 steps: each question once
-    assert short.chunks > costs.FEWEST and short.all <= 100.0
+    job.hold, job.training, measured = (), training, Costs(chunk=0.0, row=0.1, questions=0.0)
+    assert costs.plan(job, measured, 265, 10_000).seconds["train"] == pytest.approx(costs.OPENING + 0.1 * rows)
+    planned = costs.plan(job, measured, 265, 10_000, most_epochs=2).seconds["train"] - costs.OPENING
+    assert planned == pytest.approx(0.1 * (min(rows, 2 * 215) if not training.get("steps") else rows))
+
+
+def test_more_time_means_more_questions(job):
+    """Regression: with two seconds more, the plan went from 837 chunks to 200, each trained on ten times."""
+    job.hold, measured = (), Costs(chunk=0.02, row=0.1, questions=0.0)
+    plans = [costs.fit(job, measured, 20_000, seconds, indexed=False) for seconds in range(150, 1_200, 10)]
+    chunks = [plan.chunks for plan in plans]
+    assert chunks == sorted(chunks) and chunks[0] >= costs.FEWEST and len({*chunks}) > 90
+    assert all(plan.all <= seconds for plan, seconds in zip(plans, range(150, 1_200, 10), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -385,17 +402,20 @@ def test_evaluations_take_a_part_of_the_time(seconds, one, count):
     assert evaluations_in(seconds, one) == count
 
 
-@pytest.mark.parametrize(("training", "rows", "count"), [
-    ({}, 5_000, 39 * 64),  # 78 steps over the questions
-    ({}, 100, 8 * 64),  # ten epochs of them
-    ({"steps": 30}, 5_000, 10 * 64),
-    ({"steps": 1}, 5_000, 2 * 64),  # each of two sources fills a batch
-    ({"epochs": 2.0}, 5_000, None),
+@pytest.mark.parametrize(("training", "rows", "most", "count"), [
+    ({}, 5_000, math.inf, 39 * 64),  # 78 steps over the questions
+    ({}, 5_000, 30, 10 * 64),
+    ({}, 100, math.inf, 8 * 64),  # ten epochs of them
+    ({"steps": 30}, 5_000, math.inf, 10 * 64),
+    ({"steps": 1}, 5_000, math.inf, 2 * 64),  # each of two sources fills a batch
+    ({"epochs": 2.0}, 5_000, math.inf, 2_500),
+    ({"epochs": 2.0}, 30, 0, 2 * 64),
 ], ids=str)  # fmt: skip
-def test_as_many_rows_are_held_as_a_run_comes_to(job, tmp_path, training, rows, count):
+def test_as_many_rows_are_held_as_a_run_comes_to(job, tmp_path, training, rows, most, count):
     """Regression: all 9,299 texts were embedded for a run of 14 steps."""
     job.training = training
-    assert rows_to_hold(settings_of(job, tmp_path / "mined.jsonl", [], tmp_path / "run"), rows, names=2) == count
+    settings = settings_of(job, tmp_path / "mined.jsonl", [], tmp_path / "run")
+    assert rows_to_hold(settings, rows, names=2, most_steps=most) == count
 
 
 def test_rows_to_hold_are_drawn_at_random(job, tmp_path):
@@ -416,7 +436,9 @@ def test_rows_to_hold_are_drawn_at_random(job, tmp_path):
     assert those == [row for row in rows if row in those] and those != rows[:30]
     assert drawn(10)[0] == those  # what is there stays: vectors of it may be, too
     assert drawn(60, "b")[0] == those and drawn(60, "c", seed=1)[0] != those
-    assert drawn(None, "d")[0] == rows and len(drawn(None, "e")[1]) == 20
+    (tmp_path / "others.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"--hold .*others.jsonl: no rows"):
+        drawn(60, "d")
 
 
 def test_the_plan_counts_the_batches_of_held_texts(job):
@@ -432,6 +454,7 @@ def test_the_plan_counts_the_batches_of_held_texts(job):
     ({"batch_size": 16, "epochs": 2.0}, 1e8, 10),
     ({"batch_size": 16, "epochs": 3.0}, 200.0, 12),
     ({"batch_size": 16, "epochs": 2.0, "steps": 99}, None, 10),
+    ({"batch_size": 16, "steps": 2}, 1e8, 2),  # regression: four were taken
 ], ids=str)  # fmt: skip
 def test_steps_count_what_a_batch_takes(job, monkeypatch, tmp_path, training, budget, steps):
     """Regression: with a budget, epochs were counted by the questions alone; and batches were those of questions alone.
@@ -456,6 +479,23 @@ def test_steps_count_what_a_batch_takes(job, monkeypatch, tmp_path, training, bu
     (settings,) = taken
     resolve_length(settings, 80 / training["batch_size"])  # as training does
     assert settings.steps == steps
+
+
+@pytest.mark.parametrize(("left", "search", "steps", "every"), [
+    (700.0, 0.0, 30, 8),  # all that were wanted, and four evaluations
+    (505.0, 20.0, 24, 12),  # 305 s for training: 240 for steps, and three evaluations with the first
+    (300.0, 60.0, 1, 1),
+], ids=str)  # fmt: skip
+def test_steps_and_evaluations_fit_into_the_time(job, left, search, steps, every):
+    """A row takes a tenth of a second, a step ten; the stages after training take 200."""
+    seconds = {"export": 100.0, "evaluate": 60.0, "index": 40.0}
+    shop = Workshop(job, plan=costs.Plan(1_000, 1_000, 1_000, 0.1, seconds, search), deadline=time.monotonic() + left)
+    settings = Settings(steps=30)
+    stages._limit_steps(shop, settings, size=100)
+    assert (settings.steps, settings.eval_steps) == (steps, every)
+    if search:
+        taken = 10.0 * steps + (1 + math.ceil(steps / every)) * search
+        assert taken <= max(left - 200.0, 10.0 + 2 * search)
 
 
 @pytest.mark.parametrize(

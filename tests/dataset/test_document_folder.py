@@ -269,6 +269,9 @@ def test_short_and_similar_chunks_are_left_out_and_counted(tmp_path):
     assert [chunk.document for chunk in results] == ["a.md"]
     assert counts.left_out == {"exact duplicate": 1, "near duplicate": 1, SHORT: 1}
     assert (counts.documents, counts.without_chunks, counts.chunks) == (1, 2, 1)
+    with read_folder(tmp_path) as read:
+        shown = dict(summary(read, counts))["duplicates"]
+    assert "1 exact duplicate" in shown and "1 near duplicate" in shown
 
 
 def test_boilerplate_is_not_in_chunks(tmp_path):
@@ -280,6 +283,8 @@ def test_boilerplate_is_not_in_chunks(tmp_path):
     assert len(results) == 6 and "Log in" in results[0].text  # the first keeps it
     assert all("Log in" not in chunk.text and "Imprint" not in chunk.text for chunk in results[1:])
     assert counts.boilerplate == 2 * 5 + 6  # and each page's menu
+    with read_folder(tmp_path) as read:
+        assert dict(summary(read, counts))["boilerplate"] == "16 lines left out"
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

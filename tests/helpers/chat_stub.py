@@ -4,12 +4,20 @@ stub = Stub()
 stub.answer = lambda number, body: completion(f"What is number {number}?")
 ...
 stub.close()
+
+with mlx_lm_server(folder, tmp_path) as address: ...     # a real one
 """
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +29,27 @@ def number_in(message: str) -> int:
 def completion(text: str | None, finish: str = "stop") -> tuple[int, dict]:
     """Return a response with a model's answer."""
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def mlx_lm_server(model: Path, work: Path) -> Iterator[str]:
+    """Run mlx_lm's server of a model, with our BLAS, and yield its address; its hub is empty, in `work`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = "import runpy; from mlx_retrieval import backend; runpy.run_module('mlx_lm.server', run_name='__main__')"
+    command = [sys.executable, "-c", program, "--model", str(model), "--port", str(port)]
+    (work / "hub").mkdir()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(work / "hub")}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 class Stub:

@@ -4,18 +4,14 @@ python -m pytest tests/mining/test_question_models.py
 """
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from chat_stub import Stub, completion
+from chat_stub import Stub, completion, mlx_lm_server
 from chat_templates import TEMPLATES
 
 from mlx_retrieval.dataset.documents.chunk import Chunk
@@ -384,24 +380,14 @@ def test_batches_give_the_answers_of_mlx_lm_one_by_one_and_the_same_ones_again(t
 
 @pytest.mark.slow
 def test_questions_come_from_mlx_lm_server(talking, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm.server", "--model", str(talking), "--port", str(port)]
-    (tmp_path / "hub").mkdir()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with mlx_lm_server(talking, tmp_path) as address:
         # Its words are random, so that nothing of them can be used: all are read, counted and kept as done.
         rules = Rules(timeout=60, first_patience=60)
-        generator = open_generator(f"http://127.0.0.1:{port}", count=1, max_tokens=12, rules=rules)
+        generator = open_generator(address, count=1, max_tokens=12, rules=rules)
         with store.open_store(tmp_path / "questions.jsonl") as opened:
             questions = list(store.generate(CHUNKS, generator, opened))
             assert len(questions) == opened.count
             assert opened.count + opened.dropped.counts.total() >= len(CHUNKS)
             assert chat_server.FAILED not in opened.dropped.counts
             assert all(opened.is_done(job, generator) for chunk in CHUNKS for job in generator.jobs(chunk))
-        assert generator.name == f"http://127.0.0.1:{port}/v1#{talking.resolve()}"
-    finally:
-        server.terminate()
-        server.wait()
+        assert generator.name == f"{address}/v1#{talking.resolve()}"
