@@ -15,7 +15,7 @@ from mlx_retrieval.training import source_settings
 from mlx_retrieval.training.config import Settings
 
 EVALUATIONS = 4  # in a run, at most
-EVALUATED = 0.25  # of a run's time, at most, unless a single evaluation takes more
+EVALUATED = 0.25  # of a run's time, at most, unless the first evaluation and one more take longer
 FEWEST_STEPS, MOST_EPOCHS = 30, 10
 PLANNED_EPOCHS = 3  # that a budget has room for; more, if time is left
 # Rows whose questions share rare words come in one batch: they are hard for each other, at no cost.

@@ -213,11 +213,11 @@ def test_fewer_shapes_are_this_runner_s_alone(model):
     """Regression: a server's limit on shapes was set for the whole process, training in a notebook included."""
     runner, other = make_runner(model), make_runner(model)
     runner.limit_shapes()
-    assert {functions.shapes_kept for functions in runner._functions} == {48}
-    runner.limit_shapes(models=4)
-    assert {functions.shapes_kept for functions in runner._functions} == {12}
-    runner.limit_shapes(models=40)
+    assert {functions.shapes_kept for functions in runner._functions} == {24}
+    runner.limit_shapes(models=3)
     assert {functions.shapes_kept for functions in runner._functions} == {8}
+    runner.limit_shapes(models=40)
+    assert {functions.shapes_kept for functions in runner._functions} == {6}
     assert {functions.shapes_kept for functions in other._functions} == {128}
 
 
