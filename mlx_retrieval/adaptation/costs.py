@@ -42,7 +42,7 @@ from mlx_retrieval.training import run as training_run
 from mlx_retrieval.utils.console import console
 from mlx_retrieval.utils.errors import UserError
 
-CALLS = 2
+CALLS = 2  # that are timed, of which the quicker one counts
 SAMPLE = 64  # chunks, or texts that are held, that are embedded to measure
 PAIRS = 16  # that a reranker scores to measure
 QUERY = 0.3  # of a chunk's time: a query's

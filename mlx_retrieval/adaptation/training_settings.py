@@ -78,7 +78,7 @@ def steps_for(rows: int, batch_size: int) -> int:
 
 
 def planned_rows(training: dict[str, Any], rows: int, holds: bool, most_epochs: int = MOST_EPOCHS) -> int:
-    """Return how often a run trains on a question.
+    """Return how many rows of questions a run trains on; a question counts each time.
 
     Args:
         training: the settings that the user gives.
