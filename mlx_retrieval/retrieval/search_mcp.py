@@ -31,6 +31,7 @@ class Found(BaseModel):
     path: str = Field(description="of the file, relative to the indexed folder, or a document's id; `open` takes it")
     line: int = Field(description="first line of the chunk; 0 = the file has no lines, as a PDF")
     end_line: int
+    passage: int = Field(description="number of the chunk in its file; `open` takes it")
     name: str = Field(description="of the function or class, or the headings above; may be empty")
     score: float = Field(description="only to be compared within one search")
     text: str = Field(description=f"the {LINES} lines of the chunk that fit the query best")
@@ -84,7 +85,7 @@ def create_server(searcher: Searcher, depth: int = DEPTH) -> Any:
     server = MCPServer("mlx-retrieval", instructions=about, log_level="WARNING")
     reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
-    @server.tool(description=f"{about} Then call open with a hit's path and line.", annotations=reads)
+    @server.tool(description=f"{about} Then call open with a hit's path and passage.", annotations=reads)
     def search(
         query: Annotated[str, Field(description="a question or words; nothing in it is an operator")],
         mode: Annotated[
@@ -105,11 +106,13 @@ def create_server(searcher: Searcher, depth: int = DEPTH) -> Any:
 
         return told(answer)
 
-    @server.tool("open", description="Read an indexed file or document, or the part at a line.", annotations=reads)
+    reading = "Read an indexed file or document, from its beginning, a passage or a line on."
+
+    @server.tool("open", description=reading, annotations=reads)
     def open_(
         path: Annotated[str, Field(description="as `search` gives it")],
-        line: Annotated[int, Field(ge=0, description="read from the passage with this line; 0 = the first")] = 0,
-        passage: Annotated[int, Field(ge=0, description="read from this passage on, which next_passage named")] = 0,
+        line: Annotated[int, Field(ge=0, description="read from the passage with this line; 0 = not by line")] = 0,
+        passage: Annotated[int, Field(ge=0, description="read from this passage on, of a hit or next_passage")] = 0,
     ) -> Document:
         return told(lambda: open_document(searcher, path, line, passage))
 
@@ -118,15 +121,17 @@ def create_server(searcher: Searcher, depth: int = DEPTH) -> Any:
 
 def _found(hit: Hit, query: str, language: str) -> Found:
     text = "\n".join(line for _, line in snippet(hit.text, query, LINES, language))
-    return Found(path=hit.path, line=hit.line, end_line=hit.end_line, name=hit.name, score=hit.score, text=text)
+    number = int(hit.id.removeprefix(hit.path).removeprefix("#") or 0)  # a document of Elasticsearch is one passage
+    place = {"path": hit.path, "line": hit.line, "end_line": hit.end_line, "passage": number}
+    return Found(**place, name=hit.name, score=hit.score, text=text)
 
 
 def open_document(searcher: Searcher, path: str, line: int = 0, passage: int = 0) -> Document:
-    """Return the passages of an indexed file from the one that holds a line on, or from a number on.
+    """Return the passages of an indexed file from the one that holds a line on, or from a number above 0 on.
 
-    They have at most LONGEST characters together, or are a single one.
+    They have at most LONGEST characters together, or are a single one. A file without lines begins with the first.
 
-    Raises UserError if the index has no such file.
+    Raises UserError if the index has no such file, or the file no such passage.
     """
     index, name = searcher.index, PurePath(path)
     inside = name.is_absolute() and not index.info.is_corpus and name.is_relative_to(index.root)
@@ -134,7 +139,10 @@ def open_document(searcher: Searcher, path: str, line: int = 0, passage: int = 0
     if not chunks:
         near = "" if index.info.is_corpus else near_miss(path, index.known([path]))
         raise UserError(f"{path[:200]!r} is not in the index; `search` gives the paths that are{near}")
-    first = passage or max((i for i, chunk in enumerate(chunks) if chunk.line <= line), default=0)
+    if passage >= len(chunks):
+        raise UserError(f"{path[:200]!r} has passages 0 to {len(chunks) - 1}, and no passage {passage}")
+    lines = [chunk.line for chunk in chunks]
+    first = passage or lines.index(max((start for start in lines if start <= line), default=lines[0]))
     lengths = accumulate(len(chunk.text) for chunk in chunks[first:])
     count = max(1, sum(length <= LONGEST for length in lengths))
     passages = [

@@ -5,6 +5,7 @@ python -m pytest tests/retrieval/test_search_mcp.py
 
 import asyncio
 import builtins
+import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -17,9 +18,12 @@ from mcp import StdioServerParameters
 from mcp.client import Client
 
 import search
+from mlx_retrieval.inference import embedder
 from mlx_retrieval.retrieval import search_mcp
+from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.search_mcp import create_server
 from mlx_retrieval.retrieval.searcher import MODES, Searcher
+from mlx_retrieval.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,6 +110,38 @@ def test_a_long_file_is_read_in_parts(small, tmp_path, monkeypatch):
     for chunk in everything:
         first = search_mcp.open_document(searcher, "src/long.py", line=chunk.end_line).passages[0]
         assert first.line == chunk.line
+
+
+ROWS = "".join(json.dumps({"id": i, "text": f"drips {i} " * 40}) + "\n" for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("manual.html", "".join(f"<h2>Part {i}</h2><p>{'It drips. ' * 20}</p>" for i in range(3)), False),
+        ("rows.jsonl", ROWS, True),
+        ("corpus.jsonl", ROWS.replace("id", "_id"), True),
+    ],
+)
+def test_a_file_without_lines_or_with_long_ones_is_opened_at_its_beginning(small, tmp_path, name, content, documents):
+    """Regression: "the passage with this line" was the last of those that begin there, so the last of a whole PDF."""
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / name).write_text(content)
+    update(tmp_path / "tree", tmp_path / "index", embedder.load(small), 150, 20, documents=documents)
+    searcher = Searcher(tmp_path / "index")
+    path = searcher.index.known([])[0]
+    texts = [chunk.text for chunk in searcher.index.chunks_of(path)]
+    assert len(texts) > 2
+    for line in (0, 1):
+        document = search_mcp.open_document(searcher, path, line=line)
+        assert [passage.text for passage in document.passages] == texts and document.next_passage is None
+    hits = call(create_server(searcher), "search", query="drips", paths=[path])["hits"]
+    assert sorted(hit["passage"] for hit in hits) == [*range(len(texts))]
+    for hit in hits:
+        passages = search_mcp.open_document(searcher, path, hit["line"], hit["passage"]).passages
+        assert [passage.text for passage in passages] == texts[hit["passage"] :] and hit["text"] in passages[0].text
+    with pytest.raises(UserError, match=f"has passages 0 to {len(texts) - 1}, and no passage {len(texts)}"):
+        search_mcp.open_document(searcher, path, passage=len(texts))
 
 
 def test_only_the_index_can_be_opened(server, index):
