@@ -105,12 +105,13 @@ class Searcher:
         """
         if languages:
             self._check_languages(languages)
+        self._check_paths(paths)
         within = Within(languages=tuple(languages), paths=tuple(paths))
         if self.reranker is None or not rerank:
-            return self._search(query, mode, top, weight, fusion, within) or self._nothing(paths)
+            return self._search(query, mode, top, weight, fusion, within)
         if depth < 1:
             raise UserError(f"--rerank-depth {depth}: at least 1")
-        hits = self._search(query, mode, max(top, depth), weight, fusion, within) or self._nothing(paths)
+        hits = self._search(query, mode, max(top, depth), weight, fusion, within)
         from mlx_retrieval.inference.reranker import activated
 
         raw = self.scores(query, [hit.text for hit in hits])
@@ -151,13 +152,12 @@ class Searcher:
             near = near_miss(unknown[0], known)
             raise UserError(f"--language {unknown[0]}: not in {self.index.folder}; there: {', '.join(known)}{near}")
 
-    def _nothing(self, paths: Sequence[str]) -> list[Hit]:
-        """Return no hit. Raises UserError for a path that no file of the index matches."""
+    def _check_paths(self, paths: Sequence[str]) -> None:
+        """Raise UserError for a path that no file of the index matches."""
         for path in paths:
             if not self.index.count(Within(paths=(path,))):
                 place = f"{self.index.folder}, under {self.index.root}"
                 raise UserError(f"--path {path}: no such file or folder in {place}")
-        return []
 
     def _search(self, query: str, mode: str, top: int, weight: float | None, fusion: str, within: Within) -> list[Hit]:
         if mode not in MODES:

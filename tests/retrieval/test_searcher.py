@@ -188,6 +188,9 @@ def test_filters(searcher, indexed, capsys):
             with pytest.raises(UserError, match=f"--path {path}: no such file or folder in .*index, under .*tree"):
                 searcher.search("read the boiler", mode, paths=[path])
     assert searcher.search("zebra", "bm25", paths=["bike.md"]) == []
+    for mode in MODES:  # the others have hits, which hid it
+        with pytest.raises(UserError, match=r"--path boyler\.md: no such file"):
+            searcher.search("read the boiler", mode, paths=["*.md", "boyler.md"])
     assert search.main(["search", "boiler", "--index", str(indexed[1]), "--language", "pyton"]) == 2
     assert "there: markdown, python, text; did you mean python?" in capsys.readouterr().err
 
