@@ -25,6 +25,7 @@ ANALYSIS = 2  # version; 1 cut words at their marks, and no Thai, Lao, Burmese o
 LONGEST = 64  # characters of a term; longer ones are keys or encoded data, and nobody's query
 QUERY_TERMS = 256  # different terms of a query that count, the first ones
 REMEMBERED = 1 << 16  # words whose terms are kept in memory
+REMEMBERED_QUERIES = 8  # the same, of queries: each hit of a request asks for its query's terms again
 
 _RUN = re.compile(r"\w+")  # of ASCII
 _PART = re.compile(r"U+(?!l)|U?l+|d+")  # of a word's shape: U = capital, l = other letter, d = digit
@@ -62,6 +63,7 @@ class Analyzer:
         self._stop_words = _stop_words(language)
         self._stem = _stemmer(language)
         self._terms_of = functools.lru_cache(REMEMBERED)(self._analyze)
+        self._query_terms_of = functools.lru_cache(REMEMBERED_QUERIES)(self._analyze_query)
 
     def terms(self, text: str) -> list[str]:
         """Return the terms of a text, in their order."""
@@ -69,16 +71,19 @@ class Analyzer:
 
     def query_terms(self, text: str) -> list[str]:
         """Return the different terms of a query, at most QUERY_TERMS; [] if it has only stop words, or no word."""
+        return list(self._query_terms_of(text))
+
+    def stream(self, text: str) -> str:
+        """Return the terms of a text, separated by spaces."""
+        return " ".join(self.terms(text))
+
+    def _analyze_query(self, text: str) -> tuple[str, ...]:
         terms: dict[str, None] = {}
         for term in self._iterate(text):
             terms[term] = None
             if len(terms) == QUERY_TERMS:
                 break
-        return list(terms)
-
-    def stream(self, text: str) -> str:
-        """Return the terms of a text, separated by spaces."""
-        return " ".join(self.terms(text))
+        return tuple(terms)
 
     def _iterate(self, text: str) -> Iterator[str]:
         for match in runs(unicodedata.normalize("NFC", text)):

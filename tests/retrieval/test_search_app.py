@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 import search
 from mlx_retrieval.inference.serving.engine import Limits
 from mlx_retrieval.retrieval import base, search_app
+from mlx_retrieval.retrieval.analyzer import Analyzer
 from mlx_retrieval.retrieval.base import FileRecord
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.search_app import ServedSearcher, content_policy, create_app
@@ -151,6 +152,20 @@ def test_a_megabyte_is_answered_and_half_a_surrogate_pair_is_a_replacement_chara
     body = r'{"query": "boiler \ud800", "mode": "bm25"}'
     answer = client.post("/search", content=body, headers={"Content-Type": "application/json"}).json()
     assert answer["query"] == "boiler \ufffd" and answer["results"][0]["path"] == "docs/boiler.md"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_query_is_analysed_once_a_request(client, monkeypatch, mode):
+    """Regression: twice for every hit as well, 201 times in all: seconds for a megabyte of a few different words."""
+    query, texts, iterate = f"boiler read chain in {mode} " * 20, [], Analyzer._iterate
+
+    def noting(self: Analyzer, text: str) -> Iterator[str]:
+        texts.append(text)
+        return iterate(self, text)
+
+    monkeypatch.setattr(Analyzer, "_iterate", noting)
+    assert len(ask(client, query, mode=mode)["results"]) > 2
+    assert texts.count(query) == 1
 
 
 def test_words_are_searched_when_the_model_is_gone(index, tmp_path):
