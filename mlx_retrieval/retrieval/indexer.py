@@ -155,6 +155,7 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
         try:
             index = Index.open(rebuilt)  # of an earlier run, which was interrupted
             _check(index, info)
+            index.remove_orphans(index.records())  # UserError if it is damaged
             words = [(each.language, each.fields, each.analysis) for each in (index.info, info)]
             if words[0] != words[1]:
                 index = Index.create(rebuilt, info)

@@ -9,6 +9,9 @@ from typing import Any
 
 from mlx_retrieval.utils.files import SaveError
 
+DAMAGED = "if the index is damaged, search.py index --rebuild replaces it"
+# A write reads as well: rows that it replaces, and the vectors that it merges.
+UNFINISHED = f"what is indexed stays; {DAMAGED}, otherwise the same command continues"
 SOURCE = re.compile(r",? ?/[^ ,]+\.rs:\d+:\d+")
 SYSTEM_ERROR = re.compile(r"([A-Z][\w ]+) \(os error \d+\)")  # such as `No space left on device (os error 28)`
 
@@ -31,12 +34,12 @@ def reason_of(error: Exception) -> str:
 
 def writing(method: Callable) -> Callable:
     """Decorate a method of an index that writes."""
-    return _with_advice(method, "what is indexed stays, and the same command continues")
+    return _with_advice(method, UNFINISHED)
 
 
-def searching(method: Callable) -> Callable:
-    """Decorate a method of an index that searches."""
-    return _with_advice(method, "if the index is damaged, search.py index --rebuild replaces it")
+def reading(method: Callable) -> Callable:
+    """Decorate a method of an index that only reads: trying again does not help."""
+    return _with_advice(method, DAMAGED)
 
 
 def _with_advice(method: Callable, advice: str) -> Callable:

@@ -22,7 +22,7 @@ from mlx_retrieval.retrieval import index_folder, lance_tables
 from mlx_retrieval.retrieval.analyzer import ANALYSIS, analyzer, is_cut_otherwise
 from mlx_retrieval.retrieval.base import EVERYWHERE, TOKEN_BITS, VERSION, FileRecord, Hit, IndexInfo, Within
 from mlx_retrieval.retrieval.index_folder import read_info, write_info, written_at
-from mlx_retrieval.retrieval.lance_errors import plain_errors, reason_of, searching, writing
+from mlx_retrieval.retrieval.lance_errors import plain_errors, reading, reason_of, writing
 from mlx_retrieval.retrieval.lance_tables import HIT_COLUMNS, hit, hits
 from mlx_retrieval.retrieval.late_chunks import TOKENS, LateChunks
 from mlx_retrieval.utils.errors import UserError
@@ -31,7 +31,6 @@ from mlx_retrieval.utils.progress import Progress
 from mlx_retrieval.utils.text import shell
 
 WHOLE_TOKENS = 2  # version that kept the vectors of all tokens as they are
-COPIED_AT_ONCE = 2_000  # chunks
 TEXTS = ["path", "name", "language", "context", "text"]  # columns that words are made of
 # From PARTITIONS_FROM chunks on, LanceDB keeps the vectors in partitions (IVF, uncompressed) in memory: about ten times
 # faster than reading the table. The nearest PROBES partitions are searched: up to 250,000 chunks these are all of them,
@@ -137,14 +136,16 @@ class Index:
         self.info.weight = weight
         self.write()
 
+    @reading
     def has_older_words(self) -> bool:
         """Return whether an earlier version cut words in here otherwise than ANALYSIS does."""
         if self.info.analysis == ANALYSIS:
             return False
-        rows = self.chunks.search().select(TEXTS).limit(None).to_batches(COPIED_AT_ONCE)
-        texts = (text for batch in rows for column in batch.columns for text in column.to_pylist())
+        batches = lance_tables.batches(self.chunks, TEXTS, self.folder)
+        texts = (text for batch in batches for column in batch.columns for text in column.to_pylist())
         return any(map(is_cut_otherwise, texts))
 
+    @reading
     def is_empty(self) -> bool:
         """Return whether the index was never finished and has neither chunks nor files."""
         return not (self.info.complete or self.chunks.count_rows() or self.files.count_rows())
@@ -155,7 +156,7 @@ class Index:
 
     # --- writing: chunks first, then the records of their files ---
 
-    @writing
+    @reading
     def records(self) -> dict[str, FileRecord]:
         """Return the records of all files that were read, by path."""
         rows = self.files.search().limit(None).to_arrow().to_pylist()
@@ -213,9 +214,10 @@ class Index:
         count = 0
         if self.late:
             self.late.copy(other.folder)
-        for batch in other.chunks.search().limit(None).to_batches(COPIED_AT_ONCE):
+        kept = [name for name in other.chunks.schema.names if name != "tokens"]
+        for batch in lance_tables.batches(other.chunks, kept, other.folder):
             if len(batch):
-                columns = {name: batch[name] for name in batch.schema.names if name != "tokens"}
+                columns = {name: batch[name] for name in kept}
                 if self.late and "slot" not in columns:
                     columns["slot"] = self.late.add_whole(columns.pop("token_vectors"))
                 self._add(columns, batch.select(TEXTS).to_pylist())
@@ -256,7 +258,7 @@ class Index:
 
     # --- searching ---
 
-    @searching
+    @reading
     def bm25(self, query: str, top: int, within: Within = EVERYWHERE) -> list[Hit]:
         """Return the chunks that hold any word of the query, scored by BM25F. Queries have no operators.
 
@@ -277,7 +279,7 @@ class Index:
         rows = search.select(["id", *HIT_COLUMNS, "_score"]).with_row_id(True).limit(top).to_list()
         return hits(((row, row["_score"]) for row in rows), within)
 
-    @searching
+    @reading
     def semantic(self, vector: np.ndarray, top: int, within: Within = EVERYWHERE) -> list[Hit]:
         """Return the chunks nearest to the query's vector (D,), scored by the dot product: the cosine.
 
@@ -302,25 +304,25 @@ class Index:
         """Return the rows with these ids; those that were removed meanwhile are left out."""
         return self.chunks.take_row_ids(list(numbers)).select(["id", *HIT_COLUMNS, *columns]).with_row_id().to_list()
 
-    @searching
+    @reading
     def chunk_texts(self) -> list[dict[str, Any]]:
         """Return id, path, place and texts of all chunks."""
         columns = ["id", *HIT_COLUMNS, "context"]
         return self.chunks.search().select(columns).limit(None).to_arrow().to_pylist()
 
-    @searching
+    @reading
     def languages(self) -> list[str]:
         """Return the languages of all chunks, sorted."""
         rows = self.chunks.search().select(["language"]).limit(None).to_arrow()
         return sorted(rows["language"].unique().to_pylist())
 
-    @searching
+    @reading
     def chunks_of(self, path: str) -> list[Hit]:
         """Return the chunks of a file or document, in their order, with a score of 0; [] if there is no such one."""
         (condition,) = lance_tables.path_conditions([path])
         return self._stored(condition)
 
-    @searching
+    @reading
     def chunk(self, name: str) -> Hit | None:
         """Return the chunk with this id, with a score of 0; None if there is no such one."""
         return next(iter(self._stored(lance_tables.condition(Within(ids=(name,))))), None)
@@ -330,7 +332,7 @@ class Index:
         rows = self.chunks.search().where(condition).select(["id", *HIT_COLUMNS]).limit(None).to_list()
         return sorted((hit(row, 0.0) for row in rows), key=lambda found: (found.line, int(found.id.rpartition("#")[2])))
 
-    @searching
+    @reading
     def count(self, within: Within = EVERYWHERE) -> int:
         """Return the number of chunks."""
         self.chunks.checkout_latest()

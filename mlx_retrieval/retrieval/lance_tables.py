@@ -13,6 +13,7 @@ import numpy as np
 from mlx_retrieval.retrieval.analyzer import LONGEST, analyzer
 from mlx_retrieval.retrieval.base import FileRecord, Hit, IndexInfo, Within, sort_hits
 from mlx_retrieval.retrieval.fields import fields_of, stream
+from mlx_retrieval.retrieval.lance_errors import DAMAGED, plain_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 TEXTS = ("id", "path", "file_hash", "language", "kind", "name", "context", "text", "tokens")
 HIT_COLUMNS = ["path", "line", "end_line", "language", "kind", "name", "text"]
 PATHS_AT_ONCE = 500  # in one filter
+ROWS_AT_ONCE = 2_000
 
 
 def connect(folder: Path) -> Any:
@@ -52,6 +54,12 @@ def vector_column(vectors: np.ndarray) -> "pa.Array":
     import pyarrow as pa
 
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+
+
+def batches(table: Any, columns: Sequence[str], folder: Path) -> Iterator["pa.RecordBatch"]:
+    """Yield columns of all rows. SaveError of one line, which names the index's `folder`, if they cannot be read."""
+    with plain_errors(folder, DAMAGED):
+        yield from table.search().select(list(columns)).limit(None).to_batches(ROWS_AT_ONCE)
 
 
 # --- words ---

@@ -23,7 +23,7 @@ def rewrite(index: Index, **settings: Any) -> Index:
     was_complete = index.info.complete
     info = dataclasses.replace(index.info, version=VERSION, analysis=ANALYSIS, partitioned=0, **settings)
     new = Index.create(index.folder / index_folder.REBUILT, info)
-    with progress_bar("indexing words", "chunks", index.chunks.count_rows()) as progress:
+    with progress_bar("indexing words", "chunks", index.count()) as progress:
         new.copy(index, progress)
     new.finish()
     if not was_complete:

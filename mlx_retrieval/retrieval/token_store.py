@@ -76,9 +76,16 @@ class TokenStore:
 
     @property
     def codebook(self) -> Codebook | None:
-        """The codebook, if there is one."""
+        """The codebook, if there is one. Raises ValueError if it is lost: another one would decode other vectors."""
+        return self._codebook(self.segments())
+
+    def _codebook(self, segments: Sequence[Segment]) -> Codebook | None:
         path = self.folder / CODEBOOK
-        return Codebook.load(path) if path.exists() else None
+        if path.exists():
+            return Codebook.load(path)
+        if any(segment.tokens.is_coded for segment in segments):
+            raise ValueError(f"{path} is missing, and token vectors are stored as its codes")
+        return None
 
     @property
     def count(self) -> int:
@@ -91,7 +98,8 @@ class TokenStore:
 
     def add(self, vectors: Sequence[np.ndarray]) -> np.ndarray:
         """Store documents, (L_i, d) float32 each. Return their slots, int64."""
-        segments, codebook = self.segments(), self.codebook
+        segments = self.segments()
+        codebook = self._codebook(segments)
         first = max((int(segment.slots[-1]) + 1 for segment in segments), default=0)
         slots = np.arange(first, first + len(vectors))
         tokens = TokenVectors.of(vectors, np.float16)
@@ -125,7 +133,8 @@ class TokenStore:
         """
         for attempt in range(TRIES):
             try:
-                segments, codebook = self.segments(), self.codebook
+                segments = self.segments()
+                codebook = self._codebook(segments)  # after them: it is written before the first codes
                 break
             except (FileNotFoundError, ValueError):  # perhaps merged by another process in between
                 if attempt == TRIES - 1:

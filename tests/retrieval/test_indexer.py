@@ -372,6 +372,48 @@ def test_batches_do_not_decide_what_is_indexed(tree, model, tmp_path, monkeypatc
     assert_same(tmp_path / "index", tmp_path / "whole")
 
 
+def cut_in_half(table: Path) -> None:
+    for file in table.glob("data/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("table", ["files", "chunks"])
+def test_a_table_that_cannot_be_read_is_told_by_every_command(tree, model, tmp_path, table):
+    """Regression: the advice was to run the same command again, which failed in the same way for ever."""
+    index = tmp_path / "index"
+    update(tree, index, model)
+    downgrade(index, version=base.VERSION)  # of an earlier analysis: its words are looked at
+    cut_in_half(index / f"{table}.lance")
+    opened = Index.open(index)
+    reads = {
+        "files": [lambda: opened.known([]), opened.records],
+        "chunks": [opened.has_older_words, opened.chunk_texts],
+    }
+    for read in (*reads[table], lambda: update(tree, index, model), lambda: rewrite(opened)):
+        with pytest.raises(UserError, match=f"--index {index}: .*search.py index --rebuild replaces it") as caught:
+            read()
+        assert "\n" not in str(caught.value) and "what is indexed stays" not in str(caught.value)
+    assert update(tree, index, model, rebuild=True).embedded == 6
+
+
+def test_a_damaged_rebuild_is_begun_again(tree, model, tmp_path):
+    """Regression: an interrupted --rebuild whose files are damaged was in the way of every further one."""
+    index = tmp_path / "index"
+    update(tree, index, model)
+    update(tree, tmp_path / "other", model)
+    shutil.copytree(tmp_path / "other", index / index_folder.REBUILT)
+    cut_in_half(index / index_folder.REBUILT / "files.lance")
+    assert update(tree, index, model, rebuild=True).embedded == 6
+
+
+def test_what_is_written_to_a_damaged_table_is_told(tree, model, tmp_path):
+    index = tmp_path / "index"
+    update(tree, index, model)
+    cut_in_half(index / "chunks.lance")
+    with pytest.raises(files.SaveError, match="search.py index --rebuild replaces it, otherwise the same command"):
+        Index.open(index).remove(["notes.md"])
+
+
 def test_a_rebuild_that_fails_keeps_the_old_index_and_goes_on(tree, tmp_path, model, monkeypatch):
     """Regression: --rebuild removed the index before it had another; a full disk was a page about LanceDB's sources."""
     index = tmp_path / "index"
@@ -407,12 +449,12 @@ def test_a_rebuild_that_fails_keeps_the_old_index_and_goes_on(tree, tmp_path, mo
 # --- words: older versions, other languages, other weights ---
 
 
-def downgrade(folder: Path) -> None:
-    """Make an index look as version 1 wrote it: without later settings, and with other words."""
+def downgrade(folder: Path, version: int = 1) -> None:
+    """Make an index look as an earlier version wrote it: without later settings, and with other words."""
     index = Index.open(folder)
     index.chunks.update(values={"tokens": "'old'"})
     later = {"folders", "language", "fields", "weight", "documents", "exclude", "max_file_size", "analysis"}
-    values = {name: value for name, value in vars(index.info).items() if name not in later} | {"version": 1}
+    values = {name: value for name, value in vars(index.info).items() if name not in later} | {"version": version}
     (folder / base.FILE).write_text(json.dumps(values))
 
 

@@ -3,6 +3,8 @@
 python -m pytest tests/retrieval/test_late_interaction.py
 """
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -228,6 +230,22 @@ def test_files_that_do_not_belong_together_are_noticed(documents, tmp_path):
     (segment / "slots.npy").unlink()
     with pytest.raises(ValueError, match="damaged"):
         store.open("mean", 0)
+
+
+def test_a_lost_codebook_is_not_learnt_again(documents, tmp_path, monkeypatch):
+    """Regression: a search was a traceback; more documents brought another codebook, which decoded the old codes."""
+    TokenStore(tmp_path / "others", 4).add(documents[150:])
+    monkeypatch.setattr(token_store, "SAMPLE", 700)
+    store = TokenStore(tmp_path / "tokens", 4)
+    store.add(documents[:150])
+    assert all(segment.tokens.is_coded for segment in store.segments())
+    shutil.copytree(tmp_path / "others/000001", store.folder / "000002")
+    (store.folder / token_store.CODEBOOK).unlink()
+    whole = [lambda: store.open("mean", 0), lambda: store.add(documents[150:]), lambda: store.finish(np.arange(300))]
+    for each in (*whole, store._encode):
+        with pytest.raises(ValueError, match=r"codebook.npz is missing"):
+            each()
+    assert not (store.folder / token_store.CODEBOOK).exists() and len(store.segments()) == 2
 
 
 def test_without_tokens_or_rows(tmp_path):

@@ -213,12 +213,14 @@ def token_vectors(searcher: Searcher) -> dict[int, np.ndarray]:
     return {int(slot): np.asarray(each) for slot, each in zip(slots, vectors, strict=True)}
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "codebook"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "codebook", "no codebook"])
 def test_damaged_token_vectors_are_one_line(beir, model, tmp_path, compressing, damage):
     update(beir, tmp_path / "index", model)
     tokens = tmp_path / "index" / "tokens"
     if damage == "missing":
         shutil.rmtree(tokens)
+    elif damage == "no codebook":
+        (tokens / "codebook.npz").unlink()
     else:
         file = tokens / "codebook.npz" if damage == "codebook" else next(tokens.glob("0*/codes.npy"))
         file.write_bytes(file.read_bytes()[:100])
