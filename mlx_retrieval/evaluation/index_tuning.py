@@ -105,7 +105,8 @@ class Tuner:
             raise UserError(f"{len(queries)} queries are too few to learn from: at least {FEWEST_QUERIES}")
         self.index, self.queries, self.results = index, queries, results
         self.before = Settings(weight_of(index.info))
-        self._candidates: dict[tuple[int, ...], list[list[Candidate]]] = {}
+        # Of the last choice of fields alone: of all of them they would be some 2 MB a query.
+        self._candidates: tuple[tuple[int, ...] | None, list[list[Candidate]]] = (None, [])
         self._meaning: list[dict[str, float]] = [{hit.id: hit.score for hit in each.meaning} for each in results]
         self.bm25, self.tuned_fields = None, []
         if hasattr(index, "chunk_texts"):
@@ -159,15 +160,14 @@ class Tuner:
 
     def _scores(self, choices: Sequence[Settings]) -> np.ndarray:
         """Return nDCG@10 for every choice and query, (choices, Q); the same as `figures_of` gives."""
-        scaled: dict[tuple[int, ...], list[Scaled]] = {}
-        rows = []
+        rows: list[list[float]] = []
         with progress_bar("tuning", "settings", len(choices)) as progress:
-            for number, (weight, weights) in enumerate(choices, start=1):
-                if weights not in scaled:
-                    candidates = zip(self._candidates_of(weights), self.queries, strict=True)
-                    scaled[weights] = [Scaled.of(each, query) for each, query in candidates]
-                rows.append([each.ndcg(weight) for each in scaled[weights]])
-                progress(number)
+            for weights, alike in itertools.groupby(choices, key=lambda choice: choice.fields):
+                candidates = zip(self._candidates_of(weights), self.queries, strict=True)
+                scaled = [Scaled.of(each, query) for each, query in candidates]
+                for choice in alike:
+                    rows.append([each.ndcg(choice.weight) for each in scaled])
+                    progress(len(rows))
         return np.array(rows)
 
     def _ranked(self, settings: Settings, query: int) -> list[Hit]:
@@ -176,10 +176,10 @@ class Tuner:
 
     def _candidates_of(self, weights: tuple[int, ...]) -> list[list[Candidate]]:
         """Return the candidates of every query, for these weights of the fields."""
-        if weights not in self._candidates:
+        if weights != self._candidates[0]:
             scorer = self.bm25.scorer(dict(zip(fields.FIELDS, weights, strict=True))) if self.bm25 else None
-            self._candidates[weights] = [self._complete(number, scorer) for number in range(len(self.queries))]
-        return self._candidates[weights]
+            self._candidates = weights, [self._complete(number, scorer) for number in range(len(self.queries))]
+        return self._candidates[1]
 
     def _complete(self, number: int, scorer: Any) -> list[Candidate]:
         """Return the candidates of a query, scored by words here and by meaning in the index."""

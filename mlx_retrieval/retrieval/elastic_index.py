@@ -295,8 +295,8 @@ class ElasticIndex:
         raise UserError(NO_FILTERS)
 
     def refreshed(self) -> "ElasticIndex":
-        """Return this index: the server has no other."""
-        return self
+        """Return this index, opened again if another process has written vectors, words or a weight since."""
+        return self if read_meta(self.server).get(self.field) == self.vectors else ElasticIndex(self.folder, self.field)
 
     def chunks_of(self, path: str) -> list[Hit]:
         """Return the document with this id, with a score of 0, as a list; [] if there is no such one."""

@@ -4,6 +4,7 @@ python -m pytest tests/evaluation/test_index_tuning.py
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import search
 from mlx_retrieval.dataset.chunks import Chunk
 from mlx_retrieval.evaluation import index_search, index_tuning
 from mlx_retrieval.evaluation.index_search import Query, Searched, Target, figures_of
-from mlx_retrieval.evaluation.index_tuning import SHARES, Settings, Tuner
+from mlx_retrieval.evaluation.index_tuning import SHARES, Scaled, Settings, Tuner
 from mlx_retrieval.retrieval import fusion
 from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
 from mlx_retrieval.retrieval.fields import FIELDS
@@ -107,6 +108,32 @@ def test_a_query_is_judged_by_settings_that_did_not_see_it(index, monkeypatch):
     settings = dict((int(query), each) for each, query in used[: len(queries)])
     assert len(settings) == len(queries)
     assert all(each != choices[query + 1] for query, each in settings.items())
+
+
+def test_memory_does_not_grow_with_the_choices(index, monkeypatch):
+    """Regression: candidates were kept for each of 64 choices of fields, about 2 MB a query."""
+    alive, most = Counter(), Counter()
+
+    def counted(kind: type) -> type:
+        class Counted(kind):
+            def __new__(cls, *values):
+                alive[kind] += 1
+                most[kind] = max(most[kind], alive[kind])
+                return super().__new__(cls, *values)
+
+            def __del__(self):
+                alive[kind] -= 1
+
+        return Counted
+
+    queries = queries_of(1)
+    tuner = Tuner(index, queries, searched(index, queries))
+    for name in ("Scaled", "Candidate"):
+        monkeypatch.setattr(index_tuning, name, counted(getattr(index_tuning, name)))
+    tuner.tune()
+    assert len({each.fields for each in tuner._choices()}) == 4**2  # no chunk has a docstring
+    assert 0 < most[Scaled] <= 2 * len(queries)  # those of a choice, and of the one before
+    assert 0 < most[fusion.Candidate] <= 2 * len(queries) * 2 * len(WORDS)
 
 
 def test_settings_that_do_not_help_are_not_kept(index):

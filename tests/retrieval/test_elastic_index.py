@@ -14,6 +14,7 @@ from mlx_retrieval.retrieval import elastic_index
 from mlx_retrieval.retrieval.analyzer import ANALYSIS, is_cut_otherwise
 from mlx_retrieval.retrieval.base import Within
 from mlx_retrieval.retrieval.elastic_index import META, ElasticIndex, VectorField
+from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils.errors import UserError
 
 FIELD = VectorField("model", "fingerprint", 2, ["title", "body"], "cosine", language="english", weight=0.7)
@@ -117,6 +118,24 @@ def test_documents_are_opened_by_their_ids_and_counted(stub):
     assert index.count(Within(ids=("7",))) == 3
     assert stub.asked[-1]["query"] == {"bool": {"filter": [{"ids": {"values": ["7"]}}]}}
     assert index.refreshed() is index
+
+
+@pytest.mark.parametrize(
+    "change", [{"fingerprint": "another", "model": "another"}, {"language": "german"}, {"weight": 0.1}]
+)
+def test_a_process_that_goes_on_follows_the_store(stub, change):
+    """Regression: vectors of another model met those of the old one, and words the stems of another language."""
+    searcher = Searcher("es://docs", field="vector")
+    searcher.__dict__["model"] = "the old one"
+    assert not searcher.refresh()
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"] |= change
+    assert searcher.refresh() and not searcher.refresh()
+    info = vars(searcher.index.info)
+    assert {name: info[name] for name in change} == change
+    assert ("model" in vars(searcher)) == ("fingerprint" not in change)
+    del stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]
+    with pytest.raises(UserError, match=r"no vectors vector; python .*embed\.py"):
+        searcher.refresh()
 
 
 def test_a_weight_is_kept_beside_the_vectors(stub):
