@@ -36,7 +36,7 @@ from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.retrieval.base import LOCK, TOKEN_BITS, Hit
 from mlx_retrieval.retrieval.fusion import FUSIONS, WEIGHTS
 from mlx_retrieval.retrieval.hit_formats import FORMATS, grep_lines, hits_to_json, print_hits
-from mlx_retrieval.retrieval.searcher import DEPTH, MODES, Searcher
+from mlx_retrieval.retrieval.searcher import DEPTH, MODES, MissingModelError, Searcher
 from mlx_retrieval.utils import files, imports, locks
 from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HELP, Parser, command, user_path
 from mlx_retrieval.utils.errors import UserError
@@ -116,17 +116,17 @@ def search_command(args: argparse.Namespace) -> int:
         raise UserError(f"--{flag} is for --hybrid")
     searcher = opened(args, Searcher)
     info, root = searcher.index.info, searcher.index.root
-    if not info.complete:
-        print(
-            "search.py: indexing was not finished, so some files are missing (search.py index continues)",
-            file=sys.stderr,
-        )
+    if reason := searcher.unfinished:
+        print(f"search.py: {reason}", file=sys.stderr)
     if args.mode != "bm25":
-        warn_if_slow(searcher.model)
+        try:
+            warn_if_slow(searcher.model)
+        except MissingModelError as error:
+            raise MissingModelError(f"{error}, or search with --bm25") from error
     how = (args.weight, args.rerank_depth, args.fusion or FUSIONS[0], args.language, args.paths)
     hits = searcher.search(args.query, args.mode, args.top, *how)
     if args.format == "json":
-        print(hits_to_json(hits, args.query, args.mode, root))
+        print(hits_to_json(hits, args.query, args.mode, searcher.source))
     elif args.format == "grep":
         print(
             "".join(f"{line}\n" for line in grep_lines(hits, args.query, root, info.is_corpus, info.language)), end=""

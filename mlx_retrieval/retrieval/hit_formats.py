@@ -55,10 +55,10 @@ def line_of(hit: Hit, row: int) -> int:
     return min(hit.line + row, hit.end_line)
 
 
-def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: Path) -> str:
-    """Return the hits as one JSON object."""
+def hits_to_json(hits: Sequence[Hit], query: str, mode: str, root: str) -> str:
+    """Return the hits as one JSON object; `root`: what was searched, a folder or an address."""
     results = [{name: getattr(hit, name) for name in FIELDS} for hit in hits]
-    return json.dumps({"mode": mode, "query": query, "root": str(root), "results": results}, ensure_ascii=False)
+    return json.dumps({"mode": mode, "query": query, "root": root, "results": results}, ensure_ascii=False)
 
 
 def highlighted(hit: Hit, query: str, language: str = ENGLISH) -> dict[str, Any]:

@@ -127,10 +127,11 @@ class SearchService:
         self.searcher.follow()
         index, reranker, reason = self.searcher.index, self.searcher.reranker, self.searcher.unavailable
         return {
-            "root": str(index.folder if index.info.is_corpus else index.root),
+            "root": self.searcher.source,
             "chunks": index.count(),
             "is_corpus": index.info.is_corpus,
             "is_complete": index.info.complete,
+            "unfinished": self.searcher.unfinished,
             "languages": [] if index.info.is_corpus else index.languages(),
             "model": index.info.model,
             "reranker": None if reranker is None else reranker.name,
@@ -161,7 +162,7 @@ class SearchService:
             "mode": question.mode,
             "reranked": question.rerank and self.searcher.reranker is not None,
             "ms": round(1e3 * (time.perf_counter() - began), 1),
-            "root": str(self.searcher.index.root),
+            "root": self.searcher.source,
             "results": [highlighted(hit, query, info.language) for hit in hits],
         }
         return json_response(answer)

@@ -40,7 +40,7 @@ class Found(BaseModel):
 class Hits(BaseModel):
     """The answer of `search`."""
 
-    root: str = Field(description="the indexed folder, to which paths are relative")
+    root: str = Field(description="the indexed folder, to which paths are relative, or the address of the documents")
     hits: list[Found] = Field(description="best first; empty = nothing was found")
 
 
@@ -81,7 +81,8 @@ def create_server(searcher: Searcher, depth: int = DEPTH) -> Any:
         except UserError as error:
             raise ToolError(str(error)) from error
 
-    about = f"Search the source code and texts of {searcher.index.root} by meaning and by words."
+    texts = "documents" if searcher.index.info.is_corpus else "source code and texts"
+    about = f"Search the {texts} of {searcher.source} by meaning and by words."
     server = MCPServer("mlx-retrieval", instructions=about, log_level="WARNING")
     reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
@@ -102,7 +103,7 @@ def create_server(searcher: Searcher, depth: int = DEPTH) -> Any:
         def answer() -> Hits:
             hits = searcher.search(writable(query), mode, top, depth=depth, languages=languages, paths=paths)
             language = searcher.index.info.language
-            return Hits(root=str(searcher.index.root), hits=[_found(hit, query, language) for hit in hits])
+            return Hits(root=searcher.source, hits=[_found(hit, query, language) for hit in hits])
 
         return told(answer)
 

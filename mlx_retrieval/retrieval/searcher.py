@@ -21,6 +21,10 @@ MODES = ("hybrid", "semantic", "bm25")  # the first is the default: see benchmar
 DEPTH = 50  # hits that a reranker scores
 
 
+class MissingModelError(UserError):
+    """The model of an index cannot be loaded from where it was; its words can still be searched."""
+
+
 class Searcher:
     """An index and the model that made it, which is loaded by the first search that needs it.
 
@@ -44,7 +48,8 @@ class Searcher:
     ):
         from mlx_retrieval.dataset.elastic.server import is_address
 
-        if is_address(str(index)):
+        self._is_store = is_address(str(index))
+        if self._is_store:
             from mlx_retrieval.retrieval.elastic_index import ElasticIndex
 
             self.index = ElasticIndex(str(index), field)
@@ -54,9 +59,25 @@ class Searcher:
             self.index = Index.open(index)
         self._model_name, self.reranker, self._dtype = model, reranker, dtype
 
+    @property
+    def source(self) -> str:
+        """What is searched: the indexed folder, absolute, or the es:// address of the documents."""
+        return str(self.index.folder if self._is_store else self.index.root)
+
+    @property
+    def unfinished(self) -> str:
+        """Why hits may be missing, and the command that continues; "" = all is indexed."""
+        if self.index.info.complete:
+            return ""
+        texts, command = ("documents", "embed.py --to") if self._is_store else ("files", "search.py index")
+        return f"indexing was not finished, so some {texts} are missing ({command} continues)"
+
     @functools.cached_property
     def model(self) -> "Model":
-        """The model of the index. Raises UserError if it is missing, or is not the model that made the index."""
+        """The model of the index.
+
+        Raises MissingModelError if it is no longer where it was, UserError if it is not the model that made the index.
+        """
         from mlx_retrieval.inference import embedder
 
         info = self.index.info
@@ -64,8 +85,9 @@ class Searcher:
         try:
             model = embedder.load(name, dtype=self._dtype)
         except UserError as error:
-            hint = "" if self._model_name else "; give the model's new place with --model-path, or search with --bm25"
-            raise UserError(f"{error}{hint}") from error
+            if self._model_name:
+                raise
+            raise MissingModelError(f"{error}; give the model's new place with --model-path") from error
         if not model.is_of(info.fingerprint):
             reason = f"is another model than {info.model}," if self._model_name else "is no longer the model"
             raise UserError(

@@ -3,17 +3,22 @@
 python -m pytest tests/retrieval/test_elastic_index.py
 """
 
+import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import search
+from mlx_retrieval.inference.serving.engine import LIMITS
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
 from mlx_retrieval.retrieval import elastic_index
 from mlx_retrieval.retrieval.analyzer import ANALYSIS, is_cut_otherwise
 from mlx_retrieval.retrieval.base import Within
 from mlx_retrieval.retrieval.elastic_index import META, ElasticIndex, VectorField
+from mlx_retrieval.retrieval.search_app import SearchService, ServedSearcher
+from mlx_retrieval.retrieval.search_mcp import create_server
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils.errors import UserError
 
@@ -93,9 +98,9 @@ def test_documents_that_are_named_are_compared_one_by_one(stub):
     assert hit.score == 0.5 and knn["k"] == 2 and knn["filter"] == [{"ids": {"values": ["7", "8"]}}]
     index.semantic(np.array([0.6, 0.8]), 2)
     assert "filter" not in stub.asked[-1]["knn"]
-    for search in (lambda w: index.bm25("cache", 1, w), lambda w: index.semantic(np.zeros(2), 1, w)):
+    for find in (lambda w: index.bm25("cache", 1, w), lambda w: index.semantic(np.zeros(2), 1, w)):
         with pytest.raises(UserError, match="--language and --path: for an --index of files"):
-            search(Within(paths=("src",)))
+            find(Within(paths=("src",)))
     with pytest.raises(UserError, match="--language and --path"):
         index.languages()
 
@@ -136,6 +141,19 @@ def test_a_process_that_goes_on_follows_the_store(stub, change):
     del stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]
     with pytest.raises(UserError, match=r"no vectors vector; python .*embed\.py"):
         searcher.refresh()
+
+
+def test_what_searches_a_store_names_it_and_the_command_that_fills_it(stub, capsys):
+    """Regression: "Search the source code and texts of .", and search.py index was to continue embed.py's work."""
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]["state"] = "growing"
+    reason = "indexing was not finished, so some documents are missing (embed.py --to continues)"
+    assert search.main(["search", "caches", "--store", "es://docs", "--bm25", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["root"] == "es://docs" and error == f"search.py: {reason}\n"
+    searcher = ServedSearcher("es://docs")
+    about = SearchService(searcher, LIMITS).about()
+    assert (about["root"], about["unfinished"], about["is_complete"]) == ("es://docs", reason, False)
+    assert create_server(searcher).instructions == "Search the documents of es://docs by meaning and by words."
 
 
 def test_a_weight_is_kept_beside_the_vectors(stub):

@@ -102,7 +102,7 @@ def test_bm25_finds_identifiers_by_their_words(searcher):
     assert "model" not in vars(searcher) and searcher.search("zebra", "bm25") == []
 
 
-def test_bm25_needs_no_model(indexed, tmp_path):
+def test_bm25_needs_no_model(indexed, tmp_path, capsys):
     index = shutil.copytree(indexed[1], tmp_path / "index")
     about = json.loads((index / base.FILE).read_text())
     (index / base.FILE).write_text(json.dumps(about | {"model": str(tmp_path / "gone")}))
@@ -110,6 +110,11 @@ def test_bm25_needs_no_model(indexed, tmp_path):
     with pytest.raises(UserError, match="no folder .*gone.*give the model.s new place with --model-path"):
         Searcher(index).search("boiler")
     assert len(Searcher(index, about["model"]).search("boiler", "semantic")) == 4
+    (tmp_path / "queries.jsonl").write_text('{"query": "boiler", "path": "boiler.md"}\n')
+    for command in (["search", "boiler"], ["eval", str(tmp_path / "queries.jsonl")]):
+        assert search.main([*command, "--index", str(index)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]  # eval, tune, serve and mcp have no --bm25
+        assert "new place with --model-path" in line and (", or search with --bm25" in line) == (command[0] == "search")
 
 
 def test_semantic_is_the_cosine(searcher, indexed):
