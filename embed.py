@@ -259,8 +259,7 @@ def check_flags(flags: Parser, args: argparse.Namespace) -> None:
         flags.take_only(args, TO_INDEX, reason)
         del needed["--input"], needed["--output"]
     else:
-        names = {*vars(args)} - {"es_fields", "language"}
-        flags.take_only(args, names, "--es-fields and --language are for --to")
+        flags.take_none(args, ("es_fields", "language"), "--es-fields and --language are for --to")
     if missing := [name for name, value in needed.items() if value is None]:
         flags.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
 

@@ -215,8 +215,8 @@ def check_flags(flags: Parser, args: argparse.Namespace) -> None:
     elif missing := [name for name, value in needed.items() if not value]:
         flags.error(f"the following arguments are required: {', '.join(missing)} (or --serve, or only --check MODEL)")
     else:
-        names = {*vars(args)} - {"host", "port", "embedding_model"}
-        flags.take_only(args, names, "--host, --port and --embedding-model are for --serve")
+        names = ("host", "port", "embedding_model")
+        flags.take_none(args, names, "--host, --port and --embedding-model are for --serve")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mlx_retrieval.dataset.chunks import MAX_CHARACTERS, OVERLAP
 from mlx_retrieval.retrieval.analyzer import ENGLISH
 from mlx_retrieval.retrieval.fields import WEIGHTS
 
@@ -39,6 +40,11 @@ class IndexInfo:
     max_file_size: int | None = None  # in bytes, of the last run; None = index_sources.MAX_FILE_SIZE
     analysis: int = 1  # version of analyzer.ANALYSIS that made the words
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        """Forget settings without effect, which earlier versions took and then compared."""
+        if self.is_corpus and not self.documents:
+            self.max_characters, self.overlap, self.exclude, self.max_file_size = MAX_CHARACTERS, OVERLAP, [], None
 
 
 class FileRecord(NamedTuple):

@@ -114,8 +114,12 @@ class Parser(argparse.ArgumentParser):
             names: of the attributes of `args`.
             reason: why the others have none.
         """
-        others = (each for each in self._actions if each.dest not in names)
-        given = [each.option_strings[0] for each in others if getattr(args, each.dest, each.default) != each.default]
+        self.take_none(args, {each.dest for each in self._actions} - {*names}, reason)
+
+    def take_none(self, args: argparse.Namespace, names: Collection[str], reason: str) -> None:
+        """Exit with a line about flags among `names` that are given: they would have no effect. See `take_only`."""
+        flags = (each for each in self._actions if each.dest in names)
+        given = [each.option_strings[0] for each in flags if getattr(args, each.dest, each.default) != each.default]
         if given:
             self.error(f"{reason}: leave out {', '.join(given)}")
 

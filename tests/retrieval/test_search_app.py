@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from indexed import SCRIPT, TEXTS, LastLetters, make_index
+from random_rerankers import cross_encoder
 from starlette.testclient import TestClient
 
 import search
@@ -285,12 +286,14 @@ def test_limits_are_those_of_serve(index):
 
 
 def test_the_command(index, monkeypatch, capsys, tmp_path):
-    started = []
+    started, reranks = [], ["--rerank", str(tmp_path / "model"), "--depth", "7"]
+    cross_encoder("bert", tmp_path / "model")
     monkeypatch.setattr(search_app, "run", lambda *settings: started.append(settings))
-    assert search.main(["serve", "--index", str(index), "--port", "0", "--host", "::1", "--depth", "7"]) == 130
+    assert search.main(["serve", "--index", str(index), "--port", "0", "--host", "::1", *reranks]) == 130
     ((searcher, host, port),) = started
     assert (searcher.depth, host, port, searcher.index.folder) == (7, "::1", 0, index)
     assert search.main(["serve", "--index", str(index)]) == 130 and started[1][1:] == ("127.0.0.1", 8080)
+    capsys.readouterr()
     for flags, words in (
         (["--index", str(tmp_path / "none")], "no index there"),
         (["--index", str(index), "--depth", "0"], "--rerank-depth 0"),
