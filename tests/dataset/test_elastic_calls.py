@@ -146,11 +146,10 @@ def test_patience_has_an_end_and_pauses_grow(stub):
     rows = rows_of(stub)
     stub.answers = lambda *_: (503, {"error": "away", "status": 503})
     rows.documents.server.patience = 2.0
-    before, began = len(stub.asked), time.monotonic()
+    before = len(stub.asked)
     with pytest.raises(errors.UserError, match=r"no answer from Elasticsearch in \d s \(503"):
         rows.documents.survey()
-    assert time.monotonic() - began < 10
-    assert len(stub.asked) - before <= 4  # after 0, 0.25, 0.75 and 1.75 s: no storm
+    assert 2 <= len(stub.asked) - before <= 4  # after 0, 0.25, 0.75 and 1.75 s: no storm
 
 
 def test_a_waiting_call_can_be_cancelled(stub):

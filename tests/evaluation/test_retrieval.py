@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,12 +236,14 @@ def test_no_folder_takes_the_place_of_another(fruit, tmp_path, monkeypatch):
     assert list(loaded) == ["fruit"]
 
 
-@pytest.mark.skipif(not MEDQUAD.is_dir(), reason="shared/data/medquad is missing")
-def test_repeated_evaluation_is_fast():
-    evaluate(WordCounts(), [str(MEDQUAD)])
-    model, started = WordCounts(), time.perf_counter()
-    evaluate(model, [str(MEDQUAD)])
-    assert time.perf_counter() - started < 1.0  # measured 0.11 s, of which the toy model takes half
+def test_a_folder_is_read_once(fruit, monkeypatch):
+    """Training evaluates every N steps: reading a large folder again each time would take longer than ranking it."""
+    read = []
+    read_texts = beir.read_texts
+    monkeypatch.setattr(beir, "read_texts", lambda *args, **kwargs: read.append(args) or read_texts(*args, **kwargs))
+    first = evaluate(WordCounts(), [str(fruit)])
+    assert len(read) == 2  # queries and documents
+    assert evaluate(WordCounts(), [str(fruit)]).tasks == first.tasks and len(read) == 2
 
 
 # --- folders ---
@@ -420,12 +421,10 @@ def test_interval_holds_the_true_difference_as_often_as_it_says():
     assert 180 <= held <= 199  # 95 % of 200, give or take
 
 
-def test_comparison_is_deterministic_and_fast():
+def test_comparison_is_deterministic():
     rng = np.random.default_rng(3)
     x, y = made_up("x", {"a": rng.random(1000)}), made_up("y", {"a": rng.random(1000)})
-    started = time.perf_counter()
     rows = compare(x, y)
-    assert time.perf_counter() - started < 2  # measured 0.4 s
     assert rows == compare(x, y)
     assert compare(x, y, seed=1) != rows
     assert all(row[3:] == (0.0, 0.0, 0.0) for row in compare(x, x))
@@ -634,8 +633,6 @@ def test_command_replaces_its_output_or_leaves_it(monkeypatch, capsys, tmp_path,
 def test_help_is_light():
     code = "import sys, eval; sys.argv[1:] = ['--help']\ntry: eval.main()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('mteb', 'torch.nn', 'datasets', 'transformers', 'mlx_lm') if m in sys.modules])"
-    started = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 5  # measured 0.25 s; the rest is room for a busy machine
     assert run.stdout.splitlines()[-1] == "[]"
     assert "--eval-tasks" in run.stdout

@@ -4,7 +4,6 @@ python -m pytest tests/inference/test_checks.py
 """
 
 import dataclasses
-import time
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
@@ -50,10 +49,8 @@ def save_adapter(small: str, folder: Path, strength: float, dropout: float = 0.0
 
 
 @pytest.mark.slow
-def test_real_weights_are_sound_within_a_minute(minilm, capsys):
-    started = time.perf_counter()
+def test_real_weights_are_sound(minilm, capsys):
     assert embed.main(["--check", str(minilm)]) == 0
-    assert time.perf_counter() - started < 60  # measured 8 s
     out, err = capsys.readouterr()
     assert err == "" and "\x1b" not in out
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}

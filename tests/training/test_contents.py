@@ -15,7 +15,6 @@ import train
 from mlx_retrieval.dataset import row_files
 from mlx_retrieval.dataset.contents import Content, differences, of_file
 from mlx_retrieval.dataset.elastic.documents import Documents
-from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.dataset.sources import open_source
 from mlx_retrieval.training import contents
 from mlx_retrieval.training import run as training_run
@@ -335,24 +334,3 @@ def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(UserError, match="rows.jsonl: no such file or folder; if it has moved, correct adapters/config"):
         train.resumed_settings({"resume": True})
-
-
-@pytest.mark.slow
-def test_the_hash_of_the_rows_costs_little(tmp_path):
-    """It is taken of lines that are read anyway: within a second for 5 million rows, of half a minute."""
-    import hashlib
-    import time
-
-    data = [line + b"\n" for line in lines(ROWS * 2_500).splitlines()]  # a fiftieth
-
-    def seconds() -> float:
-        began, digest = time.perf_counter(), hashlib.sha256()
-        for line in data:
-            digest.update(line)
-        return time.perf_counter() - began
-
-    (tmp_path / "rows.jsonl").write_bytes(b"".join(data))
-    began = time.perf_counter()
-    Rows([tmp_path / "rows.jsonl"])
-    whole = time.perf_counter() - began
-    assert min(seconds() for _ in range(5)) < 0.15 * whole
