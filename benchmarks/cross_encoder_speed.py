@@ -98,7 +98,7 @@ def main() -> None:
         def peer(batch: int) -> Side:
             return Side(f"batch_size={batch}", sentence_transformers, folder, groups[::4], args.max_length, batch)
 
-        batch = sides.fastest(args.peer_batch, peer, turns=2)
+        batch = sides.fastest(args.peer_batch, peer)
         with (
             Side("this toolkit", ours, folder, groups, args.max_length) as our,
             Side("sentence-transformers", sentence_transformers, folder, groups, args.max_length, batch) as their,

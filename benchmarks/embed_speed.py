@@ -94,7 +94,7 @@ def main() -> None:
         few = texts[:: max(1, min(10, len(texts) // 200))]
         return Side(f"batch_size={batch}", sentence_transformers, folder, few, args.max_length, False, batch)
 
-    batch = sides.fastest(args.peer_batch, peer, turns=2)
+    batch = sides.fastest(args.peer_batch, peer)
     if args.profile:
         given = folder, texts, args.max_length, False
         compare_profiles(

@@ -201,7 +201,8 @@ def ask(folder: Path, queries: Sequence[np.ndarray]) -> None:
     index = Index.open(folder)
     index.semantic(queries[0], 10)
     first = time.perf_counter() - began
-    numbers = dict(zip(index.late._rows.tolist(), index.late._numbers.tolist(), strict=True))  # in the order they came
+    opened = index.late._opened
+    numbers = dict(zip(opened.rows.tolist(), opened.numbers.tolist(), strict=True))  # in the order they came
     spent, found = [], []
     for query in queries:
         began = time.perf_counter()

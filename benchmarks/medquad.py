@@ -19,6 +19,7 @@ import numpy as np
 import sides
 
 COMPARED = 300  # documents whose vectors are compared
+MINI_BATCH = 32  # rows that the peer computes at once
 MODEL = ("pooling", "bidirectional", "max_length")  # settings that decide an untrained model's vectors
 
 
@@ -97,7 +98,7 @@ def steps_of(settings: dict[str, Any]) -> list[tuple[float, list[str], list[str]
 def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
     """Train the peer. This process imports the toolkit only after training."""
     import torch
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer import losses
 
     def base():
         pooling = settings.get("pooling")
@@ -105,10 +106,14 @@ def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
 
     model = base()
     sides.add_lora(model, settings["lora_rank"], settings["lora_alpha"])
-    loss_of = CachedMultipleNegativesRankingLoss(model, scale=1 / settings["temperature"], mini_batch_size=32)
+    scale = 1 / settings["temperature"]
+    if settings["batch_size"] > MINI_BATCH:
+        loss_of = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=MINI_BATCH)
+    else:  # which caching would compute twice for nothing
+        loss_of = losses.MultipleNegativesRankingLoss(model, scale=scale)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings["weight_decay"])
-    model.train()
+    # Stays in evaluation mode: the toolkit has no dropout by default, and a step with the model's own takes longer.
     began = time.perf_counter()
     for step, (rate, *texts) in enumerate(steps, start=1):
         for group in optimizer.param_groups:

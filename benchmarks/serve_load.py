@@ -278,14 +278,16 @@ def peer_command(peer: str, model: str, port: int, infinity: str) -> list[str]:
     return [sys.executable, str(ROOT / "benchmarks" / "serve_peer.py"), folder, "--port", str(port), *one]
 
 
-def expect(port: int, plan: list[Request]) -> None:
-    """Ask each request alone, and keep the numbers."""
-    alone = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
+def alone(port: int, plan: list[Request]) -> list[list]:
+    """Return the numbers of each request, asked alone; which also warms the server up."""
+    answers, connection = [], http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
     for request in plan:
-        request.expected, error = ask(alone, request)
-        if error or not request.expected:
+        numbers, error = ask(connection, request)
+        if error or not numbers:
             sys.exit(f"serve_load.py: {request.shape.path}, asked alone: {error or 'in a wrong order'}")
-    alone.close()
+        answers.append(numbers)
+    connection.close()
+    return answers
 
 
 def main() -> int:
@@ -311,13 +313,15 @@ def main() -> int:
         wait_for(ports["serve.py"], "/ready", servers["serve.py"])
         models = {each["id"]: each["kind"] for each in get(ports["serve.py"], "/info")["models"]}
         plan = requests(models, args.requests, args.documents, args.words, first=bool(args.peer))
-        expect(ports["serve.py"], plan)
+        for request, numbers in zip(plan, alone(ports["serve.py"], plan), strict=True):
+            request.expected = numbers
         print(f"{len(plan)} requests answered alone; {resident(servers['serve.py'].pid):,.0f} MB")
         for peer in args.peer:  # all are there before anything is timed; those whose turn it is not are idle
             ports[peer] = free_port()
             command = peer_command(peer, args.model[0], ports[peer], args.infinity)
             servers[peer] = stack.enter_context(started(command))
             wait_for(ports[peer], "/health", servers[peer])
+            alone(ports[peer], plan)
         rates: dict[str, list[float]] = {name: [] for name in servers}
         for _ in range(args.rounds):
             for name, server in servers.items():

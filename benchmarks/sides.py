@@ -1,4 +1,4 @@
-"""Let two sides take turns: shared by `train_speed.py`, `embed_speed.py` and `growth.py`; not a command.
+"""Let two sides take turns: shared by the scripts that compare with a peer; not a command.
 
 Each side of a comparison is a process of its own, so that thread pools and libraries do not disturb each other. It is
 prepared once; then both work in turn, so that other load on the machine affects both alike. A side imports its
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 CACHE = Path(tempfile.gettempdir()) / "mlx-retrieval-benchmarks"
+TRIALS = 3  # measured turns of each setting that a peer may have
 PEERS = ("torch", "transformers", "sentence-transformers", "peft")
 # google/gemma-3-270m's config.json, but for the vocabulary's special tokens.
 GEMMA_270M = {
@@ -111,21 +112,23 @@ class Side:
 
 
 def take_turns(ours: Side, theirs: Side, rounds: int) -> float:
-    """Warm up, then ours, theirs, ours, theirs, ...; returns the median of the rounds' ratios of tokens a second."""
+    """Warm up, then ours, theirs, theirs, ours, ...; returns the median of the rounds' ratios of tokens a second."""
     for side in (ours, theirs):
         for _ in range(side.warm_up):
             side.take_turn()
+    order = [ours, theirs]
     for _ in range(rounds):
-        ours.take_turn()
-        theirs.take_turn()
+        for side in order:
+            side.take_turn()
+        order.reverse()  # what comes second may be some percent slower
     pairs = zip(ours.measured, theirs.measured, strict=True)
     return statistics.median(our.throughput / their.throughput for our, their in pairs)
 
 
-def fastest(choices: Sequence, side: Callable[[Any], Side], turns: int) -> Any:
+def fastest(choices: Sequence, side: Callable[[Any], Side]) -> Any:
     """Return that of `choices` for which `side(choice)` has most tokens a second, each alone on the machine; print all.
 
-    One that runs out of memory is told and passed over.
+    One that runs out of memory is told and passed over; if all do, the script ends.
     """
     if len(choices) == 1:
         return choices[0]
@@ -133,7 +136,7 @@ def fastest(choices: Sequence, side: Callable[[Any], Side], turns: int) -> Any:
     for choice in choices:
         with side(choice) as tried:
             try:
-                for _ in range(turns):
+                for _ in range(tried.warm_up + TRIALS):
                     tried.take_turn()
                 speeds[choice] = tried.median(lambda turn: turn.throughput)
             except RuntimeError as error:
@@ -141,6 +144,8 @@ def fastest(choices: Sequence, side: Callable[[Any], Side], turns: int) -> Any:
             name = tried.name
         if choice in speeds:
             print(f"the peer with {name}: {speeds[choice]:,.0f} tokens/s", flush=True)
+    if not speeds:
+        sys.exit("the peer has memory for none of its settings")
     best = max(speeds, key=speeds.get)
     print(f"the peer's best: {best}")
     return best

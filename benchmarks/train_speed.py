@@ -209,7 +209,7 @@ def compare(args: argparse.Namespace, model: str, rows: Path, batch_size: int) -
             # Steps of minutes: without warm-up, for what it compiles or allocates is nothing beside them.
             their = Side(name, reference, model, rows, args.reference_batch_size, args.max_length, warm_up=0)
         else:
-            texts = sides.in_child(texts_of_batches, rows, batch_size, steps)
+            texts = sides.in_child(texts_of_batches, rows, batch_size, max(steps, 1 + sides.TRIALS))
             budget = best_budget(args.peer_tokens, model, texts, args.max_length, *kind)
             their = Side(name, sentence_transformers, model, texts, args.max_length, *kind, budget)
         with their:
@@ -223,7 +223,7 @@ def best_budget(budgets: list[int], model: str, texts: list, max_length: int, ta
     def side(budget: int) -> Side:
         return Side(budget_name(budget), sentence_transformers, model, quarter, max_length, task, train_type, budget)
 
-    return sides.fastest(budgets, side, turns=2)
+    return sides.fastest(budgets, side)
 
 
 def budget_name(budget: int) -> str:

@@ -13,6 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,45 @@ def test_what_is_measured_is_prepared_as_in_commands():
     users = {name for name, text in texts.items() if computing.search(text)}
     assert len(users) > 10
     assert not [name for name in sorted(users) if "backend.prepare()" not in texts[name]]
+
+
+# --- sides.py ---------------------------------------------------------------------------------------------------------
+
+
+class Sides:
+    """Sides that note their turns instead of computing, `speeds` tokens a second by name; 0 runs out of memory."""
+
+    def __init__(self, **speeds: float):
+        self.speeds, self.order = speeds, []
+
+    def __call__(self, name: str) -> sides.Side:
+        side = sides.Side.__new__(sides.Side)
+        side.name, side.warm_up, side.turns = name, 1, []
+
+        def take_turn() -> None:
+            if not self.speeds[name]:
+                raise RuntimeError("out of memory\nsomewhere")
+            self.order.append(name)
+            side.turns.append(sides.Turn(1.0, self.speeds[name], 0))
+
+        side.take_turn = take_turn
+        side._child = SimpleNamespace(shutdown=lambda: None)
+        return side
+
+
+def test_either_side_begins_half_of_the_rounds():
+    """Regression: what comes second may be slower, and that was always the peer."""
+    made = Sides(a=30, b=20)
+    assert sides.take_turns(made("a"), made("b"), 3) == 1.5
+    assert "".join(made.order) == "ab" + "ab" + "ba" + "ab"
+
+
+def test_the_peer_gets_its_fastest_setting(capsys):
+    assert sides.fastest(["a", "b", "c"], made := Sides(a=0, b=20, c=30)) == "c"
+    assert made.order.count("b") == 1 + sides.TRIALS
+    assert "a: out of memory\n" in (streams := capsys.readouterr()).err and "best: c" in streams.out
+    with pytest.raises(SystemExit, match="memory for none"):
+        sides.fastest(["a", "b"], Sides(a=0, b=0))
 
 
 # --- gate.py ----------------------------------------------------------------------------------------------------------
