@@ -136,7 +136,8 @@ class Model:
         if show_progress is None:
             show_progress = len(texts) > 2_000 and sys.stderr.isatty()
         results = [None] * len(texts) if self.late else np.empty((len(texts), full), np.float32)
-        self.model.eval()
+        if self.model.training:  # eval() walks through all modules
+            self.model.eval()
         done = 0
         with progress_bar("embedding", "texts", len(texts), show_progress) as progress:
             for first in range(0, len(texts), CHUNK):

@@ -221,7 +221,8 @@ class Reranker:
 
     def _raw(self, groups: Sequence[Group]) -> np.ndarray:
         """Return the scores of all groups' documents before the activation, one group after another."""
-        self.model.eval()
+        if self.model.training:  # eval() walks through all modules
+            self.model.eval()
         if not any(documents for _, documents in groups):
             return np.zeros(0, np.float32)
         score = self._late if self.late else self._listwise if self.kind == "listwise" else self._pairs

@@ -1,7 +1,7 @@
 """Compile the passes of a model: one graph for each shape of micro-batch, at most as many as may be kept.
 
 functions = CompiledFunctions(model)
-functions("forward", micro_batch, None, [])                             # (R, ...), not evaluated
+functions("forward", micro_batch, None, functions.weights(), [])        # (R, ...), not evaluated
 
 Every runner that compiles shares this: `cpu_model_runner.py`, and `compiled_model_runner.py` for all other devices.
 """
@@ -56,13 +56,23 @@ class CompiledFunctions:
         self.model, self.adapters, self.trained, self.shapes_kept = model, adapters, trained, SHAPES_KEPT
         self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # most recently used last
 
-    def __call__(self, kind: str, micro_batch: MicroBatch, seed: int | None, *arrays) -> mx.array | list | dict:
+    def weights(self) -> dict:
+        """Return the model's parameters, evaluated, to be shared by calls: a walk takes a third of a call."""
+        with _building:
+            weights = self.model.parameters()
+        mx.eval(weights)  # see `model_runner.evaluate_weights`
+        return weights
+
+    def __call__(
+        self, kind: str, micro_batch: MicroBatch, seed: int | None, weights: dict, *arrays
+    ) -> mx.array | list | dict:
         """Build the graph of one pass without computing it.
 
         Args:
             kind: "forward", "forward_saving" or "gradient", the method to compile.
             seed: of dropout; None = do not seed.
-            arrays: that method's arguments between `weights` and `micro_batch`.
+            weights: see `weights`.
+            arrays: that method's further arguments before `micro_batch`.
         """
         with _building:
             random = self.model.training and any(isinstance(m, nn.Dropout) and m._p_1 < 1 for m in self.model.modules())
@@ -70,7 +80,7 @@ class CompiledFunctions:
             function = self._function(kind, micro_batch, mx.random.state if random else [], counts)
             if seed is not None:
                 gradient_checkpointing.seed(seed)
-            result = function(self.model.parameters(), *arrays, *micro_batch)
+            result = function(weights, *arrays, *micro_batch)
             if random:
                 gradient_checkpointing.seed(seed or 0)  # the state that the graph leaves behind belongs to this thread
             return result

@@ -29,18 +29,19 @@ class CompiledModelRunner(ModelRunner):
         self._functions.shapes_kept = shapes_of(models)
 
     def _evaluated(self, micro_batch: MicroBatch, seed: int | None = None) -> mx.array:
-        result = self._functions("forward", filled(micro_batch), seed, [])[: len(micro_batch.ids)]
+        weights = self._functions.weights()
+        result = self._functions("forward", filled(micro_batch), seed, weights, [])[: len(micro_batch.ids)]
         evaluate(result)
         return result
 
     def _gradient_function(self) -> Callable[[MicroBatch, int, mx.array], dict]:
-        trained = self.model.trainable_parameters()
+        weights, trained = self._functions.weights(), self.model.trainable_parameters()
 
         def gradient(micro_batch: MicroBatch, seed: int, cotangent: mx.array) -> dict:
             batch = filled(micro_batch)
             missing = len(batch.ids) - len(cotangent)
             cotangent = mx.pad(cotangent, [(0, missing), *[(0, 0)] * (cotangent.ndim - 1)])
-            return self._functions("gradient", batch, seed, [], trained, cotangent, [])
+            return self._functions("gradient", batch, seed, weights, [], trained, cotangent, [])
 
         return gradient
 

@@ -103,13 +103,13 @@ class CpuModelRunner(ModelRunner):
     ) -> Iterator[mx.array]:
         """See `ModelRunner`; `saved` takes products up to `device_memory.for_products()`."""
         tokens = sum(micro_batch.ids.size for micro_batch in micro_batches)
-        merged = self._merged(tokens)
+        weights, merged = self._weights(tokens)
         saves = saved is not None and self._product_size and tokens >= backend.MICRO_BATCH_TOKENS
         saving = self._worth_saving(micro_batches) if saves else ()
 
         def task(functions: CompiledFunctions, i: int) -> mx.array:
             kind = "forward_saving" if i in saving else "forward"
-            result = functions(kind, micro_batches[i], None if seeds is None else int(seeds[i]), merged)
+            result = functions(kind, micro_batches[i], None if seeds is None else int(seeds[i]), weights, merged)
             evaluate(result)
             if i in saving:
                 result, *saved[i] = result
@@ -133,7 +133,7 @@ class CpuModelRunner(ModelRunner):
         saved: SavedProducts | None = None,
     ) -> dict:
         saved = {} if saved is None else saved
-        merged = self._merged(sum(micro_batch.ids.size for micro_batch in micro_batches))
+        weights, merged = self._weights(sum(micro_batch.ids.size for micro_batch in micro_batches))
         trained = self.model.trainable_parameters()
         mx.eval(cotangents)
 
@@ -142,10 +142,10 @@ class CpuModelRunner(ModelRunner):
             for i in sorted(share, key=lambda i: i not in saved):  # first those whose products take memory
                 products = saved.pop(i, [])
                 seed = int(seeds[i])
-                gradient = functions("gradient", micro_batches[i], seed, merged, trained, cotangents[i], products)
-                gradient = in_float32(gradient)
+                arrays = weights, merged, trained, cotangents[i], products
+                gradient = in_float32(functions("gradient", micro_batches[i], seed, *arrays))
                 total = gradient if total is None else tree_map(mx.add, total, gradient)
-                del products
+                del arrays, products
                 evaluate(total)
             return total
 
@@ -179,11 +179,11 @@ class CpuModelRunner(ModelRunner):
                     chosen.add(i)
         return chosen
 
-    def _merged(self, tokens: int) -> list[mx.array]:
-        """Return weights with their adapters added, or [] where merging would cost more than it saves."""
-        mx.eval(self.model.parameters())  # see `__init__`
+    def _weights(self, tokens: int) -> tuple[dict, list[mx.array]]:
+        """Return all weights, and those with adapters added to them; of these none where it would not be worth it."""
+        weights = self._functions[0].weights()
         if tokens < backend.MICRO_BATCH_TOKENS:
-            return []
+            return weights, []
         merged = [merged_lora.merge(layer) for layer in self._adapters]
         mx.eval(merged)
-        return merged
+        return weights, merged
