@@ -178,7 +178,7 @@ def searched(args: argparse.Namespace) -> "tuple[Searcher, list[Query], list[Sea
     queries = index_search.read_queries(args.queries, FolderRules(args.strict, args.ignore_identical_ids))
     searcher = Searcher(args.store or args.index, args.model_path, field=args.field, dtype=args.dtype)
     index = searcher.index
-    queries, notes = index_search.checked(queries, index.known(index_search.wanted(queries)), str(index.folder))
+    queries, notes = index_search.checked(queries, index)
     results = index_search.search(index, searcher.model, queries)
     for note in [*notes, *index_search.notes_on_quoted(queries, results)]:
         print(f"search.py: {note}", file=sys.stderr)

@@ -130,7 +130,7 @@ class Results:
         self.index, self.model = Index.open(index), model
         rows = index_search.read_queries(QUESTIONS if folder == ROOT else folder)
         self.queries: list[Query]
-        self.queries, notes = index_search.checked(rows, self.index.known([]), str(index))
+        self.queries, notes = index_search.checked(rows, self.index)
         print_lines([("note", note) for note in notes])
         self.found = index_search.search(self.index, model, self.queries)
         self.candidates = [

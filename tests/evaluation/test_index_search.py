@@ -149,7 +149,7 @@ def test_the_command_evaluates(searcher, beir, tmp_path, capsys):
 
 def test_ids_with_colons_are_no_lines():
     queries = [Query("q", {Target("d", 2): 1}), Query("q", {Target("a.py", 3): 1}), Query("q", {Target("b", 1): 1})]
-    resolved, missing, _ = index_search.resolve(queries, ["d:2", "a.py"])
+    resolved, missing, *_ = index_search.resolve(queries, ["d:2", "a.py"])
     assert [list(query.targets) for query in resolved] == [[Target("d:2")], [Target("a.py", 3)], [Target("b", 1)]]
     assert missing == ["b"] and index_search.wanted(queries) == ["d", "d:2", "a.py", "a.py:3", "b", "b:1"]
 
@@ -170,7 +170,7 @@ def test_ids_with_colons_are_no_lines():
 )
 def test_paths_match_by_their_ends(name, answer):
     paths = ["src/shapes/area.py", "a/lines.py", "b/lines.py"]
-    resolved, missing, ambiguous = index_search.resolve([Query("q", {Target(name, 7): 1})], paths)
+    resolved, missing, ambiguous, _ = index_search.resolve([Query("q", {Target(name, 7): 1})], paths)
     assert list(resolved[0].targets) == [Target(answer or name, 7)] and missing == [name] * (answer is None)
     assert ambiguous == ({"lines.py": ["a/lines.py", "b/lines.py"]} if name == "lines.py" else {})
 
@@ -184,6 +184,45 @@ def test_a_table_of_zeros_is_refused(searcher, tmp_path, capsys):
         told = capsys.readouterr()
         assert "none of the answers, such as texts/d0.txt, is in" in told.err and "the index holds d0" in told.err
         assert not told.out
+
+
+@pytest.fixture(scope="module")
+def files(small, tmp_path_factory) -> str:
+    """The index of a tree: a page at the top, a folder of pages, and a file without lines."""
+    root = tmp_path_factory.mktemp("files")
+    texts = {
+        "README.md": "# Boiler\n\nIt drips.\n",
+        "docs/bike.md": "# Bike\n\nIt squeaks.\n",
+        "lamp.html": "<p>Dim.</p>",
+    }
+    for name, text in texts.items():
+        (root / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "tree" / name).write_text(text)
+    assert search.main(["index", str(root / "tree"), "--model-path", small, "--index", str(root / "index")]) == 0
+    return str(root / "index")
+
+
+def test_a_missing_file_of_a_folder_is_not_one_further_out(files, tmp_path, capsys):
+    """Regression: docs/README.md, which is not in the index, counted as README.md, and nobody was told."""
+    rows = [{"query": "boiler", "path": "docs/README.md"}, {"query": "bike", "path": "checkout/docs/bike.md"}]
+    rows.append({"query": "boiler drips", "path": "checkout/README.md", "line": 1})
+    assert search.main(["eval", write_jsonl(tmp_path / "queries.jsonl", rows), "--index", files]) == 0
+    told = capsys.readouterr().err
+    assert "1 of the answers are not in" in told and "no search finds docs/README.md\n" in told
+    assert "2 of the answers are written from another folder than" in told
+    assert "checkout/docs/bike.md is taken for docs/bike.md\n" in told
+
+
+@pytest.mark.parametrize(("path", "line"), [("README.md", 99), ("lamp.html", 1)])
+def test_a_line_that_no_chunk_has_is_told(files, tmp_path, capsys, path, line):
+    """Regression: a table of zeros, with exit code 0."""
+    rows = [{"query": "boiler", "path": path, "line": line}]
+    queries, told = tmp_path / "queries.jsonl", f"{path}:{line} (no chunk has this line)"
+    assert search.main(["eval", write_jsonl(queries, rows), "--index", files]) == 2
+    assert f"none of the answers, such as {told}, is in" in capsys.readouterr().err
+    assert search.main(["eval", write_jsonl(queries, [*rows, {"query": "dim", "path": path}]), "--index", files]) == 0
+    error = capsys.readouterr().err
+    assert "1 of the answers are not in" in error and f"no search finds {told}\n" in error
 
 
 def test_questions_that_stand_in_a_document_are_pointed_out(searcher, tmp_path, capsys):
@@ -200,8 +239,8 @@ def test_questions_that_stand_in_a_document_are_pointed_out(searcher, tmp_path, 
 def test_the_questions_about_this_repository_have_answers_in_it():
     queries = read_queries(ROOT / "eval-data" / "this-repository.jsonl")
     paths = [file.path for file in file_tree.walk(ROOT, exclude=["adapters"]).files]
-    _, missing, ambiguous = index_search.resolve(queries, paths)
-    assert (len(queries), missing, ambiguous) == (40, [], {})
+    _, missing, ambiguous, renamed = index_search.resolve(queries, paths)
+    assert (len(queries), missing, ambiguous, renamed) == (40, [], {}, {})
 
 
 @pytest.mark.parametrize(
