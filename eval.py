@@ -249,6 +249,8 @@ def check_flags(args: argparse.Namespace) -> Path | None:
     if args.results:
         return check_results(args)
     refuse(args, ("results_name", "task_types", "languages", "task_prompts"), "only with --results")
+    if not args.output:
+        refuse(args, ("overwrite",), "only with --output or --results")
     if args.depth is not None:
         check_depth(args.depth)
     output = Path(args.output) if args.output else None

@@ -487,6 +487,7 @@ WRONG = [
     (["--task", "late", "--depth", "5"], "--depth: only for --task rerank"),
     ([*RERANK, "--eval-tasks", "no/where"], "no/where: no such folder"),
     ([*RERANK, "--output", "README.md/where.json"], "README.md is not a folder"),
+    (["--overwrite"], "--overwrite: only with --output or --results"),
 ]
 
 
