@@ -39,7 +39,18 @@ __all__ = ["Model", "load"]
 
 # Attributes of the flags that have an effect on every job, and with --to.
 COMPUTING = ("dtype", "compile", "dequantize")
-TO_INDEX = ("to", "model", "adapter", "max_length", "field", "es_fields", "language", "overwrite", *COMPUTING)
+TO_INDEX = (
+    "to",
+    "model",
+    "adapter",
+    "max_length",
+    "field",
+    "es_fields",
+    "word_fields",
+    "language",
+    "overwrite",
+    *COMPUTING,
+)
 
 
 def read_ranges(path: Path) -> np.ndarray:
@@ -119,6 +130,7 @@ def embed_file(args: argparse.Namespace) -> str:
 
 def embed_index(args: argparse.Namespace) -> str:
     """Embed the documents of the Elasticsearch index `--to` into it; return the line that tells what was written."""
+    from mlx_retrieval.retrieval.elastic_fields import BESIDES
     from mlx_retrieval.retrieval.elastic_index import write_vectors
     from mlx_retrieval.utils.progress import progress_bar
 
@@ -126,10 +138,13 @@ def embed_index(args: argparse.Namespace) -> str:
     texts = row_fields.get("document") or row_fields.get("positive")
     if not texts:
         raise UserError("--es-fields: document=FIELD+FIELD must name the fields to embed")
+    words = None
+    if args.word_fields is not None:
+        words = {} if args.word_fields == "none" else columns.parse_keys(args.word_fields, "--word-fields", BESIDES)
     model, field = load(args.model, args.adapter, args.dtype, max_length=args.max_length), args.field or "vector"
     dtypes.warn("embed.py", model)
     with progress_bar("embedding", "documents") as progress:
-        count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress, args.language)
+        count, empty = write_vectors(model, args.to, field, texts, args.overwrite, progress, args.language, words)
     skipped = f"; skipped {quantity(empty, 'document')} without text" if empty else ""
     search = shell("python", "search.py", "search", "your question", "--store", args.to)
     written = f"{quantity(count, 'vector')} of {model.dimensions} dimensions in {field}"
@@ -176,6 +191,12 @@ def parser() -> Parser:
     default = "+".join(columns.parse(columns.ELASTIC_DEFAULT)["document"])
     out.add_argument(
         "--es-fields", metavar="TEXT", help=f"with --to: the fields to embed, document=FIELD+FIELD (default: {default})"
+    )
+    out.add_argument(
+        "--word-fields",
+        metavar="TEXT",
+        help="with --to: further fields that a search by words looks at, each with a weight that search.py tune "
+        "learns: path=FIELD,name=FIELD+FIELD,doc=FIELD, or none (default: as before, or none)",
     )
     out.add_argument(
         "--language",
@@ -259,7 +280,8 @@ def check_flags(flags: Parser, args: argparse.Namespace) -> None:
         flags.take_only(args, TO_INDEX, reason)
         del needed["--input"], needed["--output"]
     else:
-        flags.take_none(args, ("es_fields", "language"), "--es-fields and --language are for --to")
+        only = ("es_fields", "word_fields", "language")
+        flags.take_none(args, only, "--es-fields, --word-fields and --language are for --to")
     if missing := [name for name, value in needed.items() if value is None]:
         flags.error(f"the following arguments are required: {', '.join(missing)} (or only --check MODEL)")
 

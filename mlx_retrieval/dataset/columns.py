@@ -7,7 +7,7 @@ Columns are the keys of JSON rows, the columns of tables or the fields of an ind
 a key in an object. A row with none of these columns is read by its own names.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_retrieval.dataset.json_lines import RowError, reason_of
@@ -27,18 +27,36 @@ Columns = dict[str, tuple[str, ...]]  # a row's key -> the columns of its value
 def parse(text: str, flag: str = "--columns") -> Columns:
     """Parse `key=column+column,key=column`. UserError, which names the flag, for another form or an unknown key."""
     columns: Columns = {}
-    for part in text.split(","):
-        key, equals, names = (piece.strip() for piece in part.partition("="))
-        if not equals or not key or not all(name.strip() for name in names.split("+")):
-            raise UserError(f"{flag}: {part.strip()!r} is not of the form key=column or key=column+column")
+    for key, group in _pairs(text, flag):
         if (role := role_of(key, weak=False)) is None:
             known = [name for words in ROLES.values() for name in words]
             listing = "query, document, documents, negatives, label, scores, pos_scores, neg_scores, rank, prompt"
             raise UserError(f"{flag}: no key {key!r} in a row; there are {listing}{near_miss(key, known)}")
         if key in columns or (role != "negatives" and role in map(role_of, columns)):
             raise UserError(f"{flag}: {key} twice")
-        columns[snake_case(key)] = tuple(name.strip() for name in names.split("+"))
+        columns[snake_case(key)] = group
     return columns
+
+
+def parse_keys(text: str, flag: str, keys: Sequence[str]) -> Columns:
+    """Parse the same form with other `keys` than those of rows. UserError for another one."""
+    columns: Columns = {}
+    for key, group in _pairs(text, flag):
+        if key not in keys:
+            raise UserError(f"{flag}: no key {key!r}; there are {', '.join(keys)}{near_miss(key, keys)}")
+        if key in columns:
+            raise UserError(f"{flag}: {key} twice")
+        columns[key] = group
+    return columns
+
+
+def _pairs(text: str, flag: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield every key and its columns."""
+    for part in text.split(","):
+        key, equals, names = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not all(name.strip() for name in names.split("+")):
+            raise UserError(f"{flag}: {part.strip()!r} is not of the form key=column or key=column+column")
+        yield key, tuple(name.strip() for name in names.split("+"))
 
 
 def check_roles(columns: Columns) -> None:

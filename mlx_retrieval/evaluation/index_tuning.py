@@ -21,7 +21,7 @@ from mlx_retrieval.evaluation.results import Evaluation
 from mlx_retrieval.retrieval import fields
 from mlx_retrieval.retrieval.analyzer import analyzer
 from mlx_retrieval.retrieval.base import Hit, Within
-from mlx_retrieval.retrieval.bm25f import FieldedBm25
+from mlx_retrieval.retrieval.bm25f import FieldedBm25, Scorer
 from mlx_retrieval.retrieval.fusion import POOL, Candidate, complete, fuse_scores, minmax, weight_of
 from mlx_retrieval.retrieval.rewriting import rewrite
 from mlx_retrieval.utils.errors import UserError
@@ -93,7 +93,7 @@ class Tuner:
     """Searches an index with other settings.
 
     Args:
-        index: a LanceDB or Elasticsearch index; fields are tuned in the first alone.
+        index: a LanceDB or Elasticsearch index; of the second, a server is asked for every choice of fields.
         queries: at least FEWEST_QUERIES, resolved.
         results: their hits, from `index_search.search`.
 
@@ -111,6 +111,8 @@ class Tuner:
         self.bm25, self.tuned_fields = None, []
         if hasattr(index, "chunk_texts"):
             self._read_texts()
+        elif besides := getattr(index, "word_fields", ()):
+            self._tune_fields([number for number, name in enumerate(fields.FIELDS) if name in besides])
 
     def _read_texts(self) -> None:
         """Count the words in the fields of all chunks."""
@@ -126,8 +128,11 @@ class Tuner:
         self.hits = [Hit(text="", score=0.0, **row) for row in rows]
         self._numbers = {hit.id: number for number, hit in enumerate(self.hits)}
         empty = self.bm25.empty_fields
-        self.tuned_fields = [n for n, name in enumerate(fields.FIELDS) if name != "text" and name not in empty]
-        self.before = self.before._replace(fields=tuple(info.fields[name] for name in fields.FIELDS))
+        self._tune_fields([n for n, name in enumerate(fields.FIELDS) if name != "text" and name not in empty])
+
+    def _tune_fields(self, numbers: list[int]) -> None:
+        self.tuned_fields = numbers
+        self.before = self.before._replace(fields=tuple(self.index.info.fields[name] for name in fields.FIELDS))
 
     def tune(self, seed: int = 0) -> Tuned:
         """Return the best settings, and the figures of words, meaning and both, before and after."""
@@ -177,15 +182,26 @@ class Tuner:
     def _candidates_of(self, weights: tuple[int, ...]) -> list[list[Candidate]]:
         """Return the candidates of every query, for these weights of the fields."""
         if weights != self._candidates[0]:
-            scorer = self.bm25.scorer(dict(zip(fields.FIELDS, weights, strict=True))) if self.bm25 else None
-            self._candidates = weights, [self._complete(number, scorer) for number in range(len(self.queries))]
+            named, numbers = dict(zip(fields.FIELDS, weights, strict=False)), range(len(self.queries))
+            if self.bm25:
+                scorer = self.bm25.scorer(named)
+                candidates = [self._complete(number, scorer) for number in numbers]
+            else:
+                index = self.index.weighted(named) if weights not in ((), self.before.fields) else self.index
+                candidates = [self._searched(number, index) for number in numbers]
+            self._candidates = weights, candidates
         return self._candidates[1]
 
-    def _complete(self, number: int, scorer: Any) -> list[Candidate]:
+    def _searched(self, number: int, index: Any) -> list[Candidate]:
+        """Return the candidates of a query, which an index with other weights scores."""
+        query, (vector, words, meaning) = self.queries[number], self.results[number]
+        if index is not self.index:
+            words = index.bm25(query.text, POOL)
+        return complete(index, query.text, vector, words, meaning)
+
+    def _complete(self, number: int, scorer: Scorer) -> list[Candidate]:
         """Return the candidates of a query, scored by words here and by meaning in the index."""
         query, searched, meaning = self.queries[number], self.results[number], self._meaning[number]
-        if scorer is None:
-            return complete(self.index, query.text, searched.vector, searched.words, searched.meaning)
         scores = scorer.scores(query.text)
         first = np.argsort(-scores, kind="stable")[:POOL]
         hits = {self.hits[i].id: (self.hits[i], scores[i]) for i in first[scores[first] > 0]}
@@ -201,12 +217,14 @@ class Tuner:
 
 
 def keep(index: Any, settings: Settings) -> None:
-    """Keep settings in an index. Other weights of fields need its words again. The caller holds the lock of it."""
+    """Keep settings in an index. LanceDB needs its words again for other weights. The caller holds the lock of it."""
     weights = dict(zip(fields.FIELDS, settings.fields, strict=False))
-    if weights and weights != index.info.fields:
+    if not weights or weights == index.info.fields:
+        index.keep_weight(settings.weight)
+    elif hasattr(index, "chunk_texts"):
         rewrite(index, fields=weights, weight=settings.weight)
     else:
-        index.keep_weight(settings.weight)
+        index.keep_weight(settings.weight, weights)
 
 
 def described(settings: Settings) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 from mlx_retrieval.dataset.columns import joined
 from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.server import parse
-from mlx_retrieval.retrieval import elastic_index
 from mlx_retrieval.retrieval.analyzer import analyzer
+from mlx_retrieval.retrieval.elastic_fields import words_of
 from mlx_retrieval.utils.errors import UserError
 
 MORE = 100  # further hits, as known positives are among the hits and do not count
@@ -58,14 +58,14 @@ class ElasticCorpus:
             depth: best documents to look at.
         """
         client, server = self.documents.server.client, self.documents.server
-        words = elastic_index.words_field(server, self.texts)
+        words = words_of(server, self.texts)
 
         def scores(query: str) -> np.ndarray:
             out = np.zeros(count, np.float32)
             match = {"multi_match": {"query": query, "fields": self.texts, "type": "most_fields"}}
             if words:
-                field, language = words
-                match = {"match": {field: {"query": " ".join(analyzer(language).query_terms(query))}}}
+                field, vectors = words
+                match = vectors.query(field, analyzer(vectors.language).query_terms(query))
             size = min(depth + MORE, 10_000)
             answer = server.call(client.search, index=self.address.index, query=match, size=size, source=False)
             for hit in answer["hits"]["hits"]:

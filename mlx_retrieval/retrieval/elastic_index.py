@@ -1,15 +1,14 @@
 """Vectors in an Elasticsearch index: written by `embed.py --to es://index`, searched by `search.py --store es://index`.
 
-Beside each field of vectors stands one of words, `vector_words` of `vector`: the terms of the same texts, as
-`analyzer` makes them for every index. Elasticsearch only splits them at white space. The mapping's `_meta` records, for
-every field of vectors, the model and the texts that both were made from.
+The words beside the vectors, and what the index records of both: see elastic_fields.py.
 
 from mlx_retrieval.retrieval.elastic_index import ElasticIndex
 for hit in ElasticIndex("es://index", "vector").bm25("read line", 10): print(hit.path, hit.score)
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,51 +19,16 @@ from mlx_retrieval.dataset.elastic.documents import Documents
 from mlx_retrieval.dataset.elastic.server import Server, parse
 from mlx_retrieval.retrieval.analyzer import ANALYSIS, ENGLISH, analyzer, check_language, is_cut_otherwise
 from mlx_retrieval.retrieval.base import EVERYWHERE, Hit, IndexInfo, Within
+from mlx_retrieval.retrieval.elastic_fields import VectorField, put_mapping, read_meta, words_name
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import shell
 
 if TYPE_CHECKING:
     from mlx_retrieval.inference.embedder import Model
 
-META = "mlx-retrieval"
-WORDS = "{}_words"  # name of the field of words that belongs to a field of vectors
 IDS_AT_ONCE = 1_000
 NO_FILTERS = "--language and --path: for an --index of files; documents in Elasticsearch have neither"
 CANDIDATES = 10  # candidates in each shard for each requested hit, and at least 100 in all
-
-
-@dataclass
-class VectorField:
-    """The origin of the vectors in a field."""
-
-    model: str
-    fingerprint: str
-    dimensions: int
-    texts: list[str]  # fields that were embedded, joined by line breaks
-    similarity: str  # Elasticsearch's name: cosine, or max_inner_product if vectors are not of unit length
-    state: str = "complete"  # "growing" while vectors are missing, "replacing" while some may be of another model
-    language: str = ""  # of the words' stems and stop words; "" = there are no words yet, from an earlier version
-    weight: float | None = None  # of the meaning in a search by both, as learnt; None = the default
-    analysis: int = 1  # version of analyzer.ANALYSIS that made the words
-
-
-def read_meta(server: Server) -> dict[str, VectorField]:
-    """Return field -> origin of the vectors in an index. Raises UserError if the address matches several indices."""
-    answer = server.call(server.client.indices.get_mapping, index=server.address.index)
-    if len(answer) > 1:
-        raise UserError(f"{server.address}: several indices ({', '.join(sorted(answer))}); one must be named")
-    (index,) = answer.values()
-    meta = index["mappings"].get("_meta", {}).get(META, {})
-    return {name: VectorField(**values) for name, values in meta.items()}
-
-
-def words_field(server: Server, texts: Sequence[str]) -> tuple[str, str] | None:
-    """Return the field of words that were made of these texts, and their language; None = there is none."""
-    if len(server.call(server.client.indices.get_mapping, index=server.address.index)) > 1:
-        return None
-    fields = read_meta(server).items()
-    found = ((WORDS.format(name), v.language) for name, v in fields if v.texts == list(texts) and v.language)
-    return next(found, None)
 
 
 def write_vectors(
@@ -75,11 +39,12 @@ def write_vectors(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     language: str | None = None,
+    word_fields: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[int, int]:
     """Embed the documents of an Elasticsearch index and write the vectors, and the words, into fields of it.
 
     Documents that have a vector of this model keep it, so an interrupted run continues, and new documents are added.
-    Words that are missing, or of another language, are written without embedding anything.
+    Words that are missing, of another language or of other fields, are written without embedding anything.
 
     Args:
         model: a model of one vector a text.
@@ -89,6 +54,8 @@ def write_vectors(
         overwrite: replace the vectors of another model.
         progress: called with (documents done, total).
         language: of the words' stems and stop words, see analyzer.py; None = as before, or English.
+        word_fields: path, name or doc -> fields of a document whose words a search finds it by as well, see fields.py;
+            None = as before, or no others.
 
     Returns the number of documents written, and the number without text. Raises UserError if the field holds vectors
     of another model or of other texts.
@@ -116,19 +83,24 @@ def write_vectors(
             vectors.state = "replacing"
         else:
             vectors.weight = before.weight
+        vectors.word_fields, vectors.weights = before.word_fields, before.weights
+    if word_fields is not None:
+        vectors.word_fields = {name: list(group) for name, group in word_fields.items()}
     missing = {"bool": {"must_not": {"exists": {"field": field}}}}
-    source = Documents(server.address, texts, None if vectors.state == "replacing" else missing)
+    source = Documents(server.address, vectors.sources, None if vectors.state == "replacing" else missing)
     absent, present = source.missing()
     if absent:
         raise UserError(f"{server.address}: no field {', '.join(sorted(absent))} (there: {', '.join(present)})")
     if before and vectors.state == "growing":
         has_words = before.language == language
+        same = {name: group for name, group in vectors.word_fields.items() if before.word_fields.get(name) == group}
         state = {"analysis": before.analysis} if has_words else {"language": ""}
-        _put_mapping(server, field, replace(vectors, **state))
+        # What counts until all words are written. The server would choose an analyzer for fields that it does not know.
+        put_mapping(server, field, replace(vectors, word_fields=same, **state), vectors.word_fields)
         if has_words and before.analysis < ANALYSIS:
             _write_words(server, field, vectors, False, is_cut_otherwise)
-        _write_words(server, field, vectors, has_words)
-    _put_mapping(server, field, vectors)
+        _write_words(server, field, vectors, has_words and same == vectors.word_fields)
+    put_mapping(server, field, vectors)
     survey, done = source.survey(), 0
     try:
         for low, high in source.ranges(survey):
@@ -137,8 +109,7 @@ def write_vectors(
                 places = [f"{server.address}, document {hit['_id']}" for hit in hits]
                 contents = [joined(hit["_source"], texts) for hit in hits]
                 embedded = embed(model, contents, "document", places.__getitem__)
-                words = [analyzer(language).stream(text) for text in contents]
-                _write(server, hits, {field: embedded.tolist(), WORDS.format(field): words})
+                _write(server, hits, {field: embedded.tolist()} | _words(field, vectors, hits))
             done += len(hits)
             if progress:
                 progress(done, survey.count)
@@ -147,7 +118,7 @@ def write_vectors(
     server.open()
     server.call(server.client.indices.refresh, index=server.address.index)
     vectors.state = "complete"
-    _put_mapping(server, field, vectors)
+    put_mapping(server, field, vectors)
     return done, survey.count - done
 
 
@@ -161,18 +132,22 @@ def _write_words(
     """
     clauses: dict[str, Any] = {"filter": [{"exists": {"field": field}}]}
     if has_words:
-        clauses["must_not"] = [{"exists": {"field": WORDS.format(field)}}]
-    source = Documents(server.address, vectors.texts, {"bool": clauses})
+        clauses["must_not"] = [{"exists": {"field": words_name(field)}}]
+    source = Documents(server.address, vectors.sources, {"bool": clauses})
     try:
         for low, high in source.ranges(source.survey()):
             hits = source.read(low, high)
-            texts = {hit["_id"]: joined(hit["_source"], vectors.texts) for hit in hits}
-            if hits := [hit for hit in hits if chosen(texts[hit["_id"]])]:
-                words = [analyzer(vectors.language).stream(texts[hit["_id"]]) for hit in hits]
-                _write(server, hits, {WORDS.format(field): words})
+            if hits := [hit for hit in hits if chosen("\n".join(vectors.contents(hit["_source"]).values()).strip())]:
+                _write(server, hits, _words(field, vectors, hits))
     finally:
         source.close()
     server.open()
+
+
+def _words(field: str, vectors: VectorField, hits: Sequence[dict]) -> dict[str, list[str]]:
+    """Return the fields of words of documents, with a value for each document."""
+    rows = [vectors.words(field, hit["_source"]) for hit in hits]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _write(server: Server, hits: Sequence[dict], values: dict[str, Sequence[Any]]) -> None:
@@ -187,20 +162,6 @@ def _write(server: Server, hits: Sequence[dict], values: dict[str, Sequence[Any]
     if rejected := [error["update"] for error in errors if error["update"].get("status") != 404]:
         reason = rejected[0].get("error", {})
         raise UserError(f"{server.address}: {len(rejected)} documents were rejected: {reason.get('reason', reason)}")
-
-
-def _put_mapping(server: Server, field: str, vectors: VectorField) -> None:
-    """Create the fields of vectors and words if they are missing, and record their origin."""
-    index = next(iter(server.call(server.client.indices.get_mapping, index=server.address.index).values()))
-    meta = index["mappings"].get("_meta", {})
-    meta |= {META: meta.get(META, {}) | {field: asdict(vectors)}}
-    # Full precision: newer servers would quantise to a byte or a bit a dimension by default.
-    options = {"type": "hnsw", "m": 16, "ef_construction": 100}
-    kind = {"type": "dense_vector", "dims": vectors.dimensions, "index": True, "similarity": vectors.similarity}
-    kind |= {"index_options": options}
-    words = {"type": "text", "analyzer": "whitespace", "index_options": "freqs"}
-    fields = {field: kind, WORDS.format(field): words}
-    server.call(server.client.indices.put_mapping, index=server.address.index, properties=fields, meta=meta)
 
 
 class ElasticIndex:
@@ -227,9 +188,8 @@ class ElasticIndex:
         self.vectors = vectors = fields[self.field]
         self.texts, self._similarity = vectors.texts, vectors.similarity
         info = IndexInfo(".", True, vectors.model, vectors.fingerprint, vectors.dimensions, 0, 0)
-        self.info = replace(
-            info, complete=vectors.state == "complete", language=vectors.language or ENGLISH, weight=vectors.weight
-        )
+        state = {"complete": vectors.state == "complete", "language": vectors.language or ENGLISH}
+        self.info = replace(info, **state, weight=vectors.weight, fields=vectors.weights)
 
     def rebuild_command(self, model: str) -> str:
         """Return the command that embeds the documents again with a model."""
@@ -249,7 +209,7 @@ class ElasticIndex:
         ]
 
     def bm25(self, query: str, top: int, within: Within = EVERYWHERE) -> list[Hit]:
-        """Return the best documents by BM25 over the words of the fields that were embedded.
+        """Return the best documents by BM25 over the words of the fields that were embedded, and of `word_fields`.
 
         Raises UserError if there are no words, which an earlier version did not write.
         """
@@ -266,8 +226,8 @@ class ElasticIndex:
             )
         if not (terms := analyzer(self.info.language).query_terms(query)):
             return []
-        match = {"match": {WORDS.format(self.field): {"query": " ".join(terms)}}}
-        return self._hits(float, query={"bool": {"must": [match], "filter": _filter(within)}}, size=top)
+        words = self.vectors.query(self.field, terms)
+        return self._hits(float, query={"bool": {"must": [words], "filter": _filter(within)}}, size=top)
 
     def semantic(self, vector: np.ndarray, top: int, within: Within = EVERYWHERE) -> list[Hit]:
         """Return the nearest documents by the model's similarity, cosine or dot product; approximate (HNSW).
@@ -320,10 +280,24 @@ class ElasticIndex:
             known += [hit.path for hit in hits]
         return known
 
-    def keep_weight(self, weight: float) -> None:
-        """Record the share of the meaning in a search by both."""
+    @property
+    def word_fields(self) -> list[str]:
+        """The fields besides the text that a search by words looks at, each with a weight of its own."""
+        return list(self.vectors.word_fields)
+
+    def weighted(self, weights: Mapping[str, int]) -> "ElasticIndex":
+        """Return this index with other weights of the fields, which are not kept."""
+        other = copy.copy(self)
+        other.vectors = replace(self.vectors, weights=dict(weights))
+        other.info = replace(self.info, fields=other.vectors.weights)
+        return other
+
+    def keep_weight(self, weight: float, weights: Mapping[str, int] | None = None) -> None:
+        """Record the share of the meaning in a search by both, and other weights of the fields."""
         self.vectors.weight = self.info.weight = weight
-        _put_mapping(self.server, self.field, self.vectors)
+        if weights:
+            self.vectors.weights = self.info.fields = dict(weights)
+        put_mapping(self.server, self.field, self.vectors)
 
 
 def _filter(within: Within) -> list[dict[str, Any]]:

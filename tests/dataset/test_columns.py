@@ -260,3 +260,17 @@ def test_it_is_json_again(rows):
     """Rows that are mapped are read again from where they are, by number."""
     read = rows([TICKET | {"subject": f"{json.dumps('é')} {i}?"} for i in range(50)], "query=subject,document=body")
     assert [read[i].query for i in (49, 0)] == ['"\\u00e9" 49?', '"\\u00e9" 0?']
+
+
+def test_other_keys_than_those_of_rows():
+    keys = ("path", "name", "doc")
+    parsed = columns.parse_keys("name=title + symbol,path=file", "--word-fields", keys)
+    assert parsed == {"name": ("title", "symbol"), "path": ("file",)}
+    for text, reason in (
+        ("nam=title", "no key 'nam'; there are path, name, doc; did you mean name"),
+        ("query=title", "no key 'query'; there are path, name, doc"),
+        ("name=a,name=b", "name twice"),
+        ("name", "'name' is not of the form key=column"),
+    ):
+        with pytest.raises(UserError, match=f"^--word-fields: {reason}"):
+            columns.parse_keys(text, "--word-fields", keys)

@@ -25,10 +25,11 @@ from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.elastic.documents import RANGE
 from mlx_retrieval.dataset.elastic.rows import BLOCK, ElasticRows
 from mlx_retrieval.inference import embedder
-from mlx_retrieval.retrieval import elastic_index, fusion, indexer, lance_index, rewriting
+from mlx_retrieval.retrieval import elastic_fields, elastic_index, fusion, indexer, lance_index, rewriting
 from mlx_retrieval.retrieval import searcher as retrieval_searcher
 from mlx_retrieval.retrieval.analyzer import analyzer
 from mlx_retrieval.retrieval.base import Within
+from mlx_retrieval.retrieval.fields import FIELDS, fields_of
 from mlx_retrieval.retrieval.fusion import fuse_scores, hybrid
 from mlx_retrieval.utils import errors
 
@@ -348,6 +349,13 @@ TEXTS = ["def readLine(file): return next", "It reads lines of HTTPServer2, and 
          "搜索引擎 finds read_line", "a reader of caches", "gradient caching", "cached gradients x86_64"]  # fmt: skip
 
 
+CODE = {
+    "shapes/area.py": 'def area(width):\n    """Return the area."""\n    return width\n',
+    "shapes/file.py": "def readLine(file):\n    # of a boiler\n    return file\n",
+    "notes.md": "# Boiler\nIt drips.\n",
+}
+
+
 def test_lancedb_and_elasticsearch_hold_the_same_words(login, tmp_path):
     """Side by side: the terms, and the scores that both compute from them."""
     fill(login, "texts", [{"title": text, "snippet": ""} for text in TEXTS])
@@ -374,6 +382,69 @@ def test_lancedb_and_elasticsearch_hold_the_same_words(login, tmp_path):
         assert fused[0] == pytest.approx(fused[1], abs=1e-4)
 
 
+def test_fields_count_alike_in_lancedb_and_elasticsearch(login, tmp_path, capsys):
+    """Side by side: path, name, doc and text of code, the terms of each, and BM25F for several weights."""
+    for name, text in CODE.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    model = embedder.load("gemma-3-tiny-mlx")
+    indexer.update(tmp_path / "tree", tmp_path / "index", model)
+    lance = lance_index.Index.open(tmp_path / "index")
+    chunks = [
+        {"chunk": row["id"]} | fields_of(*(row[name] for name in ("path", "name", "language", "context", "text")))
+        for row in lance.chunk_texts()
+    ]
+    rows = [{"title": row["text"], "snippet": "", **row} for row in chunks]
+    fill(login, "code", rows)
+    flags = ["--model", "gemma-3-tiny-mlx", "--es-fields", "document=title"]
+    besides = ["--word-fields", "path=path,name=name,doc=doc"]
+    assert embed.main(["--to", "es://code", *flags, *besides]) == 0
+    elastic = elastic_index.ElasticIndex("es://code")
+    for row in chunks:
+        for name in FIELDS:
+            field = f"vector_words_{name}".removesuffix("_text")
+            body = {"field": field, "text": analyzer().stream(row[name])}
+            tokens = [token["token"] for token in login.ask("POST", "/code/_analyze", body)["tokens"]]
+            assert tokens == analyzer().terms(row[name])
+    mapping = login.ask("GET", "/code/_mapping")["code"]["mappings"]["properties"]
+    assert {mapping[f"vector_words{each}"]["analyzer"] for each in ("", "_path", "_name", "_doc")} == {"whitespace"}
+    for weights in ((1, 1, 1, 1), (0, 4, 2, 1), (2, 0, 0, 1), (0, 0, 0, 1)):
+        named = dict(zip(FIELDS, weights, strict=True))
+        lance, elastic = rewriting.rewrite(lance, fields=named), elastic.weighted(named)
+        for query in ("area", "readLine", "file", "width", "shapes", "boiler line", "zebra"):
+            by_place = [
+                {hit.id: hit.score for hit in lance.bm25(query, 10)},
+                {chunks[int(hit.id)]["chunk"]: hit.score for hit in elastic.bm25(query, 10)},
+            ]
+            assert by_place[0] == pytest.approx(by_place[1], rel=1e-4), (weights, query)
+    rows = [{"query": f"{word} of them", "path": str(n)} for n in range(len(chunks)) for word in ("area", "line")] * 2
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert search.main(["tune", str(tmp_path / "q.jsonl"), "--store", "es://code"]) == 0
+    assert "path 1, name 1, doc 1, text 1" in capsys.readouterr().out
+
+
+def test_fields_are_added_to_the_words_of_the_version_before(login, small, capsys):
+    """Nothing is embedded for that, and a searcher follows; they can be taken away again."""
+    to = ["--to", f"es://{small}", "--model", "gemma-3-tiny-mlx", "--es-fields", "document=title"]
+    login.ask("PUT", f"/{small}/_doc/early?refresh=true", {"title": "a boat", "snippet": "the quay"})
+    assert embed.main(to) == 0
+    first = elastic_index.ElasticIndex(f"es://{small}")
+    assert first.word_fields == [] and first.bm25("quay", 9) == []
+    capsys.readouterr()
+    assert embed.main([*to, "--word-fields", "name=snippet"]) == 0
+    assert ": 0 vectors of" in capsys.readouterr().out
+    second = first.refreshed()
+    assert second is not first and [hit.path for hit in second.bm25("quay", 9)] == ["early"]
+    login.ask("PUT", f"/{small}/_doc/late?refresh=true", {"title": "a ship", "snippet": "the harbour"})
+    assert embed.main(to) == 0 and ": 1 vector of" in capsys.readouterr().out  # the fields are those of before
+    assert [hit.path for hit in second.refreshed().bm25("harbour", 9)] == ["late"]
+    assert embed.main([*to, "--word-fields", "none"]) == 0
+    assert elastic_index.ElasticIndex(f"es://{small}").bm25("quay", 9) == []
+    assert embed.main([*to, "--word-fields", "name=nothing"]) == 2
+    assert "no field nothing" in capsys.readouterr().err
+
+
 def test_words_are_added_to_vectors_of_the_version_before(login, small, capsys, monkeypatch):
     """Nothing is embedded for that; until then a search by words says how."""
     to = ["--to", f"es://{small}", "--model", "gemma-3-tiny-mlx"]
@@ -381,7 +452,7 @@ def test_words_are_added_to_vectors_of_the_version_before(login, small, capsys, 
     client = server.Server(server.parse(f"es://{small}")).client
     meta = client.indices.get_mapping(index=small)[small]["mappings"]["_meta"]
     for name in ("language", "weight"):
-        del meta[elastic_index.META]["vector"][name]
+        del meta[elastic_fields.META]["vector"][name]
     client.indices.put_mapping(index=small, meta=meta)
     searcher = retrieval_searcher.Searcher(f"es://{small}")
     with pytest.raises(errors.UserError, match=r"no words beside vector.* without embedding again: .*embed\.py"):

@@ -3,6 +3,7 @@
 python -m pytest tests/evaluation/test_index_tuning.py
 """
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,10 @@ from mlx_retrieval.evaluation import index_search, index_tuning
 from mlx_retrieval.evaluation.index_search import Query, Searched, Target, figures_of
 from mlx_retrieval.evaluation.index_tuning import SHARES, Scaled, Settings, Tuner
 from mlx_retrieval.retrieval import fusion
-from mlx_retrieval.retrieval.base import FileRecord, IndexInfo
-from mlx_retrieval.retrieval.fields import FIELDS
+from mlx_retrieval.retrieval.analyzer import analyzer
+from mlx_retrieval.retrieval.base import EVERYWHERE, FileRecord, Hit, IndexInfo, sort_hits
+from mlx_retrieval.retrieval.bm25f import FieldedBm25
+from mlx_retrieval.retrieval.fields import FIELDS, fields_of
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.utils.errors import UserError
 
@@ -165,6 +168,39 @@ def test_elasticsearch_learns_the_weight_alone(index):
     assert index_tuning.described(tuned.settings) == f"weight {tuned.settings.weight:g}"
     index_tuning.keep(elastic, tuned.settings)
     assert elastic.kept == tuned.settings.weight
+
+
+def test_elasticsearch_learns_the_weights_of_its_fields(index):
+    """The server is asked for every choice; nothing is written but the weights."""
+
+    class Elastic:
+        """The searches of an index whose words may have other weights."""
+
+        word_fields = ("name", "path")
+
+        def __init__(self, info, bm25):
+            self.info, self.semantic, self.counted = info, index.semantic, bm25
+
+        def bm25(self, query, top, within=EVERYWHERE):
+            scores = self.counted.scorer(self.info.fields).scores(query)
+            found = [Hit(text="", score=float(s), **row) for s, row in zip(scores, rows, strict=True) if s]
+            return sort_hits(hit for hit in found if within.ids is None or hit.id in within.ids)[:top]
+
+        def weighted(self, weights):
+            return Elastic(dataclasses.replace(self.info, fields=weights), self.counted)
+
+        def keep_weight(self, weight, weights=None):
+            self.kept = Settings(weight, tuple(weights[name] for name in FIELDS))
+
+    rows, queries = index.chunk_texts(), queries_of(1)
+    texts = [fields_of(row["path"], row["name"], row["language"], row.pop("context"), row.pop("text")) for row in rows]
+    results = searched(index, queries)
+    elastic = Elastic(index.info, FieldedBm25(texts, [query.text for query in queries], analyzer()))
+    tuned, expected = Tuner(elastic, queries, results).tune(), Tuner(index, queries, results).tune()
+    assert tuned.settings == expected.settings and tuned.helps and tuned.settings.fields[1] > 1
+    assert tuned.evaluations["tuned"].tasks == expected.evaluations["tuned"].tasks
+    index_tuning.keep(elastic, tuned.settings)
+    assert elastic.kept == tuned.settings
 
 
 def test_the_command_tunes(small, tmp_path, capsys):

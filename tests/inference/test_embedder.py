@@ -227,6 +227,7 @@ def test_missing_arguments_and_those_without_effect_are_named(capsys):
         (["--check", "m", "--to", "es://x"], "--check embeds nothing: leave out --to"),
         (["--model", "m", "--to", "es://x", *WITHOUT_EFFECT], f"leave out {', '.join(WITHOUT_EFFECT[::2])}\n"),
         (["--model", "m", "--input", "x", "--output", "y", "--language", "none"], "are for --to: leave out --language"),
+        (["--model", "m", "--input", "x", "--output", "y", "--word-fields", "name=title"], "leave out --word-fields"),
         (["--model", "m", "--input", "x", "--output", "y", "--precision", "int4"], "int4 is not one of float32"),
     ):
         with pytest.raises(SystemExit) as exit:

@@ -4,6 +4,7 @@ python -m pytest tests/retrieval/test_elastic_index.py
 """
 
 import json
+from copy import deepcopy
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -13,16 +14,19 @@ import pytest
 import search
 from mlx_retrieval.inference.serving.engine import LIMITS
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
-from mlx_retrieval.retrieval import elastic_index
+from mlx_retrieval.retrieval import elastic_index, lance_tables
 from mlx_retrieval.retrieval.analyzer import ANALYSIS, is_cut_otherwise
-from mlx_retrieval.retrieval.base import Within
-from mlx_retrieval.retrieval.elastic_index import META, ElasticIndex, VectorField
+from mlx_retrieval.retrieval.base import IndexInfo, Within
+from mlx_retrieval.retrieval.elastic_fields import META, VectorField
+from mlx_retrieval.retrieval.elastic_index import ElasticIndex
+from mlx_retrieval.retrieval.fields import FIELDS, fields_of
 from mlx_retrieval.retrieval.search_app import SearchService, ServedSearcher
 from mlx_retrieval.retrieval.search_mcp import create_server
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils.errors import UserError
 
 FIELD = VectorField("model", "fingerprint", 2, ["title", "body"], "cosine", language="english", weight=0.7)
+BESIDES = {"name": ["title"], "path": ["file", "folder"]}
 SOURCE = {"title": "a title", "body": "a body"}
 
 
@@ -37,7 +41,7 @@ class Stub:
         self.client = SimpleNamespace(indices=indices, search=self._search, count=self._count)
 
     def _note(self, **body):
-        self.asked.append(body)
+        self.asked.append(deepcopy(body))
 
     def _search(self, **body):
         self._note(**body)
@@ -174,3 +178,95 @@ def test_mining_ranks_by_the_same_words(stub, texts, by_terms):
     assert scores.tolist() == [0.0, 0.75]
     query = stub.asked[-1]["query"]
     assert query == {"match": {"vector_words": {"query": "cach"}}} if by_terms else "multi_match" in query
+
+
+def test_fields_are_added_up_by_their_weights(stub):
+    """BM25F of the server; a field of weight 0 does not count, and one field alone needs no sum."""
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"] |= {"word_fields": BESIDES}
+    index = ElasticIndex("es://docs")
+    assert index.word_fields == ["name", "path"] and set(index.info.fields.values()) == {1}
+
+    def asked(**weights: int) -> dict:
+        index.weighted(dict.fromkeys(FIELDS, 0) | weights).bm25("the readLine", 5)
+        return stub.asked[-1]["query"]["bool"]["must"][0]
+
+    terms, words = "readlin read line", "vector_words"
+    expected = {"query": terms, "fields": [f"{words}_name^4", f"{words}_path^2", f"{words}^1"]}
+    assert asked(text=1, name=4, path=2, doc=8) == {"combined_fields": expected}
+    assert asked(text=1, path=1) == {"combined_fields": expected | {"fields": [f"{words}_path^1", f"{words}^1"]}}
+    assert asked(name=3, doc=1) == {"match": {f"{words}_name": {"query": terms}}}
+    assert index.vectors.weights == index.info.fields == dict.fromkeys(FIELDS, 1)  # those were not kept
+    index.keep_weight(0.4, dict.fromkeys(FIELDS, 2))
+    kept = stub.asked[-1]
+    assert kept["meta"][META]["vector"]["weights"] == index.info.fields == dict.fromkeys(FIELDS, 2)
+    assert kept["properties"].keys() == {"vector", words, f"{words}_name", f"{words}_path"}
+
+
+@pytest.mark.parametrize("language", ["english", "german", "none"])
+def test_a_document_has_the_words_of_a_chunk_in_lancedb(language):
+    """The terms of each field, as often as its weight says, are those that LanceDB's index holds."""
+    text = 'def readLine(files):\n    """Return the next lines, été."""\n    return x86(files)  # of HTTPServer2'
+    chunk = {
+        "path": "src/read_lines.py",
+        "name": "readLine",
+        "language": "python",
+        "context": "import io",
+        "text": text,
+    }
+    texts = fields_of(*(chunk[name] for name in ("path", "name", "language", "context", "text")))
+    source = {f"my_{name}": texts[name] for name in FIELDS}
+    besides = {name: [f"my_{name}"] for name in FIELDS if name != "text"}
+    vectors = VectorField("m", "f", 2, ["my_text"], "cosine", language=language, word_fields=besides)
+    words = vectors.words("vector", source)
+    names = ("vector_words_path", "vector_words_name", "vector_words_doc", "vector_words")
+    for weights in ((1, 1, 1, 1), (0, 4, 2, 1)):
+        info = IndexInfo("/", False, "", "", 2, 9, 9, language=language, fields=dict(zip(FIELDS, weights, strict=True)))
+        stored = [words[name] for name, weight in zip(names, weights, strict=True) for _ in range(weight)]
+        assert lance_tables.word_stream(chunk, info) == " ".join(stored)
+
+
+def test_words_of_further_fields_are_written_without_embedding(stub, monkeypatch):
+    """What counts meanwhile are the fields that stay; the server knows the new ones before they are written."""
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"] |= {
+        "analysis": ANALYSIS,
+        "word_fields": {"doc": ["comment"], "path": ["uri"]},
+        "weights": dict.fromkeys(FIELDS, 2),
+    }
+    rows = [{"_id": "1", "_source": {"title": "readLine", "file": "a.py", "folder": "src", "comment": "caches"}}]
+
+    def source(address, wanted, query=None):
+        found = rows if {"exists": {"field": "vector"}} in query["bool"].get("filter", []) else []
+        read = {"ranges": lambda _: [(0, 1)] if found else [], "read": lambda *_: found, "close": lambda: None}
+        survey = SimpleNamespace(count=len(found))
+        assert {*wanted} == {"title", "body", "file", "folder", "comment"}
+        return SimpleNamespace(missing=lambda: (set(), []), survey=lambda: survey, **read)
+
+    monkeypatch.setattr(elastic_index, "Documents", source)
+    monkeypatch.setattr(elastic_index, "_write", lambda server, hits, values: stub.asked.append(values))
+    stub.open, stub.client.indices.refresh = lambda: None, lambda **_: None
+    model = SimpleNamespace(late=False, name="model", fingerprint=lambda: "fingerprint", dimensions=2)
+    model.config, model.is_of = SimpleNamespace(normalize=True), lambda fingerprint: True
+    besides = BESIDES | {"doc": ["comment"]}
+    assert elastic_index.write_vectors(model, "es://docs", "vector", FIELD.texts, word_fields=besides) == (0, 0)
+    before, words, _, after = stub.asked
+    assert before["meta"][META]["vector"]["word_fields"] == {"doc": ["comment"]}
+    fields = {"vector_words", "vector_words_name", "vector_words_path", "vector_words_doc"}
+    assert words.keys() == fields and before["properties"].keys() == fields | {"vector"}
+    assert words["vector_words_path"] == ["py src"] and words["vector_words_doc"] == ["cach"]
+    kept = after["meta"][META]["vector"]
+    assert kept["word_fields"] == besides and (kept["state"], kept["language"]) == ("complete", "english")
+    assert kept["weight"] == 0.7 and kept["weights"] == dict.fromkeys(FIELDS, 2)
+    # The same again, and without naming the fields: nothing is written but the origin.
+    for again in (besides, None):
+        stub.mapping["docs"]["mappings"] = {"_meta": after["meta"]}
+        stub.asked.clear()
+        monkeypatch.setattr(elastic_index, "_write_words", lambda *args: stub.asked.append(args[-1]))
+        elastic_index.write_vectors(model, "es://docs", "vector", FIELD.texts, word_fields=again)
+        assert stub.asked[1] is True and stub.asked[-1]["meta"] == after["meta"]
+
+
+def test_vectors_of_a_later_version_are_one_line(stub):
+    """Regression: a record with a key that this version does not know was a traceback."""
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]["shape"] = "round"
+    with pytest.raises(UserError, match=r"vectors of a later version of this toolkit, which records shape of them$"):
+        ElasticIndex("es://docs")
