@@ -101,8 +101,15 @@ class ResumableCache:
         encode: Callable[[list[str]], list[np.ndarray]],
         progress: Progress | None = None,
     ) -> TokenStore:
-        """Return the token vectors of all documents, by their numbers as slots. Only missing ones are computed."""
+        """Return the token vectors of all documents, by their numbers as slots. Only missing ones are computed.
+
+        Raises UserError if those that are there are damaged.
+        """
         store, count = TokenStore(self.folder / TOKENS, MEMORY_BITS), len(documents)
+        try:
+            store.check()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{error}; remove {store.folder}, and its vectors are computed again") from error
         for first in range(store.count, count, DOCUMENTS_AT_ONCE):
             if progress:
                 progress(first, count)

@@ -293,7 +293,12 @@ class ElasticIndex:
         return other
 
     def keep_weight(self, weight: float, weights: Mapping[str, int] | None = None) -> None:
-        """Record the share of the meaning in a search by both, and other weights of the fields."""
+        """Record the share of the meaning in a search by both, and other weights of the fields.
+
+        Raises UserError if another process has written to the index meanwhile: they may suit it no longer.
+        """
+        if self.refreshed() is not self:
+            raise UserError(f"{self.server.address}: {self.field} was written meanwhile; run the same command again")
         self.vectors.weight = self.info.weight = weight
         if weights:
             self.vectors.weights = self.info.fields = dict(weights)

@@ -156,10 +156,12 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
             index = Index.open(rebuilt)  # of an earlier run, which was interrupted
             _check(index, info)
             index.remove_orphans(index.records())  # UserError if it is damaged
+            if index.late:
+                index.late.store.check()
             words = [(each.language, each.fields, each.analysis) for each in (index.info, info)]
             if words[0] != words[1]:
                 index = Index.create(rebuilt, info)
-        except UserError:
+        except (UserError, OSError, ValueError):
             index = Index.create(rebuilt, info)
         return index
     shutil.rmtree(rebuilt, ignore_errors=True)

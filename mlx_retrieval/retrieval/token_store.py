@@ -87,6 +87,10 @@ class TokenStore:
             raise ValueError(f"{path} is missing, and token vectors are stored as its codes")
         return None
 
+    def check(self) -> None:
+        """Raise OSError or ValueError if a file is damaged or lost."""
+        self._codebook(self.segments())
+
     @property
     def count(self) -> int:
         """The number of documents, garbage included."""

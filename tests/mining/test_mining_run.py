@@ -6,6 +6,7 @@ python -m pytest tests/mining/test_mining_run.py
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,6 +168,19 @@ def test_a_late_model_finds_negatives_by_maxsim(late, pairs, tmp_path):
     assert read(output) == before
     both = ("--by", "both", "--relative-margin", "0.05")
     assert run("--data", pairs, "--model", late, "--output", output, "--overwrite", *both) in (0, 2)
+
+
+def test_damaged_token_vectors_of_a_cache_are_one_line(late, pairs, tmp_path, capsys):
+    """Regression: a traceback."""
+    flags = ("--relative-margin", "off", "--work", tmp_path / "work", "--output", tmp_path / "mined.jsonl")
+    assert run("--data", pairs, "--model", late, *flags) == 0
+    (lengths,) = (tmp_path / "work/tokens").glob("0*/lengths.npy")
+    lengths.write_bytes(lengths.read_bytes()[:-4])
+    assert run("--data", pairs, "--model", late, *flags, "--overwrite") == 2
+    reason = capsys.readouterr().err.splitlines()[-1]
+    assert reason.endswith(f"; remove {tmp_path / 'work/tokens'}, and its vectors are computed again")
+    shutil.rmtree(tmp_path / "work/tokens")
+    assert run("--data", pairs, "--model", late, *flags, "--overwrite") == 0
 
 
 def test_a_late_model_teaches_no_vectors(late, pairs, tmp_path, capsys):

@@ -160,6 +160,15 @@ def test_what_searches_a_store_names_it_and_the_command_that_fills_it(stub, caps
     assert create_server(searcher).instructions == "Search the documents of es://docs by meaning and by words."
 
 
+def test_a_weight_is_not_kept_beside_other_vectors(stub):
+    """Regression: after minutes of tuning, the record of what another process had written meanwhile was undone."""
+    index = ElasticIndex("es://docs")
+    stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]["fingerprint"] = "another"
+    with pytest.raises(UserError, match="vector was written meanwhile; run the same command again$"):
+        index.keep_weight(0.25)
+    assert stub.asked == [] and stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]["weight"] == 0.7
+
+
 def test_a_weight_is_kept_beside_the_vectors(stub):
     index = ElasticIndex("es://docs")
     index.keep_weight(0.25)

@@ -231,6 +231,17 @@ def test_damaged_token_vectors_are_one_line(beir, model, tmp_path, compressing, 
     assert searcher.search("boiler drips", "bm25")
 
 
+def test_a_rebuild_whose_token_vectors_are_damaged_is_begun_again(beir, model, tmp_path, compressing):
+    """Regression: an interrupted --rebuild was continued, and failed in the same way for ever."""
+    folder = tmp_path / "index"
+    update(beir, folder, model)
+    shutil.copytree(folder, tmp_path / "rebuilt")
+    (tmp_path / "rebuilt").rename(folder / "rebuilt")
+    (folder / "rebuilt/tokens/codebook.npz").unlink()
+    assert update(beir, folder, model, rebuild=True).embedded == 40
+    assert Searcher(folder).search("boiler drips", "semantic")
+
+
 def test_a_changed_document_is_embedded_again(beir, model, tmp_path):
     folder = tmp_path / "index"
     first = update(beir, folder, model)
