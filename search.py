@@ -173,12 +173,12 @@ def mcp_command(args: argparse.Namespace) -> None:
 
 def searched(args: argparse.Namespace) -> "tuple[Searcher, list[Query], list[Searched]]":
     """Return the index of an evaluation, its questions and their hits. Notes on standard error tell what is odd."""
-    from mlx_retrieval.evaluation import index_search
+    from mlx_retrieval.evaluation import index_answers, index_search
 
     queries = index_search.read_queries(args.queries, FolderRules(args.strict, args.ignore_identical_ids))
     searcher = Searcher(args.store or args.index, args.model_path, field=args.field, dtype=args.dtype)
     index = searcher.index
-    queries, notes = index_search.checked(queries, index)
+    queries, notes = index_answers.checked(queries, index)
     results = index_search.search(index, searcher.model, queries)
     for note in [*notes, *index_search.notes_on_quoted(queries, results)]:
         print(f"search.py: {note}", file=sys.stderr)

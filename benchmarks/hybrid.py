@@ -29,7 +29,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.dataset.source_code.definitions import definitions
 from mlx_retrieval.dataset.source_code.docstrings import strip_markers, summary
 from mlx_retrieval.dataset.source_code.languages import LANGUAGES
-from mlx_retrieval.evaluation import index_search
+from mlx_retrieval.evaluation import index_answers, index_search
 from mlx_retrieval.evaluation.index_search import Query, figures_of
 from mlx_retrieval.evaluation.results import Evaluation, compare
 from mlx_retrieval.inference.embedder import Model, load
@@ -130,7 +130,7 @@ class Results:
         self.index, self.model = Index.open(index), model
         rows = index_search.read_queries(QUESTIONS if folder == ROOT else folder)
         self.queries: list[Query]
-        self.queries, notes = index_search.checked(rows, self.index)
+        self.queries, notes = index_answers.checked(rows, self.index)
         print_lines([("note", note) for note in notes])
         self.found = index_search.search(self.index, model, self.queries)
         self.candidates = [

@@ -93,63 +93,6 @@ def _target(name: str) -> Target:
     return Target(match[1], int(match[2])) if match else Target(name)
 
 
-class Resolution(NamedTuple):
-    """Queries with their answers named as in the index."""
-
-    queries: list[Query]
-    missing: list[str]  # answers that no search finds
-    ambiguous: dict[str, list[str]]  # those of them whose name is the end of several paths -> these paths
-    renamed: dict[str, str]  # answers that are written from another folder -> the path of the index
-
-
-def wanted(queries: Sequence[Query]) -> list[str]:
-    """Return the paths or document ids that the answers may have in an index."""
-    targets = (target for query in queries for target in query.targets)
-    return list(dict.fromkeys(name for target in targets for name in (target.path, str(target))))
-
-
-def resolve(queries: Sequence[Query], paths: Sequence[str]) -> Resolution:
-    """Return the queries with their answers named as in the index that holds these paths or document ids.
-
-    "chapter:3" may be a document. A path may be written from another folder, if one path of the index ends as it does:
-    from one further in, or from one further out, whose name then is no folder of the index.
-    """
-    by_name: dict[str, list[str]] = {}
-    for path in paths:
-        by_name.setdefault(path.rpartition("/")[2], []).append(path)
-    resolved, known = [], set(paths)
-    folders = {first for first, slash, _ in (path.partition("/") for path in paths) if slash}
-    resolution = Resolution(resolved, [], {}, {})
-    for query in queries:
-        targets: dict[Target, int] = {}
-        for target, judgement in query.targets.items():
-            alike = _in_index(target, known, by_name, folders)
-            if len(alike) == 1:
-                if alike[0].path not in (target.path, str(target), target.path.removeprefix("./")):
-                    resolution.renamed[target.path] = alike[0].path
-                target = alike[0]
-            elif target.path not in resolution.missing:
-                resolution.missing.append(target.path)
-            if len(alike) > 1:
-                resolution.ambiguous[target.path] = [other.path for other in alike]
-            targets[target] = max(judgement, targets.get(target, 0))
-        resolved.append(query._replace(targets=targets))
-    return resolution
-
-
-def _in_index(target: Target, known: set[str], by_name: dict[str, list[str]], folders: set[str]) -> list[Target]:
-    """Return the answers of an index that a target may mean: none, it, or several."""
-    if target.path in known:
-        return [target]
-    if str(target) in known:
-        return [Target(str(target))]
-    path = target.path.removeprefix("./")
-    others = by_name.get(path.rpartition("/")[2], [])
-    is_inside = path.partition("/")[0] in folders  # docs/README.md, where docs has none, is not README.md
-    alike = [o for o in others if f"/{o}".endswith(f"/{path}") or (path.endswith(f"/{o}") and not is_inside)]
-    return [target._replace(path=other) for other in alike]
-
-
 def rank(hits: Sequence[Hit], query: Query) -> dict[str, float]:
     """Return answers and other chunks -> score, which falls with their rank.
 
@@ -183,37 +126,6 @@ class Searched(NamedTuple):
     vector: np.ndarray
     words: list[Hit]
     meaning: list[Hit]
-
-
-def checked(queries: Sequence[Query], index: Any) -> tuple[list[Query], list[str]]:
-    """Return the resolved queries, and notes on answers that are not found or are named otherwise; see `resolve`.
-
-    Raises UserError if the index holds none of the answers: every figure would be 0.
-    """
-    paths, place = index.known(wanted(queries)), index.folder
-    resolved, missing, ambiguous, renamed = resolve(queries, paths)
-    in_none = _in_no_chunk(resolved, index, missing)
-    lost, shown = {*missing, *in_none}, [*missing, *(f"{name} (no chunk has this line)" for name in in_none)]
-    unlike = "".join(
-        f"; {name} is the end of several paths: {', '.join(alike[:3])}" for name, alike in list(ambiguous.items())[:1]
-    )
-    if lost and all({target.path, str(target)} & lost for query in resolved for target in query.targets):
-        there = f"; the index holds {paths[0]}" if paths else ""
-        raise UserError(f"none of the answers, such as {shown[0]}, is in {place}{there}{unlike}")
-    notes = []
-    if lost:
-        notes.append(f"{len(lost):,} of the answers are not in {place}: no search finds {shown[0]}{unlike}")
-    for name, path in list(renamed.items())[:1]:
-        which = f"{len(renamed):,} of the answers are written from another folder than {place}"
-        notes.append(f"{which}: {name} is taken for {path}")
-    return resolved, notes
-
-
-def _in_no_chunk(queries: Sequence[Query], index: Any, missing: Sequence[str]) -> list[str]:
-    """Return the answers whose line no chunk of their file has: a blank one, one behind the end, one of a PDF."""
-    targets = {target: None for query in queries for target in query.targets if target.line}
-    hits = {path: index.chunks_of(path) for path in {target.path for target in targets} - {*missing}}
-    return [str(target) for target in targets if target.path in hits and not any(map(target.is_hit, hits[target.path]))]
 
 
 def notes_on_quoted(queries: Sequence[Query], results: Sequence[Searched]) -> list[str]:

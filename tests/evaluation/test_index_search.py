@@ -13,7 +13,7 @@ import pytest
 
 import search
 from mlx_retrieval.dataset.source_code import file_tree
-from mlx_retrieval.evaluation import index_search, retrieval
+from mlx_retrieval.evaluation import index_answers, index_search, retrieval
 from mlx_retrieval.evaluation.index_search import Query, Target, differences, evaluate, figures_of, rank, read_queries
 from mlx_retrieval.evaluation.results import compare
 from mlx_retrieval.inference import embedder
@@ -149,9 +149,9 @@ def test_the_command_evaluates(searcher, beir, tmp_path, capsys):
 
 def test_ids_with_colons_are_no_lines():
     queries = [Query("q", {Target("d", 2): 1}), Query("q", {Target("a.py", 3): 1}), Query("q", {Target("b", 1): 1})]
-    resolved, missing, *_ = index_search.resolve(queries, ["d:2", "a.py"])
+    resolved, missing, *_ = index_answers.resolve(queries, ["d:2", "a.py"])
     assert [list(query.targets) for query in resolved] == [[Target("d:2")], [Target("a.py", 3)], [Target("b", 1)]]
-    assert missing == ["b"] and index_search.wanted(queries) == ["d", "d:2", "a.py", "a.py:3", "b", "b:1"]
+    assert missing == ["b"] and index_answers.wanted(queries) == ["d", "d:2", "a.py", "a.py:3", "b", "b:1"]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_ids_with_colons_are_no_lines():
 )
 def test_paths_match_by_their_ends(name, answer):
     paths = ["src/shapes/area.py", "a/lines.py", "b/lines.py"]
-    resolved, missing, ambiguous, _ = index_search.resolve([Query("q", {Target(name, 7): 1})], paths)
+    resolved, missing, ambiguous, _ = index_answers.resolve([Query("q", {Target(name, 7): 1})], paths)
     assert list(resolved[0].targets) == [Target(answer or name, 7)] and missing == [name] * (answer is None)
     assert ambiguous == ({"lines.py": ["a/lines.py", "b/lines.py"]} if name == "lines.py" else {})
 
@@ -239,7 +239,7 @@ def test_questions_that_stand_in_a_document_are_pointed_out(searcher, tmp_path, 
 def test_the_questions_about_this_repository_have_answers_in_it():
     queries = read_queries(ROOT / "eval-data" / "this-repository.jsonl")
     paths = [file.path for file in file_tree.walk(ROOT, exclude=["adapters"]).files]
-    _, missing, ambiguous, renamed = index_search.resolve(queries, paths)
+    _, missing, ambiguous, renamed = index_answers.resolve(queries, paths)
     assert (len(queries), missing, ambiguous, renamed) == (40, [], {}, {})
 
 
