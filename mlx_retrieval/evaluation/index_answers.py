@@ -1,10 +1,12 @@
 """Find the answers of questions in an index, where they may have other names.
 
 from mlx_retrieval.evaluation.index_answers import checked
+from mlx_retrieval.evaluation.index_search import read_queries
 queries, notes = checked(read_queries("queries.jsonl"), index)
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from mlx_retrieval.evaluation.index_search import Query, Target
@@ -30,13 +32,13 @@ def resolve(queries: Sequence[Query], paths: Sequence[str]) -> Resolution:
     """Return the queries with their answers named as in the index that holds these paths or document ids.
 
     "chapter:3" may be a document. A path may be written from another folder, if one path of the index ends as it does:
-    from one further in, or from one further out, whose name then is no folder of the index.
+    from one further in, or from one further out, see `_is_from_outside`.
     """
     by_name: dict[str, list[str]] = {}
     for path in paths:
         by_name.setdefault(path.rpartition("/")[2], []).append(path)
     resolved, known = [], set(paths)
-    folders = {first for first, slash, _ in (path.partition("/") for path in paths) if slash}
+    folders = {folder for path in paths for folder in accumulate(path.split("/")[:-1], "{}/{}".format)}
     resolution = Resolution(resolved, [], {}, {})
     for query in queries:
         targets: dict[Target, int] = {}
@@ -63,9 +65,18 @@ def _in_index(target: Target, known: set[str], by_name: dict[str, list[str]], fo
         return [Target(str(target))]
     path = target.path.removeprefix("./")
     others = by_name.get(path.rpartition("/")[2], [])
-    is_inside = path.partition("/")[0] in folders  # docs/README.md, where docs has none, is not README.md
-    alike = [o for o in others if f"/{o}".endswith(f"/{path}") or (path.endswith(f"/{o}") and not is_inside)]
+    alike = [other for other in others if f"/{other}".endswith(f"/{path}") or _is_from_outside(path, other, folders)]
     return [target._replace(path=other) for other in alike]
+
+
+def _is_from_outside(path: str, other: str, folders: set[str]) -> bool:
+    """Return whether a path may be that of another of the index, written from a folder further out.
+
+    docs/README.md, where docs has none, is not README.md. foo/foo/core.py is foo/core.py, of a checkout named foo.
+    """
+    top, folder = path.partition("/")[0], path.rpartition("/")[0]
+    is_inside = folder in folders or (top in folders and not other.startswith(f"{top}/"))
+    return path.endswith(f"/{other}") and not is_inside
 
 
 def checked(queries: Sequence[Query], index: Any) -> tuple[list[Query], list[str]]:

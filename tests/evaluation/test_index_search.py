@@ -162,6 +162,9 @@ def test_ids_with_colons_are_no_lines():
         ("./src/shapes/area.py", "src/shapes/area.py"),
         ("checkout/src/shapes/area.py", "src/shapes/area.py"),
         ("/home/me/checkout/src/shapes/area.py", "src/shapes/area.py"),
+        ("src/src/shapes/area.py", "src/shapes/area.py"),  # in a checkout named as its package
+        ("a/src/shapes/area.py", None),  # where it would be in the index, whose folder a has none
+        ("b/b/lines.py", None),  # of a folder of the index that has none
         ("pes/area.py", None),  # part of a name
         ("other/area.py", None),
         ("lines.py", None),  # twice
@@ -169,7 +172,8 @@ def test_ids_with_colons_are_no_lines():
     ],
 )
 def test_paths_match_by_their_ends(name, answer):
-    paths = ["src/shapes/area.py", "a/lines.py", "b/lines.py"]
+    """Regression: foo/foo/core.py, of a package foo in a checkout foo, was not foo/core.py."""
+    paths = ["src/shapes/area.py", "a/lines.py", "b/lines.py", "b/b/words.py"]
     resolved, missing, ambiguous, _ = index_answers.resolve([Query("q", {Target(name, 7): 1})], paths)
     assert list(resolved[0].targets) == [Target(answer or name, 7)] and missing == [name] * (answer is None)
     assert ambiguous == ({"lines.py": ["a/lines.py", "b/lines.py"]} if name == "lines.py" else {})
