@@ -105,6 +105,7 @@ def checked(queries: Sequence[Query], index: Any) -> tuple[list[Query], list[str
 
 def _in_no_chunk(queries: Sequence[Query], index: Any, missing: Sequence[str]) -> list[str]:
     """Return the answers whose line no chunk of their file has: a blank one, one behind the end, one of a PDF."""
-    targets = {target: None for query in queries for target in query.targets if target.line}
-    hits = {path: index.chunks_of(path) for path in {target.path for target in targets} - {*missing}}
-    return [str(target) for target in targets if target.path in hits and not any(map(target.is_hit, hits[target.path]))]
+    absent = {*missing}
+    targets = {t: None for query in queries for t in query.targets if t.line and t.path not in absent}
+    lines = index.lines_of(list(dict.fromkeys(target.path for target in targets)))
+    return [str(target) for target in targets if not any(target.line in each for each in lines.get(target.path, []))]

@@ -23,7 +23,7 @@ from mlx_retrieval.retrieval.analyzer import ANALYSIS, analyzer, is_cut_otherwis
 from mlx_retrieval.retrieval.base import EVERYWHERE, TOKEN_BITS, VERSION, FileRecord, Hit, IndexInfo, Within
 from mlx_retrieval.retrieval.index_folder import read_info, write_info, written_at
 from mlx_retrieval.retrieval.lance_errors import plain_errors, reading, reason_of, writing
-from mlx_retrieval.retrieval.lance_tables import HIT_COLUMNS, hit, hits
+from mlx_retrieval.retrieval.lance_tables import HIT_COLUMNS, filtered, hits
 from mlx_retrieval.retrieval.late_chunks import TOKENS, LateChunks
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.products import product
@@ -275,7 +275,7 @@ class Index:
         if not terms:
             return []
         self.chunks.checkout_latest()
-        search = _filtered(self.chunks.search(MatchQuery(terms, "tokens"), query_type="fts"), within)
+        search = filtered(self.chunks.search(MatchQuery(terms, "tokens"), query_type="fts"), within)
         rows = search.select(["id", *HIT_COLUMNS, "_score"]).with_row_id(True).limit(top).to_list()
         return hits(((row, row["_score"]) for row in rows), within)
 
@@ -296,7 +296,7 @@ class Index:
             return hits(zip(rows, scores.tolist(), strict=True), within)[:top]
         search = self.chunks.search(vector, vector_column_name="vector").distance_type("dot").nprobes(PROBES)
         # Chunks that are named are compared one by one.
-        search = _filtered(search if within.ids is None else search.bypass_vector_index(), within)
+        search = filtered(search if within.ids is None else search.bypass_vector_index(), within)
         rows = search.select(["id", *HIT_COLUMNS, "_distance"]).with_row_id(True).limit(top).to_list()
         return hits(((row, 1 - row["_distance"]) for row in rows), within)
 
@@ -313,24 +313,30 @@ class Index:
     @reading
     def languages(self) -> list[str]:
         """Return the languages of all chunks, sorted."""
-        rows = self.chunks.search().select(["language"]).limit(None).to_arrow()
-        return sorted(rows["language"].unique().to_pylist())
+        return lance_tables.distinct(self.chunks, "language")
+
+    @reading
+    def unmatched(self, paths: Sequence[str], hits: Sequence[Hit]) -> list[str]:
+        """Return those of the paths, as `Within` has them, that no chunk matches. `hits` are looked at first."""
+        rest = lance_tables.unmatched(paths, [hit.path for hit in hits])
+        others = lance_tables.distinct(self.chunks, "path", Within(paths=tuple(rest))) if rest else []
+        return lance_tables.unmatched(rest, others)
 
     @reading
     def chunks_of(self, path: str) -> list[Hit]:
         """Return the chunks of a file or document, in their order, with a score of 0; [] if there is no such one."""
         (condition,) = lance_tables.path_conditions([path])
-        return self._stored(condition)
+        return lance_tables.chunks_where(self.chunks, condition)
 
     @reading
     def chunk(self, name: str) -> Hit | None:
         """Return the chunk with this id, with a score of 0; None if there is no such one."""
-        return next(iter(self._stored(lance_tables.condition(Within(ids=(name,))))), None)
+        return next(iter(lance_tables.chunks_where(self.chunks, lance_tables.condition(Within(ids=(name,))))), None)
 
-    def _stored(self, condition: str) -> list[Hit]:
-        self.chunks.checkout_latest()
-        rows = self.chunks.search().where(condition).select(["id", *HIT_COLUMNS]).limit(None).to_list()
-        return sorted((hit(row, 0.0) for row in rows), key=lambda found: (found.line, int(found.id.rpartition("#")[2])))
+    @reading
+    def lines_of(self, paths: Sequence[str]) -> dict[str, list[range]]:
+        """Return path -> the lines of each of its chunks, for those of these files or documents that have any."""
+        return lance_tables.lines_of(self.chunks, paths)
 
     @reading
     def count(self, within: Within = EVERYWHERE) -> int:
@@ -341,9 +347,3 @@ class Index:
     def known(self, wanted: Sequence[str]) -> list[str]:
         """Return the paths of all files, or the ids of all documents, that have chunks, whichever are `wanted`."""
         return [path for path, record in self.records().items() if not record.left_out]
-
-
-def _filtered(search: Any, within: Within) -> Any:
-    """Return a search of LanceDB that looks only at some chunks, before it ranks them."""
-    condition = lance_tables.condition(within)
-    return search.where(condition, prefilter=True) if condition else search

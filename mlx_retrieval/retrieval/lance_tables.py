@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_retrieval.retrieval.analyzer import LONGEST, analyzer
-from mlx_retrieval.retrieval.base import FileRecord, Hit, IndexInfo, Within, sort_hits
+from mlx_retrieval.retrieval.base import EVERYWHERE, FileRecord, Hit, IndexInfo, Within, sort_hits
 from mlx_retrieval.retrieval.fields import fields_of, stream
 from mlx_retrieval.retrieval.lance_errors import DAMAGED, plain_errors
 
@@ -94,9 +94,14 @@ def condition(within: Within) -> str:
     if within.languages:
         conditions.append(f"language IN ({_quoted(within.languages)})")
     if within.paths:
-        pattern = "|".join(_pattern(path) for path in within.paths)
-        conditions.append(f"regexp_like(path, {_quoted([f'^({pattern})$'])})")
+        conditions.append(f"regexp_like(path, {_quoted([_whole(within.paths)])})")
     return " AND ".join(conditions)
+
+
+def filtered(search: Any, within: Within) -> Any:
+    """Return a search of LanceDB that looks only at some chunks, before it ranks them."""
+    conditions = condition(within)
+    return search.where(conditions, prefilter=True) if conditions else search
 
 
 def path_conditions(paths: Sequence[str]) -> Iterator[str]:
@@ -105,8 +110,22 @@ def path_conditions(paths: Sequence[str]) -> Iterator[str]:
         yield f"path IN ({_quoted(paths[first : first + PATHS_AT_ONCE])})"
 
 
+def unmatched(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Return those of the patterns, as `Within.paths` has them, that none of these paths matches."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = pa.array(paths, pa.string())  # its regular expressions take linear time, Python's may not
+    return [each for each in patterns if not pc.any(pc.match_substring_regex(column, _whole([each]))).as_py()]
+
+
 def _quoted(values: Sequence[str]) -> str:
     return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def _whole(paths: Sequence[str]) -> str:
+    """Return a regular expression for whole paths of these files and folders."""
+    return f"^({'|'.join(map(_pattern, paths))})$"
 
 
 def _pattern(path: str) -> str:
@@ -117,7 +136,31 @@ def _pattern(path: str) -> str:
     return f"(.*/)?{pattern}(/.*)?" if "/" not in path.rstrip("/") else f"{pattern}(/.*)?"
 
 
-# --- hits ---
+# --- columns and hits ---
+
+
+def distinct(table: Any, column: str, within: Within = EVERYWHERE) -> list[str]:
+    """Return the values that a column has in some chunks, sorted."""
+    table.checkout_latest()
+    rows = filtered(table.search(), within).select([column]).limit(None).to_arrow()
+    return sorted(rows[column].unique().to_pylist())
+
+
+def lines_of(table: Any, paths: Sequence[str]) -> dict[str, list[range]]:
+    """Return path -> the lines of each of its chunks, for those of these paths that have any."""
+    table.checkout_latest()
+    lines: dict[str, list[range]] = {}
+    for selection in path_conditions(paths):
+        for row in table.search().where(selection).select(["path", "line", "end_line"]).limit(None).to_list():
+            lines.setdefault(row["path"], []).append(range(row["line"], row["end_line"] + 1))
+    return lines
+
+
+def chunks_where(table: Any, selection: str) -> list[Hit]:
+    """Return the chunks that a SQL condition selects, in the order of their files, with a score of 0."""
+    table.checkout_latest()
+    rows = table.search().where(selection).select(["id", *HIT_COLUMNS]).limit(None).to_list()
+    return sorted((hit(row, 0.0) for row in rows), key=lambda found: (found.line, int(found.id.rpartition("#")[2])))
 
 
 def hit(row: dict[str, Any], score: float) -> Hit:

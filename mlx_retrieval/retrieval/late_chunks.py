@@ -93,6 +93,4 @@ class LateChunks:
     def _slots(self, within: Within) -> Any:
         """Return `slot` and `_rowid` of the rows that meet conditions, an Arrow table."""
         search = self.table.search().select(["slot"]).with_row_id(True)
-        if condition := lance_tables.condition(within):
-            search = search.where(condition)
-        return search.limit(None).to_arrow()
+        return lance_tables.filtered(search, within).limit(None).to_arrow()

@@ -125,15 +125,14 @@ class Searcher:
         Raises UserError for an empty query, for one of stop words in a search by words, for a language or path that the
         index does not have, and for values out of range.
         """
-        if languages:
-            self._check_languages(languages)
-        self._check_paths(paths)
-        within = Within(languages=tuple(languages), paths=tuple(paths))
-        if self.reranker is None or not rerank:
-            return self._search(query, mode, top, weight, fusion, within)
-        if depth < 1:
+        within, reranks = Within(languages=tuple(languages), paths=tuple(paths)), rerank and self.reranker is not None
+        if reranks and depth < 1:
             raise UserError(f"--rerank-depth {depth}: at least 1")
-        hits = self._search(query, mode, max(top, depth), weight, fusion, within)
+        hits = self._search(query, mode, max(top, depth) if reranks else top, weight, fusion, within)
+        self._check_languages(languages, hits)
+        self._check_paths(paths, hits)
+        if not reranks:
+            return hits
         from mlx_retrieval.inference.reranker import activated
 
         raw = self.scores(query, [hit.text for hit in hits])
@@ -167,19 +166,19 @@ class Searcher:
         self.index = index
         return True
 
-    def _check_languages(self, languages: Sequence[str]) -> None:
-        """Raise UserError for a language that no chunk has."""
-        known = self.index.languages()
-        if unknown := [name for name in languages if name not in known]:
+    def _check_languages(self, languages: Sequence[str], hits: Sequence[Hit]) -> None:
+        """Raise UserError for a language that no chunk has. The index is asked only if no hit has it."""
+        rest = [name for name in languages if name not in {hit.language for hit in hits}]
+        known = self.index.languages() if rest else []
+        if unknown := [name for name in rest if name not in known]:
             near = near_miss(unknown[0], known)
             raise UserError(f"--language {unknown[0]}: not in {self.index.folder}; there: {', '.join(known)}{near}")
 
-    def _check_paths(self, paths: Sequence[str]) -> None:
+    def _check_paths(self, paths: Sequence[str], hits: Sequence[Hit]) -> None:
         """Raise UserError for a path that no file of the index matches."""
-        for path in paths:
-            if not self.index.count(Within(paths=(path,))):
-                place = f"{self.index.folder}, under {self.index.root}"
-                raise UserError(f"--path {path}: no such file or folder in {place}")
+        if paths and (unmatched := self.index.unmatched(paths, hits)):
+            place = f"{self.index.folder}, under {self.index.root}"
+            raise UserError(f"--path {unmatched[0]}: no such file or folder in {place}")
 
     def _search(self, query: str, mode: str, top: int, weight: float | None, fusion: str, within: Within) -> list[Hit]:
         if mode not in MODES:

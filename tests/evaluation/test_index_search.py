@@ -17,7 +17,9 @@ from mlx_retrieval.evaluation import index_answers, index_search, retrieval
 from mlx_retrieval.evaluation.index_search import Query, Target, differences, evaluate, figures_of, rank, read_queries
 from mlx_retrieval.evaluation.results import compare
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.retrieval import lance_tables
 from mlx_retrieval.retrieval.base import Hit
+from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.searcher import Searcher
 from mlx_retrieval.utils.errors import UserError
 
@@ -227,6 +229,29 @@ def test_a_line_that_no_chunk_has_is_told(files, tmp_path, capsys, path, line):
     assert search.main(["eval", write_jsonl(queries, [*rows, {"query": "dim", "path": path}]), "--index", files]) == 0
     error = capsys.readouterr().err
     assert "1 of the answers are not in" in error and f"no search finds {told}\n" in error
+
+
+def test_the_lines_of_all_answers_are_read_together(files, monkeypatch):
+    """Regression: all chunks were searched once for each file, and the texts of those found were kept."""
+    index, columns = Index.open(files), []
+    table = type(index.chunks)
+    search_table = table.search
+
+    def noting(self, *query, **options):
+        columns.append([])
+        builder = search_table(self, *query, **options)
+        select = builder.select
+        builder.select = lambda names: (columns[-1].extend(names), select(names))[1]
+        return builder
+
+    answers = [Target("README.md", 1), Target("README.md", 99), Target("docs/bike.md", 3), Target("lamp.html", 1)]
+    monkeypatch.setattr(index, "known", lambda wanted: ["README.md", "docs/bike.md", "lamp.html"])
+    monkeypatch.setattr(table, "search", noting)
+    _, (note,) = index_answers.checked([Query("q", dict.fromkeys(answers, 1))], index)
+    assert note.startswith("2 of the answers are not in") and columns == [["path", "line", "end_line"]]
+    monkeypatch.setattr(lance_tables, "PATHS_AT_ONCE", 2)
+    lines = {"README.md": [range(1, 4)], "docs/bike.md": [range(1, 4)], "lamp.html": [range(1)]}
+    assert index.lines_of([*lines, "gone.md"]) == lines and len(columns) == 3
 
 
 def test_questions_that_stand_in_a_document_are_pointed_out(searcher, tmp_path, capsys):

@@ -102,7 +102,8 @@ def test_documents_that_are_named_are_compared_one_by_one(stub):
     assert hit.score == 0.5 and knn["k"] == 2 and knn["filter"] == [{"ids": {"values": ["7", "8"]}}]
     index.semantic(np.array([0.6, 0.8]), 2)
     assert "filter" not in stub.asked[-1]["knn"]
-    for find in (lambda w: index.bm25("cache", 1, w), lambda w: index.semantic(np.zeros(2), 1, w)):
+    by_words, by_meaning = (lambda w: index.bm25("cache", 1, w)), (lambda w: index.semantic(np.zeros(2), 1, w))
+    for find in (by_words, by_meaning, lambda w: index.unmatched(w.paths, [])):
         with pytest.raises(UserError, match="--language and --path: for an --index of files"):
             find(Within(paths=("src",)))
     with pytest.raises(UserError, match="--language and --path"):
@@ -124,6 +125,7 @@ def test_documents_are_opened_by_their_ids_and_counted(stub):
     index = ElasticIndex("es://docs")
     assert index.chunks_of("7") == [index.chunk("7")] and index.chunk("7").text == "a title\na body"
     assert stub.asked[-1]["query"] == {"ids": {"values": ["7"]}} and index.chunk("7").score == 0
+    assert index.lines_of(["7"]) == {"7": [range(1, 2)]}
     assert index.count(Within(ids=("7",))) == 3
     assert stub.asked[-1]["query"] == {"bool": {"filter": [{"ids": {"values": ["7"]}}]}}
     assert index.refreshed() is index

@@ -200,6 +200,27 @@ def test_filters(searcher, indexed, capsys):
     assert "there: markdown, python, text; did you mean python?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_filters_that_have_hits_are_not_looked_up(searcher, monkeypatch, mode):
+    """Regression: all chunks were read once for each path, and for the languages, in every search."""
+    table, scans = type(searcher.index.chunks), []
+    search_table, count_rows = table.search, table.count_rows
+
+    def noting(self, query=None, *arguments, **options):
+        scans.extend(["search"] if query is None else [])
+        return search_table(self, query, *arguments, **options)
+
+    monkeypatch.setattr(table, "search", noting)
+    monkeypatch.setattr(table, "count_rows", lambda *arguments: (scans.append("count"), count_rows(*arguments))[1])
+    query = "read the boiler and the bike"
+    every = {"paths": ["b?ke.md", "boiler.*", "./read.txt", "*.py"], "languages": ["markdown", "python", "text"]}
+    assert len(searcher.search(query, mode, **every)) == 4 and scans == []
+    assert len(searcher.search(query, mode, top=1, paths=every["paths"])) == 1 and scans == ["search"]
+    with pytest.raises(UserError, match=r"--path a\+\(\.md: no such file"):
+        searcher.search(query, mode, paths=[*every["paths"], "a+(.md"])
+    assert scans == ["search"] * 2
+
+
 def test_a_query_of_stop_words_is_told(searcher):
     with pytest.raises(UserError, match=r"only stop words \(english\).*--semantic"):
         searcher.search("what is this", "bm25")
