@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/embed_speed.py --data ../shared/data/medquad
     python benchmarks/embed_speed.py --texts 500 --rounds 1
-    python benchmarks/embed_speed.py --texts 600 --profile             where the time of both goes (Linux, needs perf)
+    python benchmarks/embed_speed.py --texts 600 --profile             where both sides' time goes (Linux, needs perf)
 
 The first answers of MedQuAD; both sides have the same weights and limit and sort by length themselves. Of the batch
 sizes that --peer-batch names, the peer gets that with which it is fastest on a tenth of the texts. A turn is a call of
@@ -95,18 +95,14 @@ def main() -> None:
         return Side(f"batch_size={batch}", sentence_transformers, folder, few, args.max_length, False, batch)
 
     batch = sides.fastest(args.peer_batch, peer)
-    if args.profile:
-        given = folder, texts, args.max_length, False
-        compare_profiles(
-            {
-                "this toolkit": sides.in_child(profiled, ours, args.rounds, *given, args.batch_tokens, args.compile),
-                "the peer": sides.in_child(profiled, sentence_transformers, args.rounds, *given, batch),
-            }
-        )
-        return
     queries = list(dict.fromkeys(query for query, _ in pairs))[: args.queries]
     for embedded, single in ((texts, False), (queries, True)):
-        if embedded:
+        if embedded and args.profile:
+            given, how = (folder, embedded, args.max_length, single), (args.batch_tokens, args.compile)
+            our = sides.in_child(profiled, ours, args.rounds, *given, *how)
+            their = sides.in_child(profiled, sentence_transformers, args.rounds, *given, batch)
+            compare_profiles("queries, one at a time" if single else "texts", {"this toolkit": our, "the peer": their})
+        elif embedded:
             compare(args, folder, embedded, single, batch)
 
 
@@ -123,9 +119,9 @@ def profiled(side: Callable, rounds: int, *given) -> tuple[Counter[str], float]:
     return Counter({kind: 1e6 * each / tokens for kind, each in seconds.items()}), busy
 
 
-def compare_profiles(profiles: dict[str, tuple[Counter[str], float]]) -> None:
+def compare_profiles(title: str, profiles: dict[str, tuple[Counter[str], float]]) -> None:
     """Print the profiles of both sides, one beside the other."""
-    print("\nms of a core for 1,000 tokens\n" + "".join(f"{side:>14}" for side in profiles))
+    print(f"\n{title}: ms of a core for 1,000 tokens\n" + "".join(f"{side:>14}" for side in profiles))
     kinds = set().union(*(found for found, _ in profiles.values()))
     for kind in sorted(kinds, key=lambda kind: -max(found[kind] for found, _ in profiles.values())):
         print("".join(f"{found[kind]:14.1f}" for found, _ in profiles.values()) + f"  {kind}")

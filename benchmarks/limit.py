@@ -2,6 +2,7 @@
 
     python benchmarks/limit.py --data ../shared/data/medquad
     python benchmarks/limit.py --model FOLDER --texts 300 --batch-size 64 --rounds 5
+    python benchmarks/limit.py --task late --batch-size 64     training with a vector for each token
     python benchmarks/limit.py --profile                       and where the rest of the time goes (Linux, needs perf)
 
 1. GFLOP/s of float32 products of the model's own shapes, computed by the toolkit's own worker threads or one at a time
@@ -12,8 +13,8 @@
    products are kept; the least is counted, once, and beside it the figure with the repetition.
 3. Useful tokens a second, measured, over the limit.
 
-Only products are counted, so a share of 100 % is out of reach: norms, activations, softmax, rotations, the loss and the
-optimizer take time and no FLOP here. Figures in benchmarks/README.md.
+Only the backbone's products are counted, so a share of 100 % is out of reach: norms, activations, softmax, rotations,
+the loss and the optimizer take time and no FLOP here. Figures in benchmarks/README.md.
 """
 
 import argparse
@@ -151,6 +152,9 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", help="minilm, gemma (270m's shape, random weights) or a folder")
     parser.add_argument("--data", default="../shared/data/medquad", help="folder with train.jsonl")
     parser.add_argument("--texts", type=int, default=1_000, help="embed the first so many answers")
+    parser.add_argument(
+        "--task", choices=("embed", "late"), default="embed", help="of training; late: a vector a token"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="rows of a training step")
     parser.add_argument("--max-length", type=int, default=256, help="most tokens of a text")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns")
@@ -186,7 +190,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         rows = sides.write_distinct(args.data, Path(scratch) / "rows.jsonl")
-        trainer = train_speed.prepared(folder, rows, args.batch_size, args.max_length).trainer
+        trainer = train_speed.prepared(folder, rows, args.batch_size, args.max_length, task=args.task).trainer
         stream, trained_lengths = trainer.batches.stream(0, 2 * args.rounds + 3), []
         steps = itertools.count(1)
 
@@ -200,7 +204,7 @@ def main() -> None:
         measured = best(train, args.rounds)
         attention, adapters = attention_flop(backbone, width, trained_lengths), adapter_size(trainer.model.backbone)
         kinds = [flop_of_a_token(shapes, adapters, attention, kind) for kind in ("training", "repeated")]
-        report(f"training, batch {args.batch_size}", measured, flops, *kinds)
+        report(f"training, {args.task}, batch {args.batch_size}", measured, flops, *kinds)
         if args.profile:
             print_profile("training", train, args.rounds)
 
