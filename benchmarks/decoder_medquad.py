@@ -5,10 +5,10 @@
 
 Attention to earlier tokens or to all, and the mean of the tokens or the last one: each before and after the same steps.
 sentence-transformers takes the causal two, from the same weights, with the same LoRA, batches, learning rates, clipping
-and temperature; it caches gradients from 32 rows on. Each run is a process of its own. All are evaluated by eval.py on
-a part of the test folder; so is the exported folder of the best adapter, by both libraries. Prints nDCG@10, the
-interval of each difference to the peer, wall times and their ratio, and how close the vectors are; ends with an error
-where those of the exported folder differ. Figures in benchmarks/README.md.
+and temperature; it caches gradients above 32 rows. Each run is a process of its own. All are evaluated by eval.py on a
+part of the test folder; so is the exported folder of the best adapter, by both libraries. Prints nDCG@10, the interval
+of each difference to the peer, wall times and their ratio, and how close the vectors are; ends with an error where
+those of the exported folder differ. Figures in benchmarks/README.md.
 """
 
 import argparse

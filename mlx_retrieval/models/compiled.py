@@ -57,11 +57,9 @@ class CompiledFunctions:
         self._compiled: OrderedDict[tuple, Callable] = OrderedDict()  # most recently used last
 
     def weights(self) -> dict:
-        """Return the model's parameters, evaluated, to be shared by calls: a walk takes a third of a call."""
+        """Return the model's parameters, to be shared by calls: a walk takes a third of a call."""
         with _building:
-            weights = self.model.parameters()
-        mx.eval(weights)  # see `model_runner.evaluate_weights`
-        return weights
+            return self.model.parameters()
 
     def __call__(
         self, kind: str, micro_batch: MicroBatch, seed: int | None, weights: dict, *arrays

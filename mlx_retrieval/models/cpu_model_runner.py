@@ -182,6 +182,7 @@ class CpuModelRunner(ModelRunner):
     def _weights(self, tokens: int) -> tuple[dict, list[mx.array]]:
         """Return all weights, and those with adapters added to them; of these none where it would not be worth it."""
         weights = self._functions[0].weights()
+        mx.eval(weights)  # see `model_runner.evaluate_weights`
         if tokens < backend.MICRO_BATCH_TOKENS:
             return weights, []
         merged = [merged_lora.merge(layer) for layer in self._adapters]

@@ -255,7 +255,7 @@ def test_a_hub_name_without_a_hub(tmp_path, run_python):
     code = """
 import os, socket, sys
 tried = []
-socket.socket.connect = lambda self, address: tried.append(address)
+socket.socket.connect = socket.getaddrinfo = lambda *args, **kwargs: tried.append(args)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": sys.argv[1]}
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.backbones import resolve
@@ -332,6 +332,7 @@ def test_names_that_the_hub_cannot_have(name, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the hub was asked"))
+    for owner, function in ((socket.socket, "connect"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, function, lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(UserError, match="not a valid hub name"):
         resolve(name)
