@@ -43,6 +43,8 @@ class IndexInfo:
 
     def __post_init__(self) -> None:
         """Forget settings without effect, which earlier versions took and then compared."""
+        if not self.maxsim:
+            self.token_bits, self.token_pooling = TOKEN_BITS, 1
         if self.is_corpus and not self.documents:
             self.max_characters, self.overlap, self.exclude, self.max_file_size = MAX_CHARACTERS, OVERLAP, [], None
 

@@ -30,6 +30,7 @@ from mlx_retrieval.retrieval.analyzer import ANALYSIS, ENGLISH, check_language
 from mlx_retrieval.retrieval.base import TOKEN_BITS, FileRecord, IndexInfo
 from mlx_retrieval.retrieval.forest import IndexSource, roots_of
 from mlx_retrieval.retrieval.index_sources import index_source, is_document
+from mlx_retrieval.retrieval.lance_errors import is_of_system
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.rewriting import rewrite
 from mlx_retrieval.utils import locks
@@ -152,18 +153,7 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
         index_folder.install(folder)
         exists = True
     if exists and rebuild:
-        try:
-            index = Index.open(rebuilt)  # of an earlier run, which was interrupted
-            _check(index, info)
-            index.remove_orphans(index.records())  # UserError if it is damaged
-            if index.late:
-                index.late.store.check()
-            words = [(each.language, each.fields, each.analysis) for each in (index.info, info)]
-            if words[0] != words[1]:
-                index = Index.create(rebuilt, info)
-        except (UserError, OSError, ValueError):
-            index = Index.create(rebuilt, info)
-        return index
+        return _interrupted(rebuilt, info) or Index.create(rebuilt, info)
     shutil.rmtree(rebuilt, ignore_errors=True)
     if not exists or (index := Index.open(folder, outdated=True)).is_empty():  # killed before it stored a chunk
         return Index.create(folder, info)
@@ -173,6 +163,23 @@ def _open(folder: Path, info: IndexInfo, rebuild: bool) -> Index:
         return rewrite(index, language=info.language)
     index.info.analysis = ANALYSIS
     return index
+
+
+def _interrupted(folder: Path, info: IndexInfo) -> Index | None:
+    """Return the rebuilt index that an interrupted run left in `folder`; None if there is none that can be used.
+
+    Nothing is written. Raises UserError if the system cannot read it now: it may be whole, and hours of work.
+    """
+    try:
+        index = Index.open(folder)
+        _check(index, info)
+        index.check()
+    except UserError as error:
+        if is_of_system(error):
+            raise
+        return None
+    words = [(each.language, each.fields, each.analysis) for each in (index.info, info)]
+    return index if words[0] == words[1] else None
 
 
 def _remove_empty(folder: Path, is_new: bool) -> None:

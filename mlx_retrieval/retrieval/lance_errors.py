@@ -1,5 +1,6 @@
 """Turn LanceDB's errors, which quote its sources, into one line."""
 
+import errno
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -7,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.files import SaveError
 
 DAMAGED = "if the index is damaged, search.py index --rebuild replaces it"
 # A write reads as well: rows that it replaces, and the vectors that it merges.
 UNFINISHED = f"what is indexed stays; {DAMAGED}, otherwise the same command continues"
 SOURCE = re.compile(r",? ?/[^ ,]+\.rs:\d+:\d+")
-SYSTEM_ERROR = re.compile(r"([A-Z][\w ]+) \(os error \d+\)")  # such as `No space left on device (os error 28)`
+SYSTEM_ERROR = re.compile(r"([A-Z][\w ]+) \(os error (\d+)\)")  # such as `No space left on device (os error 28)`
+DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}  # errors of the system if a file is damaged or lost
 
 
 @contextmanager
@@ -30,6 +33,13 @@ def reason_of(error: Exception) -> str:
     if reason := SYSTEM_ERROR.search(str(error)):
         return reason[1]
     return SOURCE.sub("", str(error).partition("\n")[0])[:200]
+
+
+def is_of_system(error: UserError) -> bool:
+    """Return whether an index could not be read for another reason than damage: no permission, too many open files."""
+    reason = SYSTEM_ERROR.search(str(error.__cause__))
+    number = int(reason[2]) if reason else getattr(error.__cause__, "errno", None)
+    return number is not None and number not in DAMAGE
 
 
 def writing(method: Callable) -> Callable:

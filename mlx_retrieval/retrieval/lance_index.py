@@ -11,7 +11,7 @@ tokens           late interaction: the token vectors by their slots, see token_s
 files.lance      one row a file: size, time, hash; written after the chunks of the file
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,16 @@ class Index:
     def remove_orphans(self, records: dict[str, FileRecord]) -> int:
         """Remove chunks that an interrupted run left without a record. Return their number."""
         before = self.chunks.count_rows()
-        rows = self.chunks.search().select(["path", "file_hash"]).limit(None).to_arrow()
-        versions = set(zip(rows["path"].to_pylist(), rows["file_hash"].to_pylist(), strict=True))
-        orphans = {path for path, sha256 in versions if path not in records or records[path].sha256 != sha256}
-        for condition in lance_tables.path_conditions(sorted(orphans)):
+        for condition in lance_tables.path_conditions(lance_tables.orphans(self.chunks, records)):
             self.chunks.delete(condition)
         return before - self.chunks.count_rows()
+
+    @reading
+    def check(self) -> None:
+        """Raise UserError if a run could not go on with this index. Nothing is written."""
+        lance_tables.orphans(self.chunks, self.records())
+        if self.late:
+            self.late.store.check()
 
     @writing
     def add(self, files: Sequence[tuple[FileRecord, list[Chunk]]], vectors: Vectors, stored: set[str]) -> None:
@@ -197,16 +201,8 @@ class Index:
                 columns["slot"] = pa.array(self.late.add(vectors))
             else:
                 columns["vector"] = lance_tables.vector_column(vectors)
-            self._add(columns, rows)
+            self.chunks.add(lance_tables.chunk_rows(columns, rows, self.info))
         self.record([record for record, _ in files])
-
-    def _add(self, columns: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
-        """Add chunks: their columns, without their words, which are made of `rows`."""
-        import pyarrow as pa
-
-        schema = lance_tables.chunk_schema(self.info)
-        columns["tokens"] = pa.array([lance_tables.word_stream(row, self.info) for row in rows], pa.string())
-        self.chunks.add(pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema))
 
     @writing
     def copy(self, other: "Index", progress: Progress) -> None:
@@ -220,7 +216,7 @@ class Index:
                 columns = {name: batch[name] for name in kept}
                 if self.late and "slot" not in columns:
                     columns["slot"] = self.late.add_whole(columns.pop("token_vectors"))
-                self._add(columns, batch.select(TEXTS).to_pylist())
+                self.chunks.add(lance_tables.chunk_rows(columns, batch.select(TEXTS).to_pylist(), self.info))
                 progress(count := count + len(batch))
         if records := list(other.records().values()):
             self.record(records)

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,13 @@ def batches(table: Any, columns: Sequence[str], folder: Path) -> Iterator["pa.Re
         yield from table.search().select(list(columns)).limit(None).to_batches(ROWS_AT_ONCE)
 
 
+def orphans(chunks: Any, records: Mapping[str, FileRecord]) -> list[str]:
+    """Return the paths of chunks that an interrupted run left without a record of their file."""
+    rows = chunks.search().select(["path", "file_hash"]).limit(None).to_arrow()
+    versions = set(zip(rows["path"].to_pylist(), rows["file_hash"].to_pylist(), strict=True))
+    return sorted({path for path, sha256 in versions if path not in records or records[path].sha256 != sha256})
+
+
 # --- words ---
 
 
@@ -70,6 +77,15 @@ def word_stream(row: dict[str, Any], info: IndexInfo) -> str:
     path = "" if info.is_corpus else row["path"]
     fields = fields_of(path, row["name"], row["language"], row["context"], row["text"])
     return stream(fields, info.fields, analyzer(info.language))
+
+
+def chunk_rows(columns: dict[str, Any], rows: Iterable[dict[str, Any]], info: IndexInfo) -> "pa.Table":
+    """Return chunks as chunks.lance holds them: these columns, and their words, which are made of `rows`."""
+    import pyarrow as pa
+
+    schema = chunk_schema(info)
+    columns = columns | {"tokens": pa.array([word_stream(row, info) for row in rows], pa.string())}
+    return pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
 
 
 def index_words(table: Any) -> None:

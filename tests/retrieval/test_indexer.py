@@ -3,13 +3,15 @@
 python -m pytest tests/retrieval/test_indexer.py
 """
 
+import dataclasses
+import errno
 import fcntl
 import json
 import os
 import shlex
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from mlx_retrieval.dataset.documents import document
 from mlx_retrieval.dataset.source_code import file_tree
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.models import heads
-from mlx_retrieval.retrieval import base, index_folder, indexer, lance_errors
+from mlx_retrieval.retrieval import base, index_folder, indexer, lance_errors, lance_tables
 from mlx_retrieval.retrieval.indexer import update
 from mlx_retrieval.retrieval.lance_index import Index
 from mlx_retrieval.retrieval.rewriting import rewrite
@@ -446,6 +448,40 @@ def test_a_rebuild_that_fails_keeps_the_old_index_and_goes_on(tree, tmp_path, mo
     assert Index.add is add
 
 
+def test_an_interrupted_rebuild_outlives_what_the_system_refuses(tree, model, tmp_path, monkeypatch):
+    """Regression: all that it had embedded was removed if its orphans could not be, or a file could not be opened."""
+    index = tmp_path / "index"
+    update(tree, index, model)
+    monkeypatch.setattr(indexer, "BATCH", 1)
+    with monkeypatch.context() as patch:
+        record, calls = Index.record, []
+        patch.setattr(Index, "record", lambda *args: calls.append(args) or (record(*args) if len(calls) < 3 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            update(tree, index, model, rebuild=True)
+    rebuilt = index / index_folder.REBUILT
+    table, count = type(Index.open(rebuilt).chunks), Index.open(rebuilt).count()
+    full = RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), /registry/lance.rs:191")
+    busy = OSError(errno.EMFILE, "Too many open files")
+    refused = [(table, "delete", full, "No space left"), (lance_tables, "orphans", busy, "Too many open files")]
+    for owner, name, error, message in refused:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, raising(error))
+            with pytest.raises(files.SaveError, match=f"^--index {rebuilt}: .*{message}"):
+                update(tree, index, model, rebuild=True)
+        assert Index.open(rebuilt).count() == count
+    summary = update(tree, index, model, rebuild=True)
+    assert 0 < summary.embedded < 6 and len(rows(index)[0]) == 6
+
+
+def raising(error: Exception) -> Callable:
+    """Return a function that raises this error, whatever it is called with."""
+
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
+
+
 # --- words: older versions, other languages, other weights ---
 
 
@@ -566,13 +602,28 @@ def test_printed_commands_make_the_same_index(tree, model, small, tmp_path):
     index, exclude = tmp_path / "index", ["-x*", "/it's odd.txt"]
     update(tree, index, model, exclude=exclude, **settings)
     assert {row[1] for row in rows(index)[0]} == {"notes.md"}
-    command = Index.open(index).rebuild_command(small)
+    opened = Index.open(index)
+    command = opened.rebuild_command(small)
     args = search.parser().parse_args(shlex.split(command)[2:])
     assert (args.chunk_size, args.overlap, args.max_file_size, args.exclude) == (40, 5, 60, exclude)
-    assert (args.token_bits, args.token_pooling, args.rebuild, args.documents) == (2, 3, True, None)
+    assert (args.rebuild, args.documents) == (True, None)
+    opened.info = dataclasses.replace(opened.info, maxsim="mean", token_bits=2, token_pooling=3)
+    args = search.parser().parse_args(shlex.split(opened.rebuild_command(small))[2:])
+    assert (args.token_bits, args.token_pooling) == (2, 3)
     update(tree, index, model, max_characters=40, overlap=5)  # of files, what the last run was told counts
     args = search.parser().parse_args(shlex.split(Index.open(index).command(small))[2:])
     assert (args.max_file_size, args.exclude) == (None, [])
+
+
+def test_printed_commands_of_single_vectors_have_no_flags_of_token_vectors(tree, model, small, tmp_path):
+    """Regression: an earlier version kept them, and the command that an error printed was refused for them."""
+    index = tmp_path / "index"
+    update(tree, index, model, token_bits=2)  # without effect, as in a notebook
+    assert "--token" not in Index.open(index).command(small)
+    info = json.loads((index / base.FILE).read_text())
+    (index / base.FILE).write_text(json.dumps(info | {"token_bits": 2, "token_pooling": 3}))
+    command = Index.open(index).rebuild_command(small)
+    assert "--token" not in command and search.main(shlex.split(command)[2:]) == 0
 
 
 # --- several folders ---

@@ -3,6 +3,7 @@
 python -m pytest tests/retrieval/test_search_late.py
 """
 
+import errno
 import json
 import shutil
 
@@ -240,6 +241,23 @@ def test_a_rebuild_whose_token_vectors_are_damaged_is_begun_again(beir, model, t
     (folder / "rebuilt/tokens/codebook.npz").unlink()
     assert update(beir, folder, model, rebuild=True).embedded == 40
     assert Searcher(folder).search("boiler drips", "semantic")
+
+
+def test_an_interrupted_rebuild_outlives_token_vectors_that_cannot_be_opened_now(beir, model, tmp_path, monkeypatch):
+    """Regression: any error of the system counted as damage, and the rebuild was begun again."""
+    folder = tmp_path / "index"
+    update(beir, folder, model)
+    shutil.copytree(folder, tmp_path / "rebuilt")
+    (tmp_path / "rebuilt").rename(folder / "rebuilt")
+    with monkeypatch.context() as patch:
+
+        def busy(*_: object, **__: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        patch.setattr(token_store.TokenStore, "check", busy)
+        with pytest.raises(UserError, match=f"^--index {folder}/rebuilt: .*Too many open files"):
+            update(beir, folder, model, rebuild=True)
+    assert update(beir, folder, model, rebuild=True).embedded == 0
 
 
 def test_a_changed_document_is_embedded_again(beir, model, tmp_path):
