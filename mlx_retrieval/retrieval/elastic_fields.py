@@ -3,14 +3,15 @@
 Beside `vector` stands `vector_words`: the terms of the texts that were embedded, as `analyzer` makes them for every
 index. Elasticsearch only splits them at white space. Path, name and doc of a document (see fields.py) are further
 fields, `vector_words_name` of a name. The server's BM25F adds up a term's occurrences in all of them, each times the
-weight of its field, so that other weights need no other words. The mapping's `_meta` records, for every field of
-vectors, the model and the texts that all were made from.
+weight of its field, so that other weights need no other words. How rare a term is depends on the documents that have it
+in one field, the one where they are most; LanceDB's index counts those that have it in any. The mapping's `_meta`
+records, for every field of vectors, the model and the texts that all were made from.
 
 read_meta(server)["vector"].words("vector", {"title": "readLine", "body": "It reads a line."})
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mlx_retrieval.dataset.columns import joined
@@ -40,6 +41,18 @@ class VectorField:
     analysis: int = 1  # version of analyzer.ANALYSIS that made the words
     word_fields: dict[str, list[str]] = field(default_factory=dict)  # one of BESIDES -> the document's fields
     weights: dict[str, int] = field(default_factory=WEIGHTS.copy)  # of FIELDS in a search by words
+    planned: dict[str, Any] = field(default_factory=dict)  # language and word_fields of words that are being written
+
+    @property
+    def intended(self) -> "VectorField":
+        """The same as it will be once all words are written, which an interrupted run did not come to."""
+        return replace(self, **self.planned, planned={})
+
+    @property
+    def basis(self) -> tuple[Any, ...]:
+        """What weights are learnt of: they suit no other vectors and words."""
+        words = (self.language, self.analysis, self.word_fields)
+        return self.fingerprint, self.texts, self.state == "replacing", *words
 
     @property
     def sources(self) -> list[str]:

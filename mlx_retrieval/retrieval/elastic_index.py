@@ -7,7 +7,8 @@ for hit in ElasticIndex("es://index", "vector").bm25("read line", 10): print(hit
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ def write_vectors(
     server = Server(parse(to))
     similarity = "cosine" if model.config.normalize else "max_inner_product"
     before = read_meta(server).get(field)
-    language = check_language(language or (before.language if before else "") or ENGLISH)
+    intended = before and before.intended
+    language = check_language(language or (intended.language if intended else "") or ENGLISH)
     origin = (model.name, model.fingerprint(), model.dimensions, list(texts), similarity)
     vectors = VectorField(*origin, "growing", language, analysis=ANALYSIS)
     if before:
@@ -81,26 +83,30 @@ def write_vectors(
             )
         if differs or before.state == "replacing":
             vectors.state = "replacing"
-        else:
-            vectors.weight = before.weight
-        vectors.word_fields, vectors.weights = before.word_fields, before.weights
+        vectors.word_fields, vectors.weights = intended.word_fields, before.weights
     if word_fields is not None:
         vectors.word_fields = {name: list(group) for name, group in word_fields.items()}
-    missing = {"bool": {"must_not": {"exists": {"field": field}}}}
-    source = Documents(server.address, vectors.sources, None if vectors.state == "replacing" else missing)
-    absent, present = source.missing()
+    with closing(Documents(server.address, vectors.sources)) as everything:  # a field may be in old documents alone
+        absent, present = everything.missing()
     if absent:
         raise UserError(f"{server.address}: no field {', '.join(sorted(absent))} (there: {', '.join(present)})")
     if before and vectors.state == "growing":
         has_words = before.language == language
         same = {name: group for name, group in vectors.word_fields.items() if before.word_fields.get(name) == group}
         state = {"analysis": before.analysis} if has_words else {"language": ""}
+        planned = {"language": language, "word_fields": vectors.word_fields}
         # What counts until all words are written. The server would choose an analyzer for fields that it does not know.
-        put_mapping(server, field, replace(vectors, word_fields=same, **state), vectors.word_fields)
+        started = replace(vectors, word_fields=same, planned=planned, **state)
+        _record(server, field, started, vectors.word_fields)
         if has_words and before.analysis < ANALYSIS:
             _write_words(server, field, vectors, False, is_cut_otherwise)
         _write_words(server, field, vectors, has_words and same == vectors.word_fields)
-    put_mapping(server, field, vectors)
+    if vectors.state == "replacing":
+        put_mapping(server, field, vectors)  # the weight that was learnt is of the vectors before
+    else:
+        _record(server, field, vectors)
+    missing = {"bool": {"must_not": {"exists": {"field": field}}}}
+    source = Documents(server.address, vectors.sources, None if vectors.state == "replacing" else missing)
     survey, done = source.survey(), 0
     try:
         for low, high in source.ranges(survey):
@@ -117,9 +123,14 @@ def write_vectors(
         source.close()
     server.open()
     server.call(server.client.indices.refresh, index=server.address.index)
-    vectors.state = "complete"
-    put_mapping(server, field, vectors)
+    _record(server, field, replace(vectors, state="complete"))
     return done, survey.count - done
+
+
+def _record(server: Server, field: str, vectors: VectorField, besides: Iterable[str] = ()) -> None:
+    """Record the origin of vectors as `put_mapping` does, with what `tune` has learnt, perhaps since this run began."""
+    learnt = read_meta(server).get(field, vectors)
+    put_mapping(server, field, replace(vectors, weight=learnt.weight, weights=learnt.weights), besides)
 
 
 def _write_words(
@@ -303,14 +314,16 @@ class ElasticIndex:
     def keep_weight(self, weight: float, weights: Mapping[str, int] | None = None) -> None:
         """Record the share of the meaning in a search by both, and other weights of the fields.
 
-        Raises UserError if another process has written to the index meanwhile: they may suit it no longer.
+        Raises UserError if another process has replaced vectors or words meanwhile, which they do not suit. More
+        documents are no obstacle.
         """
-        if self.refreshed() is not self:
+        recorded = read_meta(self.server).get(self.field)
+        if recorded is None or recorded.basis != self.vectors.basis:
             raise UserError(f"{self.server.address}: {self.field} was written meanwhile; run the same command again")
-        self.vectors.weight = self.info.weight = weight
-        if weights:
-            self.vectors.weights = self.info.fields = dict(weights)
-        put_mapping(self.server, self.field, self.vectors)
+        learnt = {"weight": weight, "weights": dict(weights or self.vectors.weights)}
+        put_mapping(self.server, self.field, replace(recorded, **learnt))
+        self.vectors = replace(self.vectors, **learnt)
+        self.info.weight, self.info.fields = weight, self.vectors.weights
 
 
 def _filter(within: Within) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ ES_TEST_VERSION=9.2.1 python -m pytest -m slow tests/dataset/test_elastic.py    
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -350,6 +351,8 @@ TEXTS = ["def readLine(file): return next", "It reads lines of HTTPServer2, and 
 
 
 CODE = {
+    "harbour.txt": "A plan.\n",
+    "ships.txt": "They leave the harbour.\n",
     "shapes/area.py": 'def area(width):\n    """Return the area."""\n    return width\n',
     "shapes/file.py": "def readLine(file):\n    # of a boiler\n    return file\n",
     "notes.md": "# Boiler\nIt drips.\n",
@@ -383,7 +386,11 @@ def test_lancedb_and_elasticsearch_hold_the_same_words(login, tmp_path):
 
 
 def test_fields_count_alike_in_lancedb_and_elasticsearch(login, tmp_path, capsys):
-    """Side by side: path, name, doc and text of code, the terms of each, and BM25F for several weights."""
+    """Side by side: path, name, doc and text of code, the terms of each, and BM25F for several weights.
+
+    A term that one document has in its path and another in its text is rarer for Elasticsearch, which looks at the
+    field where it is most frequent.
+    """
     for name, text in CODE.items():
         path = tmp_path / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -418,6 +425,13 @@ def test_fields_count_alike_in_lancedb_and_elasticsearch(login, tmp_path, capsys
                 {chunks[int(hit.id)]["chunk"]: hit.score for hit in elastic.bm25(query, 10)},
             ]
             assert by_place[0] == pytest.approx(by_place[1], rel=1e-4), (weights, query)
+        lances = {hit.id: hit.score for hit in lance.bm25("harbour", 10)}
+        elastics = {chunks[int(hit.id)]["chunk"]: hit.score for hit in elastic.bm25("harbour", 10)}
+        count = len(lances)
+        assert count == (2 if named["path"] else 1)
+        idf = [math.log1p((len(chunks) - with_term + 0.5) / (with_term + 0.5)) for with_term in (1, count)]
+        expected = {chunk: score * idf[0] / idf[1] for chunk, score in lances.items()}
+        assert elastics == pytest.approx(expected, rel=1e-4), weights
     rows = [{"query": f"{word} of them", "path": str(n)} for n in range(len(chunks)) for word in ("area", "line")] * 2
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert search.main(["tune", str(tmp_path / "q.jsonl"), "--store", "es://code"]) == 0
@@ -442,6 +456,18 @@ def test_fields_are_added_to_the_words_of_the_version_before(login, small, capsy
     assert embed.main([*to, "--word-fields", "none"]) == 0
     assert elastic_index.ElasticIndex(f"es://{small}").bm25("quay", 9) == []
     assert embed.main([*to, "--word-fields", "name=nothing"]) == 2
+    assert "no field nothing" in capsys.readouterr().err
+
+
+def test_a_field_that_the_mapping_lacks_counts_beside_finished_vectors(login, capsys):
+    """Regression: it was looked for among documents without vectors, of which there were none."""
+    fill(login, "notes", [{"title": "a boat", "snippet": ""}])
+    login.ask("PUT", "/notes/_mapping", {"dynamic": False})
+    login.ask("PUT", "/notes/_doc/late?refresh=true", {"title": "a ship", "note": "the quay"})
+    to = ["--to", "es://notes", "--model", "gemma-3-tiny-mlx"]
+    assert embed.main(to) == 0 and embed.main([*to, "--word-fields", "doc=note"]) == 0
+    assert [hit.path for hit in elastic_index.ElasticIndex("es://notes").bm25("quay", 9)] == ["late"]
+    assert embed.main([*to, "--word-fields", "doc=nothing"]) == 2
     assert "no field nothing" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ python -m pytest tests/retrieval/test_elastic_index.py
 """
 
 import json
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ from mlx_retrieval.utils.errors import UserError
 FIELD = VectorField("model", "fingerprint", 2, ["title", "body"], "cosine", language="english", weight=0.7)
 BESIDES = {"name": ["title"], "path": ["file", "folder"]}
 SOURCE = {"title": "a title", "body": "a body"}
+MODEL = SimpleNamespace(late=False, name="model", fingerprint=lambda: "fingerprint", dimensions=2)
+MODEL.config, MODEL.is_of = SimpleNamespace(normalize=True), lambda fingerprint: fingerprint == "fingerprint"
 
 
 class Stub:
@@ -37,8 +40,21 @@ class Stub:
         self.asked: list[dict] = []
         self.mapping = {"docs": {"mappings": {"_meta": {META: {name: asdict(each) for name, each in fields.items()}}}}}
         self.address = SimpleNamespace(index="docs")
-        indices = SimpleNamespace(get_mapping=lambda **_: self.mapping, put_mapping=self._note)
+        indices = SimpleNamespace(get_mapping=lambda **_: deepcopy(self.mapping), put_mapping=self._put)
+        indices.refresh = lambda **_: None
         self.client = SimpleNamespace(indices=indices, search=self._search, count=self._count)
+
+    @property
+    def record(self) -> dict:
+        """What is recorded of the field `vector`."""
+        return self.mapping["docs"]["mappings"]["_meta"][META]["vector"]
+
+    def open(self):
+        pass
+
+    def _put(self, **body):
+        self._note(**body)
+        self.mapping["docs"]["mappings"] = {"_meta": deepcopy(body["meta"])}
 
     def _note(self, **body):
         self.asked.append(deepcopy(body))
@@ -87,7 +103,6 @@ def test_words_with_marks_of_an_earlier_version_are_written_again(stub, monkeypa
     monkeypatch.setattr(elastic_index, "Documents", lambda *_: source)
     written = []
     monkeypatch.setattr(elastic_index, "_write", lambda server, hits, values: written.append((hits, values)))
-    stub.open = lambda: None
     elastic_index._write_words(stub, "vector", FIELD, False, is_cut_otherwise)
     assert written == [(rows[1:], {"vector_words": ["पुस्तक"]})]
     stub.mapping["docs"]["mappings"]["_meta"][META]["vector"]["analysis"] = ANALYSIS
@@ -246,7 +261,7 @@ def test_words_of_further_fields_are_written_without_embedding(stub, monkeypatch
     rows = [{"_id": "1", "_source": {"title": "readLine", "file": "a.py", "folder": "src", "comment": "caches"}}]
 
     def source(address, wanted, query=None):
-        found = rows if {"exists": {"field": "vector"}} in query["bool"].get("filter", []) else []
+        found = rows if query and {"exists": {"field": "vector"}} in query["bool"].get("filter", []) else []
         read = {"ranges": lambda _: [(0, 1)] if found else [], "read": lambda *_: found, "close": lambda: None}
         survey = SimpleNamespace(count=len(found))
         assert {*wanted} == {"title", "body", "file", "folder", "comment"}
@@ -254,11 +269,8 @@ def test_words_of_further_fields_are_written_without_embedding(stub, monkeypatch
 
     monkeypatch.setattr(elastic_index, "Documents", source)
     monkeypatch.setattr(elastic_index, "_write", lambda server, hits, values: stub.asked.append(values))
-    stub.open, stub.client.indices.refresh = lambda: None, lambda **_: None
-    model = SimpleNamespace(late=False, name="model", fingerprint=lambda: "fingerprint", dimensions=2)
-    model.config, model.is_of = SimpleNamespace(normalize=True), lambda fingerprint: True
     besides = BESIDES | {"doc": ["comment"]}
-    assert elastic_index.write_vectors(model, "es://docs", "vector", FIELD.texts, word_fields=besides) == (0, 0)
+    assert elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts, word_fields=besides) == (0, 0)
     before, words, _, after = stub.asked
     assert before["meta"][META]["vector"]["word_fields"] == {"doc": ["comment"]}
     fields = {"vector_words", "vector_words_name", "vector_words_path", "vector_words_doc"}
@@ -272,8 +284,88 @@ def test_words_of_further_fields_are_written_without_embedding(stub, monkeypatch
         stub.mapping["docs"]["mappings"] = {"_meta": after["meta"]}
         stub.asked.clear()
         monkeypatch.setattr(elastic_index, "_write_words", lambda *args: stub.asked.append(args[-1]))
-        elastic_index.write_vectors(model, "es://docs", "vector", FIELD.texts, word_fields=again)
+        elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts, word_fields=again)
         assert stub.asked[1] is True and stub.asked[-1]["meta"] == after["meta"]
+
+
+@pytest.fixture
+def documents(stub, monkeypatch) -> dict:
+    """Nothing to embed. `survey` is called instead of embedding, `words` of writing words, `missing` with a query."""
+    called = {"survey": lambda: None, "words": lambda *_: None, "missing": lambda query: set()}
+
+    def source(address, wanted, query=None):
+        def survey():
+            called["survey"]()
+            return SimpleNamespace(count=0)
+
+        read = {"ranges": lambda _: [], "close": lambda: None}
+        return SimpleNamespace(missing=lambda: (called["missing"](query), []), survey=survey, **read)
+
+    monkeypatch.setattr(elastic_index, "Documents", source)
+    monkeypatch.setattr(elastic_index, "_write_words", lambda *args: called["words"](*args))
+    stub.record["analysis"] = ANALYSIS
+    return called
+
+
+def test_embedding_and_tuning_leave_the_record_of_each_other(stub, documents):
+    """Regression: embed.py put back the weights of its start, and new documents made tune.py's work void."""
+    index, weights = ElasticIndex("es://docs"), dict.fromkeys(FIELDS, 2)
+
+    def tuned():
+        assert stub.record["state"] == "growing"
+        index.keep_weight(0.25, weights)
+        assert stub.record["state"] == "growing"
+
+    documents["survey"] = tuned
+    elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts)
+    expected = asdict(FIELD) | {"weight": 0.25, "weights": weights, "analysis": ANALYSIS}
+    assert stub.record == expected and index.refreshed() is index
+    another = SimpleNamespace(**vars(MODEL) | {"fingerprint": lambda: "another", "is_of": lambda _: False})
+    documents["survey"] = lambda: None
+    elastic_index.write_vectors(another, "es://docs", "vector", FIELD.texts, overwrite=True)
+    assert stub.record == expected | {"fingerprint": "another", "weight": None}  # it was learnt of other vectors
+
+
+@pytest.mark.parametrize("change", [{"language": "german"}, {"word_fields": BESIDES}, {"state": "replacing"}])
+def test_weights_are_not_kept_beside_other_words(stub, change):
+    index = ElasticIndex("es://docs")
+    stub.record.update(change)
+    with pytest.raises(UserError, match="vector was written meanwhile; run the same command again$"):
+        index.keep_weight(0.25)
+    assert stub.asked == []
+
+
+def test_a_field_is_looked_for_in_documents_with_vectors_too(stub, documents):
+    """Regression: with finished vectors, a field that the mapping lacks was refused, because no document was left."""
+    documents["missing"] = lambda query: {"comment"} if query else set()
+    elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts, word_fields={"doc": ["comment"]})
+    assert stub.record["word_fields"] == {"doc": ["comment"]}
+
+
+def test_a_run_that_goes_on_writes_the_words_that_were_asked_for(stub, documents):
+    """Regression: after a kill, the same command without --language and --word-fields wrote words as before."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    documents["words"] = killed
+    settings = {"language": "german", "word_fields": BESIDES}
+    with pytest.raises(KeyboardInterrupt):
+        elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts, **settings)
+    assert (stub.record["language"], stub.record["word_fields"]) == ("", {})  # what counts until then
+    with pytest.raises(KeyboardInterrupt):
+        elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts)
+    written = []
+    documents["words"] = lambda *args: written.append(args[2:])
+    elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts, word_fields={})  # a flag comes first
+    ((vectors, has_words),) = written
+    assert (vectors.language, vectors.word_fields, has_words) == ("german", {}, False)
+    assert stub.record == asdict(FIELD) | {"language": "german", "analysis": ANALYSIS}
+    for flags in ({"word_fields": BESIDES}, {}):
+        documents["words"] = killed if flags else lambda *_: None
+        with pytest.raises(KeyboardInterrupt) if flags else nullcontext():
+            elastic_index.write_vectors(MODEL, "es://docs", "vector", FIELD.texts, **flags)
+    assert stub.record == asdict(FIELD) | {"language": "german", "analysis": ANALYSIS, "word_fields": BESIDES}
 
 
 def test_vectors_of_a_later_version_are_one_line(stub):
