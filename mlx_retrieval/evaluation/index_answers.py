@@ -65,7 +65,9 @@ def _in_index(target: Target, known: set[str], by_name: dict[str, list[str]], fo
         return [Target(str(target))]
     path = target.path.removeprefix("./")
     others = by_name.get(path.rpartition("/")[2], [])
-    alike = [other for other in others if f"/{other}".endswith(f"/{path}") or _is_from_outside(path, other, folders)]
+    alike = [other for other in others if f"/{other}".endswith(f"/{path}")]
+    outside = [other for other in others if _is_from_outside(path, other, folders)]
+    alike += [other for other in outside if other == max(outside, key=len)]  # ends of one path: the longest is meant
     return [target._replace(path=other) for other in alike]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlx_retrieval.mining.collection import TextFile
+from mlx_retrieval.retrieval.lance_errors import is_of_system
 from mlx_retrieval.retrieval.late_interaction import MEMORY_BITS
 from mlx_retrieval.retrieval.token_store import TokenStore
 from mlx_retrieval.utils import files, locks
@@ -109,7 +110,8 @@ class ResumableCache:
         try:
             store.check()
         except (OSError, ValueError) as error:
-            raise UserError(f"{error}; remove {store.folder}, and its vectors are computed again") from error
+            advice = f"; remove {store.folder}, and its vectors are computed again"
+            raise UserError(f"{error}{advice * (not is_of_system(error))}") from error
         for first in range(store.count, count, DOCUMENTS_AT_ONCE):
             if progress:
                 progress(first, count)

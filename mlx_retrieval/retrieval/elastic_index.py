@@ -86,8 +86,12 @@ def write_vectors(
         vectors.word_fields, vectors.weights = intended.word_fields, before.weights
     if word_fields is not None:
         vectors.word_fields = {name: list(group) for name, group in word_fields.items()}
-    with closing(Documents(server.address, vectors.sources)) as everything:  # a field may be in old documents alone
-        absent, present = everything.missing()
+    missing = {"bool": {"must_not": {"exists": {"field": field}}}}
+    absent = set(vectors.sources)
+    for some in (None, missing):  # a field may be in old documents alone, or in new ones
+        with closing(Documents(server.address, vectors.sources, some)) as documents:
+            lacking, present = documents.missing()
+            absent &= lacking
     if absent:
         raise UserError(f"{server.address}: no field {', '.join(sorted(absent))} (there: {', '.join(present)})")
     if before and vectors.state == "growing":
@@ -105,7 +109,6 @@ def write_vectors(
         put_mapping(server, field, vectors)  # the weight that was learnt is of the vectors before
     else:
         _record(server, field, vectors)
-    missing = {"bool": {"must_not": {"exists": {"field": field}}}}
     source = Documents(server.address, vectors.sources, None if vectors.state == "replacing" else missing)
     survey, done = source.survey(), 0
     try:

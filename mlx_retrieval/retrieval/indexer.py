@@ -175,11 +175,14 @@ def _interrupted(folder: Path, info: IndexInfo) -> Index | None:
         _check(index, info)
         index.check()
     except UserError as error:
-        if is_of_system(error):
+        if is_of_system(error.__cause__):
             raise
         return None
     words = [(each.language, each.fields, each.analysis) for each in (index.info, info)]
-    return index if words[0] == words[1] else None
+    if words[0] != words[1]:
+        return None
+    index.info.folders, index.info.weight = info.folders, info.weight  # which may have changed since
+    return index
 
 
 def _remove_empty(folder: Path, is_new: bool) -> None:

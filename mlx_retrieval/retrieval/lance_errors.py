@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.files import SaveError
 
 DAMAGED = "if the index is damaged, search.py index --rebuild replaces it"
@@ -16,7 +15,8 @@ DAMAGED = "if the index is damaged, search.py index --rebuild replaces it"
 UNFINISHED = f"what is indexed stays; {DAMAGED}, otherwise the same command continues"
 SOURCE = re.compile(r",? ?/[^ ,]+\.rs:\d+:\d+")
 SYSTEM_ERROR = re.compile(r"([A-Z][\w ]+) \(os error (\d+)\)")  # such as `No space left on device (os error 28)`
-DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}  # errors of the system if a file is damaged or lost
+# Errors of the system if a file is damaged or lost.
+DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EIO}
 
 
 @contextmanager
@@ -35,10 +35,10 @@ def reason_of(error: Exception) -> str:
     return SOURCE.sub("", str(error).partition("\n")[0])[:200]
 
 
-def is_of_system(error: UserError) -> bool:
-    """Return whether an index could not be read for another reason than damage: no permission, too many open files."""
-    reason = SYSTEM_ERROR.search(str(error.__cause__))
-    number = int(reason[2]) if reason else getattr(error.__cause__, "errno", None)
+def is_of_system(error: BaseException | None) -> bool:
+    """Return whether something could not be read for another reason than damage: no permission, too many open files."""
+    reason = SYSTEM_ERROR.search(str(error))
+    number = int(reason[2]) if reason else getattr(error, "errno", None)
     return number is not None and number not in DAMAGE
 
 

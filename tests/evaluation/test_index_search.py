@@ -171,11 +171,12 @@ def test_ids_with_colons_are_no_lines():
         ("other/area.py", None),
         ("lines.py", None),  # twice
         ("b/lines.py", "b/lines.py"),
+        ("repo/docs/README.md", "docs/README.md"),  # and not README.md
     ],
 )
 def test_paths_match_by_their_ends(name, answer):
     """Regression: foo/foo/core.py, of a package foo in a checkout foo, was not foo/core.py."""
-    paths = ["src/shapes/area.py", "a/lines.py", "b/lines.py", "b/b/words.py"]
+    paths = ["src/shapes/area.py", "a/lines.py", "b/lines.py", "b/b/words.py", "README.md", "docs/README.md"]
     resolved, missing, ambiguous, _ = index_answers.resolve([Query("q", {Target(name, 7): 1})], paths)
     assert list(resolved[0].targets) == [Target(answer or name, 7)] and missing == [name] * (answer is None)
     assert ambiguous == ({"lines.py": ["a/lines.py", "b/lines.py"]} if name == "lines.py" else {})

@@ -170,8 +170,8 @@ def test_a_late_model_finds_negatives_by_maxsim(late, pairs, tmp_path):
     assert run("--data", pairs, "--model", late, "--output", output, "--overwrite", *both) in (0, 2)
 
 
-def test_damaged_token_vectors_of_a_cache_are_one_line(late, pairs, tmp_path, capsys):
-    """Regression: a traceback."""
+def test_damaged_token_vectors_of_a_cache_are_one_line(late, pairs, tmp_path, capsys, monkeypatch):
+    """Regression: a traceback; then advice to remove whole ones, too, if the system could not read them."""
     flags = ("--relative-margin", "off", "--work", tmp_path / "work", "--output", tmp_path / "mined.jsonl")
     assert run("--data", pairs, "--model", late, *flags) == 0
     (lengths,) = (tmp_path / "work/tokens").glob("0*/lengths.npy")
@@ -179,6 +179,11 @@ def test_damaged_token_vectors_of_a_cache_are_one_line(late, pairs, tmp_path, ca
     assert run("--data", pairs, "--model", late, *flags, "--overwrite") == 2
     reason = capsys.readouterr().err.splitlines()[-1]
     assert reason.endswith(f"; remove {tmp_path / 'work/tokens'}, and its vectors are computed again")
+    with monkeypatch.context() as patch:
+        busy = OSError(errno.EMFILE, "Too many open files")
+        patch.setattr(cache.TokenStore, "check", lambda _: (_ for _ in ()).throw(busy))
+        assert run("--data", pairs, "--model", late, *flags, "--overwrite") == 2
+        assert "Too many open files" in (told := capsys.readouterr().err.splitlines()[-1]) and "remove" not in told
     shutil.rmtree(tmp_path / "work/tokens")
     assert run("--data", pairs, "--model", late, *flags, "--overwrite") == 0
 

@@ -83,7 +83,7 @@ def test_an_overloaded_server_is_asked_again(stub, status):
 
 
 @pytest.mark.parametrize("after", ["7", "date"])
-def test_retry_after_is_waited_for(stub, after):
+def test_retry_after_is_waited_for(stub, after, monkeypatch):
     class Waits(threading.Event):
         seconds = ()
 
@@ -92,12 +92,13 @@ def test_retry_after_is_waited_for(stub, after):
 
     from email.utils import formatdate
 
-    header = formatdate(time.time() + 8, usegmt=True) if after == "date" else after
+    monkeypatch.setattr(chat_server.time, "time", lambda: 1_000_000_000.0)
+    header = formatdate(1_000_000_007, usegmt=True) if after == "date" else after
     stub.answer = lambda n, _: (429, {}, {"Retry-After": header}) if stub.count(n) == 1 else completion(EXPECTED[n])
     model = ChatServer(f"{stub.address}#toy", rules=Rules(pause=0.001))
     model._closed = Waits()
     assert texts(complete(model, JOBS[:1])) == EXPECTED[:1]
-    assert len(Waits.seconds) == 1 and 6 <= Waits.seconds[0] <= 8
+    assert Waits.seconds == (7,)
     stub.answer = lambda *_: (429, {"error": "quota"}, {"Retry-After": "3600"})
     with pytest.raises(UserError, match=r"asks to wait for 3600 s \(429 quota\)"):
         complete(ChatServer(stub.address))

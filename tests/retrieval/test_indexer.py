@@ -469,8 +469,9 @@ def test_an_interrupted_rebuild_outlives_what_the_system_refuses(tree, model, tm
             with pytest.raises(files.SaveError, match=f"^--index {rebuilt}: .*{message}"):
                 update(tree, index, model, rebuild=True)
         assert Index.open(rebuilt).count() == count
+    Index.open(index).keep_weight(0.4)  # which `tune` learnt meanwhile
     summary = update(tree, index, model, rebuild=True)
-    assert 0 < summary.embedded < 6 and len(rows(index)[0]) == 6
+    assert 0 < summary.embedded < 6 and len(rows(index)[0]) == 6 and Index.open(index).info.weight == 0.4
 
 
 def raising(error: Exception) -> Callable:
