@@ -65,7 +65,7 @@ class Model:
 
     def is_of(self, known: str) -> bool:
         """Return whether a fingerprint is this model's, of this version or of one that read less of large files."""
-        return known in (self.fingerprint(), self._fingerprint(by_tensor=False))
+        return known == self.fingerprint() or known == self._fingerprint(by_tensor=False)
 
     def _fingerprint(self, by_tensor: bool) -> str:
         adapter = None if self.base is None else Path(self.name).expanduser()

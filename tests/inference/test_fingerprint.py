@@ -67,6 +67,9 @@ def test_indices_of_before_are_taken_for_what_they_are(small, tmp_path, monkeypa
     model, index = load(small), tmp_path / "index"
     earlier = model._fingerprint(by_tensor=False)
     assert earlier != model.fingerprint() and model.is_of(earlier) and not model.is_of("f" * 64)
+    compute, hashed = model._fingerprint, []
+    monkeypatch.setattr(model, "_fingerprint", lambda by_tensor: hashed.append(by_tensor) or compute(by_tensor))
+    assert model.is_of(compute(True)) and hashed == [True]  # every search asks, and the model's files are read for it
     update(tmp_path / "docs", index, model)
     made = Index.open(index)
     made.info.fingerprint = earlier
