@@ -188,6 +188,16 @@ def test_tests_import_no_tests():
     assert not wrong, f"{', '.join(wrong)}: shared makers belong in tests/helpers/, shared fixtures in a conftest.py"
 
 
+def test_no_test_asserts_how_long_something_takes():
+    """A busy machine makes such a test fail, and a fast one lets it pass: speed is measured in benchmarks/."""
+    clock = r"(perf_counter(_ns)?|monotonic|\btime)\(\) *-"  # the end of waiting, monotonic() < deadline, is none
+    wrong = []
+    for file in ROOT.glob("tests/**/*.py"):
+        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        wrong += [f"{file.relative_to(ROOT)}:{n}" for n, line in lines if re.search(rf"assert .*{clock}", line)]
+    assert not wrong, f"{', '.join(wrong)}: count what is done instead"
+
+
 def test_tests_lie_in_the_folders_of_what_they_test_and_say_how_to_run_them():
     files = list(ROOT.glob("tests/**/test_*.py"))
     rooms = {path.name for path in (ROOT / "mlx_retrieval").iterdir() if path.is_dir()}
