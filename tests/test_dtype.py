@@ -231,7 +231,7 @@ def test_a_search_says_that_its_dtype_is_slow_here(base_folders, monkeypatch, ca
             self.index = SimpleNamespace(
                 info=SimpleNamespace(complete=True, is_corpus=True, language="english"), root=Path()
             )
-            self.model, self.search = model, lambda *_: []
+            self.model, self.search, self.unfinished = model, lambda *_: [], ""
 
     monkeypatch.setattr(search, "Searcher", Found)
     for is_gpu, mode, said in ((False, "--semantic", True), (False, "--bm25", False), (True, "--semantic", False)):

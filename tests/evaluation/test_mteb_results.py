@@ -93,17 +93,22 @@ def test_subsets_of_a_benchmark_are_not_those_of_the_task():
     assert again[0].hf_subsets == parts[0].hf_subsets  # a choice of languages does not last
 
 
+def slow(*values: object) -> object:
+    """Return values of a parametrised test that only the slow tier takes."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--eval-tasks", "NanoBEIRR"], "NanoBEIRR: mteb knows no such task or benchmark; did you mean NanoBEIR?"),
-        (["--eval-tasks", "STS21"], "STS21: mteb knows no such task or benchmark; did you mean STS2"),
+        slow(["--eval-tasks", "STS21"], "STS21: mteb knows no such task or benchmark; did you mean STS2"),
         (["--eval-tasks", "tests"], "tests: --results is for tasks of mteb; evaluate folders and files without it"),
         (["--eval-tasks", "VisRAGRetArxivQA"], "about text, image; only tasks of text"),
         (["--eval-tasks", "nanobeir"], "nanobeir: mteb knows no such task or benchmark; did you mean NanoBEIR?"),
         (["--eval-tasks", "sts12"], "did you mean STS12?"),
-        (["--eval-tasks", "Mock"], "did you mean mock?"),
-        (["--eval-tasks", "MockSTSTasks"], "did you mean MockSTSTask?"),
+        slow(["--eval-tasks", "Mock"], "did you mean mock?"),
+        slow(["--eval-tasks", "MockSTSTasks"], "did you mean MockSTSTask?"),
         (["--eval-tasks", "MockVisualSTS"], "about image; only tasks of text"),
         (["--eval-tasks", "mock", "--task-types", "sts"], "did you mean STS?"),
         (["--eval-tasks", "STS12", "--languages", "deu"], "STS12: no task has one of these --languages"),
@@ -206,8 +211,8 @@ def test_prompts_of_a_file_come_before_the_models_own(minilm, tmp_path, monkeypa
         ('["query"]', "not an object of texts"),
         ('{"query": 1}', "not an object of texts"),
         ('{"Retreival": "x"}', "Retreival is neither a task of mteb.*did you mean Retrieval?"),
-        ('{"STS12-query": "x", "NanoMSMARCORetrievl-query": "x"}', "did you mean NanoMSMARCORetrieval?"),
-        ('{"STS12-passage": "x"}', "STS12-passage is neither"),
+        slow('{"STS12-query": "x", "NanoMSMARCORetrievl-query": "x"}', "did you mean NanoMSMARCORetrieval?"),
+        slow('{"STS12-passage": "x"}', "STS12-passage is neither"),
     ],
 )
 def test_files_of_prompts_that_do_not_fit(content, message, tmp_path):

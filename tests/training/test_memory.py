@@ -45,7 +45,10 @@ def test_the_budget_is_the_largest_that_fits(settings, monkeypatch):
     assert trainer.fit_memory().budget == 128
 
 
-@pytest.mark.parametrize("changes", [{}, {"grad_checkpoint": True}, {"train_type": "full"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"grad_checkpoint": True}, {"train_type": "full"}))],
+)
 def test_auto_is_within_15_percent_of_the_peak(settings, monkeypatch, changes):
     """Regression: where passes are not compiled, the first probe also read the weights, and a token seemed to be cheap.
 
