@@ -84,6 +84,7 @@ def _tasks_of(name: str) -> list[Any]:
     return tasks
 
 
+@functools.cache  # mteb makes all of them, which takes seconds
 def _task_names() -> list[str]:
     import mteb
 

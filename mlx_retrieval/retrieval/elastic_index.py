@@ -205,9 +205,9 @@ class ElasticIndex:
         state = {"complete": vectors.state == "complete", "language": vectors.language or ENGLISH}
         self.info = replace(info, **state, weight=vectors.weight, fields=vectors.weights)
 
-    def rebuild_command(self, model: str) -> str:
-        """Return the command that embeds the documents again with a model."""
-        return self._command(model, "--overwrite")
+    def rebuild_command(self, model: str, late: bool) -> str:
+        """Return the command that embeds the documents again with a model; MODEL for late interaction, refused here."""
+        return self._command("MODEL" if late else model, "--overwrite")
 
     def _command(self, model: str, *flags: str) -> str:
         fields = ["--es-fields", f"document={'+'.join(self.texts)}"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from mlx_retrieval.retrieval.analyzer import check_language
 from mlx_retrieval.retrieval.base import FILE, LOCK, VERSION, IndexInfo
 from mlx_retrieval.retrieval.fields import check_weights
+from mlx_retrieval.retrieval.lance_errors import REBUILD, is_of_system, unreadable
 from mlx_retrieval.retrieval.late_chunks import TOKENS
 from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
@@ -66,11 +67,11 @@ def read_info(folder: Path) -> IndexInfo:
     try:
         values = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if values.get("version") not in range(OLDEST, VERSION + 1):
-            raise UserError(f"{folder}: made by another version of this toolkit; search.py index --rebuild replaces it")
+            raise UserError(f"{folder}: made by another version of this toolkit; {REBUILD}")
         info = IndexInfo(**values)
         check_weights(info.fields)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / FILE}: not readable ({error}); search.py index --rebuild replaces it") from error
+        raise UserError(f"{folder / FILE}: {unreadable(error)}") from error
     return info
 
 
@@ -80,7 +81,7 @@ def read_earlier(folder: Path, rebuild: bool) -> IndexInfo | None:
     Args:
         rebuild: whether that index is to be replaced; None is returned, too, if its index.json cannot be used.
 
-    Raises UserError, unless `rebuild`, as `read_info` does.
+    Raises UserError as `read_info` does, with `rebuild` only if index.json cannot be opened at the moment.
     """
     place = next((place for place in (folder, folder / REBUILT) if (place / FILE).is_file()), None)
     if place is None:
@@ -88,8 +89,8 @@ def read_earlier(folder: Path, rebuild: bool) -> IndexInfo | None:
     try:
         info = read_info(place)
         check_language(info.language)
-    except UserError:
-        if rebuild:
+    except UserError as error:
+        if rebuild and not is_of_system(error.__cause__):
             return None
         raise
     return info

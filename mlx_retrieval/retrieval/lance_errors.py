@@ -10,7 +10,8 @@ from typing import Any
 
 from mlx_retrieval.utils.files import SaveError
 
-DAMAGED = "if the index is damaged, search.py index --rebuild replaces it"
+REBUILD = "search.py index --rebuild replaces it"
+DAMAGED = f"if the index is damaged, {REBUILD}"
 # A write reads as well: rows that it replaces, and the vectors that it merges.
 UNFINISHED = f"what is indexed stays; {DAMAGED}, otherwise the same command continues"
 SOURCE = re.compile(r",? ?/[^ ,]+\.rs:\d+:\d+")
@@ -32,6 +33,8 @@ def reason_of(error: Exception) -> str:
     """Return the reason of an error of LanceDB in one line, without the places in its sources."""
     if reason := SYSTEM_ERROR.search(str(error)):
         return reason[1]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return SOURCE.sub("", str(error).partition("\n")[0])[:200]
 
 
@@ -40,6 +43,12 @@ def is_of_system(error: BaseException | None) -> bool:
     reason = SYSTEM_ERROR.search(str(error))
     number = int(reason[2]) if reason else getattr(error, "errno", None)
     return number is not None and number not in DAMAGE
+
+
+def unreadable(error: Exception) -> str:
+    """Return in one line why an index cannot be read, and what helps if it is damaged."""
+    reason = reason_of(error)
+    return f"not readable ({reason})" if is_of_system(error) else f"damaged ({reason}); {REBUILD}"
 
 
 def writing(method: Callable) -> Callable:

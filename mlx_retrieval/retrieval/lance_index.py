@@ -22,7 +22,7 @@ from mlx_retrieval.retrieval import index_folder, lance_tables
 from mlx_retrieval.retrieval.analyzer import ANALYSIS, analyzer, is_cut_otherwise
 from mlx_retrieval.retrieval.base import EVERYWHERE, TOKEN_BITS, VERSION, FileRecord, Hit, IndexInfo, Within
 from mlx_retrieval.retrieval.index_folder import read_info, write_info, written_at
-from mlx_retrieval.retrieval.lance_errors import plain_errors, reading, reason_of, writing
+from mlx_retrieval.retrieval.lance_errors import plain_errors, reading, unreadable, writing
 from mlx_retrieval.retrieval.lance_tables import HIT_COLUMNS, filtered, hits
 from mlx_retrieval.retrieval.late_chunks import TOKENS, LateChunks
 from mlx_retrieval.utils.errors import UserError
@@ -86,7 +86,7 @@ class Index:
         try:
             index = cls(folder, info, database)
         except (ValueError, OSError, RuntimeError) as error:
-            raise UserError(f"{folder}: damaged ({reason_of(error)}); search.py index --rebuild replaces it") from error
+            raise UserError(f"{folder}: {unreadable(error)}") from error
         if info.version == WHOLE_TOKENS and not info.maxsim:
             info.version = VERSION
         if info.version != VERSION and not outdated:
@@ -102,8 +102,11 @@ class Index:
         """The indexed folder, absolute."""
         return (self.folder.resolve() / self.info.root).resolve()
 
-    def command(self, model: str, *flags: str) -> str:
-        """Return the command that brings the index up to date: with the flags that it was made with."""
+    def command(self, model: str, *flags: str, late: bool = True) -> str:
+        """Return the command that brings the index up to date: with the flags that it was made with.
+
+        `late`: whether the model may compute token vectors. Others refuse the flags for them.
+        """
         info = self.info
         folders = [str(self.root / name) for name in info.folders or ["."]]
         settings = (
@@ -113,14 +116,15 @@ class Index:
             ("--token-bits", info.token_bits, TOKEN_BITS),
             ("--token-pooling", info.token_pooling, 1),
         )
-        given = [str(word) for flag, value, default in settings if value != default for word in (flag, value)]
+        chosen = [(flag, value) for flag, value, default in settings if value != default]
+        given = [str(word) for flag, value in chosen for word in (flag, value) if late or "--token-" not in flag]
         given += [f"--exclude={pattern}" for pattern in info.exclude] + ["--documents"] * info.documents
         start = ("python", "search.py", "index", *folders, "--model-path", model, "--index", self.folder)
         return shell(*start, *given, *flags)
 
-    def rebuild_command(self, model: str) -> str:
-        """Return the command that rebuilds the index with a model."""
-        return self.command(model, "--rebuild")
+    def rebuild_command(self, model: str, late: bool) -> str:
+        """Return the command that rebuilds the index with a model, of late interaction or not."""
+        return self.command(model, "--rebuild", late=late)
 
     def write(self) -> None:
         """Write index.json atomically."""

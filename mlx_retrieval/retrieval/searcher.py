@@ -92,7 +92,7 @@ class Searcher:
             reason = f"is another model than {info.model}," if self._model_name else "is no longer the model"
             raise UserError(
                 f"{name} {reason} with which {self.index.folder} was made. "
-                f"To rebuild the index: {self.index.rebuild_command(name)}"
+                f"To rebuild the index: {self.index.rebuild_command(name, model.late)}"
             )
         return model
 

@@ -294,6 +294,26 @@ def test_folders_with_anything_else_are_left_alone(tree, model, tmp_path):
         update(tmp_path / "none", tmp_path / "index", model)
 
 
+@pytest.mark.parametrize("place", ["index.json", "tables"])
+def test_an_index_that_cannot_be_opened_now_is_not_called_damaged(tree, model, tmp_path, monkeypatch, place):
+    """Regression: any error of the system was answered with the advice to rebuild."""
+    index = tmp_path / "index"
+    update(tree, index, model, language="german")
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        if place == "tables":
+            patch.setattr(Index, "__init__", busy)
+        else:
+            patch.setattr(index_folder.json, "loads", busy)
+        for rebuild in (False, True):
+            with pytest.raises(UserError, match=r"not readable \(Too many open files\)$"):
+                update(tree, index, model, rebuild=rebuild) if place == "index.json" else Index.open(index)
+    assert Index.open(index).info.language == "german"
+
+
 def test_a_damaged_index_is_told_and_rebuilt(tree, model, tmp_path):
     index = tmp_path / "index"
     update(tree, index, model)
@@ -604,13 +624,14 @@ def test_printed_commands_make_the_same_index(tree, model, small, tmp_path):
     update(tree, index, model, exclude=exclude, **settings)
     assert {row[1] for row in rows(index)[0]} == {"notes.md"}
     opened = Index.open(index)
-    command = opened.rebuild_command(small)
+    command = opened.rebuild_command(small, late=False)
     args = search.parser().parse_args(shlex.split(command)[2:])
     assert (args.chunk_size, args.overlap, args.max_file_size, args.exclude) == (40, 5, 60, exclude)
     assert (args.rebuild, args.documents) == (True, None)
     opened.info = dataclasses.replace(opened.info, maxsim="mean", token_bits=2, token_pooling=3)
-    args = search.parser().parse_args(shlex.split(opened.rebuild_command(small))[2:])
+    args = search.parser().parse_args(shlex.split(opened.rebuild_command(small, late=True))[2:])
     assert (args.token_bits, args.token_pooling) == (2, 3)
+    assert "--token" not in opened.rebuild_command(small, late=False)  # which a model of single vectors refuses
     update(tree, index, model, max_characters=40, overlap=5)  # of files, what the last run was told counts
     args = search.parser().parse_args(shlex.split(Index.open(index).command(small))[2:])
     assert (args.max_file_size, args.exclude) == (None, [])
@@ -623,7 +644,7 @@ def test_printed_commands_of_single_vectors_have_no_flags_of_token_vectors(tree,
     assert "--token" not in Index.open(index).command(small)
     info = json.loads((index / base.FILE).read_text())
     (index / base.FILE).write_text(json.dumps(info | {"token_bits": 2, "token_pooling": 3}))
-    command = Index.open(index).rebuild_command(small)
+    command = Index.open(index).rebuild_command(small, late=False)
     assert "--token" not in command and search.main(shlex.split(command)[2:]) == 0
 
 

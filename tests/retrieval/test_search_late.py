@@ -5,6 +5,7 @@ python -m pytest tests/retrieval/test_search_late.py
 
 import errno
 import json
+import shlex
 import shutil
 
 from mlx_retrieval.backend import mx
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import embed
+import search
 from mlx_retrieval.backbones import lora
 from mlx_retrieval.evaluation import retrieval
 from mlx_retrieval.evaluation.index_search import evaluate, read_queries
@@ -265,6 +267,16 @@ def test_a_changed_document_is_embedded_again(beir, model, tmp_path):
     first = update(beir, folder, model)
     again = update(beir, folder, model)
     assert (first.embedded, again.embedded, again.unchanged) == (40, 0, 40)
+
+
+def test_a_model_of_single_vectors_is_offered_a_rebuild_without_flags_of_token_vectors(beir, model, tmp_path, small):
+    """Regression: the command that an error printed was refused."""
+    update(beir, tmp_path / "index", model, token_bits=2)
+    with pytest.raises(UserError, match=r"another model than .* --rebuild$") as caught:
+        Searcher(tmp_path / "index", small).search("boiler", "semantic")
+    command = str(caught.value).partition("To rebuild the index: ")[2]
+    assert search.main(shlex.split(command)[2:]) == 0
+    assert Searcher(tmp_path / "index").search("boiler", "semantic")
 
 
 def test_an_index_of_single_vectors_is_not_searched_by_tokens(beir, model, index, small):
