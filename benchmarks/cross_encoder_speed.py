@@ -52,12 +52,10 @@ def ours(folder: str, groups: list[Group], max_length: int) -> Callable[[int], T
 
 
 def sentence_transformers(folder: str, groups: list[Group], max_length: int, batch: int) -> Callable[[int], Turn]:
-    import os
-
     import torch
     from sentence_transformers import CrossEncoder
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(sides.cores())
     gpu = torch.accelerator.current_accelerator(check_available=True)
     model = CrossEncoder(folder, max_length=max_length, device=str(gpu or "cpu"))
     pairs = [(query, document) for query, documents in groups for document in documents]
@@ -81,7 +79,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=50, help="of each query")
     parser.add_argument("--max-length", type=int, default=256, help="most tokens of a pair")
     batches = "theirs: batch_size, the fastest of these (default: %(default)s)"
-    parser.add_argument("--peer-batch", type=int, nargs="+", default=(8, 16, 32, 64, 128), metavar="N", help=batches)
+    parser.add_argument("--peer-batch", type=int, nargs="+", default=(4, 8, 16, 32, 64, 128), metavar="N", help=batches)
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
     args = parser.parse_args()
 

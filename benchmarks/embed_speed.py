@@ -23,7 +23,7 @@ import samples
 import sides
 from sides import Side, Turn
 
-PEER_BATCHES = (8, 16, 32, 64, 128)
+PEER_BATCHES = (4, 8, 16, 32, 64, 128)
 
 
 def ours(

