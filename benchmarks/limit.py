@@ -9,8 +9,8 @@
    by all cores of the BLAS, whichever is faster. Nothing else is computed meanwhile: no step can be faster than this.
 2. FLOP that a token needs at least. Embedding: 2 for each weight of the linear layers, and 4 times length * width in
    each layer for attention. Training with LoRA: the same once more for the gradients that pass through frozen weights
-   (twice for attention), and three times the adapters'. Gradient caching computes the forward pass twice unless its
-   products are kept; the least is counted, once, and beside it the figure with the repetition.
+   (twice for attention), and three times the adapters'. Gradient caching computes the forward pass twice, less the
+   products that are kept; the least is counted, once, and beside it the figure with what is computed twice here.
 3. Useful tokens a second, measured, over the limit.
 
 Only the backbone's products are counted, so a share of 100 % is out of reach: norms, activations, softmax, rotations,
@@ -75,7 +75,7 @@ def speeds(shapes: Counter[Shape], rows: int) -> dict[str, float]:
     def once(threads: int) -> None:
         if threads == 1:
             return products()
-        with backend.blas.one_thread():
+        with backend.blas.one_thread(threads):
             for future in [worker.submit(products) for worker in cpu_model_runner._workers()]:
                 future.result()
 
@@ -90,20 +90,21 @@ def speeds(shapes: Counter[Shape], rows: int) -> dict[str, float]:
     return found
 
 
-def flop_of_a_token(shapes: Counter[Shape], adapters: int, attention: float, kind: str) -> float:
+def flop_of_a_token(shapes: Counter[Shape], adapters: int, attention: float, kind: str, kept: float = 1.0) -> float:
     """Return the least FLOP for a token.
 
     Args:
         adapters: number of the adapters' weights.
         attention: FLOP of a token's attention products in the forward pass.
-        kind: `forward`, `training` (everything kept), or `repeated` (the forward pass twice).
+        kind: `forward`, `training` (the forward pass once), or `repeated` (twice, less what is kept).
+        kept: share of the tokens whose products with weights are kept for the gradient; attention's never are.
     """
     linear = sum(2 * out * into * count for (out, into), count in shapes.items())
     forward = linear + attention
     if kind == "forward":
         return forward
     backward = linear + 2 * attention
-    return forward + backward + 3 * 2 * adapters + (forward if kind == "repeated" else 0)
+    return forward + backward + 3 * 2 * adapters + ((1 - kept) * linear + attention if kind == "repeated" else 0)
 
 
 def attention_flop(backbone: nn.Module, width: int, lengths: Sequence[int]) -> float:
@@ -122,6 +123,20 @@ def attention_width(backbone: nn.Module) -> int:
     return max(shape[1] for shape in linear_shapes(backbone) if shape[0] >= shape[1])  # fused: its input's width
 
 
+def count_kept() -> Counter[str]:
+    """Return a count, from now on, of the tokens ("all") of steps, and of those whose products are kept ("kept")."""
+    tokens, choose = Counter(), cpu_model_runner.CpuModelRunner._worth_saving
+
+    def counting(self, micro_batches: Sequence) -> set[int]:
+        chosen = choose(self, micro_batches)
+        tokens["all"] += sum(each.ids.size for each in micro_batches)
+        tokens["kept"] += sum(micro_batches[i].ids.size for i in chosen)
+        return chosen
+
+    cpu_model_runner.CpuModelRunner._worth_saving = counting
+    return tokens
+
+
 def best(function: Callable[[], float], rounds: int) -> tuple[float, float, float]:
     """Return median, least and most of `rounds` calls after one that does not count."""
     function()
@@ -130,12 +145,12 @@ def best(function: Callable[[], float], rounds: int) -> tuple[float, float, floa
 
 
 def report(name: str, measured: tuple[float, float, float], flops: float, least: float, repeated: float = 0) -> None:
-    """Print tokens a second, the limit, and the share of it."""
+    """Print tokens a second, the limit, and the share of it; `repeated`: FLOP with what is computed twice."""
     median, low, high = measured
     line = f"{name:24}{median:>10,.0f}{f'{low:,.0f} - {high:,.0f}':>20}"
     line += f"{flops / least:>12,.0f}{median * least / flops:>8.0%}"
     if repeated:
-        line += f"   with the forward pass twice: {flops / repeated:,.0f}, {median * repeated / flops:.0%}"
+        line += f"   with what is computed twice: {flops / repeated:,.0f}, {median * repeated / flops:.0%}"
     print(line, flush=True)
 
 
@@ -194,6 +209,8 @@ def main() -> None:
         stream, trained_lengths = trainer.batches.stream(0, 2 * args.rounds + 3), []
         steps = itertools.count(1)
 
+        tokens_of = count_kept()
+
         def train() -> float:
             batch = next(stream)
             trained_lengths.extend(batch.texts.lengths.tolist())
@@ -203,8 +220,10 @@ def main() -> None:
 
         measured = best(train, args.rounds)
         attention, adapters = attention_flop(backbone, width, trained_lengths), adapter_size(trainer.model.backbone)
-        kinds = [flop_of_a_token(shapes, adapters, attention, kind) for kind in ("training", "repeated")]
+        kept = tokens_of["kept"] / max(1, tokens_of["all"])
+        kinds = [flop_of_a_token(shapes, adapters, attention, kind, kept) for kind in ("training", "repeated")]
         report(f"training, {args.task}, batch {args.batch_size}", measured, flops, *kinds)
+        print(f"products with weights are kept for the gradient for {kept:.0%} of the tokens")
         if args.profile:
             print_profile("training", train, args.rounds)
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_retrieval import backend  # noqa: F401
+from mlx_retrieval import backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -32,6 +32,7 @@ import sides
 import train_speed
 
 from mlx_retrieval.inference import embedder
+from mlx_retrieval.models.cpu_model_runner import CpuModelRunner
 from mlx_retrieval.training import run
 
 
@@ -189,7 +190,19 @@ def test_flop_of_a_token(small):
     shapes = Counter({(16, 8): 2})
     assert limit.flop_of_a_token(shapes, 100, 50, "forward") == 512 + 50
     assert limit.flop_of_a_token(shapes, 100, 50, "training") == 562 + 512 + 100 + 600
-    assert limit.flop_of_a_token(shapes, 100, 50, "repeated") == 2 * 562 + 512 + 100 + 600
+    assert limit.flop_of_a_token(shapes, 100, 50, "repeated", kept=0) == 2 * 562 + 512 + 100 + 600
+    assert limit.flop_of_a_token(shapes, 100, 50, "repeated", kept=0.75) == 562 + 128 + 50 + 512 + 100 + 600
+
+
+@pytest.mark.skipif(backend.IS_GPU, reason="products are kept on CPUs")
+@pytest.mark.parametrize(("room", "share"), [(0, 0), (1 << 40, 1)])
+def test_tokens_whose_products_are_kept_are_counted(settings, monkeypatch, room, share):
+    monkeypatch.setattr(CpuModelRunner, "_worth_saving", CpuModelRunner._worth_saving)  # restored after the test
+    monkeypatch.setattr(backend, "MICRO_BATCH_TOKENS", 64)
+    monkeypatch.setattr(backend.device_memory, "for_products", lambda: room)
+    trainer, tokens = run.prepare(settings(compile="on")).trainer, limit.count_kept()
+    trainer.update(next(trainer.batches.stream(0, 2)), 1)
+    assert tokens["all"] > 0 and tokens["kept"] == share * tokens["all"]
 
 
 def test_shapes_are_those_of_the_model(small):
