@@ -22,6 +22,7 @@ from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.evaluation.correlation import correlations
 from mlx_retrieval.evaluation.results import PAIR_METRICS, Evaluation
 from mlx_retrieval.inference import finite
+from mlx_retrieval.inference.quantization import scaled_to_unit
 from mlx_retrieval.utils import toolkit
 from mlx_retrieval.utils.errors import UserError
 
@@ -111,7 +112,7 @@ def add_task(evaluation: Evaluation, model: Any, label: str, task: PairTask, sho
             vectors = model.encode(texts, prompt=prompt, show_progress=show_progress)
             finite.check_vectors(model.name, texts, vectors)
             vectors = vectors.astype(np.float64)
-            sides.append(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+            sides.append(scaled_to_unit(vectors))
         # Not by a product, whose rounding would put pairs of equal vectors into an order; mteb does the same.
         cosines = 1 - np.square(sides[0] - sides[1]).sum(axis=1) / 2
         figures = correlations(cosines, np.array(pairs.scores))

@@ -25,9 +25,12 @@ def truncate(vectors: np.ndarray, dimensions: int | None, normalize: bool = True
     if dimensions is None or dimensions == vectors.shape[-1]:
         return vectors
     short = vectors[..., :dimensions]
-    if not normalize:
-        return short
-    return short / np.maximum(np.linalg.norm(short, axis=-1, keepdims=True), 1e-12)
+    return scaled_to_unit(short) if normalize else short
+
+
+def scaled_to_unit(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors (..., D) scaled to unit length; a vector of zeros stays one."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def row_bytes(precision: str, dimensions: int) -> int:

@@ -171,13 +171,18 @@ class Reranker:
             return self.late.count_tokens([query], "query") + self.late.count_tokens(documents, "document")
         return int(self.tokenizer([(query, documents)]).texts.lengths.sum())
 
-    def count_cut(self, query: str, documents: Sequence[str]) -> int:
-        """Return how many of the documents would be truncated."""
+    def count_cut(self, query: str, documents: Sequence[str]) -> tuple[bool, int]:
+        """Return whether the query would be truncated for one of the documents, and how many of these would be."""
         if not self.late:
-            return self.tokenizer([(query, documents)]).cut
-        room, prompt = self.tokenizer.room("document"), self.tokenizer.prompts["document"]
+            sequences = self.tokenizer([(query, documents)])
+            return sequences.cut_queries > 0, sequences.cut
+        return self._longer("query", [query]) > 0, self._longer("document", documents)
+
+    def _longer(self, name: str, texts: Sequence[str]) -> int:
+        """Return how many texts under the prompt called `name` a late-interaction model truncates."""
+        room, prompt = self.tokenizer.room(name), self.tokenizer.prompts[name]
         frame = len(next(iter(self.tokenizer.bodies([""], prompt))))
-        return sum(len(ids) - frame > room for ids in self.tokenizer.bodies(documents, prompt))
+        return sum(len(ids) - frame > room for ids in self.tokenizer.bodies(texts, prompt))
 
     # --- scores ---
 

@@ -52,6 +52,7 @@ class Sequences(NamedTuple):
     text: np.ndarray  # (D,) int32: the sequence of each document
     place: np.ndarray  # (D,) int32: the position of its score in the sequence's representation
     cut: int  # documents that were truncated
+    cut_queries: int = 0  # queries that were truncated, beside one of their documents at least
 
 
 class Part(NamedTuple):
@@ -64,7 +65,12 @@ class Part(NamedTuple):
 
 def body(instruction: str, query: str, document: str) -> str:
     """Return the part of Qwen3-Reranker's prompt between PREFIX and SUFFIX."""
-    return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+    return f"{beginning(instruction, query)}\n<Document>: {document}"
+
+
+def beginning(instruction: str, query: str) -> str:
+    """Return the part of Qwen3-Reranker's prompt between PREFIX and the document."""
+    return f"<Instruct>: {instruction}\n<Query>: {query}"
 
 
 def _texts(sequences: Sequence[list[int]], second: Sequence[int] | None = None) -> Texts:
@@ -127,13 +133,15 @@ class YesNoTokenizer(PairTokenizer):
         pairs = [body(self.instruction, query, document) for query, documents in groups for document in documents]
         bodies = list(self.texts.bodies(pairs, room=self.room))
         cut = sum(len(ids) > self.room for ids in bodies)
+        queries = [beginning(self.instruction, query) for query, documents in groups if documents] if cut else []
+        cut_queries = sum(len(ids) > self.room for ids in self.texts.bodies(queries, room=self.room))
         count = np.arange(len(bodies), dtype=np.int32)
         sequences = [[*self.prefix, *ids[: self.room], *self.suffix] for ids in bodies]
-        return Sequences(_texts(sequences), count, np.zeros_like(count), cut)
+        return Sequences(_texts(sequences), count, np.zeros_like(count), cut, cut_queries)
 
     def parts(self, query: str, document: str) -> tuple[Part, Part]:
         whole = body(self.instruction, query, document)
-        beginnings = [f"<Instruct>: {self.instruction}", f"<Instruct>: {self.instruction}\n<Query>: {query}"]
+        beginnings = [f"<Instruct>: {self.instruction}", beginning(self.instruction, query)]
         *heads, ids = self.texts.bodies([*beginnings, whole])
         first, second = map(len, heads)  # a line break is no token of its own where it follows a full stop
         kept = ids[: self.room]
@@ -175,17 +183,20 @@ class CrossEncoderTokenizer(PairTokenizer):
         queries = list(self.texts.bodies([query for query, _ in groups]))
         documents = iter(self.texts.bodies([document for _, group in groups for document in group]))
         before, between, after = self.frame
-        sequences, second, cut = [], [], 0
+        sequences, second, cut, cut_queries = [], [], 0, 0
         for query, (_, group) in zip(queries, groups, strict=True):
+            fewest = len(query)
             for _ in group:
                 document = next(documents)
                 q, d = self._lengths(len(query), len(document))
                 cut += d < len(document)
-                opening = [*before, *query[:q], *between]
-                second.append(len(opening))
-                sequences.append([*opening, *document[:d], *after])
-        count = np.arange(len(sequences), dtype=np.int32)
-        return Sequences(_texts(sequences, second if self.has_types else None), count, np.zeros_like(count), cut)
+                fewest = min(fewest, q)
+                head = [*before, *query[:q], *between]
+                second.append(len(head))
+                sequences.append([*head, *document[:d], *after])
+            cut_queries += fewest < len(query)
+        count, types = np.arange(len(sequences), dtype=np.int32), second if self.has_types else None
+        return Sequences(_texts(sequences, types), count, np.zeros_like(count), cut, cut_queries)
 
     def parts(self, query: str, document: str) -> tuple[Part, Part]:
         first, second = self.texts.bodies([query, document])
@@ -240,7 +251,7 @@ class ListTokenizer(PairTokenizer):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def __call__(self, groups: Sequence[Group]) -> Sequences:
-        queries, _ = self._truncated([query for query, _ in groups], self.query_max_length)
+        queries, cut_queries = self._truncated([query for query, _ in groups], self.query_max_length)
         sequences: list[list[int]] = []
         text, place, cut = [], [], 0
         for query, (_, group) in zip(queries, groups, strict=True):
@@ -252,7 +263,8 @@ class ListTokenizer(PairTokenizer):
                 text += [len(sequences)] * len(ends)
                 place += ends.tolist()
                 sequences.append(block)
-        return Sequences(_texts(sequences), np.array(text, np.int32), np.array(place, np.int32), cut)
+        text, place = np.array(text, np.int32), np.array(place, np.int32)
+        return Sequences(_texts(sequences), text, place, cut, cut_queries)
 
     def parts(self, query: str, document: str) -> tuple[Part, Part]:
         parts = []

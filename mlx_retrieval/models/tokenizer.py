@@ -160,6 +160,10 @@ class TextTokenizer:
         self._reserved = self._reserved_tokens()
         words = sorted(self._reserved.values(), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, words)))
+        unknown, added = self._plain(RARE), self.tokenizer.get_added_tokens_decoder()
+        special = {token: about.content for token, about in added.items() if about.special}
+        self._unknown = [word for token, word in special.items() if token in unknown]
+        self._dropped = special.keys() - set(unknown)  # by `text_of`
 
         own = [self.opening, self.closing, *map(self._plain, prompts.values()), [self._mask] * bool(query_expansion)]
         if beyond := [token for ids in own for token in ids if token >= size]:
@@ -270,6 +274,16 @@ class TextTokenizer:
         for text, encoding in zip(texts, encoded, strict=True):
             ids = encoding.ids
             yield ids if reserved.isdisjoint(ids[head:room]) else self._disarmed(prompt, text, head)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids without special tokens; an unknown token becomes a character that has none.
+
+        The unknown token is a special one too, but it stands for a part of the text.
+        """
+        text = self.tokenizer.decode([token for token in ids if token not in self._dropped], skip_special_tokens=False)
+        for word in self._unknown:
+            text = text.replace(word, RARE)
+        return text
 
     def ids_of(self, words: Sequence[str]) -> list[int]:
         """Return the ids of those words that are single tokens."""

@@ -80,6 +80,23 @@ def test_waiting_requests_are_in_the_figures():
         assert [post.result().status_code for post in posts] == [200] * 4
 
 
+def test_figures_are_there_when_too_many_requests_are_in_progress():
+    """Regression: they got 503 as others do, and were missing just when they are looked at."""
+    reranker = Reranker()
+    with client_of(reranker=reranker, keys=("k",), limits=Limits(requests=1)) as client, ThreadPoolExecutor(1) as pool:
+        refused(client.get("/metrics"), 401)
+        client.headers["Authorization"] = "Bearer k"
+        reranker.gate.clear()
+        try:
+            post = pool.submit(client.post, "/v1/rerank", json=FIRST)
+            assert reranker.entered.acquire(timeout=10)
+            refused(rerank(client), 503)
+            assert figures(client, "requests_in_progress") == {"": 2}
+        finally:
+            reranker.gate.set()
+        assert post.result().status_code == 200
+
+
 def test_the_access_log_is_a_json_object_a_request():
     log = io.StringIO()
     with client_of(access_log=log, keys=("k",)) as client:
@@ -137,13 +154,17 @@ def test_web_pages_of_others_are_let_in_only_where_asked_for():
 
 
 @contextlib.contextmanager
-def listening(reranker=None, patience: int = 10, **limits) -> Iterator[tuple[int, uvicorn.Server]]:
-    """A server in a thread, as `run` has it; gives its port."""
+def listening(
+    reranker=None, patience: int = 10, sent_bytes: int | None = None, **limits
+) -> Iterator[tuple[int, uvicorn.Server]]:
+    """A server in a thread, as `run` has it; gives its port. The system keeps `sent_bytes` that no client has taken."""
     limits = Limits(**limits)
     app = create_app(ServedModels.of(reranker or Reranker(), Model()), ServerSettings(limits=limits))
     protocol = functools.partial(ImpatientProtocol, limits=limits)
     config = uvicorn.Config(app, http=protocol, ws="none", log_level="critical", timeout_graceful_shutdown=patience)
     server, listener = uvicorn.Server(config), listen("127.0.0.1", 0)
+    if sent_bytes is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sent_bytes)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -213,6 +234,23 @@ def test_a_client_that_takes_no_answer_holds_no_place():
             greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             greedy.sendall(request_of(body=body))
             wait_until(lambda: answer_to(port, request_of()).startswith(b"HTTP/1.1 200"), 20)
+
+
+@pytest.mark.slow
+def test_a_client_that_takes_its_answer_slowly_gets_it():
+    """Regression: it was cut off, as it had 60 s for a megabyte. Here it takes 400 KB a second, and has one."""
+    body = json.dumps({"query": "a", "documents": ["b" * 800] * 1_500, "return_documents": True}).encode()
+    with listening(silence=1, sent_bytes=65_536) as (port, _), socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        slow.settimeout(20)
+        slow.connect(("127.0.0.1", port))
+        slow.sendall(request_of(body=body, headers="Connection: close\r\n"))
+        answer = b""
+        while piece := slow.recv(8_192):
+            answer += piece
+            time.sleep(len(piece) / 400_000)
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and len(json.loads(content)["results"]) == 1_500
 
 
 @pytest.mark.slow

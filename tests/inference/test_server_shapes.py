@@ -5,6 +5,7 @@ python -m pytest tests/inference/test_server_shapes.py
 
 import base64
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +74,18 @@ def test_cohere_v2_embeds(client, input_type, prompt):
     inputs = [{"content": [{"type": "text", "text": text}]} for text in TEXTS]
     same = post(client, "/v2/embed", model="any", inputs=inputs, input_type=input_type, output_dimension=2)
     assert same["embeddings"] == answer["embeddings"] and same["texts"] == TEXTS
+
+
+def test_floats_of_cohere_are_the_same_beside_other_types():
+    """Regression: asked for together with int8, the vectors of a model that does not normalise had unit length."""
+    model = Model()
+    model.config = SimpleNamespace(**vars(Model.config) | {"normalize": False})
+    with served(None, model) as client:
+        embeddings = post(client, "/v2/embed", texts=TEXTS, embedding_types=["float", "int8", "uint8"])["embeddings"]
+    assert np.array_equal(np.float32(embeddings["float"]), vectors())
+    unit = vectors() / np.linalg.norm(vectors(), axis=1, keepdims=True)
+    assert np.array_equal(embeddings["int8"], np.rint(127 * unit))
+    assert np.array_equal(np.array(embeddings["uint8"]) - 128, embeddings["int8"])
 
 
 @pytest.mark.parametrize(

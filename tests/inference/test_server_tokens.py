@@ -3,18 +3,27 @@
 python -m pytest tests/inference/test_server_tokens.py
 """
 
+import functools
 from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
-from random_rerankers import cross_encoder
+from random_models import word_tokenizer
+from random_rerankers import causal, cross_encoder, listwise
 from served import refused
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from trained_models import trained
 
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.reranker import Reranker
 from mlx_retrieval.inference.serving.app import create_app
 from mlx_retrieval.inference.serving.served_models import ServedModels
+from mlx_retrieval.inference.serving.tokens import texts_of_ids
+from mlx_retrieval.models.tokenizer import TextTokenizer
+from mlx_retrieval.utils.errors import UserError
 
 TEXTS = ["where is Kyoto", "a kidney stone forms in the kidney"]
 LONG = " ".join(f"word{i}" for i in range(400))
@@ -92,6 +101,48 @@ def test_ids_that_spell_a_text_in_another_way_are_refused(client, model):
     refused(client.post("/v1/embeddings", json={"input": [[ids_of(model, "a")[0], *letters]]}), 400, "input[0]")
 
 
+def word_pieces(folder: Path) -> Path:
+    """A tokenizer as BERT's, of some words and all letters of them."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "'", "s", ".", "(", ")"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(words[:4])
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def sentence_pieces(folder: Path) -> Path:
+    """A tokenizer as XLM-RoBERTa's, whose unknown token may stand within a word."""
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "\u2581the", "\u2581cat", "\u2581", "s", "'", ".", "(", ")"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0 - i / 9) for i, piece in enumerate(pieces)], unk_id=3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(pieces[:4])
+    tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, word_pieces, sentence_pieces])
+def test_an_unknown_token_is_a_part_of_its_text(tmp_path, make):
+    """Regression: the ids of a text with an emoji were refused as another model's."""
+    tokenizer = TextTokenizer(make(tmp_path), {}, {"document": 64})
+    texts = ["the cat \U0001f951", "\U0001f951", "cat\U0001f951s the", "(\U0001f951)'s \U0001f951 cat", "the cats."]
+    rows = [encoding.ids for encoding in tokenizer.tokenizer.encode_batch(texts)]
+    assert any(tokenizer.tokenizer.token_to_id(word) in rows[1] for word in ("[UNK]", "<unk>"))
+    same = texts_of_ids(tokenizer, rows, "input")
+    assert (
+        tokenizer(same, "document").ids.tolist()
+        == tokenizer(texts, "document").ids.tolist()
+        == [*chain.from_iterable(rows)]
+    )
+    with pytest.raises(UserError, match=r"input\[1\]: these token ids"):
+        texts_of_ids(tokenizer, [rows[0], [*rows[0][:-1], rows[0][0], rows[0][-1]]], "input")
+
+
 def test_long_texts_are_cut_as_asked(client, model):
     room = model.tokenizer.room("document")
     start, end = model.encode([LONG], prompt="document"), None
@@ -111,6 +162,25 @@ def test_long_texts_are_cut_as_asked(client, model):
         refused(client.post(path, json=body), 400, f"{field}[1]", f"at most {room}")
     short = embedded(client, "/v2/embed", texts=TEXTS, truncate="NONE")
     assert np.abs(short - model.encode(TEXTS, prompt="document")).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "cross-encoder", "listwise", "late"])
+def test_queries_that_are_too_long_are_refused_where_texts_are_not_to_be_cut(tmp_path, small, qwen_tokenizer, kind):
+    """Regression: only documents were looked at, so the query was cut without a word."""
+    if kind == "cross-encoder":
+        cross_encoder("bert", folder := tmp_path / "model")
+    elif kind == "late":
+        trained(small, folder := tmp_path / "model", task="late", projection=16)
+    else:
+        make = listwise if kind == "listwise" else functools.partial(causal, kind)
+        _, folder, *_ = make(tmp_path, qwen_tokenizer)
+    model = Reranker(str(folder), max_length=160 if kind == "qwen3" else 64)
+    asked = {"query": LONG, "texts": ["stone", "the cat"], "truncate": False}
+    with TestClient(create_app(ServedModels.of(model, None)), raise_server_exceptions=False) as client:
+        refused(client.post("/rerank", json=asked), 400, "query: longer than the model takes")
+        asked |= {"query": "a", "texts": ["stone", LONG]}
+        refused(client.post("/rerank", json=asked), 400, "texts: 1 of 2 are longer")
+    assert model.count_cut("a stone", ["stone", "the cat"]) == (False, 0)
 
 
 @pytest.mark.slow

@@ -30,13 +30,16 @@ from mlx_retrieval.inference.serving.guard import Guard, Keys, error_response, j
 from mlx_retrieval.inference.serving.json_requests import JsonRoute
 from mlx_retrieval.inference.serving.metrics import Metrics
 from mlx_retrieval.inference.serving.model_thread import ModelThread
+from mlx_retrieval.inference.serving.requests import Result
 from mlx_retrieval.inference.serving.served_models import ServedModels
 from mlx_retrieval.inference.serving.shapes import openai
+from mlx_retrieval.inference.serving.shapes.body import Body
 from mlx_retrieval.inference.serving.shapes.table import SHAPES, Shape
 from mlx_retrieval.utils.errors import UserError
 
 LOG = logging.getLogger("uvicorn.error")
 TITLE = "mlx-retrieval"
+LARGE = 50_000  # numbers, documents or tokens of an answer that takes too long to write where others are answered
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,11 @@ HANDLERS = dict.fromkeys((AnyHTTPException, RequestValidationError, UserError, E
 def _endpoint(engine: Engine, shape: Shape) -> Callable:
     async def answer(request: Request, body: shape.body) -> Response:
         result = await engine.answer(request, body.request())
+        if result.size > LARGE:
+            return await asyncio.to_thread(write, body, result)
+        return write(body, result)
+
+    def write(body: Body, result: Result) -> Response:
         return json_response(body.answer(result))
 
     return answer

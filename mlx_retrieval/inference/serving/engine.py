@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import HTTPException, Request
 
+from mlx_retrieval.inference.embedder import Model
+from mlx_retrieval.inference.quantization import scaled_to_unit
 from mlx_retrieval.inference.reranker import activated
 from mlx_retrieval.inference.serving import requests, tokens
 from mlx_retrieval.inference.serving.model_thread import Job, ModelThread
@@ -31,6 +33,7 @@ class Limits:
     rate: int = 1_024  # bytes a second of a body, at least, once `silence` has passed
     head: float = 20.0  # seconds from a request's first byte, or a connection's first moment, to the end of its headers
     batch: int = 256  # texts computed in one call
+    numbers: int = 10_000_000  # numbers of an answer with a vector a token: 200 MB of JSON
 
 
 LIMITS = Limits()
@@ -78,10 +81,12 @@ class Engine:
             short = texts
             if request.truncate != "end" or request.max_tokens is not None:
                 short = await asyncio.to_thread(tokens.embeddable, model, request, prompt, texts)
+            if request.by_token:
+                await asyncio.to_thread(self._check_numbers, model, request.field, short, prompt)
             job = Job(model, short, None, prompt, request.dimensions)
             vectors = await self._computed(client, job, served.name)
         if request.normalize and not request.by_token and not model.config.normalize:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            vectors = scaled_to_unit(vectors)
         return Vectors(served.name, texts, vectors, job.tokens)
 
     async def rerank(self, client: Request, request: Rerank) -> Ranking:
@@ -118,6 +123,13 @@ class Engine:
             where = name if name == "query" else f"{name}[{i}]"
             if len(text) > self.limits.characters:
                 raise HTTPException(400, f"{where}: {len(text):,} characters; at most {self.limits.characters:,}")
+
+    def _check_numbers(self, model: Model, name: str, texts: Sequence[str], prompt: str) -> None:
+        """Refuse (400) texts whose tokens' vectors have too many numbers together."""
+        tokens, dimensions = model.count_tokens(texts, prompt), model.config.dimensions
+        if tokens * dimensions > (most := self.limits.numbers):
+            many = f"{tokens:,} tokens, a vector of {dimensions:,} numbers each"
+            raise HTTPException(400, f"{name}: {many}; at most {most:,} numbers in an answer")
 
     async def _computed(self, client: Request, job: Job, name: str) -> np.ndarray | list[np.ndarray]:
         """Return the result of the models' thread, unless the client disconnects before."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import TextIO
 
+import numpy as np
 from fastapi import HTTPException, Response
 from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,7 +22,8 @@ from mlx_retrieval.utils.errors import UserError
 
 AGAIN = {"Retry-After": "1"}  # seconds
 OPEN = ("/health", "/ready")  # need no key, and are never refused for other requests' sake
-PIECE = 1 << 20  # bytes of an answer that a client has about `Limits.silence` seconds to take
+FIGURES = "/metrics"  # is not refused for others' sake either: figures are wanted most while there are too many
+PIECE = 1 << 16  # bytes of an answer; a client has `Limits.silence` seconds to take one, or two that are buffered
 
 
 def error_response(path: str, status: int, message: str, headers: dict | None = None) -> Response:
@@ -30,8 +32,15 @@ def error_response(path: str, status: int, message: str, headers: dict | None = 
 
 
 def json_response(content: object, status: int = 200, headers: dict | None = None) -> Response:
-    """Return an answer: six times as fast as json.dumps, as there can be millions of numbers."""
-    return Response(to_json(content), status, headers, "application/json")
+    """Return an answer: six times as fast as json.dumps, as there can be millions of numbers.
+
+    Arrays in it become Python's numbers a row at a time: all at once would take 32 bytes each, and hold up all threads.
+    """
+    return Response(to_json(content, fallback=_rows), status, headers, "application/json")
+
+
+def _rows(array: np.ndarray) -> list:
+    return array.tolist() if array.ndim == 1 else list(array)
 
 
 class Keys:
@@ -116,7 +125,7 @@ class Guard:
         if not self.keys.open(dict(scope["headers"]).get(b"authorization", b"")):
             refusal = error_response(path, 401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
             return await refusal(scope, receive, send)
-        if self.requests >= limits.requests:
+        if self.requests >= limits.requests and path != FIGURES:
             refusal = error_response(path, 503, f"{limits.requests:,} requests are in progress: try again", AGAIN)
             return await refusal(scope, receive, send)
 

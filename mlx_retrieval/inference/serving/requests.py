@@ -82,6 +82,11 @@ class Vectors(NamedTuple):
     vectors: np.ndarray | list[np.ndarray]  # (N, D) float32, or by token (L_i, D) of each text
     tokens: int
 
+    @property
+    def size(self) -> int:
+        """The numbers in it."""
+        return sum(map(np.size, self.vectors))
+
 
 class Ranking(NamedTuple):
     """The result of `Rerank`."""
@@ -92,6 +97,11 @@ class Ranking(NamedTuple):
     order: list[int]  # of the best documents, best first
     tokens: int
 
+    @property
+    def size(self) -> int:
+        """The documents in it."""
+        return len(self.order)
+
 
 class Token(NamedTuple):
     """A token of a text."""
@@ -99,7 +109,7 @@ class Token(NamedTuple):
     id: int
     text: str
     special: bool
-    start: int | None  # its first character in the text, None for a token that the tokenizer adds
+    start: int | None  # its first character in prompt and text, None for a token that the tokenizer adds
     stop: int | None
 
 
@@ -108,6 +118,11 @@ class Tokens(NamedTuple):
 
     model: str
     rows: list[list[Token]]
+
+    @property
+    def size(self) -> int:
+        """The tokens in it."""
+        return sum(map(len, self.rows))
 
 
 Request = Embed | Rerank | Tokenize

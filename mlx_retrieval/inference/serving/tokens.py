@@ -21,7 +21,7 @@ def texts_of_ids(tokenizer: TextTokenizer, rows: Sequence[Sequence[int]], field:
     """
     own, texts = tokenizer.tokenizer, []
     for i, ids in enumerate(rows):
-        text = own.decode(ids, skip_special_tokens=True) if all(0 <= token <= LARGEST for token in ids) else ""
+        text = tokenizer.text_of(ids) if all(0 <= token <= LARGEST for token in ids) else ""
         if own.encode(text).ids != list(ids):
             raise UserError(
                 f"{field}[{i}]: these token ids are not what this model's tokenizer makes of a text, special tokens "
@@ -45,10 +45,13 @@ def embeddable(model: Model, request: Embed, prompt: str, texts: list[str]) -> l
 
 
 def rerankable(model: Reranker, request: Rerank, documents: list[str]) -> list[str]:
-    """Return the documents to score, cut as the request says. UserError if it forbids to cut and one is too long."""
+    """Return the documents to score, cut as the request says. UserError if a text is too long and must not be."""
     if request.max_tokens is not None:
         documents = shortened(model.tokenizer, documents, request.max_tokens, request.truncate, request.field)
-    if request.truncate == "none" and (count := model.count_cut(request.query, documents)):
+    query, count = model.count_cut(request.query, documents) if request.truncate == "none" else (False, 0)
+    if query:
+        raise UserError("query: longer than the model takes")
+    if count:
         raise UserError(f"{request.field}: {count:,} of {len(documents):,} are longer than the model takes")
     return documents
 

@@ -13,7 +13,7 @@ from fastapi import HTTPException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlx_retrieval.inference.quantization import quantise
+from mlx_retrieval.inference.quantization import quantise, scaled_to_unit
 from mlx_retrieval.inference.serving.requests import Request, Result
 from mlx_retrieval.utils.errors import near_miss
 
@@ -79,7 +79,7 @@ class Body(Fields, ABC):
 
     @abstractmethod
     def answer(self, result: Result) -> dict[str, Any] | list:
-        """Return the public answer, ready for JSON."""
+        """Return the public answer, for `guard.json_response`: with arrays and generators in place of long lists."""
 
 
 def refuse(field: str, value: object, reason: str) -> None:
@@ -94,18 +94,18 @@ DEVIATIONS = 8  # of a unit vector's entries, which int8 covers
 
 
 def in_form(vectors: np.ndarray, form: str) -> list:
-    """Return vectors (N, D) float32 of unit length in a form for JSON.
+    """Return vectors (N, D) float32 in a form for JSON: a list of N arrays or texts.
 
     `base64` is that of float32, little-endian; `binary` and `ubinary` are as in quantization.py. `int8` is
-    127 * max(1, sqrt(D) / 8) * value, rounded and clipped, and `uint8` 128 more: one scale for all, so that
-    plain dot products compare such vectors.
+    127 * max(1, sqrt(D) / 8) * value of the vector at unit length, rounded and clipped, and `uint8` 128 more: one
+    scale for all, so that plain dot products compare such vectors.
     """
     if form == "float":
-        return vectors.tolist()
+        return list(vectors)
     if form == "base64":
         return [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
     if form in ("binary", "ubinary"):
-        return quantise(vectors, form).tolist()
+        return list(quantise(vectors, form))
     scale = 127 * max(1.0, math.sqrt(vectors.shape[1]) / DEVIATIONS)
-    levels = np.clip(np.rint(scale * vectors), -128, 127).astype(np.int16)
-    return (levels + 128 * (form == "uint8")).tolist()
+    levels = np.clip(np.rint(scale * scaled_to_unit(vectors)), -128, 127).astype(np.int32)
+    return list(levels + 128 * (form == "uint8"))

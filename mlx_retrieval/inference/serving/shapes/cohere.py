@@ -88,11 +88,9 @@ class EmbedV1(Body):
             raise HTTPException(400, "images: this server takes texts, and no images")
         kind = INPUT_TYPES.get(self.input_type or "search_document")
         prompts = tuple(name for name in (self.input_type, kind) if name)
-        scaled = not {"int8", "uint8"}.isdisjoint(self.embedding_types or ())  # their scale is that of unit vectors
         return Embed(
             texts=self.texts or [], field="texts", model=self.model, prompts=prompts, dimensions=self.output_dimension,
-            dimensions_field="output_dimension", normalize=scaled or None, truncate=TRUNCATE[self.truncate],
-            max_tokens=self.max_tokens,
+            dimensions_field="output_dimension", truncate=TRUNCATE[self.truncate], max_tokens=self.max_tokens,
         )  # fmt: skip
 
     def answer(self, result: Vectors) -> dict[str, Any]:

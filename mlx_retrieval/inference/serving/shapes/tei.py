@@ -43,7 +43,7 @@ class Embed(Body, Truncating):
         )  # fmt: skip
 
     def answer(self, result: Vectors) -> list:
-        return result.vectors.tolist()
+        return list(result.vectors)
 
 
 class EmbedAll(Body, Truncating):
@@ -59,7 +59,7 @@ class EmbedAll(Body, Truncating):
         )  # fmt: skip
 
     def answer(self, result: Vectors) -> list:
-        return [vectors.tolist() for vectors in result.vectors]
+        return result.vectors
 
 
 class Rerank(Body, Truncating):
@@ -132,7 +132,7 @@ class Tokenize(Body):
         )  # fmt: skip
 
     def answer(self, result: Tokens) -> list:
-        return [[token._asdict() for token in row] for row in result.rows]
+        return [(token._asdict() for token in row) for row in result.rows]
 
 
 def error(status: int, message: str) -> dict[str, Any]:
