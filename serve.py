@@ -11,6 +11,8 @@ The shapes of OpenAI, Cohere (v1 and v2), Jina and Text Embeddings Inference are
 
 import argparse
 import contextlib
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,8 @@ from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HEL
 from mlx_retrieval.utils.errors import Place, UserError
 
 LONGEST_NAME = 100  # characters of a model's name, as in requests
+COMMENT = re.compile(r"(^|\s)#.*")  # in a file of keys, which may contain the character
+GB = 1 << 30
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--api-key-file",
         type=user_path,
         metavar="FILE",
-        help="file of keys, one a line, of which clients must send one; # = comment",
+        help="file of keys, one a line, of which clients must send one; # at a line's start or after a space = comment",
     )
     server.add_argument(
         "--cors",
@@ -106,8 +110,8 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8") from error
     for number, line in enumerate(lines, start=1):
-        key = line.strip()
-        if key.startswith("#") or not key:
+        key = COMMENT.sub("", line).strip()
+        if not key:
             continue
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"{Place(path, number)}: a key is plain ASCII")
@@ -129,14 +133,14 @@ def opened_log(path: str | None) -> Iterator[TextIO | None]:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests until Ctrl-C or SIGTERM."""
-    if args.max_memory is not None and not args.max_memory > 0:
-        raise UserError(f"--max-memory {args.max_memory:g}: above 0")
+    if args.max_memory is not None and not 0 < args.max_memory * GB < math.inf:
+        raise UserError(f"--max-memory {args.max_memory:g}: above 0, and finite")
     sources, keys = read_sources(args.model), read_keys(args.api_key_file)
     from mlx_retrieval.inference.serving.app import ServerSettings
     from mlx_retrieval.inference.serving.run import run
     from mlx_retrieval.inference.serving.served_models import ServedModels, Source
 
-    most = None if args.max_memory is None else int(args.max_memory * (1 << 30))
+    most = None if args.max_memory is None else int(args.max_memory * GB)
     models = ServedModels.open([Source(*source) for source in sources.items()], most, args.dtype)
     models.ready = args.lazy
     with opened_log(args.access_log) as log:

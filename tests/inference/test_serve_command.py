@@ -64,6 +64,13 @@ def test_every_flag_has_its_effect(small, started, tmp_path):
     assert isinstance(started[1][1].access_log, io.TextIOBase)
 
 
+def test_comments_in_a_file_of_keys(tmp_path):
+    """Regression: what stood behind a key was a part of it, so the key itself was refused."""
+    file = tmp_path / "keys.txt"
+    file.write_text("# of the shops\nk-1  # web shop\nk#2\n  # closed\nk-3\t#old\n")
+    assert serve.read_keys(str(file)) == ("k-1", "k#2", "k-3")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -74,6 +81,8 @@ def test_every_flag_has_its_effect(small, started, tmp_path):
         (["a=nowhere-at-all"], "no folder"),
         (["{small}", "--max-memory", "0"], "above 0"),
         (["{small}", "--max-memory", "nan"], "above 0"),
+        (["{small}", "--max-memory", "inf"], "above 0, and finite"),
+        (["{small}", "--max-memory", "1e300"], "above 0, and finite"),
         (["{small}", "--max-memory", "0.00001"], "more than --max-memory allows"),
         (["{small}", "--api-key-file", "{tmp}/none.txt"], "No such file"),
         (["{small}", "--api-key-file", "{tmp}/empty.txt"], "contains no key"),
