@@ -146,8 +146,11 @@ def test_cohere(live):
             settings = {"texts": TEXTS, "input_type": kind, "embedding_types": types, "truncate": "END"}
             embeddings = client.embed(model="docs", **settings).embeddings
             same(embeddings.float_, live.docs, prompt)
-            bits = np.packbits(live.docs.encode(TEXTS, prompt=prompt) > 0, axis=1)
-            assert np.array_equal(embeddings.ubinary, bits) and np.shape(embeddings.int8) == (3, 32)
+            vectors = live.docs.encode(TEXTS, prompt=prompt)
+            bits = np.packbits(vectors > 0, axis=1).astype(int)
+            assert np.array_equal(embeddings.ubinary, bits) and np.array_equal(embeddings.binary, bits - 128)
+            assert np.abs(np.array(embeddings.int8) - 127 * vectors).max() < 0.51  # of 32 dimensions
+            assert np.array_equal(np.array(embeddings.uint8) - 128, embeddings.int8)
     plain = cohere.Client(KEY, base_url=live.url).embed(model="docs", texts=TEXTS, input_type="search_query")
     same(plain.embeddings, live.docs, "query")
     with pytest.raises(cohere.errors.NotFoundError, match="known: docs"):
