@@ -306,13 +306,13 @@ def _copy(model: Path, rounds: Rounds, name: str) -> None:
 def conclude(rounds: Rounds, outcomes: Sequence[Outcome]) -> dict:
     """Write the run's `final`, figures and report, print where everything is, and return the figures."""
     folder, best, last = rounds.folder, best_of(outcomes), outcomes[-1]
-    if best is not None and not (folder / "best").is_dir():  # a kill came between
+    if best is not None:  # again: a kill may have come between the end of its round and the copy
         _copy(best.folder / "best", rounds, "best")
-    _copy(last.folder / "final", rounds, "final")
     results = results_of(outcomes, best)
     files.write_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
     copy_evaluations(folder, outcomes, best)
     write_curves(folder, outcomes)
+    _copy(last.folder / "final", rounds, "final")  # when all else is there: with it the run is finished
     print_table(outcomes, best)
     lines = []
     if best is not None:

@@ -150,19 +150,20 @@ def run(job: Run, chosen: bool = False) -> dict:
                         trainer.keep_best(trainer.evaluate(0))
                 # Take the steps; each is reported, evaluated and saved as it is due.
                 take_steps(trainer)
-                # Save the trained model.
-                if distributed.is_main() and is_finished(trainer):
-                    files.write_folder(job.folder / "final", trainer.write)
+                # Save the results and then the trained model, with which the run is finished.
+                results = {}
+                if distributed.is_main():
+                    results = job.results()
+                    if is_finished(trainer):
+                        results["improved"] = improvement.improved(trainer.state)
+                    files.write_file(job.folder / "results.json", json.dumps(results, indent=2) + "\n")
+                    if is_finished(trainer):
+                        files.write_folder(job.folder / "final", trainer.write)
         except RunInterrupted:
             distributed.barrier()
             raise
         # Conclude.
-        results = {}
         if distributed.is_main():
-            results = job.results()
-            if is_finished(trainer):
-                results["improved"] = improvement.improved(trainer.state)
-            files.write_file(job.folder / "results.json", json.dumps(results, indent=2) + "\n")
             conclude(job)
         distributed.barrier()
         return results

@@ -181,6 +181,35 @@ def test_a_run_that_gained_nothing_names_the_model_to_use(done, monkeypatch, cap
     assert (run.folder / "final").is_dir() and not (run.folder / "best").exists()
 
 
+@pytest.fixture
+def ending(done, monkeypatch) -> Rounds:
+    """A run whose two rounds are done, the second with the better model, killed before that became the run's `best`."""
+    run = done(0.6, 0.7)
+    for number in (1, 2):
+        folder = checkpoint.round_folder(run.folder, number)
+        (folder / "best" / "adapters.safetensors").write_text(f"round {number}")
+        (folder / "results.json").write_text('{"before": null, "after": null}')
+    rounds._copy(checkpoint.round_folder(run.folder, 1) / "best", run, "best")
+    for name in ("write_curves", "write_round_report"):
+        monkeypatch.setattr(rounds, name, lambda *_: None)
+    return run
+
+
+def test_a_kill_before_the_best_round_s_model_is_copied(ending):
+    """Regression: `best` stayed round 1's, while results.json and the screen said round 2."""
+    assert rounds.conclude(ending, rounds.finished(ending))["after_round"] == 2
+    assert (ending.folder / "best" / "adapters.safetensors").read_text() == "round 2"
+
+
+def test_a_kill_before_the_figures_of_all_rounds_are_written(ending, monkeypatch):
+    """Regression: the run had its `final` already, counted as finished, and never came to figures."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rounds, "results_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        rounds.conclude(ending, rounds.finished(ending))
+    rounds.conclude(ending, rounds.finished(ending))
+    assert (ending.folder / "results.json").is_file() and (ending.folder / "final").is_dir()
+
+
 def test_a_run_without_evaluation_goes_on_from_the_last_step(tmp_path):
     assert rounds.Outcome(1, tmp_path, State(step=4)).model == str(tmp_path / "final")
 

@@ -27,6 +27,7 @@ from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.retrieval_run import RetrievalRun
 from mlx_retrieval.training.settings_file import write_yaml
 from mlx_retrieval.training.state import State
+from mlx_retrieval.utils import files
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -145,6 +146,25 @@ def test_a_run_begins_evaluates_steps_saves_and_concludes(toy, capsys):
     ]
     assert job.trainer.state.best_step == 4 and (job.folder / "config.yaml").is_file()
     assert "next" in capsys.readouterr().out
+
+
+def test_a_run_that_is_finished_has_its_results(toy, monkeypatch):
+    """Regression: a kill between `final` and results.json left a run without figures that no --resume could write."""
+    write_file = files.write_file
+
+    def killed(path: Path, text: str, name: str = "") -> None:
+        if path.name == "results.json":
+            raise KeyboardInterrupt
+        write_file(path, text, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(toy())
+    job = toy(resume=True)
+    assert not (job.folder / "final").exists()
+    assert run.run(job) == {"steps": 4, "improved": True} == json.loads((job.folder / "results.json").read_text())
+    assert (job.folder / "final").is_dir()
 
 
 @pytest.mark.parametrize("step, events", [
