@@ -5,37 +5,70 @@ guards(0); guards(50); guards.fallen()              # ["eval-data"]
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_retrieval.backbones.hub import read_json
+from mlx_retrieval.dataset.beir import FolderRules
 from mlx_retrieval.evaluation.results import LABELS, Evaluation, Scores, compare, main_metric
-from mlx_retrieval.training import checkpoint
+from mlx_retrieval.evaluation.retrieval import load_tasks
+from mlx_retrieval.training import checkpoint, distributed
 from mlx_retrieval.training.checkpoint import GUARDS
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.evaluations import Evaluations
-from mlx_retrieval.utils import files
+from mlx_retrieval.training.run_data import RunData
+from mlx_retrieval.utils import files, toolkit
 from mlx_retrieval.utils.console import print_rows
 from mlx_retrieval.utils.errors import SettingError
 
+ROUNDING = 1e-9  # of a difference of two figures, which have 5 digits
 
-def check(settings: Settings, tasks: list[str], evaluated: bool) -> None:
+
+def check(settings: Settings, data: RunData, evaluated: bool) -> None:
     """Raise UserError if guards cannot guard.
 
     Args:
-        tasks: that the run is judged on.
+        data: of the run, whose held-out questions need not be written yet.
         evaluated: whether a step of the run can be its best.
     """
     if not settings.guard:
         return
     if not evaluated:
         raise SettingError("{guard}: nothing is evaluated, so no step is kept as the best")
-    judging = {Path(task).expanduser().resolve() for task in tasks}
-    for task in settings.guard:
-        if Path(task).expanduser().resolve() in judging:
-            raise SettingError("{guard} {task}: the run is judged on this task; a guard is another one", task=task)
+    if distributed.is_main():  # other machines need not have the folders
+        with data.readable_tasks() as tasks:
+            check_apart(settings.guard, tasks, settings.folder_rules)
+
+
+def check_apart(guards: Sequence[str], tasks: Sequence[str], rules: FolderRules) -> None:
+    """Raise UserError for a guard that could never act: one of a run's own tasks, another guard, or a copy of either.
+
+    Args:
+        tasks: that the run is judged on.
+    """
+    judging, seen = ({_identity(task, rules) for task in tasks}, set())
+    for guard in guards:
+        if (identity := _identity(guard, rules)) in judging:
+            reason = "the run is judged on this task, or on a copy of it; a guard is another one"
+            raise SettingError("{guard} {task}: {reason}", task=guard, reason=reason)
+        if identity in seen:
+            raise SettingError("{guard} {task}: names a task twice, or a copy of it", task=guard)
+        seen.add(identity)
+
+
+def _identity(task: str, rules: FolderRules) -> str:
+    """Return what tells a task from others: the digest of a folder or file, the name of any other."""
+    if not Path(toolkit.find(task)).expanduser().exists():
+        return task
+    (loaded,) = load_tasks([task], rules=rules)[0].values()
+    return loaded.digest
+
+
+def holds(change: float, tolerance: float) -> bool:
+    """Return whether a guard whose figure has changed by this has lost `tolerance` at most."""
+    return change >= -tolerance - ROUNDING
 
 
 def refuse_unreachable(unreachable: Mapping[str, str]) -> None:
@@ -109,7 +142,7 @@ class Guards(Evaluations):
         if not self.before or not self.last:
             return []
         changes = self.changes()
-        return [task for task in self.before.tasks if not changes.get(task, -math.inf) >= -self.tolerance]
+        return [task for task in self.before.tasks if not holds(changes.get(task, -math.inf), self.tolerance)]
 
     def results(self) -> dict[str, Any]:
         """Return task -> {"before": figure, "after": that of the model in `best`, or of the last step}."""

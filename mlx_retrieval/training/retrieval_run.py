@@ -316,7 +316,7 @@ def prepare(settings: Settings) -> RetrievalRun:
         validation = make_batches(settings, retrieval, data.validation, tokenizer, settings.batch_size)
     evaluated = bool(data.eval_tasks or validation)
     improvement.check_evaluated(settings, evaluated)
-    guards.check(settings, data.eval_tasks, evaluated)
+    guards.check(settings, data, evaluated)
 
     def save_model(target: Path) -> None:
         loading.save_model(target, model, adapter_config, retrieval)

@@ -226,7 +226,7 @@ def _check_data(settings: Settings, data: RunData) -> None:
                 kind=source.format,
             )
     improvement.check_evaluated(settings, bool(data.eval_tasks))
-    check_guards(settings, data.eval_tasks, bool(data.eval_tasks))
+    check_guards(settings, data, bool(data.eval_tasks))
 
 
 def _per_epoch(settings: Settings, rows: int) -> float:

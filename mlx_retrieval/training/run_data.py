@@ -4,6 +4,9 @@ data = open_data(Settings(data=["pairs.jsonl"]))
 len(data.rows), data.eval_tasks
 """
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,16 @@ class RunData:
         if self.questions:
             files.write_folder(run / HELD_OUT, self.questions.write)
             self.eval_tasks = [str(run / HELD_OUT)]
+
+    @contextmanager
+    def readable_tasks(self) -> Iterator[list[str]]:
+        """Yield `eval_tasks`, with questions that are not kept yet in a temporary folder."""
+        if not self.questions:
+            yield self.eval_tasks
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.questions.write(Path(folder))
+            yield [folder]
 
     def leave_validation_out(self, reason: str) -> None:
         """Compute no loss on the validation rows, and say so. `reason`: what they do not give, and why."""

@@ -4,6 +4,7 @@ python -m pytest tests/training/test_guards.py
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 from beir_folders import write_folder
 
 import train
+from mlx_retrieval.evaluation import mteb_tasks
 from mlx_retrieval.evaluation.results import METRICS, Evaluation
 from mlx_retrieval.training import checkpoint, improvement
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.guards import Guards
 from mlx_retrieval.training.reporting import Reporter
+from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import UserError
 
@@ -45,6 +48,17 @@ def test_a_guard_falls_if_it_loses_more_than_the_tolerance(guards):
     guard(10)
     assert guard.changes() == pytest.approx({"code": -0.0015, "prose": -0.01})
     assert guard.fallen() == ["prose"]
+
+
+@pytest.mark.parametrize("before, after", [(0.5, 0.498), (0.9, 0.898), (0.01563, 0.01363)])
+def test_a_guard_that_has_lost_just_the_tolerance_holds(guards, before, after):
+    """Regression: 0.5 - 0.498 is 0.0020000000000000018."""
+    guard = guards(evaluation(code=before), evaluation(code=after), evaluation(code=after - 1e-5))
+    guard(0)
+    guard(10)
+    assert guard.fallen() == []
+    guard(20)
+    assert guard.fallen() == ["code"]
 
 
 def test_their_table_is_of_the_best_step(guards, capsys):
@@ -150,12 +164,13 @@ def test_guards_compare_a_later_round_with_the_model_that_the_first_began_with(t
 
 @pytest.fixture
 def settings(tmp_path, small):
-    """A run of two steps, judged on one small task and guarded by another."""
+    """A run of two steps, judged on one small task, of which there is a copy, and guarded by another."""
     texts = ["dogs bark", "cats meow", "cows moo"]
     corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]
-    queries = [{"_id": "q0", "text": "which animal barks"}, {"_id": "q1", "text": "meow"}]
-    for name in ("task", "other"):
+    for name, asked in (("task", "which animal barks"), ("other", "which one barks")):
+        queries = [{"_id": "q0", "text": asked}, {"_id": "q1", "text": "meow"}]
         write_folder(tmp_path / name, corpus, queries, "q0\td0\t1\nq1\td1\t1\n")
+    shutil.copytree(tmp_path / "task", tmp_path / "copy")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"query": f"q {i}", "document": f"d {i}"}) + "\n" for i in range(20)))
 
@@ -218,6 +233,8 @@ def test_guards_that_have_changed_since_the_first_round_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"guard": ["task"]}, "the run is judged on this task"),
+        ({"guard": ["other", "copy"]}, "--guard copy: the run is judged on this task, or on a copy of it"),
+        ({"guard": ["other", "./other"]}, "--guard ./other: names a task twice, or a copy of it"),
         ({"skip_eval_init": True}, "--guard .*other: needs the evaluation before training, and --skip-eval-init"),
         ({"eval_tasks": []}, "--guard: nothing is evaluated"),
         ({"guard": [""]}, "--guard: must not be empty"),
@@ -230,3 +247,49 @@ def test_guards_that_cannot_guard_are_refused(settings, changes, message, tmp_pa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         training_run.prepare(settings(**changes))
+
+
+def test_held_out_questions_that_are_not_written_yet_are_no_guard(settings, write_rows, tmp_path):
+    """Regression: a run from another's `best` asks that one's questions again, in a folder of its own."""
+    rows = write_rows({"query": f"question {i}", "document": f"answer {i}"} for i in range(90))
+    given = {"data": [str(rows)], "eval_tasks": None}
+    open_data(settings(**given)).keep(tmp_path / "earlier")
+    with pytest.raises(UserError, match="--guard .*held-out: the run is judged on this task, or on a copy of it"):
+        training_run.prepare(settings(**given, guard=[str(tmp_path / "earlier" / "held-out")]))
+
+
+@pytest.fixture
+def refusal(settings, tmp_path, capsys, monkeypatch):
+    """Return a function that runs train.py with flags that it refuses, and returns what it prints on standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> str:
+        chosen = settings()
+        command = ["--model", chosen.model, "--data", *chosen.data, "--batch-size", "4", "--steps", "2"]
+        assert train.main([*command, "--eval-tasks", "task", "--output", chosen.output, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("train.py: ") and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guard", "task"], "--guard task: the run is judged on this task"),
+        (["--guard", "copy"], "--guard copy: the run is judged on this task, or on a copy of it"),
+        (["--guard", "other", "./other"], "--guard ./other: names a task twice"),
+        (["--guard", "other", "--guard-tolerance", "-0.1"], "--guard-tolerance -0.1: must not be negative"),
+        (["--guard", "other", "--eval-tasks"], "--guard: nothing is evaluated"),
+    ],
+)
+def test_the_command_refuses_guards_in_one_line(refusal, flags, message, tmp_path):
+    assert message in refusal(*flags) and not (tmp_path / "run").exists()
+
+
+def test_the_command_names_a_guard_that_cannot_be_reached_in_one_line(refusal, monkeypatch):
+    monkeypatch.setattr(mteb_tasks, "load", lambda *_: (None, "no network"))
+    assert "--guard SciFact: it cannot be evaluated, so nothing would guard it: no network" in refusal(
+        "--guard", "SciFact"
+    )

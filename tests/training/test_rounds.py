@@ -13,6 +13,7 @@ from mlx_retrieval.training import checkpoint, output_folder, reporting, round_m
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.rounds import Rounds
+from mlx_retrieval.training.run_data import open_data
 from mlx_retrieval.training.settings_file import read_yaml, write_yaml
 from mlx_retrieval.training.state import State
 from mlx_retrieval.utils.errors import UserError
@@ -208,6 +209,14 @@ def test_a_kill_before_the_figures_of_all_rounds_are_written(ending, monkeypatch
         rounds.conclude(ending, rounds.finished(ending))
     rounds.conclude(ending, rounds.finished(ending))
     assert (ending.folder / "results.json").is_file() and (ending.folder / "final").is_dir()
+
+
+def test_a_copy_of_the_held_out_questions_is_no_guard(settings, tmp_path):
+    """Regression: its path was another one, so it guarded the run against nothing."""
+    open_data(settings()).keep(tmp_path / "earlier")
+    with pytest.raises(UserError, match="--guard .*earlier/held-out: the run is judged on this task, or on a copy"):
+        training_run.train(settings(guard=[str(tmp_path / "earlier" / "held-out")]))
+    assert not list((tmp_path / "run").rglob("mined"))
 
 
 def test_a_run_without_evaluation_goes_on_from_the_last_step(tmp_path):
