@@ -6,7 +6,7 @@ blend = Blend(model, original, config)                 # adapters become part of
 blend.set(0.7)                                         # base + 0.7 * (trained - base)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.training.checkpoint import HELD_OUT
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.guards import refuse_unreachable
+from mlx_retrieval.training.guards import check_apart, holds, refuse_unreachable
 from mlx_retrieval.training.run_parts import make_evaluator
 from mlx_retrieval.training.settings_file import read_yaml
 from mlx_retrieval.utils import toolkit
@@ -58,16 +58,17 @@ def blend_with_base(
         method: one of `soup.METHODS`.
         guards: tasks that must not lose more than `tolerance` of nDCG@10, or of Spearman; () and None = the run's own.
 
-    Raises UserError if the run was judged on nothing, or has no guards for "guards", or if nothing of the trained
-    weights would be left.
+    Raises UserError if the run was judged on nothing for "auto", or has no guards for "guards", if a guard is a task of
+    the run, if a task cannot be evaluated, or if nothing of the trained weights would be left.
     """
     if share not in CHOSEN:
         Blend(model, original, config, method).set(share)
         return share
-    settings, tasks = _judged_on(adapter.expanduser(), share)
+    settings, tasks = _judged_on(adapter.expanduser(), share, bool(guards))
     guards = [toolkit.find(name) for name in guards] or settings.guard
     if share == "guards" and not guards:
         raise UserError(f"--merge-with-base guards: the run of {adapter} had no --guard, and none is given")
+    check_apart(guards, tasks, settings.folder_rules)
     blend = Blend(model, original, config, method)
     make = partial(make_evaluator, settings, model=model, retrieval=config, tokenizer=config.tokenizer(base))
     judge = make(lambda: tasks) if share == "auto" else None
@@ -91,15 +92,24 @@ def blend_with_base(
     return chosen.share
 
 
-def _judged_on(adapter: Path, share: str) -> tuple[Settings, list[str]]:
-    """Return the settings of the run that an adapter folder is of, and the tasks that it was judged on."""
+def _judged_on(adapter: Path, share: str, guarded: bool) -> tuple[Settings, list[str]]:
+    """Return the settings of the run that an adapter folder is of, and the tasks that it was judged on.
+
+    Args:
+        guarded: whether there are guards that are not the run's.
+
+    Raises UserError if `share` cannot be chosen without what the run lacks.
+    """
     run = adapter.resolve().parent
     if not (run / "config.yaml").is_file():
+        if share == "guards" and guarded:
+            return Settings(), []
         raise UserError(f"--merge-with-base {share}: no config.yaml in {run}, so the tasks to choose by are not known")
     settings = Settings(**read_yaml(run / "config.yaml"))
     held_out = [str(run / HELD_OUT)] if (run / HELD_OUT).is_dir() else []
     default = [toolkit.find(toolkit.EVALUATION)] if is_default_data(settings.data) and not settings.holdout else []
-    if not (tasks := settings.eval_tasks or held_out or default):
+    tasks = settings.eval_tasks or held_out or default
+    if share == "auto" and not tasks:
         raise UserError(f"--merge-with-base {share}: {run} was judged on nothing, and a share is chosen by figures")
     return settings, tasks
 
@@ -107,7 +117,8 @@ def _judged_on(adapter: Path, share: str) -> tuple[Settings, list[str]]:
 class Blend:
     """A trained model whose weights can be moved between its base model's and its own, in place and in float32.
 
-    Layers that the base model does not have, a projection or a reranker's head, stay as they were trained.
+    Layers that the base model's files do not have, such as a new projection or reranker's head, stay as they were
+    trained.
 
     Args:
         model: with its adapter, which becomes part of the weights, dequantised.
@@ -125,10 +136,11 @@ class Blend:
         absorb(model)
         dequantize_model(before)
         self._between = between(method)
-        self._ends = [_Ends.of(adapted, before)]
-        for i, description in enumerate(config.dense):
-            if description["path"]:  # of a layer in the base model's files
-                self._ends.append(_Ends.of(model.head.dense[i], original.head.dense[i]))
+        new = _names(original.head.trainable_parameters())  # which the base model's files lack
+        self._ends = [
+            _Ends.of(adapted, before, _names(adapted.trainable_parameters())),
+            _Ends.of(model.head, original.head, _names(original.head.parameters()) - new),
+        ]
 
     def set(self, share: float) -> None:
         """Set the weights to base + share * (trained - base), or by slerp to as much of the angle between them."""
@@ -137,17 +149,22 @@ class Blend:
             ends.module.load_weights(weights, strict=False)
 
 
+def _names(parameters: dict) -> set[str]:
+    """Return the names of a module's parameters."""
+    return {name for name, _ in tree_flatten(parameters)}
+
+
 @dataclass(frozen=True)
 class _Ends:
-    """A module's trainable parameters: name -> (base model's, trained), float32."""
+    """Parameters of a module that training may have changed: name -> (base model's, trained), float32."""
 
     module: nn.Module
     weights: dict[str, tuple[mx.array, mx.array]]
 
     @classmethod
-    def of(cls, module: nn.Module, original: nn.Module) -> "_Ends":
-        before, after = dict(tree_flatten(original.parameters())), dict(tree_flatten(module.trainable_parameters()))
-        weights = {name: (before[name].astype(mx.float32), value.astype(mx.float32)) for name, value in after.items()}
+    def of(cls, module: nn.Module, original: nn.Module, names: Collection[str]) -> "_Ends":
+        before, after = (dict(tree_flatten(each.parameters())) for each in (original, module))
+        weights = {name: (before[name].astype(mx.float32), after[name].astype(mx.float32)) for name in names}
         mx.eval(weights)
         return cls(module, weights)
 
@@ -173,6 +190,8 @@ def _evaluated(blend: Blend, share: float, judge: Evaluator | None, guard: Evalu
     if judge is None:
         return Point(share, share, of_guards, "")
     result = judge()[1]
+    for task, reason in result.unreachable.items():
+        raise UserError(f"--merge-with-base auto: {task}, which the run was judged on, cannot be evaluated: {reason}")
     return Point(share, result.average()[result.main], of_guards, LABELS[result.main])
 
 
@@ -187,7 +206,7 @@ def best(points: Sequence[Point], tolerance: float) -> Point:
 
 def _holds(point: Point, base: Point, tolerance: float) -> bool:
     """Return whether no guard has lost more than `tolerance`."""
-    return all(score >= base.guards[task] - tolerance for task, score in point.guards.items())
+    return all(holds(score - base.guards[task], tolerance) for task, score in point.guards.items())
 
 
 def print_points(points: Sequence[Point], chosen: Point, tolerance: float) -> None:
@@ -197,6 +216,6 @@ def print_points(points: Sequence[Point], chosen: Point, tolerance: float) -> No
         fallen = "" if _holds(point, points[0], tolerance) else "a guard fell"
         note = "chosen" if point == chosen else fallen
         score = [f"{point.score:.4f}"] if point.metric else []
-        rows.append((f"{point.share:.1f} {note}".rstrip(), *score, *(f"{s:.4f}" for s in point.guards.values())))
+        rows.append((f"{point.share} {note}".rstrip(), *score, *(f"{s:.4f}" for s in point.guards.values())))
     metric = [chosen.metric] if chosen.metric else []
     print_rows("share of the trained model", ("share", *metric, *points[0].guards), rows)

@@ -5,6 +5,7 @@ python -m pytest tests/exporters/test_blend.py
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 from mlx_retrieval.backend import mx
@@ -12,12 +13,14 @@ from mlx_retrieval.backend import mx
 import numpy as np
 import pytest
 from beir_folders import write_folder
-from exported import read_json, run_export
+from exported import read_json, refusal, run_export
+from mlx.utils import tree_flatten
 from random_models import save
 from random_rerankers import cross_encoder
 from trained_models import trained
 
 import export
+from mlx_retrieval.evaluation import mteb_tasks
 from mlx_retrieval.exporters import blend
 from mlx_retrieval.exporters.blend import Point
 from mlx_retrieval.exporters.job import share_of
@@ -82,6 +85,52 @@ def test_half_way_is_the_mean_of_the_weights(adapter):
     assert changed
 
 
+def head_of(model) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(model.head.parameters())}
+
+
+@pytest.fixture
+def dense_base(base, tmp_path) -> Path:
+    """The base model with a dense layer behind its pooling, as sentence-transformers stores it."""
+    folder = shutil.copytree(base, tmp_path / "dense")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "2_Dense").mkdir()
+    settings = {"in_features": 64, "out_features": 16, "bias": True}
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(settings))
+    weights = {"linear.weight": mx.random.normal((16, 64)), "linear.bias": mx.random.normal((16,))}
+    mx.save_safetensors(str(folder / "2_Dense" / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["dense", "reranker"])
+def test_layers_of_a_head_in_the_base_model_s_files_are_blended(kind, request, tmp_path):
+    """Regression: they stayed as they were trained, so that a share of 0 was not the base model."""
+    if kind == "dense":
+        _, adapter = trained(request.getfixturevalue("dense_base"), tmp_path / "best", "full")
+    else:
+        cross_encoder("bert", tmp_path / "reranker")
+        _, adapter = trained(tmp_path / "reranker", tmp_path / "best", task="rerank")
+    model, original, config = opened(adapter)
+    ends = [head_of(each) for each in (original, model)]
+    assert ends[0] and all(np.abs(ends[0][name] - value).max() > 1e-2 for name, value in ends[1].items())
+    mixture = blend.Blend(model, original, config)
+    for share in (0.0, 0.25, 1.0):
+        mixture.set(share)
+        for name, value in head_of(model).items():
+            expected = (1 - share) * ends[0][name] + share * ends[1][name]
+            np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=name)
+
+
+def test_a_head_that_the_base_model_lacks_stays_as_it_was_trained(base, tmp_path):
+    _, adapter = trained(base, tmp_path / "best", task="rerank")
+    model, original, config = opened(adapter)
+    before = head_of(model)
+    blend.Blend(model, original, config).set(0.0)
+    assert before and all(np.array_equal(value, before[name]) for name, value in head_of(model).items())
+
+
 def test_an_exported_blend(run_folder, tmp_path, capsys):
     """It is read by the libraries, and says what it is."""
     folder = run_export(tmp_path / "half", adapter=run_folder / "best", merge_with_base=0.5)
@@ -104,6 +153,21 @@ def test_the_best_share_keeps_its_guards(capsys):
     blend.print_points(POINTS, POINTS[1], 0.002)
     out = capsys.readouterr().out
     assert "0.5 chosen" in out and "1.0 a guard fell" in out and "nDCG@10" in out
+
+
+def test_a_guard_that_has_lost_just_the_tolerance_holds():
+    """As in training: see test_guards.py."""
+    for base, score in ((0.5, 0.498), (0.9, 0.898), (0.01563, 0.01363)):
+        points = [Point(0.0, 0.0, {"g": base}), Point(0.5, 1.0, {"g": score}), Point(1.0, 2.0, {"g": score - 1e-5})]
+        assert blend.best(points, 0.002).share == 0.5
+
+
+def test_the_table_has_every_share_as_it_is(capsys):
+    """Regression: --largest-share 0.25 was a second 0.2."""
+    points = [Point(share, share, {}) for share in (0.0, 0.1, 0.2, 0.25)]
+    blend.print_points(points, points[-1], 0.002)
+    out = capsys.readouterr().out
+    assert "0.25 chosen" in out and out.count("0.2 ") == 1
 
 
 def test_auto_chooses_by_the_run_s_own_tasks_and_guards(run_folder, tmp_path, monkeypatch, capsys):
@@ -149,6 +213,19 @@ def test_guards_choose_the_largest_share_at_which_they_hold(run_folder, tmp_path
     tried.clear()
     run_export(tmp_path / "at-most", adapter=run_folder / "best", largest_share=0.8, **own | {"guard_tolerance": 0.02})
     assert tried == [0.0, 0.8] and "0.8 chosen" in capsys.readouterr().out  # which 1.0 would not lose the guard for
+
+
+@pytest.mark.parametrize("config", [None, '{"data": ["rows.jsonl"]}'])
+def test_guards_need_nothing_that_the_run_was_judged_on(base, tmp_path, capsys, config):
+    """Regression: the guards of an export were refused for a run that was judged on nothing, or has no config.yaml."""
+    _, adapter = trained(base, tmp_path / "run" / "best")
+    if config:
+        (tmp_path / "run" / "config.yaml").write_text(config)
+    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(TEXTS)]
+    guard = write_folder(tmp_path / "guard", corpus, [{"_id": "q", "text": "stone"}], "q\td1\t1\n")
+    own = {"merge_with_base": "guards", "guard": [str(guard)], "guard_tolerance": 1.0}
+    assert run_export(tmp_path / "out", adapter=adapter, **own).is_dir()
+    assert "1.0 chosen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [
@@ -198,6 +275,9 @@ def test_a_reranker_keeps_its_head(toy_tokenizer_folder, tmp_path):
     trained(base, tmp_path / "best", task="rerank")
     folder = run_export(tmp_path / "out", adapter=tmp_path / "best", merge_with_base=0.5)
     assert (folder / "model.safetensors").is_file()
+    before, blended = (mx.load(str(each / "model.safetensors"))["classifier.weight"] for each in (base, folder))
+    after = mx.load(str(tmp_path / "best" / "heads.safetensors"))["out.weight"]
+    np.testing.assert_allclose(np.array(blended), np.array(before + after) / 2, atol=1e-6)
 
 
 def test_auto_needs_what_the_run_was_judged_on(base, tmp_path):
@@ -221,3 +301,35 @@ def test_what_has_no_base_is_refused(base, tmp_path):
     assert share_of("0.7") == 0.7
     with pytest.raises(UserError, match="--merge-with-base 0.5: needs an --adapter"):
         run_export(tmp_path / "out", model=str(base), merge_with_base=0.5)
+
+
+def test_the_command_refuses_guards_in_one_line(base, tmp_path, capsys):
+    """The held-out questions are none, whatever their folder is called: they decide already."""
+    _, adapter = trained(base, tmp_path / "run" / "best")
+    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(TEXTS)]
+    held_out = write_folder(tmp_path / "run" / "held-out", corpus, [{"_id": "q", "text": "mat"}], "q\td0\t1\n")
+    copy = shutil.copytree(held_out, tmp_path / "copy")
+    other = write_folder(tmp_path / "other", corpus, [{"_id": "q", "text": "stone"}], "q\td1\t1\n")
+    (tmp_path / "run" / "config.yaml").write_text('{"data": ["rows.jsonl"]}')
+    auto, guards = ("--merge-with-base", "auto"), ("--merge-with-base", "guards")
+    for flags, message in (
+        ((*auto, "--guard", held_out), f"--guard {held_out}: the run is judged on this task, or on a copy of it"),
+        ((*auto, "--guard", other, copy), f"--guard {copy}: the run is judged on this task, or on a copy of it"),
+        ((*guards, "--guard", copy), f"--guard {copy}: the run is judged on this task, or on a copy of it"),
+        ((*guards, "--guard", other, other), f"--guard {other}: names a task twice"),
+        ((*guards, "--guard", tmp_path / "none"), f"{tmp_path / 'none'}: no such folder"),
+        (guards, "--merge-with-base guards: the run of "),
+        (("--guard", other), "--guard and --guard-tolerance choose the share of --merge-with-base auto or guards"),
+    ):
+        assert message in refusal(capsys, "--adapter", adapter, "--output", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_auto_names_a_task_of_the_run_that_cannot_be_reached(base, tmp_path, capsys, monkeypatch):
+    """Regression: a traceback; and of several tasks, it was left out without a word."""
+    monkeypatch.setattr(mteb_tasks, "load", lambda *_: (None, "no network"))
+    _, adapter = trained(base, tmp_path / "run" / "best")
+    (tmp_path / "run" / "config.yaml").write_text('{"data": ["rows.jsonl"], "eval_tasks": ["SciFact"]}')
+    flags = ["--adapter", adapter, "--output", tmp_path / "out", "--merge-with-base", "auto"]
+    message = "--merge-with-base auto: SciFact, which the run was judged on, cannot be evaluated: no network"
+    assert message in refusal(capsys, *flags)

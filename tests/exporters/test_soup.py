@@ -10,7 +10,7 @@ from mlx_retrieval.backend import mx
 
 import numpy as np
 import pytest
-from exported import run_export
+from exported import refusal, run_export
 from mlx.utils import tree_flatten
 from random_models import save, shake
 from random_rerankers import cross_encoder
@@ -177,6 +177,20 @@ def test_models_that_cannot_be_mixed(adapters, tmp_path, toy_tokenizer_folder, b
     ):
         with pytest.raises(UserError, match=message):
             soup.mix(model, config, [str(name)])
+
+
+def test_the_command_refuses_them_in_one_line(adapters, tmp_path, toy_tokenizer_folder, base_folders, capsys):
+    first, others = adapters["lora"], [adapters["dora"], adapters["full"]]
+    larger = save("bert", tmp_path / "larger", tokenizer=toy_tokenizer_folder, hidden_size=96)
+    for flags, message in (
+        ([larger], f"--merge-with {larger}: weights of other shapes: "),
+        ([base_folders["qwen3"]], f"--merge-with {base_folders['qwen3']}: another architecture: "),
+        ([first], "names a model twice"),
+        ([*others, "--merge-method", "slerp"], "--merge-method slerp: goes from one model to another, and these are 3"),
+        ([tmp_path / "nowhere"], "nowhere"),
+    ):
+        assert message in refusal(capsys, "--adapter", first, "--output", tmp_path / "out", "--merge-with", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def model_of(adapter: Path) -> str:

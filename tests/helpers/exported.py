@@ -15,6 +15,15 @@ def run_export(output: Path, **flags) -> Path:
     )
 
 
+def refusal(capsys, *flags: str | Path) -> str:
+    """Run the command with flags that it refuses, and return its one line."""
+    capsys.readouterr()
+    assert export.main([*map(str, flags)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("export.py: ") and error.count("\n") == 1, error
+    return error
+
+
 def read_json(folder: Path, file: str = "config.json") -> dict:
     return json.loads((folder / file).read_text(encoding="utf-8"))
 

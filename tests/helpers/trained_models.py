@@ -14,7 +14,7 @@ def trained(base: Path, target: Path, train_type: str = "lora", **flags):
     keywords = {name: flags.pop(name) for name in ("keys", "num_layers") if name in flags}
     model, config, _ = loading.build(str(base), **flags)
     adapter_config = lora.adapt(model.backbone, train_type, rank=4, alpha=6.0, **keywords)
-    if config.task == "rerank":
+    if config.task == "rerank" or (train_type == "full" and not keywords):
         model.head.unfreeze()  # as in training
     shake(model)
     model.eval()
