@@ -127,6 +127,7 @@ class Rows(Reshuffled):
         self.format: str | None = None
         self.has_negatives = False
         self.has_scores = True
+        self.has_some_scores = False
         self.score_range = (0.0, 1.0)
         self.without_positive: Place | None = None
         self._contents: list[Content] = []
@@ -197,6 +198,7 @@ class Rows(Reshuffled):
                     self.constant = common_parts(self.constant, example, self.format)
                 self.has_negatives |= bool(example.negatives)
                 self.has_scores &= bool(example.scores)
+                self.has_some_scores |= bool(example.scores)
                 if example.scores:
                     low, high = self.score_range
                     self.score_range = min(low, *example.scores), max(high, *example.scores)

@@ -61,6 +61,10 @@ class Source(Protocol):
         """Whether every row has scores or a label."""
 
     @property
+    def has_some_scores(self) -> bool:
+        """Whether any row has scores or a label."""
+
+    @property
     def score_range(self) -> tuple[float, float]:
         """Lowest and highest score or label, and at least from 0 to 1."""
 
@@ -291,6 +295,10 @@ class InterleavedRows:
     @property
     def has_scores(self) -> bool:
         return all(source.has_scores for source in self.sources)
+
+    @property
+    def has_some_scores(self) -> bool:
+        return any(source.has_some_scores for source in self.sources)
 
     @property
     def score_range(self) -> tuple[float, float]:

@@ -61,6 +61,10 @@ class View:
         return self.source.has_scores
 
     @property
+    def has_some_scores(self) -> bool:
+        return self.source.has_some_scores
+
+    @property
     def score_range(self) -> tuple[float, float]:
         return self.source.score_range
 

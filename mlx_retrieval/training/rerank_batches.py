@@ -160,7 +160,7 @@ def check(rows: Source, loss: str, random_negatives: int = 0) -> None:
             name=loss,
             where=where,
         )
-    if loss == "info_nce" and (rows.has_scores or rows.format == "documents"):
+    if loss == "info_nce" and (rows.has_some_scores or rows.format == "documents"):
         raise SettingError(
             "{loss} info_nce takes rows of a positive and negatives, and those of {where} have scores: list_softmax "
             "takes them, and {ignore_keys} leaves them unread",

@@ -535,6 +535,7 @@ def test_bm25_s_figures_stand_beside_those_of_the_reranker(capsys, tmp_path, bef
 
 
 SCORED = {"query": "q", "documents": ["a", "b"], "scores": [3, -1]}
+SCORED_NEGATIVE = {"query": "q", "positive": "a", "negatives": ["b"], "scores": [3, 1]}
 
 
 @pytest.mark.parametrize(
@@ -546,6 +547,12 @@ SCORED = {"query": "q", "documents": ["a", "b"], "scores": [3, -1]}
         (
             {"loss": "info_nce"},
             [{"query": "q", "documents": ["a", "b"], "scores": [1, 0]}] * 8,
+            "have scores: list_soft",
+        ),
+        # Regression: one row without scores let those of all others through as labels.
+        (
+            {"loss": "info_nce"},
+            [{"query": "q", "positive": "a", "negatives": ["b"]}, *[SCORED_NEGATIVE] * 7],
             "have scores: list_soft",
         ),
         ({"loss": "info_nce"}, [{"query": f"q{i}", "positive": f"d{i}"} for i in range(8)], "neither labels nor neg"),

@@ -79,7 +79,7 @@ class ElasticRows:
         self.readings = [f"{address}: {mapping(self.fields)}"]
         self.constant = self._common_parts()
         self.has_negatives = bool({"negatives", "documents"} & roles)
-        self.has_scores = bool({"scores", "positive scores", "label"} & roles)
+        self.has_scores = self.has_some_scores = bool({"scores", "positive scores", "label"} & roles)
         self.score_range, self.without_positive = (0.0, 1.0), None
         survey = self.documents.survey()
         if not survey.count:
