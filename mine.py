@@ -349,7 +349,8 @@ def run_score(args: argparse.Namespace) -> None:
         cache_folder(output, args.work) as cache,
         run.naming_lines(files, ignore_keys=args.ignore_keys, columns=args.columns),
     ):
-        run.score_rows(files, output, teacher, counts, cache, skipped, notify, args.ignore_keys, args.columns)
+        chosen = (args.ignore_keys, args.columns)
+        count = run.score_rows(files, output, teacher, counts, cache, skipped, notify, *chosen)
     if teacher.cut:
         notify(f"the reranker truncated {quantity(teacher.cut, 'document')} (--max-length)")
     print_scores(name, counts.positives, counts.negatives, "negatives" if counts.positives else "documents")
@@ -365,7 +366,7 @@ def run_score(args: argparse.Namespace) -> None:
         )
     print_lines(
         [
-            ("written", f"{output} ({quantity(counts.rows, 'row')}, {quantity(counts.documents, 'score')})"),
+            ("written", f"{output} ({quantity(count, 'row')}, {quantity(counts.documents, 'score')})"),
             ("next", shell("python", "train.py", "--data", output, "--loss", "kl_distill")),
             ("or", "with --task rerank, or with --loss margin_mse"),
         ]

@@ -275,6 +275,7 @@ def own_row(row: dict, reading: Reading, example: Example) -> dict:
     if reading.used <= OWN_KEYS and not example.other_positives:
         return row
     others = {key: value for key, value in row.items() if key not in reading.used and value is not None}
+    others |= {"rank": example.rank} if reading.rank else {}
     return {"query": example.query, "positive": example.positive, **others, "negatives": list(example.negatives)}
 
 

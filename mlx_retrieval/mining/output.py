@@ -29,30 +29,48 @@ def line_of(row: dict[str, Any]) -> bytes:
     return writable(json.dumps(row, ensure_ascii=False)).encode() + b"\n"
 
 
+def by_row(items: Iterable[tuple[dict[str, Any], Example, *tuple[Any, ...]]]) -> Iterator[list[tuple]]:
+    """Yield together what was read of each row: an item for each of its positives."""
+    together = []
+    for item in items:
+        together.append(item)
+        if len(together) > len(item[1].other_positives):
+            yield together
+            together = []
+
+
+def positives_of(items: list[tuple]) -> dict[str, Any]:
+    """Return the key and value of a row's positives: one text, or a list of several. `items`: as of `by_row`."""
+    texts = [example.positive for _, example, *_ in items]
+    return {"positive": texts[0] if len(texts) == 1 else texts}
+
+
 def mined_rows(
     rows: Iterable[tuple[dict[str, Any], Example]], collection: Collection, mined: Mined, with_scores: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield the collected rows with their negatives; other keys stay.
+    """Yield the collected rows with their negatives; other keys stay, and so do several positives of a row.
 
     Raises UserError if `rows` are not the rows that were collected.
     """
     places = collection.row_pairs
     changed = UserError("--data: the file was changed during the run")
-    i = -1
-    for i, (row, example) in enumerate(rows):
-        if i == len(places):
+    end = 0
+    for items in by_row(rows):
+        start, end = end, end + len(items)
+        row, example = items[0]
+        if end > len(places):
             raise changed
-        query = int(collection.row_query[i])
+        query = int(collection.row_query[start])
         if text_key(example.query) != text_key(collection.queries.read([query])[0]):
             raise changed
         numbers = mined.numbers[query][mined.numbers[query] >= 0].tolist()
-        mined_row = {"query": example.query, "positive": example.positive}
+        mined_row = {"query": example.query} | positives_of(items)
         mined_row |= {name: value for name, value in row.items() if name not in REPLACED}
         mined_row["negatives"] = collection.documents.read(numbers)
         if with_scores:
-            mined_row["scores"] = shortened([mined.known[places[i]], *mined.scores[query][: len(numbers)]])
+            mined_row["scores"] = shortened([*mined.known[places[start:end]], *mined.scores[query][: len(numbers)]])
         yield mined_row
-    if i + 1 != len(places):
+    if end != len(places):
         raise changed
 
 

@@ -218,8 +218,8 @@ def score_rows(
     notify: Notify = print,
     ignore_keys: Sequence[str] = (),
     columns: Columns | None = None,
-) -> None:
-    """Write the rows of `files` with the judge's scores to `path`.
+) -> int:
+    """Write the rows of `files` with the judge's scores to `path`, and return their number.
 
     Args:
         counts, skipped: from `count_rows`; the scores of positives and negatives are added to `counts`.
@@ -236,7 +236,7 @@ def score_rows(
     open_cache(cache, fingerprints, (), skipped, notify)
     with progress_bar("scoring", "rows") as progress:
         scores = teacher.score(teacher.groups_of(rows()), counts.rows, judge, cache, progress)
-        output.write_rows(path, teacher.scored_rows(rows(), scores, counts))
+        return output.write_rows(path, teacher.scored_rows(rows(), scores, counts))
 
 
 def open_cache(

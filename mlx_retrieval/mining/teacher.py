@@ -22,7 +22,7 @@ from mlx_retrieval.backbones import resolve
 from mlx_retrieval.dataset.row_formats import Example
 from mlx_retrieval.mining.cache import ResumableCache
 from mlx_retrieval.mining.hard_negatives import Groups
-from mlx_retrieval.mining.output import shortened
+from mlx_retrieval.mining.output import by_row, positives_of, shortened
 from mlx_retrieval.models.kinds import detect_kind, is_adapter
 from mlx_retrieval.models.rerankers import gives_logits_to_students
 from mlx_retrieval.utils.errors import UserError
@@ -149,11 +149,16 @@ def score(
 
 def scored_rows(rows: Iterable[Row], scores: Iterable[np.ndarray], counts: Counts) -> Iterator[dict[str, Any]]:
     """Yield the rows with their "scores", in the order that rows.Rows reads, and add the scores to `counts`."""
-    for (row, _), row_scores in zip(rows, scores, strict=True):
+    for items in by_row((*row, of_row) for row, of_row in zip(rows, scores, strict=True)):
+        row, _, of_first = items[0]
         if "documents" in row:
-            counts.negatives.extend(row_scores)
-        else:
-            counts.positives.append(row_scores[0])
-            counts.negatives.extend(row_scores[1:])
-            counts.beaten += bool((row_scores[1:] > row_scores[0]).any())
-        yield row | {"scores": shortened(row_scores)}
+            counts.negatives.extend(of_first)
+            yield row | {"scores": shortened(of_first)}
+            continue
+        for _, _, of_positive in items:
+            counts.positives.append(of_positive[0])
+            counts.negatives.extend(of_positive[1:])
+            counts.beaten += bool((of_positive[1:] > of_positive[0]).any())
+        of_positives = [of_positive[0] for _, _, of_positive in items]
+        several = positives_of(items) if len(items) > 1 else {}
+        yield row | several | {"scores": shortened([*of_positives, *of_first[1:]])}

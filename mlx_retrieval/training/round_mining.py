@@ -158,7 +158,7 @@ def _judge(teacher: Teacher, mined: Path, target: Path, is_distilled: bool) -> N
 
 
 def _without_rivals(scored: Path, counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield scored rows without their scores, and without the negatives that score nearly as high as the positive.
+    """Yield scored rows without their scores, and without the negatives that score nearly as high as a positive.
 
     Args:
         counts: to which the negatives that are left out, and all negatives, are added.
@@ -167,10 +167,11 @@ def _without_rivals(scored: Path, counts: list[int]) -> Iterator[dict[str, Any]]
     with open(scored, encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            positive, *others = row.pop("scores")
-            there = np.ones((1, len(others)), bool)
-            mask, _ = hard_negatives.passing(there, np.array([others], np.float64), np.array([positive]), rules)
+            scores, count = row.pop("scores"), len(row["negatives"])
+            positives, others = scores[: len(scores) - count], scores[len(scores) - count :]
+            there = np.ones((1, count), bool)
+            mask, _ = hard_negatives.passing(there, np.array([others], np.float64), np.array([min(positives)]), rules)
             counts[0] += int((~mask).sum())
-            counts[1] += len(others)
+            counts[1] += count
             row["negatives"] = [text for text, stays in zip(row["negatives"], mask[0], strict=True) if stays]
             yield row

@@ -26,7 +26,7 @@ from mlx_retrieval.backend import mx
 from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.dataset.elastic import server
 from mlx_retrieval.dataset.sources import InterleavedRows, Source, is_default_data, names, weight_of
-from mlx_retrieval.mining.output import write_rows
+from mlx_retrieval.mining.output import by_row, positives_of, write_rows
 from mlx_retrieval.training import (
     checkpoint,
     distributed,
@@ -241,9 +241,10 @@ def _write_rows(folder: Path, rows: Source) -> None:
 
 
 def _as_rows(source: Source) -> Iterator[dict[str, Any]]:
-    for i in sorted(itertools.islice(source.numbers(0, 0), len(source))):
-        example = source[i]
-        row = {"query": example.query, "positive": example.positive}
+    examples = (source[i] for i in sorted(itertools.islice(source.numbers(0, 0), len(source))))
+    for items in by_row(({}, example) for example in examples):
+        example = items[0][1]
+        row = {"query": example.query} | positives_of(items)
         row |= {"rank": example.rank} if example.rank != 1 else {}
         yield row | ({"negatives": list(example.negatives)} if example.negatives else {})
 

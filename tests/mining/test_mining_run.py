@@ -46,6 +46,27 @@ def pairs(write_rows) -> Path:
     return write_rows(ROWS, "pairs.jsonl")
 
 
+def test_a_row_keeps_all_its_positives(small, write_rows, tmp_path, capsys):
+    """Regression: each was written as a row of its own, so that training took one for a negative of the other."""
+    pairs = zip(SENTENCES[::2], SENTENCES[1::2], strict=True)
+    rows = [{"ask": f"what is {i}", "pos": list(pair), "rank": 2, "from": "here"} for i, pair in enumerate(pairs)]
+    mined, scored = tmp_path / "mined.jsonl", tmp_path / "scored.jsonl"
+    flags = ("--columns", "query=ask", "--model", small, "--relative-margin", "off", "--take", 2, "--scores")
+    assert run("--data", write_rows(rows), "--output", mined, *flags) == 0
+    assert score("--data", mined, "--teacher", small, "--output", scored) == 0
+    assert f"{scored} ({len(rows)} rows, " in capsys.readouterr().out
+    for file in (mined, scored):
+        for row, before in zip(read(file), rows, strict=True):
+            assert row["positive"] == before["pos"] and row["rank"] == 2 and row["from"] == "here"
+            assert len(row["negatives"]) == 2 and len(row["scores"]) == 4
+    one, other = row_files.Rows([mined]), row_files.Rows([scored])
+    assert len(one) == len(other) == len(SENTENCES)
+    for i in range(len(one)):
+        assert one[i]._replace(scores=()) == other[i]._replace(scores=())
+        assert (one[i].positive, one[i].other_positives) == (SENTENCES[i], (SENTENCES[i ^ 1],))
+        np.testing.assert_allclose(one[i].scores, other[i].scores, atol=1e-5)
+
+
 def test_mined_rows_are_training_data_and_scores_are_cosines(small, pairs, tmp_path, capsys):
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "mined.jsonl"
     corpus.write_text(

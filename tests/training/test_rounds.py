@@ -3,12 +3,16 @@
 python -m pytest tests/training/test_rounds.py
 """
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
+from mlx_retrieval.dataset.row_formats import Example
+from mlx_retrieval.dataset.rows import Rows
 from mlx_retrieval.training import checkpoint, output_folder, reporting, round_mining, rounds
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.config import Settings
@@ -311,20 +315,48 @@ def test_rounds_negatives_and_sources_that_are_mixed(settings, write_rows, tmp_p
     assert max(len(row["negatives"]) for row in read(mined / "1.jsonl")) == 3
 
 
+class ToyTeacher:
+    kind, fingerprint = "reranker", "toy"
+
+    def __init__(self, name):
+        self.model = type("Model", (), {"name": name})
+
+    def score_groups(self, groups):
+        return [
+            np.array([1.0] + [0.96 if "cold" in text else 0.5 for text in documents[1:]]) for _, documents in groups
+        ]
+
+
+@pytest.mark.parametrize(("loss", "teacher"), [(None, None), (None, "toy"), ("kl_distill", "toy")])
+def test_a_row_keeps_all_its_positives(settings, write_rows, tmp_path, monkeypatch, loss, teacher):
+    """But those that are held out. Regression: each became a row of its own, and a negative of the others' query."""
+    monkeypatch.setattr(round_mining, "Teacher", ToyTeacher)
+    texts = [(f"{i} {WORDS[i % 10]}", f"{i} {WORDS[i % 7]} {WORDS[i % 9]}") for i in range(40)]
+    given = [{"query": f"ask {i}", "positive": [*pair, texts[0][0]], "rank": 1 + i % 2} for i, pair in enumerate(texts)]
+    (tmp_path / "data").mkdir()
+    write_rows(given, "data/train.jsonl")
+    write_rows([{"query": "ask", "positive": texts[0][0]}], "data/valid.jsonl")
+    made = {"data": [str(tmp_path / "data")], "columns": None, "loss": loss, "rounds_teacher": teacher}
+    run = Rounds(chosen := settings(**made), lambda *_: {})
+    rounds.begin(run, [])
+    source = open_data(settings(**made)).rows
+    expected = [source[i] for i in sorted(itertools.islice(source.numbers(0, 0), len(source)))]
+    assert [len(example.other_positives) for example in expected] == [0] + [1] * 78
+
+    def read_back(file: Path) -> list[Example]:
+        rows = Rows([file])
+        return [rows[i]._replace(negatives=(), scores=()) for i in range(len(rows))]
+
+    assert read_back(run.rows[0]) == expected
+    round_mining.mine_round(run.settings_of(1, chosen.model), chosen, run.rows)
+    mined = checkpoint.round_folder(chosen.folder, 1) / "mined" / "1.jsonl"
+    assert read_back(mined) == expected and any(row["negatives"] for row in read(mined))
+
+
 @pytest.mark.parametrize(("loss", "is_distilled"), [("kl_distill", True), (None, False)])
 def test_rounds_teacher(settings, tmp_path, monkeypatch, loss, is_distilled):
     """Its scores are learnt, or they decide which negatives are left out."""
-
-    class Teacher:
-        kind, fingerprint = "reranker", "toy"
-
-        def __init__(self, name):
-            self.model = type("Model", (), {"name": name})
-
-        def score_groups(self, groups):
-            return [[1.0] + [0.96 if "cold" in text else 0.5 for text in documents[1:]] for _, documents in groups]
-
-    monkeypatch.setattr(round_mining, "Teacher", Teacher)
+    monkeypatch.setattr(round_mining, "Teacher", ToyTeacher)
     chosen = settings(rounds_teacher="toy", loss=loss, rounds_negatives=4)
     run = Rounds(chosen, lambda *_: {})
     rounds.begin(run, [])
