@@ -252,7 +252,8 @@ def distill_vectors(vectors: mx.array, teacher: mx.array, metric: str = "cosine"
 def binary_cross_entropy(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
     """Cross-entropy between labels from 0 to 1 and the scores' sigmoid, the mean over documents; a float32 scalar.
 
-    If a score is the logit of "yes" minus that of "no", this is the cross-entropy of the answer (Qwen3-Reranker).
+    The loss of monoBERT (Nogueira and Cho 2019). If a score is the logit of "yes" minus that of "no", this is the
+    cross-entropy of the answer (Qwen3-Reranker).
 
     Args:
         scores, labels: (G, K) of any float dtype.
@@ -288,7 +289,8 @@ def list_softmax(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array
 def list_bce(scores: mx.array, labels: mx.array, real: mx.array) -> mx.array:
     """The sum of `binary_cross_entropy` and `list_softmax`: probabilities, and in the right order.
 
-    Arguments and result as of `binary_cross_entropy`. Groups of a single document have the first part alone.
+    A sum of this toolkit's own, measured beside its parts in benchmarks/LOG.md. Arguments and result as of
+    `binary_cross_entropy`. Groups of a single document have the first part alone.
 
     When to use: rerankers whose scores are to be probabilities, and rows with negatives: by each label for itself a
     model learns how relevant documents are, but only slowly which of a query's documents is the better one.
@@ -300,6 +302,8 @@ def reranker_info_nce(
     scores: mx.array, labels: mx.array, real: mx.array, temperature: float, bounded: bool = True
 ) -> mx.array:
     """InfoNCE of a reranker: cross-entropy of picking each query's positive among its documents and others'.
+
+    As MultipleNegativesRankingLoss of sentence-transformers' cross-encoders.
 
     Args:
         scores, labels, real: (G, K), as of `binary_cross_entropy`; the label of the positive is 1, all others 0.
@@ -567,7 +571,7 @@ def angle(queries: mx.array, documents: mx.array, scores: mx.array, temperature:
 
 
 def cosine_mse(similarities: mx.array, scores: mx.array) -> mx.array:
-    """Mean squared error of cosines (B,) against scores (B,); a float32 scalar.
+    """Mean squared error of cosines (B,) against scores (B,), as Sentence-BERT (Reimers and Gurevych 2019); a scalar.
 
     When to use: scored pairs whose cosine is to be the score itself, such as for a threshold. Related: `cosent`.
     """

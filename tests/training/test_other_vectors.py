@@ -134,6 +134,16 @@ def test_ranks_compare_their_files_of_vectors(settings, tmp_path, monkeypatch):
     assert len({*digests}) == 2
 
 
+def test_another_width_without_a_projection_ends_the_command_in_a_line(settings, tmp_path, capsys):
+    made = settings(48)
+    given = {"model": made.model, "data": made.data[0], "teacher-vectors": made.teacher_vectors, "loss": made.loss}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert train.main([*flags, "--steps", "1", "--eval-tasks", "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: --teacher-vectors ") and error.count("\n") == 1
+    assert "have 48 dimensions and the model's 32; --teacher-projection" in error and not (tmp_path / "run").exists()
+
+
 def test_another_width_without_a_projection_is_refused(settings):
     with pytest.raises(
         UserError, match="the teacher's vectors have 48 dimensions and the model's 32; --teacher-projec"
