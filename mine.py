@@ -25,6 +25,7 @@ import numpy as np
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import describe_dtype
 from mlx_retrieval.dataset import columns
+from mlx_retrieval.dataset.row_files import hub_validations
 from mlx_retrieval.dataset.rows import find_files, find_validation
 from mlx_retrieval.dataset.source_code.languages import BY_SUFFIX, LANGUAGES
 from mlx_retrieval.inference import dtypes
@@ -380,7 +381,7 @@ def write_vectors(args: argparse.Namespace) -> None:
         raise UserError("--vectors: a reranker has none; name an embedding model as --teacher")
     if output.suffix != ENDING:
         raise UserError(f"--output {output}: vectors are written to a file whose name ends in {ENDING}")
-    files = [*find_files(args.data), *find_validation(args.data)]
+    files = [*find_files(args.data), *find_validation(args.data), *hub_validations(args.data)]
     check_output(output, args.overwrite, [*files, args.teacher])
     model = run.load_retriever(args.teacher, args.max_length, args.dtype, "--teacher")
     print_lines([("teacher", f"{model.name}, {describe_dtype(model.model.backbone)}")])

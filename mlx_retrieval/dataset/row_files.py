@@ -293,6 +293,11 @@ def hub_validation(source: str) -> str | None:
     return next((f"{source}:{split}" for split in ("validation", "valid") if split in splits), None)
 
 
+def hub_validations(sources: Iterable[str]) -> list[str]:
+    """Return the names of the validation rows of those of some sources that are hub data sets with such rows."""
+    return list(filter(None, (hub_validation(source) for source in sources if source.startswith(HUB))))
+
+
 def _hub_name(source: str) -> list[str]:
     """Return owner/name, the config if one is named, and the split or "", of hf://owner/name[/config][:split]."""
     name, _, split = source.removeprefix(HUB).partition(":")

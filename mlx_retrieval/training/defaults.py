@@ -7,7 +7,7 @@ resolve_defaults(settings, parameters=22_000_000)        # {"learning_rate", "lo
 from typing import Any
 
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.settings_checks import TEMPERATURE
+from mlx_retrieval.training.settings_checks import TEMPERATURE, UNSCALED
 
 # The default loss of each kind of reranker.
 RERANKER_DEFAULTS = {"qwen3": "yes_no", "cross-encoder": "list_bce", "listwise": "list_softmax"}
@@ -31,6 +31,8 @@ WEIGHTS = {
 def resolve_defaults(settings: Settings, parameters: int, reranker: str = "") -> set[str]:
     """Set the learning rate, loss and temperature of settings that lack them. Return which were set.
 
+    A source whose loss has another default temperature than the run's gets its own, unless the run's is given.
+
     Args:
         parameters: of the model.
         reranker: the kind of reranker that it is; "" = none.
@@ -39,12 +41,29 @@ def resolve_defaults(settings: Settings, parameters: int, reranker: str = "") ->
     defaults = {"learning_rate": (SMALL_RATES if parameters < SMALL else RATES)[kind]}
     if settings.task != "chat":
         defaults["loss"] = RERANKER_DEFAULTS.get(reranker, "info_nce")
-        of_logits = 0.1 if settings.loss == "info_nce" else 1.0
-        defaults["temperature"] = of_logits if reranker in ("qwen3", "cross-encoder") else TEMPERATURE
+        defaults["temperature"] = _temperature(settings.loss or defaults["loss"], reranker)
+        if settings.temperature is None:
+            sources = [_with_temperature(source, defaults["temperature"], reranker) for source in settings.sources]
+            settings.sources = sources
     missing = {name for name in defaults if getattr(settings, name) is None}
     for name in missing:
         setattr(settings, name, defaults[name])
     return missing
+
+
+def _temperature(loss: str, reranker: str) -> float:
+    """Return the default temperature of a loss. `reranker`: as of `resolve_defaults`."""
+    if reranker not in ("qwen3", "cross-encoder") or loss in UNSCALED:
+        return TEMPERATURE
+    return 0.1 if loss == "info_nce" else 1.0
+
+
+def _with_temperature(source: dict[str, Any], of_run: float, reranker: str) -> dict[str, Any]:
+    """Return a source with the default temperature of its own loss, if that is another than the run's."""
+    if source.get("loss") is None or source.get("temperature") is not None:
+        return source
+    own = _temperature(source["loss"], reranker)
+    return source if own == of_run else source | {"temperature": own}
 
 
 def resolve_weights(settings: Settings, adapter: dict[str, Any] | None = None) -> None:

@@ -220,7 +220,8 @@ class GradientCache:
             projection.update(weights)
         return loss, grad, {"projection": of_projection}
 
-    def loss(self, batch: Batch) -> float:
-        """Return the loss alone, without dropout or gradient."""
+    def loss(self, batch: Batch, objective: Objective | None = None) -> float:
+        """Return the loss alone, without dropout or gradient. `objective`: None = that of training."""
         micro_batches, order = self.plan(batch)
-        return self.objective(join(list(self.runner.representations(micro_batches)), order), batch).item()
+        representations = join(list(self.runner.representations(micro_batches)), order)
+        return (objective or self.objective)(representations, batch).item()

@@ -1,7 +1,7 @@
 """The sources of a run that have settings of their own: how their texts are read, and what they are learnt by.
 
 parts = parts_of(settings, config, base, rows, model.backbone.max_positions)
-objective = objective_of(parts, settings, config, validation)
+objective = objective_of(parts, settings, config)
 """
 
 from collections.abc import Sequence
@@ -102,22 +102,16 @@ def objective_of(
     parts: Sequence[Part],
     settings: Settings,
     config: RetrievalConfig,
-    tokenizer: TextTokenizer,
-    validation: Source | None,
     vectors: OtherVectors = NO_VECTORS,
 ) -> Objective | RerankObjective | BySource:
-    """Return the objective of a run on these sources. UserError, which names the source, if one lacks what it needs.
-
-    `validation`: rows whose loss is that of the run's own settings.
-    """
+    """Return the objective of a run on these sources. UserError, which names the source, if one lacks what it needs."""
     objectives = []
     for part in parts:
         with source_settings.naming(part.source):
             objectives.append(make_objective(part.settings, config, part.tokenizer, part.rows, vectors))
     if settings.batches == "mixed":
         return objectives[0]
-    of_others = make_objective(settings, config, tokenizer, validation, vectors) if validation else None
-    return (LateBySource if config.task == "late" else BySource)(objectives, of_others)
+    return (LateBySource if config.task == "late" else BySource)(objectives)
 
 
 def describe(part: Part) -> str:

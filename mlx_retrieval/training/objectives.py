@@ -15,6 +15,7 @@ from mlx_retrieval.models.tokenizer import TextTokenizer
 from mlx_retrieval.training.config import Settings
 from mlx_retrieval.training.other_vectors import NO_VECTORS, OtherVectors
 from mlx_retrieval.training.rerank_batches import GroupBatch
+from mlx_retrieval.training.settings_checks import DISTILLING
 from mlx_retrieval.utils.errors import Place, SettingError
 
 
@@ -230,18 +231,15 @@ class RerankObjective:
 class BySource:
     """Of a mixture: each source's own objective, for batches that come from one source.
 
-    Args:
-        objectives: of the sources, in their order.
-        others: of batches that come from none of them, such as those of validation rows.
+    `objectives`: of the sources, in their order.
     """
 
-    def __init__(self, objectives: "list[Objective | RerankObjective]", others: "Objective | RerankObjective | None"):
+    def __init__(self, objectives: "list[Objective | RerankObjective]"):
         self.objectives = objectives
-        self.others = others
 
     def of(self, batch: Batch | GroupBatch) -> "Objective | RerankObjective":
         """Return the objective of a batch."""
-        return self.others if batch.source < 0 else self.objectives[batch.source]
+        return self.objectives[batch.source]
 
     @property
     def projection(self) -> nn.Module | None:
@@ -343,7 +341,7 @@ def make_objective(
     """Return the objective of a run. UserError if the settings do not fit the task or the data."""
     if config.task == "rerank":
         return RerankObjective(settings, bounded=config.reranker != "listwise")
-    if settings.loss in ("kl_distill", "margin_mse"):
+    if settings.loss in DISTILLING:
         if not rows.has_scores:
             raise SettingError(
                 "{loss} {name}: every row needs scores, a teacher's, of its positive and negatives", name=settings.loss

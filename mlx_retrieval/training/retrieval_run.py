@@ -44,7 +44,7 @@ from mlx_retrieval.training.headline import first_lines, machine_lines
 from mlx_retrieval.training.length import length_warnings, resolve_length
 from mlx_retrieval.training.memory_lines import Outlook, decides
 from mlx_retrieval.training.mixtures import objective_of, parts_of
-from mlx_retrieval.training.objectives import check_normalized, is_alone, make_objective
+from mlx_retrieval.training.objectives import check_normalized, make_objective
 from mlx_retrieval.training.profiling import profile
 from mlx_retrieval.training.report import Report, add_survey, loss_report, retrieval_report
 from mlx_retrieval.training.report_facts import evaluation_flags, model_defaults, model_values
@@ -294,9 +294,8 @@ def prepare(settings: Settings) -> RetrievalRun:
     defaults = resolve_defaults(settings, count_parameters(model)[0], retrieval.reranker)
     if settings.grad_checkpoint:
         checkpoint_blocks(model.backbone)
-    if data.validation and retrieval.task != "rerank" and is_alone(data.validation, settings, settings.batch_size):
-        cause = "--batch-size 1" if settings.batch_size == 1 else "a single row"
-        data.leave_validation_out(f"gives no loss: {cause} leaves {settings.loss} nothing to compare")
+    if retrieval.task != "rerank":
+        data.leave_out_validation(settings)
     tokenizer = retrieval.tokenizer(base)
     parts = parts_of(settings, retrieval, base, rows, model.backbone.max_positions)
     learnt = [(part.settings, part.rows) for part in parts] or [(settings, rows)]
@@ -307,13 +306,14 @@ def prepare(settings: Settings) -> RetrievalRun:
     if vectors.projection:
         model.projection = vectors.projection  # trained with the model, and saved beside it
     if parts:
-        objective = objective_of(parts, settings, retrieval, tokenizer, data.validation, vectors)
+        objective = objective_of(parts, settings, retrieval, vectors)
     else:
         objective = make_objective(settings, retrieval, tokenizer, rows, vectors)
     batches = make_batches(settings, retrieval, rows, tokenizer, settings.batch_size, settings.seed, parts)
-    validation = None
+    validation = of_validation = None
     if data.validation:
         validation = make_batches(settings, retrieval, data.validation, tokenizer, settings.batch_size)
+        of_validation = make_objective(settings, retrieval, tokenizer, data.validation, vectors)
     evaluated = bool(data.eval_tasks or validation)
     improvement.check_evaluated(settings, evaluated)
     guards.check(settings, data, evaluated)
@@ -332,7 +332,8 @@ def prepare(settings: Settings) -> RetrievalRun:
     probe = (
         tokenizer([(one, [one, other])]).texts if retrieval.task == "rerank" else tokenizer([one, other], "document")
     )
-    trainer = Trainer(model, batches, objective, settings, save_model, evaluations, guarding, validation, probe)
+    judges = evaluations, guarding, validation, of_validation
+    trainer = Trainer(model, batches, objective, settings, save_model, *judges, probe)
     if distributed.is_main():  # a wrong name or folder is reported now, not after a hundred steps
         for tasks in ([] if data.questions else data.eval_tasks, settings.guard):
             loaded, _ = load_tasks(tasks, rules=settings.folder_rules)

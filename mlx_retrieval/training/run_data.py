@@ -16,7 +16,7 @@ from mlx_retrieval.dataset import choice, held_out, held_out_pairs
 from mlx_retrieval.dataset.columns import parse as parse_columns
 from mlx_retrieval.dataset.held_out import HeldOut, Questions
 from mlx_retrieval.dataset.held_out_pairs import Pairs
-from mlx_retrieval.dataset.row_files import HUB, hub_validation
+from mlx_retrieval.dataset.row_files import hub_validations
 from mlx_retrieval.dataset.rows import Rows, find_validation
 from mlx_retrieval.dataset.similar_rows import side_by_side
 from mlx_retrieval.dataset.sources import (
@@ -32,7 +32,8 @@ from mlx_retrieval.dataset.sources import (
 from mlx_retrieval.training import contents, distributed, source_settings
 from mlx_retrieval.training.checkpoint import HELD_OUT, is_saved
 from mlx_retrieval.training.config import Settings
-from mlx_retrieval.training.objectives import check_scored
+from mlx_retrieval.training.objectives import check_scored, is_alone
+from mlx_retrieval.training.settings_checks import DISTILLING
 from mlx_retrieval.utils import files, toolkit
 from mlx_retrieval.utils.console import Lines
 from mlx_retrieval.utils.text import located, quantity
@@ -72,9 +73,18 @@ class RunData:
             self.questions.write(Path(folder))
             yield [folder]
 
-    def leave_validation_out(self, reason: str) -> None:
-        """Compute no loss on the validation rows, and say so. `reason`: what they do not give, and why."""
-        self.lines.append(("validation", f"{' and '.join(self.validation.names)} {reason}"))
+    def leave_out_validation(self, settings: Settings) -> None:
+        """Compute no loss on validation rows that lack what the run's loss needs, and say so."""
+        if self.validation is None:
+            return
+        if is_alone(self.validation, settings, settings.batch_size):
+            cause = "--batch-size 1" if settings.batch_size == 1 else "a single row"
+            reason = f"{cause} leaves {settings.loss} nothing to compare"
+        elif settings.loss in DISTILLING and not self.validation.has_scores:
+            reason = f"{settings.loss} learns a teacher's scores, and not every row has them"
+        else:
+            return
+        self.lines.append(("validation", f"{' and '.join(self.validation.names)} gives no loss: {reason}"))
         self.validation = None
 
 
@@ -98,8 +108,7 @@ def open_data(settings: Settings) -> RunData:
     columns = None if settings.columns is None else parse_columns(settings.columns)
     valid_files: list[Path | str] = [*find_validation(local(settings.data))]
     if settings.eval_tasks is None and settings.holdout != 0:
-        hub = [name for name in names(settings.data) if name.startswith(HUB)]
-        valid_files += filter(None, map(hub_validation, hub))
+        valid_files += hub_validations(names(settings.data))
     chosen = (settings.skip_bad_rows, settings.ignore_keys, columns, False)
     validation = Rows(valid_files, *chosen) if valid_files else None
     lines = [("reads", line) for line in rows.readings]

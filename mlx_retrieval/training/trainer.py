@@ -47,6 +47,7 @@ class Trainer(BaseTrainer):
         evaluations: evaluates the model at a step; None = no evaluation.
         guards: evaluates the model on the tasks that it must not get worse at; None = there are none.
         validation: batches whose loss is reported at every evaluation; None = none.
+        validation_objective: gives that loss; None = `objective`.
         probe_texts: texts whose representations are compared before and after training; None = none.
     """
 
@@ -60,6 +61,7 @@ class Trainer(BaseTrainer):
         evaluations: Evaluations | None = None,
         guards: Guards | None = None,
         validation: Batches | None = None,
+        validation_objective: Objective | None = None,
         probe_texts: Texts | None = None,
     ):
         parameters, compiled = model.trainable_parameters(), backend.IS_GPU and backend.compiles(settings.compile)
@@ -69,6 +71,7 @@ class Trainer(BaseTrainer):
         self.evaluations = evaluations
         self.guards = guards
         self.validation = validation
+        self.validation_objective = validation_objective
         self.probe_texts = probe_texts
         budget = settings.micro_batch_tokens
         self.grad_cache = GradientCache(
@@ -223,7 +226,8 @@ class Trainer(BaseTrainer):
             tasks = result.tasks
         if self.validation:
             count = min(VALIDATION_BATCHES, len(self.validation.rows) // self.validation.size)
-            losses = [self.grad_cache.loss(self.validation.batch(k)) for k in range(count)]
+            batches = map(self.validation.batch, range(count))
+            losses = [self.grad_cache.loss(batch, self.validation_objective) for batch in batches]
             metrics["validation_loss"] = sum(losses) / len(losses)
         changes = {}
         if self.guards:

@@ -81,6 +81,17 @@ def test_validation_rows_of_a_folder_have_vectors_too(small, tmp_path):
     assert TextVectors(tmp_path / "v.safetensors").has(keys_of([ROWS[0]["query"], ROWS[1]["query"]], "query")).all()
 
 
+def test_validation_rows_of_a_hub_data_set_have_vectors_too(small, tmp_path, monkeypatch):
+    """Regression: a run reads them, so that its error named the command that had left them out."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    for name, row in (("train", ROWS[0]), ("validation", ROWS[1])):
+        parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "owner" / "name" / f"{name}-0.parquet")
+    assert score(small, "hf://owner/name", tmp_path / "v.safetensors") == 0
+    assert TextVectors(tmp_path / "v.safetensors").has(keys_of([ROWS[0]["query"], ROWS[1]["query"]], "query")).all()
+
+
 def test_scored_pairs_and_rows_that_differ_in_kind_have_vectors(small, write_rows, rows, tmp_path):
     """Sources of a run may differ in kind, and all their texts have vectors in one file."""
     pairs = write_rows([{"query": "a man eats", "document": "a man is eating", "score": 0.9}], "scored.jsonl")

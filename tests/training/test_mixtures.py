@@ -23,7 +23,7 @@ from mlx_retrieval.training.flags import from_flags
 from mlx_retrieval.training.headline import mixture_lines
 from mlx_retrieval.training.mixtures import parts_of, usage_lines
 from mlx_retrieval.training.rerank_batches import GroupMaker
-from mlx_retrieval.training.settings_file import read_yaml
+from mlx_retrieval.training.settings_file import read_yaml, write_yaml
 from mlx_retrieval.utils.errors import UserError
 
 
@@ -162,12 +162,35 @@ def test_a_source_of_a_single_row_has_nothing_to_learn(settings, files, write_ro
     training_run.prepare(settings({"data": files[0]}, {"data": one}, batches="mixed"))
 
 
+SAMPLING = [
+    (({"weight": 2.0}, {"weight": 1.0}), {}),
+    (({}, {}), {}),  # by size
+    (({}, {}), {"source_temperature": 2.0}),
+    (({}, {}), {"similar_rows": 2}),
+]
+
+
+@pytest.mark.parametrize(("weights", "changes"), SAMPLING, ids=str)
+def test_a_resumed_run_draws_the_rows_that_the_whole_one_would(settings, files, tmp_path, weights, changes):
+    """From the settings that it has saved and the cursor of its last step, over several epochs of each source."""
+    made = settings(*({"data": name} | own for name, own in zip(files, weights, strict=True)), **changes)
+    whole = training_run.prepare(made).trainer.batches
+    expected = [whole.batch(k).rows.tolist() for k in range(20)]
+    write_yaml(made, tmp_path / "config.yaml")
+    again = training_run.prepare(from_flags("", argv=["--config", str(tmp_path / "config.yaml")])[0]).trainer.batches
+    again.restore(json.loads(json.dumps(whole.cursor(7))), 7)
+    assert [again.batch(k).rows.tolist() for k in range(7, 20)] == expected[7:]
+    assert {i % 2 for rows in expected for i in rows} == {0, 1} and len({*map(tuple, expected)}) == 20
+
+
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_bit_for_bit(settings, files, tmp_path, capsys):
+@pytest.mark.parametrize(("weights", "changes"), SAMPLING, ids=str)
+def test_a_resumed_run_is_the_same_bit_for_bit(settings, files, tmp_path, capsys, weights, changes):
     """In the middle, from the settings that the run has saved; and so is a new run of these settings."""
-    sources = [{"data": files[0], "weight": 2.0} | OF_PAIRS, {"data": files[1], "weight": 1.0} | OF_SCORED]
+    own = zip(files, weights, (OF_PAIRS, OF_SCORED), strict=True)
+    sources = [{"data": name} | weight | of_source for name, weight, of_source in own]
     for name, stop in (("whole", 0), ("cut", 3)):
-        train.train(settings(*sources, steps=5, stop_after=stop, output=str(tmp_path / name)))
+        train.train(settings(*sources, **changes, steps=5, stop_after=stop, output=str(tmp_path / name)))
     train.train(train.resumed_settings({"output": str(tmp_path / "cut"), "resume": True}))
     again = from_flags("", argv=["--config", str(tmp_path / "cut" / "config.yaml"), "--output", str(tmp_path / "new")])[
         0
@@ -310,14 +333,51 @@ def test_each_source_of_a_reranker_has_its_loss(settings, files):
         training_run.prepare(settings(*sources, **RERANK, batches="mixed"))
 
 
-def test_a_validation_loss_is_that_of_the_run(settings, files, write_rows, tmp_path):
-    """Its rows are of no source, so they need not have what a source's loss needs."""
+def test_a_source_has_the_default_temperature_of_its_own_loss(settings, files, write_rows, tmp_path):
+    """Regression: it had that of the run's loss, another one for rerankers. One that the run is given is for all."""
+    rows = str(write_rows([{"query": f"q {i}", "positive": f"d {i}", "negatives": [f"n {i}"]} for i in range(8)]))
+    kinds = ({"loss": "info_nce"}, {"loss": "list_bce"}, {})
+
+    def temperatures(**changes) -> list[float]:
+        run = training_run.prepare(settings(*({"data": rows} | own for own in kinds), **RERANK, **changes))
+        write_yaml(run.settings, tmp_path / "config.yaml")
+        again, _ = from_flags("", argv=["--config", str(tmp_path / "config.yaml")])
+        objectives = [each.trainer.grad_cache.objective.objectives for each in (run, training_run.prepare(again))]
+        first, second = ([own.settings.temperature for own in each] for each in objectives)
+        assert first == second  # from the settings that it saves
+        return first
+
+    alone = [training_run.prepare(settings(data=[rows], **own, **RERANK)).settings.temperature for own in kinds]
+    assert temperatures() == alone == [0.1, 1.0, 1.0]
+    assert temperatures(loss="info_nce") == [0.1, 1.0, 0.1]
+    assert temperatures(temperature=0.3) == [0.3] * 3
+
+
+@pytest.mark.parametrize("batches", ["homogeneous", "mixed"])
+def test_a_validation_loss_is_that_of_the_run(settings, files, write_rows, tmp_path, batches):
+    """Its rows are of no source, so they need not have what a source's loss needs.
+
+    Regression: mixed batches gave it the loss of the first source, 0 of rows that no teacher has scored.
+    """
     write_rows([{"query": f"v {i}", "document": f"w {i}"} for i in range(8)], "valid.jsonl")
     write_rows([json.loads(line) for line in open(files[1])], "train.jsonl")
-    trainer = training_run.prepare(settings({"data": str(tmp_path)} | OF_SCORED)).trainer
+    trainer = training_run.prepare(settings({"data": str(tmp_path)} | OF_SCORED, batches=batches)).trainer
     batch = trainer.validation.batch(0)
-    assert batch.source == -1 and trainer.grad_cache.objective.of(batch).settings.loss == "info_nce"
-    assert trainer.grad_cache.loss(batch) > 0
+    assert batch.source == -1 and trainer.validation_objective.settings.loss == "info_nce"
+    expected = trainer.grad_cache.loss(batch, trainer.validation_objective)
+    plain = training_run.prepare(settings(data=[str(tmp_path)])).trainer
+    assert expected == plain.grad_cache.loss(plain.validation.batch(0)) > 0
+    assert trainer.evaluate(0)["validation_loss"] > 0
+
+
+def test_validation_rows_that_no_teacher_has_scored_give_no_loss_to_learn_scores(settings, files, write_rows, tmp_path):
+    """Regression: their loss was 0 at every step, so that no step was the best one."""
+    write_rows([{"query": f"v {i}", "document": f"w {i}"} for i in range(8)], "valid.jsonl")
+    write_rows([json.loads(line) for line in open(files[1])], "train.jsonl")
+    run = training_run.prepare(settings(data=[str(tmp_path)], loss="kl_distill"))
+    assert run.trainer.validation is None
+    reason = "valid.jsonl gives no loss: kl_distill learns a teacher's scores, and not every row has them"
+    assert dict(run.headline)["validation"].endswith(reason)
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -106,7 +106,7 @@ def step(
         batch = make_batch(examples, numbers, Letters())
     if source >= 0:
         batch = replace(batch, source=source)
-        objective = BySource([objective if number == source else None for number in range(source + 1)], None)
+        objective = BySource([objective if number == source else None for number in range(source + 1)])
     return GradientCache(model, objective, accumulation=parts, compile="off")(batch, seed=0)
 
 
