@@ -22,6 +22,7 @@ class Backbone(nn.Module):
 
     config: dict
     bidirectional: bool
+    shared_weights: object = None  # keeps those alive that it shares with others: see models/shared_weights.py
 
     @property
     def adapted(self) -> nn.Module:

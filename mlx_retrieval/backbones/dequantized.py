@@ -46,23 +46,42 @@ def dequantize(model: nn.Module, wanted: str | None = None) -> None:
             blocks: each product dequantises its weight, and its gradient does so again.
             off: mlx's product with packed weights.
     """
-    wanted = wanted or backend.DEQUANTIZED
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QUANTISED)]
-    if not layers or not backend.FUSED or wanted == "off":
+    how = chosen(model, wanted)
+    if how == "off":
         return
-    dtypes = {value.dtype for _, value in tree_flatten(model.parameters())}
-    dtype = next((dtype for dtype in (mx.bfloat16, mx.float16) if dtype in dtypes), mx.float32)
-    if wanted == "auto":
-        if dtype != mx.float32:
-            return
-        numbers = sum(module.weight.size * 32 // module.bits for _, module in layers)
-        wanted = "on" if numbers * dtype.size <= COPIES_SHARE * device_memory.free() else "blocks"
-    if wanted == "blocks":
+    if how == "blocks":
         for _, module in layers:
             module.__class__ = BlockLinear if isinstance(module, nn.QuantizedLinear) else BlockEmbedding
         return
+    dtype = _dtype(model)
     copies = {id(module): _copy(module, dtype) for _, module in layers}  # a tied layer has several names
     model.update_modules(tree_unflatten([(name, copies[id(module)]) for name, module in layers]))
+
+
+def chosen(model: nn.Module, wanted: str | None = None, room: float | None = None) -> str:
+    """Return what `dequantize` would let a model's packed weights be computed with: "on", "blocks" or "off".
+
+    Args:
+        room: bytes that the copies of `auto` may take; None = half of the free memory.
+    """
+    wanted = wanted or backend.DEQUANTIZED
+    layers = [module for _, module in model.named_modules() if isinstance(module, QUANTISED)]
+    if not layers or not backend.FUSED:
+        return "off"
+    if wanted != "auto":
+        return wanted
+    if (dtype := _dtype(model)) != mx.float32:
+        return "off"
+    numbers = sum(module.weight.size * 32 // module.bits for module in layers)
+    room = COPIES_SHARE * device_memory.free() if room is None else room
+    return "on" if numbers * dtype.size <= room else "blocks"
+
+
+def _dtype(model: nn.Module) -> mx.Dtype:
+    """Return the dtype that a model computes in."""
+    dtypes = {value.dtype for _, value in tree_flatten(model.parameters())}
+    return next((dtype for dtype in (mx.bfloat16, mx.float16) if dtype in dtypes), mx.float32)
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -187,6 +187,7 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | None = None,
     shared: SharedWeights | None = None,
+    dequantize: str | None = None,
     **overrides,
 ) -> Model:
     """Load a model for inference.
@@ -197,6 +198,7 @@ def load(
         dtype: to compute in: "float32", "bfloat16", "float16", or "auto": the checkpoint's on GPUs, float32 on CPUs;
             None = as an adapter was trained, or else "auto".
         shared: weights of base models that are in memory already; None = this model has its own.
+        dequantize: what quantised weights are computed with on CPUs: see `load_backbone`.
         overrides: fields of RetrievalConfig that override the saved ones, for instance max_length or query_prompt.
 
     Raises UserError if anything is missing or does not fit.
@@ -207,5 +209,6 @@ def load(
     name = str(adapter or base).rstrip("/")
     kinds.require(kinds.EMBEDDING, base, str(adapter) if adapter else None, overrides.get("task"))
     names = (base, str(adapter) if adapter else None)
-    model, config, folder = loading.open_model(*names, shared=shared, dtype=dtype, **overrides)
+    options = {"shared": shared, "dequantize": dequantize, "dtype": dtype}
+    model, config, folder = loading.open_model(*names, **options, **overrides)
     return Model(model, config, config.tokenizer(folder), name, folder if adapter else None)

@@ -56,7 +56,7 @@ class Reranker:
         max_length: most tokens of query and document together (listwise: of a document); None = as saved.
         instruction: the instruction by which a qwen3 or listwise model judges; None = as saved.
         raw_scores: give logits, without the sigmoid that most rerankers' files ask for.
-        dtype, shared: see `embedder.load`.
+        dtype, shared, dequantize: see `embedder.load`.
 
     Raises UserError if anything is missing or does not fit.
 
@@ -74,6 +74,7 @@ class Reranker:
         raw_scores: bool = False,
         dtype: str | None = None,
         shared: SharedWeights | None = None,
+        dequantize: str | None = None,
     ):
         base: str | None = str(model)
         if adapter is None and kinds.is_adapter(Path(model).expanduser()):
@@ -85,7 +86,7 @@ class Reranker:
         kind = kinds.detect_kind(*names) if reranker_type else kinds.require(kinds.RERANKING, *names)
         if adapter is None and kind != "late":
             flags |= {"task": "rerank", "reranker": reranker_type}
-        opened, config, folder = loading.open_model(*names, shared=shared, **flags)
+        opened, config, folder = loading.open_model(*names, shared=shared, dequantize=dequantize, **flags)
         if adapter is None and tree_flatten(opened.head.trainable_parameters()):
             raise UserError(
                 f"{model}: the weights of a reranker's head are not in this model, so its scores would mean nothing. "

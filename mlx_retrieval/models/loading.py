@@ -228,7 +228,9 @@ def open_model(
             )
     with concerning("model"):
         result = _assemble(backbone, config, base)
-    load_adapter(result, folder, adapter_config)
+    adapter_config = load_adapter(result, folder, adapter_config)
+    if adapter_config.get("fine_tune_type") == "full":  # else what it replaces would stay in memory, for others
+        backbone.shared_weights = None
     return result, config, base
 
 

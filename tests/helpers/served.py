@@ -1,23 +1,28 @@
-"""Models that need no time and know no meaning, and a server of them: for test_server.py and test_server_queue.py."""
+"""Models that need no time and know no meaning, and a server of them: for the tests of the server."""
 
 import contextlib
+import functools
 import json
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
+from mlx_retrieval.backend import mx, nn
 from mlx_retrieval.backend.device_errors import DeviceError
 
 import numpy as np
 from starlette.testclient import TestClient
 
+from mlx_retrieval.backbones import Backbone
 from mlx_retrieval.inference.serving.app import ServerSettings, create_app
 from mlx_retrieval.inference.serving.engine import Limits
-from mlx_retrieval.inference.serving.served_models import ServedModels
+from mlx_retrieval.inference.serving.served_models import ServedModel, ServedModels
 from mlx_retrieval.utils.errors import UserError
 
+MB = 1 << 20
 DOCUMENTS = ["a hard piece of material", "a bike with a chain", "", "été 🚲", "a boiler"]
 
 
@@ -34,6 +39,7 @@ class Slow:
     def __init__(self):
         self.calls, self.entered, self.gate = [], threading.Semaphore(0), threading.Event()
         self.gate.set()
+        self.model = SimpleNamespace(backbone=Backbone(), head=nn.Module())
 
     def limit_shapes(self, models) -> None:
         pass
@@ -83,6 +89,33 @@ class Model(Slow):
             raise UserError(f"dimensions {dimensions}: the model has {self.dimensions}")
         rows = [[score(f"{prompt}{i}", text) for i in range(self.dimensions)] for text in texts]
         return np.array(rows, np.float32).reshape(-1, self.dimensions)[:, :dimensions]
+
+
+class Sized(Model):
+    """A model that takes room, knows its name and has vectors of its own."""
+
+    def __init__(self, name: str, megabytes: int):
+        super().__init__()
+        self.name = name
+        self.model.backbone.weight = mx.zeros(megabytes * MB, mx.uint8)  # not evaluated: only its size is real
+
+    def encode(self, *args, **options):
+        return super().encode(*args, **options) + np.float32(ord(self.name[0]))
+
+
+def sized_models(most: int | None = None, **sizes: int) -> ServedModels:
+    """Models of these sizes in MB, none of them loaded, and their most memory."""
+    models = []
+    for name, size in sizes.items():
+        load = functools.partial(Sized, name, size)
+        models.append(ServedModel(name, "embed", load, base=Path(name), base_size=size * MB))
+    models = ServedModels(models, None if most is None else most * MB)
+    models.ready = True
+    return models
+
+
+def loaded(models: ServedModels) -> str:
+    return " ".join(each.name for each in models.all if each.model is not None)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from mlx_retrieval.backend import mx
 import numpy as np
 import pytest
 import served
-from served import refused, wait_until
+from served import MB, loaded, refused, sized_models, wait_until
 from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 from trained_models import trained
@@ -31,44 +31,6 @@ from mlx_retrieval.inference.serving.served_models import ServedModel, ServedMod
 from mlx_retrieval.models.cpu_model_runner import CpuModelRunner
 from mlx_retrieval.models.shared_weights import SharedWeights
 from mlx_retrieval.utils.errors import UserError
-
-MB = 1 << 20
-
-
-class Sized(served.Model):
-    """A model that takes room, and knows its name."""
-
-    def __init__(self, name: str, megabytes: int):
-        super().__init__()
-        self.name, self.bytes = name, megabytes * MB
-
-
-class Fakes(ServedModels):
-    """Models that take room in megabytes, in place of arrays."""
-
-    def memory(self) -> int:
-        return sum(each.model.bytes for each in self.all if each.model is not None)
-
-
-@pytest.fixture
-def fakes(tmp_path):
-    """Return a function that makes models of these sizes in MB, none of them loaded, and their most memory."""
-
-    def make(most: int | None = None, **sizes: int) -> Fakes:
-        models = []
-        for name, size in sizes.items():
-            models.append(ServedModel(name, "embed", lambda name=name, size=size: Sized(name, size)))
-            models[-1].base, models[-1].size = tmp_path / name, size * MB
-        models = Fakes(models, None if most is None else most * MB)
-        models.ready = True
-        return models
-
-    return make
-
-
-def loaded(models: ServedModels) -> str:
-    return " ".join(each.name for each in models.all if each.model is not None)
-
 
 # --- by name --------------------------------------------------------------------------------------------------------
 
@@ -110,8 +72,8 @@ def test_a_single_model_answers_to_any_name():
 # --- loading and eviction -------------------------------------------------------------------------------------------
 
 
-def test_models_are_loaded_when_they_are_asked_for_and_the_oldest_is_evicted(fakes):
-    models = fakes(5, a=2, b=2, c=2)
+def test_models_are_loaded_when_they_are_asked_for_and_the_oldest_is_evicted():
+    models = sized_models(5, a=2, b=2, c=2)
     with TestClient(create_app(models)) as client:
 
         def ask(name: str) -> str:
@@ -124,8 +86,8 @@ def test_models_are_loaded_when_they_are_asked_for_and_the_oldest_is_evicted(fak
         assert (models.loads, models.evictions) == (4, 2)
 
 
-def test_without_a_limit_models_stay(fakes):
-    models = fakes(a=2, b=2)
+def test_without_a_limit_models_stay():
+    models = sized_models(a=2, b=2)
     models.ready = False
     with TestClient(create_app(models)) as client:
         wait_until(lambda: models.ready)
@@ -133,22 +95,22 @@ def test_without_a_limit_models_stay(fakes):
         assert client.get("/ready").json() == {"status": "ready", "loaded": ["a", "b"]}
 
 
-def test_at_the_start_as_many_are_loaded_as_fit(fakes):
-    models = fakes(5, a=2, b=4, c=2)
+def test_at_the_start_as_many_are_loaded_as_fit():
+    models = sized_models(5, a=2, b=4, c=2)
     models.ready = False
     with TestClient(create_app(models)):
         wait_until(lambda: models.ready)
         assert loaded(models) == "a c" and models.evictions == 0
 
 
-def test_a_model_that_can_never_fit_is_refused(fakes):
+def test_a_model_that_can_never_fit_is_refused():
     with pytest.raises(UserError, match=r"^b takes 0.01 GB, more than --max-memory allows \(0.00 GB\)"):
-        fakes(5, a=2, b=7)
+        sized_models(5, a=2, b=7)
 
 
-def test_only_weights_that_a_loaded_model_really_holds_are_shared(fakes):
+def test_only_weights_that_a_loaded_model_really_holds_are_shared():
     """Regression: what full training replaced, and weights in another dtype, counted as nothing."""
-    models = fakes(5, a=2, b=2, c=2)
+    models = sized_models(5, a=2, b=2, c=2)
     a, b, c = models.all
     a.base = b.base = c.base
     a.model = a.load()
@@ -161,8 +123,8 @@ def test_only_weights_that_a_loaded_model_really_holds_are_shared(fakes):
     assert models._needed(b) == 2 * MB
 
 
-def test_a_model_in_use_is_not_evicted_and_every_model_has_its_turn(fakes):
-    models, order = fakes(3, a=2, b=2), []
+def test_a_model_in_use_is_not_evicted_and_every_model_has_its_turn():
+    models, order = sized_models(3, a=2, b=2), []
 
     async def hold(name: str, until: asyncio.Event) -> None:
         async with models.using(models.choose(name, ("embed",))) as model:
@@ -190,8 +152,8 @@ def test_a_model_in_use_is_not_evicted_and_every_model_has_its_turn(fakes):
     assert order == ["a: a", "b: b", "a: a"]
 
 
-def test_a_loaded_model_answers_while_another_is_loaded(fakes):
-    models, begun, gate = fakes(a=1, b=1), threading.Event(), threading.Event()
+def test_a_loaded_model_answers_while_another_is_loaded():
+    models, begun, gate = sized_models(a=1, b=1), threading.Event(), threading.Event()
     load = models.all[1].load
 
     def slow():
@@ -209,9 +171,9 @@ def test_a_loaded_model_answers_while_another_is_loaded(fakes):
         assert waiting.result().json()["model"] == "b"
 
 
-def test_a_model_that_cannot_be_loaded_later_is_an_error_of_the_server(fakes, caplog):
+def test_a_model_that_cannot_be_loaded_later_is_an_error_of_the_server(caplog):
     """Clients are told its name; its folder, which they were told as well, is the log's."""
-    models = fakes(a=1)
+    models = sized_models(a=1)
 
     def fail():
         raise UserError("a/model.safetensors: truncated")
@@ -224,8 +186,8 @@ def test_a_model_that_cannot_be_loaded_later_is_an_error_of_the_server(fakes, ca
         assert client.post("/v1/embeddings", json={"input": ["b"]}).status_code == 200
 
 
-def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_server(fakes):
-    models = fakes(a=1)
+def test_a_model_that_cannot_be_loaded_at_the_start_ends_the_server():
+    models = sized_models(a=1)
     models.ready, stopped = False, threading.Event()
 
     def fail():

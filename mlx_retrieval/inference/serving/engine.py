@@ -13,7 +13,7 @@ from mlx_retrieval.inference.reranker import activated
 from mlx_retrieval.inference.serving import requests, tokens
 from mlx_retrieval.inference.serving.model_thread import Job, ModelThread
 from mlx_retrieval.inference.serving.requests import Embed, Ranking, Rerank, Result, Tokenize, Tokens, Vectors
-from mlx_retrieval.inference.serving.served_models import ServedModels
+from mlx_retrieval.inference.serving.served_models import ServedModel, ServedModels
 from mlx_retrieval.utils.text import writable
 
 
@@ -84,7 +84,7 @@ class Engine:
             if request.by_token:
                 await asyncio.to_thread(self._check_numbers, model, request.field, short, prompt)
             job = Job(model, short, None, prompt, request.dimensions)
-            vectors = await self._computed(client, job, served.name)
+            vectors = await self._computed(client, job, served)
         if request.normalize and not request.by_token and not model.config.normalize:
             vectors = scaled_to_unit(vectors)
         return Vectors(served.name, texts, vectors, job.tokens)
@@ -99,7 +99,7 @@ class Engine:
             if request.truncate != "end" or request.max_tokens is not None:
                 texts = await asyncio.to_thread(tokens.rerankable, model, request, documents)
             job = Job(model, texts, writable(request.query))
-            raw = await self._computed(client, job, served.name)
+            raw = await self._computed(client, job, served)
             scores = raw if request.raw else activated(model, raw)
         order = np.argsort(-raw, kind="stable")[: request.top_n].tolist()
         return Ranking(served.name, documents, scores, order, job.tokens)
@@ -131,19 +131,21 @@ class Engine:
             many = f"{tokens:,} tokens, a vector of {dimensions:,} numbers each"
             raise HTTPException(400, f"{name}: {many}; at most {most:,} numbers in an answer")
 
-    async def _computed(self, client: Request, job: Job, name: str) -> np.ndarray | list[np.ndarray]:
+    async def _computed(self, client: Request, job: Job, served: ServedModel) -> np.ndarray | list[np.ndarray]:
         """Return the result of the models' thread, unless the client disconnects before."""
         answer = asyncio.wrap_future(self.thread.submit(job))
         leaving = asyncio.create_task(_disconnected(client))
         try:
             await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
-                client.scope["record"] = Record(name, job.tokens, len(job.texts))
+                client.scope["record"] = Record(served.name, job.tokens, len(job.texts))
                 return answer.result()
             raise HTTPException(499, "the client disconnected")  # which nobody reads
         finally:
             answer.cancel()
             leaving.cancel()
+            if (call := self.thread.cancel(job)) is not None:  # it holds the model, whoever waits for the answer
+                self.models.hold(served, asyncio.wrap_future(call))
 
 
 async def _disconnected(client: Request) -> None:

@@ -47,6 +47,7 @@ class Job:
     # A row a text: an array, of scores those before the activation, or a list of a late-interaction model's (L_i, D).
     # Cancelled if nobody waits for it.
     answer: Future = field(default_factory=Future)
+    call: Future | None = None  # the last call that took texts: done once it holds none; None = none has yet
     tokens: int = 0  # tokens of the texts computed so far
     begun: int = 0  # texts that calls have taken so far
     rows: list[np.ndarray | list[np.ndarray]] = field(default_factory=list)  # results so far
@@ -115,6 +116,12 @@ class ModelThread:
             self._changed.notify()
         return job.answer
 
+    def cancel(self, job: Job) -> Future | None:
+        """Remove a job that is not computed to its end; return the call that still holds it, if one does."""
+        with self._changed:
+            job.answer.cancel()
+            return None if job.call is None or job.call.done() else job.call
+
     def close(self) -> None:
         """Let the call in progress end, and cancel all waiting jobs."""
         with self._changed:
@@ -129,9 +136,12 @@ class ModelThread:
                 if self._closing:
                     break
                 pieces = self._next()
-            if pieces:
-                self._work(pieces)
-            del pieces  # large texts should not live until the next request
+            if not pieces:
+                continue
+            call = pieces[0][0].call
+            self._work(pieces)
+            del pieces  # neither large texts nor an evicted model should live until the next request
+            call.set_result(None)
         for job in self._jobs:
             job.answer.cancel()
 
@@ -150,6 +160,10 @@ class ModelThread:
             if job.begun < len(job.texts):
                 again.append(job)
         self._jobs = waiting + again
+        call = Future()
+        call.set_running_or_notify_cancel()  # others wait for it too: none of them may cancel it
+        for job, _ in pieces:
+            job.call = call
         return pieces
 
     def _work(self, pieces: Pieces) -> None:

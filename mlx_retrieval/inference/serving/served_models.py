@@ -26,10 +26,11 @@ from starlette.exceptions import HTTPException
 
 from mlx_retrieval import backend
 from mlx_retrieval.backbones import describe_dtype
-from mlx_retrieval.backbones.hub import read_json, tensor_table, weight_files
+from mlx_retrieval.backbones.hub import read_json
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker
+from mlx_retrieval.inference.serving.model_sizes import BaseSizes, weights_size
 from mlx_retrieval.inference.serving.model_thread import alone
 from mlx_retrieval.models import kinds
 from mlx_retrieval.models.kinds import Kind
@@ -56,8 +57,9 @@ class ServedModel:
         name: the name by which requests choose it.
         kind: a late-interaction model is loaded as a `Reranker`, whose `late` embeds.
         load: returns the model, ready to compute; called in one thread for all models.
-        base: folder of its base model's weights; None = they count as nothing before it is loaded.
+        base: folder of its base model; None = it shares no weights.
         dtype: to compute in, as in `embedder.load`.
+        base_size: bytes of its base model's weights; 0 = they count as nothing before it is loaded.
         adapter: folder of what was trained on top; None = the base model alone.
 
     Attributes:
@@ -65,7 +67,8 @@ class ServedModel:
         own: bytes of those that it shares with no other model on its base.
         replaces: whether its own weights take the place of its base's, as after full training.
         model: the model; None = it is not loaded.
-        users: requests that use it.
+        arrays: its weights, as it was loaded: while a graph is built, the model itself holds tracers.
+        users: requests and calls that use it.
         used: when the last request began, by `time.monotonic`.
     """
 
@@ -76,29 +79,27 @@ class ServedModel:
         load: Callable[[], Model | Reranker],
         base: Path | None = None,
         dtype: str | None = None,
+        base_size: int = 0,
         adapter: Path | None = None,
     ):
         self.name, self.kind, self.load, self.base, self.dtype = name, kind, load, base, dtype or "auto"
         self.model: Model | Reranker | None = None
+        self.arrays: list[mx.array] = []
         self.users, self.used = 0, 0.0
-        self.size, self.own, self.replaces = 0 if base is None else weights_size(weight_files(base), dtype), 0, False
+        self.size, self.own, self.replaces = base_size, 0, False
         if adapter is not None:
             files = [adapter / name for name in (kinds.ADAPTERS, HEADS) if (adapter / name).is_file()]
             self.own = weights_size(files, dtype)
             self.replaces = read_json(adapter / kinds.ADAPTER_CONFIG).get("fine_tune_type") == "full"
             self.size = max(self.size, self.own) if self.replaces else self.size + self.own
 
+    def take(self, model: Model | Reranker) -> None:
+        """Answer with a model, which was loaded and computes nothing yet."""
+        self.model, self.arrays = model, list(arrays_of(model))
 
-def weights_size(files: Sequence[Path], dtype: str | None) -> int:
-    """Return the bytes that the weights in files take in memory, by their headers."""
-    size = 0
-    for file in files:
-        for entry in tensor_table(file).values():
-            first, last = entry["data_offsets"]
-            stored = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}.get(entry["dtype"])
-            wanted = stored and backend.compute_dtype(stored, dtype or "auto")
-            size += (last - first) * (wanted.size if stored else 1) // (stored.size if stored else 1)
-    return size
+    def shares(self, other: "ServedModel") -> bool:
+        """Return whether a model that is loaded holds the weights of the base that another one needs."""
+        return self.model is not None and not self.replaces and (self.base, self.dtype) == (other.base, other.dtype)
 
 
 def arrays_of(model: Model | Reranker) -> Iterator[mx.array]:
@@ -151,7 +152,7 @@ class ServedModels:
         self.failure: Exception | None = None  # of a model that was to be loaded at the start
         self.ready = False  # whether all models that are loaded at the start are
         self.loads = self.evictions = 0
-        self._changed = asyncio.Condition()
+        self._released = asyncio.Event()  # set when a model may have become idle
         self._loading, self._waits_for_room = asyncio.Lock(), False
         self._loader = ThreadPoolExecutor(1, "loader")  # lazy arrays belong to the thread that made them
         for each in self.all:
@@ -163,8 +164,8 @@ class ServedModels:
     @classmethod
     def open(cls, sources: Sequence[Source], max_memory: int | None = None, dtype: str | None = None) -> "ServedModels":
         """Find models by name and path, and load none. UserError for a path that no model can be loaded from."""
-        shared = SharedWeights()
-        return cls([served_model(source, shared, dtype, len(sources)) for source in sources], max_memory)
+        shared, sizes = SharedWeights(), BaseSizes(max_memory)
+        return cls([served_model(source, shared, sizes, dtype, len(sources)) for source in sources], max_memory)
 
     @classmethod
     def of(cls, reranker: Reranker | None, model: Model | None) -> "ServedModels":
@@ -179,7 +180,7 @@ class ServedModels:
             if each is not None:
                 kind = "late" if kind == "rerank" and each.kind == "late" else kind
                 loaded.append(ServedModel(each.name, kind, lambda each=each: each))
-                loaded[-1].model = each
+                loaded[-1].take(each)
         models = cls(loaded)
         models.ready = True
         return models
@@ -218,9 +219,16 @@ class ServedModels:
         try:
             yield served.model
         finally:
-            served.users -= 1
-            async with self._changed:
-                self._changed.notify_all()
+            self._release(served)
+
+    def hold(self, served: ServedModel, call: asyncio.Future) -> None:
+        """Keep a model that is in use from being evicted until a call has ended, though its request may end before."""
+        served.users += 1
+        call.add_done_callback(lambda _: self._release(served))
+
+    def _release(self, served: ServedModel) -> None:
+        served.users -= 1
+        self._released.set()
 
     async def preload(self) -> None:
         """Load models in their order, until the memory that they may take is used up."""
@@ -232,25 +240,25 @@ class ServedModels:
 
     def memory(self) -> int:
         """Return the bytes of all loaded models; weights that several share count once."""
-        loaded = (each.model for each in self.all if each.model is not None)
-        return sum({id(array): array.nbytes for model in loaded for array in arrays_of(model)}.values())
+        return sum({id(array): array.nbytes for each in self.all for array in each.arrays}.values())
 
     async def _load(self, served: ServedModel) -> None:
+        sharing = [] if served.replaces else [each for each in self.all if each.shares(served)]
+        base = [each.model.model.backbone.shared_weights for each in sharing]  # it outlives those that make room
         if self.max_memory is not None:
             await self._make_room(served)
         try:
-            served.model = await asyncio.get_running_loop().run_in_executor(self._loader, served.load)
+            served.take(await asyncio.get_running_loop().run_in_executor(self._loader, served.load))
         except UserError as error:  # its files were sound when the server started
             if self.ready:  # at the start, the command prints it
                 LOG.error("%s cannot be loaded: %s", served.name, error)
             raise HTTPException(500, f"{served.name} cannot be loaded; the server's log has the reason") from error
+        del base  # the model has it
         self.loads += 1
 
     def _needed(self, served: ServedModel) -> int:
         """Return the bytes that loading a model adds."""
-        holders = (each for each in self.all if each.model is not None and not each.replaces)
-        shares = any((each.base, each.dtype) == (served.base, served.dtype) for each in holders)
-        return served.own if shares else served.size
+        return served.own if any(each.shares(served) for each in self.all) else served.size
 
     async def _make_room(self, served: ServedModel) -> None:
         """Evict models, the least recently used first, until there is room; wait for those in use."""
@@ -262,15 +270,15 @@ class ServedModels:
             elif loaded:
                 self._waits_for_room = True
                 try:
-                    async with self._changed:
-                        await self._changed.wait()
+                    self._released.clear()
+                    await self._released.wait()
                 finally:
                     self._waits_for_room = False
             else:
                 return
 
     def _evict(self, served: ServedModel) -> None:
-        served.model = None
+        served.model, served.arrays = None, []
         gc.collect()  # a model and its compiled functions refer to each other
         mx.clear_cache()
         self.evictions += 1
@@ -281,23 +289,26 @@ class ServedModels:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
 
-def served_model(source: Source, shared: SharedWeights, dtype: str | None, models: int) -> ServedModel:
+def served_model(
+    source: Source, shared: SharedWeights, sizes: BaseSizes, dtype: str | None, models: int
+) -> ServedModel:
     """Find a model by its path, without loading it; UserError if there is none. `models`: see `prepare`."""
     kind = kinds.detect_kind(source.path)
-    path, base, own_dtype = Path(source.path).expanduser(), source.path, None
+    path, base_model, adapter, computed = Path(source.path).expanduser(), source.path, None, dtype
     if kinds.is_adapter(path):
         config = RetrievalConfig.read(path)
-        base, own_dtype = config.base_model, config.dtype
+        base_model, adapter, computed = config.base_model, path, dtype or config.dtype
+    base = kinds.require_base(base_model).resolve()  # one base may be named in several ways
+    base_size, dequantize = sizes.of(base, computed)
     open_ = embedder.load if kind == "embed" else Reranker
 
     def load() -> Model | Reranker:
         began = time.monotonic()
         with alone():
-            model = open_(source.path, dtype=dtype, shared=shared)
+            model = open_(source.path, dtype=dtype, shared=shared, dequantize=dequantize)
             prepare(model, models)
         about = describe_dtype(model.model.backbone)
         LOG.info("loaded %s in %.1f s; it %s", source.name, time.monotonic() - began, about)
         return model
 
-    adapter = path if kinds.is_adapter(path) else None
-    return ServedModel(source.name, kind, load, kinds.require_base(base), dtype or own_dtype, adapter)
+    return ServedModel(source.name, kind, load, base, computed, base_size, adapter)
