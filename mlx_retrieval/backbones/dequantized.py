@@ -174,7 +174,7 @@ def _product(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
 
             def weight(after: mx.array, some: slice = some) -> mx.array:
                 block = mx.depends([part[some] for part in parts], [after])
-                return mx.dequantize(*block, group_size=group_size, bits=bits, mode=mode, dtype=after.dtype)
+                return _numbers(block, group_size, bits, mode, after.dtype)
 
             yield some, weight
 
@@ -195,6 +195,22 @@ def _product(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
         return total, *map(mx.zeros_like, parts)
 
     return product
+
+
+def _numbers(parts: Sequence[mx.array], group_size: int, bits: int, mode: str, dtype: mx.Dtype) -> mx.array:
+    """Return the numbers (rows, in) of a quantised weight's parts.
+
+    For 4 and 8 bits in operations that `mx.compile` fuses: mlx's own function takes one number at a time.
+    """
+    if mode != "affine" or bits not in (4, 8):
+        return mx.dequantize(*parts, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
+    integers, *scales = parts
+    if bits == 4:  # a byte has two, the lower half first: each gets a byte of its own
+        pairs = integers.view(mx.uint8).astype(mx.uint16)
+        integers = (pairs | (pairs << 4)) & 0x0F0F
+    scale, bias = (part[..., None].astype(dtype) for part in scales)
+    groups = integers.view(mx.uint8).reshape(*scale.shape[:-1], group_size)
+    return (groups.astype(dtype) * scale + bias).flatten(-2)
 
 
 class BlockLinear(nn.QuantizedLinear):
