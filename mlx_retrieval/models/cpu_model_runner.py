@@ -6,9 +6,7 @@ with a stream of its own.
 
 import functools
 import itertools
-import queue
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
@@ -22,36 +20,20 @@ from mlx_retrieval.models.batching import MicroBatch, shares
 from mlx_retrieval.models.compiled import CompiledFunctions, evaluate, shapes_of
 from mlx_retrieval.models.heads import RetrievalModel
 from mlx_retrieval.models.model_runner import ModelRunner, SavedProducts, in_float32
+from mlx_retrieval.utils.threads import LastingThread
 
 
-class Worker:
-    """A thread with a stream of its own. It lives as long as the process: mlx's state of a thread cannot be undone."""
-
-    def __init__(self):
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="model runner", daemon=True).start()
-
-    def submit(self, task: Callable) -> Future:
-        """Queue a function without arguments; the Future holds its result or its error."""
-        future: Future = Future()
-        self._tasks.put((task, future))
-        return future
+class Worker(LastingThread):
+    """A thread with a stream of its own."""
 
     def _serve(self) -> None:
         with mx.stream(mx.new_stream(mx.default_device())):
-            while True:
-                task, future = self._tasks.get()
-                try:
-                    if future.set_running_or_notify_cancel():
-                        future.set_result(task())
-                except BaseException as error:  # raised where the result is awaited
-                    future.set_exception(error)
-                del task, future  # what they hold should not live until the next task comes
+            super()._serve()
 
 
 @functools.cache
 def _workers() -> list[Worker]:
-    return [Worker() for _ in range(backend.WORKERS)]
+    return [Worker("model runner") for _ in range(backend.WORKERS)]
 
 
 @contextmanager

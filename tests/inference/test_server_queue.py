@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import uvicorn
 from served import DOCUMENTS, Model, Reranker, Slow, refused, rerank, score, served, wait_until
+from starlette.testclient import TestClient
 
 from mlx_retrieval.inference import embedder
 from mlx_retrieval.inference.serving import model_thread
@@ -31,7 +32,7 @@ from mlx_retrieval.inference.serving.app import ServerSettings, create_app
 from mlx_retrieval.inference.serving.engine import Limits
 from mlx_retrieval.inference.serving.model_thread import Job, ModelThread
 from mlx_retrieval.inference.serving.run import listen
-from mlx_retrieval.inference.serving.served_models import ServedModels
+from mlx_retrieval.inference.serving.served_models import ServedModels, Source
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -167,6 +168,16 @@ def test_work_that_nobody_waits_for_is_left_out():
     thread.close()
 
 
+def test_threads_that_use_mlx_outlive_the_server(small):
+    """Regression: mlx takes Python's lock when such a thread ends; if Python is ending, that aborts the process."""
+    before = set(threading.enumerate())
+    models = ServedModels.open([Source("docs", small)])
+    with TestClient(create_app(models)) as client:
+        assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 200
+    lasting = [thread for thread in set(threading.enumerate()) - before if thread.is_alive()]
+    assert {"loader", "model"} <= {thread.name for thread in lasting} and all(thread.daemon for thread in lasting)
+
+
 def test_closing_ends_with_the_call_that_is_computed():
     reranker = Reranker()
     reranker.gate.clear()
@@ -180,7 +191,7 @@ def test_closing_ends_with_the_call_that_is_computed():
     wait_until(lambda: thread._closing)
     reranker.gate.set()
     closing.join(10)
-    assert not closing.is_alive() and not thread._thread.is_alive()
+    assert not closing.is_alive() and thread._running.done()
     assert len(reranker.calls) == 1 and all(answer.cancelled() for answer in answers)
 
 

@@ -77,7 +77,7 @@ class Service:
         loading = asyncio.create_task(self._load())
         yield
         loading.cancel()
-        self.models.close()
+        await asyncio.to_thread(self.models.close)
         await asyncio.to_thread(self.thread.close)
 
     async def _load(self) -> None:

@@ -12,7 +12,7 @@ with listwise rerankers, where the score of a document depends on the others of 
 import contextlib
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -22,6 +22,7 @@ from mlx_retrieval import backend
 from mlx_retrieval.inference import finite
 from mlx_retrieval.inference.embedder import Model
 from mlx_retrieval.inference.reranker import Reranker, raw_scores
+from mlx_retrieval.utils.threads import LastingThread
 
 STUCK_S = 30  # seconds that `close` waits for the call in progress
 # Characters of the texts of one call, some 16,000 tokens, so that long texts hold up neither other requests nor the
@@ -99,10 +100,10 @@ class ModelThread:
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._running: Future | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._running = LastingThread("model").submit(self._run)
 
     @property
     def waiting(self) -> int:
@@ -127,7 +128,8 @@ class ModelThread:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(STUCK_S)
+        if self._running is not None:
+            wait([self._running], STUCK_S)
 
     def _run(self) -> None:
         while True:

@@ -14,7 +14,6 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +38,7 @@ from mlx_retrieval.models.retrieval_config import RetrievalConfig
 from mlx_retrieval.models.shared_weights import SharedWeights
 from mlx_retrieval.utils.errors import UserError, near_miss
 from mlx_retrieval.utils.text import gb
+from mlx_retrieval.utils.threads import LastingThread
 
 LOG = logging.getLogger(__name__)
 SMALL = 1 << 29  # bytes of the weights of models whose first pass is a large one
@@ -154,7 +154,7 @@ class ServedModels:
         self.loads = self.evictions = 0
         self._released = asyncio.Event()  # set when a model may have become idle
         self._loading, self._waits_for_room = asyncio.Lock(), False
-        self._loader = ThreadPoolExecutor(1, "loader")  # lazy arrays belong to the thread that made them
+        self._loader = LastingThread("loader")  # lazy arrays belong to the thread that made them
         for each in self.all:
             if max_memory is not None and each.size > max_memory:
                 raise UserError(
@@ -248,7 +248,7 @@ class ServedModels:
         if self.max_memory is not None:
             await self._make_room(served)
         try:
-            served.take(await asyncio.get_running_loop().run_in_executor(self._loader, served.load))
+            served.take(await asyncio.wrap_future(self._loader.submit(served.load)))
         except UserError as error:  # its files were sound when the server started
             if self.ready:  # at the start, the command prints it
                 LOG.error("%s cannot be loaded: %s", served.name, error)
@@ -285,8 +285,8 @@ class ServedModels:
         LOG.info("evicted %s", served.name)
 
     def close(self) -> None:
-        """End the thread that loads."""
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        """Wait until no model is being loaded."""
+        self._loader.submit(lambda: None).result()
 
 
 def served_model(
