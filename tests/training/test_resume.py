@@ -251,29 +251,31 @@ def test_a_lost_terminal_saves_the_run_unless_nohup_ignores_it(settings, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, monkeypatch, number, code):
+def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(settings, tmp_path, monkeypatch):
     """And continued, the run ends as one that nobody stopped."""
-    monkeypatch.undo()  # the process below computes with the usual shapes
-    monkeypatch.setattr(backend, "COMPILED", backend.FUSED)  # as that process, where quick tests do without
-    s = settings(steps=50, lora_dropout=0.2, save_steps=1000)
-    write_yaml(s, tmp_path / "settings.yaml")
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests, too, may run under nohup
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(tmp_path / "settings.yaml")],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    signal.signal(signal.SIGHUP, before)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 60
-    while time.time() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") > 1):
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "--resume" in out
-    saved = last_step(tmp_path / "run")
-    assert json.loads((saved / "trainer_state.json").read_text())["step"] == len(metrics_of(tmp_path / "run"))
-    resume(tmp_path / "run")
-    train.train(settings(steps=50, lora_dropout=0.2, save_steps=1000, output=str(tmp_path / "whole")))
-    assert folder_bytes(tmp_path / "run" / "final") == folder_bytes(tmp_path / "whole" / "final")
-    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole") and len(metrics_of(tmp_path / "run")) == 50
+    monkeypatch.undo()  # the processes below compute with the usual shapes
+    monkeypatch.setattr(backend, "COMPILED", backend.FUSED)  # as these processes, where quick tests do without
+    common = {"steps": 50, "lora_dropout": 0.2, "save_steps": 1000}
+    train.train(settings(**common, output=str(tmp_path / "whole")))
+    expected = folder_bytes(tmp_path / "whole" / "final"), metrics_of(tmp_path / "whole")
+    assert len(expected[1]) == 50
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        run = tmp_path / number.name
+        write_yaml(settings(**common, output=str(run)), tmp_path / "settings.yaml")
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests, too, may run under nohup
+        process = subprocess.Popen(
+            [sys.executable, "train.py", "--config", str(tmp_path / "settings.yaml")],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        signal.signal(signal.SIGHUP, before)
+        metrics, deadline = run / "metrics.jsonl", time.time() + 60
+        while time.time() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") > 1):
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "--resume" in out
+        saved = json.loads((last_step(run) / "trainer_state.json").read_text())["step"]
+        assert saved == len(metrics_of(run)) < 50
+        resume(run)
+        assert (folder_bytes(run / "final"), metrics_of(run)) == expected

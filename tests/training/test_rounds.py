@@ -211,6 +211,7 @@ def test_a_kill_before_the_figures_of_all_rounds_are_written(ending, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(rounds, "results_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         rounds.conclude(ending, rounds.finished(ending))
+    assert not (ending.folder / "final").exists()  # with which the run is finished
     rounds.conclude(ending, rounds.finished(ending))
     assert (ending.folder / "results.json").is_file() and (ending.folder / "final").is_dir()
 
