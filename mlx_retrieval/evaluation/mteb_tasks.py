@@ -235,6 +235,13 @@ def load_data(task: Any, **options: Any) -> None:
         ) from error
 
 
+@functools.cache  # mteb makes all of them, which takes seconds
+def _names() -> list[str]:
+    import mteb
+
+    return [task.metadata.name for task in mteb.get_tasks(task_types=[*TYPES], exclude_superseded=False)]
+
+
 @functools.cache
 def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | PairTask | None", str]:
     """Like `load`, once a process: asking an unreachable hub at every evaluation would only cost time."""
@@ -249,8 +256,8 @@ def _load(name: str, ignore_identical_ids: bool) -> tuple["MtebTask | PairTask |
 
         if name in mocks.ALL_MOCK_TASK_REGISTRY:
             raise UserError(f"{name} is a mock task of mteb; eval.py evaluates it with --results") from error
-        names = [task.metadata.name for task in mteb.get_tasks(task_types=[*TYPES], exclude_superseded=False)]
-        near = [known for known in names if known.lower() == name.lower()] or difflib.get_close_matches(name, names)
+        near = [known for known in _names() if known.lower() == name.lower()]
+        near = near or difflib.get_close_matches(name, _names())
         close = ", ".join(near)
         hint = f"; close: {close}" if close else ""
         raise UserError(f"{name} is neither a folder nor an MTEB task{hint}") from error

@@ -119,6 +119,7 @@ def test_a_model_is_in_use_until_its_call_has_ended(monkeypatch):
     clients.play(scene)
 
 
+@pytest.mark.slow
 def test_many_clients_of_more_models_than_fit_some_of_whom_leave(monkeypatch):
     """The limit holds at each load, what computes is loaded, and who stays gets the answer of the right model."""
     models, taken, strangers = sized_models(5, a=2, b=2, c=2, d=3), [], []
