@@ -113,11 +113,10 @@ class Index:
             ("--chunk-size", info.max_characters, MAX_CHARACTERS),
             ("--overlap", info.overlap, OVERLAP),
             ("--max-file-size", info.max_file_size, None),
-            ("--token-bits", info.token_bits, TOKEN_BITS),
-            ("--token-pooling", info.token_pooling, 1),
         )
-        chosen = [(flag, value) for flag, value, default in settings if value != default]
-        given = [str(word) for flag, value in chosen for word in (flag, value) if late or "--token-" not in flag]
+        of_tokens = ("--token-bits", info.token_bits, TOKEN_BITS), ("--token-pooling", info.token_pooling, 1)
+        settings += of_tokens if late else ()
+        given = [str(word) for flag, value, default in settings if value != default for word in (flag, value)]
         given += [f"--exclude={pattern}" for pattern in info.exclude] + ["--documents"] * info.documents
         start = ("python", "search.py", "index", *folders, "--model-path", model, "--index", self.folder)
         return shell(*start, *given, *flags)
