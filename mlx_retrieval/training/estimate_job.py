@@ -36,7 +36,7 @@ from mlx_retrieval.training.estimate import FLOAT32, Job
 from mlx_retrieval.training.gradient_cache import MICRO_BATCHES_PER_RANK
 from mlx_retrieval.training.rerank_batches import GroupBatch
 
-SAMPLES = 2  # batches whose lengths stand for the run's
+SAMPLES = 4  # batches whose lengths stand for the run's; SmolLM2's later ones took a tenth more than its first two
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a number, by the dtypes of safetensors
 FLOAT16 = ("float16", "F16")  # by the names of --dtype and of safetensors
 

@@ -23,7 +23,7 @@ from mlx_retrieval.backbones.activations import (
 from mlx_retrieval.training import memory, memory_lines, retrieval_run
 from mlx_retrieval.training import run as training_run
 from mlx_retrieval.training.cutting import Cutting
-from mlx_retrieval.training.estimate import METAL, Device, Job, estimate
+from mlx_retrieval.training.estimate import METAL, Device, Job, estimate, here, step_memory
 from mlx_retrieval.training.memory_lines import GIB, Outlook
 
 GB = 10**9
@@ -253,6 +253,42 @@ def test_the_estimate_is_near_the_peak(settings, monkeypatch, changes):
         peak = max(peak, backend.peak_memory() - active)
     expected = run.outlook.expected
     assert 0.6 < expected.step / peak < 1.6, (expected, peak)
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not backend.FUSED, reason="passes are compiled for CPUs here")
+def test_compiled_micro_batches_of_one_shape_are_at_their_peak_together(settings, monkeypatch):
+    """Three workers begin with equal micro-batches, merge adapters and keep products: the estimate holds all of it."""
+    run = training_run.prepare(settings(batch_size=128))
+    grad_cache, job = run.trainer.grad_cache, run.outlook.job
+    batch = max(map(run.trainer.batches.batch, range(4)), key=lambda batch: batch.tokens)
+    largest = max(grad_cache.plan(batch)[0], key=lambda micro_batch: micro_batch.ids.size)
+    rows, length = largest.ids.shape
+    equal = [largest] * (3 * backend.WORKERS)
+    seeds = range(len(equal))
+    peak = 0
+    for _ in range(2):  # the first also reads the weights
+        mx.reset_peak_memory()
+        active, saved = mx.get_active_memory(), {}
+        cotangents = [mx.ones_like(each) for each in grad_cache.runner.representations(equal, seeds, saved)]
+        assert len(saved) == len(equal)
+        grad_cache.runner.gradient(equal, seeds, cotangents, saved)
+        peak = mx.get_peak_memory() - active
+    lengths = np.full(len(equal) * rows, length)
+    expected = step_memory(job, here()).peak(lengths, replace(run.trainer.grad_cache.cutting, budget=rows * length))
+    assert 0.95 < expected / peak < 1.6, (expected, peak)
+
+
+def test_a_process_takes_more_than_its_arrays_on_a_cpu(monkeypatch):
+    """Libraries, freed arrays that mlx keeps, and holes between arrays; on a GPU the first alone."""
+    monkeypatch.setattr(memory_lines, "resident", lambda: GB)
+    job = replace(JOB, evaluation=7)
+    step = estimate(job, here()).step
+    assert Outlook.of(job).process == pytest.approx(GB + 7 + 1.08 * step, abs=2)
+    monkeypatch.setattr(backend, "CACHE_BYTES", 5)
+    assert Outlook.of(job).process == pytest.approx(GB + 12 + 0.08 * step, abs=2)
+    monkeypatch.setattr(backend, "IS_GPU", True)
+    assert Outlook.of(job).process == GB + 7
 
 
 def test_the_dry_run_has_the_estimate_and_a_line_a_mac(settings, capsys):
