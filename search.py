@@ -203,13 +203,19 @@ def eval_command(args: argparse.Namespace) -> None:
 
 
 def tune_command(args: argparse.Namespace) -> None:
-    """Learn how the search of an index weighs words and meaning, and keep it if that helps."""
+    """Learn how the search of an index weighs words and meaning, and keep it if that helps; or forget it."""
     from mlx_retrieval.evaluation import index_search, index_tuning
     from mlx_retrieval.utils.console import print_lines
 
     lock = Path(args.index) / LOCK
     busy = f"--index {args.index}: another process is indexing"
+    described = index_tuning.described
     with nullcontext() if args.store or not lock.parent.is_dir() else locks.only_one(lock, busy):
+        if args.forget:
+            searcher = Searcher(args.store or args.index, field=args.field)
+            before, now = map(described, index_tuning.forget(searcher.index))
+            print_lines([("before", before), ("now", f"{now}, the defaults")])
+            return
         searcher, queries, results = searched(args)
         tuned = index_tuning.Tuner(searcher.index, queries, results).tune()
         index_search.print_figures(f"{Path(args.queries).resolve().name}, tuned by cross-validation", tuned.evaluations)
@@ -217,9 +223,11 @@ def tune_command(args: argparse.Namespace) -> None:
         index_search.print_differences("difference to hybrid as it was", changes)
         if tuned.helps:
             index_tuning.keep(searcher.index, tuned.settings)
-    described = index_tuning.described
     verdict = ("kept", described(tuned.settings)) if tuned.helps else ("unchanged", "what was learnt is no better")
     print_lines([("before", described(tuned.before)), verdict])
+    if tuned.helps:
+        place = ("--store", args.store) if args.store else ("--index", args.index) if args.index != ".index" else ()
+        print_lines([("undo", shell("python", "search.py", "tune", "--forget", *place))])
 
 
 COMMANDS = {

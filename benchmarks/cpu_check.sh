@@ -18,6 +18,5 @@ compare train_speed --data "$data" --batch-size 256
 compare train_speed --data "$data" --batch-size 256 --train-type full
 compare train_speed --data "$data" --batch-size 64 --task late
 compare embed_speed --data "$data" --texts "${TEXTS:-5000}"
-compare cross_encoder_speed --data "$data"
-compare rerank_speed
+compare rerank_speed --data "$data"
 compare quantised_speed --data "$data"

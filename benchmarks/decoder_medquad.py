@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import sides
 from medquad import COMPARED, Outcome, evaluated, ndcg, our_side, peer_side, settings_of, steps_of
 
@@ -67,7 +68,7 @@ def exported(adapter: str, folder: str, test: str) -> tuple[list[tuple[str, Any]
 
     export(Export(adapter=adapter, output=folder))
     vectors, ours, _ = evaluated(load(folder), test)
-    peer_vectors, theirs, _ = evaluated(sides.Peer(sides.sentence_transformer(folder)), test)
+    peer_vectors, theirs, _ = evaluated(peers.Peer(peers.sentence_transformer(folder)), test)
     found = [("exported, embed.load", ours), ("exported, SentenceTransformer", theirs)]
     return found, least_cosine(vectors, peer_vectors)
 
@@ -88,7 +89,7 @@ def main() -> None:
     from mlx_retrieval.evaluation.results import compare
     from mlx_retrieval.utils.console import print_rows
 
-    model, machine = sides.model_folder(args.model or sides.smollm2()), sides.machine()
+    model, machine = peers.model_folder(args.model or sides.smollm2()), sides.machine()
     print(machine, flush=True)
     with tempfile.TemporaryDirectory() as work:
         test = str(sides.write_part(Path(args.data) / "test", Path(work) / "test", args.queries, args.documents))

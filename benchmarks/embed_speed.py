@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
+import peers
 import samples
 import sides
 from sides import Side, Turn
@@ -46,7 +47,7 @@ def ours(
 def sentence_transformers(
     folder: str, texts: list[str], max_length: int, single: bool, batch: int
 ) -> Callable[[int], Turn]:
-    model = sides.sentence_transformer(folder, max_length)
+    model = peers.sentence_transformer(folder, max_length)
     tokens = sum(int(model.preprocess([text])["attention_mask"].sum()) for text in texts)
 
     def encode(texts: list[str]) -> np.ndarray:  # the vectors come to the CPU, so nothing is left to wait for on a GPU
@@ -86,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
 
     pairs = sides.read_pairs(args.data)
-    folder = sides.model_folder(args.model)
+    folder = peers.model_folder(args.model)
     print(sides.machine())
     texts = [positive for _, positive in pairs[: args.texts]]
 

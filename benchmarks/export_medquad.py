@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sides import Peer, minilm, write_part
+from peers import Peer
+from sides import minilm, write_part
 
 import export
 import train

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlx_retrieval.backend import mx, nn
 
+import peers
 import samples
 import sides
 import train_speed
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes; Linux, needs perf")
     args = parser.parse_args()
 
-    folder = sides.model_folder(args.model)
+    folder = peers.model_folder(args.model)
     print(sides.machine())
     model = embedder.load(folder, max_length=args.max_length)
     backbone = model.model.backbone

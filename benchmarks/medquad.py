@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import peers
 import sides
 
 COMPARED = 300  # documents whose vectors are compared
@@ -102,10 +103,10 @@ def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
 
     def base():
         pooling = settings.get("pooling")
-        return sides.sentence_transformer(settings["model"], settings.get("max_length"), pooling=pooling)
+        return peers.sentence_transformer(settings["model"], settings.get("max_length"), pooling=pooling)
 
     model = base()
-    sides.add_lora(model, settings["lora_rank"], settings["lora_alpha"])
+    peers.add_lora(model, settings["lora_rank"], settings["lora_alpha"])
     scale = 1 / settings["temperature"]
     if settings["batch_size"] > MINI_BATCH:
         loss_of = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=MINI_BATCH)
@@ -126,8 +127,8 @@ def peer_side(settings: dict[str, Any], steps: list, test: str) -> Outcome:
         if step % 10 == 0 or step == 1:
             print(f"peer step {step}: loss {loss.item():.4f}, {time.perf_counter() - began:.0f} s", flush=True)
     training = time.perf_counter() - began
-    vectors, before, evaluation = evaluated(sides.Peer(base()), test)
-    return Outcome(vectors, before, evaluated(sides.Peer(model.eval()), test)[1], training, evaluation)
+    vectors, before, evaluation = evaluated(peers.Peer(base()), test)
+    return Outcome(vectors, before, evaluated(peers.Peer(model.eval()), test)[1], training, evaluation)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import peers
 import sides
 from sides import Turn
 from train_speed import prepared
@@ -86,7 +87,7 @@ def main() -> int:
     if not hasattr(os, "sched_setaffinity") or len(cores := sorted(os.sched_getaffinity(0))) < 2:
         sys.exit("ranks_speed.py: two cores are needed, and a system that holds a process to one: Linux")
     print(sides.machine())
-    model = sides.model_folder(args.model)
+    model = peers.model_folder(args.model)
     with tempfile.TemporaryDirectory() as folder:
         rows = sides.write_distinct(args.data, Path(folder) / "rows.jsonl")
         work = (model, rows, args.batch_size, args.max_length)

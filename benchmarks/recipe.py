@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import peers
 import sides
 from seeds import difference, kept
 
@@ -133,7 +134,7 @@ def peer_side(args: argparse.Namespace, seed: int, folder: str) -> Outcome:
     from sentence_transformers.util import mine_hard_negatives
 
     data, work, mining = Path(args.data), Path(folder), 0.0
-    model = sides.sentence_transformer(sides.minilm(), args.peer_max_length)
+    model = peers.sentence_transformer(sides.minilm(), args.peer_max_length)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = args.peer_dropout
@@ -199,7 +200,7 @@ def peer_side(args: argparse.Namespace, seed: int, folder: str) -> Outcome:
 
     from mlx_retrieval.evaluation.retrieval import evaluate
 
-    result = evaluate(sides.Peer(model.eval()), [str(data / "test")])
+    result = evaluate(peers.Peer(model.eval()), [str(data / "test")])
     return Outcome(result, trainer.state.best_metric, steps, seconds, mining)
 
 

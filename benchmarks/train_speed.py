@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peers
 import sides
 from sides import Side, Turn
 
@@ -115,9 +116,9 @@ def sentence_transformers(
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     # Stays in evaluation mode: the toolkit has no dropout by default, and so the losses can be compared.
-    peer = sides.sentence_transformer(model, max_length, late=task == "late")
+    peer = peers.sentence_transformer(model, max_length, late=task == "late")
     if train_type == "lora":
-        sides.add_lora(peer, rank=16, alpha=32)
+        peers.add_lora(peer, rank=16, alpha=32)
     mini_batches = {"mini_batch_size": 32, "mini_batch_num_tokens": budget or None}
     if task == "late":
         loss_of = CachedMultiVectorMultipleNegativesRankingLoss(peer, scale=1 / LATE_TEMPERATURE, **mini_batches)
@@ -306,9 +307,9 @@ def main() -> None:
     sizes = [int(size) for size in args.batches.split(",")] if args.batches else [args.batch_size]
     if args.against == "reference" and (args.task, args.train_type) != ("embed", "lora"):
         parser.error("--against reference: only with --task embed and --train-type lora")
-    model, machine = sides.model_folder(args.model), sides.machine()
+    model, machine = peers.model_folder(args.model), sides.machine()
     if args.task == "late":
-        model = sides.in_child(sides.late_folder, model)
+        model = sides.in_child(peers.late_folder, model)
     print(machine)
     results = {}
     with tempfile.TemporaryDirectory() as folder:

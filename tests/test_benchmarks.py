@@ -27,6 +27,7 @@ import chat_memory
 import gate
 import growth
 import limit
+import peers
 import samples
 import sides
 import train_speed
@@ -170,11 +171,11 @@ def test_what_is_made_of_a_model_is_made_again_once_that_has_changed(tmp_path):
     for name in "ab":
         (tmp_path / name / "best").mkdir(parents=True)
         (tmp_path / name / "best" / "weights").touch()
-    before, other = (sides.cached(str(tmp_path / name / "best"), "late") for name in "ab")
-    assert before != other and before == sides.cached(str(tmp_path / "a" / "best"), "late")
+    before, other = (peers.cached(str(tmp_path / name / "best"), "late") for name in "ab")
+    assert before != other and before == peers.cached(str(tmp_path / "a" / "best"), "late")
     os.utime(tmp_path / "a" / "best" / "weights", (1, 1))
-    assert sides.cached(str(tmp_path / "a" / "best"), "late") != before
-    assert sides.cached("gemma", "float32") != sides.cached("gemma", "bfloat16")
+    assert peers.cached(str(tmp_path / "a" / "best"), "late") != before
+    assert peers.cached("gemma", "float32") != peers.cached("gemma", "bfloat16")
 
 
 def test_the_interval_holds_the_mean_and_a_slower_side_is_seen():

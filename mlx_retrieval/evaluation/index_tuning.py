@@ -22,7 +22,7 @@ from mlx_retrieval.retrieval import fields
 from mlx_retrieval.retrieval.analyzer import analyzer
 from mlx_retrieval.retrieval.base import Hit, Within
 from mlx_retrieval.retrieval.bm25f import FieldedBm25, Scorer
-from mlx_retrieval.retrieval.fusion import POOL, Candidate, complete, fuse_scores, minmax, weight_of
+from mlx_retrieval.retrieval.fusion import POOL, WEIGHTS, Candidate, complete, fuse_scores, minmax, weight_of
 from mlx_retrieval.retrieval.rewriting import rewrite
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.progress import progress_bar
@@ -35,7 +35,7 @@ FOLDS, FEWEST_QUERIES = 5, 10
 class Settings(NamedTuple):
     """The share of the meaning, and the weights of the fields in the order of fields.FIELDS; () = as they are."""
 
-    weight: float
+    weight: float | None  # None = the default, whatever that is in later versions
     fields: tuple[int, ...] = ()
 
 
@@ -227,10 +227,20 @@ def keep(index: Any, settings: Settings) -> None:
         index.keep_weight(settings.weight, weights)
 
 
+def forget(index: Any) -> tuple[Settings, Settings]:
+    """Give an index the default settings again. Return those before and after. The caller holds the lock of it."""
+    weights = fields.WEIGHTS if hasattr(index, "chunk_texts") or getattr(index, "word_fields", ()) else {}
+    before = Settings(weight_of(index.info), tuple(index.info.fields[name] for name in weights))
+    after = Settings(None, tuple(weights.values()))
+    keep(index, after)
+    return before, after
+
+
 def described(settings: Settings) -> str:
     """Return settings in words: `weight 0.85; path 1, name 4, doc 2, text 1`."""
     weights = dict(zip(fields.FIELDS, settings.fields, strict=False))
-    return f"weight {settings.weight:g}" + (f"; {fields.shown(weights)}" if weights else "")
+    weight = WEIGHTS["scores"] if settings.weight is None else settings.weight
+    return f"weight {weight:g}" + (f"; {fields.shown(weights)}" if weights else "")
 
 
 def _dcg(gains: Sequence[float]) -> float:

@@ -314,8 +314,8 @@ class ElasticIndex:
         other.info = replace(self.info, fields=other.vectors.weights)
         return other
 
-    def keep_weight(self, weight: float, weights: Mapping[str, int] | None = None) -> None:
-        """Record the share of the meaning in a search by both, and other weights of the fields.
+    def keep_weight(self, weight: float | None, weights: Mapping[str, int] | None = None) -> None:
+        """Record the share of the meaning in a search by both, None = the default, and other weights of the fields.
 
         Raises UserError if another process has replaced vectors or words meanwhile, which they do not suit. More
         documents are no obstacle.

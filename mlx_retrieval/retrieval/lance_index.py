@@ -134,8 +134,8 @@ class Index:
         """Return this index, opened again if another process has written index.json since."""
         return self if written_at(self.folder) in (0, self._written) else Index.open(self.folder)
 
-    def keep_weight(self, weight: float) -> None:
-        """Record the share of the meaning in a search by both."""
+    def keep_weight(self, weight: float | None) -> None:
+        """Record the share of the meaning in a search by both; None = the default."""
         self.info.weight = weight
         self.write()
 

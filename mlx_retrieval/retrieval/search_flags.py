@@ -5,6 +5,7 @@ check_flags(args)
 """
 
 import argparse
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +21,23 @@ from mlx_retrieval.utils.command import COMPILE_HELP, DEQUANTIZE_HELP, DTYPE_HEL
 from mlx_retrieval.utils.errors import UserError
 from mlx_retrieval.utils.text import writable
 
+QUESTIONS = """\
+example of QUERIES, a question a line; paths are relative to the indexed folder:
+  {"query": "where are gradients cached", "path": "training/trainer.py"}
+  {"query": "where are gradients cached", "path": "training/trainer.py", "line": 120}
+  {"query": "where are gradients cached", "relevant": ["training/trainer.py:120", "batching.py"]}"""
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; `flags` of what it parses is the parser of the command."""
     shared = Parser(add_help=False)
-    shared.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
     shared.add_argument(
         "--index", default=".index", type=user_path, metavar="DIR", help="folder of the index (default: .index)"
     )
-    shared.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
-    shared.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
+    computing = shared.add_argument_group("computing")
+    computing.add_argument("--dtype", choices=backend.DTYPES, help=DTYPE_HELP)
+    computing.add_argument("--compile", choices=backend.COMPILE, default="auto", help=COMPILE_HELP)
+    computing.add_argument("--dequantize", choices=backend.DEQUANTIZE, default="auto", help=DEQUANTIZE_HELP)
     top = Parser(prog="search.py", description="Search source code and texts by meaning and by words.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -39,31 +47,32 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help=folders)
     model = "adapter folder, base model's folder or GGUF, or hub name"
     index.add_argument("--model-path", "--model", required=True, type=user_path, metavar="MODEL", help=model)
+    reading, late = index.add_argument_group("what is read"), index.add_argument_group("late interaction")
     size = "maximum characters in a chunk; longer functions and sections are split (default: %(default)s)"
-    index.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
+    reading.add_argument("--chunk-size", type=int, default=chunks.MAX_CHARACTERS, metavar="N", help=size)
     overlap = "most characters, in whole lines, that parts of one function or section share (default: %(default)s)"
-    index.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
+    reading.add_argument("--overlap", type=int, default=chunks.OVERLAP, metavar="N", help=overlap)
     largest = (
         f"leave out files of more than N bytes (default: {file_tree.MAX_FILE_SIZE:,}; of PDF, Word and HTML, and with "
         f"--documents of all, {MAX_FILE_SIZE:,})"
     )
-    index.add_argument("--max-file-size", type=int, metavar="N", help=largest)
+    reading.add_argument("--max-file-size", type=int, metavar="N", help=largest)
     exclude = "leave out matching files, in addition to .gitignore and in its syntax; repeatable"
-    index.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
+    reading.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
     spoken = (
         "language of the stems and stop words of a search by words, such as german; none = neither stems nor stop "
         "words (default: the index's, or english). Another one embeds nothing again"
     )
     index.add_argument("--language", metavar="NAME", help=spoken)
-    bits = "late interaction: bits of a dimension of a stored token vector (default: %(default)s)"
-    index.add_argument("--token-bits", type=int, choices=(1, 2, 4, 8), default=TOKEN_BITS, metavar="N", help=bits)
-    pooled = "late interaction: merge the N most similar token vectors of a chunk, on average; 1 = none (default)"
-    index.add_argument("--token-pooling", type=int, default=1, metavar="N", help=pooled)
+    bits = "bits of a dimension of a stored token vector (default: %(default)s)"
+    late.add_argument("--token-bits", type=int, choices=(1, 2, 4, 8), default=TOKEN_BITS, metavar="N", help=bits)
+    pooled = "merge the N most similar token vectors of a chunk, on average; 1 = none (default)"
+    late.add_argument("--token-pooling", type=int, default=1, metavar="N", help=pooled)
     documents = (
         "read the folders as adapt.py does: rows of CSV and JSON lines, sections of reStructuredText and all other "
         "formats, below their titles; no hidden files, no boilerplate (default: as the index was made, else by lines)"
     )
-    index.add_argument("--documents", action=argparse.BooleanOptionalAction, help=documents)
+    reading.add_argument("--documents", action=argparse.BooleanOptionalAction, help=documents)
     rebuild = "replace the index, for another model or other settings"
     index.add_argument("--rebuild", action="store_true", help=rebuild)
     index.set_defaults(flags=index)
@@ -74,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     placed.add_argument("--field", metavar="NAME", help="with --store: the field of vectors (default: the only one)")
     moved = "the index's model, if it has moved since indexing (default: where it was)"
     placed.add_argument("--model-path", "--model", type=user_path, metavar="MODEL", help=moved)
-    fused = Parser(add_help=False)
+    fused_flags = Parser(add_help=False)
+    fused = fused_flags.add_argument_group("words and meaning together")
     weight = (
         "share of the meaning in hybrid, 0 = words only, 1 = meaning only (default: as tuned, else "
         f"{WEIGHTS['scores']}; of ranks {WEIGHTS['ranks']})"
@@ -83,16 +93,19 @@ def parser() -> argparse.ArgumentParser:
     fusion = "what hybrid adds: scores, each scaled to 0 to 1, or reciprocal ranks (default: scores)"
     fused.add_argument("--fusion", choices=FUSIONS, help=fusion)
 
-    reranked = Parser(add_help=False)
+    reranked_flags = Parser(add_help=False)
+    reranked = reranked_flags.add_argument_group("reranking")
     reranker = "sort the first hits with this reranker: adapter folder, model's folder or GGUF, or hub name"
     reranked.add_argument("--rerank", type=user_path, metavar="MODEL", help=reranker)
     depth = f"hits that the reranker scores (default: {DEPTH})"
     reranked.add_argument("--rerank-depth", "--depth", type=int, default=DEPTH, metavar="N", help=depth)
 
     search = "search an index: path:line, score and two lines of each hit"
-    search = commands.add_parser("search", parents=[shared, placed, fused, reranked], help=search, description=search)
+    search = commands.add_parser(
+        "search", parents=[shared, placed, fused_flags, reranked_flags], help=search, description=search
+    )
     search.add_argument("query", type=writable, metavar="QUERY", help="plain words; there are no operators")
-    modes = search.add_mutually_exclusive_group()
+    modes = search.add_argument_group("by words, by meaning, or by both").add_mutually_exclusive_group()
     texts = {
         "hybrid": "by words and meaning together",
         "semantic": "by meaning: cosine of vectors, or MaxSim",
@@ -102,25 +115,31 @@ def parser() -> argparse.ArgumentParser:
         text = texts[mode] + " (the default)" * (mode == MODES[0])
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default=MODES[0], help=text)
     search.add_argument("--top", "--top-n", type=int, default=10, metavar="N", help="maximum hits (default: 10)")
+    filters, output = search.add_argument_group("filters"), search.add_argument_group("output")
     language = "only chunks in this programming language, markdown or text; repeatable"
-    search.add_argument("--language", action="append", default=[], metavar="NAME", help=language)
-    where = "only this file or folder, at any depth if it has no slash; * and ? stand for any characters; repeatable"
-    search.add_argument("--path", dest="paths", action="append", default=[], metavar="PATTERN", help=where)
+    filters.add_argument("--language", action="append", default=[], metavar="NAME", help=language)
+    where = (
+        "only this file or folder below the indexed one, as hits show it; at any depth if it has no slash; * and ? "
+        "stand for any characters; repeatable"
+    )
+    filters.add_argument("--path", dest="paths", action="append", default=[], metavar="PATTERN", help=where)
     form = "text; json = one object with the full text of each chunk; grep = path:line:text, exit code 1 for no hit"
-    search.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=form)
+    output.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=form)
     short = "the same as --format json"
-    search.add_argument("--json", dest="format", action="store_const", const="json", help=short)
+    output.add_argument("--json", dest="format", action="store_const", const="json", help=short)
     search.set_defaults(flags=search)
 
     asked = Parser(add_help=False)
-    rows = "JSON lines with query and path, path and line, or relevant (a list); or a folder in BEIR layout"
-    asked.add_argument("queries", type=user_path, metavar="QUERIES", help=rows)
+    rows = "questions: a file of JSON lines, as in the example below, or a folder in BEIR layout"
     strict = "refuse an untidy BEIR folder: contradicting judgements, judgements of missing texts, null texts"
     asked.add_argument("--strict", action="store_true", help=strict)
     identical = "leave out of a query's hits the document that has its id, as BEIR does"
     asked.add_argument("--ignore-identical-ids", action="store_true", help=identical)
     evaluate = "P@1, MRR@10 and nDCG@10 of bm25, semantic and hybrid, with intervals for their differences"
-    evaluate = commands.add_parser("eval", parents=[shared, placed, fused, asked], help=evaluate, description=evaluate)
+    about = {"epilog": QUESTIONS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parents = {"parents": [shared, placed, fused_flags, asked]}
+    evaluate = commands.add_parser("eval", **parents, help=evaluate, description=textwrap.fill(evaluate), **about)
+    evaluate.add_argument("queries", type=user_path, metavar="QUERIES", help=rows)
     evaluate.add_argument(
         "--output", type=user_path, metavar="FILE", help="also write the figures to this file, as JSON"
     )
@@ -128,12 +147,18 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(flags=evaluate)
 
     tune = "learn the share of meaning, and the weights of path, name and docstring, from questions with answers"
-    kept = f"{tune}. What is learnt is kept in the index if it is better by cross-validation."
-    tune = commands.add_parser("tune", parents=[shared, placed, asked], help=tune, description=kept)
+    kept = f"{tune}. What is learnt is kept in the index if it is better by cross-validation; --forget undoes that."
+    tune = commands.add_parser(
+        "tune", parents=[shared, placed, asked], help=tune, description=textwrap.fill(kept), **about
+    )
+    known = tune.add_mutually_exclusive_group(required=True)
+    known.add_argument("queries", nargs="?", type=user_path, metavar="QUERIES", help=rows)
+    forget = "instead of learning, give the index its default weights again"
+    known.add_argument("--forget", action="store_true", help=forget)
     tune.set_defaults(flags=tune)
 
     serve = "serve a page that searches an index, and JSON behind it"
-    serve = commands.add_parser("serve", parents=[shared, placed, reranked], help=serve, description=serve)
+    serve = commands.add_parser("serve", parents=[shared, placed, reranked_flags], help=serve, description=serve)
     host = "address to listen on (default: 127.0.0.1, this machine only); all who reach it can read the indexed texts"
     serve.add_argument("--host", default="127.0.0.1", help=host)
     port = "port to listen on; 0 = any free one (default: 8080)"
@@ -141,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     serve.set_defaults(flags=serve)
 
     mcp = "answer coding assistants over standard input and output: an MCP server with the tools search and open"
-    mcp = commands.add_parser("mcp", parents=[shared, placed, reranked], help=mcp, description=mcp)
+    mcp = commands.add_parser("mcp", parents=[shared, placed, reranked_flags], help=mcp, description=mcp)
     mcp.set_defaults(flags=mcp)
     return top
 
@@ -163,5 +188,10 @@ def check_flags(args: argparse.Namespace) -> None:
         refuse(["model_path"], "--bm25 needs no model")
     if not given("output"):
         refuse(["overwrite"], "--overwrite is for --output")
-    if Path(given("queries", "")).is_file():
+    if given("forget"):
+        refuse(
+            ["model_path", "strict", "ignore_identical_ids", "dtype", "compile", "dequantize"],
+            "--forget needs no model and no questions",
+        )
+    if Path(given("queries") or "").is_file():
         refuse(["strict", "ignore_identical_ids"], "--strict and --ignore-identical-ids are for folders in BEIR layout")

@@ -147,6 +147,32 @@ def test_settings_that_do_not_help_are_not_kept(index):
     assert not tuned.helps and tuned.settings == tuned.before
 
 
+def test_what_was_learnt_can_be_forgotten(index, capsys):
+    """Regression: not even --rebuild gave an index its default weights again."""
+    folder = ["--index", str(index.folder)]
+    before = [index.bm25(query.text, 5) for query in queries_of(1)]
+    index_tuning.keep(index, Settings(0.3, (1, 4, 2, 1)))
+    learnt = Index.open(index.folder)
+    assert learnt.info.weight == 0.3 and [learnt.bm25(query.text, 5) for query in queries_of(1)] != before
+    assert search.main(["tune", "--forget", *folder]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "before weight 0.3; path 1, name 4, doc 2, text 1" in out
+    assert "now weight 0.8; path 1, name 1, doc 1, text 1, the defaults" in out
+    forgotten = Index.open(index.folder)
+    assert forgotten.info.weight is None and [forgotten.bm25(query.text, 5) for query in queries_of(1)] == before
+
+
+def test_a_weight_alone_is_forgotten_alone(index):
+    class Elastic:
+        info, kept = dataclasses.replace(index.info, weight=0.4), 0.4
+
+        def keep_weight(self, weight):
+            self.kept = weight
+
+    elastic = Elastic()
+    assert index_tuning.forget(elastic) == (Settings(0.4), Settings(None)) and elastic.kept is None
+
+
 def test_few_queries_are_refused(index):
     queries = queries_of(1)[:9]
     with pytest.raises(UserError, match="9 queries are too few to learn from: at least 10"):
@@ -221,4 +247,5 @@ def test_the_command_tunes(small, tmp_path, capsys):
     assert len(verdict) == 1
     if verdict[0].startswith("kept"):
         assert f"weight {about['weight']:g}; path " in verdict[0]
+        assert f"undo python search.py tune --forget --index {index[1]}" in " ".join(out.split())
     assert index_search.read_queries(str(queries)) and Path(index[1]).is_dir()

@@ -36,6 +36,9 @@ def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
         ("mcp --store es://docs --index i", "leave out --index"),
         ("eval q --overwrite", "--overwrite is for --output: leave out --overwrite"),
         ("eval q.jsonl --strict", "are for folders in BEIR layout: leave out --strict"),
+        ("tune --forget --model m --strict", "no model and no questions: leave out --model-path, --strict"),
+        ("tune q.jsonl --forget", "--forget: not allowed with argument QUERIES"),
+        ("tune", "one of the arguments QUERIES --forget is required"),
         ("tune q.jsonl --strict --ignore-identical-ids", "leave out --strict, --ignore-identical-ids"),
     ],
 )
