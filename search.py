@@ -226,8 +226,9 @@ def tune_command(args: argparse.Namespace) -> None:
     verdict = ("kept", described(tuned.settings)) if tuned.helps else ("unchanged", "what was learnt is no better")
     print_lines([("before", described(tuned.before)), verdict])
     if tuned.helps:
-        place = ("--store", args.store) if args.store else ("--index", args.index) if args.index != ".index" else ()
-        print_lines([("undo", shell("python", "search.py", "tune", "--forget", *place))])
+        given = [f"--{name}={value}" for name in ("store", "field") if (value := getattr(args, name))]
+        given += [f"--index={args.index}"] if args.index != ".index" else []
+        print_lines([("defaults", shell("python", "search.py", "tune", "--forget", *given))])
 
 
 COMMANDS = {

@@ -3,6 +3,7 @@
     python benchmarks/memory.py                               the table of benchmarks/README.md, half an hour
     python benchmarks/memory.py --paths plain --only t5       some of it
     python benchmarks/memory.py --limits 2 4 8                runs with auto that may have so many GB
+    python benchmarks/memory.py --model FOLDER --data FILE --flags "--batch-size 256" --steps 6         one's own run
 
 all-MiniLM-L6-v2 and random weights of small, real shapes; a few steps each, in a process of its own. Paths: "compiled"
 is a CPU's, "plain" that of GPUs in float32 (MLX_RETRIEVAL_PLAIN=1), "mac" the same in the checkpoint's dtype, with the
@@ -13,6 +14,7 @@ kernel kills a process that takes more.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -105,7 +107,7 @@ def rows(file: Path, words: int, chat: bool) -> None:
 
 
 def measure(path: str, arguments: list[str]) -> dict:
-    """In a process of its own: take three steps, and return what they took and what was estimated, in bytes."""
+    """In a process of its own: take the steps of a run, and return what they took and what was estimated, in bytes."""
     from mlx_retrieval.backend import mx
 
     from mlx_retrieval import backend
@@ -118,7 +120,6 @@ def measure(path: str, arguments: list[str]) -> dict:
             setattr(backend, name, value)
         os.environ["MLX_RETRIEVAL_MEMORY"] = "64"
     settings, _ = from_flags("", "", arguments)
-    settings.steps = 3
     job = run.prepare(settings)
     if settings.micro_batch_tokens == "auto":
         run.run(job)
@@ -128,7 +129,7 @@ def measure(path: str, arguments: list[str]) -> dict:
     else:
         job.trainer.update(job.trainer.batches.batch(0), 1)
         mx.reset_peak_memory()  # the first step also reads the weights, and compiles
-        for k in (0, 1):  # those that the estimate is of
+        for k in range(settings.steps - 1):  # the first ones, which the estimate is of
             job.trainer.update(job.trainer.batches.batch(k), k + 2)
     expected = job.outlook.expected
     return {
@@ -192,6 +193,13 @@ def prepared(name: str, folder: Path) -> list[str]:
     return ["--model", str(base), "--data", str(data), "--steps", "3", "--save-steps", "0", *flags, *rest]
 
 
+def row(name: str, path: str, found: dict) -> str:
+    """Return a row of the table. As a Mac it has no process: a CPU's half precision takes memory of its own."""
+    pairs = [("peak", "estimate"), ("resident", "of_process")][: 1 if path == "mac" else 2]
+    cells = [f"{found[a] / 1e6:,.0f} | {found[b] / 1e6:,.0f} | {found[b] / found[a] - 1:+.0%}" for a, b in pairs]
+    return f"| {name} | {path} | {' | '.join([*cells, *['| | '] * (2 - len(cells))])} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -199,9 +207,21 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="settings whose name has this in it")
     parser.add_argument("--limits", type=float, nargs="+", default=[], help="GB of the control group of runs with auto")
+    parser.add_argument("--model", help="measure a run of this model on --data, instead of the settings of the table")
+    parser.add_argument("--data", help="with --model: rows")
+    parser.add_argument("--flags", default="", help="with --model: further flags of train.py")
+    parser.add_argument("--steps", type=int, default=6, help="with --model: the first batch twice, then the next ones")
     args = parser.parse_args()
+    if bool(args.model) != bool(args.data):
+        parser.error("--model and --data belong together")
     names = [name for name in SETTINGS if args.only.lower() in name.lower()]
     with tempfile.TemporaryDirectory() as folder:
+        output = ["--output", f"{folder}/run", "--overwrite"]
+        if args.model:
+            rest = shlex.split(f"--eval-tasks --save-steps 0 --steps {args.steps} {args.flags}")
+            given = ["--model", args.model, "--data", args.data, *rest, *output]
+            print(row("one's own", "compiled", in_process("compiled", given)))
+            return
         if args.limits:
             print("| setting | path | limit GB | tokens at once | resident MB |\n|---|---|---|---|---|")
         else:
@@ -213,18 +233,12 @@ def main() -> None:
                 if args.limits and "chat" in flags:
                     continue
                 for limit in args.limits:
-                    output = ["--output", f"{folder}/run", "--overwrite", "--micro-batch-tokens", "auto"]
                     with limited(int(limit * 1e9)) as group:
-                        found = in_process(path, [*flags, *output], group)
+                        found = in_process(path, [*flags, *output, "--micro-batch-tokens", "auto"], group)
                     result = f"{found['budget']:,} | {found['resident'] / 1e6:,.0f}" if found else "**killed** | "
                     print(f"| {name} | {path} | {limit:g} | {result} |", flush=True)
                 if not args.limits:
-                    found = in_process(path, [*flags, "--output", f"{folder}/run", "--overwrite"])
-                    pairs = [("peak", "estimate"), ("resident", "of_process")]
-                    cells = [f"{found[a] / 1e6:,.0f} | {found[b] / 1e6:,.0f} | {found[b] / found[a] - 1:+.0%}"
-                             for a, b in pairs[: 1 if path == "mac" else 2]]  # fmt: skip
-                    cells += ["| | "] if path == "mac" else []  # a CPU's half precision takes memory of its own
-                    print(f"| {name} | {path} | {' | '.join(cells)} |", flush=True)
+                    print(row(name, path, in_process(path, [*flags, *output])), flush=True)
 
 
 if __name__ == "__main__":

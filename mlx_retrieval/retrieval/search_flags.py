@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(flags=evaluate)
 
     tune = "learn the share of meaning, and the weights of path, name and docstring, from questions with answers"
-    kept = f"{tune}. What is learnt is kept in the index if it is better by cross-validation; --forget undoes that."
+    kept = f"{tune}. What is learnt is kept in the index if it is better by cross-validation; --forget takes it back."
     tune = commands.add_parser(
         "tune", parents=[shared, placed, asked], help=tune, description=textwrap.fill(kept), **about
     )

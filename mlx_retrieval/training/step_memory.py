@@ -21,9 +21,9 @@ from mlx_retrieval.training.gradient_cache import GradientCache
 
 # Copies of all representations that a step holds at once: they, their gradient, and both in the batch's order.
 VECTOR_COPIES, TOKEN_COPIES = 4, 6
-# Workers are seldom all at the peak of their passes at the same moment: the share of the others' that adds to one's.
-# Three micro-batches of one shape, begun together, took 2.7 to 2.8 times what one takes (SmolLM2, 2026-12-01).
-OTHERS = 0.9
+# Workers are seldom at the peak of their passes at the same moment: the share of the others' that adds to one's. Those
+# that begin together with micro-batches of one shape are, with what they keep: SmolLM2's three take 2.8 times one.
+OTHERS, EQUALS = 0.7, 0.9
 # Of a similarity of two tokens: it, the gradient of the chosen ones, and copies of them in other orders.
 SIMILARITY_BYTES = 12
 # Times the gradients, while the optimizer updates the weights: they, clipped ones, and new weights and moments.
@@ -59,7 +59,6 @@ class StepMemory:
         """Return what a step takes at most on a batch of texts of these lengths (N,)."""
         shapes = cutting.shapes(lengths)
         sizes = sorted((rows * width for rows, width in shapes), reverse=True)
-        passes = sorted((self.of_pass(*shape) for shape in shapes), reverse=True)
         one_graph = len(shapes) == 1 or (sum(sizes) <= cutting.limit(int(lengths.sum())) and not self.token_vectors)
         if one_graph and not self.compiled:
             once = max(self.of_pass(*shape) - self.kept(*shape) for shape in shapes)
@@ -68,10 +67,16 @@ class StepMemory:
             representations = TOKEN_COPIES * sum(sizes) * self.representation
         else:
             representations = VECTOR_COPIES * len(lengths) * self.representation
-        at_once = passes[0] + OTHERS * sum(passes[1 : self.workers])
+        largest, *others = sorted(shapes, key=lambda shape: self.of_pass(*shape), reverse=True)[: self.workers]
+        at_once = self.of_pass(*largest) + sum(self._beside(shape, largest) for shape in others)
         at_once += self.held(sum(sizes), sum(sizes[: self.workers]))
         sums = self.grads if len(shapes) > self.workers else 0  # of the gradient, besides a micro-batch's own
         return int(max(max(at_once + sums, self.loss) + representations, UPDATE * self.grads))
+
+    def _beside(self, shape: tuple[int, int], largest: tuple[int, int]) -> float:
+        """Return the bytes that a worker's micro-batch takes while another one's is at its peak."""
+        share = OTHERS * self.of_pass(*shape)
+        return max(share, EQUALS * self.kept(*shape)) if shape == largest else share
 
 
 def loss_of_tokens(lengths: np.ndarray, queries: int) -> int:

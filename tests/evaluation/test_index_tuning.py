@@ -247,5 +247,5 @@ def test_the_command_tunes(small, tmp_path, capsys):
     assert len(verdict) == 1
     if verdict[0].startswith("kept"):
         assert f"weight {about['weight']:g}; path " in verdict[0]
-        assert f"undo python search.py tune --forget --index {index[1]}" in " ".join(out.split())
+        assert f"defaults python search.py tune --forget --index={index[1]}" in " ".join(out.split())
     assert index_search.read_queries(str(queries)) and Path(index[1]).is_dir()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import search
+from mlx_retrieval.evaluation import index_tuning
 from mlx_retrieval.inference.serving.engine import LIMITS
 from mlx_retrieval.mining.elastic_corpus import ElasticCorpus
 from mlx_retrieval.retrieval import elastic_index, lance_tables
@@ -226,6 +227,9 @@ def test_fields_are_added_up_by_their_weights(stub):
     kept = stub.asked[-1]
     assert kept["meta"][META]["vector"]["weights"] == index.info.fields == dict.fromkeys(FIELDS, 2)
     assert kept["properties"].keys() == {"vector", words, f"{words}_name", f"{words}_path"}
+    assert index_tuning.forget(index)[0] == (0.4, (2, 2, 2, 2)) and index.info.weight is None
+    record = stub.asked[-1]["meta"][META]["vector"]
+    assert record["weight"] is None and record["weights"] == dict.fromkeys(FIELDS, 1)
 
 
 @pytest.mark.parametrize("language", ["english", "german", "none"])

@@ -240,7 +240,7 @@ def test_a_run_says_before_it_reads_a_weight_whether_it_fits(settings, monkeypat
     ids=str,
 )
 def test_the_estimate_is_near_the_peak(settings, monkeypatch, changes):
-    """Of a tiny model, whose small arrays weigh more than in real ones: benchmarks/memory.py holds 15 % on those."""
+    """Of a tiny model, whose small arrays weigh more than in real ones: benchmarks/memory.py has those."""
     monkeypatch.setattr(backend, "COMPILED", False)
     run = training_run.prepare(settings(batch_size=32, **changes))
     peak = 0
