@@ -224,11 +224,12 @@ def tune_command(args: argparse.Namespace) -> None:
         if tuned.helps:
             index_tuning.keep(searcher.index, tuned.settings)
     verdict = ("kept", described(tuned.settings)) if tuned.helps else ("unchanged", "what was learnt is no better")
-    print_lines([("before", described(tuned.before)), verdict])
+    lines = [("before", described(tuned.before)), verdict]
     if tuned.helps:
         given = [f"--{name}={value}" for name in ("store", "field") if (value := getattr(args, name))]
         given += [f"--index={args.index}"] if args.index != ".index" else []
-        print_lines([("defaults", shell("python", "search.py", "tune", "--forget", *given))])
+        lines.append(("defaults", shell("python", "search.py", "tune", "--forget", *given)))
+    print_lines(lines)
 
 
 COMMANDS = {

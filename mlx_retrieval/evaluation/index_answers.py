@@ -5,7 +5,7 @@ from mlx_retrieval.evaluation.index_search import read_queries
 queries, notes = checked(read_queries("queries.jsonl"), index)
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -98,11 +98,15 @@ def checked(queries: Sequence[Query], index: Any) -> tuple[list[Query], list[str
         raise UserError(f"none of the answers, such as {shown[0]}, is in {place}{there}{unlike}")
     notes = []
     if lost:
-        notes.append(f"{len(lost):,} of the answers are not in {place}: no search finds {shown[0]}{unlike}")
+        notes.append(f"{len(lost):,} of the answers {_are(lost)} not in {place}: no search finds {shown[0]}{unlike}")
     for name, path in list(renamed.items())[:1]:
-        which = f"{len(renamed):,} of the answers are written from another folder than {place}"
+        which = f"{len(renamed):,} of the answers {_are(renamed)} written from another folder than {place}"
         notes.append(f"{which}: {name} is taken for {path}")
     return resolved, notes
+
+
+def _are(answers: Collection) -> str:
+    return "is" if len(answers) == 1 else "are"
 
 
 def _in_no_chunk(queries: Sequence[Query], index: Any, missing: Sequence[str]) -> list[str]:

@@ -59,7 +59,7 @@ def roots_of(paths: Sequence[Path]) -> Roots:
     absolute: dict[Path, Path] = {}
     for path in paths:
         if not (resolved := path.expanduser().resolve()).is_dir():
-            raise UserError(f"{path}: no such folder")
+            raise UserError(f"{path}: {'a file; give its folder' if path.exists() else 'no such folder'}")
         absolute.setdefault(resolved, path.expanduser())
     outer = {path: shown for path, shown in absolute.items() if not any(other in path.parents for other in absolute)}
     if len(outer) == 1:

@@ -137,7 +137,7 @@ def test_the_command_evaluates(searcher, beir, tmp_path, capsys):
     flags = ["--index", str(searcher.index.folder), "--output", str(output), "--overwrite"]
     assert search.main(["eval", queries, *flags]) == 0
     told = capsys.readouterr()
-    assert "1 of the answers are not in" in told.err and "no search finds gone" in told.err and "2 queries" in told.out
+    assert "1 of the answers is not in" in told.err and "no search finds gone" in told.err and "2 queries" in told.out
     names = [line.split()[0] for line in told.out.splitlines() if line.startswith((" P@1", " MRR", " nDCG"))]
     assert names == ["P@1", "MRR@10", "nDCG@10"] * 3  # figures, differences to bm25 and to semantic
     found = json.loads(output.read_text())
@@ -215,7 +215,7 @@ def test_a_missing_file_of_a_folder_is_not_one_further_out(files, tmp_path, caps
     rows.append({"query": "boiler drips", "path": "checkout/README.md", "line": 1})
     assert search.main(["eval", write_jsonl(tmp_path / "queries.jsonl", rows), "--index", files]) == 0
     told = capsys.readouterr().err
-    assert "1 of the answers are not in" in told and "no search finds docs/README.md\n" in told
+    assert "1 of the answers is not in" in told and "no search finds docs/README.md\n" in told
     assert "2 of the answers are written from another folder than" in told
     assert "checkout/docs/bike.md is taken for docs/bike.md\n" in told
 
@@ -229,7 +229,7 @@ def test_a_line_that_no_chunk_has_is_told(files, tmp_path, capsys, path, line):
     assert f"none of the answers, such as {told}, is in" in capsys.readouterr().err
     assert search.main(["eval", write_jsonl(queries, [*rows, {"query": "dim", "path": path}]), "--index", files]) == 0
     error = capsys.readouterr().err
-    assert "1 of the answers are not in" in error and f"no search finds {told}\n" in error
+    assert "1 of the answers is not in" in error and f"no search finds {told}\n" in error
 
 
 def test_the_lines_of_all_answers_are_read_together(files, monkeypatch):
